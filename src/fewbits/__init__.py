@@ -1,0 +1,97 @@
+"""fewbits makes any PyTorch model or checkpoint smaller, accounts for every tensor, and checks what it wrote.
+
+>>> import torch, fewbits
+>>> result = fewbits.quantize(torch.nn.Linear(256, 64), "int8")
+>>> result.report.ok, result.ledger["weight"].fate, result.ledger["bias"].reason
+(True, 'quantized', 'a bias is never quantized')
+"""
+
+from fewbits._version import __version__
+from fewbits.api import Result, quantize
+from fewbits.checkpoint.loading import load
+from fewbits.checkpoint.safetensors import SafetensorsSerializer
+from fewbits.checkpoint.serializer import Entry, Header, Reader, Serializer, Writer
+from fewbits.errors import (
+    ArgumentError,
+    CalibrationError,
+    CheckpointError,
+    DigestError,
+    FewbitsError,
+    FormatError,
+    MismatchError,
+    NonFiniteError,
+    NumericsError,
+    RangeError,
+    ReadOnlyWeightError,
+    SelectionError,
+    SourceError,
+    StateError,
+    ValidationError,
+)
+from fewbits.nn.swap import dequantize
+from fewbits.numerics.layout import Layout, WeightMatrix
+from fewbits.numerics.metrics import Measurement, measure
+from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.observers.base import Observer
+from fewbits.observers.min_max import MinMaxObserver
+from fewbits.quantizers.base import Quantizer
+from fewbits.quantizers.lifecycle import State
+from fewbits.quantizers.schemes import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
+from fewbits.selection.info import TensorInfo
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.selector import Decision, LayerSelector, Selector
+from fewbits.validation.report import Report, TensorReport
+
+__all__ = [
+    "ArgumentError",
+    "CalibrationError",
+    "CastSpec",
+    "CheckpointError",
+    "Decision",
+    "DigestError",
+    "Entry",
+    "FP16Cast",
+    "FewbitsError",
+    "FormatError",
+    "Header",
+    "Int4Grouped",
+    "Int8PerChannel",
+    "Int8PerTensor",
+    "LayerSelector",
+    "Layout",
+    "Ledger",
+    "LedgerRow",
+    "Measurement",
+    "MinMaxObserver",
+    "MismatchError",
+    "NonFiniteError",
+    "NumericsError",
+    "Observer",
+    "QuantSpec",
+    "QuantizedTensor",
+    "Quantizer",
+    "RangeError",
+    "ReadOnlyWeightError",
+    "Reader",
+    "Report",
+    "Result",
+    "SafetensorsSerializer",
+    "SelectionError",
+    "Selector",
+    "Serializer",
+    "SourceError",
+    "Spec",
+    "State",
+    "StateError",
+    "TensorInfo",
+    "TensorReport",
+    "ValidationError",
+    "WeightMatrix",
+    "Writer",
+    "__version__",
+    "dequantize",
+    "load",
+    "measure",
+    "quantize",
+]

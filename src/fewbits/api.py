@@ -1,0 +1,109 @@
+"""`quantize`: the whole lifecycle in one call."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import attrs
+
+from fewbits.calibration import Forward
+from fewbits.errors import ArgumentError
+from fewbits.quantizers.base import OnFailure, Quantizer
+from fewbits.quantizers.schemes import SCHEMES
+from fewbits.selection.ledger import Ledger, Progress, no_progress
+from fewbits.selection.selector import LayerSelector
+from fewbits.validation.report import CRITICAL_DB, Report
+
+
+@attrs.frozen(eq=False)
+class Result:
+    """What `quantize` returns.
+
+    Attributes:
+        model: what came in, quantized: a model, a mapping {name: Tensor or QuantizedTensor}, or the path of a file.
+        ledger: the fate of every tensor.
+        report: what validation found; None if it was not asked for.
+        quantizer: the quantizer that did it.
+    """
+
+    model: Any
+    ledger: Ledger
+    report: Report | None
+    quantizer: Quantizer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to a file; see `Quantizer.save`."""
+        self.quantizer.save(path)
+
+
+def quantize(
+    source: object,
+    scheme: str | Quantizer,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    data: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    inplace: bool = False,
+    validate: bool = True,
+    on_failure: OnFailure = "error",
+    fail_under: float = CRITICAL_DB,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Result:
+    """Make a model, a state dict or a checkpoint smaller, and prove it.
+
+    Args:
+        source: an `nn.Module`, a state dict, or the path of a safetensors checkpoint.
+        scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a `Quantizer` of your own, newly made.
+        output: where to write the result, if `source` is a path.
+        include: name patterns of what is quantized, and nothing else.
+        exclude: name patterns of what is kept.
+        data: calibration batches, for observers that need them.
+        forward: runs one batch, ``forward(model, batch)``.
+        inplace: quantize the model or mapping itself.
+        validate: check the result.
+        on_failure: see `Quantizer.validate`.
+        fail_under: see `Quantizer.validate`.
+        progress: goes through the ledger's rows.
+        options: arguments of the scheme, such as ``group_size=64``.
+
+    Raises:
+        ArgumentError: for a scheme that does not exist, or arguments that do not go together.
+        FewbitsError: what the steps raise; see `Quantizer`.
+    """
+    quantizer = _quantizer(scheme, include, exclude, options)
+    quantizer.prepare(source, inplace=inplace)
+    if data is not None:
+        quantizer.observe(data, forward=forward)
+    model = quantizer.convert(output=output, measure=None if validate else False, progress=progress)
+    report = None
+    if validate:
+        report = quantizer.validate(on_failure=on_failure, fail_under=fail_under, progress=progress)
+    return Result(model, quantizer.ledger, report, quantizer)
+
+
+def _quantizer(
+    scheme: str | Quantizer, include: Sequence[str], exclude: Sequence[str], options: dict[str, Any]
+) -> Quantizer:
+    if isinstance(scheme, Quantizer):
+        if include or exclude or options:
+            given = ", ".join([*(["include"] if include else []), *(["exclude"] if exclude else []), *options])
+            raise ArgumentError(f"{given}: pass these to the quantizer itself, {type(scheme).__name__}(...)")
+        return scheme
+    if scheme not in SCHEMES:
+        near = difflib.get_close_matches(str(scheme), SCHEMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ArgumentError(f"there is no scheme {scheme!r}; there are {', '.join(map(repr, SCHEMES))}{hint}")
+    if include or exclude:
+        if "selector" in options:
+            raise ArgumentError("include and exclude are rules of the default selector; give them to yours instead")
+        options = options | {"selector": LayerSelector(include=include, exclude=exclude)}
+    try:
+        return SCHEMES[scheme](**options)
+    except TypeError as error:
+        raise ArgumentError(f"{scheme!r} does not take these options: {error}") from error

@@ -1,0 +1,1 @@
+"""Files: the serializer strategy, safetensors, the metadata, saving, loading."""

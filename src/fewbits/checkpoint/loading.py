@@ -1,0 +1,115 @@
+"""`load`: a fewbits file as a mapping, or into a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.checkpoint.reading import Check, Checkpoint
+from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.errors import MismatchError
+from fewbits.nn.stored import store
+from fewbits.nn.swap import attach, obstacle_to
+from fewbits.nn.walk import Slot, slots
+from fewbits.selection.ledger import LedgerRow
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@overload
+def load(
+    path: str | os.PathLike[str], *, into: None = None, check: Check = "digests", serializer: Serializer | None = None
+) -> dict[str, Value]: ...
+@overload
+def load(
+    path: str | os.PathLike[str], *, into: _Model, check: Check = "digests", serializer: Serializer | None = None
+) -> _Model: ...
+def load(
+    path: str | os.PathLike[str],
+    *,
+    into: nn.Module | None = None,
+    check: Check = "digests",
+    serializer: Serializer | None = None,
+) -> dict[str, Value] | nn.Module:
+    """Load a file that fewbits wrote. Codes alias the mapped file; nothing is ever unpickled.
+
+    Args:
+        path: the file.
+        into: a float model of the same architecture, which may live on the meta device; its layers become quantized
+            in place. None loads a mapping from name to `QuantizedTensor` or `torch.Tensor`.
+        check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` trusts the payload.
+        serializer: reads the file; None stands for safetensors.
+
+    Returns:
+        `into`, or the mapping.
+
+    Raises:
+        FormatError: if the file was not written by fewbits, or its parts contradict one another.
+        DigestError: if a byte of it has changed; the message names the tensors.
+        MismatchError: if file and model do not fit; the message names every tensor. The model is unchanged then.
+        CheckpointError: if the file cannot be opened.
+    """
+    checkpoint = Checkpoint(path, serializer)
+    if into is None:
+        checkpoint.check(check)
+        return checkpoint.values()
+    places = _places(checkpoint, into)
+    checkpoint.check(check)
+    # All are read before the first is put: a file that fails here leaves the model as it was.
+    values = [(row, checkpoint.value(row.name)) for row in checkpoint.stored_rows()]
+    for row, value in values:
+        _put(row, value, places[row.name])
+    return into
+
+
+def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
+    """Where each stored row goes: the slots of its own name, of its aliases, and of what the model ties to them."""
+    rows = {row.name: row for row in checkpoint.ledger}
+    by_name = {slot.name: slot for slot in slots(model)}
+    places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.stored_rows()}
+    home = {id(by_name[name].tensor): row.alias_of or name for name, row in rows.items() if name in by_name}
+    problems = [f"{name} is in the file, not in the model" for name in rows if name not in by_name]
+    for name, slot in by_name.items():
+        row = rows.get(name)
+        # A name that the file lacks is filled all the same if the model ties it to one that the file has.
+        stored = home.get(id(slot.tensor)) if row is None else row.alias_of or name
+        if stored is not None:
+            places[stored].append(slot)
+            problems += _misfits(rows[stored], slot)
+        elif slot.persistent:
+            problems.append(f"{name} is in the model, not in the file")
+        elif slot.tensor.is_meta:
+            problems.append(
+                f"{name} is a buffer that no state dict holds, and is on the meta device; build the model on the CPU"
+            )
+    if problems:
+        raise MismatchError(f"{checkpoint.path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    return places
+
+
+def _misfits(row: LedgerRow, slot: Slot) -> list[str]:
+    if tuple(slot.tensor.shape) != row.shape:
+        return [f"{slot.name} has shape {row.shape} in the file, {tuple(slot.tensor.shape)} in the model"]
+    obstacle = None if row.spec is None else obstacle_to(slot.module, slot.local)
+    return [f"{slot.name} is {row.scheme} in the file, but {obstacle}"] if obstacle else []
+
+
+def _put(row: LedgerRow, value: Value, places: Sequence[Slot]) -> None:
+    """Put one value into all its places; they share it from then on."""
+    distinct = {(id(slot.module), slot.local): slot for slot in places}.values()
+    device = places[0].tensor.device if not places[0].tensor.is_meta else torch.device("cpu")
+    if row.spec is not None:
+        stored = store(value, row.dtype).to(device)
+        for slot in distinct:
+            attach(slot.module, slot.local, stored)
+    elif isinstance(value, Tensor):
+        value = value.to(device)
+        trains = any(slot.is_parameter and slot.tensor.requires_grad for slot in distinct)
+        parameter = nn.Parameter(value, requires_grad=trains)
+        for slot in distinct:
+            slot.fill(parameter if slot.is_parameter else value)

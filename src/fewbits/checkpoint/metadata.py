@@ -1,0 +1,204 @@
+"""What the header of a fewbits file says, as strings; ``docs/format.md`` describes every key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from fewbits._version import __version__
+from fewbits.checkpoint.serializer import Entry
+from fewbits.errors import DigestError, FewbitsError, FormatError
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.metrics import Measurement
+from fewbits.numerics.spec import CastSpec, QuantSpec
+from fewbits.numerics.tensor import part_shapes
+from fewbits.selection.ledger import Ledger, LedgerRow
+
+#: The version of the format that is written, and the only one that is read so far.
+FORMAT_VERSION = 1
+
+_VERSION_KEY = "fewbits.format_version"
+_HEADER_DIGEST_KEY = "fewbits.header_digest"
+_PLACEHOLDER_DIGEST = "0" * 64
+#: No float is longer in JSON.
+_LONGEST_FLOAT = -2.2250738585072014e-308
+
+
+@attrs.frozen
+class Metrics:
+    """What was measured about one tensor, rounded for the file.
+
+    Attributes:
+        sqnr_db: signal to noise; None where there is no error at all.
+        max_abs_error: the largest error.
+        cosine: between original and decoded.
+        worst_bound_ratio: the largest error over its own bound.
+    """
+
+    sqnr_db: float | None
+    max_abs_error: float
+    cosine: float
+    worst_bound_ratio: float
+
+    @classmethod
+    def of(cls, measurement: Measurement) -> Metrics:
+        """Six significant digits of each figure."""
+        figures = (measurement.sqnr_db, measurement.max_abs_error, measurement.cosine, measurement.worst_bound_ratio)
+        rounded = [float(f"{figure:.6g}") for figure in figures]
+        return cls(None if math.isinf(rounded[0]) else rounded[0], *rounded[1:])
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The figures by name."""
+        return attrs.asdict(self)
+
+
+@attrs.frozen
+class Metadata:
+    """Everything a file says about itself.
+
+    Attributes:
+        ledger: the fate of every tensor of the source, with spec and layout.
+        architecture: the class of the model; None if the source had none.
+        versions: of fewbits and torch, when the file was written.
+        metrics: by tensor name; empty if nothing was measured.
+        digests: SHA-256 of the bytes of every stored tensor, by its name in the file.
+        extra: other strings, carried over from the source.
+    """
+
+    ledger: Ledger
+    architecture: str | None
+    metrics: Mapping[str, Metrics]
+    digests: Mapping[str, str]
+    versions: Mapping[str, str] = attrs.field(factory=lambda: {"fewbits": __version__, "torch": torch.__version__})
+    extra: Mapping[str, str] = attrs.field(factory=dict)
+
+    @classmethod
+    def placeholder(cls, ledger: Ledger, architecture: str | None, extra: Mapping[str, str]) -> Metadata:
+        """Metadata as long as the final one can get, before anything is measured or written."""
+        longest = Metrics(*[_LONGEST_FLOAT] * 4)
+        return cls(
+            ledger,
+            architecture,
+            metrics={row.name: longest for row in ledger if row.spec is not None},
+            digests=dict.fromkeys(stored_entries(ledger), _PLACEHOLDER_DIGEST),
+            extra=extra,
+        )
+
+    def to_strings(self, entries: Mapping[str, Entry]) -> dict[str, str]:
+        """The header's strings, with a digest of the header itself."""
+        strings = dict(self.extra) | {
+            "format": "pt",
+            _VERSION_KEY: str(FORMAT_VERSION),
+            "fewbits.ledger": _dump([row.to_dict() for row in self.ledger]),
+            "fewbits.architecture": _dump(self.architecture),
+            "fewbits.versions": _dump(dict(self.versions)),
+            "fewbits.metrics": _dump({name: metrics.to_dict() for name, metrics in self.metrics.items()}),
+            "fewbits.digests": _dump(dict(self.digests)),
+        }
+        return strings | {_HEADER_DIGEST_KEY: header_digest(strings, entries)}
+
+    @classmethod
+    def from_strings(cls, strings: Mapping[str, str], entries: Mapping[str, Entry], where: object) -> Metadata:
+        """Read back what `to_strings` wrote, and check it against the file's entries.
+
+        Raises:
+            FormatError: if it was not written by fewbits, by a version of the format that is not known, or its
+                parts contradict one another.
+            DigestError: if the header is not the one that was written.
+        """
+        version = strings.get(_VERSION_KEY)
+        if version is None:
+            raise FormatError(f"{where} was not written by fewbits; quantize it first")
+        if version != str(FORMAT_VERSION):
+            raise FormatError(f"{where} has format version {version}; this release of fewbits reads {FORMAT_VERSION}")
+        if strings.get(_HEADER_DIGEST_KEY) != header_digest(strings, entries):
+            raise DigestError(f"{where}: the header is not the one that was written; the file is damaged")
+        try:
+            metadata = cls._parse(strings)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, FewbitsError) as error:
+            raise FormatError(f"{where}: the metadata cannot be read: {error}") from error
+        metadata._check(entries, where)
+        return metadata
+
+    @classmethod
+    def _parse(cls, strings: Mapping[str, str]) -> Metadata:
+        fields = {key: json.loads(strings[f"fewbits.{key}"]) for key in
+                  ("ledger", "architecture", "versions", "metrics", "digests")}  # fmt: skip
+        return cls(
+            ledger=Ledger(LedgerRow.from_dict(row) for row in fields["ledger"]),
+            architecture=fields["architecture"],
+            versions=fields["versions"],
+            metrics={name: Metrics(**metrics) for name, metrics in fields["metrics"].items()},
+            digests=fields["digests"],
+            extra={key: value for key, value in strings.items() if key != "format" and not is_own_key(key)},
+        )
+
+    def _check(self, entries: Mapping[str, Entry], where: object) -> None:
+        expected = stored_entries(self.ledger)
+        for name in sorted(expected.keys() | entries.keys()):
+            if expected.get(name) != entries.get(name):
+                raise FormatError(
+                    f"{where}: the ledger announces {name} as {expected.get(name)}, the file has {entries.get(name)}"
+                )
+        if self.digests.keys() != entries.keys():
+            unsigned = sorted(self.digests.keys() ^ entries.keys())
+            raise FormatError(f"{where}: tensors without a digest, or digests without a tensor: {', '.join(unsigned)}")
+
+
+def is_own_key(key: str) -> bool:
+    """Whether a metadata key belongs to fewbits."""
+    return key.startswith("fewbits.")
+
+
+def is_fewbits_file(strings: Mapping[str, str]) -> bool:
+    """Whether these header strings are those of a file that fewbits wrote."""
+    return _VERSION_KEY in strings
+
+
+def part_name(name: str, part: str) -> str:
+    """The name in the file of one part of a quantized tensor: ``weight`` and ``scale`` give ``weight_scale``."""
+    return f"{name}_{part}"
+
+
+def row_entries(row: LedgerRow) -> dict[str, Entry]:
+    """What the file holds for one row of the ledger, by name."""
+    if row.fate == "alias":
+        return {}
+    if isinstance(row.spec, QuantSpec) and row.layout is not None:
+        parts = part_shapes(row.layout, row.spec, row.dtype)
+        return {part_name(row.name, part): Entry(*entry) for part, entry in parts.items()}
+    return {row.name: Entry(row.shape, row.spec.dtype if isinstance(row.spec, CastSpec) else row.dtype)}
+
+
+def stored_entries(ledger: Ledger) -> dict[str, Entry]:
+    """What a file with this ledger holds, by name.
+
+    Raises:
+        FormatError: if two tensors would have the same name in the file.
+    """
+    entries: dict[str, Entry] = {}
+    for row in ledger:
+        for name, entry in row_entries(row).items():
+            if name in entries:
+                raise FormatError(
+                    f"{name!r} would be in the file twice, once as a part of a quantized tensor; rename or exclude one"
+                )
+            entries[name] = entry
+    return entries
+
+
+def header_digest(strings: Mapping[str, str], entries: Mapping[str, Entry]) -> str:
+    """SHA-256 of everything else in the header, in one canonical form."""
+    described = {name: [dtype_name(entry.dtype), *entry.shape] for name, entry in entries.items()}
+    others = {key: value for key, value in strings.items() if key != _HEADER_DIGEST_KEY}
+    return hashlib.sha256(json.dumps([others, described], sort_keys=True).encode()).hexdigest()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,149 @@
+"""Writing a result, tensor by tensor, with a digest of each, and reading it back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fewbits.checkpoint.metadata import Metadata, Metrics, part_name, row_entries, stored_entries
+from fewbits.checkpoint.safetensors import tensor_bytes
+from fewbits.checkpoint.serializer import Header, Reader, Serializer
+from fewbits.errors import DigestError, FormatError
+from fewbits.numerics.metrics import Measurement
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.selection.ledger import Ledger, LedgerRow
+
+#: The stored form of one tensor.
+Value = QuantizedTensor | Tensor
+
+
+class CheckpointWriter:
+    """Writes one file, a row of the ledger at a time. As a context manager it removes the file if left early."""
+
+    def __init__(
+        self,
+        serializer: Serializer,
+        path: str | os.PathLike[str],
+        ledger: Ledger,
+        *,
+        architecture: str | None = None,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
+        self._ledger, self._serializer, self._path = ledger, serializer, Path(path)
+        self._entries = stored_entries(ledger)
+        self._digests: dict[str, str] = {}
+        self._metrics: dict[str, Metrics] = {}
+        self._architecture, self._extra = architecture, dict(extra or {})
+        placeholder = Metadata.placeholder(ledger, architecture, self._extra)
+        self._writer = serializer.writer(path, Header(self._entries, placeholder.to_strings(self._entries)))
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """Give up and leave nothing behind. Does nothing after `close`."""
+        self._writer.abort()
+
+    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None = None) -> None:
+        """Write the stored form of one row, which is not an alias.
+
+        Raises:
+            FormatError: if it is not what the ledger announced.
+        """
+        announced = row_entries(row)
+        for name, tensor in value_tensors(row.name, value).items():
+            if name not in announced or (tuple(tensor.shape), tensor.dtype) != (
+                announced[name].shape,
+                announced[name].dtype,
+            ):
+                raise FormatError(
+                    f"{name} has shape {tuple(tensor.shape)} in {tensor.dtype}, the ledger announced "
+                    f"{announced.get(name)}; the model has changed since it was quantized"
+                )
+            tensor = tensor.detach().cpu().contiguous()
+            self._digests[name] = digest(tensor)
+            self._writer.write(name, tensor)
+        if measurement is not None:
+            self._metrics[row.name] = Metrics.of(measurement)
+
+    def close(self) -> None:
+        """Publish the file, then read it back and check every digest.
+
+        Raises:
+            DigestError: if what is read is not what was written.
+        """
+        digests = {name: self._digests[name] for name in self._entries}
+        metrics = {row.name: self._metrics[row.name] for row in self._ledger if row.name in self._metrics}
+        metadata = Metadata(self._ledger, self._architecture, metrics, digests, extra=self._extra)
+        self._writer.close(metadata.to_strings(self._entries))
+        reader = self._serializer.reader(self._path)
+        Metadata.from_strings(reader.metadata, reader.entries, self._path)
+        check_digests(reader, digests, self._path)
+
+
+def save(
+    serializer: Serializer,
+    path: str | os.PathLike[str],
+    ledger: Ledger,
+    value_of: Callable[[str], Value],
+    *,
+    measurements: Mapping[str, Measurement],
+    architecture: str | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write a whole result to a file.
+
+    Args:
+        serializer: writes the file.
+        path: where; an existing file is replaced, at once, when the new one is complete.
+        ledger: its rows decide what is written.
+        value_of: gives the stored form of a tensor by its name.
+        measurements: by tensor name; may be empty.
+        architecture: the class of the model.
+        extra: further strings for the header.
+    """
+    with CheckpointWriter(serializer, path, ledger, architecture=architecture, extra=extra) as writer:
+        for row in ledger:
+            if row.fate != "alias":
+                writer.put(row, value_of(row.name), measurements.get(row.name))
+        writer.close()
+
+
+def value_tensors(name: str, value: Value) -> dict[str, Tensor]:
+    """The tensors that a file holds for one value, by their names there."""
+    if isinstance(value, QuantizedTensor):
+        return {part_name(name, part): tensor for part, tensor in value.parts().items()}
+    return {name: value}
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a contiguous CPU tensor, in hexadecimal."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def wrong_digests(reader: Reader, digests: Mapping[str, str]) -> Iterator[str]:
+    """The names of the tensors whose bytes do not have their digest."""
+    for name, expected in digests.items():
+        if digest(reader.read(name).contiguous()) != expected:
+            yield name
+
+
+def check_digests(reader: Reader, digests: Mapping[str, str], where: object) -> None:
+    """Refuse a file with damaged tensors.
+
+    Raises:
+        DigestError: naming every one of them.
+    """
+    wrong = list(wrong_digests(reader, digests))
+    if wrong:
+        raise DigestError(
+            f"{where}: the bytes of {', '.join(wrong)} are not the bytes that were written; the file is damaged: "
+            "quantize again, or fetch it again"
+        )

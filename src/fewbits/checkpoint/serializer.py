@@ -1,0 +1,100 @@
+"""`Serializer`: the strategy that writes named tensors and a few strings to a file, and reads them back."""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+
+import attrs
+import torch
+from torch import Tensor
+
+
+@attrs.frozen
+class Entry:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@attrs.frozen
+class Header:
+    """What a file will hold, known before the first tensor is written.
+
+    Attributes:
+        entries: every tensor, by name.
+        metadata: strings as long as those that `Writer.close` will bring, or longer.
+    """
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+class Writer(ABC):
+    """Writes one file. Nothing is visible at its path before `close`."""
+
+    @abstractmethod
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one of the header's tensors; in any order, each once."""
+
+    @abstractmethod
+    def close(self, metadata: Mapping[str, str]) -> None:
+        """Finish the file with this metadata and publish it at its path."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give up and leave nothing behind. Does nothing after `close`."""
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+class Reader(ABC):
+    """Reads one file.
+
+    Attributes:
+        metadata: the strings it was closed with.
+        entries: every tensor in it.
+    """
+
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor; where the format allows it, an alias of the mapped file."""
+
+
+class Serializer(ABC):
+    """Writes and reads the result of a quantization."""
+
+    @abstractmethod
+    def writer(self, path: str | os.PathLike[str], header: Header) -> Writer:
+        """Begin a file.
+
+        Raises:
+            CheckpointError: if it cannot be begun.
+        """
+
+    @abstractmethod
+    def reader(self, path: str | os.PathLike[str]) -> Reader:
+        """Open a file.
+
+        Raises:
+            FormatError: if it is not in this serializer's format.
+            CheckpointError: if it cannot be opened.
+        """

@@ -1,0 +1,92 @@
+"""Every exception that fewbits raises on purpose, in one tree.
+
+::
+
+    FewbitsError
+    ├── ArgumentError          (ValueError)      an argument outside what is allowed
+    ├── StateError             (RuntimeError)    a lifecycle call out of order
+    ├── SelectionError         (ValueError)      a pattern that matches nothing, a rule that contradicts another
+    ├── SourceError            (ValueError)      a model or checkpoint that cannot be quantized as it is
+    ├── CalibrationError       (RuntimeError)    calibration data that is missing or cannot be fed
+    ├── NumericsError          (ArithmeticError) numbers that no code can stand for
+    │   ├── NonFiniteError                       NaN or Inf in a tensor
+    │   └── RangeError                           a scale or a value beyond what its dtype can hold
+    ├── ReadOnlyWeightError    (AttributeError)  an attempt to assign to a quantized weight
+    ├── CheckpointError        (OSError)         a file that cannot be read or written
+    │   ├── FormatError                          not a file of ours, or a damaged one
+    │   ├── DigestError                          bytes that are not the bytes that were written
+    │   └── MismatchError                        a file and a model that do not fit each other
+    └── ValidationError        (RuntimeError)    the result is not what was promised; carries the report
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FewbitsError(Exception):
+    """The base of every exception in this library."""
+
+
+class ArgumentError(FewbitsError, ValueError):
+    """An argument has a value outside what is allowed."""
+
+
+class StateError(FewbitsError, RuntimeError):
+    """A lifecycle method was called in a state that does not allow it; nothing has changed."""
+
+
+class SelectionError(FewbitsError, ValueError):
+    """A selection rule matches nothing or contradicts another rule."""
+
+
+class SourceError(FewbitsError, ValueError):
+    """What was handed to `prepare` cannot be quantized as it is."""
+
+
+class CalibrationError(FewbitsError, RuntimeError):
+    """Calibration data is missing, or does not fit the model."""
+
+
+class NumericsError(FewbitsError, ArithmeticError):
+    """A tensor holds numbers that cannot be quantized."""
+
+
+class NonFiniteError(NumericsError):
+    """A tensor holds NaN or Inf."""
+
+
+class RangeError(NumericsError):
+    """A scale or a value lies beyond the largest number of the dtype it must be stored in."""
+
+
+class ReadOnlyWeightError(FewbitsError, AttributeError):
+    """A quantized weight was assigned to; it can be read, not written."""
+
+
+class CheckpointError(FewbitsError, OSError):
+    """A checkpoint cannot be read or written."""
+
+
+class FormatError(CheckpointError):
+    """A file is not in the expected format, or its parts contradict one another."""
+
+
+class DigestError(CheckpointError):
+    """The bytes of a tensor do not have the digest that was recorded when they were written."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint and the model it is loaded into do not fit each other."""
+
+
+class ValidationError(FewbitsError, RuntimeError):
+    """Validation found a failure.
+
+    Attributes:
+        report: the `fewbits.Report` with every finding.
+    """
+
+    def __init__(self, message: str, report: Any) -> None:
+        super().__init__(message)
+        self.report = report

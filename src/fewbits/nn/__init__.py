@@ -1,0 +1,1 @@
+"""Quantized modules, and putting them in the place of float ones."""

@@ -1,0 +1,74 @@
+"""Every tensor that a model holds, with the place it is held at."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import attrs
+from torch import Tensor, nn
+
+from fewbits.errors import SourceError
+
+
+@attrs.frozen(eq=False)
+class Slot:
+    """One parameter or buffer of one module.
+
+    Attributes:
+        name: full dotted name.
+        module: the module that holds it.
+        local: its name in that module.
+        tensor: what it holds.
+        is_parameter: whether it is a parameter; a buffer otherwise.
+        persistent: whether a state dict has it.
+    """
+
+    name: str
+    module: nn.Module
+    local: str
+    tensor: Tensor
+    is_parameter: bool
+    persistent: bool = True
+
+    def fill(self, tensor: Tensor) -> None:
+        """Put another parameter or buffer in its place."""
+        (self.module._parameters if self.is_parameter else self.module._buffers)[self.local] = tensor  # type: ignore[assignment]
+
+
+def slots(model: nn.Module) -> Iterator[Slot]:
+    """All parameters and buffers under all their names, shared modules and tied tensors included."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Slot(prefix + local, module, local, parameter, True)
+        for local, buffer in module._buffers.items():
+            if buffer is not None:
+                yield Slot(
+                    prefix + local, module, local, buffer, False, local not in module._non_persistent_buffers_set
+                )
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """A copy of all modules, hooks included, whose parameters are new objects over the same storage.
+
+    Buffers are copied, because a forward may write to them.
+
+    Raises:
+        SourceError: if something in the model refuses to be copied.
+    """
+    memo: dict[int, Tensor] = {}
+    for slot in slots(model):
+        tensor = slot.tensor
+        if type(tensor) is nn.Parameter:
+            memo.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
+        elif type(tensor) is Tensor:
+            memo.setdefault(id(tensor), tensor.detach().clone())
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise SourceError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "remove what refuses to be copied, or pass inplace=True"
+        ) from error

@@ -1,0 +1,146 @@
+"""How a tensor of any shape is cut into a matrix of rows (one output each) and columns (its inputs)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.errors import ArgumentError
+
+#: Elements that are worked on at a time: a block and its intermediate results fit a core's cache.
+BLOCK_ELEMENTS = 1 << 18
+
+
+def _ints(values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+@attrs.frozen
+class Layout:
+    """The cut: view the tensor as `view`, move axes by `permutation`, take the first `row_axes` as rows.
+
+    Rows are all axes that are not input, in order; columns are the input axes, moved last. `view` equals `shape`
+    but for grouped transposed convolutions, whose input axis is split into (groups, inputs of a group) first.
+
+    >>> Layout.of((64, 3, 7, 7), inputs=(1, 2, 3)).matrix_shape
+    (64, 147)
+    >>> Layout.of((32, 8, 5), inputs=(0, 2)).permutation
+    (1, 0, 2)
+    """
+
+    shape: tuple[int, ...] = attrs.field(converter=_ints)
+    view: tuple[int, ...] = attrs.field(converter=_ints)
+    permutation: tuple[int, ...] = attrs.field(converter=_ints)
+    row_axes: int
+
+    def __attrs_post_init__(self) -> None:
+        if min(self.shape + self.view, default=0) < 0 or math.prod(self.view) != math.prod(self.shape):
+            raise ArgumentError(f"a tensor of shape {self.shape} cannot be viewed as {self.view}")
+        if sorted(self.permutation) != list(range(len(self.view))):
+            raise ArgumentError(f"{self.permutation} is not a permutation of the axes of {self.view}")
+        if not 0 <= self.row_axes <= len(self.view):
+            raise ArgumentError(f"row_axes must lie between 0 and {len(self.view)}, not {self.row_axes!r}")
+
+    @classmethod
+    def of(cls, shape: Sequence[int], *, inputs: Sequence[int] = (-1,), view: Sequence[int] | None = None) -> Layout:
+        """The cut of a tensor of `shape` whose input axes (of `view`, if given) are `inputs`."""
+        view = shape if view is None else view
+        columns = [axis % len(view) for axis in inputs]
+        rows = [axis for axis in range(len(view)) if axis not in columns]
+        return cls(tuple(shape), tuple(view), (*rows, *columns), len(rows))
+
+    @property
+    def _permuted(self) -> tuple[int, ...]:
+        return tuple(self.view[axis] for axis in self.permutation)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix: the product of the axes that are not input."""
+        return math.prod(self._permuted[: self.row_axes])
+
+    @property
+    def columns(self) -> int:
+        """Columns of the matrix: the product of the input axes."""
+        return math.prod(self._permuted[self.row_axes :])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.rows, self.columns
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the tensor is the matrix already."""
+        return self.shape == self.matrix_shape and self.permutation == (0, 1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Put a (rows, columns) matrix back into the tensor's own shape."""
+        inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
+        return matrix.reshape(self._permuted).permute(inverse).reshape(self.shape)
+
+    def permuted(self, tensor: Tensor) -> Tensor:
+        """The tensor with its row axes first and its input axes last, not yet flattened."""
+        if tuple(tensor.shape) != self.shape:
+            raise ArgumentError(f"this layout is for shape {self.shape}, not {tuple(tensor.shape)}")
+        return tensor.reshape(self.view).permute(self.permutation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able description; ``Layout(**fields)`` reads it."""
+        return attrs.asdict(self)
+
+
+@attrs.frozen(eq=False)
+class WeightMatrix:
+    """A tensor seen as a (rows, columns) matrix, without copying more of it than is looked at."""
+
+    tensor: Tensor
+    layout: Layout
+
+    @property
+    def rows(self) -> int:
+        return self.layout.rows
+
+    @property
+    def columns(self) -> int:
+        return self.layout.columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (first row, row after the last, the rows between as a 2-D tensor in the tensor's dtype)."""
+        step = block_rows(self.columns)
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            yield start, stop, self.read(start, stop)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` as a (stop - start, columns) tensor; a view where the strides allow it."""
+        permuted = self.layout.permuted(self.tensor)
+        shape = permuted.shape[: self.layout.row_axes]
+        if len(shape) == 1:
+            rows = permuted[start:stop]
+        else:
+            # Rows that several axes span: gather the asked ones, so that only they are copied.
+            index = torch.arange(start, stop, device=permuted.device)
+            rows = permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)
+        return rows.reshape(stop - start, self.columns)
+
+    def whole(self) -> Tensor:
+        """The whole matrix; a copy where the strides demand one."""
+        return self.layout.permuted(self.tensor).reshape(self.rows, self.columns)
+
+
+def block_rows(columns: int) -> int:
+    """How many rows of `columns` elements make one block (at least one)."""
+    return max(1, BLOCK_ELEMENTS // max(1, columns))

@@ -1,0 +1,97 @@
+"""Codes of 2 to 8 bits in int32 words: a dense bitstream along the rows, least significant bit first.
+
+This is the layout of compressed-tensors' ``pack-quantized`` format: code ``j`` of a row takes bits ``j * bits`` to
+``(j + 1) * bits - 1`` of that row's words; what the last word has left over is zero. Words are little-endian.
+
+The work is done on units, the fewest codes that fill whole bytes: 1 code of 8 bits is 1 byte, 2 of 4 bits are 1,
+4 of 6 bits are 3, 8 of 5 bits are 5.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if sys.byteorder != "little":
+    raise ImportError("fewbits reads and writes little-endian words through views, and this machine is big-endian")
+
+
+def packed_words(columns: int, bits: int) -> int:
+    """How many int32 words hold `columns` codes of `bits` bits.
+
+    >>> packed_words(128, 4), packed_words(5, 6)
+    (16, 1)
+    """
+    return -(-columns * bits // 32)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes.
+
+    Args:
+        codes: uint8, (rows, columns), each below ``2**bits``.
+        bits: 2 to 8.
+
+    Returns:
+        int32, (rows, ``packed_words(columns, bits)``).
+
+    >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4)
+    tensor([[801]], dtype=torch.int32)
+    """
+    rows, columns = codes.shape
+    words = packed_words(columns, bits)
+    per_unit, unit_bytes = _unit(bits)
+    units = -(-words * 4 // unit_bytes)
+    if units * per_unit != columns:
+        codes = F.pad(codes, (0, units * per_unit - columns))
+    data = codes.new_zeros(rows, units, unit_bytes)
+    # uint8 shifts drop what leaves the byte: `<<` keeps the low part of a code that straddles, `>>` its high part.
+    for index, code in enumerate(codes.reshape(rows, units, per_unit).unbind(-1)):
+        byte, shift = divmod(index * bits, 8)
+        data[..., byte] |= code << shift
+        if shift + bits > 8:
+            data[..., byte + 1] |= code >> (8 - shift)
+    stream = data.reshape(rows, units * unit_bytes)
+    return stream[:, : words * 4].reshape(-1).view(torch.int32).reshape(rows, words)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo `pack`.
+
+    Args:
+        packed: int32, (rows, ``packed_words(columns, bits)``).
+        bits: 2 to 8.
+        columns: how many codes a row has.
+
+    Returns:
+        uint8, (rows, columns).
+
+    >>> unpack(torch.tensor([[801]], dtype=torch.int32), 4, 3)
+    tensor([[1, 2, 3]], dtype=torch.uint8)
+    """
+    rows = packed.shape[0]
+    per_unit, unit_bytes = _unit(bits)
+    units = -(-columns // per_unit)
+    stream = packed.contiguous().view(torch.uint8)
+    if units * unit_bytes > stream.shape[1]:
+        stream = F.pad(stream, (0, units * unit_bytes - stream.shape[1]))
+    data = stream[:, : units * unit_bytes].reshape(rows, units, unit_bytes).unbind(-1)
+    mask = (1 << bits) - 1
+    codes = []
+    for index in range(per_unit):
+        byte, shift = divmod(index * bits, 8)
+        code = data[byte] >> shift
+        if shift + bits > 8:
+            code = code | data[byte + 1] << (8 - shift)
+        codes.append(code & mask)
+    return torch.stack(codes, -1).reshape(rows, units * per_unit)[:, :columns]
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """(codes, bytes) of one unit."""
+    common = math.gcd(bits, 8)
+    return 8 // common, bits // common

@@ -1,0 +1,115 @@
+"""From floating weights to `QuantizedTensor`, a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import NonFiniteError, RangeError
+from fewbits.numerics.affine import check_params, choose_params, encode, extremes
+from fewbits.numerics.dtypes import compute_dtype, dtype_name
+from fewbits.numerics.layout import Layout, WeightMatrix, block_rows
+from fewbits.numerics.packing import pack, packed_words
+from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
+
+#: Shown some whole rows of a weight's matrix and the spec, returns scale and zero point for them. The rows come in
+#: float32 or float64, a block at a time; where one scale serves the whole tensor, all of them in the weight's dtype.
+ChooseParams = Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
+
+
+def min_max(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """The default `ChooseParams`: scales from the extremes, so that nothing clips."""
+    return choose_params(*extremes(rows, spec), spec)
+
+
+def quantize(
+    weight: Tensor | WeightMatrix,
+    spec: QuantSpec,
+    choose: ChooseParams = min_max,
+    *,
+    layout: Layout | None = None,
+) -> QuantizedTensor:
+    """Round a tensor to the nearest codes.
+
+    Args:
+        weight: float16, bfloat16, float32 or float64, any shape and strides.
+        spec: how the codes shall look.
+        choose: picks scales and zero points.
+        layout: how to cut `weight`; None takes the last axis as the input.
+
+    Raises:
+        NonFiniteError: if the tensor holds NaN or Inf; the message names the first bad index.
+        RangeError: if a scale is beyond the largest number of the dtype it is stored in.
+        NumericsError: if `choose` returns something that codes cannot be made with.
+
+    >>> quantize(torch.tensor([[0.0, 0.5, -1.0]]), QuantSpec(bits=8, granularity="channel")).codes()
+    tensor([[   0,   64, -127]], dtype=torch.int8)
+    """
+    matrix = weight if isinstance(weight, WeightMatrix) else WeightMatrix(weight, layout or Layout.of(weight.shape))
+    spec = spec.for_dtype(matrix.dtype)
+    rows, columns = matrix.layout.matrix_shape
+    packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32, device=matrix.device)
+    params: list[tuple[Tensor, Tensor | None]] = []
+    if spec.granularity == "tensor":
+        check_finite(matrix)
+        params.append(check_params(*choose(matrix.whole(), spec), spec, (rows, columns)))
+    for start, stop, values in matrix.blocks():
+        block = values.to(compute_dtype(matrix.dtype))
+        if spec.granularity != "tensor":
+            if not _is_finite(block):
+                check_finite(matrix)
+            params.append(check_params(*choose(block, spec), spec, (stop - start, columns)))
+        packed[start:stop] = pack(encode(block, *params[-1], spec), spec.bits)
+    scales, zero_points = zip(*params, strict=True)
+    zero_point = None if spec.symmetric else pack_zero_point(torch.cat(zero_points), spec)
+    return QuantizedTensor(packed, torch.cat(scales), zero_point, spec, matrix.layout, matrix.dtype)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy in another floating dtype.
+
+    Raises:
+        NonFiniteError: if the tensor holds NaN or Inf; the message names the first bad index.
+        RangeError: if a value is beyond the largest number of `dtype`; likewise.
+    """
+    matrix = WeightMatrix(tensor, Layout.of(tensor.shape))
+    result = torch.empty(matrix.layout.matrix_shape, dtype=dtype, device=tensor.device)
+    for start, stop, values in matrix.blocks():
+        if not _is_finite(result[start:stop].copy_(values)):
+            check_finite(matrix)
+            check_finite(matrix, dtype)
+    return result.reshape(tensor.shape)
+
+
+def check_finite(matrix: WeightMatrix, dtype: torch.dtype | None = None) -> None:
+    """Refuse NaN, Inf, and, if `dtype` is given, numbers that become Inf in it.
+
+    Raises:
+        NonFiniteError: for NaN and Inf.
+        RangeError: for a number beyond the range of `dtype`.
+    """
+    tensor = matrix.tensor
+    step = block_rows(tensor[:1].numel())
+    for start in range(0, tensor.shape[0], step):
+        values = tensor[start : start + step]
+        bad = ~torch.isfinite(values if dtype is None else values.to(dtype))
+        if bad.any():
+            first = bad.nonzero()[0]
+            value = float(values[tuple(first)])
+            index = (start + int(first[0]), *(int(i) for i in first[1:]))
+            if dtype is None:
+                raise NonFiniteError(
+                    f"the element at index {index} is {value}; only finite numbers can be quantized: "
+                    "repair the tensor, or exclude it"
+                )
+            raise RangeError(
+                f"the element at index {index} is {value:.6g}, beyond the largest {dtype_name(dtype)} "
+                f"({torch.finfo(dtype).max:.6g}); exclude this tensor, or choose another scheme for it"
+            )
+
+
+def _is_finite(block: Tensor) -> bool:
+    return bool(torch.isfinite(block).all())

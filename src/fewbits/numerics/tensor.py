@@ -1,0 +1,192 @@
+"""`QuantizedTensor`: codes and scales, held exactly as files hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.errors import FormatError
+from fewbits.numerics.affine import check_params, decode
+from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
+from fewbits.numerics.layout import Layout
+from fewbits.numerics.packing import pack, packed_words, unpack
+from fewbits.numerics.spec import QuantSpec
+
+
+@attrs.frozen(eq=False)
+class QuantizedTensor:
+    """A tensor of any shape as packed integer codes.
+
+    Attributes:
+        packed: int32, (rows, words), the codes of the (rows, columns) matrix that `layout` cuts; see
+            `fewbits.numerics.packing`.
+        scale: (rows, groups), or (1,) for granularity "tensor", in ``spec.scale_dtype``.
+        zero_point: int32, packed along the rows: (words, groups); None if symmetric.
+        spec: how the codes look.
+        layout: how the tensor was cut into rows and columns, with its true shape.
+        dtype: the dtype of the tensor that was quantized, and of what `dequantize` returns.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    spec: QuantSpec
+    layout: Layout
+    dtype: torch.dtype
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse parts that do not fit each other.
+
+        Raises:
+            FormatError: if a shape or dtype is not what spec and layout ask for.
+        """
+        if self.dtype not in FLOAT_DTYPES:
+            raise FormatError(f"{dtype_name(self.dtype)} is not a dtype that a weight can have")
+        expected = part_shapes(self.layout, self.spec, self.dtype)
+        for name, tensor in self.parts().items():
+            if name not in expected or (tuple(tensor.shape), tensor.dtype) != expected[name]:
+                raise FormatError(
+                    f"{name} has shape {tuple(tensor.shape)} and dtype {dtype_name(tensor.dtype)}; a tensor of shape "
+                    f"{self.layout.shape} in {self.spec} needs {expected.get(name, 'no such part')}"
+                )
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        *,
+        spec: QuantSpec,
+        layout: Layout,
+        dtype: torch.dtype,
+    ) -> QuantizedTensor:
+        """Pack signed codes.
+
+        Args:
+            codes: integer, (rows, columns), in the code range of `spec`.
+            scale: (rows, groups) or (1,), in ``spec.scale_dtype`` (its own dtype if that is None).
+            zero_point: integer, the shape of `scale`; None if symmetric.
+            spec: how the codes look.
+            layout: how the tensor was cut.
+            dtype: of the tensor that was quantized.
+        """
+        spec = spec.for_dtype(scale.dtype)
+        scale, zero_point = check_params(scale, zero_point, spec, layout.matrix_shape)
+        if codes.numel() and not spec.code_min <= int(codes.min()) <= int(codes.max()) <= spec.code_max:
+            raise FormatError(f"codes of {spec} must lie between {spec.code_min} and {spec.code_max}")
+        packed = pack((codes.to(torch.int16) - spec.code_min).to(torch.uint8), spec.bits)
+        return cls(packed, scale, pack_zero_point(zero_point, spec), spec, layout, dtype)
+
+    @classmethod
+    def from_parts(
+        cls, parts: Mapping[str, Tensor], *, spec: QuantSpec, layout: Layout, dtype: torch.dtype
+    ) -> QuantizedTensor:
+        """Put together what `parts` took apart; the tensors are used as they are, not copied.
+
+        Raises:
+            FormatError: if a part is missing, or does not fit spec and layout.
+        """
+        wanted = {"packed", "scale", "shape"} | (set() if spec.symmetric else {"zero_point"})
+        if wanted != set(parts):
+            raise FormatError(f"a tensor in {spec} has the parts {sorted(wanted)}, not {sorted(parts)}")
+        shape = tuple(parts["shape"].tolist())
+        if shape != layout.shape:
+            raise FormatError(f"the part 'shape' says {shape}, the layout {layout.shape}")
+        return cls(parts["packed"], parts["scale"], parts.get("zero_point"), spec, layout, dtype)
+
+    def parts(self) -> dict[str, Tensor]:
+        """What a file holds: packed, scale, zero_point (if asymmetric), and shape (int64)."""
+        parts = {"packed": self.packed, "scale": self.scale}
+        if self.zero_point is not None:
+            parts["zero_point"] = self.zero_point
+        return parts | {"shape": torch.tensor(self.layout.shape, dtype=torch.int64)}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that was quantized."""
+        return self.layout.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts, as stored."""
+        return sum(part.nbytes for part in self.parts().values())
+
+    def zero_points(self) -> Tensor | None:
+        """Zero points unpacked: int32, the shape of `scale`; None if symmetric."""
+        return unpack_zero_point(self.zero_point, self.scale, self.spec)
+
+    def codes(self) -> Tensor:
+        """Signed codes: int8, (rows, columns)."""
+        unsigned = unpack(self.packed, self.spec.bits, self.layout.columns)
+        return (unsigned.to(torch.int16) + self.spec.code_min).to(torch.int8)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor that the codes stand for, in its own shape; computed in float32 (float64 for float64 scales).
+
+        Args:
+            dtype: what to cast the result to; None stands for the source's dtype.
+        """
+        matrix = decode_packed(self.packed, self.scale, self.zero_points(), self.spec, self.layout.columns)
+        return self.layout.from_matrix(matrix.to(dtype or self.dtype))
+
+    def equal(self, other: QuantizedTensor) -> bool:
+        """Whether the other one is the same, bit for bit."""
+        mine, theirs = self.parts(), other.parts()
+        return (
+            (self.spec, self.layout, self.dtype) == (other.spec, other.layout, other.dtype)
+            and mine.keys() == theirs.keys()
+            and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        )
+
+
+def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every part of a quantized tensor, known before it is quantized.
+
+    >>> spec = QuantSpec(bits=4, granularity="group", group_size=128)
+    >>> part_shapes(Layout.of((10, 200)), spec, torch.float16)["scale"]
+    ((10, 2), torch.float16)
+    """
+    rows, columns = layout.matrix_shape
+    scale = spec.scale_shape(rows, columns)
+    parts = {
+        "packed": ((rows, packed_words(columns, spec.bits)), torch.int32),
+        "scale": (scale, spec.for_dtype(dtype).scale_dtype or dtype),
+        "shape": ((len(layout.shape),), torch.int64),
+    }
+    if not spec.symmetric:
+        parts["zero_point"] = (packed_words(scale[0], spec.bits), *scale[1:]), torch.int32
+    return parts
+
+
+def pack_zero_point(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:
+    """Zero points as files hold them: unsigned, packed along the rows."""
+    if zero_point is None:
+        return None
+    unsigned = (zero_point - spec.code_min).to(torch.uint8).reshape(zero_point.shape[0], -1)
+    packed = pack(unsigned.T.contiguous(), spec.bits).T.contiguous()
+    return packed.reshape(-1, *zero_point.shape[1:])
+
+
+def unpack_zero_point(zero_point: Tensor | None, scale: Tensor, spec: QuantSpec) -> Tensor | None:
+    """Undo `pack_zero_point`: int32, the shape of `scale`; None stays None."""
+    if zero_point is None:
+        return None
+    columns = zero_point.reshape(zero_point.shape[0], -1).T
+    return (unpack(columns, spec.bits, scale.shape[0]).T.to(torch.int32) + spec.code_min).reshape(scale.shape)
+
+
+def decode_packed(packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, columns: int) -> Tensor:
+    """What packed rows stand for: (rows, columns), in float32 (float64 for float64 scales).
+
+    Args:
+        packed: int32, (rows, words).
+        scale: of these rows; (1,) for granularity "tensor".
+        zero_point: likewise, unpacked; None if symmetric.
+        spec: how the codes look.
+        columns: how many codes a row has.
+    """
+    return decode(unpack(packed, spec.bits, columns), scale, zero_point, spec, compute_dtype(scale.dtype))

@@ -1,0 +1,397 @@
+"""`Quantizer`: the lifecycle, and the two small methods that a scheme may override."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal, final
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fewbits import calibration
+from fewbits._events import emit
+from fewbits.checkpoint.safetensors import SafetensorsSerializer
+from fewbits.checkpoint.saving import Value, save
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.errors import ArgumentError, CalibrationError, NumericsError, StateError, ValidationError
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import WeightMatrix
+from fewbits.numerics.metrics import Measurement
+from fewbits.numerics.quantize import cast, quantize
+from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.observers.base import Observer
+from fewbits.observers.min_max import MinMaxObserver
+from fewbits.quantizers.conversion import Conversion
+from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
+from fewbits.quantizers.plan import plan
+from fewbits.selection.info import TensorInfo
+from fewbits.selection.ledger import Ledger, LedgerRow, Progress, no_progress
+from fewbits.selection.selector import Decision, LayerSelector, Selector, TypeRule, is_of_type, type_name
+from fewbits.sources.base import Source
+from fewbits.sources.file import FileSource
+from fewbits.sources.module import ModuleSource
+from fewbits.sources.open import open_source
+from fewbits.validation.checks import check_reload, examine
+from fewbits.validation.report import CRITICAL_DB, Report
+from fewbits.validation.verify import verify
+
+OnFailure = Literal["error", "warn", "ignore"]
+
+
+class Quantizer(ABC):
+    """Makes a model, a state dict or a checkpoint smaller: prepare, observe, convert, validate, save.
+
+    A subclass says how codes look with `spec`. Where that depends on the tensor it overrides `spec_for`; where plain
+    rounding is not enough, `quantize_tensor`. The lifecycle itself is final.
+
+    Args:
+        observer: picks scales and zero points; a recipe, of which every layer gets a fresh copy.
+        selector: decides which tensors are quantized.
+        serializer: writes and reads the result.
+        skip_types: classes, or their names, that are kept unless a rule of the selector names them; None stands for
+            the scheme's `default_skip`.
+        scale_dtype: the dtype of all scales; None stands for each weight's own.
+
+    Attributes:
+        name: what the scheme is called in tables and on the command line.
+        default_skip: classes that this scheme keeps unless asked.
+    """
+
+    name: ClassVar[str]
+    default_skip: ClassVar[tuple[TypeRule, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        overridden = sorted(TRANSITIONS.keys() & vars(cls).keys())
+        if overridden:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(overridden)}; the lifecycle is final: override spec, spec_for or "
+                "quantize_tensor, or inject an observer, a selector or a serializer"
+            )
+
+    def __init__(
+        self,
+        *,
+        observer: Observer | None = None,
+        selector: Selector | None = None,
+        serializer: Serializer | None = None,
+        skip_types: Sequence[TypeRule] | None = None,
+        scale_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.observer = _instance("observer", observer, Observer) or MinMaxObserver()
+        self.selector = _instance("selector", selector, Selector) or LayerSelector()
+        self.serializer = _instance("serializer", serializer, Serializer) or SafetensorsSerializer()
+        self.skip_types = tuple(self.default_skip if skip_types is None else skip_types)
+        self.scale_dtype = scale_dtype
+        self._forget()
+
+    def _forget(self) -> None:
+        self._state = State.CREATED
+        self._source: Source | None = None
+        self._conversion: Conversion | None = None
+        self._ledger: Ledger | None = None
+        self._observers: dict[str, Observer] = {}
+        self._watch: calibration.InputWatch | None = None
+        self._report: Report | None = None
+
+    # What a scheme writes.
+
+    @property
+    @abstractmethod
+    def spec(self) -> Spec:
+        """How the codes of this scheme look. A class attribute does."""
+
+    def spec_for(self, info: TensorInfo) -> Spec:
+        """The spec for one tensor, which `info.layout` tells how to cut."""
+        return self.spec
+
+    def reason_for(self, info: TensorInfo, spec: Spec) -> str | None:
+        """Why this tensor gets another spec than the scheme's own, for the ledger; None if it does not."""
+        return None if spec == self.spec else f"{self.name} chose {spec} for it"
+
+    def quantize_tensor(self, weight: WeightMatrix, spec: QuantSpec, observer: Observer) -> QuantizedTensor:
+        """Make the codes of one weight.
+
+        Args:
+            weight: the tensor, seen as a matrix of whole rows.
+            spec: how the codes shall look, with its `scale_dtype` settled.
+            observer: this layer's own copy, after it has seen its data.
+        """
+        return quantize(weight, spec, observer.observe_weight)
+
+    # Where it is.
+
+    @property
+    def state(self) -> State:
+        """Where this quantizer is in its life."""
+        return self._state
+
+    @property
+    def ledger(self) -> Ledger:
+        """The fate of every tensor, known once a source is prepared."""
+        if self._ledger is None:
+            raise StateError(f"there is no ledger in state {self._state.name}; call prepare(model) first")
+        return self._ledger
+
+    @property
+    def report(self) -> Report:
+        """What the last validation found."""
+        if self._report is None:
+            raise StateError(f"there is no report in state {self._state.name}; call validate() first")
+        return self._report
+
+    # The lifecycle.
+
+    @final
+    def prepare(self, source: object, *, inplace: bool = False) -> Any:
+        """Take a source and settle the fate of every tensor in it.
+
+        Args:
+            source: an `nn.Module`, a state dict, or the path of a safetensors checkpoint. It is not modified.
+            inplace: quantize the model or mapping itself; `convert` replaces its weights one by one.
+
+        Returns:
+            of a model, a copy of its structure over the same weights, to run for calibration (the model itself, if
+            `inplace`); otherwise `source`.
+
+        Raises:
+            StateError: in any state but CREATED.
+            ArgumentError: if `source` is nothing that can be quantized.
+            SelectionError: if a rule matches nothing, or nothing is left to quantize.
+            SourceError: if the source cannot be quantized as it is.
+            CheckpointError: if a file cannot be read.
+        """
+        guard(self._state, "prepare")
+        opened = open_source(source, inplace=inplace)
+        infos = [attrs.evolve(info, skip=self._skip_reason(info)) for info in opened.infos]
+        ledger = plan(infos, self.selector.select(infos), self._choose)
+        observers = {row.name: self.observer.fresh() for row in ledger if isinstance(row.spec, QuantSpec)}
+        self._source, self._ledger, self._observers = opened, ledger, observers
+        self._watch = calibration.InputWatch(self._watched(opened, ledger))
+        self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
+        return opened.prepared()
+
+    @final
+    def observe(self, batches: Iterable[Any], *, forward: calibration.Forward | None = None) -> None:
+        """Run data through the prepared model, for observers that look at inputs. As often as you like.
+
+        Args:
+            batches: tensors, (input, target) pairs, or mappings of keyword arguments.
+            forward: runs one batch, ``forward(model, batch)``, where these do not fit.
+
+        Raises:
+            StateError: in any state but PREPARED and OBSERVED.
+            CalibrationError: if the source has no forward, or there is no batch, or one cannot be fed.
+        """
+        guard(self._state, "observe")
+        model = self._source.module() if self._source is not None else None
+        if model is None:
+            raise CalibrationError("a state dict or a file has no forward to observe; prepare the model itself")
+        self._advance("observe", batches=calibration.run(model, batches, forward))
+
+    @final
+    def convert(
+        self,
+        *,
+        output: str | os.PathLike[str] | None = None,
+        measure: bool | None = None,
+        progress: Progress = no_progress,
+    ) -> Any:
+        """Quantize, a tensor at a time. The weights are read now.
+
+        Args:
+            output: where to write the result, if the source is a path; required then.
+            measure: compare every element with the source, while it is there. None does so where `validate` could
+                not do it later (in place) or the file shall carry the figures (a path).
+            progress: goes through the ledger's rows.
+
+        Returns:
+            what came in, quantized: a model, a mapping {name: Tensor or QuantizedTensor}, or the path of a file.
+
+        Raises:
+            StateError: in any state but PREPARED and OBSERVED.
+            ArgumentError: if `output` is missing, or does not go with the source.
+            CalibrationError: if an observer needs data and has seen none.
+            NumericsError: if a tensor holds NaN or Inf, or numbers that its scheme cannot hold. Nothing has been
+                returned or published then; in place, the model is usable, and `convert` can be called again.
+        """
+        guard(self._state, "convert")
+        source, ledger, watch = self._source, self.ledger, self._watch
+        if source is None or watch is None:
+            raise StateError("the source is gone; call reset(), then prepare(model)")
+        if watch.unseen():
+            raise CalibrationError(
+                f"{type(self.observer).__name__} needs data and saw none for {', '.join(watch.unseen())}; "
+                "call observe(batches) with data that reaches these layers, or exclude them"
+            )
+        if measure is None:
+            measure = source.inplace or isinstance(source, FileSource)
+        with watch.paused():
+            # In place, what an earlier call has done stays done, and this one goes on from there.
+            conversion = self._conversion or Conversion(source, ledger, self.serializer, output)
+            self._conversion = conversion if source.inplace else None
+            result = conversion.run(self._convert_tensor, measuring=measure, progress=progress)
+        self._conversion = conversion
+        self._advance("convert", bytes_before=ledger.bytes_before, bytes_after=ledger.bytes_after)
+        return result
+
+    @final
+    def validate(
+        self,
+        *,
+        on_failure: OnFailure = "error",
+        fail_under: float = CRITICAL_DB,
+        progress: Progress = no_progress,
+    ) -> Report:
+        """Check the result against the source, element by element, and against itself after a save and a load.
+
+        Args:
+            on_failure: whether a failure raises, warns, or is only in the report.
+            fail_under: SQNR in dB below which a tensor is critical, which is a failure.
+            progress: goes through the ledger's rows.
+
+        Raises:
+            StateError: in any state but CONVERTED and VALIDATED.
+            ValidationError: if something failed and `on_failure` is "error"; it carries the report.
+            ArgumentError: for another value of `on_failure`.
+        """
+        guard(self._state, "validate")
+        if on_failure not in ("error", "warn", "ignore"):
+            raise ArgumentError(f"on_failure must be 'error', 'warn' or 'ignore', not {on_failure!r}")
+        self._report = self._examine(fail_under, progress)
+        for warning in self._report.warnings:
+            emit("warning", "low_sqnr", scheme=self.name, finding=warning)
+        for failure in self._report.all_failures:
+            emit("warning", "validation_failure", scheme=self.name, finding=failure)
+        if not self._report.ok and on_failure != "ignore":
+            message = f"validation failed:\n{self._report.summary()}"
+            if on_failure == "error":
+                raise ValidationError(message, self._report)
+            warnings.warn(message, stacklevel=2)
+        self._advance("validate", ok=self._report.ok)
+        return self._report
+
+    @final
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to a file, atomically, and read it back. An existing file is replaced.
+
+        Raises:
+            StateError: before `convert`.
+            CheckpointError: if it cannot be written, or what is read back is not what was written.
+        """
+        guard(self._state, "save")
+        source, conversion = self._converted()
+        save(
+            self.serializer,
+            path,
+            self.ledger,
+            conversion.target.value,
+            measurements=self._measurements(),
+            architecture=source.architecture,
+            extra=source.extra,
+        )
+        self._advance("save", path=os.fspath(path))
+
+    @final
+    def reset(self) -> None:
+        """Let go of source and result and go back to CREATED."""
+        if self._watch is not None:
+            self._watch.remove()
+        self._forget()
+
+    # The work behind it.
+
+    def _advance(self, call: str, **fields: object) -> None:
+        self._state = after(self._state, call)
+        emit("info", call, scheme=self.name, state=self._state.name, **fields)
+
+    def _converted(self) -> tuple[Source, Conversion]:
+        if self._source is None or self._conversion is None:
+            raise StateError("there is no result; call prepare(model), then convert()")
+        return self._source, self._conversion
+
+    def _skip_reason(self, info: TensorInfo) -> str | None:
+        for rule in self.skip_types:
+            if is_of_type(info, rule):
+                return f"{type_name(rule)} is kept by {self.name} unless asked for"
+            if type_name(rule) == "Embedding" and info.is_embedding_by_name:
+                return f"an embedding by name, kept by {self.name} unless asked for"
+        return None
+
+    def _choose(self, info: TensorInfo, decision: Decision) -> tuple[Spec, str]:
+        spec = self.spec_for(info)
+        reason = self.reason_for(info, spec) or decision.reason
+        if self.scale_dtype is not None and isinstance(spec, QuantSpec):
+            spec = attrs.evolve(spec, scale_dtype=self.scale_dtype)
+        return spec, reason
+
+    def _watched(self, source: Source, ledger: Ledger) -> list[tuple[str, nn.Module, Observer]]:
+        if not self.observer.needs_data:
+            return []
+        if not isinstance(source, ModuleSource):
+            raise CalibrationError(
+                f"{type(self.observer).__name__} needs data, and a state dict or a file has no forward to see any; "
+                "prepare the model itself, or choose another observer"
+            )
+        names = {row.name: row.alias_of or row.name for row in ledger}
+        return [
+            (names[slot.name], slot.module, self._observers[names[slot.name]])
+            for slot in source.slots
+            if names[slot.name] in self._observers
+        ]
+
+    def _convert_tensor(self, row: LedgerRow, tensor: Tensor) -> Value:
+        if isinstance(row.spec, CastSpec):
+            return cast(tensor, row.spec.dtype)
+        if row.spec is None or row.layout is None:
+            raise ArgumentError(f"{row.name} is {row.fate}; only quantized and cast tensors are converted")
+        weight = WeightMatrix(tensor, row.layout)
+        value = self.quantize_tensor(weight, row.spec, self._observers[row.name])
+        if (value.spec, value.layout, value.dtype) != (row.spec, row.layout, row.dtype):
+            raise NumericsError(
+                f"{type(self).__name__}.quantize_tensor returned {value.spec} of shape {value.shape} in "
+                f"{dtype_name(value.dtype)}; it must keep the spec, layout and dtype it was given"
+            )
+        return value
+
+    def _examine(self, fail_under: float, progress: Progress) -> Report:
+        source, conversion = self._converted()
+        if conversion.target.output is not None:
+            return verify(
+                conversion.target.output,
+                source,
+                serializer=self.serializer,
+                measured=conversion.measured,
+                fail_under=fail_under,
+                progress=progress,
+            )
+        report = examine(
+            self.ledger,
+            conversion.target.value,
+            None if source.inplace else source.read,
+            measured=conversion.measured,
+            fail_under=fail_under,
+            progress=progress,
+        )
+        return check_reload(report, self.ledger, conversion.target.value, self.serializer)
+
+    def _measurements(self) -> dict[str, Measurement]:
+        reported = self._report.tensors if self._report is not None else ()
+        found = {t.name: t.measurement for t in reported if t.measurement is not None}
+        return self._converted()[1].measured | found
+
+
+def _instance(name: str, value: Any, expected: type) -> Any:
+    """A strategy, if it is one (the usual mistake is to pass its class).
+
+    Raises:
+        ArgumentError: if it is something else.
+    """
+    if value is not None and not isinstance(value, expected):
+        raise ArgumentError(f"{name} must be an instance of {expected.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,95 @@
+"""From decisions to the ledger: every tensor's fate, before a number has been looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import attrs
+
+from fewbits.checkpoint.metadata import row_entries
+from fewbits.errors import SelectionError, SourceError
+from fewbits.numerics.spec import CastSpec, Spec
+from fewbits.selection.info import TensorInfo
+from fewbits.selection.ledger import Fate, Ledger, LedgerRow
+from fewbits.selection.selector import Decision
+
+#: The spec for a tensor, and the reason for the ledger.
+Choose = Callable[[TensorInfo, Decision], tuple[Spec, str]]
+
+
+def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Choose) -> Ledger:
+    """One row for every tensor; names that share a storage share one fate.
+
+    Raises:
+        SelectionError: if the decisions are not one a tensor, contradict one another, or leave nothing to quantize.
+        SourceError: if two tensors have the same name.
+    """
+    if len(decisions) != len(infos):
+        raise SelectionError(f"the selector made {len(decisions)} decisions for {len(infos)} tensors")
+    if len({info.name for info in infos}) != len(infos):
+        raise SourceError("two tensors of the source have the same name")
+    groups: dict[Hashable, list[tuple[TensorInfo, Decision]]] = {}
+    for info, decision in zip(infos, decisions, strict=True):
+        groups.setdefault(info.storage, []).append((info, decision))
+    rows = {row.name: row for group in groups.values() for row in _group_rows(group, choose)}
+    ledger = Ledger(rows[info.name] for info in infos)
+    if not any(row.spec is not None for row in ledger):
+        raise SelectionError(f"nothing is left to quantize:\n{ledger.summary()}")
+    return ledger
+
+
+def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) -> list[LedgerRow]:
+    """The rows of all names of one storage: the first holds it, the others are its aliases."""
+    first, decision = _common(group)
+    obstacle = next((info.obstacle for info, _ in group if info.obstacle), None)
+    if obstacle is not None or not decision.quantize:
+        head = _row(first, "kept", obstacle or decision.reason)
+    else:
+        spec, reason = choose(first, decision)
+        spec = spec.for_dtype(first.dtype)
+        if isinstance(spec, CastSpec) and spec.dtype == first.dtype:
+            head = _row(first, "kept", f"it is {spec} already")
+        else:
+            head = _row(first, "cast" if isinstance(spec, CastSpec) else "quantized", reason, spec)
+    return [head, *(_alias(info, first.name) for info, _ in group[1:])]
+
+
+def _common(group: Sequence[tuple[TensorInfo, Decision]]) -> tuple[TensorInfo, Decision]:
+    """The first name, with the decision that holds for all: keep wins, unless a rule of the user's says quantize."""
+    first = group[0][0]
+    named = [decision for _, decision in group if decision.named]
+    if len({decision.quantize for decision in named}) > 1:
+        names = ", ".join(f"{info.name} ({decision.reason})" for info, decision in group if decision.named)
+        raise SelectionError(f"one storage, two fates: {names}; tied tensors are quantized together or kept together")
+    decisions = named or [decision for _, decision in group]
+    return first, min(decisions, key=lambda decision: decision.quantize)
+
+
+def _row(info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None) -> LedgerRow:
+    row = LedgerRow(
+        name=info.name,
+        shape=info.shape,
+        dtype=info.dtype,
+        fate=fate,
+        reason=reason,
+        bytes_before=info.nbytes,
+        bytes_after=0,
+        spec=spec,
+        layout=info.layout if fate == "quantized" else None,
+        persistent=info.persistent,
+    )
+    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in row_entries(row).values()))
+
+
+def _alias(info: TensorInfo, of: str) -> LedgerRow:
+    return LedgerRow(
+        name=info.name,
+        shape=info.shape,
+        dtype=info.dtype,
+        fate="alias",
+        reason=f"shares its storage with {of}",
+        bytes_before=0,
+        bytes_after=0,
+        alias_of=of,
+        persistent=info.persistent,
+    )

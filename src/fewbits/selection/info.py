@@ -1,0 +1,94 @@
+"""What is known of a tensor before anything happens to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import attrs
+import torch
+
+from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
+from fewbits.numerics.layout import Layout
+
+#: Name components that tell an embedding where no class does.
+EMBEDDING_NAMES = frozenset(
+    {
+        "embedding", "embeddings", "embed", "embeds", "embed_tokens", "embed_positions", "tok_embeddings",
+        "token_embedding", "word_embeddings", "position_embeddings", "position_embedding", "token_type_embeddings",
+        "pos_embed", "relative_attention_bias", "shared", "wte", "wpe",
+    }
+)  # fmt: skip
+
+
+@attrs.frozen
+class TensorInfo:
+    """One parameter or buffer of the source.
+
+    Attributes:
+        name: full dotted name, such as ``"encoder.layer.0.attention.self.query.weight"``.
+        shape: its shape.
+        dtype: its dtype.
+        kind: ``"parameter"``, ``"buffer"``, or ``"entry"`` (of a state dict or file, where nobody knows which).
+        owner: the class of the module that holds it; None without classes.
+        storage: equal for two names exactly if they are the same view of the same memory.
+        layout: how it would be cut into rows and columns; None if nothing could run it quantized.
+        obstacle: why it cannot be quantized, whatever the rules say; None if it can.
+        skip: why the scheme keeps it unless a rule names it; None if it does not.
+        persistent: whether the source's state dict has it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: Literal["parameter", "buffer", "entry"] = "entry"
+    owner: type | None = None
+    storage: Hashable = None
+    layout: Layout | None = None
+    obstacle: str | None = None
+    skip: str | None = None
+    persistent: bool = True
+
+    @property
+    def module(self) -> str:
+        """The path of the module that holds it; "" for the root."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_embedding_by_name(self) -> bool:
+        """Whether its name alone tells an embedding."""
+        return self.owner is None and not EMBEDDING_NAMES.isdisjoint(self.name.split("."))
+
+
+def numeric_obstacle(name: str, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why a tensor of this name, shape and dtype can never be quantized; None if it can."""
+    last = name.rpartition(".")[2]
+    if not dtype.is_floating_point:
+        return f"{dtype_name(dtype)} is not a floating dtype"
+    if dtype not in FLOAT_DTYPES:
+        return f"{dtype_name(dtype)} is a quantized dtype already"
+    if last == "bias" or last.startswith("bias_"):
+        return "a bias is never quantized"
+    if len(shape) < 2:
+        return f"{len(shape)} dimension{'s' * (len(shape) != 1)}; two are needed"
+    return None if math.prod(shape) else "it has no elements"
+
+
+def layout_by_shape(shape: Sequence[int]) -> Layout:
+    """How a tensor of at least two dimensions is cut where no class tells.
+
+    The last axis is the input. 3 to 5 dimensions are a convolution kernel, (output, everything else), if the last
+    axis is shorter than 32, and a stack of matrices otherwise.
+
+    >>> layout_by_shape((64, 3, 7, 7)).matrix_shape, layout_by_shape((8, 64, 128)).matrix_shape
+    ((64, 147), (512, 128))
+    """
+    if 3 <= len(shape) <= 5 and shape[-1] < 32:
+        return Layout.of(shape, inputs=range(1, len(shape)))
+    return Layout.of(shape)

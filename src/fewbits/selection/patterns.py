@@ -1,0 +1,84 @@
+"""Name patterns, matched on whole dotted components.
+
+``layers.1`` matches ``model.layers.1.mlp.weight`` and never ``layers.10``; ``gate`` never matches ``gate_proj``. Within
+a component ``*`` stands for any characters and ``?`` for one. ``re:`` starts a regular expression that must match the
+whole path of the module, or the whole name of the tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from fewbits.errors import SelectionError
+
+
+@attrs.frozen
+class Pattern:
+    """One name pattern.
+
+    Raises:
+        SelectionError: if the text is empty, has an empty component, or is not a valid regular expression.
+
+    >>> Pattern("layers.1").matches("model.layers.1.mlp.weight"), Pattern("layers.1").matches("layers.10.weight")
+    (True, False)
+    >>> Pattern("*.down_proj").matches("mlp.down_proj.weight"), Pattern("re:lm_head").matches("lm_head.weight")
+    (True, True)
+    """
+
+    text: str
+    _regex: re.Pattern[str] = attrs.field(init=False, eq=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "_regex", _compile(self.text))
+
+    def matches(self, name: str) -> bool:
+        """Whether the pattern names the tensor of this full name, or a module that holds it."""
+        if self.text.startswith("re:"):
+            return any(self._regex.fullmatch(candidate) for candidate in (name, name.rpartition(".")[0]))
+        return self._regex.search(f".{name}.") is not None
+
+
+def _compile(text: object) -> re.Pattern[str]:
+    if not isinstance(text, str):
+        raise SelectionError(f"a name pattern is a string, not {text!r}; classes go to include_types, exclude_types")
+    if text.startswith("re:"):
+        try:
+            return re.compile(text[3:])
+        except re.error as error:
+            raise SelectionError(f"the pattern {text!r} is not a valid regular expression: {error}") from None
+    components = text.split(".")
+    if not all(components):
+        raise SelectionError(f"the pattern {text!r} has an empty component; write it like 'layers.1' or '*.down_proj'")
+    wild = {"*": "[^.]*", "?": "[^.]"}
+    parts = ("".join(wild.get(char, re.escape(char)) for char in component) for component in components)
+    return re.compile(r"\." + r"\.".join(parts) + r"(?=\.)")
+
+
+def check_all_used(patterns: Iterable[Pattern], names: Sequence[str], rule: str) -> None:
+    """Refuse patterns that match none of the names.
+
+    Raises:
+        SelectionError: listing each unused pattern with the nearest names.
+    """
+    unused = [pattern.text for pattern in patterns if not any(pattern.matches(name) for name in names)]
+    if unused:
+        lines = (f"{text!r} matches nothing{_suggestion(text, names)}" for text in unused)
+        raise SelectionError(f"{rule}: " + "; ".join(lines))
+
+
+def _suggestion(text: str, names: Sequence[str]) -> str:
+    """The nearest runs of as many components as the pattern has."""
+    text = text.removeprefix("re:")
+    length = text.count(".") + 1
+    runs: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        runs.update(dict.fromkeys(".".join(parts[i : i + length]) for i in range(len(parts) - length + 1)))
+    near = difflib.get_close_matches(text, runs, n=3, cutoff=0.5)
+    # A component that continues the pattern is nearer than difflib's ratio says: `gate` for `gate_proj`.
+    near = list(dict.fromkeys([*(run for run in runs if run.startswith(text))][:3] + near))[:3]
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

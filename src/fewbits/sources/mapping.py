@@ -1,0 +1,123 @@
+"""A state dict as source, a mapping as result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.errors import ArgumentError, SourceError
+from fewbits.numerics.metrics import Measurement
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.sources.base import Source, Target
+from fewbits.sources.storage import overlaps, storage_key
+
+
+class MappingSource(Source):
+    """A state dict, or any mapping from name to tensor."""
+
+    def __init__(self, tensors: Mapping[str, object], *, inplace: bool) -> None:
+        super().__init__()
+        if inplace and not isinstance(tensors, MutableMapping):
+            raise ArgumentError(f"inplace=True needs a mapping that can be changed, not {type(tensors).__name__}")
+        self.inplace = inplace
+        self._given = tensors
+        self._tensors = dict(_checked(tensors))
+        overlapping = overlaps(self._tensors)
+        self.infos = tuple(
+            entry_info(name, tuple(t.shape), t.dtype, storage=storage_key(t), obstacle=overlapping.get(name))
+            for name, t in self._tensors.items()
+        )
+
+    def read(self, name: str) -> Tensor:
+        """One of its tensors."""
+        return self._tensors[name].detach()
+
+    def prepared(self) -> Mapping[str, object]:
+        """The mapping that was handed in: there is nothing to run."""
+        return self._given
+
+    def target(self, ledger: Ledger, serializer: Serializer, output: str | os.PathLike[str] | None) -> Target:
+        """A new dict, or the mapping itself."""
+        if output is not None:
+            raise ArgumentError("output= goes with a path; a quantized mapping is returned, and written by save(path)")
+        return _MappingTarget(self, ledger)
+
+    def replace(self, name: str, value: Value) -> None:
+        """Put the stored form in the place of the source's tensor, and let go of that."""
+        if isinstance(self._given, MutableMapping):
+            self._given[name] = value
+        self._tensors.pop(name, None)
+
+
+class _MappingTarget(Target):
+    def __init__(self, source: MappingSource, ledger: Ledger) -> None:
+        self._source, self._ledger = source, ledger
+        self._values: dict[str, Value] = {}
+        self._names: dict[str, list[str]] = {}
+        for row in ledger:
+            self._names.setdefault(row.alias_of or row.name, []).append(row.name)
+
+    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
+        if isinstance(value, Tensor) and row.fate == "kept" and not self._source.inplace:
+            value = value.clone()
+        for name in self._names[row.name]:
+            self._values[name] = value
+            if self._source.inplace and row.fate != "kept":
+                self._source.replace(name, value)
+
+    def finish(self) -> object:
+        return (
+            self._source.prepared()
+            if self._source.inplace
+            else {row.name: self._values[row.name] for row in self._ledger}
+        )
+
+    def value(self, name: str) -> Value:
+        return self._values[name]
+
+
+def entry_info(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    storage: object = None,
+    obstacle: str | None = None,
+) -> TensorInfo:
+    """What is known of a tensor that has a name and no class."""
+    obstacle = numeric_obstacle(name, shape, dtype) or obstacle
+    return TensorInfo(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        storage=storage if storage is not None else name,
+        layout=None if obstacle else layout_by_shape(shape),
+        obstacle=obstacle,
+    )
+
+
+def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:
+    """The mapping's entries, if all of them are dense tensors with data, under names.
+
+    Raises:
+        SourceError: naming what is not.
+    """
+    checked: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            raise SourceError(f"{name} is quantized already; dequantize() it first")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise SourceError(f"the entry {name!r} is a {type(tensor).__name__}; a state dict maps names to tensors")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise SourceError(
+                f"{name} is on {tensor.device} with layout {tensor.layout}; only dense tensors with data can be stored"
+            )
+        checked[name] = tensor
+    return checked

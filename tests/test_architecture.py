@@ -1,0 +1,222 @@
+"""The structure of the source: which room may import which, and what no module may contain.
+
+Each rule yields the complaints about one module; the last tests show that each rule can complain.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "fewbits"
+
+# A room is a module or a subpackage of fewbits. It may import from itself and from the rooms before it.
+ROOMS = [
+    "errors",
+    "_version",
+    "_events",
+    "numerics",
+    "selection",
+    "observers",
+    "kernels",
+    "nn",
+    "calibration",
+    "checkpoint",
+    "sources",
+    "validation",
+    "quantizers",
+    "api",
+    "testing",
+    "integrations",
+    "cli",
+    "__main__",
+]
+
+DEPENDENCIES = {"torch", "safetensors", "attr", "attrs", "structlog"}
+CLI_DEPENDENCIES = {"click", "rich"}
+BANNED = ("torch.ao", "torch.nn.utils.parametrize", "torch.qint8", "torch.quint8", "torch.qint32")
+
+
+class Module(NamedTuple):
+    """A parsed source file: `name` is its dotted name, and `room` the part of it after `fewbits`."""
+
+    name: str
+    source: str
+    is_package: bool
+
+    @property
+    def room(self) -> str:
+        return [*self.name.split("."), "__init__"][1]
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.source)
+
+    def imports(self, tree: ast.AST) -> Iterator[str]:
+        """The dotted names a tree imports, resolved: `from ..a import b` gives `fewbits.a.b`."""
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                parts = self.name.split(".")
+                ups = node.level - self.is_package
+                base = parts[: len(parts) - ups] if node.level else []
+                base += node.module.split(".") if node.module else []
+                yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def read(path: Path) -> Module:
+    parts = ("fewbits", *path.relative_to(PACKAGE).with_suffix("").parts)
+    is_package = parts[-1] == "__init__"
+    return Module(".".join(parts[:-1] if is_package else parts), path.read_text(encoding="utf-8"), is_package)
+
+
+MODULES = [read(path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+def imports_only_rooms_below(module: Module) -> Iterator[str]:
+    if module.room == "__init__":
+        return
+    if module.room not in ROOMS:
+        yield f"is in an unknown room; place {module.room!r} in ROOMS in {Path(__file__).name}"
+        return
+    allowed = ROOMS[: ROOMS.index(module.room) + 1]
+    for name in module.imports(module.tree):
+        top, _, rest = name.partition(".")
+        room = rest.split(".")[0]
+        if top != "fewbits":
+            continue
+        if room in ROOMS:
+            if room not in allowed:
+                yield f"imports {name}, but {module.room} is below {room}"
+        elif "." in rest:
+            yield f"imports {name} from an unknown room; place {room!r} in ROOMS in {Path(__file__).name}"
+        elif module.room not in ("cli", "__main__"):
+            yield f"imports {name} from the package root; import it from the module that defines it"
+
+
+def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from outside_functions(node)
+
+
+def imports_only_declared_dependencies(module: Module) -> Iterator[str]:
+    def packages(nodes: Iterator[ast.AST]) -> set[str]:
+        nodes = (node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+        return {name.partition(".")[0] for node in nodes for name in module.imports(node)}
+
+    if module.room != "cli":
+        for name in sorted(packages(ast.walk(module.tree)) & CLI_DEPENDENCIES):
+            yield f"imports {name}, which only cli may"
+    declared = {"fewbits", *sys.stdlib_module_names, *DEPENDENCIES, *CLI_DEPENDENCIES}
+    for name in sorted(packages(outside_functions(module.tree)) - declared):
+        yield f"imports {name}, not a dependency, outside a function"
+
+
+def names_nothing_banned(module: Module) -> Iterator[str]:
+    attributes = [ast.unparse(node) for node in ast.walk(module.tree) if isinstance(node, ast.Attribute)]
+    for name in sorted({*module.imports(module.tree), *attributes}):
+        if any(name == banned or name.startswith(f"{banned}.") for banned in BANNED):
+            yield f"uses {name}"
+
+
+def has_no_assert(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Assert):
+            yield f"line {node.lineno}: assert vanishes under -O; raise an error from fewbits.errors"
+
+
+def has_no_bare_except(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield f"line {node.lineno}: name the exceptions that are caught"
+
+
+def has_no_unfinished_business(module: Module) -> Iterator[str]:
+    for number, line in enumerate(module.source.splitlines(), 1):
+        if re.search(r"\b(TODO|FIXME)\b", line):
+            yield f"line {number}: {line.strip()}"
+
+
+RULES = [
+    imports_only_rooms_below,
+    imports_only_declared_dependencies,
+    names_nothing_banned,
+    has_no_assert,
+    has_no_bare_except,
+    has_no_unfinished_business,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule(rule):
+    complaints = [f"{module.name}: {complaint}" for module in MODULES for complaint in rule(module)]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_all_lists_what_the_package_imports():
+    root = next(module for module in MODULES if module.name == "fewbits")
+    listed = [
+        name
+        for node in root.tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        for name in ast.literal_eval(node.value)
+    ]
+    imported = [
+        alias.asname or alias.name
+        for node in root.tree.body
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("fewbits"))
+        for alias in node.names
+    ]
+    assert sorted(set(listed) - {"__version__"}) == sorted(n for n in imported if not n.startswith("_"))
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source"),
+    [
+        (imports_only_rooms_below, "fewbits.attic", ""),
+        (imports_only_rooms_below, "fewbits.kernels.cpu", "from fewbits.api import quantize"),
+        (imports_only_rooms_below, "fewbits.kernels.cpu", "from ..nn import linear"),
+        (imports_only_rooms_below, "fewbits.kernels.cpu", "def f():\n    import fewbits.cli"),
+        (imports_only_rooms_below, "fewbits.kernels.cpu", "from fewbits.attic.box import x"),
+        (imports_only_rooms_below, "fewbits.testing", "import fewbits"),
+        (imports_only_rooms_below, "fewbits.testing", "from . import quantize"),
+        (imports_only_declared_dependencies, "fewbits.api", "import numpy.linalg"),
+        (imports_only_declared_dependencies, "fewbits.api", "def f():\n    import click"),
+        (names_nothing_banned, "fewbits.api", "from torch import ao"),
+        (names_nothing_banned, "fewbits.api", "x = torch.ao.quantization.observer"),
+        (names_nothing_banned, "fewbits.api", "import torch.nn.utils.parametrize as p"),
+        (names_nothing_banned, "fewbits.api", "x.to(torch.qint8)"),
+        (has_no_assert, "fewbits.api", "assert x"),
+        (has_no_bare_except, "fewbits.api", "try:\n    f()\nexcept:\n    pass"),
+        (has_no_unfinished_business, "fewbits.api", "x = 1  # TODO"),
+    ],
+)
+def test_rule_complains(rule, name, source):
+    assert list(rule(Module(name, source, is_package=False)))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("fewbits", "from fewbits.cli import main"),
+        ("fewbits.cli", "import click\nimport fewbits\nfrom fewbits import quantize"),
+        (
+            "fewbits.nn.linear",
+            "import torch.nn.functional as F\nfrom ..numerics import x\nfrom .base import y",
+        ),
+        ("fewbits.nn.linear", "from fewbits import numerics"),
+        ("fewbits.integrations.hub", "def f():\n    import transformers"),
+    ],
+)
+def test_rules_allow(name, source):
+    module = Module(name, source, is_package=name == "fewbits")
+    assert [complaint for rule in RULES for complaint in rule(module)] == []

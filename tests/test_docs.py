@@ -1,0 +1,161 @@
+"""Every fenced code block in the documents does what it says.
+
+The blocks of one document run in order and share a namespace and an empty working directory:
+
+- `python` is executed;
+- `console` has its `$ ` lines run by bash, which must exit 0, or N where a line ends in `# exit code N`;
+- `json` and `toml` must parse; `text` and `make` are for reading only; any other language fails.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Set-up commands, not run here: they need a network or would start the tests again.
+NOT_RUN = ("pip install", "python -m pip install", "python -m venv", "git clone", "make", "cd fewbits")
+
+FENCE = re.compile(r"\s*(?P<ticks>`{3,}|~{3,})\s*(?P<language>[^`\s]*)")
+EXIT_CODE = re.compile(r"#\s*exit code (\d+)\s*$")
+
+
+class Block(NamedTuple):
+    """A fenced block: `line` is the number of the first line inside the fence."""
+
+    language: str
+    line: int
+    source: str
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The fenced blocks of a Markdown text, in order."""
+    opened, start, body = None, 0, []
+    for number, line in enumerate(text.splitlines(), 1):
+        if opened is None:
+            opened = FENCE.match(line)
+            start, body = number + 1, []
+        elif line.strip() == opened["ticks"]:
+            yield Block(opened["language"], start, textwrap.dedent("\n".join(body)))
+            opened = None
+        else:
+            body.append(line)
+    if opened is not None:
+        raise ValueError(f"the fence opened on line {start - 1} is never closed")
+
+
+def is_not_run(command: str) -> bool:
+    """Whether every part of a compound command is a set-up command."""
+    parts = re.split(r"&&|\|\||[;|]", command)
+    return all(re.match(rf"({'|'.join(NOT_RUN)})(\s|$)", part.strip()) for part in parts)
+
+
+def run_console(source: str, directory: Path) -> None:
+    """Run the `$ ` lines of a console block; a trailing backslash continues a command."""
+    commands = re.findall(r"^\$ (.+)$", re.sub(r"\\\n(> ?)?", " ", source), re.MULTILINE)
+    assert commands, "a console block needs a line that starts with '$ '"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for command in commands:
+        if is_not_run(command):
+            continue
+        expected = EXIT_CODE.search(command)
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command],
+            cwd=directory,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == int(expected[1] if expected else 0), (
+            f"$ {command}\n{done.stdout}{done.stderr}"
+        )
+
+
+def run_document(path: Path, directory: Path) -> None:
+    """Run all blocks of a document in `directory`, which is the working directory."""
+    namespace = {"__name__": "__main__"}
+    for block in blocks(path.read_text(encoding="utf-8")):
+        where = f"{path.name}:{block.line}"
+        if block.language == "python":
+            # The empty lines in front make line numbers in a traceback those of the document.
+            exec(compile("\n" * (block.line - 1) + block.source, str(path), "exec"), namespace)
+        elif block.language == "console":
+            print(where)
+            run_console(block.source, directory)
+        elif block.language == "json":
+            json.loads(block.source)
+        elif block.language == "toml":
+            tomllib.loads(block.source)
+        elif block.language not in ("text", "make"):
+            pytest.fail(f"{where}: a block in {block.language or 'no language'!r} would go unchecked")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_document(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_document(path, tmp_path)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_exist(path):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for name in re.findall(r"(?:`|\$ )make ([a-z-]+)", path.read_text(encoding="utf-8")):
+        assert name in targets, f"{path.name} tells readers to run `make {name}`, which the Makefile lacks"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("```python\nx = 1\n```\n```python\nassert x == 2\n```", AssertionError),
+        ("```console\n$ false\n```", AssertionError),
+        ("```console\n$ exit 3  # exit code 4\n```", AssertionError),
+        ("```console\n$ make test; false\n```", AssertionError),
+        ("```console\noutput only\n```", AssertionError),
+        ("```json\n{,}\n```", ValueError),
+        ("```toml\n=\n```", ValueError),
+        ("```rust\n```", pytest.fail.Exception),
+        ("```\n```", pytest.fail.Exception),
+        ("```python\n", ValueError),
+    ],
+)
+def test_a_wrong_document_fails(text, error, tmp_path):
+    (tmp_path / "wrong.md").write_text(text, encoding="utf-8")
+    with pytest.raises(error):
+        run_document(tmp_path / "wrong.md", tmp_path)
+
+
+def test_a_right_document_passes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = """\
+1. A block in a list:
+
+   ```python
+   from pathlib import Path
+   Path("made").touch()
+   ```
+
+```console
+$ ls \\
+    made
+made
+$ exit 3  # exit code 3
+$ git clone somewhere && make test
+```
+"""
+    (tmp_path / "right.md").write_text(text, encoding="utf-8")
+    run_document(tmp_path / "right.md", tmp_path)
