@@ -45,8 +45,6 @@ quickstart: $(VENV)/run.stamp
 	ln -sf "$$PWD"/$(MODEL) $(OUT)/minilm.safetensors
 	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int8.safetensors --scheme int8 --force
 	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int4.safetensors --scheme int4 --force
-	$(BIN)/fewbits inspect $(OUT)/minilm-int8.safetensors
-	$(BIN)/fewbits inspect $(OUT)/minilm-int4.safetensors
 	$(BIN)/fewbits verify $(OUT)/minilm-int8.safetensors --against $(OUT)/minilm.safetensors
 	$(BIN)/fewbits verify $(OUT)/minilm-int4.safetensors --against $(OUT)/minilm.safetensors
 

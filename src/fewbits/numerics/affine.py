@@ -91,11 +91,9 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantS
         spec: the spec they were encoded with.
         dtype: float32 or float64.
     """
-    values = _grouped(codes, spec).to(dtype)
-    values += spec.code_min
-    if zero_point is not None:
-        values -= _broadcast(zero_point)
-    values *= _broadcast(scale.to(dtype))
+    # No in-place operation: this is traced by torch.compile and torch.export.
+    offset = -spec.code_min if zero_point is None else _broadcast(zero_point) - spec.code_min
+    values = (_grouped(codes, spec).to(dtype) - offset) * _broadcast(scale.to(dtype))
     return values.flatten(1)[:, : codes.shape[1]]
 
 

@@ -19,6 +19,9 @@ from torch import Tensor
 if sys.byteorder != "little":
     raise ImportError("fewbits reads and writes little-endian words through views, and this machine is big-endian")
 
+#: bits -> (codes, bytes) of one unit. A table, because torch.compile cannot trace `math.gcd` everywhere.
+_UNITS = {bits: (8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)) for bits in range(1, 9)}
+
 
 def packed_words(columns: int, bits: int) -> int:
     """How many int32 words hold `columns` codes of `bits` bits.
@@ -44,7 +47,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     rows, columns = codes.shape
     words = packed_words(columns, bits)
-    per_unit, unit_bytes = _unit(bits)
+    per_unit, unit_bytes = _UNITS[bits]
     units = -(-words * 4 // unit_bytes)
     if units * per_unit != columns:
         codes = F.pad(codes, (0, units * per_unit - columns))
@@ -74,7 +77,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     tensor([[1, 2, 3]], dtype=torch.uint8)
     """
     rows = packed.shape[0]
-    per_unit, unit_bytes = _unit(bits)
+    per_unit, unit_bytes = _UNITS[bits]
     units = -(-columns // per_unit)
     stream = packed.contiguous().reshape(-1).view(torch.uint8).reshape(rows, -1)
     if units * unit_bytes > stream.shape[1]:
@@ -89,9 +92,3 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
             code = code | data[byte + 1] << (8 - shift)
         codes.append(code & mask)
     return torch.stack(codes, -1).reshape(rows, units * per_unit)[:, :columns]
-
-
-def _unit(bits: int) -> tuple[int, int]:
-    """(codes, bytes) of one unit."""
-    common = math.gcd(bits, 8)
-    return 8 // common, bits // common

@@ -10,35 +10,30 @@ from typing import Any, ClassVar, Literal, final
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbits import calibration
 from fewbits._events import emit
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value, save
+from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CalibrationError, NumericsError, StateError, ValidationError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import WeightMatrix
-from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.quantize import cast, quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
-from fewbits.quantizers.conversion import Conversion
+from fewbits.quantizers.job import Job
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
 from fewbits.quantizers.plan import plan
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger, LedgerRow, Progress, no_progress
 from fewbits.selection.selector import Decision, LayerSelector, Selector, TypeRule, is_of_type, type_name
-from fewbits.sources.base import Source
 from fewbits.sources.file import FileSource
-from fewbits.sources.module import ModuleSource
 from fewbits.sources.open import open_source
-from fewbits.validation.checks import check_reload, examine
 from fewbits.validation.report import CRITICAL_DB, Report
-from fewbits.validation.verify import verify
 
 OnFailure = Literal["error", "warn", "ignore"]
 
@@ -88,16 +83,8 @@ class Quantizer(ABC):
         self.serializer = _instance("serializer", serializer, Serializer) or SafetensorsSerializer()
         self.skip_types = tuple(self.default_skip if skip_types is None else skip_types)
         self.scale_dtype = scale_dtype
-        self._forget()
-
-    def _forget(self) -> None:
         self._state = State.CREATED
-        self._source: Source | None = None
-        self._conversion: Conversion | None = None
-        self._ledger: Ledger | None = None
-        self._observers: dict[str, Observer] = {}
-        self._watch: calibration.InputWatch | None = None
-        self._report: Report | None = None
+        self._job: Job | None = None
 
     # What a scheme writes.
 
@@ -133,17 +120,25 @@ class Quantizer(ABC):
 
     @property
     def ledger(self) -> Ledger:
-        """The fate of every tensor, known once a source is prepared."""
-        if self._ledger is None:
+        """The fate of every tensor, known once a source is prepared.
+
+        Raises:
+            StateError: before `prepare`.
+        """
+        if self._job is None:
             raise StateError(f"there is no ledger in state {self._state.name}; call prepare(model) first")
-        return self._ledger
+        return self._job.ledger
 
     @property
     def report(self) -> Report:
-        """What the last validation found."""
-        if self._report is None:
+        """What the last validation found.
+
+        Raises:
+            StateError: before `validate`.
+        """
+        if self._job is None or self._job.report is None:
             raise StateError(f"there is no report in state {self._state.name}; call validate() first")
-        return self._report
+        return self._job.report
 
     # The lifecycle.
 
@@ -171,8 +166,7 @@ class Quantizer(ABC):
         infos = [attrs.evolve(info, skip=self._skip_reason(info)) for info in opened.infos]
         ledger = plan(infos, self.selector.select(infos), self._choose)
         observers = {row.name: self.observer.fresh() for row in ledger if isinstance(row.spec, QuantSpec)}
-        self._source, self._ledger, self._observers = opened, ledger, observers
-        self._watch = calibration.InputWatch(self._watched(opened, ledger))
+        self._job = Job(opened, ledger, observers)
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
         return opened.prepared()
 
@@ -188,8 +182,7 @@ class Quantizer(ABC):
             StateError: in any state but PREPARED and OBSERVED.
             CalibrationError: if the source has no forward, or there is no batch, or one cannot be fed.
         """
-        guard(self._state, "observe")
-        model = self._source.module() if self._source is not None else None
+        model = self._guarded("observe").source.module()
         if model is None:
             raise CalibrationError("a state dict or a file has no forward to observe; prepare the model itself")
         self._advance("observe", batches=calibration.run(model, batches, forward))
@@ -220,24 +213,11 @@ class Quantizer(ABC):
             NumericsError: if a tensor holds NaN or Inf, or numbers that its scheme cannot hold. Nothing has been
                 returned or published then; in place, the model is usable, and `convert` can be called again.
         """
-        guard(self._state, "convert")
-        source, ledger, watch = self._source, self.ledger, self._watch
-        if source is None or watch is None:
-            raise StateError("the source is gone; call reset(), then prepare(model)")
-        if watch.unseen():
-            raise CalibrationError(
-                f"{type(self.observer).__name__} needs data and saw none for {', '.join(watch.unseen())}; "
-                "call observe(batches) with data that reaches these layers, or exclude them"
-            )
+        job = self._guarded("convert")
         if measure is None:
-            measure = source.inplace or isinstance(source, FileSource)
-        with watch.paused():
-            # In place, what an earlier call has done stays done, and this one goes on from there.
-            conversion = self._conversion or Conversion(source, ledger, self.serializer, output)
-            self._conversion = conversion if source.inplace else None
-            result = conversion.run(self._convert_tensor, measuring=measure, progress=progress)
-        self._conversion = conversion
-        self._advance("convert", bytes_before=ledger.bytes_before, bytes_after=ledger.bytes_after)
+            measure = job.source.inplace or isinstance(job.source, FileSource)
+        result = job.convert(self._convert_tensor, self.serializer, output=output, measuring=measure, progress=progress)
+        self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result
 
     @final
@@ -260,21 +240,21 @@ class Quantizer(ABC):
             ValidationError: if something failed and `on_failure` is "error"; it carries the report.
             ArgumentError: for another value of `on_failure`.
         """
-        guard(self._state, "validate")
+        job = self._guarded("validate")
         if on_failure not in ("error", "warn", "ignore"):
             raise ArgumentError(f"on_failure must be 'error', 'warn' or 'ignore', not {on_failure!r}")
-        self._report = self._examine(fail_under, progress)
-        for warning in self._report.warnings:
+        report = job.examine(self.serializer, fail_under, progress)
+        for warning in report.warnings:
             emit("warning", "low_sqnr", scheme=self.name, finding=warning)
-        for failure in self._report.all_failures:
+        for failure in report.all_failures:
             emit("warning", "validation_failure", scheme=self.name, finding=failure)
-        if not self._report.ok and on_failure != "ignore":
-            message = f"validation failed:\n{self._report.summary()}"
+        if not report.ok and on_failure != "ignore":
+            message = f"validation failed:\n{report.summary()}"
             if on_failure == "error":
-                raise ValidationError(message, self._report)
+                raise ValidationError(message, report)
             warnings.warn(message, stacklevel=2)
-        self._advance("validate", ok=self._report.ok)
-        return self._report
+        self._advance("validate", ok=report.ok)
+        return report
 
     @final
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -284,36 +264,29 @@ class Quantizer(ABC):
             StateError: before `convert`.
             CheckpointError: if it cannot be written, or what is read back is not what was written.
         """
-        guard(self._state, "save")
-        source, conversion = self._converted()
-        save(
-            self.serializer,
-            path,
-            self.ledger,
-            conversion.target.value,
-            measurements=self._measurements(),
-            architecture=source.architecture,
-            extra=source.extra,
-        )
+        self._guarded("save").save(self.serializer, path)
         self._advance("save", path=os.fspath(path))
 
     @final
     def reset(self) -> None:
         """Let go of source and result and go back to CREATED."""
-        if self._watch is not None:
-            self._watch.remove()
-        self._forget()
+        if self._job is not None:
+            self._job.drop()
+            self._job = None
+        self._advance("reset")
 
     # The work behind it.
+
+    def _guarded(self, call: str) -> Job:
+        """The job, if the call is legal now."""
+        guard(self._state, call)
+        if self._job is None:
+            raise StateError(f"{call}() needs a source; call reset(), then prepare(model)")
+        return self._job
 
     def _advance(self, call: str, **fields: object) -> None:
         self._state = after(self._state, call)
         emit("info", call, scheme=self.name, state=self._state.name, **fields)
-
-    def _converted(self) -> tuple[Source, Conversion]:
-        if self._source is None or self._conversion is None:
-            raise StateError("there is no result; call prepare(model), then convert()")
-        return self._source, self._conversion
 
     def _skip_reason(self, info: TensorInfo) -> str | None:
         for rule in self.skip_types:
@@ -330,60 +303,19 @@ class Quantizer(ABC):
             spec = attrs.evolve(spec, scale_dtype=self.scale_dtype)
         return spec, reason
 
-    def _watched(self, source: Source, ledger: Ledger) -> list[tuple[str, nn.Module, Observer]]:
-        if not self.observer.needs_data:
-            return []
-        if not isinstance(source, ModuleSource):
-            raise CalibrationError(
-                f"{type(self.observer).__name__} needs data, and a state dict or a file has no forward to see any; "
-                "prepare the model itself, or choose another observer"
-            )
-        names = {row.name: row.alias_of or row.name for row in ledger}
-        return [
-            (names[slot.name], slot.module, self._observers[names[slot.name]])
-            for slot in source.slots
-            if names[slot.name] in self._observers
-        ]
-
-    def _convert_tensor(self, row: LedgerRow, tensor: Tensor) -> Value:
+    def _convert_tensor(self, row: LedgerRow, tensor: Tensor, observer: Observer | None) -> Value:
         if isinstance(row.spec, CastSpec):
             return cast(tensor, row.spec.dtype)
-        if row.spec is None or row.layout is None:
+        if row.spec is None or row.layout is None or observer is None:
             raise ArgumentError(f"{row.name} is {row.fate}; only quantized and cast tensors are converted")
         weight = WeightMatrix(tensor, row.layout)
-        value = self.quantize_tensor(weight, row.spec, self._observers[row.name])
+        value = self.quantize_tensor(weight, row.spec, observer)
         if (value.spec, value.layout, value.dtype) != (row.spec, row.layout, row.dtype):
             raise NumericsError(
                 f"{type(self).__name__}.quantize_tensor returned {value.spec} of shape {value.shape} in "
                 f"{dtype_name(value.dtype)}; it must keep the spec, layout and dtype it was given"
             )
         return value
-
-    def _examine(self, fail_under: float, progress: Progress) -> Report:
-        source, conversion = self._converted()
-        if conversion.target.output is not None:
-            return verify(
-                conversion.target.output,
-                source,
-                serializer=self.serializer,
-                measured=conversion.measured,
-                fail_under=fail_under,
-                progress=progress,
-            )
-        report = examine(
-            self.ledger,
-            conversion.target.value,
-            None if source.inplace else source.read,
-            measured=conversion.measured,
-            fail_under=fail_under,
-            progress=progress,
-        )
-        return check_reload(report, self.ledger, conversion.target.value, self.serializer)
-
-    def _measurements(self) -> dict[str, Measurement]:
-        reported = self._report.tensors if self._report is not None else ()
-        found = {t.name: t.measurement for t in reported if t.measurement is not None}
-        return self._converted()[1].measured | found
 
 
 def _instance(name: str, value: Any, expected: type) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import attrs
 
-from fewbits.checkpoint.metadata import row_entries
+from fewbits.checkpoint.metadata import row_entries, stored_entries
 from fewbits.errors import SelectionError, SourceError
 from fewbits.numerics.spec import CastSpec, Spec
 from fewbits.selection.info import TensorInfo
@@ -23,6 +23,7 @@ def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Cho
     Raises:
         SelectionError: if the decisions are not one a tensor, contradict one another, or leave nothing to quantize.
         SourceError: if two tensors have the same name.
+        FormatError: if two tensors would have the same name in a file.
     """
     if len(decisions) != len(infos):
         raise SelectionError(f"the selector made {len(decisions)} decisions for {len(infos)} tensors")
@@ -35,6 +36,7 @@ def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Cho
     ledger = Ledger(rows[info.name] for info in infos)
     if not any(row.spec is not None for row in ledger):
         raise SelectionError(f"nothing is left to quantize:\n{ledger.summary()}")
+    stored_entries(ledger)  # two tensors of one name in a file are found now
     return ledger
 
 

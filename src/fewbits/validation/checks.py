@@ -21,8 +21,8 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger, LedgerRow, Progress, no_progress
 from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
 
-#: Gives a tensor by its name in the source.
-ReadSource = Callable[[str], Tensor]
+#: Gives the tensor that a stored one was made from, by its name in the ledger; None if the source has none.
+ReadSource = Callable[[str], Tensor | None]
 
 
 def examine(

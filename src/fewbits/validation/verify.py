@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 
 import attrs
+import torch
+from torch import Tensor
 
 from fewbits.checkpoint.metadata import row_entries
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.serializer import Serializer
+from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.ledger import Ledger, Progress, no_progress
 from fewbits.sources.base import Source
@@ -49,12 +53,16 @@ def verify(
         bad = sorted(wrong & row_entries(row).keys())
         if bad:
             damaged[row.name] = f"the bytes of {', '.join(bad)} are not the bytes that were written"
-    differences = [] if source is None else _differences(checkpoint.ledger, source)
-    comparable = source is not None and not differences
+    read = None
+    differences: list[str] = []
+    if source is not None:
+        differences, names = _match(checkpoint.ledger, source)
+        if not differences:
+            read = functools.partial(_read, source, names)
     report = examine(
         checkpoint.ledger,
         checkpoint.value,
-        source.read if source is not None and comparable else None,
+        read,
         measured=measured,
         damaged=damaged,
         fail_under=fail_under,
@@ -63,16 +71,40 @@ def verify(
     return attrs.evolve(report, checks=("digests", *report.checks), failures=(*report.failures, *differences))
 
 
-def _differences(ledger: Ledger, source: Source) -> list[str]:
-    """Where the source is not the one that the file was made from, by names, shapes and dtypes."""
-    described = {row.name: (row.shape, row.dtype) for row in ledger if row.persistent}
-    found = {info.name: (info.shape, info.dtype) for info in source.infos if info.persistent}
+def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
+    """Compare names, shapes and dtypes of the source with those that the file was made from.
+
+    Returns:
+        what differs, in words; and, for each stored row, the name to read it by in the source. Of tied names the
+        source may have any: checkpoints commonly hold one of them.
+    """
+    found = {info.name: (info.shape, info.dtype) for info in source.infos}
+    names: dict[str, str] = {}
     problems = []
-    for name in sorted(described.keys() | found.keys()):
-        if name not in found:
-            problems.append(f"{name} is in the file's ledger, not in the source")
-        elif name not in described:
-            problems.append(f"{name} is in the source, not in the file's ledger")
-        elif described[name] != found[name]:
-            problems.append(f"{name} was {described[name]} when the file was made, in the source it is {found[name]}")
-    return problems
+    for row in ledger:
+        if row.name in found:
+            names.setdefault(row.alias_of or row.name, row.name)
+            if found[row.name] != (row.shape, row.dtype):
+                problems.append(
+                    f"{row.name} was {_describe(row.shape, row.dtype)} when the file was made, "
+                    f"in the source it is {_describe(*found[row.name])}"
+                )
+    known = {row.name for row in ledger}
+    problems += [
+        f"{info.name} is in the source, not in the file's ledger" for info in source.infos if info.name not in known
+    ]
+    problems += [
+        f"{row.name} is in the file's ledger, not in the source"
+        for row in ledger
+        if row.alias_of is None and row.persistent and row.name not in names
+    ]
+    return problems, names
+
+
+def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{dtype_name(dtype)} of shape {shape}"
+
+
+def _read(source: Source, names: Mapping[str, str], name: str) -> Tensor | None:
+    """The source's tensor; None for a buffer that no state dict holds."""
+    return source.read(names[name]) if name in names else None

@@ -1,0 +1,171 @@
+"""`Job`: one source on its way to a result; everything a quantizer knows from `prepare` to `reset`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from fewbits.calibration import InputWatch
+from fewbits.checkpoint.saving import Value, save
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.errors import CalibrationError, NumericsError, StateError
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.metrics import Measurement, measure
+from fewbits.observers.base import Observer
+from fewbits.selection.ledger import Ledger, LedgerRow, Progress
+from fewbits.sources.base import Source, Target
+from fewbits.sources.module import ModuleSource
+from fewbits.validation.checks import check_reload, examine
+from fewbits.validation.report import Report
+from fewbits.validation.verify import verify
+
+#: Makes the stored form of one tensor, with its observer if it is to have codes.
+Convert = Callable[[LedgerRow, Tensor, Observer | None], Value]
+
+
+class Job:
+    """What is done with one source.
+
+    Attributes:
+        source: where tensors come from.
+        ledger: their fates.
+        observers: by tensor name, one for each quantized tensor.
+        report: what the last validation found.
+    """
+
+    def __init__(self, source: Source, ledger: Ledger, observers: Mapping[str, Observer]) -> None:
+        self.source, self.ledger, self.observers = source, ledger, observers
+        self.report: Report | None = None
+        self._rows = [row for row in ledger if row.fate != "alias"]
+        self._watch = InputWatch(_watched(source, ledger, observers))
+        self._target: Target | None = None
+        self._done: set[str] = set()
+        self._measured: dict[str, Measurement] = {}
+
+    def convert(
+        self,
+        convert: Convert,
+        serializer: Serializer,
+        *,
+        output: str | os.PathLike[str] | None,
+        measuring: bool,
+        progress: Progress,
+    ) -> object:
+        """Take every row from source to target.
+
+        In place, what a call has done before it failed stays done, and the next one goes on from there.
+
+        Returns:
+            the result, of the kind that the source is.
+
+        Raises:
+            CalibrationError: if an observer needs data and has seen none.
+            NumericsError: naming the tensor that cannot be converted. A file that was begun is gone then.
+        """
+        if unseen := self._watch.unseen():
+            raise CalibrationError(
+                f"no data for {', '.join(unseen)}, whose observers need some; call observe(batches) with inputs that "
+                "reach these layers, or exclude them"
+            )
+        if not self.source.inplace:
+            self._target, self._done, self._measured = None, set(), {}
+        with self._watch.paused():
+            target = self._target = self._target or self.source.target(self.ledger, serializer, output)
+            try:
+                for row in progress("convert", self._rows):
+                    if row.name not in self._done:
+                        self._convert_row(row, target, convert, measuring)
+                return target.finish()
+            except BaseException:
+                target.abort()
+                raise
+
+    def _convert_row(self, row: LedgerRow, target: Target, convert: Convert, measuring: bool) -> None:
+        tensor = self.source.read(row.name)
+        value: Value = tensor if row.spec is None else _named(row, convert, tensor, self.observers.get(row.name))
+        if measuring and row.spec is not None:
+            self._measured[row.name] = measure(tensor, value)
+        target.put(row, value, self._measured.get(row.name))
+        self._done.add(row.name)
+
+    def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
+        """Check the result against the source, the ledger, and itself after a save and a load."""
+        target = self._result()
+        if target.output is not None:
+            self.report = verify(
+                target.output,
+                self.source,
+                serializer=serializer,
+                measured=self._measured,
+                fail_under=fail_under,
+                progress=progress,
+            )
+        else:
+            report = examine(
+                self.ledger,
+                target.value,
+                None if self.source.inplace else self.source.read,
+                measured=self._measured,
+                fail_under=fail_under,
+                progress=progress,
+            )
+            self.report = check_reload(report, self.ledger, target.value, serializer)
+        return self.report
+
+    def save(self, serializer: Serializer, path: str | os.PathLike[str]) -> None:
+        """Write the result, with every figure that was measured."""
+        found = {t.name: t.measurement for t in self.report.tensors if t.measurement} if self.report else {}
+        save(
+            serializer,
+            path,
+            self.ledger,
+            self._result().value,
+            measurements=self._measured | found,
+            architecture=self.source.architecture,
+            extra=self.source.extra,
+        )
+
+    def drop(self) -> None:
+        """Take the hooks off the prepared model."""
+        self._watch.remove()
+
+    def _result(self) -> Target:
+        if self._target is None:
+            raise StateError("there is no result; call convert() first")
+        return self._target
+
+
+def _watched(
+    source: Source, ledger: Ledger, observers: Mapping[str, Observer]
+) -> list[tuple[str, nn.Module, Observer]]:
+    """(weight, module that uses it, its observer) for all observers that need data.
+
+    Raises:
+        CalibrationError: if there is one, and the source has no forward that would show it any.
+    """
+    wanting = {name: observer for name, observer in observers.items() if observer.needs_data}
+    if not wanting:
+        return []
+    if not isinstance(source, ModuleSource):
+        kind = type(next(iter(wanting.values()))).__name__
+        raise CalibrationError(
+            f"{kind} needs data, and a state dict or a file has no forward to see any; prepare the model itself, or "
+            "choose another observer"
+        )
+    holder = {row.name: row.alias_of or row.name for row in ledger}
+    return [
+        (holder[slot.name], slot.module, wanting[holder[slot.name]])
+        for slot in source.slots
+        if holder[slot.name] in wanting
+    ]
+
+
+def _named(row: LedgerRow, convert: Convert, tensor: Tensor, observer: Observer | None) -> Value:
+    """Convert; an error of the numbers gets the tensor's name."""
+    try:
+        return convert(row, tensor, observer)
+    except NumericsError as error:
+        where = f"{row.name}, shape {row.shape}, {dtype_name(row.dtype)}, to {row.scheme}"
+        raise type(error)(f"{where}: {error}") from error
