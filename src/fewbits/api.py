@@ -11,7 +11,7 @@ import attrs
 
 from fewbits.calibration import Forward
 from fewbits.errors import ArgumentError
-from fewbits.quantizers.base import OnFailure, Quantizer
+from fewbits.quantizers.base import OnFailure, Quantizer, check_on_failure
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger, Progress, no_progress
 from fewbits.selection.selector import LayerSelector
@@ -76,6 +76,7 @@ def quantize(
         ArgumentError: for a scheme that does not exist, or arguments that do not go together.
         FewbitsError: what the steps raise; see `Quantizer`.
     """
+    check_on_failure(on_failure)
     quantizer = _quantizer(scheme, include, exclude, options)
     quantizer.prepare(source, inplace=inplace)
     if data is not None:
@@ -95,7 +96,7 @@ def _quantizer(
             given = ", ".join([*(["include"] if include else []), *(["exclude"] if exclude else []), *options])
             raise ArgumentError(f"{given}: pass these to the quantizer itself, {type(scheme).__name__}(...)")
         return scheme
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         near = difflib.get_close_matches(str(scheme), SCHEMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ArgumentError(f"there is no scheme {scheme!r}; there are {', '.join(map(repr, SCHEMES))}{hint}")

@@ -52,7 +52,8 @@ class InputWatch:
     def attach(self) -> None:
         """Begin to watch."""
         self._handles = [
-            module.register_forward_pre_hook(self._hook(name, observer)) for name, module, observer in self._layers
+            module.register_forward_pre_hook(self._hook(name, observer), with_kwargs=True)
+            for name, module, observer in self._layers
         ]
 
     def remove(self) -> None:
@@ -75,11 +76,12 @@ class InputWatch:
         """The names of the weights whose layers have had no input so far."""
         return [name for name, inputs in self._seen.items() if not inputs]
 
-    def _hook(self, name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def show(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
+    def _hook(self, name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            if first is not None:
                 self._seen[name] += 1
-                observer.observe_input(inputs[0].detach())
+                observer.observe_input(first.detach())
 
         return show
 

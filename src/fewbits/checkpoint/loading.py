@@ -14,8 +14,10 @@ from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import MismatchError
 from fewbits.nn.stored import store
-from fewbits.nn.swap import attach, obstacle_to
+from fewbits.nn.swap import attach, obstacle_to, refuse_quantized
 from fewbits.nn.walk import Slot, slots
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import LedgerRow
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -58,12 +60,14 @@ def load(
     if into is None:
         checkpoint.check(check)
         return checkpoint.values()
-    places = _places(checkpoint, into)
+    refuse_quantized(into, MismatchError)
     checkpoint.check(check)
+    places = _places(checkpoint, into)
     # All are read before the first is put: a file that fails here leaves the model as it was.
     values = [(row, checkpoint.value(row.name)) for row in checkpoint.stored_rows()]
     for row, value in values:
-        _put(row, value, places[row.name])
+        if places[row.name]:
+            _put(row, value, places[row.name])
     return into
 
 
@@ -74,12 +78,19 @@ def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
     places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.stored_rows()}
     home = {id(by_name[name].tensor): row.alias_of or name for name, row in rows.items() if name in by_name}
     problems = [f"{name} is in the file, not in the model" for name in rows if name not in by_name]
+    takers: dict[tuple[int, str], str] = {}
     for name, slot in by_name.items():
         row = rows.get(name)
         # A name that the file lacks is filled all the same if the model ties it to one that the file has.
         stored = home.get(id(slot.tensor)) if row is None else row.alias_of or name
         if stored is not None:
-            places[stored].append(slot)
+            place = (id(slot.module), slot.local)
+            first = takers.get(place)
+            if first is None:  # a module at two paths is filled once
+                takers[place] = stored
+                places[stored].append(slot)
+            elif first != stored and not same_bits(checkpoint.value(first), checkpoint.value(stored)):
+                problems.append(f"{name} and {first} are one tensor in the model, two different ones in the file")
             problems += _misfits(rows[stored], slot)
         elif slot.persistent:
             problems.append(f"{name} is in the model, not in the file")
@@ -93,23 +104,30 @@ def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
 
 
 def _misfits(row: LedgerRow, slot: Slot) -> list[str]:
+    if nn.parameter.is_lazy(slot.tensor):
+        return [f"{slot.name} is not initialized in the model; run it once before loading"]
     if tuple(slot.tensor.shape) != row.shape:
         return [f"{slot.name} has shape {row.shape} in the file, {tuple(slot.tensor.shape)} in the model"]
+    if slot.tensor.is_floating_point() != row.dtype.is_floating_point:
+        return [f"{slot.name} is {dtype_name(row.dtype)} in the file, {dtype_name(slot.tensor.dtype)} in the model"]
     obstacle = None if row.spec is None else obstacle_to(slot.module, slot.local)
-    return [f"{slot.name} is {row.scheme} in the file, but {obstacle}"] if obstacle else []
+    return (
+        [f"{slot.name} is {row.scheme} in the file, but {obstacle}: exclude it, or load without into="]
+        if obstacle
+        else []
+    )
 
 
 def _put(row: LedgerRow, value: Value, places: Sequence[Slot]) -> None:
     """Put one value into all its places; they share it from then on."""
-    distinct = {(id(slot.module), slot.local): slot for slot in places}.values()
     device = places[0].tensor.device if not places[0].tensor.is_meta else torch.device("cpu")
     if row.spec is not None:
         stored = store(value, row.dtype).to(device)
-        for slot in distinct:
+        for slot in places:
             attach(slot.module, slot.local, stored)
     elif isinstance(value, Tensor):
         value = value.to(device)
-        trains = any(slot.is_parameter and slot.tensor.requires_grad for slot in distinct)
+        trains = any(slot.is_parameter and slot.tensor.requires_grad for slot in places)
         parameter = nn.Parameter(value, requires_grad=trains)
-        for slot in distinct:
+        for slot in places:
             slot.fill(parameter if slot.is_parameter else value)

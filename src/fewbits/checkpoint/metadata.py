@@ -29,10 +29,13 @@ _PLACEHOLDER_DIGEST = "0" * 64
 #: No float is longer in JSON.
 _LONGEST_FLOAT = -2.2250738585072014e-308
 
+_is = attrs.validators.instance_of
+_maps_strings = attrs.validators.deep_mapping(_is(str), _is(str), _is(dict))
+
 
 @attrs.frozen
 class Metrics:
-    """What was measured about one tensor, rounded for the file.
+    """What was measured about one tensor, rounded for the file; None for a figure that is not finite.
 
     Attributes:
         sqnr_db: signal to noise; None where there is no error at all.
@@ -41,17 +44,16 @@ class Metrics:
         worst_bound_ratio: the largest error over its own bound.
     """
 
-    sqnr_db: float | None
-    max_abs_error: float
-    cosine: float
-    worst_bound_ratio: float
+    sqnr_db: float | None = attrs.field(validator=_is((float, int, type(None))))
+    max_abs_error: float | None = attrs.field(validator=_is((float, int, type(None))))
+    cosine: float | None = attrs.field(validator=_is((float, int, type(None))))
+    worst_bound_ratio: float | None = attrs.field(validator=_is((float, int, type(None))))
 
     @classmethod
     def of(cls, measurement: Measurement) -> Metrics:
         """Six significant digits of each figure."""
         figures = (measurement.sqnr_db, measurement.max_abs_error, measurement.cosine, measurement.worst_bound_ratio)
-        rounded = [float(f"{figure:.6g}") for figure in figures]
-        return cls(None if math.isinf(rounded[0]) else rounded[0], *rounded[1:])
+        return cls(*(float(f"{figure:.6g}") if math.isfinite(figure) else None for figure in figures))
 
     def to_dict(self) -> dict[str, float | None]:
         """The figures by name."""
@@ -72,10 +74,12 @@ class Metadata:
     """
 
     ledger: Ledger
-    architecture: str | None
+    architecture: str | None = attrs.field(validator=_is((str, type(None))))
     metrics: Mapping[str, Metrics]
-    digests: Mapping[str, str]
-    versions: Mapping[str, str] = attrs.field(factory=lambda: {"fewbits": __version__, "torch": torch.__version__})
+    digests: Mapping[str, str] = attrs.field(validator=_maps_strings)
+    versions: Mapping[str, str] = attrs.field(
+        factory=lambda: {"fewbits": __version__, "torch": str(torch.__version__)}, validator=_maps_strings
+    )
     extra: Mapping[str, str] = attrs.field(factory=dict)
 
     @classmethod

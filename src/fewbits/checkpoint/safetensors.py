@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewbits.checkpoint.serializer import Entry, Header, Reader, Serializer, Writer
-from fewbits.errors import ArgumentError, CheckpointError, FormatError
+from fewbits.errors import ArgumentError, CheckpointError, FewbitsError, FormatError
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.tensor import in_memory
 
 #: The payload starts at a multiple of this, so that mapped codes are aligned for any kernel.
 ALIGNMENT = 64
@@ -63,23 +64,32 @@ class _SafetensorsWriter(Writer):
             position += entry.nbytes
         reserved = len(self._header(header.metadata))
         self._payload = -(-(8 + reserved) // ALIGNMENT) * ALIGNMENT
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        if path.is_dir():
-            raise ArgumentError(f"{path} is a directory; give the path of the file to write")
+        self._temporary = path.parent / f".fewbits-{secrets.token_hex(8)}.tmp"
         with _as_checkpoint_error(f"{path} cannot be written"):
+            if path.is_dir():
+                raise ArgumentError(f"{path} is a directory; give the path of the file to write")
             self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115  (closed by close or abort)
-            os.truncate(self._file.fileno(), self._payload + position)
+            try:
+                os.truncate(self._file.fileno(), self._payload + position)
+            except OSError:
+                self.abort()
+                raise
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         fields: dict[str, object] = {"__metadata__": dict(metadata)}
         for name, entry in self._entries.items():
+            if name == "__metadata__":
+                raise FormatError(f"{self._path}: no tensor in a safetensors file may be named {name!r}; rename it")
             start = self._offsets[name]
             fields[name] = {
                 "dtype": _code_of(entry.dtype, name),
                 "shape": list(entry.shape),
                 "data_offsets": [start, start + entry.nbytes],
             }
-        return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        try:
+            return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise FormatError(f"{self._path}: a name cannot be written as UTF-8: {error}") from None
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor's bytes at its place."""
@@ -91,7 +101,7 @@ class _SafetensorsWriter(Writer):
                 f"{name} has shape {tuple(tensor.shape)} in {dtype_name(tensor.dtype)}; the header of {self._path} "
                 f"announces {entry.shape} in {dtype_name(entry.dtype)}"
             )
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = in_memory(tensor)
         with _as_checkpoint_error(f"{self._path}: writing {name} failed"):
             self._put(tensor_bytes(tensor), self._payload + self._offsets[name])
         self._missing.discard(name)
@@ -126,9 +136,13 @@ class _SafetensorsWriter(Writer):
 class _SafetensorsReader(Reader):
     def __init__(self, path: Path) -> None:
         self._path = path
-        if not path.is_file():
-            what = "is a directory" if path.is_dir() else "does not exist"
-            raise CheckpointError(f"{path} {what}; give the path of a safetensors file")
+        with _as_checkpoint_error(f"{path} cannot be read"):
+            if not path.is_file():
+                what = "is a directory" if path.is_dir() else "does not exist"
+                raise CheckpointError(f"{path} {what}; give the path of a safetensors file")
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
         try:
             opened: Any = safe_open  # the library's stubs leave its methods untyped
             self._file = opened(path, framework="pt")
@@ -136,8 +150,6 @@ class _SafetensorsReader(Reader):
             self.entries = {name: self._entry(name) for name in self._file.keys()}  # noqa: SIM118  (not a dict)
         except SafetensorError as error:
             raise FormatError(f"{path} is not a valid safetensors file: {error}") from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def _entry(self, name: str) -> Entry:
         described = self._file.get_slice(name)
@@ -179,8 +191,10 @@ def _sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def _as_checkpoint_error(what: str) -> Iterator[None]:
-    """Wrap an OSError once, with what was being done."""
+    """Wrap an error of the system once, with what was being done. A path with a NUL in it is a ValueError."""
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(f"{what}: {error.strerror or error}") from error
+    except FewbitsError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{what}: {getattr(error, 'strerror', None) or error}") from error

@@ -14,7 +14,7 @@ from fewbits.checkpoint.safetensors import tensor_bytes
 from fewbits.checkpoint.serializer import Header, Reader, Serializer
 from fewbits.errors import DigestError, FormatError
 from fewbits.numerics.metrics import Measurement
-from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.numerics.tensor import QuantizedTensor, in_memory
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 #: The stored form of one tensor.
@@ -67,7 +67,7 @@ class CheckpointWriter:
                     f"{name} has shape {tuple(tensor.shape)} in {tensor.dtype}, the ledger announced "
                     f"{announced.get(name)}; the model has changed since it was quantized"
                 )
-            tensor = tensor.detach().cpu().contiguous()
+            tensor = in_memory(tensor)
             self._digests[name] = digest(tensor)
             self._writer.write(name, tensor)
         if measurement is not None:
@@ -123,15 +123,20 @@ def value_tensors(name: str, value: Value) -> dict[str, Tensor]:
     return {name: value}
 
 
+def value_digest(value: Value) -> str:
+    """One SHA-256 over all tensors of a value, in hexadecimal."""
+    return hashlib.sha256("".join(map(digest, value_tensors("", value).values())).encode()).hexdigest()
+
+
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a contiguous CPU tensor, in hexadecimal."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    """SHA-256 of the bytes of a tensor, in hexadecimal."""
+    return hashlib.sha256(tensor_bytes(in_memory(tensor))).hexdigest()
 
 
 def wrong_digests(reader: Reader, digests: Mapping[str, str]) -> Iterator[str]:
     """The names of the tensors whose bytes do not have their digest."""
     for name, expected in digests.items():
-        if digest(reader.read(name).contiguous()) != expected:
+        if digest(reader.read(name)) != expected:
             yield name
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewbits.errors import FormatError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
-from fewbits.numerics.tensor import QuantizedTensor, decode_packed, unpack_zero_point
+from fewbits.numerics.tensor import QuantizedTensor, decode_packed, narrow, unpack_zero_point
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Self = TypeVar("_Self", bound="StoredWeight")
@@ -116,7 +116,7 @@ class PackedWeight(StoredWeight):
         """The weight in its own shape, computed in float32 (float64 for float64 scales) and cast to `dtype`."""
         zero_point = unpack_zero_point(self.zero_point, self.scale, self.spec)
         matrix = decode_packed(self.packed, self.scale, zero_point, self.spec, self.layout.columns)
-        return self.layout.from_matrix(matrix.to(dtype or self.dtype))
+        return self.layout.from_matrix(narrow(matrix, dtype or self.dtype))
 
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a weight that is a matrix: (len(index), columns)."""
@@ -125,7 +125,7 @@ class PackedWeight(StoredWeight):
             scale = scale.index_select(0, index)
             zero_point = None if zero_point is None else zero_point.index_select(0, index)
         packed = self.packed.index_select(0, index)
-        return decode_packed(packed, scale, zero_point, self.spec, self.layout.columns).to(dtype)
+        return narrow(decode_packed(packed, scale, zero_point, self.spec, self.layout.columns), dtype)
 
 
 class CastWeight(StoredWeight):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fewbits.errors import SourceError
+from fewbits.errors import FewbitsError, SourceError
 from fewbits.nn import modules as quantized
 from fewbits.nn.modules import SUFFIX, QuantizedModule, stored_weights
 from fewbits.nn.stored import StoredWeight
@@ -58,6 +58,17 @@ def layout_of(module: nn.Module, weight: Tensor) -> Layout:
     # (groups, inputs of a group, outputs of a group, kernel...): every output of every group is a row.
     view = (module.groups, shape[0] // module.groups, *shape[1:])
     return Layout.of(shape, view=view, inputs=(1, *range(3, len(view))))
+
+
+def refuse_quantized(model: nn.Module, error: type[FewbitsError]) -> None:
+    """Raise this error if any module of the model is quantized."""
+    names = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
+    if names:
+        more = f" and {len(names) - 1} more modules are" if names[1:] else " is"
+        raise error(
+            f"{names[0] or 'the root module'}{more} quantized already; take a float model, "
+            "such as fewbits.dequantize(model) gives"
+        )
 
 
 def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import attrs
 from torch import Tensor, nn
 
 from fewbits.errors import SourceError
+from fewbits.nn.storage import storage_key
 
 
 @attrs.frozen(eq=False)
@@ -33,7 +34,7 @@ class Slot:
 
     def fill(self, tensor: Tensor) -> None:
         """Put another parameter or buffer in its place."""
-        (self.module._parameters if self.is_parameter else self.module._buffers)[self.local] = tensor  # type: ignore[assignment]
+        setattr(self.module, self.local, tensor)
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
@@ -59,12 +60,14 @@ def structural_copy(model: nn.Module) -> nn.Module:
         SourceError: if something in the model refuses to be copied.
     """
     memo: dict[int, Tensor] = {}
+    clones: dict[Hashable, Tensor] = {}
     for slot in slots(model):
         tensor = slot.tensor
         if type(tensor) is nn.Parameter:
             memo.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
         elif type(tensor) is Tensor:
-            memo.setdefault(id(tensor), tensor.detach().clone())
+            key = storage_key(tensor)
+            memo[id(tensor)] = clones[key] = clones[key] if key in clones else tensor.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

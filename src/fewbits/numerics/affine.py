@@ -33,7 +33,8 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
     """The smallest scale, and its zero point, with which everything between `low` and `high` is in range.
 
     Scales are computed in float64 and rounded once, to ``spec.scale_dtype``. One below that dtype's smallest normal
-    number is raised to it, and where rounding down would clip `low` or `high` the next number up is taken.
+    number is raised to it. Where rounding down would clip `low` or `high` the next number up is taken, and where
+    rounding up would let the largest code stand for Inf the next one down.
 
     Args:
         low: at most zero; any shape.
@@ -55,7 +56,11 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
     clips = (high > scale.double() * (spec.code_max - zero_point + 0.5)) | (
         low < scale.double() * (spec.code_min - zero_point - 0.5)
     )
-    scale = torch.where(clips, _next_up(scale), scale)
+    scale = torch.where(clips, _neighbour(scale, 1), scale)
+    # The largest code must not stand for Inf.
+    reach = spec.code_max if spec.symmetric else torch.maximum(spec.code_max - zero_point, zero_point - spec.code_min)
+    overflows = scale.double() * reach > torch.finfo(compute_dtype(scale.dtype)).max
+    scale = torch.where(overflows & torch.isfinite(scale), _neighbour(scale, -1), scale)
     if not torch.isfinite(scale).all():
         worst = float(torch.maximum(-low, high).max())
         raise RangeError(
@@ -175,6 +180,6 @@ def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return (spec.code_min - low / scale.double()).round_().clamp_(spec.code_min, spec.code_max)
 
 
-def _next_up(x: Tensor) -> Tensor:
-    """The next representable number above a positive one."""
-    return (x.view(_SAME_WIDTH_INT[x.element_size()]) + 1).view(x.dtype)
+def _neighbour(x: Tensor, steps: int) -> Tensor:
+    """The representable number so many steps above (or below) a positive one."""
+    return (x.view(_SAME_WIDTH_INT[x.element_size()]) + steps).view(x.dtype)

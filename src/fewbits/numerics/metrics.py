@@ -37,6 +37,8 @@ class Measurement:
         code_max: the largest.
         scale_min: the smallest magnitude of a scale; None for a cast.
         scale_max: the largest.
+        unit: what signal, noise, dot and decoded are sums of squares in: a power of two, 1 for all but float64
+            tensors, whose squares can leave the range of float64.
     """
 
     elements: int
@@ -51,6 +53,7 @@ class Measurement:
     code_max: int | None = None
     scale_min: float | None = None
     scale_max: float | None = None
+    unit: float = 1.0
 
     @property
     def sqnr_db(self) -> float:
@@ -72,13 +75,19 @@ def sqnr_db(signal: float, noise: float) -> float:
     """
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    if signal == 0 or math.isinf(noise):
+        return -math.inf
+    return 10 * (math.log10(signal) - math.log10(noise))
 
 
 def pooled_sqnr_db(measurements: Iterable[Measurement]) -> float:
     """SQNR over several tensors: their signals and noises added up before the division."""
     measurements = list(measurements)
-    return sqnr_db(math.fsum(m.signal for m in measurements), math.fsum(m.noise for m in measurements))
+    unit = max((m.unit for m in measurements), default=1.0)
+    weighed = [(m, (m.unit / unit) ** 2) for m in measurements]
+    return sqnr_db(
+        math.fsum(m.signal * share for m, share in weighed), math.fsum(m.noise * share for m, share in weighed)
+    )
 
 
 def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
@@ -93,12 +102,12 @@ def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
     """
     if tuple(original.shape) != tuple(stored.shape) or not original.numel():
         raise ArgumentError(f"a tensor of shape {tuple(original.shape)} cannot be compared with {tuple(stored.shape)}")
+    unit = _unit(original)
     if not isinstance(stored, QuantizedTensor):
-        return _compare(_cast_blocks(original, stored))
+        return _compare(_cast_blocks(original, stored), unit)
     scale = stored.scale.abs()
-    return attrs.evolve(
-        _compare(_quantized_blocks(original, stored)), scale_min=float(scale.min()), scale_max=float(scale.max())
-    )
+    measured = _compare(_quantized_blocks(original, stored), unit)
+    return attrs.evolve(measured, scale_min=float(scale.min()), scale_max=float(scale.max()))
 
 
 @attrs.frozen(eq=False)
@@ -134,7 +143,16 @@ def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:
         yield _Block(start, x, decoded.read(start, stop).double(), bound)
 
 
-def _compare(blocks: Iterable[_Block]) -> Measurement:
+def _unit(original: Tensor) -> float:
+    """A power of two near the largest magnitude of a float64 tensor; 1 for the other dtypes."""
+    if original.dtype != torch.float64:
+        return 1.0
+    blocks = WeightMatrix(original, Layout.of(original.shape)).blocks()
+    largest = max(_largest(rows.abs()) for _, _, rows in blocks)
+    return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000) if math.isfinite(largest) else 1.0
+
+
+def _compare(blocks: Iterable[_Block], unit: float) -> Measurement:
     sums: list[list[float]] = []
     codes: list[int] = []
     elements, worst_error, worst_ratio, broken = 0, 0.0, 0.0, None
@@ -151,6 +169,7 @@ def _compare(blocks: Iterable[_Block]) -> Measurement:
         elements += x.numel()
         worst_error = max(worst_error, _largest(error))
         worst_ratio = max(worst_ratio, _largest(error / block.bound))
+        x, decoded, error = x / unit, decoded / unit, error / unit
         sums.append([_sum(t) for t in (x * x, error.square_(), x * decoded, decoded.square_())])
     signal, noise, dot, power = (math.fsum(terms) for terms in zip(*sums, strict=True))
     return Measurement(
@@ -164,6 +183,7 @@ def _compare(blocks: Iterable[_Block]) -> Measurement:
         broken_at=broken,
         code_min=min(codes, default=None),
         code_max=max(codes, default=None),
+        unit=unit,
     )
 
 

@@ -79,7 +79,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     rows = packed.shape[0]
     per_unit, unit_bytes = _UNITS[bits]
     units = -(-columns // per_unit)
-    stream = packed.contiguous().reshape(-1).view(torch.uint8).reshape(rows, -1)
+    stream = packed.contiguous().reshape(-1).view(torch.uint8).reshape(rows, packed.shape[1] * 4)
     if units * unit_bytes > stream.shape[1]:
         stream = F.pad(stream, (0, units * unit_bytes - stream.shape[1]))
     data = stream[:, : units * unit_bytes].reshape(rows, units, unit_bytes).unbind(-1)

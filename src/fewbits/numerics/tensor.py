@@ -131,16 +131,29 @@ class QuantizedTensor:
             dtype: what to cast the result to; None stands for the source's dtype.
         """
         matrix = decode_packed(self.packed, self.scale, self.zero_points(), self.spec, self.layout.columns)
-        return self.layout.from_matrix(matrix.to(dtype or self.dtype))
+        return self.layout.from_matrix(narrow(matrix, dtype or self.dtype))
 
     def equal(self, other: QuantizedTensor) -> bool:
         """Whether the other one is the same, bit for bit."""
         mine, theirs = self.parts(), other.parts()
-        return (
-            (self.spec, self.layout, self.dtype) == (other.spec, other.layout, other.dtype)
-            and mine.keys() == theirs.keys()
-            and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        return (self.spec, self.layout, self.dtype) == (other.spec, other.layout, other.dtype) and all(
+            same_bits(mine[name], theirs[name]) for name in mine
         )
+
+
+def same_bits(a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor) -> bool:
+    """Whether two stored forms are equal bit for bit; NaN equals itself."""
+    if isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor):
+        return isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor) and a.equal(b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = in_memory(a), in_memory(b)
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) if a.numel() else True
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor as contiguous bytes in the CPU's memory, nothing left to be computed; itself if it is that already."""
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -190,3 +203,9 @@ def decode_packed(packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec
         columns: how many codes a row has.
     """
     return decode(unpack(packed, spec.bits, columns), scale, zero_point, spec, compute_dtype(scale.dtype))
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cast in which what rounds to Inf becomes the largest number: no weight was Inf before it was quantized."""
+    limit = torch.finfo(dtype).max
+    return (x.clamp(-limit, limit) if limit < torch.finfo(x.dtype).max else x).to(dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal, final, get_args
 
 import attrs
 import torch
@@ -30,7 +30,7 @@ from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
 from fewbits.quantizers.plan import plan
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger, LedgerRow, Progress, no_progress
-from fewbits.selection.selector import Decision, LayerSelector, Selector, TypeRule, is_of_type, type_name
+from fewbits.selection.selector import Decision, LayerSelector, Selector, TypeRule, check_types, is_of_type, type_name
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
 from fewbits.validation.report import CRITICAL_DB, Report
@@ -53,7 +53,7 @@ class Quantizer(ABC):
         scale_dtype: the dtype of all scales; None stands for each weight's own.
 
     Attributes:
-        name: what the scheme is called in tables and on the command line.
+        name: what the scheme is called in tables and messages; the name of the class unless it is set.
         default_skip: classes that this scheme keeps unless asked.
     """
 
@@ -62,7 +62,9 @@ class Quantizer(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        overridden = sorted(TRANSITIONS.keys() & vars(cls).keys())
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
+        overridden = [call for call in TRANSITIONS if getattr(cls, call) is not getattr(Quantizer, call)]
         if overridden:
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(overridden)}; the lifecycle is final: override spec, spec_for or "
@@ -78,10 +80,12 @@ class Quantizer(ABC):
         skip_types: Sequence[TypeRule] | None = None,
         scale_dtype: torch.dtype | None = None,
     ) -> None:
-        self.observer = _instance("observer", observer, Observer) or MinMaxObserver()
-        self.selector = _instance("selector", selector, Selector) or LayerSelector()
-        self.serializer = _instance("serializer", serializer, Serializer) or SafetensorsSerializer()
-        self.skip_types = tuple(self.default_skip if skip_types is None else skip_types)
+        self.observer: Observer = _instance("observer", observer, Observer, MinMaxObserver)
+        self.selector: Selector = _instance("selector", selector, Selector, LayerSelector)
+        self.serializer: Serializer = _instance("serializer", serializer, Serializer, SafetensorsSerializer)
+        self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
+        if scale_dtype is not None and isinstance(self.spec, CastSpec):
+            raise ArgumentError(f"{self.name} has no scales; scale_dtype goes with schemes that have")
         self.scale_dtype = scale_dtype
         self._state = State.CREATED
         self._job: Job | None = None
@@ -164,7 +168,7 @@ class Quantizer(ABC):
         guard(self._state, "prepare")
         opened = open_source(source, inplace=inplace)
         infos = [attrs.evolve(info, skip=self._skip_reason(info)) for info in opened.infos]
-        ledger = plan(infos, self.selector.select(infos), self._choose)
+        ledger = plan(infos, list(self.selector.select(infos)), self._choose)
         observers = {row.name: self.observer.fresh() for row in ledger if isinstance(row.spec, QuantSpec)}
         self._job = Job(opened, ledger, observers)
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
@@ -241,8 +245,7 @@ class Quantizer(ABC):
             ArgumentError: for another value of `on_failure`.
         """
         job = self._guarded("validate")
-        if on_failure not in ("error", "warn", "ignore"):
-            raise ArgumentError(f"on_failure must be 'error', 'warn' or 'ignore', not {on_failure!r}")
+        check_on_failure(on_failure)
         report = job.examine(self.serializer, fail_under, progress)
         for warning in report.warnings:
             emit("warning", "low_sqnr", scheme=self.name, finding=warning)
@@ -310,6 +313,10 @@ class Quantizer(ABC):
             raise ArgumentError(f"{row.name} is {row.fate}; only quantized and cast tensors are converted")
         weight = WeightMatrix(tensor, row.layout)
         value = self.quantize_tensor(weight, row.spec, observer)
+        if not isinstance(value, QuantizedTensor):
+            raise NumericsError(
+                f"{type(self).__name__}.quantize_tensor returned a {type(value).__name__}, not a QuantizedTensor"
+            )
         if (value.spec, value.layout, value.dtype) != (row.spec, row.layout, row.dtype):
             raise NumericsError(
                 f"{type(self).__name__}.quantize_tensor returned {value.spec} of shape {value.shape} in "
@@ -318,12 +325,24 @@ class Quantizer(ABC):
         return value
 
 
-def _instance(name: str, value: Any, expected: type) -> Any:
-    """A strategy, if it is one (the usual mistake is to pass its class).
+def check_on_failure(on_failure: str) -> None:
+    """Refuse what `Quantizer.validate` does not know.
+
+    Raises:
+        ArgumentError: listing what it knows.
+    """
+    if on_failure not in get_args(OnFailure):
+        raise ArgumentError(f"on_failure must be 'error', 'warn' or 'ignore', not {on_failure!r}")
+
+
+def _instance(name: str, value: Any, expected: type, default: Callable[[], Any]) -> Any:
+    """A strategy, if it is one (the usual mistake is to pass its class); the default for None.
 
     Raises:
         ArgumentError: if it is something else.
     """
-    if value is not None and not isinstance(value, expected):
+    if value is None:
+        return default()
+    if not isinstance(value, expected):
         raise ArgumentError(f"{name} must be an instance of {expected.__name__}, not {value!r}")
     return value

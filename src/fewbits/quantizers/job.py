@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from fewbits.calibration import InputWatch
-from fewbits.checkpoint.saving import Value, save
+from fewbits.checkpoint.saving import Value, save, value_digest
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CalibrationError, NumericsError, StateError
 from fewbits.numerics.dtypes import dtype_name
@@ -43,6 +43,7 @@ class Job:
         self._target: Target | None = None
         self._done: set[str] = set()
         self._measured: dict[str, Measurement] = {}
+        self._digests: dict[str, str] = {}
 
     def convert(
         self,
@@ -87,6 +88,7 @@ class Job:
         value: Value = tensor if row.spec is None else _named(row, convert, tensor, self.observers.get(row.name))
         if measuring and row.spec is not None:
             self._measured[row.name] = measure(tensor, value)
+            self._digests[row.name] = value_digest(value)
         target.put(row, value, self._measured.get(row.name))
         self._done.add(row.name)
 
@@ -107,12 +109,21 @@ class Job:
                 self.ledger,
                 target.value,
                 None if self.source.inplace else self.source.read,
-                measured=self._measured,
+                measured=self._measured if self.source.inplace else {},
+                damaged=self._changed(target) if self.source.inplace else {},
                 fail_under=fail_under,
                 progress=progress,
             )
             self.report = check_reload(report, self.ledger, target.value, serializer)
         return self.report
+
+    def _changed(self, target: Target) -> dict[str, str]:
+        """What has changed since it was measured in `convert`, when the source was still there."""
+        return {
+            name: "it is not what was measured when it was converted"
+            for name, digest in self._digests.items()
+            if value_digest(target.value(name)) != digest
+        }
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str]) -> None:
         """Write the result, with every figure that was measured."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 import torch
@@ -13,9 +13,24 @@ import torch
 from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import dtype_from_name, dtype_name
 from fewbits.numerics.layout import Layout
-from fewbits.numerics.spec import Spec, spec_from_dict
+from fewbits.numerics.spec import CastSpec, QuantSpec, Spec, spec_from_dict
 
 Fate = Literal["quantized", "cast", "kept", "alias"]
+
+#: fate -> (type of the spec, whether there is a layout, whether it is an alias).
+_KINDS = {
+    "quantized": (QuantSpec, True, False),
+    "cast": (CastSpec, False, False),
+    "kept": (type(None), False, False),
+    "alias": (type(None), False, True),
+}
+
+_is = attrs.validators.instance_of
+
+
+def _is_size(_: object, attribute: attrs.Attribute[int], value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ArgumentError(f"{attribute.name} must be an integer from 0 up, not {value!r}")
 
 
 @attrs.frozen
@@ -37,17 +52,29 @@ class LedgerRow:
         persistent: whether the source's state dict has it.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    fate: Fate
-    reason: str
-    bytes_before: int
-    bytes_after: int
-    spec: Spec | None = None
-    layout: Layout | None = None
-    alias_of: str | None = None
-    persistent: bool = True
+    name: str = attrs.field(validator=_is(str))
+    shape: tuple[int, ...] = attrs.field(validator=attrs.validators.deep_iterable(_is_size, _is(tuple)))
+    dtype: torch.dtype = attrs.field(validator=_is(torch.dtype))
+    fate: Fate = attrs.field(validator=attrs.validators.in_(get_args(Fate)))
+    reason: str = attrs.field(validator=_is(str))
+    bytes_before: int = attrs.field(validator=_is_size)
+    bytes_after: int = attrs.field(validator=_is_size)
+    spec: Spec | None = attrs.field(default=None, validator=_is((QuantSpec, CastSpec, type(None))))
+    layout: Layout | None = attrs.field(default=None, validator=_is((Layout, type(None))))
+    alias_of: str | None = attrs.field(default=None, validator=_is((str, type(None))))
+    persistent: bool = attrs.field(default=True, validator=_is(bool))
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse a row whose fields contradict one another.
+
+        Raises:
+            ArgumentError: if spec, layout or alias do not go with the fate, or the layout is for another shape.
+        """
+        kinds = (type(self.spec), self.layout is not None, self.alias_of is not None)
+        if kinds != _KINDS[self.fate] or (self.layout is not None and self.layout.shape != self.shape):
+            raise ArgumentError(
+                f"{self.name}: spec, layout and alias_of do not go with a tensor of {self.shape} that is {self.fate}"
+            )
 
     @property
     def scheme(self) -> str:
@@ -95,11 +122,28 @@ class Ledger:
 
     rows: tuple[LedgerRow, ...] = attrs.field(converter=_rows)
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse rows that contradict one another.
+
+        Raises:
+            ArgumentError: if two have one name, or an alias is not of a row that holds a tensor.
+        """
+        holders = {row.name for row in self.rows if row.alias_of is None}
+        if len({row.name for row in self.rows}) != len(self.rows):
+            raise ArgumentError("two rows of the ledger have the same name")
+        for row in self.rows:
+            if row.alias_of is not None and row.alias_of not in holders:
+                raise ArgumentError(f"{row.name} is an alias of {row.alias_of!r}, which holds no tensor")
+
     def __iter__(self) -> Iterator[LedgerRow]:
         return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the source has a tensor of that name."""
+        return any(row.name == name for row in self.rows)
 
     def __getitem__(self, name: str) -> LedgerRow:
         """The row of the tensor of that name.

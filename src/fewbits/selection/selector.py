@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import attrs
 
@@ -72,8 +72,8 @@ class LayerSelector(Selector):
     ) -> None:
         self._include = _patterns("include", include)
         self._exclude = _patterns("exclude", exclude) + _patterns("modules_to_not_convert", modules_to_not_convert)
-        self._include_types = _types("include_types", include_types)
-        self._exclude_types = _types("exclude_types", exclude_types)
+        self._include_types = check_types("include_types", include_types)
+        self._exclude_types = check_types("exclude_types", exclude_types)
 
     def select(self, infos: Sequence[TensorInfo]) -> Sequence[Decision]:
         """One decision for every tensor, in the same order."""
@@ -124,14 +124,19 @@ def _which(info: TensorInfo, patterns: Sequence[Pattern], types: Sequence[TypeRu
 
 
 def _patterns(rule: str, texts: Sequence[str]) -> tuple[Pattern, ...]:
-    if isinstance(texts, str):
-        raise SelectionError(f"{rule} is a sequence of patterns, not one string: write [{texts!r}]")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise SelectionError(f"{rule} is a sequence of patterns, such as ['lm_head'], not {texts!r}")
     return tuple(Pattern(text) for text in texts)
 
 
-def _types(rule: str, types: Sequence[TypeRule]) -> tuple[TypeRule, ...]:
-    if isinstance(types, (str, type)):
-        raise SelectionError(f"{rule} is a sequence of classes or their names, not one: write [{type_name(types)}]")
+def check_types(rule: str, types: Sequence[TypeRule]) -> tuple[TypeRule, ...]:
+    """A sequence of classes or their names, if it is one.
+
+    Raises:
+        SelectionError: naming the rule and what it was given.
+    """
+    if isinstance(types, (str, type)) or not isinstance(types, Iterable):
+        raise SelectionError(f"{rule} is a sequence of classes or their names, such as [nn.Embedding], not {types!r}")
     for entry in types:
         if not isinstance(entry, (str, type)):
             raise SelectionError(f"{rule} holds classes or their names, not {entry!r}")

@@ -36,7 +36,7 @@ class FileSource(Source):
         if is_fewbits_file(metadata):
             raise SourceError(f"{path} was written by fewbits and is quantized already; give the float checkpoint")
         self.extra = {key: value for key, value in metadata.items() if not is_own_key(key) and key != "format"}
-        self.infos = tuple(entry_info(name, e.shape, e.dtype) for name, e in self._reader.entries.items())
+        self.infos = tuple(entry_info(name, e.shape, e.dtype) for name, e in sorted(self._reader.entries.items()))
 
     def read(self, name: str) -> Tensor:
         """One of its tensors, an alias of the mapped file."""
@@ -50,7 +50,7 @@ class FileSource(Source):
         """A file that appears at `output` when it is complete."""
         if output is None:
             raise ArgumentError(f"quantizing the file {self.path} needs output=, the path of the file to write")
-        if Path(output).resolve() == self.path.resolve():
+        if os.path.exists(output) and os.path.samefile(output, self.path):
             raise ArgumentError(f"{output} is the source itself; give another path to write to")
         return FileTarget(output, CheckpointWriter(serializer, output, ledger, extra=self.extra), serializer)
 

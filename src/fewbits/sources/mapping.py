@@ -11,16 +11,16 @@ from torch import Tensor
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, SourceError
+from fewbits.nn.storage import overlaps, storage_key
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.base import Source, Target
-from fewbits.sources.storage import overlaps, storage_key
 
 
 class MappingSource(Source):
-    """A state dict, or any mapping from name to tensor."""
+    """A state dict, or any mapping from name to tensor. By name, so that a file of the same tensors gives the same."""
 
     def __init__(self, tensors: Mapping[str, object], *, inplace: bool) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class MappingSource(Source):
         overlapping = overlaps(self._tensors)
         self.infos = tuple(
             entry_info(name, tuple(t.shape), t.dtype, storage=storage_key(t), obstacle=overlapping.get(name))
-            for name, t in self._tensors.items()
+            for name, t in sorted(self._tensors.items())
         )
 
     def read(self, name: str) -> Tensor:

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, SourceError
-from fewbits.nn.modules import QuantizedModule
+from fewbits.nn.storage import overlaps, storage_key
 from fewbits.nn.stored import StoredWeight, store
-from fewbits.nn.swap import attach, layout_of, obstacle_to
+from fewbits.nn.swap import attach, layout_of, obstacle_to, refuse_quantized
 from fewbits.nn.walk import Slot, slots, structural_copy
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.base import Source, Target
-from fewbits.sources.storage import overlaps, storage_key
 
 
 class ModuleSource(Source):
@@ -65,14 +64,7 @@ class ModuleSource(Source):
 
     @staticmethod
     def _check(model: nn.Module) -> None:
-        quantized = [
-            name for name, module in model.named_modules() if isinstance(module, (QuantizedModule, StoredWeight))
-        ]
-        if quantized:
-            raise SourceError(
-                f"the model is quantized already ({quantized[0] or 'the root'} and {len(quantized) - 1} modules more); "
-                "get a float model with fewbits.dequantize(model) first"
-            )
+        refuse_quantized(model, SourceError)
         for slot in slots(model):
             if nn.parameter.is_lazy(slot.tensor):
                 raise SourceError(f"{slot.name} is not initialized; run the model once before it is prepared")

@@ -17,7 +17,7 @@ from fewbits.checkpoint.saving import Value, save, value_tensors
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError
 from fewbits.numerics.metrics import Measurement, measure
-from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow, Progress, no_progress
 from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
 
@@ -76,7 +76,7 @@ def _examine_tensor(
 ) -> TensorReport:
     failures = []
     if row.spec is None:
-        if source is not None and isinstance(value, Tensor) and not same_bits(source, value):
+        if source is not None and not same_bits(source, value):
             failures.append("kept, but not equal to the source")
         return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(failures))
     if measurement is None and source is not None:
@@ -102,14 +102,6 @@ def _measured_failures(measurement: Measurement, fail_under: float) -> list[str]
     return failures
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit; NaN equals itself."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
-    return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)) if a.numel() else True
-
-
 def check_reload(
     report: Report,
     ledger: Ledger,
@@ -129,7 +121,7 @@ def check_reload(
             save(serializer, path, ledger, value_of, measurements={})
             checkpoint = Checkpoint(path, serializer)
             for row in checkpoint.stored_rows():
-                if not _same_value(value_of(row.name), checkpoint.value(row.name)):
+                if not same_bits(value_of(row.name), checkpoint.value(row.name)):
                     failures[row.name] = "what is read back from a file is not what was saved"
         except CheckpointError as error:
             return attrs.evolve(report, failures=(*report.failures, f"reload: {error}"))
@@ -137,11 +129,3 @@ def check_reload(
         attrs.evolve(t, failures=(*t.failures, failures[t.name])) if t.name in failures else t for t in report.tensors
     ]
     return attrs.evolve(report, tensors=tuple(tensors), checks=(*report.checks, "reload, bit for bit"))
-
-
-def _same_value(a: Value, b: Value) -> bool:
-    if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
-        return a.spec == b.spec and a.layout == b.layout and all(
-            same_bits(part, b.parts()[name]) for name, part in a.parts().items()
-        )  # fmt: skip
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and same_bits(a, b)

@@ -15,6 +15,7 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
+from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import Ledger, Progress, no_progress
 from fewbits.sources.base import Source
 from fewbits.validation.checks import examine
@@ -92,6 +93,13 @@ def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
     known = {row.name for row in ledger}
     problems += [
         f"{info.name} is in the source, not in the file's ledger" for info in source.infos if info.name not in known
+    ]
+    problems += [
+        f"{row.name} is {row.alias_of} in the file, and has other values in the source"
+        for row in ledger
+        if row.name in found
+        and row.alias_of is not None
+        and not same_bits(source.read(names[row.alias_of]), source.read(row.name))
     ]
     problems += [
         f"{row.name} is in the file's ledger, not in the source"
