@@ -81,9 +81,7 @@ def run_console(source: str, directory: Path) -> None:
             text=True,
             timeout=300,
         )
-        assert done.returncode == int(expected[1] if expected else 0), (
-            f"$ {command}\n{done.stdout}{done.stderr}"
-        )
+        assert done.returncode == int(expected[1] if expected else 0), f"$ {command}\n{done.stdout}{done.stderr}"
 
 
 def run_document(path: Path, directory: Path) -> None:

@@ -7,7 +7,7 @@
 """
 
 from fewbits._version import __version__
-from fewbits.api import Result, quantize
+from fewbits.api import Result, quantize, verify
 from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Header, Reader, Serializer, Writer
@@ -94,4 +94,5 @@ __all__ = [
     "load",
     "measure",
     "quantize",
+    "verify",
 ]

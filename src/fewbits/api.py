@@ -1,4 +1,4 @@
-"""`quantize`: the whole lifecycle in one call."""
+"""`quantize`: the whole lifecycle in one call; `verify`: a file against its source."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 import attrs
 
 from fewbits.calibration import Forward
+from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError
 from fewbits.quantizers.base import OnFailure, Quantizer, check_on_failure
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger, Progress, no_progress
 from fewbits.selection.selector import LayerSelector
+from fewbits.sources.open import open_source
 from fewbits.validation.report import CRITICAL_DB, Report
+from fewbits.validation.verify import verify as verify_file
 
 
 @attrs.frozen(eq=False)
@@ -86,6 +89,34 @@ def quantize(
     if validate:
         report = quantizer.validate(on_failure=on_failure, fail_under=fail_under, progress=progress)
     return Result(model, quantizer.ledger, report, quantizer)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    against: object = None,
+    *,
+    serializer: Serializer | None = None,
+    fail_under: float = CRITICAL_DB,
+    progress: Progress = no_progress,
+) -> Report:
+    """Re-read a file that fewbits wrote, and check it: digests, structure, and every element against its source.
+
+    Codes are decoded by the layout that the file states, not through any module.
+
+    Args:
+        path: the file.
+        against: what it was made from: a model, a state dict, or the path of a checkpoint. None checks the file alone.
+        serializer: reads the file; None stands for safetensors.
+        fail_under: SQNR in dB below which a tensor fails.
+        progress: goes through the ledger's rows.
+
+    Raises:
+        FormatError: if it is not a fewbits file, or its parts contradict one another.
+        DigestError: if its header is damaged. Damaged tensors are failures in the report.
+        CheckpointError: if a file cannot be read.
+    """
+    source = None if against is None else open_source(against)
+    return verify_file(path, source, serializer=serializer, fail_under=fail_under, progress=progress)
 
 
 def _quantizer(

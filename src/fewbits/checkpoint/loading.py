@@ -90,7 +90,7 @@ def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
                 takers[place] = stored
                 places[stored].append(slot)
             elif first != stored and not same_bits(checkpoint.value(first), checkpoint.value(stored)):
-                problems.append(f"{name} and {first} are one tensor in the model, two different ones in the file")
+                problems.append(f"{first} and {name} are one tensor in the model, two different ones in the file")
             problems += _misfits(rows[stored], slot)
         elif slot.persistent:
             problems.append(f"{name} is in the model, not in the file")

@@ -150,6 +150,11 @@ class Metadata:
                 raise FormatError(
                     f"{where}: the ledger announces {name} as {expected.get(name)}, the file has {entries.get(name)}"
                 )
+        for row in self.ledger:
+            before = 0 if row.fate == "alias" else Entry(row.shape, row.dtype).nbytes
+            after = sum(entry.nbytes for entry in row_entries(row).values())
+            if (row.bytes_before, row.bytes_after) != (before, after):
+                raise FormatError(f"{where}: the ledger's bytes of {row.name} are not those of its shape and dtype")
         if self.digests.keys() != entries.keys():
             unsigned = sorted(self.digests.keys() ^ entries.keys())
             raise FormatError(f"{where}: tensors without a digest, or digests without a tensor: {', '.join(unsigned)}")

@@ -31,7 +31,7 @@ ALIGNMENT = 64
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
 _TO_TORCH: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in _DTYPES.items() if hasattr(torch, name)
@@ -106,8 +106,8 @@ class _SafetensorsWriter(Writer):
             self._put(tensor_bytes(tensor), self._payload + self._offsets[name])
         self._missing.discard(name)
 
-    def close(self, metadata: Mapping[str, str]) -> None:
-        """Write the header, make everything durable, and publish the file."""
+    def seal(self, metadata: Mapping[str, str]) -> Reader:
+        """Write the header and make everything durable; the file still has its temporary name."""
         if self._missing:
             raise CheckpointError(f"{self._path}: never written: {', '.join(sorted(self._missing))}")
         header = self._header(metadata)
@@ -117,7 +117,12 @@ class _SafetensorsWriter(Writer):
         with _as_checkpoint_error(f"{self._path} cannot be written"):
             self._put(memoryview(room.to_bytes(8, "little") + header.ljust(room)), 0)
             os.fsync(self._file.fileno())
-            self._file.close()
+        return _SafetensorsReader(self._temporary)
+
+    def close(self) -> None:
+        """Give the file its name."""
+        self._file.close()
+        with _as_checkpoint_error(f"{self._path} cannot be written"):
             os.replace(self._temporary, self._path)
             _sync_directory(self._path.parent)
 

@@ -33,7 +33,7 @@ class CheckpointWriter:
         architecture: str | None = None,
         extra: Mapping[str, str] | None = None,
     ) -> None:
-        self._ledger, self._serializer, self._path = ledger, serializer, Path(path)
+        self._ledger, self._path = ledger, Path(path)
         self._entries = stored_entries(ledger)
         self._digests: dict[str, str] = {}
         self._metrics: dict[str, Metrics] = {}
@@ -74,18 +74,18 @@ class CheckpointWriter:
             self._metrics[row.name] = Metrics.of(measurement)
 
     def close(self) -> None:
-        """Publish the file, then read it back and check every digest.
+        """Finish the file, read it back, check every digest, and publish it.
 
         Raises:
-            DigestError: if what is read is not what was written.
+            DigestError: if what is read is not what was written. Nothing is published then.
         """
         digests = {name: self._digests[name] for name in self._entries}
         metrics = {row.name: self._metrics[row.name] for row in self._ledger if row.name in self._metrics}
         metadata = Metadata(self._ledger, self._architecture, metrics, digests, extra=self._extra)
-        self._writer.close(metadata.to_strings(self._entries))
-        reader = self._serializer.reader(self._path)
+        reader = self._writer.seal(metadata.to_strings(self._entries))
         Metadata.from_strings(reader.metadata, reader.entries, self._path)
         check_digests(reader, digests, self._path)
+        self._writer.close()
 
 
 def save(

@@ -32,7 +32,7 @@ class Header:
 
     Attributes:
         entries: every tensor, by name.
-        metadata: strings as long as those that `Writer.close` will bring, or longer.
+        metadata: strings as long as those that `Writer.seal` will bring, or longer.
     """
 
     entries: Mapping[str, Entry]
@@ -47,8 +47,12 @@ class Writer(ABC):
         """Write one of the header's tensors; in any order, each once."""
 
     @abstractmethod
-    def close(self, metadata: Mapping[str, str]) -> None:
-        """Finish the file with this metadata and publish it at its path."""
+    def seal(self, metadata: Mapping[str, str]) -> Reader:
+        """Finish the file with this metadata, and read it back before anyone else can."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Publish the finished file at its path."""
 
     @abstractmethod
     def abort(self) -> None:

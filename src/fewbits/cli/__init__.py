@@ -12,7 +12,7 @@ def main() -> None:
     # The tables say what the events say.
     logging.getLogger("fewbits").addHandler(logging.NullHandler())
     try:
-        from fewbits.cli.main import run
+        from fewbits.cli.commands import run
     except ModuleNotFoundError as missing:
         if missing.name not in ("click", "rich"):
             raise

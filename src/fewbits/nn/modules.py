@@ -32,7 +32,7 @@ class QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, dequantized anew at every access.
+        """The weight, dequantized anew at every access: changing the tensor that is read changes nothing here.
 
         Raises:
             ReadOnlyWeightError: when it is assigned to.
@@ -41,19 +41,15 @@ class QuantizedModule(nn.Module):
 
     @weight.setter
     def weight(self, value: object) -> None:
-        self._refuse_assignment("weight")
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; refuse one in the place of a quantized weight."""
-        if name + SUFFIX in self._modules:
-            self._refuse_assignment(name)
-        super().register_parameter(name, param)
-
-    def _refuse_assignment(self, name: str) -> None:
         raise ReadOnlyWeightError(
-            f"{type(self).__name__}.{name} is quantized ({self.weight_stored.spec}) and cannot be assigned to; "
+            f"{type(self).__name__}.weight is quantized ({self.weight_stored.spec}) and cannot be assigned to; "
             "load other codes with load_state_dict, or get a float model with fewbits.dequantize(model) first"
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would register a parameter or module without asking the property.
+        stored = name + SUFFIX in self.__dict__.get("_modules", ())
+        object.__setattr__(self, name, value) if stored else super().__setattr__(name, value)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         bias = self.bias
@@ -99,7 +95,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Dequantize to the input's dtype, then one `F.linear`."""
-        return F.linear(input, self.weight_stored.dequantize(input.dtype), self._bias(input.dtype))
+        return F.linear(input, self.weight_stored.operand(input.dtype), self._bias(input.dtype))
 
 
 class _QuantizedConv(QuantizedModule):
@@ -107,7 +103,7 @@ class _QuantizedConv(QuantizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Dequantize to the input's dtype, then the float module's own convolution."""
-        return self._conv_forward(input, self.weight_stored.dequantize(input.dtype), self._bias(input.dtype))
+        return self._conv_forward(input, self.weight_stored.operand(input.dtype), self._bias(input.dtype))
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
@@ -140,7 +136,7 @@ class _QuantizedConvTranspose(QuantizedModule):
         )
         return type(self)._convolve(
             input,
-            self.weight_stored.dequantize(input.dtype),
+            self.weight_stored.operand(input.dtype),
             self._bias(input.dtype),
             self.stride,
             self.padding,
@@ -183,10 +179,11 @@ class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
     """`torch.nn.EmbeddingBag` with a stored weight of shape (num_embeddings, embedding_dim)."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Dequantize, then one `F.embedding_bag`."""
+        """Dequantize, then one `F.embedding_bag` (which under `max_norm` rescales rows in place)."""
+        weight = self.weight_stored.operand(self.weight_stored.dtype) if self.max_norm is None else self.weight
         return F.embedding_bag(
             input,
-            self.weight,
+            weight,
             offsets,
             self.max_norm,
             self.norm_type,

@@ -52,7 +52,11 @@ class StoredWeight(nn.Module, ABC):
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in its own shape."""
+        """The weight in its own shape, in memory of its own."""
+
+    def operand(self, dtype: torch.dtype) -> Tensor:
+        """The weight to compute with: not to be written to, because it may be what is stored."""
+        return self.dequantize(dtype)
 
     @abstractmethod
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,8 +77,18 @@ class StoredWeight(nn.Module, ABC):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pass
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if strict:
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
 
 
 class PackedWeight(StoredWeight):
@@ -163,7 +177,11 @@ class CastWeight(StoredWeight):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, cast to `dtype`."""
-        return self.narrow.to(dtype or self.dtype)
+        return self.narrow.to(dtype or self.dtype, copy=True)
+
+    def operand(self, dtype: torch.dtype) -> Tensor:
+        """The weight, cast to `dtype` if it has another."""
+        return self.narrow.to(dtype)
 
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a weight that is a matrix."""

@@ -6,7 +6,6 @@ references held outside the module tree go on meaning what they meant.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +15,7 @@ from fewbits.errors import FewbitsError, SourceError
 from fewbits.nn import modules as quantized
 from fewbits.nn.modules import SUFFIX, QuantizedModule, stored_weights
 from fewbits.nn.stored import StoredWeight
+from fewbits.nn.walk import deep_copy
 from fewbits.numerics.layout import Layout
 
 #: The float classes whose weight can be stored, exactly these: a subclass may have a forward of its own.
@@ -79,6 +79,7 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     float_class = type(module)
     parameter = module._parameters.pop(name)
     stored.trainable = parameter is not None and parameter.requires_grad
+    stored.training = module.training
     module._modules[name + SUFFIX] = stored
     module.__dict__["float_class"] = float_class
     module.__class__ = QUANTIZED_CLASSES[float_class]
@@ -90,7 +91,9 @@ def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]
     object.__setattr__(module, "__class__", module.__dict__.pop("float_class"))
     for name, stored in names.items():
         del module._modules[name + SUFFIX]
-        module._parameters[name] = weights[stored]
+        others = dict(module._parameters)
+        module._parameters.clear()
+        module._parameters.update({name: weights[stored], **others})  # first, as the float class has it
 
 
 def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -99,10 +102,13 @@ def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Modu
     Args:
         model: quantized or not; it is not changed.
         dtype: of the weights that were quantized; None stands for the dtype each would have.
+
+    Raises:
+        SourceError: if something in the model refuses to be copied.
     """
     # Stored weights are not copied, only read.
     stored = {module: None for module in model.modules() if isinstance(module, StoredWeight)}
-    plain = copy.deepcopy(model, {id(module): module for module in stored})
+    plain = deep_copy(model, {id(module): module for module in stored})
     weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}
     for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
         detach(module, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import attrs
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     Raises:
         SourceError: if something in the model refuses to be copied.
     """
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
     clones: dict[Hashable, Tensor] = {}
     for slot in slots(model):
         tensor = slot.tensor
@@ -68,10 +69,19 @@ def structural_copy(model: nn.Module) -> nn.Module:
         elif type(tensor) is Tensor:
             key = storage_key(tensor)
             memo[id(tensor)] = clones[key] = clones[key] if key in clones else tensor.detach().clone()
+    return deep_copy(model, memo)
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy in which objects may already have their copies (by id).
+
+    Raises:
+        SourceError: if something in the model refuses to be copied.
+    """
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise SourceError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            "remove what refuses to be copied, or pass inplace=True"
+            "remove what refuses to be copied, or work in place"
         ) from error

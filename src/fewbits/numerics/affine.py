@@ -99,7 +99,7 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantS
     # No in-place operation: this is traced by torch.compile and torch.export.
     offset = -spec.code_min if zero_point is None else _broadcast(zero_point) - spec.code_min
     values = (_grouped(codes, spec).to(dtype) - offset) * _broadcast(scale.to(dtype))
-    return values.flatten(1)[:, : codes.shape[1]]
+    return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
 def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:

@@ -36,7 +36,7 @@ class Layout:
     shape: tuple[int, ...] = attrs.field(converter=_ints)
     view: tuple[int, ...] = attrs.field(converter=_ints)
     permutation: tuple[int, ...] = attrs.field(converter=_ints)
-    row_axes: int
+    row_axes: int = attrs.field(validator=attrs.validators.instance_of(int))
 
     def __attrs_post_init__(self) -> None:
         if min(self.shape + self.view, default=0) < 0 or math.prod(self.view) != math.prod(self.shape):
@@ -81,7 +81,7 @@ class Layout:
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Put a (rows, columns) matrix back into the tensor's own shape."""
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
-        return matrix.reshape(self._permuted).permute(inverse).reshape(self.shape)
+        return matrix.reshape(self._permuted).permute(inverse).reshape(self.shape).contiguous()
 
     def permuted(self, tensor: Tensor) -> Tensor:
         """The tensor with its row axes first and its input axes last, not yet flattened."""

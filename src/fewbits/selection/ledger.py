@@ -118,7 +118,7 @@ def _rows(rows: Iterable[LedgerRow]) -> tuple[LedgerRow, ...]:
 
 @attrs.frozen
 class Ledger:
-    """All rows, in the order of the source. Prints as a table, turns into JSON."""
+    """All rows: of a model in its own order, of a state dict or file by name. Prints as a table, turns into JSON."""
 
     rows: tuple[LedgerRow, ...] = attrs.field(converter=_rows)
 
@@ -128,12 +128,12 @@ class Ledger:
         Raises:
             ArgumentError: if two have one name, or an alias is not of a row that holds a tensor.
         """
-        holders = {row.name for row in self.rows if row.alias_of is None}
+        holders = {row.name: (row.shape, row.dtype) for row in self.rows if row.alias_of is None}
         if len({row.name for row in self.rows}) != len(self.rows):
             raise ArgumentError("two rows of the ledger have the same name")
         for row in self.rows:
-            if row.alias_of is not None and row.alias_of not in holders:
-                raise ArgumentError(f"{row.name} is an alias of {row.alias_of!r}, which holds no tensor")
+            if row.alias_of is not None and holders.get(row.alias_of) != (row.shape, row.dtype):
+                raise ArgumentError(f"{row.name} is an alias of {row.alias_of!r}, which holds no such tensor")
 
     def __iter__(self) -> Iterator[LedgerRow]:
         return iter(self.rows)

@@ -136,7 +136,8 @@ def check_types(rule: str, types: Sequence[TypeRule]) -> tuple[TypeRule, ...]:
         SelectionError: naming the rule and what it was given.
     """
     if isinstance(types, (str, type)) or not isinstance(types, Iterable):
-        raise SelectionError(f"{rule} is a sequence of classes or their names, such as [nn.Embedding], not {types!r}")
+        hint = f": write [{type_name(types)}]" if isinstance(types, (str, type)) else f", not {types!r}"
+        raise SelectionError(f"{rule} is a sequence of classes or their names{hint}")
     for entry in types:
         if not isinstance(entry, (str, type)):
             raise SelectionError(f"{rule} holds classes or their names, not {entry!r}")

@@ -58,7 +58,7 @@ class MappingSource(Source):
 
 class _MappingTarget(Target):
     def __init__(self, source: MappingSource, ledger: Ledger) -> None:
-        self._source, self._ledger = source, ledger
+        self._source = source
         self._values: dict[str, Value] = {}
         self._names: dict[str, list[str]] = {}
         for row in ledger:
@@ -73,11 +73,8 @@ class _MappingTarget(Target):
                 self._source.replace(name, value)
 
     def finish(self) -> object:
-        return (
-            self._source.prepared()
-            if self._source.inplace
-            else {row.name: self._values[row.name] for row in self._ledger}
-        )
+        given = self._source.prepared()
+        return given if self._source.inplace else {name: self._values[name] for name in given}
 
     def value(self, name: str) -> Value:
         return self._values[name]

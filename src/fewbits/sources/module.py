@@ -107,12 +107,11 @@ class _ModuleTarget(Target):
             self._stored[row.name] = store(value, row.dtype)
             for slot in places:
                 attach(slot.module, slot.local, self._stored[row.name])
-        elif not self._inplace and isinstance(value, Tensor):
+        elif not self._inplace and isinstance(value, Tensor) and any(slot.is_parameter for slot in places):
+            # The same parameter objects over memory of their own: other references to them stay true.
             copy = value.clone()
-            trains = any(slot.is_parameter and slot.tensor.requires_grad for slot in places)
-            parameter = nn.Parameter(copy, requires_grad=trains)
             for slot in places:
-                slot.fill(parameter if slot.is_parameter else copy)
+                slot.tensor.data = copy
 
     def finish(self) -> nn.Module:
         return self._model

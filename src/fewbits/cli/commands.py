@@ -10,14 +10,13 @@ import click
 
 from fewbits._version import __version__
 from fewbits.api import quantize as quantize_source
+from fewbits.api import verify as verify_file
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.progress import progress_bar
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.selector import LayerSelector
-from fewbits.sources.file import FileSource
-from fewbits.validation.report import CRITICAL_DB, Report
-from fewbits.validation.verify import verify as verify_file
+from fewbits.validation.report import CRITICAL_DB
 
 SUCCESS, FAILED, BAD_USAGE = 0, 1, 2
 
@@ -123,9 +122,8 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 @_json
 def verify(file: Path, against: Path | None, tensors: bool, fail_under: float, as_json: bool) -> int:
     """Check digests and structure of a fewbits FILE, and every element against its SOURCE."""
-    source = FileSource(against) if against is not None else None
     with progress_bar() as progress:
-        report: Report = verify_file(file, source, fail_under=fail_under, progress=progress)
+        report = verify_file(file, against, fail_under=fail_under, progress=progress)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -142,7 +140,7 @@ def run() -> int:
     try:
         code: int = cli(standalone_mode=False)
     except click.exceptions.Abort:
-        code = _complain("interrupted; nothing was written")
+        code = _complain("interrupted")
     except click.ClickException as error:
         error.show()
         code = BAD_USAGE

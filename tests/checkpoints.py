@@ -1,0 +1,147 @@
+"""What any other program could do with a file: read it, decode it, edit it, sign it anew. Nothing here uses fewbits
+to read; the quantizer and the strategies at the end make the files."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fewbits
+
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+DIGEST_KEY = "fewbits.header_digest"
+
+
+def split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file as its header and its payload."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header: dict[str, Any], payload: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + payload
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    """Our own metadata, parsed, without the prefix of its keys."""
+    strings = split(path.read_bytes())[0]["__metadata__"]
+    return {
+        key.removeprefix("fewbits."): value if key == DIGEST_KEY else json.loads(value)
+        for key, value in strings.items()
+        if key.startswith("fewbits.")
+    }
+
+
+def sign(header: dict[str, Any]) -> None:
+    """Give an edited header the digest it needs to pass for genuine."""
+    strings = {key: value for key, value in header["__metadata__"].items() if key != DIGEST_KEY}
+    described = {
+        name: [DTYPE_NAMES[entry["dtype"]], *entry["shape"]] for name, entry in header.items() if name != "__metadata__"
+    }
+    canonical = json.dumps([strings, described], sort_keys=True).encode()
+    header["__metadata__"][DIGEST_KEY] = hashlib.sha256(canonical).hexdigest()
+
+
+def forged(data: bytes, edit: Callable[[dict[str, str]], None]) -> bytes:
+    """A file whose metadata was edited by somebody who knows how to sign it."""
+    header, payload = split(data)
+    edit(header["__metadata__"])
+    sign(header)
+    return joined(header, payload)
+
+
+def forged_ledger(data: bytes, edit: Callable[[dict[str, Any]], Any]) -> bytes:
+    """A file whose ledger was edited likewise; `edit` gets the rows by name."""
+
+    def change(strings: dict[str, str]) -> None:
+        rows = {row["name"]: row for row in json.loads(strings["fewbits.ledger"])}
+        edit(rows)
+        strings["fewbits.ledger"] = json.dumps(list(rows.values()))
+
+    return forged(data, change)
+
+
+def decoded(path: Path, name: str) -> Tensor:
+    """A quantized tensor in float64, by the layout that the file states."""
+    row = next(row for row in metadata_of(path)["ledger"] if row["name"] == name)
+    stored, spec, layout = safetensors.torch.load_file(path), row["spec"], row["layout"]
+    bits, offset = spec["bits"], 1 << (spec["bits"] - 1)
+    cut = [layout["view"][axis] for axis in layout["permutation"]]
+    columns = math.prod(cut[layout["row_axes"] :])
+    scale = stored[f"{name}_scale"].double()
+    scale = scale.reshape(1, 1) if spec["granularity"] == "tensor" else scale
+    codes = torch.tensor([read_codes(words, bits, columns) for words in stored[f"{name}_packed"].tolist()])
+    zero = torch.zeros(scale.shape)
+    if not spec["symmetric"]:
+        packed = stored[f"{name}_zero_point"].reshape(-1, scale.shape[1])
+        zero = torch.tensor([read_codes(words, bits, len(scale)) for words in packed.T.tolist()]).T - offset
+    group = torch.arange(columns) // min(spec["group_size"] or columns, columns)
+    matrix = (codes - offset - zero[:, group]) * scale[:, group]
+    inverse = sorted(range(len(cut)), key=layout["permutation"].__getitem__)
+    return matrix.reshape(cut).permute(inverse).reshape(stored[f"{name}_shape"].tolist())
+
+
+def read_codes(words: list[int], bits: int, count: int) -> list[int]:
+    """The codes of one row: a stream of bits, the least significant first."""
+    stream = sum((word & 0xFFFFFFFF) << (32 * index) for index, word in enumerate(words))
+    return [stream >> (bits * index) & ((1 << bits) - 1) for index in range(count)]
+
+
+class AnyScheme(fewbits.Quantizer):
+    """Plain rounding to whatever spec is asked for."""
+
+    name = "any"
+
+    def __init__(self, spec: fewbits.Spec, **strategies: Any) -> None:
+        self._spec = spec
+        super().__init__(**strategies)
+
+    @property
+    def spec(self) -> fewbits.Spec:
+        return self._spec
+
+
+def specs() -> st.SearchStrategy[fewbits.QuantSpec]:
+    """Every width from 2 to 8 bits, every granularity, with and without zero points."""
+
+    def build(bits: int, granularity: str, group: int, symmetric: bool) -> fewbits.QuantSpec:
+        size = group if granularity == "group" else None
+        return fewbits.QuantSpec(bits, granularity, group_size=size, symmetric=symmetric)
+
+    return st.builds(
+        build, st.integers(2, 8), st.sampled_from(["tensor", "channel", "group"]), st.integers(1, 40), st.booleans()
+    )
+
+
+def state(seed: int = 0) -> dict[str, Tensor]:
+    """A small state dict: matrices, a kernel, an embedding, what is kept, two names for one storage."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "embeddings.weight": normal(20, 48),
+        "layers.0.weight": normal(24, 200),
+        "layers.0.bias": normal(24),
+        "layers.1.weight": normal(8, 6, 3, 3),
+        "half.weight": normal(12, 136).half(),
+        "steps": torch.tensor(7),
+        "norm.weight": normal(24),
+    }
+    return tensors | {"head.weight": tensors["embeddings.weight"]}
+
+
+def save(path: Path, source: object, scheme: object = "int8", **options: Any) -> fewbits.Result:
+    """Quantize something that is not a file, and write it."""
+    result = fewbits.quantize(source, scheme, on_failure="ignore", **options)
+    result.save(path)
+    return result

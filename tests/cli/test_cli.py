@@ -1,0 +1,359 @@
+"""The command line: what it prints, what it writes, and the exit code of everything that can go wrong."""
+
+import contextlib
+import errno
+import json
+import os
+import pty
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import safetensors.torch
+import torch
+
+import fewbits
+from checkpoints import state
+from fewbits.cli.commands import run as run_cli
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a float checkpoint `in` and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in state().items()}, "in")
+    return tmp_path
+
+
+@pytest.fixture
+def cli(folder, monkeypatch, capsys):
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fewbits", *map(str, arguments)])
+        code = run_cli()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def quantized(cli):
+    """The same directory with `out`, made from `in`."""
+    assert cli("quantize", "in", "-o", "out", "--scheme", "int8")[0] == 0
+    return cli
+
+
+def flip_last_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4", "fp16"])
+def test_quantize_inspect_verify(cli, folder, scheme):
+    code, out, err = cli("quantize", "in", "-o", "out", "--scheme", scheme)
+    assert (code, err) == (0, "")
+    assert "written: out" in out
+    assert "passed" in out
+    code, out, err = cli("inspect", "out")
+    assert (code, err) == (0, "")
+    assert fewbits.__version__ in out
+    code, out, err = cli("verify", "out", "--against", "in")
+    assert (code, err) == (0, "")
+    assert "passed" in out
+    assert sorted(os.listdir(folder)) == ["in", "out"]
+
+
+def test_what_the_command_writes_is_what_the_library_writes(quantized, folder):
+    fewbits.quantize("in", "int8", output="by library")
+    assert (folder / "out").read_bytes() == (folder / "by library").read_bytes()
+
+
+def test_json_is_all_there_is_on_standard_output(cli):
+    code, out, err = cli("quantize", "in", "-o", "out", "--scheme", "int4", "--group-size", 64, "--json")
+    printed = json.loads(out)
+    assert (code, err, printed["output"], printed["report"]["ok"]) == (0, "", "out", True)
+    assert printed["ledger"]["bytes_after"] == printed["report"]["bytes_after"]
+    inspected = json.loads(cli("inspect", "out", "--json")[1])
+    assert inspected["ledger"] == printed["ledger"]
+    assert inspected["metrics"].keys() == {row["name"] for row in inspected["ledger"]["rows"] if row["spec"]}
+    verified = json.loads(cli("verify", "out", "--against", "in", "--json")[1])
+    assert verified["tensors"] == printed["report"]["tensors"]
+
+
+def test_json_of_a_failure_is_json_too(quantized, folder):
+    flip_last_bit(folder / "out")
+    code, out, _ = quantized("verify", "out", "--json")
+    assert code == 1
+    assert json.loads(out)["ok"] is False
+
+
+@pytest.mark.parametrize("command", [["inspect", "out"], ["verify", "out"], ["verify", "out", "--against", "in"]])
+def test_tensors_prints_every_tensor(quantized, command):
+    few, all_of_them = quantized(*command)[1], quantized(*command, "--tensors")[1]
+    assert all(name in all_of_them for name in state())
+    assert not all(name in few for name in state())
+
+
+def test_warnings_are_in_the_summary_and_do_not_change_the_exit_code(cli, folder):
+    safetensors.torch.save_file({"rough.weight": torch.linspace(-1, 1, 256).repeat(4, 1) ** 15}, folder / "in")
+    code, out, err = cli("quantize", "in", "-o", "out", "--scheme", "int4", "--group-size", 256)
+    assert (code, err) == (0, "")
+    assert "warning: rough.weight: SQNR" in out
+
+
+def test_include_and_skip_choose_tensors(cli):
+    rows = json.loads(
+        cli("quantize", "in", "-o", "a", "--scheme", "int8", "--include", "layers", "--skip", "layers.1", "--json")[1]
+    )["ledger"]["rows"]
+    assert [row["name"] for row in rows if row["fate"] == "quantized"] == ["layers.0.weight"]
+
+
+@pytest.mark.parametrize(("options", "fate"), [([], "kept"), (["--embeddings"], "quantized")])
+def test_embeddings_are_quantized_by_int4_on_request(cli, options, fate):
+    out = cli("quantize", "in", "-o", "a", "--scheme", "int4", "--group-size", 48, "--json", *options)[1]
+    rows = {row["name"]: row["fate"] for row in json.loads(out)["ledger"]["rows"]}
+    assert rows["embeddings.weight"] == fate
+
+
+def test_no_verify_says_so(cli):
+    code, out, _ = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--no-verify")
+    assert code == 0
+    assert "not verified" in out
+    assert (
+        json.loads(cli("quantize", "in", "-o", "b", "--scheme", "int8", "--no-verify", "--json")[1])["report"] is None
+    )
+
+
+def test_force_replaces_an_existing_file(quantized):
+    assert quantized("quantize", "in", "-o", "out", "--scheme", "int4", "--force")[0] == 0
+    assert "int4" in quantized("inspect", "out")[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["quantize", "-h"], ["inspect", "-h"], ["verify", "-h"]])
+def test_help_is_no_error(cli, arguments):
+    code, out, err = cli(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage:")
+
+
+def test_version(cli):
+    code, out, _ = cli("--version")
+    assert code == 0
+    assert fewbits.__version__ in out
+
+
+# Exit code 1: it ran, and the result is not what it should be.
+
+
+@pytest.mark.parametrize("against", [[], ["--against", "in"]])
+def test_a_tampered_file_fails_verification_by_name(quantized, folder, against):
+    flip_last_bit(folder / "out")
+    code, out, _ = quantized("verify", "out", *against)
+    assert code == 1
+    assert "failure: " in out
+    assert "not the bytes that were written" in out
+
+
+def test_a_tampered_header_fails_verification(quantized, folder):
+    data = (folder / "out").read_bytes()
+    (folder / "out").write_bytes(data.replace(b"int8 channel", b"int9 channel", 1))
+    code, out, err = quantized("verify", "out")
+    assert (code, out) == (1, "")
+    assert "header" in err
+
+
+def test_another_source_fails_verification(quantized, folder):
+    tensors = {name: tensor.clone() for name, tensor in state(seed=1).items()}
+    safetensors.torch.save_file(tensors, folder / "in")
+    code, out, _ = quantized("verify", "out", "--against", "in")
+    assert code == 1
+    assert "FAILED" in out
+
+
+def test_fail_under_moves_the_line(quantized):
+    assert quantized("verify", "out", "--against", "in", "--fail-under", 30)[0] == 0
+    assert quantized("verify", "out", "--against", "in", "--fail-under", 60)[0] == 1
+    code, out, _ = quantized("quantize", "in", "-o", "other", "--scheme", "int8", "--fail-under", 60)
+    assert code == 1
+    assert "is below 60 dB" in out
+
+
+# Exit code 2: it cannot be done as asked. One paragraph says why, and nothing is left behind.
+
+QUANTIZE = ["quantize", "in", "-o", "out", "--scheme", "int8"]
+
+
+def nan_in_source(folder):
+    tensors = safetensors.torch.load_file(folder / "in")
+    tensors["layers.0.weight"][5, 6] = float("nan")
+    safetensors.torch.save_file(tensors, folder / "in")
+
+
+def beyond_half(folder):
+    safetensors.torch.save_file({"big.weight": torch.full((4, 4), 1e6)}, folder / "in")
+
+
+def own_output(folder):
+    fewbits.quantize(folder / "in", "int8", output=folder / "made")
+    (folder / "made").replace(folder / "in")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "before", "message"),
+    [
+        pytest.param(["quantize", "missing", *QUANTIZE[2:]], None, "missing does not exist", id="missing IN"),
+        pytest.param(["inspect", "missing"], None, "missing does not exist", id="missing FILE"),
+        pytest.param(["verify", "missing"], None, "missing does not exist", id="missing FILE to verify"),
+        pytest.param(["verify", "in"], None, "not written by fewbits", id="verify a plain file"),
+        pytest.param(["inspect", "in"], None, "not written by fewbits", id="inspect a plain file"),
+        pytest.param([*QUANTIZE[:-1], "int7"], None, "int7", id="no such scheme"),
+        pytest.param([*QUANTIZE, "--skip", "layer"], None, "did you mean 'layers'", id="pattern without a match"),
+        pytest.param([*QUANTIZE, "--include", "re:("], None, "not a valid regular expression", id="bad pattern"),
+        pytest.param([*QUANTIZE, "--skip", "re:.*"], None, "nothing is left to quantize", id="everything skipped"),
+        pytest.param([*QUANTIZE, "--group-size", "64"], None, "group_size", id="group size with int8"),
+        pytest.param([*QUANTIZE[:-1], "int4", "--group-size", "0"], None, "group_size", id="group size zero"),
+        pytest.param([*QUANTIZE[:-1], "int4", "--group-size", "x"], None, "group-size", id="group size no number"),
+        pytest.param(["quantize", "in", "-o", "in", "--scheme", "int8"], None, "in exists", id="OUT exists"),
+        pytest.param(
+            ["quantize", "in", "-o", "in", "--scheme", "int8", "--force"], None, "source itself", id="OUT is IN"
+        ),
+        pytest.param(["quantize", ".", *QUANTIZE[2:]], None, "is a directory", id="IN a directory"),
+        pytest.param(["quantize", "in", "-o", ".", "--scheme", "int8"], None, "exists", id="OUT a directory"),
+        pytest.param(
+            ["quantize", "in", "-o", ".", "--scheme", "int8", "--force"],
+            None,
+            "is a directory",
+            id="OUT a directory, forced",
+        ),
+        pytest.param(["quantize", "in", "-o", "no/out", "--scheme", "int8"], None, "no/out", id="OUT in no directory"),
+        pytest.param(QUANTIZE, nan_in_source, r"layers.0.weight", id="NaN"),
+        pytest.param([*QUANTIZE[:-1], "fp16"], beyond_half, "big.weight", id="beyond half precision"),
+        pytest.param(QUANTIZE, own_output, "written by fewbits", id="IN is quantized"),
+        pytest.param(["verify", "in", "--against", "in"], own_output, "written by fewbits", id="SOURCE is quantized"),
+        pytest.param(
+            QUANTIZE, lambda folder: (folder / "in").write_text("text"), "not a valid safetensors file", id="IN is text"
+        ),
+        pytest.param(["quantize", "in"], None, "--output", id="no OUT"),
+        pytest.param(["polish", "in"], None, "polish", id="no such command"),
+        pytest.param([*QUANTIZE, "--no-such-option"], None, "--no-such-option", id="no such option"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_paragraph(cli, folder, arguments, before, message):
+    if before:
+        before(folder)
+    content = (folder / "in").read_bytes()
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert "\n\n" not in err.partition("Error: ")[2] + err.partition("fewbits: ")[2]
+    assert [(entry.name, entry.read_bytes()) for entry in folder.iterdir()] == [("in", content)]
+
+
+def test_a_full_disk_is_said_in_one_paragraph(cli, folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, out, err = cli(*QUANTIZE)
+    assert (code, out) == (2, "")
+    assert "No space left on device" in err
+    assert os.listdir(folder) == ["in"]
+
+
+def test_an_interruption_is_said_and_leaves_nothing(cli, folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    code, _, err = cli(*QUANTIZE)
+    assert code != 0
+    assert "interrupted" in err
+    assert os.listdir(folder) == ["in"]
+
+
+def test_an_interruption_of_the_check_does_not_deny_that_the_file_is_there(cli, folder, monkeypatch):
+    def interrupt_the_check(activity, rows):
+        if activity == "validate":
+            raise KeyboardInterrupt
+        return rows
+
+    monkeypatch.setattr("fewbits.cli.commands.progress_bar", lambda: contextlib.nullcontext(interrupt_the_check))
+    code, _, err = cli(*QUANTIZE)
+    assert code != 0
+    assert ("nothing was written" in err) == (os.listdir(folder) == ["in"])
+
+
+# Processes of their own.
+
+
+def fewbits_process(*arguments, **options):
+    command = [sys.executable, "-m", "fewbits", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_python_m_fewbits_passes_on_the_exit_code_and_draws_no_bar_in_a_pipe(folder):
+    done = fewbits_process(*QUANTIZE, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\r" not in done.stdout
+    assert "\x1b" not in done.stdout
+    done = fewbits_process("inspect", "in", cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("fewbits: in ")
+
+
+def test_main_can_be_called_more_than_once(folder):
+    code = """
+        import sys
+        import fewbits.cli
+        for _ in range(2):
+            sys.argv = ["fewbits", "--version"]
+            try:
+                fewbits.cli.main()
+            except SystemExit as stop:
+                assert stop.code == 0
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="opens a pseudo-terminal")
+def test_on_a_terminal_there_is_a_bar(folder):
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "fewbits", *QUANTIZE, "--json"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=slave, env=environment, timeout=120)
+    os.close(slave)
+    drawn = b""
+    try:
+        while piece := os.read(master, 65536):
+            drawn += piece
+    except OSError:  # Linux says EIO once the other end is closed and everything is read
+        pass
+    os.close(master)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["report"]["ok"]
+    assert b"\x1b[" in drawn
+    assert b"validate" in drawn or b"convert" in drawn
+
+
+BLOCKED = """
+import runpy, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+runpy.run_module("fewbits", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("package", ["click", "rich"])
+def test_without_the_extra_it_says_what_to_install(package):
+    done = subprocess.run([sys.executable, "-c", BLOCKED, package], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"fewbits: the command line needs {package}: pip install 'fewbits[cli]'\n"

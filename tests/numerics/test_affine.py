@@ -1,0 +1,234 @@
+"""Choosing scale and zero point, encoding, decoding, and the bound on the error."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewbits import NumericsError, QuantSpec, RangeError
+from fewbits.numerics.affine import check_params, choose_params, decode, encode, error_bound, extremes
+from strategies import FLOATS, fractions, numbers, per_element, problems, rounded, specs, ulp
+
+HALF = Fraction(1, 2)
+
+
+def channel(bits=8, symmetric=False, scale_dtype=torch.float32) -> QuantSpec:
+    return QuantSpec(bits=bits, granularity="channel", symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def choose(low: float, high: float, spec: QuantSpec) -> tuple[float, int]:
+    """Scale and zero point of a single range."""
+    bounds = [torch.tensor([[bound]], dtype=torch.float64) for bound in (low, high)]
+    scale, zero_point = choose_params(*bounds, spec)
+    return scale.item(), 0 if zero_point is None else int(zero_point)
+
+
+@st.composite
+def ranges(draw):
+    spec = draw(specs(scale_dtypes=FLOATS, granularity="channel"))
+    number = numbers(torch.float64, torch.finfo(spec.scale_dtype).max)
+    return -abs(draw(number)), abs(draw(number)), spec
+
+
+@given(problems())
+def test_extremes_are_of_each_group_with_zero_included(problem):
+    weight, spec, _ = problem
+    x = weight.reshape(-1, weight.shape[-1])
+    low, high = extremes(x, spec)
+    width = {"tensor": x.numel(), "channel": x.shape[1], "group": spec.group_size}[spec.granularity]
+    rows = [x.flatten()] if spec.granularity == "tensor" else x
+    groups = [[group.tolist() for group in row.split(width)] for row in rows]
+    assert low.dtype == high.dtype == x.dtype
+    assert low.reshape(len(groups), -1).tolist() == [[min(0, *group) for group in row] for row in groups]
+    assert high.reshape(len(groups), -1).tolist() == [[max(0, *group) for group in row] for row in groups]
+
+
+@given(ranges())
+def test_nothing_in_the_range_clips(case):
+    low, high, spec = case
+    scale, zero = choose(low, high, spec)
+    slack = Fraction(max(-low, high)) / 2**52
+    assert Fraction(high) <= (spec.code_max - zero + HALF) * Fraction(scale) + slack
+    assert Fraction(low) >= (spec.code_min - zero - HALF) * Fraction(scale) - slack
+
+
+@given(ranges())
+def test_the_scale_is_the_nearest_stored_number_or_the_next_one_where_that_would_clip(case):
+    low, high, spec = case
+    scale, zero = choose(low, high, spec)
+    steps = spec.code_max if spec.symmetric else spec.code_max - spec.code_min
+    exact = max(-low, high) / steps if spec.symmetric else high / steps - low / steps
+    nearest = max(rounded(exact, spec.scale_dtype), torch.finfo(spec.scale_dtype).tiny)
+    assert scale in (nearest, nearest + ulp(nearest, spec.scale_dtype))
+    if spec.symmetric:
+        assert scale == nearest
+    if scale > nearest:
+        zero = min(max(round(spec.code_min - low / nearest), spec.code_min), spec.code_max)
+        assert high > nearest * (spec.code_max - zero + 0.5)
+
+
+@given(ranges())
+def test_the_zero_point_is_a_code_and_follows_from_the_stored_scale(case):
+    low, high, spec = case
+    scale, zero = choose(low, high, spec)
+    assert spec.code_min <= zero <= spec.code_max
+    if not spec.symmetric:
+        assert abs(Fraction(spec.code_min) - Fraction(low) / Fraction(scale) - zero) <= HALF + Fraction(1, 2**40)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "low", "high", "nearest"),
+    [
+        (8, torch.bfloat16, -0.671875, 6.28125, 0.0272216796875),
+        (8, torch.bfloat16, -4.53125, 2.015625, 0.025634765625),
+        (4, torch.bfloat16, -3.703125, 2.84375, 0.435546875),
+        (2, torch.bfloat16, -5.0625, 5.078125, 3.375),
+        (8, torch.float16, -2.1875, 6.453125, 0.03387451171875),
+        (5, torch.float16, -7.109375, 3.140625, 0.33056640625),
+    ],
+)
+def test_a_scale_that_rounds_down_so_far_that_it_clips_takes_the_next_number_up(bits, dtype, low, high, nearest):
+    scale, _ = choose(low, high, channel(bits, scale_dtype=dtype))
+    assert rounded((high - low) / (2**bits - 1), dtype) == nearest
+    assert scale == nearest + ulp(nearest, dtype)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_scale_is_never_below_the_smallest_normal_number(dtype, symmetric):
+    spec = channel(symmetric=symmetric, scale_dtype=dtype)
+    assert choose(0.0, 0.0, spec)[0] == torch.finfo(dtype).tiny
+    assert choose(-torch.finfo(dtype).tiny / 2, 0.0, spec)[0] == torch.finfo(dtype).tiny
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    # What lies half a unit above the largest number rounds to infinity.
+    [(torch.float16, 65519.99), (torch.bfloat16, 3.3961e38), (torch.float32, 3.40282356e38)],
+)
+def test_a_scale_beyond_its_dtype_is_refused(dtype, largest):
+    spec = channel(bits=2, symmetric=True, scale_dtype=dtype)
+    assert choose(-largest, 0.0, spec)[0] == torch.finfo(dtype).max
+    with pytest.raises(RangeError, match=rf"beyond the largest {str(dtype)[6:]} \("):
+        choose(-1.001 * largest, 0.0, spec)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_whole_range_of_float64_has_a_scale(symmetric):
+    largest = torch.finfo(torch.float64).max
+    scale, zero = choose(-largest, largest, channel(symmetric=symmetric, scale_dtype=torch.float64))
+    assert math.isfinite(scale)
+    assert abs(zero) <= 1
+
+
+@st.composite
+def encodings(draw):
+    """A matrix with scales and zero points of any kind: wide, clipping, negative, anything an observer may choose."""
+    weight, spec, _ = draw(problems(scale_dtypes=(None, torch.float32)))
+    x = weight.reshape(-1, weight.shape[-1])
+    spec = spec.for_dtype(x.dtype)
+    shape = spec.scale_shape(*x.shape)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    reach = x.double().abs().max().clamp(min=torch.finfo(spec.scale_dtype).tiny * 4)
+    factor = draw(st.sampled_from([-0.3, 0.001, 0.01, 0.25, 1.0]))
+    scale = (reach * factor * (0.5 + torch.rand(shape, generator=generator, dtype=torch.float64))).to(spec.scale_dtype)
+    tiny = torch.finfo(spec.scale_dtype).tiny
+    scale = torch.where(scale.abs() < tiny, tiny, scale).clamp(max=torch.finfo(spec.scale_dtype).max)
+    zero_point = torch.randint(spec.code_min, spec.code_max + 1, shape, generator=generator, dtype=torch.int32)
+    return x, scale, None if spec.symmetric else zero_point, spec
+
+
+def exact_terms(x, scale, zero_point, spec):
+    """(w, s, z) of each element, as fractions."""
+    zeros = torch.zeros_like(scale) if zero_point is None else zero_point
+    return zip(*(fractions(t) for t in (x, *(per_element(p, spec, *x.shape) for p in (scale, zeros)))), strict=True)
+
+
+@given(encodings())
+def test_the_code_is_the_nearest_one_for_any_scale_and_zero_point(case):
+    x, scale, zero_point, spec = case
+    codes = encode(x, scale, zero_point, spec)
+    assert codes.dtype == torch.uint8
+    for code, (w, s, z) in zip(codes.flatten().tolist(), exact_terms(*case), strict=True):
+        q = code + spec.code_min
+        nearest = min(abs(w - (c - z) * s) for c in range(spec.code_min, spec.code_max + 1))
+        assert spec.code_min <= q <= spec.code_max
+        assert abs(w - (q - z) * s) <= nearest + abs(w) / 2**23
+
+
+@given(encodings())
+def test_decoding_is_the_formula_rounded_once(case):
+    x, scale, zero_point, spec = case
+    codes = encode(x, scale, zero_point, spec)
+    decoded = decode(codes, scale, zero_point, spec, torch.float64)
+    expected = [
+        (code + spec.code_min - z) * s for code, (_, s, z) in zip(fractions(codes), exact_terms(*case), strict=True)
+    ]
+    assert decoded.dtype == torch.float64
+    assert decoded.flatten().tolist() == [float(value) for value in expected]
+
+
+@given(encodings())
+def test_the_bound_is_half_a_step_or_the_distance_to_the_representable_range(case):
+    x, scale, zero_point, spec = case
+    bounds = error_bound(x.double(), scale, zero_point, spec).flatten().tolist()
+    for bound, (w, s, z) in zip(bounds, exact_terms(*case), strict=True):
+        ends = sorted([(spec.code_min - z) * s, (spec.code_max - z) * s])
+        beyond = max(ends[0] - w, w - ends[1], Fraction(0))
+        assert bound == pytest.approx(float(max(beyond, abs(s) / 2) + abs(w) / 2**23), rel=1e-6)
+
+
+@given(encodings())
+def test_zero_is_exactly_zero_whatever_the_zero_point(case):
+    x, scale, zero_point, spec = case
+    for zeros in (torch.zeros_like(x), -torch.zeros_like(x)):
+        decoded = decode(encode(zeros, scale, zero_point, spec), scale, zero_point, spec, torch.float64)
+        assert torch.equal(decoded, torch.zeros_like(decoded))
+
+
+@given(encodings())
+def test_what_was_chosen_well_is_taken_as_it_is(case):
+    x, scale, zero_point, spec = case
+    taken, taken_zero = check_params(scale, zero_point, spec, tuple(x.shape))
+    assert torch.equal(taken, scale)
+    assert taken_zero is zero_point is None or torch.equal(taken_zero.int(), zero_point)
+
+
+GOOD_SCALE, GOOD_ZERO = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point", "message"),
+    [
+        (torch.ones(3, 1), GOOD_ZERO, r"shape \(3, 1\).*needs shape \(3, 2\)"),
+        (torch.ones(2, 3), GOOD_ZERO, r"shape \(2, 3\)"),
+        (torch.ones(6), GOOD_ZERO, r"shape \(6,\)"),
+        (torch.tensor(1.0), GOOD_ZERO, r"shape \(\)"),
+        (torch.ones(3, 2, dtype=torch.float64), GOOD_ZERO, "float64"),
+        (torch.ones(3, 2, dtype=torch.int32), GOOD_ZERO, "int32"),
+        (GOOD_SCALE * torch.tensor([1.0, 0.0]), GOOD_ZERO, "zero, NaN or Inf"),
+        (GOOD_SCALE * math.nan, GOOD_ZERO, "zero, NaN or Inf"),
+        (GOOD_SCALE * -math.inf, GOOD_ZERO, "zero, NaN or Inf"),
+        (GOOD_SCALE, None, "exactly where the spec is asymmetric"),
+        (GOOD_SCALE, GOOD_ZERO + 8, "between -8 and 7"),
+        (GOOD_SCALE, GOOD_ZERO - 9, "between -8 and 7"),
+        (GOOD_SCALE, GOOD_ZERO[:1], "integers of shape"),
+        (GOOD_SCALE, GOOD_ZERO.float(), "not integers"),
+        (GOOD_SCALE, GOOD_ZERO.bool(), "not integers"),
+        (1.0, GOOD_ZERO, "scale"),
+        (GOOD_SCALE, 0, "zero point"),
+    ],
+)
+def test_what_codes_cannot_be_made_with_is_refused(scale, zero_point, message):
+    spec = QuantSpec(bits=4, granularity="group", group_size=4, symmetric=False, scale_dtype=torch.float32)
+    with pytest.raises(NumericsError, match=message):
+        check_params(scale, zero_point, spec, (3, 5))
+
+
+def test_a_symmetric_spec_has_no_zero_point():
+    spec = QuantSpec(bits=4, granularity="group", group_size=4, scale_dtype=torch.float32)
+    with pytest.raises(NumericsError, match="exactly where the spec is asymmetric"):
+        check_params(GOOD_SCALE, GOOD_ZERO, spec, (3, 5))

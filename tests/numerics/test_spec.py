@@ -1,0 +1,149 @@
+"""Specs are values: checked when made, and written to JSON and back."""
+
+import json
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewbits import ArgumentError, CastSpec, QuantSpec
+from fewbits.numerics.spec import spec_from_dict
+from strategies import FLOATS, specs
+
+AFFINE = {
+    "kind": "affine",
+    "bits": 4,
+    "granularity": "group",
+    "group_size": 32,
+    "symmetric": True,
+    "scale_dtype": "float16",
+}
+
+
+@given(specs() | st.sampled_from([CastSpec(dtype) for dtype in FLOATS]))
+def test_a_spec_survives_json(spec):
+    fields = json.loads(json.dumps(spec.to_dict()))
+    kept = dict(fields)
+    assert spec_from_dict(fields) == spec
+    assert fields == kept
+
+
+@given(specs())
+def test_a_spec_is_a_value(spec):
+    twin = attrs.evolve(spec)
+    assert twin == spec
+    assert hash(twin) == hash(spec)
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        twin.bits = 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 1}, "bits"),
+        ({"bits": 9}, "bits"),
+        ({"bits": True}, "bits"),
+        ({"bits": 4.0}, "bits"),
+        ({"bits": "4"}, "bits"),
+        ({"bits": None}, "bits"),
+        ({"granularity": "row"}, "granularity"),
+        ({"granularity": None}, "granularity"),
+        ({"granularity": ["group"]}, "granularity"),
+        ({"granularity": "channel", "group_size": 32}, "group_size"),
+        ({"granularity": "tensor", "group_size": 32}, "group_size"),
+        ({"granularity": "channel", "group_size": 0}, "group_size"),
+        ({"granularity": "group", "group_size": None}, "group_size"),
+        ({"group_size": 0}, "group_size"),
+        ({"group_size": -1}, "group_size"),
+        ({"group_size": True}, "group_size"),
+        ({"group_size": 32.0}, "group_size"),
+        ({"symmetric": "no"}, "symmetric"),
+        ({"symmetric": 0}, "symmetric"),
+        ({"symmetric": None}, "symmetric"),
+        ({"scale_dtype": torch.int8}, "scale_dtype"),
+        ({"scale_dtype": torch.float8_e4m3fn}, "scale_dtype"),
+        ({"scale_dtype": "float16"}, "scale_dtype"),
+    ],
+)
+def test_a_spec_refuses_a_bad_field_and_names_it(fields, message):
+    with pytest.raises(ArgumentError, match=message):
+        QuantSpec(**({"bits": 4, "granularity": "group", "group_size": 32} | fields))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e5m2, None, "float16"])
+def test_a_cast_goes_to_a_floating_dtype(dtype):
+    with pytest.raises(ArgumentError, match="a cast goes to"):
+        CastSpec(dtype)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"kind": "affine"},
+        {"kind": "cast"},
+        {"kind": "cast", "dtype": None},
+        {"kind": "cast", "dtype": "int8"},
+        {"kind": "cast", "dtype": "float16", "bits": 4},
+        AFFINE | {"kind": "lattice"},
+        AFFINE | {"kind": None},
+        AFFINE | {"kind": ["affine"]},
+        AFFINE | {"levels": 4},
+        AFFINE | {"bits": True},
+        AFFINE | {"bits": 9},
+        AFFINE | {"group_size": 0},
+        AFFINE | {"granularity": "channel"},
+        AFFINE | {"symmetric": "yes"},
+        AFFINE | {"scale_dtype": "float17"},
+        AFFINE | {"scale_dtype": "int8"},
+        AFFINE | {"scale_dtype": "nn"},
+        AFFINE | {"scale_dtype": 16},
+        {name: value for name, value in AFFINE.items() if name != "bits"},
+    ],
+    ids=str,
+)
+def test_a_description_that_is_not_a_spec_is_refused(fields):
+    with pytest.raises(ArgumentError):
+        spec_from_dict(fields)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_are_two_s_complement(bits):
+    spec = QuantSpec(bits=bits, granularity="tensor")
+    assert (spec.code_min, spec.code_max) == (-(2**bits) // 2, 2**bits // 2 - 1)
+
+
+@given(specs(), st.integers(1, 20), st.integers(1, 200))
+def test_groups_cover_a_row_and_none_is_empty(spec, rows, columns):
+    width, groups = spec.width(columns), spec.groups(columns)
+    assert (groups - 1) * width < columns <= groups * width
+    assert spec.scale_shape(rows, columns) == ((1,) if spec.granularity == "tensor" else (rows, groups))
+
+
+def test_a_group_larger_than_a_row_is_the_row():
+    assert QuantSpec(bits=4, granularity="group", group_size=128).scale_shape(3, 100) == (3, 1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scales_take_the_dtype_of_the_weight_unless_told_otherwise(dtype):
+    spec = QuantSpec(bits=8, granularity="channel")
+    assert spec.for_dtype(dtype).scale_dtype == dtype
+    assert spec.for_dtype(torch.float16).for_dtype(dtype).scale_dtype == torch.float16
+
+
+def test_a_cast_does_not_depend_on_where_it_comes_from():
+    assert CastSpec(torch.float16).for_dtype(torch.float32) == CastSpec(torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (QuantSpec(bits=8, granularity="tensor"), "int8 tensor"),
+        (QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False), "int4 group 64 asymmetric"),
+        (CastSpec(torch.bfloat16), "bfloat16"),
+    ],
+)
+def test_a_spec_reads_well(spec, text):
+    assert str(spec) == text

@@ -1,0 +1,336 @@
+"""The lifecycle beyond its table: failures that change nothing, retries, hooks, and what a subclass may not do."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fewbits
+from fewbits import (
+    ArgumentError,
+    CalibrationError,
+    FP16Cast,
+    Int8PerChannel,
+    LayerSelector,
+    MinMaxObserver,
+    NonFiniteError,
+    Quantizer,
+    QuantSpec,
+    SelectionError,
+    SourceError,
+    State,
+    StateError,
+)
+from fewbits.quantizers.lifecycle import TRANSITIONS
+from lifecycle_helpers import JsonSerializer, TiedLM, Watcher, files_in, hook_count, mlp, named_tensors, snapshot
+
+LIFECYCLE = sorted(TRANSITIONS)
+
+
+def with_nan(model, name="2.weight", index=(3, 5), value=float("nan")):
+    with torch.no_grad():
+        model.get_parameter(name)[index] = value
+    return model
+
+
+@pytest.mark.parametrize("call", LIFECYCLE)
+def test_a_subclass_cannot_override_the_lifecycle(call):
+    with pytest.raises(TypeError, match=rf"Mine overrides {call}; the lifecycle is final"):
+        type("Mine", (Int8PerChannel,), {call: lambda self: None})
+
+
+@pytest.mark.parametrize("call", LIFECYCLE)
+def test_a_mixin_cannot_override_the_lifecycle_either(call):
+    mixin = type("Mixin", (), {call: lambda self: None})
+    with pytest.raises(TypeError, match=rf"Mine overrides {call}"):
+        type("Mine", (mixin, Int8PerChannel), {})
+
+
+@pytest.mark.parametrize(
+    ("keyword", "cls"),
+    [("observer", MinMaxObserver), ("selector", LayerSelector), ("serializer", JsonSerializer)],
+)
+def test_a_class_in_place_of_an_instance_is_refused(keyword, cls):
+    with pytest.raises(ArgumentError, match=rf"{keyword} must be an instance of .*{cls.__name__}"):
+        Int8PerChannel(**{keyword: cls})
+
+
+@pytest.mark.parametrize("keyword", ["observer", "selector", "serializer"])
+@pytest.mark.parametrize("junk", ["min_max", 0, False, {}])
+def test_junk_in_place_of_a_strategy_is_refused(keyword, junk):
+    with pytest.raises(ArgumentError, match=keyword):
+        Int8PerChannel(**{keyword: junk})
+
+
+@pytest.mark.parametrize(
+    ("keyword", "base"), [("observer", MinMaxObserver), ("selector", LayerSelector), ("serializer", JsonSerializer)]
+)
+def test_a_strategy_that_counts_as_false_is_used_all_the_same(keyword, base):
+    strategy = type("Empty", (base,), {"__len__": lambda self: 0})()
+    assert getattr(Int8PerChannel(**{keyword: strategy}), keyword) is strategy
+
+
+@pytest.mark.parametrize("single", ["Embedding", nn.Embedding])
+def test_one_type_to_skip_in_place_of_a_list_is_refused(single):
+    with pytest.raises(fewbits.FewbitsError, match="skip_types"):
+        Int8PerChannel(skip_types=single)
+
+
+def test_ledger_and_report_say_which_call_they_wait_for():
+    quantizer = Int8PerChannel()
+    with pytest.raises(StateError, match=r"no ledger in state CREATED; call prepare\(model\)"):
+        _ = quantizer.ledger
+    quantizer.prepare(mlp())
+    with pytest.raises(StateError, match=r"no report in state PREPARED; call validate\(\)"):
+        _ = quantizer.report
+
+
+NOT_PREPARABLE = [
+    pytest.param({}, lambda: 3, ArgumentError, id="a number"),
+    pytest.param({}, lambda: nn.Linear, ArgumentError, id="a class"),
+    pytest.param({}, nn.ReLU, SelectionError, id="an empty model"),
+    pytest.param({}, dict, SelectionError, id="an empty mapping"),
+    pytest.param({}, lambda: "nowhere.safetensors", fewbits.CheckpointError, id="a missing file"),
+    pytest.param({}, lambda: {"w": 3}, SourceError, id="a number in a mapping"),
+    pytest.param({}, lambda: nn.LazyLinear(4), SourceError, id="a lazy model"),
+    pytest.param({}, lambda: nn.Linear(4, 4, device="meta"), SourceError, id="a model without data"),
+    pytest.param({"selector": LayerSelector(exclude=["nope"])}, mlp, SelectionError, id="an unused rule"),
+    pytest.param({"observer": Watcher()}, lambda: mlp().state_dict(), CalibrationError, id="no forward to observe"),
+]
+
+
+@pytest.mark.parametrize(("options", "source", "error"), NOT_PREPARABLE)
+def test_a_prepare_that_fails_leaves_the_quantizer_as_it_was(options, source, error):
+    quantizer = Int8PerChannel(**options)
+    with pytest.raises(error):
+        quantizer.prepare(source())
+    assert quantizer.state is State.CREATED
+    with pytest.raises(StateError):
+        _ = quantizer.ledger
+
+
+def test_one_quantizer_serves_one_source_after_another():
+    quantizer = Int8PerChannel()
+    for seed in range(2):
+        model = mlp(seed)
+        quantizer.prepare(model)
+        result = quantizer.convert()
+        assert quantizer.validate().ok
+        assert snapshot(result.state_dict()) == snapshot(fewbits.quantize(model, "int8").model.state_dict())
+        quantizer.reset()
+
+
+def test_neither_source_nor_its_hooks_nor_its_flags_change():
+    model = TiedLM().train()
+    model.norm.eval()
+    model.gate_proj.weight.requires_grad = False
+    model.gate_proj.register_forward_hook(lambda *_: None)
+    before = snapshot(named_tensors(model))
+    flags = [(m.training, len(m._forward_hooks)) for m in model.modules()]
+    tensors = {name: id(t) for name, t in named_tensors(model).items()}
+
+    quantizer = Int8PerChannel(observer=Watcher(), skip_types=[nn.Embedding])
+    prepared = quantizer.prepare(model)
+    quantizer.observe([torch.arange(8)])
+    result = quantizer.convert()
+    quantizer.validate()
+
+    assert snapshot(named_tensors(model)) == before
+    assert {name: id(t) for name, t in named_tensors(model).items()} == tensors
+    assert [(m.training, len(m._forward_hooks)) for m in model.modules()] == flags
+    assert prepared is not model
+    assert result is not model
+    assert [m.training for m in prepared.modules()] == [training for training, _ in flags]
+
+
+def test_the_prepared_model_shares_the_weights_of_the_source():
+    model = mlp()
+    prepared = Int8PerChannel().prepare(model)
+    assert prepared[0].weight.data_ptr() == model[0].weight.data_ptr()
+    assert prepared[0].weight is not model[0].weight
+
+
+def test_the_result_shares_no_memory_with_the_source():
+    model = TiedLM()
+    quantizer = Int8PerChannel()
+    quantizer.prepare(model)
+    held = {t.data_ptr() for t in named_tensors(model).values()}
+    assert not held & {t.data_ptr() for t in named_tensors(quantizer.convert()).values()}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hooks_of_the_quantizer_are_gone_after_convert_and_reset(inplace):
+    model = mlp()
+    quantizer = Int8PerChannel(observer=Watcher())
+    prepared = quantizer.prepare(model, inplace=inplace)
+    assert hook_count(prepared) == 2
+    quantizer.reset()
+    assert hook_count(prepared) == 0
+
+    prepared = quantizer.prepare(model, inplace=inplace)
+    quantizer.observe([torch.randn(2, 16)])
+    result = quantizer.convert()
+    assert hook_count(prepared) == hook_count(result) == 0
+
+
+def test_hooks_come_back_after_a_convert_that_fails():
+    quantizer = Int8PerChannel(observer=Watcher())
+    prepared = quantizer.prepare(with_nan(mlp()))
+    quantizer.observe([torch.randn(2, 16)])
+    with pytest.raises(NonFiniteError):
+        quantizer.convert()
+    assert quantizer.state is State.OBSERVED
+    assert hook_count(prepared) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("make", [Int8PerChannel, fewbits.Int8PerTensor, FP16Cast, lambda: fewbits.Int4Grouped(8)])
+def test_a_number_that_is_not_finite_is_named_with_its_tensor(make, value):
+    quantizer = make()
+    quantizer.prepare(with_nan(mlp(), value=value))
+    with pytest.raises(NonFiniteError, match=rf"2\.weight, shape \(8, 32\), float32, .*index \(3, 5\) is {value}"):
+        quantizer.convert()
+    assert quantizer.state is State.PREPARED
+    with pytest.raises(StateError):
+        _ = quantizer.report
+
+
+@pytest.mark.parametrize("already_there", [False, True])
+def test_a_convert_that_fails_leaves_no_file_and_no_trace(tmp_path, already_there):
+    source, output = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    save_file(with_nan(mlp()).state_dict(), source)
+    if already_there:
+        output.write_bytes(b"what was there before")
+    before = files_in(tmp_path)
+    quantizer = Int8PerChannel()
+    quantizer.prepare(source)
+    with pytest.raises(NonFiniteError, match=r"2\.weight"):
+        quantizer.convert(output=output)
+    assert files_in(tmp_path) == before
+    assert quantizer.state is State.PREPARED
+
+
+def test_an_interrupted_convert_leaves_no_file(tmp_path):
+    source = tmp_path / "source.safetensors"
+    save_file(mlp().state_dict(), source)
+
+    def interrupted(activity, rows):
+        yield rows[0]
+        raise KeyboardInterrupt
+
+    quantizer = Int8PerChannel()
+    quantizer.prepare(source)
+    with pytest.raises(KeyboardInterrupt):
+        quantizer.convert(output=tmp_path / "out.safetensors", progress=interrupted)
+    assert list(files_in(tmp_path)) == ["source.safetensors"]
+    assert quantizer.convert(output=tmp_path / "out.safetensors").is_file()
+
+
+def test_in_place_a_failure_leaves_a_model_that_runs_and_a_convert_that_goes_on():
+    model, x = with_nan(mlp()), torch.randn(2, 16)
+    quantizer = Int8PerChannel()
+    quantizer.prepare(model, inplace=True)
+    with pytest.raises(NonFiniteError):
+        quantizer.convert()
+    assert model(x).shape == (2, 8)
+    with_nan(model, value=0.25)
+    assert quantizer.convert() is model
+    assert quantizer.validate().ok
+    expected = fewbits.quantize(with_nan(mlp(), value=0.25), "int8").model
+    assert snapshot(model.state_dict()) == snapshot(expected.state_dict())
+
+
+def test_weights_are_read_when_they_are_converted():
+    model = mlp()
+    quantizer = Int8PerChannel()
+    quantizer.prepare(model)
+    with torch.no_grad():
+        model[0].weight.copy_(mlp(seed=1)[0].weight)
+    result = quantizer.convert()
+    assert torch.equal(result[0].weight, fewbits.quantize(mlp(seed=1), "int8").model[0].weight)
+
+
+class Small(Quantizer):
+    name = "small"
+    spec = QuantSpec(bits=3, granularity="channel")
+
+
+def test_a_scheme_needs_a_spec():
+    with pytest.raises(TypeError, match=r"abstract.*spec"):
+        type("Nothing", (Quantizer,), {"name": "nothing"})()
+
+
+def test_a_scheme_needs_nothing_but_a_spec():
+    nameless = type("Nameless", (Quantizer,), {"spec": QuantSpec(bits=5, granularity="channel")})()
+    nameless.prepare(mlp())
+    nameless.convert()
+    assert nameless.validate(fail_under=0).ok
+
+
+def replacing_quantize_tensor(replace):
+    class Odd(Small):
+        def quantize_tensor(self, weight, spec, observer):
+            return replace(super().quantize_tensor(weight, spec, observer), weight, spec)
+
+    return Odd()
+
+
+def _other_spec(value, weight, spec):
+    return fewbits.Int8PerChannel().quantize_tensor(
+        weight, Int8PerChannel.spec.for_dtype(weight.dtype), MinMaxObserver()
+    )
+
+
+def _other_layout(value, weight, spec):
+    matrix = fewbits.WeightMatrix(weight.tensor.T, fewbits.Layout.of(weight.tensor.T.shape))
+    return Small().quantize_tensor(matrix, spec, MinMaxObserver())
+
+
+def _other_dtype(value, weight, spec):
+    matrix = fewbits.WeightMatrix(weight.tensor.double(), weight.layout)
+    return Small().quantize_tensor(matrix, spec, MinMaxObserver())
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [_other_spec, _other_layout, _other_dtype, lambda value, weight, spec: weight.tensor, lambda *_: None],
+    ids=["spec", "layout", "dtype", "a float tensor", "nothing"],
+)
+def test_what_quantize_tensor_returns_must_be_what_was_announced(replace):
+    quantizer = replacing_quantize_tensor(replace)
+    quantizer.prepare(mlp())
+    with pytest.raises(fewbits.FewbitsError, match=r"0\.weight.*Odd\.quantize_tensor returned"):
+        quantizer.convert()
+    assert quantizer.state is State.PREPARED
+
+
+@pytest.mark.parametrize("source", [mlp, lambda: mlp().state_dict()])
+def test_output_goes_with_a_path_only(tmp_path, source):
+    quantizer = Int8PerChannel()
+    quantizer.prepare(source())
+    with pytest.raises(ArgumentError, match="output= goes with a path"):
+        quantizer.convert(output=tmp_path / "out.safetensors")
+    assert quantizer.state is State.PREPARED
+    assert not files_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "tensor"),
+    [("weight_packed", torch.ones(3)), ("weight_scale", torch.ones(3)), ("weight_shape", torch.ones(3))],
+)
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_name_that_a_file_would_hold_twice_is_refused_in_prepare(names, tensor, as_module):
+    model = nn.Linear(16, 4)
+    model.register_buffer(names, tensor)
+    with pytest.raises(fewbits.FewbitsError, match=names):
+        Int8PerChannel().prepare(model if as_module else model.state_dict())
+
+
+def test_figures_of_a_damaged_result_can_be_saved(tmp_path):
+    quantizer = Int8PerChannel()
+    quantizer.prepare(mlp())
+    result = quantizer.convert()
+    result[0].weight_stored.scale.fill_(float("inf"))
+    assert not quantizer.validate(on_failure="ignore").ok
+    quantizer.save(tmp_path / "damaged.safetensors")
+    assert set(fewbits.load(tmp_path / "damaged.safetensors")) == set(mlp().state_dict())

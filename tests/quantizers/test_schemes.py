@@ -1,0 +1,249 @@
+"""The built-in schemes: what they choose for which tensor, and what they keep."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fewbits
+from fewbits import (
+    ArgumentError,
+    FP16Cast,
+    Int4Grouped,
+    Int8PerChannel,
+    Int8PerTensor,
+    LayerSelector,
+    QuantSpec,
+    RangeError,
+    SelectionError,
+)
+from lifecycle_helpers import DTYPES, TiedLM, as_bytes, mlp
+
+ALL = [Int8PerTensor, Int8PerChannel, Int4Grouped, FP16Cast]
+
+
+def ledger_of(quantizer, source):
+    quantizer.prepare(source)
+    return quantizer.ledger
+
+
+def weight(rows, columns, dtype=torch.float32):
+    return torch.linspace(-1, 1, rows * columns).reshape(rows, columns).to(dtype)
+
+
+@given(st.integers(1, 40), st.integers(1, 24), st.booleans())
+def test_int4_takes_groups_where_a_row_fills_one_and_int8_where_it_does_not(columns, group_size, symmetric):
+    row = ledger_of(Int4Grouped(group_size, symmetric=symmetric), {"w": weight(3, columns)})["w"]
+    if columns < group_size:
+        assert (row.spec.bits, row.spec.granularity) == (8, "channel")
+        assert row.reason == f"rows of {columns} are shorter than one group of {group_size}"
+    else:
+        assert (row.spec.bits, row.spec.group_size, row.spec.symmetric) == (4, group_size, symmetric)
+        assert row.reason == "selected"
+
+
+@given(st.integers(1, 40), st.integers(1, 24), st.booleans())
+def test_a_ragged_last_group_is_a_shorter_group(columns, group_size, symmetric):
+    value = fewbits.quantize(
+        {"w": weight(3, columns)}, "int4", group_size=group_size, symmetric=symmetric, fail_under=0
+    ).model["w"]
+    groups = -(-columns // group_size) if columns >= group_size else 1
+    assert value.scale.shape == (3, groups)
+    last = weight(3, columns)[:, group_size * (groups - 1) :]
+    if symmetric and columns >= group_size:
+        assert torch.allclose(value.scale[:, -1], (last.abs().amax(1) / 7).clamp(min=torch.finfo().tiny))
+
+
+@pytest.mark.parametrize("junk", [0, -1, 1.5, "128", None, True])
+def test_a_group_size_that_is_no_positive_integer_is_refused(junk):
+    with pytest.raises(ArgumentError, match="group_size must be a positive integer"):
+        Int4Grouped(junk)
+
+
+@pytest.mark.parametrize("junk", ["yes", 1, None])
+def test_symmetric_is_a_bool(junk):
+    with pytest.raises((ArgumentError, TypeError), match="symmetric"):
+        Int4Grouped(symmetric=junk)
+
+
+def test_an_asymmetric_scheme_has_zero_points_and_is_better_on_shifted_weights():
+    shifted = {"w": torch.rand(16, 64, generator=torch.Generator().manual_seed(0)) + 1}
+    figures = {}
+    for symmetric in (True, False):
+        result = fewbits.quantize(shifted, "int4", group_size=16, symmetric=symmetric)
+        assert (result.model["w"].zero_point is None) is symmetric
+        figures[symmetric] = result.report.sqnr_db
+    assert figures[False] > figures[True]
+
+
+SKIPPED_BY_INT4 = [
+    (nn.Embedding(10, 32), "Embedding is kept by int4 unless asked for"),
+    (nn.EmbeddingBag(10, 32), "EmbeddingBag is kept by int4 unless asked for"),
+]
+
+
+@pytest.mark.parametrize(("module", "reason"), SKIPPED_BY_INT4)
+def test_int4_keeps_embeddings_by_class(module, reason):
+    model = nn.ModuleDict({"e": module, "head": nn.Linear(32, 8)})
+    row = ledger_of(Int4Grouped(16), model)["e.weight"]
+    assert (row.fate, row.reason) == ("kept", reason)
+
+
+@pytest.mark.parametrize("name", ["wte", "model.embed_tokens", "embeddings.word_embeddings"])
+def test_int4_keeps_embeddings_by_name_where_there_are_no_classes(name):
+    tensors = {f"{name}.weight": weight(10, 32), "head.weight": weight(8, 32)}
+    row = ledger_of(Int4Grouped(16), tensors)[f"{name}.weight"]
+    assert (row.fate, row.reason) == ("kept", "an embedding by name, kept by int4 unless asked for")
+
+
+@pytest.mark.parametrize(
+    "asking",
+    [
+        {"skip_types": ()},
+        {"skip_types": [nn.LayerNorm]},
+        {"selector": LayerSelector(include=["wte", "head"])},
+    ],
+)
+@pytest.mark.parametrize("as_module", [False, True])
+def test_int4_quantizes_an_embedding_that_is_asked_for(asking, as_module):
+    model = nn.ModuleDict({"wte": nn.Embedding(10, 32), "head": nn.Linear(32, 8)})
+    ledger = ledger_of(Int4Grouped(16, **asking), model if as_module else model.state_dict())
+    assert ledger["wte.weight"].fate == "quantized"
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize("types", [["Embedding"], [nn.Embedding]])
+@pytest.mark.parametrize("scheme", [Int8PerTensor, Int8PerChannel, FP16Cast])
+def test_types_to_skip_work_for_every_scheme(scheme, types, as_module):
+    if types == [nn.Embedding] and not as_module:
+        types = ["Embedding"]
+    model = nn.ModuleDict({"wte": nn.Embedding(10, 32), "head": nn.Linear(32, 8)})
+    ledger = ledger_of(scheme(skip_types=types), model if as_module else model.state_dict())
+    assert (ledger["wte.weight"].fate, ledger["head.weight"].fate != "kept") == ("kept", True)
+
+
+def test_a_tied_embedding_is_kept_with_its_output_layer_unless_a_rule_names_one_of_them():
+    assert ledger_of(Int4Grouped(16), TiedLM())["embed_tokens.weight"].fate == "kept"
+    asked = Int4Grouped(16, selector=LayerSelector(include=["lm_head"]))
+    assert ledger_of(asked, TiedLM())["embed_tokens.weight"].fate == "quantized"
+    assert ledger_of(Int8PerChannel(), TiedLM())["embed_tokens.weight"].fate == "quantized"
+
+
+@pytest.mark.parametrize("scheme", ALL)
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("bias", torch.ones(8), "a bias is never quantized"),
+        ("a.bias", torch.ones(8, 256), "a bias is never quantized"),
+        ("bias_k", torch.ones(1, 1, 256), "a bias is never quantized"),
+        ("rnn.bias_ih_l0", torch.ones(8, 256), "a bias is never quantized"),
+        ("ids", torch.ones(8, 256, dtype=torch.int64), "int64 is not a floating dtype"),
+        ("mask", torch.ones(8, 256, dtype=torch.bool), "bool is not a floating dtype"),
+        ("fp8", torch.ones(8, 256).to(torch.float8_e4m3fn), "float8_e4m3fn is a quantized dtype already"),
+        ("empty", torch.ones(0, 256), "it has no elements"),
+        ("wide_but_empty", torch.ones(8, 0), "it has no elements"),
+        ("scalar", torch.tensor(1.0), "0 dimensions; two are needed"),
+    ],
+)
+def test_what_cannot_be_quantized_is_kept_bit_for_bit_with_a_reason(scheme, name, tensor, reason):
+    result = fewbits.quantize({name: tensor, "other": weight(4, 256)}, scheme())
+    assert (result.ledger[name].fate, result.ledger[name].reason) == ("kept", reason)
+    assert result.model[name].dtype == tensor.dtype
+    assert as_bytes(result.model[name]) == as_bytes(tensor)
+
+
+@pytest.mark.parametrize("scheme", ALL)
+def test_a_rule_that_names_a_bias_does_not_make_it_a_weight(scheme):
+    quantizer = scheme(selector=LayerSelector(include=["bias", "0"]))
+    assert ledger_of(quantizer, mlp())["2.bias"].reason == "a bias is never quantized"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", [Int8PerTensor, Int8PerChannel, lambda **o: Int4Grouped(8, **o)])
+def test_scales_have_the_dtype_of_the_weight_unless_another_is_asked_for(scheme, dtype):
+    for asked in (None, *DTYPES):
+        result = fewbits.quantize({"w": weight(4, 32, dtype)}, scheme(scale_dtype=asked))
+        assert result.model["w"].scale.dtype == (asked or dtype)
+        assert result.model["w"].dequantize().dtype == dtype
+
+
+@pytest.mark.parametrize("junk", [torch.int8, "float16", torch.float8_e4m3fn])
+def test_a_scale_dtype_that_is_not_floating_is_refused(junk):
+    with pytest.raises(ArgumentError, match="scale_dtype"):
+        Int8PerChannel(scale_dtype=junk).prepare(mlp())
+
+
+def test_the_fallback_takes_the_scale_dtype_too():
+    row = ledger_of(Int4Grouped(scale_dtype=torch.float16), {"w": weight(4, 8)})["w"]
+    assert row.spec == QuantSpec(bits=8, granularity="channel", scale_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp16_casts_what_is_not_half_already(dtype):
+    result = fewbits.quantize({"w": weight(4, 8, dtype), "other": weight(4, 8)}, "fp16")
+    assert result.ledger["w"].fate == ("kept" if dtype == torch.float16 else "cast")
+    assert torch.equal(result.model["w"], weight(4, 8, dtype).half())
+
+
+def test_fp16_has_nothing_to_do_on_a_model_in_half():
+    with pytest.raises(SelectionError, match=r"nothing is left(?s:.*)it is float16 already"):
+        FP16Cast().prepare(mlp().half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_value_beyond_half_is_an_error_that_names_tensor_and_index(dtype, sign):
+    tensors = {"fine": weight(4, 8, dtype), "big": weight(4, 8, dtype)}
+    tensors["big"][2, 7] = sign * 1e6
+    quantizer = FP16Cast()
+    quantizer.prepare(tensors)
+    with pytest.raises(RangeError, match=rf"big, shape \(4, 8\), {str(dtype)[6:]}.*index \(2, 7\)"):
+        quantizer.convert()
+
+
+@pytest.mark.parametrize("value", [65504.0, 65519.0, -65504.0])
+def test_values_that_round_to_the_largest_half_are_cast(value):
+    result = fewbits.quantize({"w": torch.full((2, 2), value)}, "fp16")
+    assert result.model["w"].abs().max() == 65504
+
+
+@pytest.mark.parametrize("make", [Int8PerChannel, lambda **o: Int4Grouped(8, **o)])
+def test_a_scale_beyond_its_dtype_is_an_error_that_names_the_tensor(make):
+    quantizer = make(scale_dtype=torch.float16)
+    quantizer.prepare({"huge": torch.full((2, 16), 1e30)})
+    with pytest.raises(RangeError, match=r"huge, shape \(2, 16\).*scale"):
+        quantizer.convert()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.ReLU(), nn.LayerNorm(8), nn.Sequential(), nn.PReLU(4), nn.BatchNorm1d(3)],
+    ids=lambda m: type(m).__name__,
+)
+@pytest.mark.parametrize("scheme", ALL)
+def test_nothing_to_quantize_is_an_error_with_the_summary(scheme, model):
+    with pytest.raises(SelectionError, match=r"nothing is left to quantize:(?s:.*)\d tensors"):
+        scheme().prepare(model)
+
+
+def test_excluding_everything_is_an_error_that_names_the_rule():
+    with pytest.raises(SelectionError, match=r"excluded by '\*'"):
+        Int8PerChannel(selector=LayerSelector(exclude=["*"])).prepare(mlp())
+
+
+def test_all_zero_weights_are_exact():
+    report = fewbits.quantize({"w": torch.zeros(4, 256)}, "int4").report
+    assert report.ok
+    assert report.tensors[0].measurement.noise == 0
+
+
+@pytest.mark.parametrize("scheme", ALL)
+def test_a_subclass_of_a_known_layer_is_kept_with_the_reason(scheme):
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(Own(256, 4), nn.Linear(256, 4))
+    row = ledger_of(scheme(), model)["0.weight"]
+    assert row.fate == "kept"
+    assert "Own may use the weight in its own way" in row.reason

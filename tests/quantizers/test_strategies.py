@@ -1,0 +1,278 @@
+"""Strategies of an outside author: observer, selector, serializer."""
+
+import pytest
+import torch
+from hypothesis import given
+from safetensors.torch import save_file
+from torch import nn
+
+import fewbits
+from fewbits import (
+    CalibrationError,
+    Decision,
+    Int8PerChannel,
+    MinMaxObserver,
+    NumericsError,
+    Observer,
+    QuantizedTensor,
+    SelectionError,
+    Selector,
+)
+from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, Watcher, files_in, mlp, random_models, snapshot
+
+
+def data(count=2):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.rand(3, 16, generator=generator) for _ in range(count)]
+
+
+def test_an_observer_sees_the_inputs_of_each_layer():
+    seen = []
+    quantizer = Int8PerChannel(observer=Watcher(seen.append))
+    model, batches = mlp(), data()
+    quantizer.prepare(model)
+    quantizer.observe(batches)
+    expected = [x for batch in batches for x in (batch, model[:2](batch))]
+    assert [x.shape for x in seen] == [x.shape for x in expected]
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_an_observer_sees_what_the_users_own_loop_shows_it():
+    seen = []
+    quantizer = Int8PerChannel(observer=Watcher(seen.append))
+    prepared = quantizer.prepare(mlp())
+    prepared(data()[0])
+    assert len(seen) == 2
+    assert not any(x.requires_grad for x in seen)
+    assert isinstance(quantizer.convert(), nn.Module)
+
+
+def test_a_layer_that_is_called_with_keywords_is_seen():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.linear(input=x)
+
+    seen = []
+    quantizer = Int8PerChannel(observer=Watcher(seen.append))
+    quantizer.prepare(Keywords())
+    quantizer.observe(data())
+    assert len(seen) == 2
+
+
+def test_an_observer_changes_the_result():
+    plain = fewbits.quantize(mlp(), "int8").model
+    watched = fewbits.quantize(mlp(), "int8", observer=Watcher(), data=data()).model
+    peak = 1 + max(batch.abs().max() for batch in data())
+    assert torch.equal(watched[0].weight_stored.scale, plain[0].weight_stored.scale * peak)
+
+
+def test_every_layer_has_an_observer_of_its_own_and_the_recipe_sees_nothing():
+    recipe = Watcher()
+    result = fewbits.quantize(mlp(), "int8", observer=recipe, data=data()).model
+    plain = fewbits.quantize(mlp(), "int8").model
+    widened = [result[i].weight_stored.scale / plain[i].weight_stored.scale for i in (0, 2)]
+    assert widened[0].mean() != widened[1].mean()
+    assert torch.equal(
+        *(fewbits.quantize(mlp(), "int8", observer=recipe, data=data()).model[2].weight_stored.scale for _ in range(2))
+    )
+
+
+def test_observing_twice_adds_up():
+    first, second = data()
+    once = fewbits.quantize(mlp(), "int8", observer=Watcher(), data=[first, second]).model
+    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer.prepare(mlp())
+    quantizer.observe([second])
+    quantizer.observe([first])
+    assert snapshot(quantizer.convert().state_dict()) == snapshot(once.state_dict())
+
+
+def test_reset_forgets_what_was_seen():
+    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer.prepare(mlp())
+    quantizer.observe(data())
+    quantizer.reset()
+    quantizer.prepare(mlp())
+    with pytest.raises(CalibrationError):
+        quantizer.convert()
+
+
+def test_convert_without_data_names_the_layers_that_saw_none():
+    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer.prepare(mlp())
+    with pytest.raises(CalibrationError, match=r"0\.weight, 2\.weight.*call observe"):
+        quantizer.convert()
+
+
+def test_convert_names_only_the_layers_that_the_data_did_not_reach():
+    quantizer = Int8PerChannel(observer=Watcher())
+    prepared = quantizer.prepare(mlp())
+    prepared[0](data()[0])
+    with pytest.raises(CalibrationError, match=r"2\.weight") as caught:
+        quantizer.convert()
+    assert "0.weight" not in str(caught.value)
+    prepared[2](torch.rand(1, 32))
+    quantizer.convert()
+
+
+def test_one_of_the_layers_that_share_a_weight_is_enough():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+    model["b"].weight = model["a"].weight
+    quantizer = Int8PerChannel(observer=Watcher())
+    prepared = quantizer.prepare(model)
+    prepared["b"](data()[0])
+    assert quantizer.convert()["a"].weight_stored is not None
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_an_observer_that_needs_data_cannot_serve_tensors_without_a_forward(tmp_path, as_file):
+    source = dict(mlp().state_dict())
+    if as_file:
+        save_file(source, tmp_path / "model.safetensors")
+        source = tmp_path / "model.safetensors"
+    with pytest.raises(CalibrationError, match="Watcher needs data, and a state dict or a file has no forward"):
+        Int8PerChannel(observer=Watcher()).prepare(source)
+
+
+class Broken(Observer):
+    def __init__(self, scale, zero_point=None):
+        self._returned = scale, zero_point
+
+    def observe_weight(self, weight, spec):
+        return self._returned
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point"),
+    [
+        (torch.zeros(32, 1), None),
+        (torch.full((32, 1), float("nan")), None),
+        (torch.full((32, 1), float("inf")), None),
+        (torch.ones(32), None),
+        (torch.ones(31, 1), None),
+        (torch.ones(32, 1, dtype=torch.float64), None),
+        (torch.ones(32, 1), torch.zeros(32, 1, dtype=torch.int32)),
+    ],
+)
+def test_an_observer_that_returns_nonsense_is_refused_with_the_tensors_name(scale, zero_point):
+    quantizer = Int8PerChannel(observer=Broken(scale, zero_point))
+    quantizer.prepare(mlp())
+    with pytest.raises(NumericsError, match=r"0\.weight, .*an observer"):
+        quantizer.convert()
+
+
+def test_an_observer_may_clip_and_the_bound_says_so():
+    class Clips(MinMaxObserver):
+        def observe_weight(self, weight, spec):
+            scale, zero_point = super().observe_weight(weight, spec)
+            return scale / 2, zero_point
+
+    result = fewbits.quantize(mlp(), "int8", observer=Clips(), fail_under=0)
+    assert result.report.ok
+    assert {t.measurement.code_min for t in result.report.tensors if t.measurement} == {-128}
+
+
+class Chooses(Selector):
+    def __init__(self, choose):
+        self._choose = choose
+
+    def select(self, infos):
+        return self._choose(infos)
+
+
+def test_a_selector_decides():
+    def only_wide(infos):
+        return [Decision(info.shape[-1] > 16, "wide" if info.shape[-1] > 16 else "narrow") for info in infos]
+
+    ledger = fewbits.quantize(mlp(), "int8", selector=Chooses(only_wide)).ledger
+    assert (ledger["0.weight"].fate, ledger["0.weight"].reason) == ("kept", "narrow")
+    assert (ledger["2.weight"].fate, ledger["2.weight"].reason) == ("quantized", "wide")
+
+
+def test_a_selector_cannot_choose_what_cannot_be_quantized():
+    quantizer = Int8PerChannel(selector=Chooses(lambda infos: [Decision(True, "all", named=True)] * len(infos)))
+    quantizer.prepare(mlp())
+    assert [row.name for row in quantizer.ledger if row.fate == "quantized"] == ["0.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("surplus", [-4, -1, 1])
+def test_a_selector_with_a_wrong_number_of_decisions_is_refused(surplus):
+    selector = Chooses(lambda infos: [Decision(True, "all")] * (len(infos) + surplus))
+    with pytest.raises(SelectionError, match=f"made {4 + surplus} decisions for 4 tensors"):
+        Int8PerChannel(selector=selector).prepare(mlp())
+
+
+def test_a_selector_is_told_names_shapes_classes_and_what_the_scheme_skips():
+    told = []
+
+    def listen(infos):
+        told.extend(infos)
+        return [Decision(True, "all")] * len(infos)
+
+    model = nn.ModuleDict({"e": nn.Embedding(4, 16), "l": nn.Linear(16, 4)})
+    fewbits.Int4Grouped(16, selector=Chooses(listen)).prepare(model)
+    assert [(i.name, i.shape, i.owner) for i in told] == [
+        ("e.weight", (4, 16), nn.Embedding),
+        ("l.weight", (4, 16), nn.Linear),
+        ("l.bias", (4,), nn.Linear),
+    ]
+    assert [(i.skip is not None, i.obstacle is not None) for i in told] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+
+
+@given(random_models())
+@FEWER_EXAMPLES
+def test_any_model_survives_a_serializer_of_the_users(tmp_path_factory, model):
+    serializer = JsonSerializer()
+    result = fewbits.quantize(model, "int8", serializer=serializer, fail_under=0)
+    path = tmp_path_factory.mktemp("json") / "model.json"
+    result.save(path)
+    loaded = fewbits.load(path, serializer=serializer)
+    quantized = {row.name for row in result.ledger if row.fate == "quantized"}
+    assert {name for name, value in loaded.items() if isinstance(value, QuantizedTensor)} >= quantized
+    assert loaded.keys() == {row.name for row in result.ledger}
+
+
+def test_the_serializer_is_used_to_save_to_validate_and_to_load(tmp_path):
+    serializer = JsonSerializer()
+    quantizer = Int8PerChannel(serializer=serializer)
+    quantizer.prepare(mlp())
+    result = quantizer.convert()
+    assert not serializer.written
+    quantizer.validate()
+    assert len(serializer.written) == 1
+    quantizer.save(tmp_path / "model.json")
+    assert serializer.written[1:] == ["model.json"]
+    loaded = fewbits.load(tmp_path / "model.json", into=mlp(seed=1), serializer=serializer)
+    assert "model.json" in serializer.opened
+    assert snapshot(loaded.state_dict()) == snapshot(result.state_dict())
+
+
+def test_the_serializer_writes_the_result_of_a_file(tmp_path):
+    save_file(mlp().state_dict(), tmp_path / "model.safetensors")
+    serializer = JsonSerializer()
+    result = fewbits.quantize(
+        tmp_path / "model.safetensors", "int8", serializer=serializer, output=tmp_path / "model.json"
+    )
+    assert result.report.ok
+    assert (tmp_path / "model.json").read_bytes().startswith(b"{")
+    assert set(files_in(tmp_path)) == {"model.safetensors", "model.json"}
+
+
+def test_a_serializer_that_loses_a_bit_is_found_out():
+    class Lossy(JsonSerializer):
+        def reader(self, path):
+            reader = super().reader(path)
+            read = reader.read
+            reader.read = lambda name: read(name) ^ 1 if name == "0.weight_packed" else read(name)
+            return reader
+
+    with pytest.raises(fewbits.ValidationError, match=r"0\.weight"):
+        fewbits.quantize(mlp(), "int8", serializer=Lossy())

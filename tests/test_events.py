@@ -1,0 +1,97 @@
+"""Events: silent by default, and structured for those who listen."""
+
+import logging
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import structlog
+import torch
+
+import fewbits
+from lifecycle_helpers import mlp
+
+
+@pytest.fixture
+def events():
+    """What structlog is told, where an application has configured it."""
+    with structlog.testing.capture_logs() as captured:
+        yield captured
+    structlog.reset_defaults()
+
+
+def test_every_step_is_an_event_with_fields(events, tmp_path):
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(mlp())
+    quantizer.observe([torch.ones(2, 16)])
+    quantizer.convert()
+    quantizer.validate()
+    quantizer.save(tmp_path / "model.safetensors")
+    assert [(e["event"], e["state"], e["scheme"], e["log_level"]) for e in events] == [
+        ("prepare", "PREPARED", "int8", "info"),
+        ("observe", "OBSERVED", "int8", "info"),
+        ("convert", "CONVERTED", "int8", "info"),
+        ("validate", "VALIDATED", "int8", "info"),
+        ("save", "VALIDATED", "int8", "info"),
+    ]
+    prepare, observe, convert, validate, save = events
+    assert (prepare["tensors"], prepare["quantized"], prepare["cast"]) == (4, 2, 0)
+    assert observe["batches"] == 1
+    assert (convert["bytes_before"], convert["bytes_after"]) == (
+        quantizer.ledger.bytes_before,
+        quantizer.ledger.bytes_after,
+    )
+    assert validate["ok"] is True
+    assert save["path"] == str(tmp_path / "model.safetensors")
+
+
+def test_a_low_sqnr_is_a_warning_that_names_the_tensor(events):
+    report = fewbits.quantize(mlp(width=1024), "int4", group_size=1024).report
+    low = [e for e in events if e["event"] == "low_sqnr"]
+    assert [e["finding"] for e in low] == report.warnings
+    assert low
+    assert low[0]["finding"].startswith("2.weight: SQNR ")
+    assert {e["log_level"] for e in low} == {"warning"}
+
+
+def test_a_failure_is_an_event_that_names_the_tensor(events):
+    report = fewbits.quantize(mlp(), "int8", fail_under=200, on_failure="ignore").report
+    failures = [e["finding"] for e in events if e["event"] == "validation_failure"]
+    assert failures == report.all_failures
+    assert failures
+
+
+@pytest.mark.parametrize("call", ["convert", "validate", "save"])
+def test_a_refused_call_is_no_event(events, call):
+    with pytest.raises(fewbits.StateError):
+        getattr(fewbits.Int8PerChannel(), call)(*(["path"] if call == "save" else []))
+    assert not events
+
+
+SCRIPT = """
+    import sys
+    import torch
+    import fewbits
+
+    torch.manual_seed(0)
+    fewbits.quantize(torch.nn.Linear(256, 64), "int4").save(sys.argv[1])
+    import structlog
+    assert not structlog.is_configured()
+"""
+
+
+def test_unconfigured_nothing_is_printed(tmp_path):
+    script = [sys.executable, "-c", textwrap.dedent(SCRIPT), tmp_path / "model.safetensors"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "event='prepare'" not in done.stderr
+
+
+def test_unconfigured_events_go_to_the_standard_logger(caplog):
+    structlog.reset_defaults()
+    with caplog.at_level(logging.INFO, logger="fewbits"):
+        fewbits.quantize(mlp(), "int8")
+    messages = [record.getMessage() for record in caplog.records if record.name == "fewbits"]
+    assert [message.split()[0] for message in messages] == ["event='prepare'", "event='convert'", "event='validate'"]

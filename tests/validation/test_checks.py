@@ -1,0 +1,213 @@
+"""What validation finds: a result that was changed behind its back, by a single bit."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+import fewbits
+from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, ValidationError
+from fewbits.validation.checks import same_bits
+from lifecycle_helpers import TiedLM, mlp, read_header
+
+ROWS, COLUMNS = 3, 7
+
+
+def exact_weights():
+    """Weights that are multiples of their scale, so that any other code is beyond the bound."""
+    return {"w": torch.arange(-10.0, 11.0).reshape(ROWS, COLUMNS).index_fill(1, torch.tensor([0]), 127.0)}
+
+
+def converted(source, quantizer=None, **options):
+    quantizer = quantizer or Int8PerChannel()
+    quantizer.prepare(source)
+    return quantizer, quantizer.convert(**options)
+
+
+def assert_found(quantizer, *names):
+    with pytest.raises(ValidationError) as caught:
+        quantizer.validate()
+    failing = {t.name for t in caught.value.report.tensors if t.failures}
+    assert failing == set(names)
+    assert all(name in str(caught.value) for name in names)
+
+
+@given(st.integers(0, ROWS - 1), st.integers(0, COLUMNS - 1), st.integers(0, 7))
+def test_any_flipped_bit_of_any_code_is_found(row, column, bit):
+    quantizer, result = converted(exact_weights())
+    quantizer.validate()
+    result["w"].packed.view(torch.uint8)[row, column] ^= 1 << bit
+    assert_found(quantizer, "w")
+
+
+@pytest.mark.parametrize("measure", [None, True, False])
+def test_a_flipped_code_is_found_whenever_it_was_measured_before(measure):
+    quantizer, result = converted(mlp(), measure=measure)
+    result[2].weight_stored.packed[1, 2] ^= 0x80
+    assert_found(quantizer, "2.weight")
+
+
+@pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, lambda: Int4Grouped(8)])
+@pytest.mark.parametrize("scale", [math.nan, 0.0, math.inf, -math.inf])
+def test_a_scale_that_is_no_number_is_found(quantizer, scale):
+    quantizer, result = converted(mlp(), quantizer())
+    result[0].weight_stored.scale.view(-1)[0] = scale
+    assert_found(quantizer, "0.weight")
+
+
+@pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, lambda: Int4Grouped(8)])
+@pytest.mark.parametrize("scale", [math.nan, 0.0, math.inf])
+def test_scales_that_are_all_no_numbers_are_found(quantizer, scale):
+    quantizer, result = converted(mlp(), quantizer())
+    result[0].weight_stored.scale.fill_(scale)
+    assert_found(quantizer, "0.weight")
+
+
+def test_a_scale_that_is_a_little_larger_is_found():
+    quantizer, result = converted(mlp())
+    result[0].weight_stored.scale.mul_(1.1)
+    assert_found(quantizer, "0.weight")
+
+
+def test_a_zero_point_that_moved_is_found():
+    quantizer, result = converted(mlp(), Int4Grouped(8, symmetric=False))
+    result[0].weight_stored.zero_point.bitwise_xor_(1)
+    assert_found(quantizer, "0.weight")
+
+
+@pytest.mark.parametrize(("where", "value"), [("bias", 1e-7), ("bias", math.nan)])
+def test_a_kept_tensor_that_changed_is_found(where, value):
+    quantizer, result = converted(mlp())
+    with torch.no_grad():
+        getattr(result[2], where)[0] += value
+    assert_found(quantizer, "2.bias")
+
+
+def test_a_buffer_that_changed_is_found():
+    quantizer, result = converted(TiedLM())
+    result.position_ids[3] = 7
+    assert_found(quantizer, "position_ids")
+
+
+def test_a_cast_that_changed_is_found():
+    quantizer, result = converted(mlp(), FP16Cast())
+    result[0].weight_stored.narrow[4, 4] *= 1.01
+    assert_found(quantizer, "0.weight")
+
+
+@pytest.mark.parametrize("quantizer", [Int8PerChannel, lambda: Int4Grouped(8), FP16Cast])
+def test_a_mapping_is_checked_like_a_model(quantizer):
+    quantizer, result = converted(dict(mlp().state_dict()), quantizer())
+    value = result["2.weight"]
+    (value if isinstance(value, torch.Tensor) else value.scale).mul_(2)
+    result["0.bias"][0] = 3
+    assert_found(quantizer, "2.weight", "0.bias")
+
+
+@pytest.mark.parametrize("name", ["0.weight_packed", "2.weight_scale", "2.bias"])
+def test_a_changed_byte_of_a_file_is_found(tmp_path, name):
+    save_file(mlp().state_dict(), tmp_path / "in.safetensors")
+    output = tmp_path / "out.safetensors"
+    quantizer = Int8PerChannel()
+    quantizer.prepare(tmp_path / "in.safetensors")
+    quantizer.convert(output=output)
+    entries, _, payload = read_header(output)
+    data = bytearray(output.read_bytes())
+    data[len(data) - payload + entries[name]["data_offsets"][0]] ^= 1
+    output.write_bytes(data)
+    assert_found(quantizer, name.removesuffix("_packed").removesuffix("_scale"))
+
+
+def test_a_source_that_changed_is_found():
+    model = mlp()
+    quantizer, _ = converted(model)
+    with torch.no_grad():
+        model[2].bias[0] += 1
+        model[0].weight[0, 0] += 1
+    assert_found(quantizer, "0.weight", "2.bias")
+
+
+def test_a_result_that_was_moved_to_another_dtype_is_found():
+    quantizer, result = converted(mlp())
+    result[0].half()
+    with pytest.raises(ValidationError, match=r"0\.bias"):
+        quantizer.validate()
+
+
+def test_a_failed_validation_can_be_repeated_after_the_repair():
+    quantizer, result = converted(mlp())
+    good = result[0].weight_stored.packed.clone()
+    result[0].weight_stored.packed[0, 0] ^= 0x80
+    with pytest.raises(ValidationError):
+        quantizer.validate()
+    assert quantizer.state is fewbits.State.CONVERTED
+    result[0].weight_stored.packed.copy_(good)
+    assert quantizer.validate().ok
+    assert quantizer.state is fewbits.State.VALIDATED
+
+
+def test_what_was_checked_is_named():
+    quantizer, _ = converted(mlp())
+    assert quantizer.validate().checks == (
+        "size",
+        "scales",
+        "SQNR",
+        "error bound of every element",
+        "reload, bit for bit",
+    )
+
+
+def test_validation_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    fewbits.quantize(mlp(), "int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_changes_nothing():
+    quantizer, result = converted(mlp().train())
+    before = {name: t.clone() for name, t in result.state_dict().items()}
+    quantizer.validate()
+    assert all(torch.equal(t, before[name]) for name, t in result.state_dict().items())
+    assert result.training
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (torch.tensor([math.nan]), torch.tensor([math.nan]), True),
+        (torch.tensor([0.0]), torch.tensor([-0.0]), False),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), False),
+        (torch.ones(2, 1), torch.ones(1, 2), False),
+        (torch.ones(0, 3), torch.ones(0, 3), True),
+        (torch.arange(6).view(2, 3).T, torch.arange(6).view(2, 3).T.contiguous(), True),
+        (torch.tensor(1.0), torch.tensor(1.0), True),
+        (torch.tensor([True]), torch.tensor([True]), True),
+    ],
+)
+def test_bits_are_compared_not_values(a, b, same):
+    assert same_bits(a, b) is same
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [Int8PerTensor, Int8PerChannel, lambda: Int4Grouped(8)])
+def test_a_model_in_any_dtype_passes(dtype, make):
+    assert fewbits.quantize(mlp().to(dtype), make()).report.ok
+
+
+@pytest.mark.parametrize("exponent", [-300, -160, 160, 300])
+def test_very_small_and_very_large_doubles_pass(exponent):
+    weights = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    report = fewbits.quantize({"w": weights * 10.0**exponent}, "int8").report
+    assert report.ok
+    assert report.sqnr_db > 30
+
+
+def test_a_model_with_a_dtype_that_no_file_holds_is_a_named_failure():
+    model = nn.Linear(4, 4)
+    model.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
+    with pytest.raises(fewbits.FewbitsError, match="phase has dtype complex128"):
+        fewbits.quantize(model, "int8")
