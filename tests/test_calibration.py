@@ -33,7 +33,9 @@ def test_a_batch_is_fed_by_its_kind(batch):
     assert quantizer.state is State.OBSERVED
 
 
-@pytest.mark.parametrize("batch", [None, 3, "text", [], (), [[1.0]], [None, X], {X}, object()], ids=[str(i) for i in range(9)])
+@pytest.mark.parametrize(
+    "batch", [None, 3, "text", [], (), [[1.0]], [None, X], {X}, object()], ids=[str(i) for i in range(9)]
+)
 def test_a_batch_that_cannot_be_fed_is_refused_with_the_way_out(batch):
     quantizer, _ = prepared()
     with pytest.raises(CalibrationError, match=rf"type {type(batch).__name__} cannot be fed.*forward="):

@@ -51,6 +51,12 @@ class QuantizedModule(nn.Module):
         stored = name + SUFFIX in self.__dict__.get("_modules", ())
         object.__setattr__(self, name, value) if stored else super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; refuse one in the place of a quantized weight."""
+        if name + SUFFIX in self._modules:
+            setattr(self, name, param)
+        super().register_parameter(name, param)
+
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         bias = self.bias
         return bias.to(dtype) if isinstance(bias, Tensor) else None

@@ -83,5 +83,5 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except Exception as error:
         raise SourceError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            "remove what refuses to be copied, or work in place"
+            "remove what refuses to be copied, or work with inplace=True"
         ) from error

@@ -16,6 +16,9 @@ from fewbits.numerics.spec import QuantSpec
 
 _SAME_WIDTH_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+#: Each step moves the quotient of a magnitude and its scale by a sixteenth, past the half that rounds up, at last.
+_OVERFLOW_STEPS, _OVERFLOW_FACTOR = 16, 17 / 16
+
 
 def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The smallest and the largest element of each group, zero included.
@@ -32,9 +35,9 @@ def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """The smallest scale, and its zero point, with which everything between `low` and `high` is in range.
 
-    Scales are computed in float64 and rounded once, to ``spec.scale_dtype``. One below that dtype's smallest normal
-    number is raised to it. Where rounding down would clip `low` or `high` the next number up is taken, and where
-    rounding up would let the largest code stand for Inf the next one down.
+    Scales are computed in float64, then rounded to ``spec.scale_dtype``. One below that dtype's smallest normal
+    number is raised to it. Where rounding down would clip `low` or `high` the next number up is taken, and where a
+    code in use would stand for more than the largest number there is, a larger scale with which none does.
 
     Args:
         low: at most zero; any shape.
@@ -52,15 +55,12 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
     # Each bound is divided on its own: their difference may overflow.
     exact = torch.maximum(-low, high) / spec.code_max if spec.symmetric else high / steps - low / steps
     scale = _stored(exact, spec)
-    zero_point = _zero_point(low, scale, spec)
-    clips = (high > scale.double() * (spec.code_max - zero_point + 0.5)) | (
-        low < scale.double() * (spec.code_min - zero_point - 0.5)
-    )
-    scale = torch.where(clips, _neighbour(scale, 1), scale)
-    # The largest code must not stand for Inf.
-    reach = spec.code_max if spec.symmetric else torch.maximum(spec.code_max - zero_point, zero_point - spec.code_min)
-    overflows = scale.double() * reach > torch.finfo(compute_dtype(scale.dtype)).max
-    scale = torch.where(overflows & torch.isfinite(scale), _neighbour(scale, -1), scale)
+    scale = torch.where(_clips(low, high, scale, spec), _next_up(scale), scale)
+    for _ in range(_OVERFLOW_STEPS):
+        overflows = _overflows(low, high, scale, spec)
+        if not overflows.any():
+            break
+        scale = torch.where(overflows, _stored(scale.double() * _OVERFLOW_FACTOR, spec), scale)
     if not torch.isfinite(scale).all():
         worst = float(torch.maximum(-low, high).max())
         raise RangeError(
@@ -77,7 +77,7 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
     Returns:
         uint8, the shape of `x`: codes made unsigned by adding ``2**(bits-1)``.
     """
-    dtype = compute_dtype(x.dtype)
+    dtype = torch.promote_types(compute_dtype(x.dtype), compute_dtype(scale.dtype))
     codes = _grouped(x.to(dtype), spec) / _broadcast(scale.to(dtype))
     codes.round_()
     if zero_point is not None:
@@ -133,6 +133,8 @@ def check_params(
             point lies outside the code range.
     """
     expected = spec.scale_shape(*shape)
+    if not isinstance(scale, Tensor) or not isinstance(zero_point, (Tensor, type(None))):
+        raise NumericsError("an observer must return a tensor of scales, and a tensor of zero points or None")
     if tuple(scale.shape) != expected or scale.dtype != spec.scale_dtype:
         raise NumericsError(
             f"an observer returned scales of shape {tuple(scale.shape)} in {dtype_name(scale.dtype)} for a block of "
@@ -144,14 +146,16 @@ def check_params(
         raise NumericsError(
             f"an observer must return a zero point exactly where the spec is asymmetric; this is {spec}"
         )
-    if zero_point is not None:
-        in_range = (zero_point >= spec.code_min) & (zero_point <= spec.code_max)
-        if tuple(zero_point.shape) != expected or zero_point.is_floating_point() or not bool(in_range.all()):
-            raise NumericsError(
-                f"an observer returned zero points that are not integers of shape {expected} between "
-                f"{spec.code_min} and {spec.code_max}"
-            )
-    return scale, zero_point
+    if zero_point is None:
+        return scale, None
+    whole = not zero_point.is_floating_point() and zero_point.dtype != torch.bool
+    wide = zero_point.to(torch.int64)
+    if not whole or tuple(wide.shape) != expected or bool(((wide < spec.code_min) | (wide > spec.code_max)).any()):
+        raise NumericsError(
+            f"an observer returned zero points that are not integers of shape {expected} between "
+            f"{spec.code_min} and {spec.code_max}"
+        )
+    return scale, wide.to(torch.int32)
 
 
 def _grouped(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -180,6 +184,21 @@ def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return (spec.code_min - low / scale.double()).round_().clamp_(spec.code_min, spec.code_max)
 
 
-def _neighbour(x: Tensor, steps: int) -> Tensor:
-    """The representable number so many steps above (or below) a positive one."""
-    return (x.view(_SAME_WIDTH_INT[x.element_size()]) + steps).view(x.dtype)
+def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Whether an end of the range is further than half a step from every code."""
+    zero_point, step = _zero_point(low, scale, spec), scale.double()
+    return (high > step * (spec.code_max - zero_point + 0.5)) | (low < step * (spec.code_min - zero_point - 0.5))
+
+
+def _overflows(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Whether a code in use stands for more than the largest number of the dtype that decoding computes in."""
+    zero_point, step = _zero_point(low, scale, spec), scale.double()
+    last = ((high / step).round() + zero_point).clamp(max=spec.code_max) - zero_point
+    first = ((low / step).round() + zero_point).clamp(min=spec.code_min) - zero_point
+    limit = torch.finfo(compute_dtype(scale.dtype)).max
+    return torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
+
+
+def _next_up(x: Tensor) -> Tensor:
+    """The next representable number above a positive one."""
+    return (x.view(_SAME_WIDTH_INT[x.element_size()]) + 1).view(x.dtype)

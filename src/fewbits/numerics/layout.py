@@ -50,7 +50,9 @@ class Layout:
     def of(cls, shape: Sequence[int], *, inputs: Sequence[int] = (-1,), view: Sequence[int] | None = None) -> Layout:
         """The cut of a tensor of `shape` whose input axes (of `view`, if given) are `inputs`."""
         view = shape if view is None else view
-        columns = [axis % len(view) for axis in inputs]
+        if any(not -len(view) <= axis < len(view) for axis in inputs) and view:
+            raise ArgumentError(f"a tensor of {len(view)} axes has no input axes {tuple(inputs)}")
+        columns = [axis % len(view) for axis in inputs] if view else []
         rows = [axis for axis in range(len(view)) if axis not in columns]
         return cls(tuple(shape), tuple(view), (*rows, *columns), len(rows))
 
@@ -130,10 +132,12 @@ class WeightMatrix:
         shape = permuted.shape[: self.layout.row_axes]
         if len(shape) == 1:
             rows = permuted[start:stop]
+        elif permuted.is_contiguous():
+            rows = permuted.view(self.rows, self.columns)[start:stop]
         else:
             # Rows that several axes span: gather the asked ones, so that only they are copied.
             index = torch.arange(start, stop, device=permuted.device)
-            rows = permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)
+            rows = permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)[start:stop]
         return rows.reshape(stop - start, self.columns)
 
     def whole(self) -> Tensor:

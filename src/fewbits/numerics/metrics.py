@@ -1,13 +1,13 @@
 """What a stored tensor is worth: SQNR, largest error, cosine, and the proof of its error bound, element by element.
 
 One function measures. It decodes what was stored and compares in float64; sums are taken in a fixed order, pairwise
-and elementwise, so that thread count, block size and instruction set change nothing.
+and elementwise, so that thread count and instruction set change nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 import torch
@@ -64,7 +64,10 @@ class Measurement:
     def cosine(self) -> float:
         """Cosine between original and decoded; 1.0 where both are zero."""
         norm = math.sqrt(self.signal) * math.sqrt(self.decoded)
-        return self.dot / norm if norm else float(self.noise == 0)
+        if norm == 0:
+            return float(self.noise == 0)
+        cosine = self.dot / norm
+        return cosine if math.isnan(cosine) else max(-1.0, min(1.0, cosine))
 
 
 def sqnr_db(signal: float, noise: float) -> float:
@@ -90,6 +93,7 @@ def pooled_sqnr_db(measurements: Iterable[Measurement]) -> float:
     )
 
 
+@torch.no_grad()
 def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
     """Compare every element of what was stored with what it was made from.
 
@@ -159,8 +163,8 @@ def _compare(blocks: Iterable[_Block], unit: float) -> Measurement:
     for block in blocks:
         x, decoded = block.original, block.decoded
         error = (x - decoded).abs_()
-        # NaN in a damaged scale must count as broken, not vanish in a comparison.
-        held = error <= block.bound
+        # NaN and Inf out of a damaged scale must count as broken, not vanish in a comparison.
+        held = (error <= block.bound) & torch.isfinite(error)
         if broken is None and not held.all():
             row, column = (~held).nonzero()[0].tolist()
             broken = (block.start + row, column)
@@ -168,10 +172,10 @@ def _compare(blocks: Iterable[_Block], unit: float) -> Measurement:
             codes += map(int, torch.aminmax(block.codes))
         elements += x.numel()
         worst_error = max(worst_error, _largest(error))
-        worst_ratio = max(worst_ratio, _largest(error / block.bound))
+        worst_ratio = max(worst_ratio, _largest(torch.where(error == 0, 0.0, error / block.bound)))
         x, decoded, error = x / unit, decoded / unit, error / unit
         sums.append([_sum(t) for t in (x * x, error.square_(), x * decoded, decoded.square_())])
-    signal, noise, dot, power = (math.fsum(terms) for terms in zip(*sums, strict=True))
+    signal, noise, dot, power = (_fsum(terms) for terms in zip(*sums, strict=True))
     return Measurement(
         elements=elements,
         signal=signal,
@@ -189,7 +193,7 @@ def _compare(blocks: Iterable[_Block], unit: float) -> Measurement:
 
 def _largest(values: Tensor) -> float:
     """The largest element, NaN counting as inf."""
-    return float(values.nan_to_num(nan=math.inf).max())
+    return float(values.nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
 def _sum(values: Tensor) -> float:
@@ -202,4 +206,9 @@ def _sum(values: Tensor) -> float:
         half = width // 2
         values[:, :half] += values[:, width - half : width]
         width -= half
-    return math.fsum(values[:, 0].tolist())
+    return _fsum(values[:, 0].tolist())
+
+
+def _fsum(terms: Sequence[float]) -> float:
+    """The sum, rounded once; what is not finite stays that way."""
+    return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewbits.errors import NonFiniteError, RangeError
+from fewbits.errors import ArgumentError, NonFiniteError, RangeError
 from fewbits.numerics.affine import check_params, choose_params, encode, extremes
-from fewbits.numerics.dtypes import compute_dtype, dtype_name
+from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout, WeightMatrix, block_rows
 from fewbits.numerics.packing import pack, packed_words
 from fewbits.numerics.spec import QuantSpec
@@ -25,6 +25,7 @@ def min_max(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     return choose_params(*extremes(rows, spec), spec)
 
 
+@torch.no_grad()
 def quantize(
     weight: Tensor | WeightMatrix,
     spec: QuantSpec,
@@ -41,6 +42,7 @@ def quantize(
         layout: how to cut `weight`; None takes the last axis as the input.
 
     Raises:
+        ArgumentError: if it has no elements, or another dtype.
         NonFiniteError: if the tensor holds NaN or Inf; the message names the first bad index.
         RangeError: if a scale is beyond the largest number of the dtype it is stored in.
         NumericsError: if `choose` returns something that codes cannot be made with.
@@ -51,6 +53,11 @@ def quantize(
     matrix = weight if isinstance(weight, WeightMatrix) else WeightMatrix(weight, layout or Layout.of(weight.shape))
     spec = spec.for_dtype(matrix.dtype)
     rows, columns = matrix.layout.matrix_shape
+    if not rows * columns or matrix.dtype not in FLOAT_DTYPES:
+        raise ArgumentError(
+            f"a {dtype_name(matrix.dtype)} tensor of shape {matrix.layout.shape} cannot be quantized; it must have "
+            f"elements, in one of {', '.join(map(dtype_name, FLOAT_DTYPES))}"
+        )
     packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32, device=matrix.device)
     params: list[tuple[Tensor, Tensor | None]] = []
     if spec.granularity == "tensor":
@@ -68,6 +75,7 @@ def quantize(
     return QuantizedTensor(packed, torch.cat(scales), zero_point, spec, matrix.layout, matrix.dtype)
 
 
+@torch.no_grad()
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy in another floating dtype.
 

@@ -31,6 +31,11 @@ def _check_group_size(spec: QuantSpec, _: Any, group_size: object) -> None:
         raise ArgumentError(f"group_size must be a positive integer, not {group_size!r}")
 
 
+def _check_symmetric(_: Any, __: Any, symmetric: object) -> None:
+    if not isinstance(symmetric, bool):
+        raise ArgumentError(f"symmetric must be True or False, not {symmetric!r}")
+
+
 def _check_scale_dtype(_: Any, __: Any, dtype: object) -> None:
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ArgumentError(f"scale_dtype must be one of {[dtype_name(d) for d in FLOAT_DTYPES]}, not {dtype!r}")
@@ -65,7 +70,7 @@ class QuantSpec:
     bits: int = attrs.field(validator=_check_bits)
     granularity: Granularity = attrs.field(validator=_check_granularity)
     group_size: int | None = attrs.field(default=None, validator=_check_group_size)
-    symmetric: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    symmetric: bool = attrs.field(default=True, validator=_check_symmetric)
     scale_dtype: torch.dtype | None = attrs.field(default=None, validator=_check_scale_dtype)
 
     @property
@@ -144,7 +149,7 @@ def spec_from_dict(fields: dict[str, Any]) -> Spec:
     fields = dict(fields)
     kind = fields.pop("kind", None)
     names = {"affine": "scale_dtype", "cast": "dtype"}
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         raise ArgumentError(f"a spec is of kind 'affine' or 'cast', not {kind!r}")
     dtype = names[kind]
     if fields.get(dtype) is not None:

@@ -46,11 +46,14 @@ class QuantizedTensor:
         if self.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{dtype_name(self.dtype)} is not a dtype that a weight can have")
         expected = part_shapes(self.layout, self.spec, self.dtype)
-        for name, tensor in self.parts().items():
-            if name not in expected or (tuple(tensor.shape), tensor.dtype) != expected[name]:
+        found = self.parts()
+        if found.keys() != expected.keys():
+            raise FormatError(f"a tensor in {self.spec} has the parts {sorted(expected)}, not {sorted(found)}")
+        for name, (shape, dtype) in expected.items():
+            if (tuple(found[name].shape), found[name].dtype) != (shape, dtype):
                 raise FormatError(
-                    f"{name} has shape {tuple(tensor.shape)} and dtype {dtype_name(tensor.dtype)}; a tensor of shape "
-                    f"{self.layout.shape} in {self.spec} needs {expected.get(name, 'no such part')}"
+                    f"{name} has shape {tuple(found[name].shape)} and dtype {dtype_name(found[name].dtype)}; a tensor "
+                    f"of shape {self.layout.shape} in {self.spec} needs {shape} and {dtype_name(dtype)}"
                 )
 
     @classmethod
@@ -76,6 +79,11 @@ class QuantizedTensor:
         """
         spec = spec.for_dtype(scale.dtype)
         scale, zero_point = check_params(scale, zero_point, spec, layout.matrix_shape)
+        if tuple(codes.shape) != layout.matrix_shape or codes.is_floating_point():
+            raise FormatError(
+                f"codes are integers of shape {layout.matrix_shape}, "
+                f"not {dtype_name(codes.dtype)} of {tuple(codes.shape)}"
+            )
         if codes.numel() and not spec.code_min <= int(codes.min()) <= int(codes.max()) <= spec.code_max:
             raise FormatError(f"codes of {spec} must lie between {spec.code_min} and {spec.code_max}")
         packed = pack((codes.to(torch.int16) - spec.code_min).to(torch.uint8), spec.bits)
@@ -93,9 +101,10 @@ class QuantizedTensor:
         wanted = {"packed", "scale", "shape"} | (set() if spec.symmetric else {"zero_point"})
         if wanted != set(parts):
             raise FormatError(f"a tensor in {spec} has the parts {sorted(wanted)}, not {sorted(parts)}")
-        shape = tuple(parts["shape"].tolist())
-        if shape != layout.shape:
-            raise FormatError(f"the part 'shape' says {shape}, the layout {layout.shape}")
+        if not same_bits(parts["shape"], _shape_part(layout)):
+            raise FormatError(
+                f"the part 'shape' says {tuple(parts['shape'].flatten().tolist())}, the layout {layout.shape}"
+            )
         return cls(parts["packed"], parts["scale"], parts.get("zero_point"), spec, layout, dtype)
 
     def parts(self) -> dict[str, Tensor]:
@@ -103,7 +112,7 @@ class QuantizedTensor:
         parts = {"packed": self.packed, "scale": self.scale}
         if self.zero_point is not None:
             parts["zero_point"] = self.zero_point
-        return parts | {"shape": torch.tensor(self.layout.shape, dtype=torch.int64)}
+        return parts | {"shape": _shape_part(self.layout)}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -173,6 +182,10 @@ def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str
     if not spec.symmetric:
         parts["zero_point"] = (packed_words(scale[0], spec.bits), *scale[1:]), torch.int32
     return parts
+
+
+def _shape_part(layout: Layout) -> Tensor:
+    return torch.tensor(layout.shape, dtype=torch.int64)
 
 
 def pack_zero_point(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:

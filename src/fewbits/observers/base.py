@@ -27,7 +27,7 @@ class Observer(ABC):
         """Pick scale and zero point for some rows of a weight.
 
         Args:
-            weight: (rows, columns), finite; whole rows of the matrix that the weight is cut into. They come in
+            weight: (rows, columns), finite, not to be written to; whole rows of the matrix it is cut into. They come in
                 float32 or float64 and a block at a time, in order; where one scale serves the whole tensor
                 (granularity "tensor"), all at once and in the weight's own dtype.
             spec: how the codes shall look, with ``spec.scale_dtype`` settled.
