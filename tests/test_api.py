@@ -191,7 +191,7 @@ def test_a_failure_raises_with_the_report():
     with pytest.raises(ValidationError, match=r"0\.weight: SQNR .* dB is below 10 dB") as caught:
         fewbits.quantize(poor(), "int8-tensor")
     assert not caught.value.report.ok
-    assert "0.weight" in caught.value.report.all_failures[0]
+    assert "0.weight" in caught.value.report.failures[0]
 
 
 def test_a_failure_can_be_a_warning():
@@ -219,14 +219,12 @@ def test_an_unknown_reaction_to_failures_is_refused_before_anything_is_written(c
     assert list(files_in(checkpoint.parent)) == ["source.safetensors"]
 
 
-def test_progress_goes_through_the_rows_of_each_step():
+def test_progress_is_told_before_and_after_every_tensor_of_each_activity():
     told = []
-
-    def progress(activity, rows):
-        for row in rows:
-            told.append((activity, row.name))
-            yield row
-
-    fewbits.quantize(mlp(), "int8", progress=progress)
-    names = list(mlp().state_dict())
-    assert told == [("convert", name) for name in names] + [("validate", name) for name in names]
+    ledger = fewbits.quantize(mlp(), "int8", progress=told.append).ledger
+    assert [step.activity for step in told] == ["convert"] * 2 * len(ledger) + ["validate"] * 2 * len(ledger)
+    for steps in (told[: len(told) // 2], told[len(told) // 2 :]):
+        assert [step.name for step in steps] == [row.name for row in ledger for _ in range(2)]
+        assert [step.done for step in steps] == sorted(step.done for step in steps)
+        assert (steps[0].done, steps[-1].done) == (0, ledger.bytes_before)
+        assert {step.total for step in steps} == {ledger.bytes_before}

@@ -19,6 +19,7 @@ ROOMS = [
     "errors",
     "_version",
     "_events",
+    "_table",
     "numerics",
     "selection",
     "observers",

@@ -63,7 +63,7 @@ class InputWatch:
         self._handles = []
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def detached(self) -> Iterator[None]:
         """Without hooks inside; they come back only if the block raises."""
         self.remove()
         try:

@@ -276,10 +276,9 @@ def test_an_interruption_is_said_and_leaves_nothing(cli, folder, monkeypatch):
 
 
 def test_an_interruption_of_the_check_does_not_deny_that_the_file_is_there(cli, folder, monkeypatch):
-    def interrupt_the_check(activity, rows):
-        if activity == "validate":
+    def interrupt_the_check(step):
+        if step.activity == "validate":
             raise KeyboardInterrupt
-        return rows
 
     monkeypatch.setattr("fewbits.cli.commands.progress_bar", lambda: contextlib.nullcontext(interrupt_the_check))
     code, _, err = cli(*QUANTIZE)

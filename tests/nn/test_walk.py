@@ -35,19 +35,16 @@ def test_slots_leave_out_what_is_none():
     assert [slot.name for slot in slots(nn.BatchNorm1d(3, affine=False, track_running_stats=False))] == []
 
 
-def test_filling_a_slot_replaces_the_tensor_in_its_module():
+def test_a_slot_reads_what_its_module_holds_now_and_keeps_nothing_alive():
     layer = nn.BatchNorm1d(2)
-    for slot in slots(layer):
-        slot.fill(nn.Parameter(torch.full((2,), 3.0)) if slot.is_parameter else torch.full((2,), 4.0))
-    assert layer.weight.tolist() == [3.0, 3.0]
-    assert layer.running_mean.tolist() == [4.0, 4.0]
-
-
-def test_filling_a_slot_reaches_the_flat_weights_of_a_recurrent_layer():
-    layer = nn.LSTM(2, 2)
-    for slot in slots(layer):
-        slot.fill(nn.Parameter(torch.zeros_like(slot.tensor)))
-    assert {id(flat) for flat in layer._flat_weights} == {id(parameter) for parameter in layer.parameters()}
+    held = {slot.name: slot for slot in slots(layer)}
+    layer.weight = nn.Parameter(torch.full((2,), 3.0))
+    layer.running_mean = torch.full((2,), 4.0)
+    assert held["weight"].tensor is layer.weight
+    assert held["running_mean"].tensor is layer.running_mean
+    del layer.weight
+    with pytest.raises(SourceError, match="weight has been removed"):
+        _ = held["weight"].tensor
 
 
 @pytest.mark.parametrize("make", [Mixed, Tied])

@@ -214,9 +214,9 @@ def test_an_interrupted_convert_leaves_no_file(tmp_path):
     source = tmp_path / "source.safetensors"
     save_file(mlp().state_dict(), source)
 
-    def interrupted(activity, rows):
-        yield rows[0]
-        raise KeyboardInterrupt
+    def interrupted(step):
+        if step.done:
+            raise KeyboardInterrupt
 
     quantizer = Int8PerChannel()
     quantizer.prepare(source)

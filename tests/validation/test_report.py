@@ -67,13 +67,13 @@ def test_warnings_are_listed_and_never_fail():
     ("found", "failures"),
     [
         (report(tensor(failures=("broken",))), ["w: broken"]),
-        (report(tensor(), failures=("too large",)), ["too large"]),
-        (report(tensor(failures=("a", "b")), failures=("c",)), ["c", "w: a", "w: b"]),
+        (report(tensor(), general=("too large",)), ["too large"]),
+        (report(tensor(failures=("a", "b")), general=("c",)), ["c", "w: a", "w: b"]),
     ],
 )
 def test_every_failure_is_listed_with_its_tensor(found, failures):
     assert not found.ok
-    assert found.all_failures == failures
+    assert found.failures == failures
     assert found.summary().startswith("FAILED")
     assert all(f"failure: {failure}" in found.summary() for failure in failures)
     assert json.loads(found.to_json())["failures"] == failures

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewbits.checkpoint.reading import Check, Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.errors import MismatchError
+from fewbits.errors import ArgumentError, MismatchError
 from fewbits.nn.stored import store
 from fewbits.nn.swap import attach, obstacle_to, refuse_quantized
 from fewbits.nn.walk import Slot, slots
@@ -53,6 +53,7 @@ def load(
     Raises:
         FormatError: if the file was not written by fewbits, or its parts contradict one another.
         DigestError: if a byte of it has changed; the message names the tensors.
+        ArgumentError: if `into` is not a model.
         MismatchError: if file and model do not fit; the message names every tensor. The model is unchanged then.
         CheckpointError: if the file cannot be opened.
     """
@@ -60,11 +61,13 @@ def load(
     if into is None:
         checkpoint.check(check)
         return checkpoint.values()
+    if not isinstance(into, nn.Module):
+        raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_quantized(into, MismatchError)
     checkpoint.check(check)
     places = _places(checkpoint, into)
     # All are read before the first is put: a file that fails here leaves the model as it was.
-    values = [(row, checkpoint.value(row.name)) for row in checkpoint.stored_rows()]
+    values = [(row, checkpoint.value(row.name)) for row in checkpoint.ledger.stored]
     for row, value in values:
         if places[row.name]:
             _put(row, value, places[row.name])
@@ -75,19 +78,18 @@ def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
     """Where each stored row goes: the slots of its own name, of its aliases, and of what the model ties to them."""
     rows = {row.name: row for row in checkpoint.ledger}
     by_name = {slot.name: slot for slot in slots(model)}
-    places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.stored_rows()}
-    home = {id(by_name[name].tensor): row.alias_of or name for name, row in rows.items() if name in by_name}
+    places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.ledger.stored}
+    home = {id(by_name[name].tensor): row.holder for name, row in rows.items() if name in by_name}
     problems = [f"{name} is in the file, not in the model" for name in rows if name not in by_name]
     takers: dict[tuple[int, str], str] = {}
     for name, slot in by_name.items():
         row = rows.get(name)
         # A name that the file lacks is filled all the same if the model ties it to one that the file has.
-        stored = home.get(id(slot.tensor)) if row is None else row.alias_of or name
+        stored = home.get(id(slot.tensor)) if row is None else row.holder
         if stored is not None:
-            place = (id(slot.module), slot.local)
-            first = takers.get(place)
+            first = takers.get(slot.key)
             if first is None:  # a module at two paths is filled once
-                takers[place] = stored
+                takers[slot.key] = stored
                 places[stored].append(slot)
             elif first != stored and not same_bits(checkpoint.value(first), checkpoint.value(stored)):
                 problems.append(f"{first} and {name} are one tensor in the model, two different ones in the file")
@@ -130,4 +132,4 @@ def _put(row: LedgerRow, value: Value, places: Sequence[Slot]) -> None:
         trains = any(slot.is_parameter and slot.tensor.requires_grad for slot in places)
         parameter = nn.Parameter(value, requires_grad=trains)
         for slot in places:
-            slot.fill(parameter if slot.is_parameter else value)
+            setattr(slot.module, slot.local, parameter if slot.is_parameter else value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Literal
 
 from fewbits.checkpoint.metadata import Metadata, part_name
@@ -13,7 +12,6 @@ from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, part_shapes
-from fewbits.selection.ledger import LedgerRow
 
 Check = Literal["digests", "header"]
 
@@ -36,22 +34,15 @@ class Checkpoint:
         self._reader = (serializer or SafetensorsSerializer()).reader(path)
         self.metadata = Metadata.from_strings(self._reader.metadata, self._reader.entries, path)
         self.ledger = self.metadata.ledger
-        self._rows = {row.name: row for row in self.ledger}
 
     def value(self, name: str) -> Value:
         """The stored form of one tensor of the source, by its name there; it aliases the mapped file."""
-        row = self._rows[name]
-        if row.alias_of is not None:
-            row = self._rows[row.alias_of]
+        row = self.ledger[self.ledger[name].holder]
         if isinstance(row.spec, QuantSpec) and row.layout is not None:
             names = part_shapes(row.layout, row.spec, row.dtype)
             parts = {part: self._reader.read(part_name(row.name, part)) for part in names}
             return QuantizedTensor.from_parts(parts, spec=row.spec, layout=row.layout, dtype=row.dtype)
         return self._reader.read(row.name)
-
-    def stored_rows(self) -> Iterator[LedgerRow]:
-        """The rows that are not aliases."""
-        return (row for row in self.ledger if row.fate != "alias")
 
     def damaged(self) -> list[str]:
         """The names, in the file, of all tensors whose bytes do not have their digest."""
@@ -71,5 +62,5 @@ class Checkpoint:
 
     def values(self) -> dict[str, Value]:
         """The stored form of every tensor of the source; tied names share one object."""
-        stored = {row.name: self.value(row.name) for row in self.stored_rows()}
-        return {row.name: stored[row.alias_of or row.name] for row in self.ledger}
+        stored = {row.name: self.value(row.name) for row in self.ledger.stored}
+        return {row.name: stored[row.holder] for row in self.ledger}

@@ -154,7 +154,8 @@ class _SafetensorsReader(Reader):
             self.metadata = self._file.metadata() or {}
             self.entries = {name: self._entry(name) for name in self._file.keys()}  # noqa: SIM118  (not a dict)
         except SafetensorError as error:
-            raise FormatError(f"{path} is not a valid safetensors file: {error}") from None
+            hint = "; convert it with safetensors.torch.save_file" if path.suffix in (".pt", ".pth", ".bin") else ""
+            raise FormatError(f"{path} is not a valid safetensors file: {error}{hint}") from None
 
     def _entry(self, name: str) -> Entry:
         described = self._file.get_slice(name)

@@ -110,9 +110,8 @@ def save(
         extra: further strings for the header.
     """
     with CheckpointWriter(serializer, path, ledger, architecture=architecture, extra=extra) as writer:
-        for row in ledger:
-            if row.fate != "alias":
-                writer.put(row, value_of(row.name), measurements.get(row.name))
+        for row in ledger.stored:
+            writer.put(row, value_of(row.name), measurements.get(row.name))
         writer.close()
 
 

@@ -71,7 +71,7 @@ class Reader(ABC):
     """Reads one file.
 
     Attributes:
-        metadata: the strings it was closed with.
+        metadata: the strings it was sealed with.
         entries: every tensor in it.
     """
 

@@ -91,7 +91,7 @@ def quantize(
     else:
         click.echo(result.ledger.summary())
         click.echo("not verified: --no-verify" if result.report is None else result.report.summary())
-        click.echo(f"written: {output}")
+        click.echo(f"written{'' if result.report is None or result.report.ok else ', though it failed'}: {output}")
     return SUCCESS if result.report is None or result.report.ok else FAILED
 
 

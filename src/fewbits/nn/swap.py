@@ -7,16 +7,18 @@ references held outside the module tree go on meaning what they meant.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.errors import FewbitsError, SourceError
+from fewbits.errors import ArgumentError, FewbitsError, SourceError
 from fewbits.nn import modules as quantized
 from fewbits.nn.modules import SUFFIX, QuantizedModule, stored_weights
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import deep_copy
 from fewbits.numerics.layout import Layout
+from fewbits.numerics.tensor import QuantizedTensor
 
 #: The float classes whose weight can be stored, exactly these: a subclass may have a forward of its own.
 QUANTIZED_CLASSES: Mapping[type[nn.Module], type[QuantizedModule]] = {
@@ -96,16 +98,24 @@ def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]
         module._parameters.update({name: weights[stored], **others})  # first, as the float class has it
 
 
-def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """A plain float copy of a quantized model: the same classes as before, tied weights tied.
+def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
+    """A plain float copy of what `quantize` or `load` gave.
 
     Args:
-        model: quantized or not; it is not changed.
+        model: a model, or a mapping {name: Tensor or QuantizedTensor}; it is not changed.
         dtype: of the weights that were quantized; None stands for the dtype each would have.
 
+    Returns:
+        a model of the same classes as before, tied weights tied; or a mapping {name: Tensor}.
+
     Raises:
+        ArgumentError: if it is neither.
         SourceError: if something in the model refuses to be copied.
     """
+    if isinstance(model, Mapping):
+        return {name: v.dequantize(dtype) if isinstance(v, QuantizedTensor) else v for name, v in model.items()}
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"dequantize takes a model or a mapping of tensors, not a {type(model).__name__}")
     # Stored weights are not copied, only read.
     stored = {module: None for module in model.modules() if isinstance(module, StoredWeight)}
     plain = deep_copy(model, {id(module): module for module in stored})

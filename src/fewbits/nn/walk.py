@@ -21,7 +21,6 @@ class Slot:
         name: full dotted name.
         module: the module that holds it.
         local: its name in that module.
-        tensor: what it holds.
         is_parameter: whether it is a parameter; a buffer otherwise.
         persistent: whether a state dict has it.
     """
@@ -29,13 +28,25 @@ class Slot:
     name: str
     module: nn.Module
     local: str
-    tensor: Tensor
     is_parameter: bool
     persistent: bool = True
 
-    def fill(self, tensor: Tensor) -> None:
-        """Put another parameter or buffer in its place."""
-        setattr(self.module, self.local, tensor)
+    @property
+    def tensor(self) -> Tensor:
+        """What the module holds now. The slot itself keeps nothing alive.
+
+        Raises:
+            SourceError: if it holds nothing there any more.
+        """
+        tensor = (self.module._parameters if self.is_parameter else self.module._buffers).get(self.local)
+        if tensor is None:
+            raise SourceError(f"{self.name} has been removed from the model since it was looked at")
+        return tensor
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Equal for two paths to one place: a module may have several."""
+        return id(self.module), self.local
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
@@ -44,12 +55,10 @@ def slots(model: nn.Module) -> Iterator[Slot]:
         prefix = f"{path}." if path else ""
         for local, parameter in module._parameters.items():
             if parameter is not None:
-                yield Slot(prefix + local, module, local, parameter, True)
+                yield Slot(prefix + local, module, local, True)
         for local, buffer in module._buffers.items():
             if buffer is not None:
-                yield Slot(
-                    prefix + local, module, local, buffer, False, local not in module._non_persistent_buffers_set
-                )
+                yield Slot(prefix + local, module, local, False, local not in module._non_persistent_buffers_set)
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -83,5 +92,5 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except Exception as error:
         raise SourceError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            "remove what refuses to be copied, or work with inplace=True"
+            "remove what refuses to be copied, or quantize with inplace=True"
         ) from error

@@ -114,19 +114,20 @@ def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Quant
         zero_point: as stored, unpacked; None if symmetric.
         spec: how the codes look.
     """
-    step = _broadcast(scale.double().abs())
-    zero = _broadcast(zero_point.double()) if zero_point is not None else 0.0
-    groups = _grouped(x, spec)
-    ends = (spec.code_min - zero) * _broadcast(scale.double()), (spec.code_max - zero) * _broadcast(scale.double())
-    beyond = torch.maximum(groups - torch.maximum(*ends), torch.minimum(*ends) - groups)
-    bound = torch.maximum(beyond, step / 2) + groups.abs() * 2.0**-23
+    bound = torch.maximum(_beyond(x, scale, zero_point, spec), _half_step(scale)) + _grouped(x, spec).abs() * 2.0**-23
     return bound.flatten(1)[:, : x.shape[1]]
+
+
+def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Which elements lie further than half a step outside what the codes can stand for; arguments as `error_bound`."""
+    outside = _beyond(x, scale, zero_point, spec) > _half_step(scale)
+    return outside.flatten(1)[:, : x.shape[1]]
 
 
 def check_params(
     scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor | None]:
-    """What an observer chose for a (rows, columns) block, if codes can be made with it.
+    """Scale and zero point for a (rows, columns) block, if codes can be made with them.
 
     Raises:
         NumericsError: if shape or dtype is not what the spec asks for, a scale is zero, NaN or Inf, or a zero
@@ -134,26 +135,23 @@ def check_params(
     """
     expected = spec.scale_shape(*shape)
     if not isinstance(scale, Tensor) or not isinstance(zero_point, (Tensor, type(None))):
-        raise NumericsError("an observer must return a tensor of scales, and a tensor of zero points or None")
+        raise NumericsError("scales must be a tensor, zero points a tensor or None")
     if tuple(scale.shape) != expected or scale.dtype != spec.scale_dtype:
         raise NumericsError(
-            f"an observer returned scales of shape {tuple(scale.shape)} in {dtype_name(scale.dtype)} for a block of "
-            f"{shape[0]} x {shape[1]}; {spec} needs shape {expected} in {spec.scale_dtype}"
+            f"scales of shape {tuple(scale.shape)} in {dtype_name(scale.dtype)} for {shape[0]} rows of {shape[1]}; "
+            f"{spec} needs shape {expected} in {spec.scale_dtype}"
         )
     if not bool((torch.isfinite(scale) & (scale != 0)).all()):
-        raise NumericsError("an observer returned a scale that is zero, NaN or Inf; scales must be finite and not zero")
+        raise NumericsError("a scale is zero, NaN or Inf; scales must be finite and not zero")
     if (zero_point is None) != spec.symmetric:
-        raise NumericsError(
-            f"an observer must return a zero point exactly where the spec is asymmetric; this is {spec}"
-        )
+        raise NumericsError(f"there is a zero point exactly where the spec is asymmetric; this is {spec}")
     if zero_point is None:
         return scale, None
     whole = not zero_point.is_floating_point() and zero_point.dtype != torch.bool
     wide = zero_point.to(torch.int64)
     if not whole or tuple(wide.shape) != expected or bool(((wide < spec.code_min) | (wide > spec.code_max)).any()):
         raise NumericsError(
-            f"an observer returned zero points that are not integers of shape {expected} between "
-            f"{spec.code_min} and {spec.code_max}"
+            f"these zero points are not integers of shape {expected} between {spec.code_min} and {spec.code_max}"
         )
     return scale, wide.to(torch.int32)
 
@@ -165,6 +163,18 @@ def _grouped(x: Tensor, spec: QuantSpec) -> Tensor:
     if groups * width != columns:
         x = F.pad(x, (0, groups * width - columns))
     return x.reshape(rows, groups, width)
+
+
+def _beyond(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """How far each element lies outside what the codes can stand for (grouped, float64); at most zero inside."""
+    step, groups = _broadcast(scale.double()), _grouped(x, spec)
+    zero = _broadcast(zero_point.double()) if zero_point is not None else 0.0
+    ends = (spec.code_min - zero) * step, (spec.code_max - zero) * step
+    return torch.maximum(groups - torch.maximum(*ends), torch.minimum(*ends) - groups)
+
+
+def _half_step(scale: Tensor) -> Tensor:
+    return _broadcast(scale.double().abs() / 2)
 
 
 def _broadcast(params: Tensor) -> Tensor:

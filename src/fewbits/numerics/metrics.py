@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
-from fewbits.numerics.affine import decode, error_bound
+from fewbits.numerics.affine import clipped, decode, error_bound
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.packing import unpack
 from fewbits.numerics.tensor import QuantizedTensor
@@ -33,6 +33,7 @@ class Measurement:
         max_abs_error: the largest error.
         worst_bound_ratio: the largest error divided by its own element's bound; at most 1 if the bound holds.
         broken_at: row and column of the first element whose error is beyond its bound; None if all hold.
+        clipped: how many elements an observer left outside the range of the codes, where the bound is wider.
         code_min: the smallest code in use; None for a cast.
         code_max: the largest.
         scale_min: the smallest magnitude of a scale; None for a cast.
@@ -49,6 +50,7 @@ class Measurement:
     max_abs_error: float
     worst_bound_ratio: float
     broken_at: tuple[int, int] | None = None
+    clipped: int = 0
     code_min: int | None = None
     code_max: int | None = None
     scale_min: float | None = None
@@ -123,6 +125,7 @@ class _Block:
     decoded: Tensor
     bound: Tensor
     codes: Tensor | None = None
+    clipped: int = 0
 
 
 def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Block]:
@@ -134,7 +137,8 @@ def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Bl
         x = rows.double()
         decoded = decode(codes, scale, zero_point, spec, torch.float64)
         signed = codes.to(torch.int16) + spec.code_min
-        yield _Block(start, x, decoded, error_bound(x, scale, zero_point, spec), signed)
+        outside = int(clipped(x, scale, zero_point, spec).sum())
+        yield _Block(start, x, decoded, error_bound(x, scale, zero_point, spec), signed, outside)
 
 
 def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:
@@ -159,7 +163,7 @@ def _unit(original: Tensor) -> float:
 def _compare(blocks: Iterable[_Block], unit: float) -> Measurement:
     sums: list[list[float]] = []
     codes: list[int] = []
-    elements, worst_error, worst_ratio, broken = 0, 0.0, 0.0, None
+    elements, outside, worst_error, worst_ratio, broken = 0, 0, 0.0, 0.0, None
     for block in blocks:
         x, decoded = block.original, block.decoded
         error = (x - decoded).abs_()
@@ -171,6 +175,7 @@ def _compare(blocks: Iterable[_Block], unit: float) -> Measurement:
         if block.codes is not None:
             codes += map(int, torch.aminmax(block.codes))
         elements += x.numel()
+        outside += block.clipped
         worst_error = max(worst_error, _largest(error))
         worst_ratio = max(worst_ratio, _largest(torch.where(error == 0, 0.0, error / block.bound)))
         x, decoded, error = x / unit, decoded / unit, error / unit
@@ -185,6 +190,7 @@ def _compare(blocks: Iterable[_Block], unit: float) -> Measurement:
         max_abs_error=worst_error,
         worst_bound_ratio=worst_ratio,
         broken_at=broken,
+        clipped=outside,
         code_min=min(codes, default=None),
         code_max=max(codes, default=None),
         unit=unit,

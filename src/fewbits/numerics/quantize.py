@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewbits.errors import ArgumentError, NonFiniteError, RangeError
+from fewbits.errors import ArgumentError, NonFiniteError, NumericsError, RangeError
 from fewbits.numerics.affine import check_params, choose_params, encode, extremes
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout, WeightMatrix, block_rows
@@ -61,14 +61,14 @@ def quantize(
     packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32, device=matrix.device)
     params: list[tuple[Tensor, Tensor | None]] = []
     if spec.granularity == "tensor":
-        check_finite(matrix)
-        params.append(check_params(*choose(matrix.whole(), spec), spec, (rows, columns)))
+        check_finite(matrix.tensor)
+        params.append(_chosen(choose, matrix.whole(), spec))
     for start, stop, values in matrix.blocks():
         block = values.to(compute_dtype(matrix.dtype))
         if spec.granularity != "tensor":
             if not _is_finite(block):
-                check_finite(matrix)
-            params.append(check_params(*choose(block, spec), spec, (stop - start, columns)))
+                check_finite(matrix.tensor)
+            params.append(_chosen(choose, block, spec))
         packed[start:stop] = pack(encode(block, *params[-1], spec), spec.bits)
     scales, zero_points = zip(*params, strict=True)
     zero_point = None if spec.symmetric else pack_zero_point(torch.cat(zero_points), spec)
@@ -87,19 +87,19 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = torch.empty(matrix.layout.matrix_shape, dtype=dtype, device=tensor.device)
     for start, stop, values in matrix.blocks():
         if not _is_finite(result[start:stop].copy_(values)):
-            check_finite(matrix)
-            check_finite(matrix, dtype)
+            check_finite(tensor)
+            check_finite(tensor, dtype)
     return result.reshape(tensor.shape)
 
 
-def check_finite(matrix: WeightMatrix, dtype: torch.dtype | None = None) -> None:
+def check_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
     """Refuse NaN, Inf, and, if `dtype` is given, numbers that become Inf in it.
 
     Raises:
         NonFiniteError: for NaN and Inf.
         RangeError: for a number beyond the range of `dtype`.
     """
-    tensor = matrix.tensor
+    tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
     step = block_rows(tensor[:1].numel())
     for start in range(0, tensor.shape[0], step):
         values = tensor[start : start + step]
@@ -117,6 +117,21 @@ def check_finite(matrix: WeightMatrix, dtype: torch.dtype | None = None) -> None
                 f"the element at index {index} is {value:.6g}, beyond the largest {dtype_name(dtype)} "
                 f"({torch.finfo(dtype).max:.6g}); exclude this tensor, or choose another scheme for it"
             )
+
+
+def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """What an observer chooses for these rows, if codes can be made with it.
+
+    Raises:
+        NumericsError: if they cannot.
+    """
+    chosen = choose(rows, spec)
+    if not isinstance(chosen, tuple) or len(chosen) != 2:
+        raise NumericsError(f"an observer must return (scale, zero point or None), not {type(chosen).__name__}")
+    try:
+        return check_params(*chosen, spec, (rows.shape[0], rows.shape[1]))
+    except NumericsError as error:
+        raise NumericsError(f"what an observer chose cannot be used: {error}") from None
 
 
 def _is_finite(block: Tensor) -> bool:

@@ -16,7 +16,7 @@ from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.spec import QuantSpec
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class QuantizedTensor:
     """A tensor of any shape as packed integer codes.
 
@@ -55,6 +55,11 @@ class QuantizedTensor:
                     f"{name} has shape {tuple(found[name].shape)} and dtype {dtype_name(found[name].dtype)}; a tensor "
                     f"of shape {self.layout.shape} in {self.spec} needs {shape} and {dtype_name(dtype)}"
                 )
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedTensor({self.spec}, shape={self.shape}, dtype={dtype_name(self.dtype)}, {self.nbytes:,} bytes)"
+        )
 
     @classmethod
     def from_codes(

@@ -29,7 +29,8 @@ from fewbits.quantizers.job import Job
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
 from fewbits.quantizers.plan import plan
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.ledger import Ledger, LedgerRow, Progress, no_progress
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.progress import Progress, no_progress
 from fewbits.selection.selector import Decision, LayerSelector, Selector, TypeRule, check_types, is_of_type, type_name
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
@@ -62,7 +63,7 @@ class Quantizer(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "name"):
+        if "name" not in vars(cls):
             cls.name = cls.__name__
         overridden = [call for call in TRANSITIONS if getattr(cls, call) is not getattr(Quantizer, call)]
         if overridden:
@@ -205,7 +206,7 @@ class Quantizer(ABC):
             output: where to write the result, if the source is a path; required then.
             measure: compare every element with the source, while it is there. None does so where `validate` could
                 not do it later (in place) or the file shall carry the figures (a path).
-            progress: goes through the ledger's rows.
+            progress: told about every tensor, before and after it.
 
         Returns:
             what came in, quantized: a model, a mapping {name: Tensor or QuantizedTensor}, or the path of a file.
@@ -237,7 +238,7 @@ class Quantizer(ABC):
         Args:
             on_failure: whether a failure raises, warns, or is only in the report.
             fail_under: SQNR in dB below which a tensor is critical, which is a failure.
-            progress: goes through the ledger's rows.
+            progress: told about every tensor, before and after it.
 
         Raises:
             StateError: in any state but CONVERTED and VALIDATED.
@@ -247,9 +248,9 @@ class Quantizer(ABC):
         job = self._guarded("validate")
         check_on_failure(on_failure)
         report = job.examine(self.serializer, fail_under, progress)
-        for warning in report.warnings:
-            emit("warning", "low_sqnr", scheme=self.name, finding=warning)
-        for failure in report.all_failures:
+        if report.warnings:
+            emit("warning", "low_sqnr", scheme=self.name, tensors=len(report.warnings), first=report.warnings[0])
+        for failure in report.failures:
             emit("warning", "validation_failure", scheme=self.name, finding=failure)
         if not report.ok and on_failure != "ignore":
             message = f"validation failed:\n{report.summary()}"

@@ -14,7 +14,8 @@ from fewbits.errors import CalibrationError, NumericsError, StateError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.observers.base import Observer
-from fewbits.selection.ledger import Ledger, LedgerRow, Progress
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.progress import Progress, followed
 from fewbits.sources.base import Source, Target
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import check_reload, examine
@@ -38,7 +39,6 @@ class Job:
     def __init__(self, source: Source, ledger: Ledger, observers: Mapping[str, Observer]) -> None:
         self.source, self.ledger, self.observers = source, ledger, observers
         self.report: Report | None = None
-        self._rows = [row for row in ledger if row.fate != "alias"]
         self._watch = InputWatch(_watched(source, ledger, observers))
         self._target: Target | None = None
         self._done: set[str] = set()
@@ -72,10 +72,10 @@ class Job:
             )
         if not self.source.inplace:
             self._target, self._done, self._measured = None, set(), {}
-        with self._watch.paused():
+        with self._watch.detached():
             target = self._target = self._target or self.source.target(self.ledger, serializer, output)
             try:
-                for row in progress("convert", self._rows):
+                for row in followed("convert", self.ledger.stored, progress):
                     if row.name not in self._done:
                         self._convert_row(row, target, convert, measuring)
                 return target.finish()
@@ -88,7 +88,8 @@ class Job:
         value: Value = tensor if row.spec is None else _named(row, convert, tensor, self.observers.get(row.name))
         if measuring and row.spec is not None:
             self._measured[row.name] = measure(tensor, value)
-            self._digests[row.name] = value_digest(value)
+            if self.source.inplace:
+                self._digests[row.name] = value_digest(value)
         target.put(row, value, self._measured.get(row.name))
         self._done.add(row.name)
 
@@ -165,7 +166,7 @@ def _watched(
             f"{kind} needs data, and a state dict or a file has no forward to see any; prepare the model itself, or "
             "choose another observer"
         )
-    holder = {row.name: row.alias_of or row.name for row in ledger}
+    holder = {row.name: row.holder for row in ledger}
     return [
         (holder[slot.name], slot.module, wanting[holder[slot.name]])
         for slot in source.slots

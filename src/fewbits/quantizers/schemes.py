@@ -66,8 +66,8 @@ class Int4Grouped(Quantizer):
 
     def reason_for(self, info: TensorInfo, spec: Spec) -> str | None:
         """Say why a tensor falls back."""
-        if spec == self.spec or info.layout is None:
-            return None
+        if spec != self._fallback or info.layout is None:
+            return super().reason_for(info, spec)
         return f"rows of {info.layout.columns} are shorter than one group of {self.group_size}"
 
 

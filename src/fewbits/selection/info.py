@@ -44,7 +44,7 @@ class TensorInfo:
     dtype: torch.dtype
     kind: Literal["parameter", "buffer", "entry"] = "entry"
     owner: type | None = None
-    storage: Hashable = None
+    storage: Hashable = attrs.field(default=attrs.Factory(lambda self: self.name, takes_self=True))
     layout: Layout | None = None
     obstacle: str | None = None
     skip: str | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import attrs
 import torch
 
+from fewbits._table import render_table
 from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import dtype_from_name, dtype_name
 from fewbits.numerics.layout import Layout
@@ -45,7 +47,6 @@ class LedgerRow:
         reason: why.
         bytes_before: bytes in the source; 0 for an alias, which shares them.
         bytes_after: bytes in the result, as predicted from shapes and spec.
-        scheme: the spec in words, "" if kept.
         spec: how its codes look; None unless quantized or cast.
         layout: how it is cut; None unless quantized.
         alias_of: the name whose storage it shares; None unless an alias.
@@ -77,7 +78,13 @@ class LedgerRow:
             )
 
     @property
+    def holder(self) -> str:
+        """The name under which the tensor is stored: its own, or that of which it is an alias."""
+        return self.alias_of or self.name
+
+    @property
     def scheme(self) -> str:
+        """The spec in words, "" if there is none."""
         return "" if self.spec is None else str(self.spec)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,15 +115,11 @@ class LedgerRow:
         return cls(**fields)
 
 
-#: Goes through rows and may tell somebody how far it is: ``for row in progress("convert", rows)``.
-Progress = Callable[[str, Sequence[LedgerRow]], Iterable[LedgerRow]]
-
-
 def _rows(rows: Iterable[LedgerRow]) -> tuple[LedgerRow, ...]:
     return tuple(rows)
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False)
 class Ledger:
     """All rows: of a model in its own order, of a state dict or file by name. Prints as a table, turns into JSON."""
 
@@ -135,6 +138,22 @@ class Ledger:
             if row.alias_of is not None and holders.get(row.alias_of) != (row.shape, row.dtype):
                 raise ArgumentError(f"{row.name} is an alias of {row.alias_of!r}, which holds no such tensor")
 
+    @cached_property
+    def _by_name(self) -> dict[str, LedgerRow]:
+        return {row.name: row for row in self.rows}
+
+    @property
+    def stored(self) -> list[LedgerRow]:
+        """The rows that hold a tensor: all but the aliases."""
+        return [row for row in self.rows if row.fate != "alias"]
+
+    def names_by_holder(self) -> dict[str, list[str]]:
+        """For every row that holds a tensor, all names of that tensor."""
+        names: dict[str, list[str]] = {}
+        for row in self.rows:
+            names.setdefault(row.holder, []).append(row.name)
+        return names
+
     def __iter__(self) -> Iterator[LedgerRow]:
         return iter(self.rows)
 
@@ -143,7 +162,7 @@ class Ledger:
 
     def __contains__(self, name: object) -> bool:
         """Whether the source has a tensor of that name."""
-        return any(row.name == name for row in self.rows)
+        return name in self._by_name
 
     def __getitem__(self, name: str) -> LedgerRow:
         """The row of the tensor of that name.
@@ -151,10 +170,9 @@ class Ledger:
         Raises:
             ArgumentError: if the source has no such tensor.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise ArgumentError(f"the ledger has no tensor named {name!r}")
+        if name not in self._by_name:
+            raise ArgumentError(f"the ledger has no tensor named {name!r}")
+        return self._by_name[name]
 
     @property
     def bytes_before(self) -> int:
@@ -200,6 +218,9 @@ class Ledger:
         ratio = f" ({self.bytes_before / self.bytes_after:.2f}x smaller)" if self.bytes_after else ""
         return f"{len(self.rows)} tensors: {counted}; {self.bytes_before:,} -> {self.bytes_after:,} bytes{ratio}"
 
+    def __repr__(self) -> str:
+        return f"Ledger({self._total()})"
+
     def __str__(self) -> str:
         table = [("name", "shape", "dtype", "fate", "scheme", "before", "after", "reason")]
         for row in self.rows:
@@ -207,21 +228,3 @@ class Ledger:
             before, after = f"{row.bytes_before:,}", f"{row.bytes_after:,}"
             table.append((row.name, shape, dtype_name(row.dtype), row.fate, row.scheme, before, after, row.reason))
         return render_table(table, right=(5, 6)) + "\n" + self._total()
-
-
-def no_progress(activity: str, rows: Sequence[LedgerRow]) -> Iterable[LedgerRow]:
-    """The `Progress` that tells nobody."""
-    return rows
-
-
-def render_table(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...] = ()) -> str:
-    """Rows of equal length as aligned text; the first is the heading, the columns in `right` are flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)

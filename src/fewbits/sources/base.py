@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -53,10 +54,7 @@ class Source(ABC):
     infos: tuple[TensorInfo, ...]
     inplace: bool = False
     architecture: str | None = None
-    extra: Mapping[str, str]
-
-    def __init__(self) -> None:
-        self.extra = {}
+    extra: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def read(self, name: str) -> Tensor:

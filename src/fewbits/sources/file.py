@@ -29,7 +29,6 @@ class FileSource(Source):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__()
         self.path = Path(path)
         self._reader = SafetensorsSerializer().reader(path)
         metadata = self._reader.metadata

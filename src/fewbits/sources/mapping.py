@@ -23,7 +23,6 @@ class MappingSource(Source):
     """A state dict, or any mapping from name to tensor. By name, so that a file of the same tensors gives the same."""
 
     def __init__(self, tensors: Mapping[str, object], *, inplace: bool) -> None:
-        super().__init__()
         if inplace and not isinstance(tensors, MutableMapping):
             raise ArgumentError(f"inplace=True needs a mapping that can be changed, not {type(tensors).__name__}")
         self.inplace = inplace
@@ -60,9 +59,7 @@ class _MappingTarget(Target):
     def __init__(self, source: MappingSource, ledger: Ledger) -> None:
         self._source = source
         self._values: dict[str, Value] = {}
-        self._names: dict[str, list[str]] = {}
-        for row in ledger:
-            self._names.setdefault(row.alias_of or row.name, []).append(row.name)
+        self._names = ledger.names_by_holder()
 
     def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
         if isinstance(value, Tensor) and row.fate == "kept" and not self._source.inplace:
@@ -94,7 +91,7 @@ def entry_info(
         name=name,
         shape=shape,
         dtype=dtype,
-        storage=storage if storage is not None else name,
+        storage=storage or name,
         layout=None if obstacle else layout_by_shape(shape),
         obstacle=obstacle,
     )
@@ -111,7 +108,10 @@ def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:
         if isinstance(tensor, QuantizedTensor):
             raise SourceError(f"{name} is quantized already; dequantize() it first")
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise SourceError(f"the entry {name!r} is a {type(tensor).__name__}; a state dict maps names to tensors")
+            inner = f"; pass the state dict itself, [{name!r}]?" if isinstance(tensor, Mapping) else ""
+            raise SourceError(
+                f"the entry {name!r} is a {type(tensor).__name__}; a state dict maps names to tensors{inner}"
+            )
         if tensor.is_meta or tensor.layout != torch.strided:
             raise SourceError(
                 f"{name} is on {tensor.device} with layout {tensor.layout}; only dense tensors with data can be stored"

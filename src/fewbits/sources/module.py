@@ -25,7 +25,6 @@ class ModuleSource(Source):
     """A model. Not in place, what is prepared is a copy of its structure over the same storage."""
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
-        super().__init__()
         self._check(model)
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -36,12 +35,7 @@ class ModuleSource(Source):
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer as it is now; buffers as the prepared model has them."""
-        slot = self._slots[name]
-        held = slot.module._parameters if slot.is_parameter else slot.module._buffers
-        tensor = held[slot.local]
-        if tensor is None:
-            raise SourceError(f"{name} has been removed from the model since it was prepared")
-        return tensor.detach()
+        return self._slots[name].tensor.detach()
 
     def prepared(self) -> nn.Module:
         """The model to run and to observe."""
@@ -96,13 +90,11 @@ class _ModuleTarget(Target):
     def __init__(self, model: nn.Module, ledger: Ledger, inplace: bool) -> None:
         self._model, self._inplace = model, inplace
         self._slots = {slot.name: slot for slot in slots(model)}
-        self._names: dict[str, list[str]] = {}
-        for row in ledger:
-            self._names.setdefault(row.alias_of or row.name, []).append(row.name)
+        self._names = ledger.names_by_holder()
         self._stored: dict[str, StoredWeight] = {}
 
     def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
-        places = {(id(s.module), s.local): s for s in (self._slots[name] for name in self._names[row.name])}.values()
+        places = {slot.key: slot for slot in (self._slots[name] for name in self._names[row.name])}.values()
         if row.spec is not None:
             self._stored[row.name] = store(value, row.dtype)
             for slot in places:
@@ -119,9 +111,4 @@ class _ModuleTarget(Target):
     def value(self, name: str) -> Value:
         if name in self._stored:
             return self._stored[name].value()
-        slot = self._slots[name]
-        held = slot.module._parameters if slot.is_parameter else slot.module._buffers
-        tensor = held[slot.local]
-        if tensor is None:
-            raise SourceError(f"{name} has been removed from the quantized model")
-        return tensor.detach()
+        return self._slots[name].tensor.detach()

@@ -18,7 +18,8 @@ from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
-from fewbits.selection.ledger import Ledger, LedgerRow, Progress, no_progress
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.progress import Progress, followed, no_progress
 from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
 
 #: Gives the tensor that a stored one was made from, by its name in the ledger; None if the source has none.
@@ -44,11 +45,11 @@ def examine(
         measured: measurements taken while the source was there, by name; these are not taken again.
         damaged: what is wrong with tensors that must not be read, by name.
         fail_under: SQNR in dB below which a tensor is critical, which is a failure.
-        progress: told about every tensor.
+        progress: told about every tensor, before and after it.
     """
     measured, damaged = measured or {}, damaged or {}
     tensors, total = [], 0
-    for row in progress("validate", [row for row in ledger if row.fate != "alias"]):
+    for row in followed("validate", ledger.stored, progress):
         if row.name in damaged:
             tensors.append(TensorReport(row.name, row.fate, row.scheme, None, None, (damaged[row.name],)))
             total += row.bytes_after
@@ -60,15 +61,26 @@ def examine(
     failures = []
     if total != ledger.bytes_after:
         failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, the result has {total:,}")
-    compared = read_source is not None or bool(measured)
+    checked, unchecked = _coverage(tensors)
     return Report(
         tensors=tuple(tensors),
-        checks=("size", "scales", *(("SQNR", "error bound of every element") if compared else ())),
+        checks=("size", "scales", *checked),
         bytes_before=ledger.bytes_before,
         bytes_after=total,
-        unchecked=() if compared else ("errors, because there was no source to compare with",),
-        failures=tuple(failures),
+        unchecked=unchecked,
+        general=tuple(failures),
     )
+
+
+def _coverage(tensors: list[TensorReport]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What was compared with the source, and what was not, in words."""
+    lossy = [t for t in tensors if t.fate != "kept"]
+    blind = [t.name for t in lossy if t.measurement is None]
+    if not blind:
+        return ("SQNR", "error bound of every element"), ()
+    if len(blind) == len(lossy):
+        return (), ("errors: no source to compare with",)
+    return ("SQNR and error bound of the others",), (f"errors of {', '.join(blind)}: no source to compare with",)
 
 
 def _examine_tensor(
@@ -120,11 +132,11 @@ def check_reload(
         try:
             save(serializer, path, ledger, value_of, measurements={})
             checkpoint = Checkpoint(path, serializer)
-            for row in checkpoint.stored_rows():
+            for row in checkpoint.ledger.stored:
                 if not same_bits(value_of(row.name), checkpoint.value(row.name)):
                     failures[row.name] = "what is read back from a file is not what was saved"
         except CheckpointError as error:
-            return attrs.evolve(report, failures=(*report.failures, f"reload: {error}"))
+            return attrs.evolve(report, general=(*report.general, f"reload: {error}"))
     tensors = [
         attrs.evolve(t, failures=(*t.failures, failures[t.name])) if t.name in failures else t for t in report.tensors
     ]

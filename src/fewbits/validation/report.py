@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import attrs
 
+from fewbits._table import render_table
 from fewbits.numerics.metrics import Measurement, pooled_sqnr_db
-from fewbits.selection.ledger import Fate, render_table
+from fewbits.selection.ledger import Fate
 
 Verdict = Literal["good", "fair", "warning", "critical"]
 
@@ -66,13 +67,14 @@ class TensorReport:
                 "cosine": _finite(m.cosine),
                 "worst_bound_ratio": _finite(m.worst_bound_ratio),
                 "elements": m.elements,
+                "clipped": m.clipped,
                 "codes": None if m.code_min is None else [m.code_min, m.code_max],
                 "scales": None if m.scale_min is None else [_finite(m.scale_min), _finite(m.scale_max)],
             }
         return found
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Report:
     """What validation found: every tensor, every check, and whether the result is what was promised.
 
@@ -80,7 +82,7 @@ class Report:
         tensors: one entry for each stored tensor.
         checks: what was checked, in words.
         unchecked: what could not be checked, and why.
-        failures: what is wrong with the result as a whole, in words.
+        general: what is wrong with the result as a whole, in words.
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the result's tensors, counted from the tensors.
     """
@@ -90,17 +92,17 @@ class Report:
     bytes_before: int
     bytes_after: int
     unchecked: tuple[str, ...] = ()
-    failures: tuple[str, ...] = ()
+    general: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether nothing failed. Warnings do not count."""
-        return not self.all_failures
+        return not self.failures
 
     @property
-    def all_failures(self) -> list[str]:
+    def failures(self) -> list[str]:
         """Every failure, with the name of its tensor."""
-        return [*self.failures, *(f"{t.name}: {failure}" for t in self.tensors for failure in t.failures)]
+        return [*self.general, *(f"{t.name}: {failure}" for t in self.tensors for failure in t.failures)]
 
     @property
     def warnings(self) -> list[str]:
@@ -118,7 +120,7 @@ class Report:
         """A JSON-able description."""
         return {
             "ok": self.ok,
-            "failures": self.all_failures,
+            "failures": self.failures,
             "warnings": self.warnings,
             "checks": list(self.checks),
             "unchecked": list(self.unchecked),
@@ -147,15 +149,20 @@ class Report:
                 f"SQNR: {self.sqnr_db:.2f} dB over {len(measured)} tensors, least {worst.sqnr_db:.2f} dB ({name})"
             )
             lines.append(f"error bound: the largest error of any element is {tightest:.4f} of its bound")
+            if clipped := sum(m.clipped for _, m in measured):
+                lines.append(f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider")
         lines.append(f"checked: {', '.join(self.checks)}")
         lines += [f"not checked: {reason}" for reason in self.unchecked]
-        lines += [f"failure: {failure}" for failure in self.all_failures]
+        lines += [f"failure: {failure}" for failure in self.failures]
         lines += [f"warning: {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]]
         if len(self.warnings) > _SHOWN_WARNINGS:
             lines.append(
                 f"and {len(self.warnings) - _SHOWN_WARNINGS} warnings more, in the table and in the JSON report"
             )
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Report(ok={self.ok}, {len(self.failures)} failures, {len(self.warnings)} warnings)"
 
     def __str__(self) -> str:
         table = [("name", "fate", "scheme", "SQNR dB", "max error", "of bound", "cosine", "verdict", "failures")]

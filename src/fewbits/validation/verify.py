@@ -16,7 +16,8 @@ from fewbits.checkpoint.serializer import Serializer
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import same_bits
-from fewbits.selection.ledger import Ledger, Progress, no_progress
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.base import Source
 from fewbits.validation.checks import examine
 from fewbits.validation.report import CRITICAL_DB, Report
@@ -41,7 +42,7 @@ def verify(
         serializer: reads the file; None stands for safetensors.
         measured: measurements taken when these same bytes were written, by name; these are not taken again.
         fail_under: SQNR in dB below which a tensor fails.
-        progress: told about every tensor.
+        progress: told about every tensor, before and after it.
 
     Raises:
         FormatError: if it is not a fewbits file, or its parts contradict one another.
@@ -50,7 +51,7 @@ def verify(
     checkpoint = Checkpoint(path, serializer)
     wrong = set(checkpoint.damaged())
     damaged = {}
-    for row in checkpoint.stored_rows():
+    for row in checkpoint.ledger.stored:
         bad = sorted(wrong & row_entries(row).keys())
         if bad:
             damaged[row.name] = f"the bytes of {', '.join(bad)} are not the bytes that were written"
@@ -69,7 +70,7 @@ def verify(
         fail_under=fail_under,
         progress=progress,
     )
-    return attrs.evolve(report, checks=("digests", *report.checks), failures=(*report.failures, *differences))
+    return attrs.evolve(report, checks=("digests", *report.checks), general=(*report.general, *differences))
 
 
 def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
@@ -84,7 +85,7 @@ def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
     problems = []
     for row in ledger:
         if row.name in found:
-            names.setdefault(row.alias_of or row.name, row.name)
+            names.setdefault(row.holder, row.name)
             if found[row.name] != (row.shape, row.dtype):
                 problems.append(
                     f"{row.name} was {_describe(row.shape, row.dtype)} when the file was made, "

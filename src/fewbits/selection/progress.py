@@ -1,0 +1,44 @@
+"""Telling somebody how far a long activity is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import attrs
+
+from fewbits.selection.ledger import LedgerRow
+
+
+@attrs.frozen
+class Step:
+    """How far an activity is.
+
+    Attributes:
+        activity: ``"convert"`` or ``"validate"``.
+        name: the tensor it is at.
+        done: bytes of the source that it is through with.
+        total: bytes of the source that it goes through.
+    """
+
+    activity: str
+    name: str
+    done: int
+    total: int
+
+
+#: Told about every tensor before and after it is worked on.
+Progress = Callable[[Step], object]
+
+
+def no_progress(step: Step) -> None:
+    """The `Progress` that tells nobody."""
+
+
+def followed(activity: str, rows: Sequence[LedgerRow], progress: Progress) -> Iterator[LedgerRow]:
+    """The rows, one by one, with a step before and after each."""
+    done, total = 0, sum(row.bytes_before for row in rows)
+    for row in rows:
+        progress(Step(activity, row.name, done, total))
+        yield row
+        done += row.bytes_before
+        progress(Step(activity, row.name, done, total))
