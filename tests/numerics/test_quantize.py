@@ -77,6 +77,8 @@ def test_zero_stays_exactly_zero(problem):
 @given(problems(scale_dtypes=(None, torch.float16, torch.bfloat16, torch.float32)))
 def test_codes_and_scales_are_those_of_ten_lines_of_python(problem):
     weight, spec, layout = problem
+    # At the very end of a dtype's range a larger scale is taken, so that no code stands for Inf; tested below.
+    assume(weight.abs().max() < torch.finfo(weight.dtype).max / 2)
     q = quantize(weight, spec, layout=layout)
     matrix = as_matrix(weight, layout)
     width = {"tensor": matrix.numel(), "channel": layout.columns, "group": spec.group_size}[spec.granularity]

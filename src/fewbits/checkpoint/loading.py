@@ -129,7 +129,11 @@ def _put(row: LedgerRow, value: Value, places: Sequence[Slot]) -> None:
             attach(slot.module, slot.local, stored)
     elif isinstance(value, Tensor):
         value = value.to(device)
-        trains = any(slot.is_parameter and slot.tensor.requires_grad for slot in places)
-        parameter = nn.Parameter(value, requires_grad=trains)
+        held = [slot.tensor for slot in places if slot.is_parameter]
+        if held and not held[0].is_meta:
+            held[0].data = value  # the same object: other references to it stay true
+            parameter = held[0]
+        else:
+            parameter = nn.Parameter(value, requires_grad=any(tensor.requires_grad for tensor in held))
         for slot in places:
             setattr(slot.module, slot.local, parameter if slot.is_parameter else value)

@@ -28,6 +28,9 @@ from fewbits.numerics.tensor import in_memory
 #: The payload starts at a multiple of this, so that mapped codes are aligned for any kernel.
 ALIGNMENT = 64
 
+#: The safetensors library refuses longer headers.
+MAX_HEADER = 100_000_000
+
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
@@ -53,7 +56,9 @@ class SafetensorsSerializer(Serializer):
 
 class _SafetensorsWriter(Writer):
     def __init__(self, path: Path, header: Header) -> None:
-        self._path = path
+        with _as_checkpoint_error(f"{path} cannot be written"):
+            # A link stays one: the file that it points to is replaced.
+            self._path = path = path.resolve() if path.is_symlink() else path
         # Widest dtypes first: every tensor then starts at a multiple of its element's size.
         self._entries = dict(sorted(header.entries.items(), key=lambda item: -item[1].dtype.itemsize))
         self._missing = set(self._entries)
@@ -63,11 +68,18 @@ class _SafetensorsWriter(Writer):
             self._offsets[name] = position
             position += entry.nbytes
         reserved = len(self._header(header.metadata))
+        if reserved > MAX_HEADER:
+            raise FormatError(
+                f"{path}: the header would have up to {reserved:,} bytes, more than the {MAX_HEADER:,} that "
+                "safetensors allows; store the model in several files"
+            )
         self._payload = -(-(8 + reserved) // ALIGNMENT) * ALIGNMENT
         self._temporary = path.parent / f".fewbits-{secrets.token_hex(8)}.tmp"
         with _as_checkpoint_error(f"{path} cannot be written"):
             if path.is_dir():
                 raise ArgumentError(f"{path} is a directory; give the path of the file to write")
+            if path.exists() and not path.is_file():
+                raise ArgumentError(f"{path} is not a regular file, and would be replaced by one; give another path")
             self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115  (closed by close or abort)
             try:
                 os.truncate(self._file.fileno(), self._payload + position)

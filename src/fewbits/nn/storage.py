@@ -11,7 +11,8 @@ def storage_key(tensor: Tensor) -> Hashable:
     """Equal for two tensors exactly if they are the same view of the same memory."""
     if not tensor.numel():
         return id(tensor)
-    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    pending = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, pending
 
 
 def overlaps(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -43,6 +43,8 @@ def obstacle_to(module: nn.Module, name: str) -> str | None:
         base = next((cls.__name__ for cls in type(module).__mro__ if cls in QUANTIZED_CLASSES), None)
         inherits = f", and {type(module).__name__} may use the weight in its own way" if base else ""
         return f"{type(module).__name__} has no quantized form{f' ({base} has' + inherits + ')' if base else ''}"
+    if name + SUFFIX in module._modules:
+        return f"it has a child named {name + SUFFIX}, where the quantized weight would go"
     if name != "weight" or not isinstance(module._parameters.get("weight"), nn.Parameter):
         return f"{type(module).__name__}.{name} has no quantized form"
     return None

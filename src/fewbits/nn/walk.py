@@ -74,11 +74,34 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for slot in slots(model):
         tensor = slot.tensor
         if type(tensor) is nn.Parameter:
-            memo.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
+            copied = memo.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
+            copied.__dict__.update(tensor.__dict__)
         elif type(tensor) is Tensor:
             key = storage_key(tensor)
             memo[id(tensor)] = clones[key] = clones[key] if key in clones else tensor.detach().clone()
-    return deep_copy(model, memo)
+    copied_model = deep_copy(model, memo)
+    shared = set(map(id, model.modules())) & set(map(id, copied_model.modules()))
+    if shared:
+        name = next(name for name, module in model.named_modules() if id(module) in shared)
+        raise SourceError(
+            f"{name or 'the root module'} is not copied by copy.deepcopy, so the source itself would be quantized; "
+            "mend its __deepcopy__, or quantize with inplace=True"
+        )
+    return copied_model
+
+
+def find(model: nn.Module, name: str) -> Slot:
+    """The slot of this full name, as the model is now.
+
+    Raises:
+        SourceError: if there is none any more.
+    """
+    path, _, local = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise SourceError(f"{name} has been removed from the model since it was looked at") from None
+    return Slot(name, module, local, local in module._parameters)
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

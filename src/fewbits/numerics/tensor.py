@@ -190,7 +190,7 @@ def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str
 
 
 def _shape_part(layout: Layout) -> Tensor:
-    return torch.tensor(layout.shape, dtype=torch.int64)
+    return torch.tensor(layout.shape, dtype=torch.int64, device="cpu")
 
 
 def pack_zero_point(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fewbits.calibration import InputWatch
 from fewbits.checkpoint.saving import Value, save, value_digest
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.errors import CalibrationError, NumericsError, StateError
+from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.observers.base import Observer
@@ -85,6 +85,11 @@ class Job:
 
     def _convert_row(self, row: LedgerRow, target: Target, convert: Convert, measuring: bool) -> None:
         tensor = self.source.read(row.name)
+        if (tuple(tensor.shape), tensor.dtype) != (row.shape, row.dtype):
+            raise SourceError(
+                f"{row.name} was {dtype_name(row.dtype)} of shape {row.shape} when it was prepared, now it is "
+                f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}; prepare it again"
+            )
         value: Value = tensor if row.spec is None else _named(row, convert, tensor, self.observers.get(row.name))
         if measuring and row.spec is not None:
             self._measured[row.name] = measure(tensor, value)
@@ -101,7 +106,7 @@ class Job:
                 target.output,
                 self.source,
                 serializer=serializer,
-                measured=self._measured,
+                measured=self._measured if target.is_as_written() else {},
                 fail_under=fail_under,
                 progress=progress,
             )
@@ -127,7 +132,16 @@ class Job:
         }
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str]) -> None:
-        """Write the result, with every figure that was measured."""
+        """Write the result, with every figure that was measured.
+
+        Raises:
+            CheckpointError: if the source holds something that no file can.
+            ArgumentError: if the path is that of the float source.
+        """
+        if self.source.unstorable:
+            raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
+        if self.source.is_file(path):
+            raise ArgumentError(f"{path} is the float source itself; give another path to write to")
         found = {t.name: t.measurement for t in self.report.tensors if t.measurement} if self.report else {}
         save(
             serializer,
@@ -167,11 +181,9 @@ def _watched(
             "choose another observer"
         )
     holder = {row.name: row.holder for row in ledger}
-    return [
-        (holder[slot.name], slot.module, wanting[holder[slot.name]])
-        for slot in source.slots
-        if holder[slot.name] in wanting
-    ]
+    # A module at two paths is watched once.
+    slots = {slot.key: slot for slot in source.slots if holder[slot.name] in wanting}.values()
+    return [(holder[slot.name], slot.module, wanting[holder[slot.name]]) for slot in slots]
 
 
 def _named(row: LedgerRow, convert: Convert, tensor: Tensor, observer: Observer | None) -> Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -37,6 +37,10 @@ class Target(ABC):
         """The path of the result, if it is a file."""
         return None
 
+    def is_as_written(self) -> bool:
+        """Whether the result still is what was put in; only a file can be another one."""
+        return True
+
     def abort(self) -> None:  # noqa: B027  (only files have anything to undo)
         """Give up; leave nothing half-made behind."""
 
@@ -49,12 +53,14 @@ class Source(ABC):
         inplace: whether the result replaces it.
         architecture: the class of the model; None if unknown.
         extra: strings to carry over into the result's file.
+        unstorable: what the source holds and no file of ours can, in words.
     """
 
     infos: tuple[TensorInfo, ...]
     inplace: bool = False
     architecture: str | None = None
     extra: Mapping[str, str] = MappingProxyType({})
+    unstorable: Sequence[str] = ()
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -71,6 +77,10 @@ class Source(ABC):
         Raises:
             ArgumentError: if `output` is missing, or does not go with this kind of source.
         """
+
+    def is_file(self, path: str | os.PathLike[str]) -> bool:
+        """Whether the source is the file at this path."""
+        return False
 
     def module(self) -> nn.Module | None:
         """The model that can be run for calibration; None if there is none."""

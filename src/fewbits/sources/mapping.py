@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.nn.storage import overlaps, storage_key
+from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
@@ -27,16 +28,24 @@ class MappingSource(Source):
             raise ArgumentError(f"inplace=True needs a mapping that can be changed, not {type(tensors).__name__}")
         self.inplace = inplace
         self._given = tensors
-        self._tensors = dict(_checked(tensors))
-        overlapping = overlaps(self._tensors)
+        checked = _checked(tensors)
+        overlapping = overlaps(checked)
         self.infos = tuple(
             entry_info(name, tuple(t.shape), t.dtype, storage=storage_key(t), obstacle=overlapping.get(name))
-            for name, t in sorted(self._tensors.items())
+            for name, t in sorted(checked.items())
         )
+        refuse_quantized_entries(self.infos)
 
     def read(self, name: str) -> Tensor:
-        """One of its tensors."""
-        return self._tensors[name].detach()
+        """One of its tensors, as the mapping has it now.
+
+        Raises:
+            SourceError: if it has none of that name any more.
+        """
+        tensor = self._given.get(name)
+        if not isinstance(tensor, Tensor):
+            raise SourceError(f"{name} has been removed from the mapping since it was prepared; prepare it again")
+        return tensor.detach()
 
     def prepared(self) -> Mapping[str, object]:
         """The mapping that was handed in: there is nothing to run."""
@@ -46,13 +55,15 @@ class MappingSource(Source):
         """A new dict, or the mapping itself."""
         if output is not None:
             raise ArgumentError("output= goes with a path; a quantized mapping is returned, and written by save(path)")
+        added = sorted(map(str, self._given.keys() - {row.name for row in ledger}))
+        if added:
+            raise SourceError(f"the mapping has gained {', '.join(added)} since it was prepared; prepare it again")
         return _MappingTarget(self, ledger)
 
     def replace(self, name: str, value: Value) -> None:
         """Put the stored form in the place of the source's tensor, and let go of that."""
         if isinstance(self._given, MutableMapping):
             self._given[name] = value
-        self._tensors.pop(name, None)
 
 
 class _MappingTarget(Target):
@@ -70,11 +81,17 @@ class _MappingTarget(Target):
                 self._source.replace(name, value)
 
     def finish(self) -> object:
-        given = self._source.prepared()
-        return given if self._source.inplace else {name: self._values[name] for name in given}
+        if self._source.inplace:
+            self._values = self._source.prepared()  # type: ignore[assignment]
+        else:
+            self._values = {name: self._values[name] for name in self._source.prepared()}
+        return self._values
 
     def value(self, name: str) -> Value:
-        return self._values[name]
+        value = self._values.get(name)
+        if not isinstance(value, (QuantizedTensor, Tensor)):
+            raise SourceError(f"{name} has been removed from the quantized mapping")
+        return value
 
 
 def entry_info(
@@ -95,6 +112,27 @@ def entry_info(
         layout=None if obstacle else layout_by_shape(shape),
         obstacle=obstacle,
     )
+
+
+def refuse_quantized_entries(infos: Sequence[TensorInfo]) -> None:
+    """Refuse a checkpoint that another tool (or this one) has quantized: its scales would be taken for weights.
+
+    Raises:
+        SourceError: naming the first such tensor and what lies beside it.
+    """
+    names = {info.name for info in infos}
+    for info in infos:
+        stem = info.name.rpartition(".")[0] + "." if "." in info.name else ""
+        beside = [f"{info.name}_scale_inv"]
+        beside += [] if info.dtype in FLOAT_DTYPES else [f"{info.name}_scale", f"{stem}SCB"]
+        beside += [f"{stem}scales"] if info.name.endswith("qweight") else []
+        beside += [f"{info.name.removesuffix('_packed')}_scale"] if info.name.endswith("_packed") else []
+        found = [name for name in beside if name in names]
+        if found:
+            raise SourceError(
+                f"{info.name} ({dtype_name(info.dtype)}) has {found[0]} beside it, so it is quantized already; "
+                "dequantize the checkpoint first"
+            )
 
 
 def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, SourceError
+from fewbits.nn.modules import stored_weights
 from fewbits.nn.storage import overlaps, storage_key
-from fewbits.nn.stored import StoredWeight, store
+from fewbits.nn.stored import store
 from fewbits.nn.swap import attach, layout_of, obstacle_to, refuse_quantized
-from fewbits.nn.walk import Slot, slots, structural_copy
+from fewbits.nn.walk import Slot, find, slots, structural_copy
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -28,14 +29,19 @@ class ModuleSource(Source):
         self._check(model)
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
+        # Ties are those of the given model: in a copy, buffers have memory of their own.
+        overlapping = overlaps({slot.name: slot.tensor for slot in slots(model)})
+        self.infos = tuple(self._describe(slot, overlapping.get(slot.name)) for slot in slots(model))
+        self.unstorable = [
+            f"{name or 'the root module'} has extra state (get_extra_state)"
+            for name, module in model.named_modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        ]
         self._model = model if inplace else structural_copy(model)
-        self._slots = {slot.name: slot for slot in slots(self._model)}
-        overlapping = overlaps({name: slot.tensor for name, slot in self._slots.items()})
-        self.infos = tuple(self._describe(slot, overlapping.get(slot.name)) for slot in self._slots.values())
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer as it is now; buffers as the prepared model has them."""
-        return self._slots[name].tensor.detach()
+        return find(self._model, name).tensor.detach()
 
     def prepared(self) -> nn.Module:
         """The model to run and to observe."""
@@ -48,7 +54,7 @@ class ModuleSource(Source):
     @property
     def slots(self) -> Iterable[Slot]:
         """Every tensor of the model, with its place."""
-        return self._slots.values()
+        return slots(self._model)
 
     def target(self, ledger: Ledger, serializer: Serializer, output: str | os.PathLike[str] | None) -> Target:
         """The model itself, or another structural copy of it."""
@@ -91,14 +97,18 @@ class _ModuleTarget(Target):
         self._model, self._inplace = model, inplace
         self._slots = {slot.name: slot for slot in slots(model)}
         self._names = ledger.names_by_holder()
-        self._stored: dict[str, StoredWeight] = {}
+        changed = sorted(self._slots.keys() ^ {row.name for row in ledger})
+        if changed:
+            raise SourceError(
+                f"the model has gained or lost {', '.join(changed)} since it was prepared; prepare it again"
+            )
 
     def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
         places = {slot.key: slot for slot in (self._slots[name] for name in self._names[row.name])}.values()
         if row.spec is not None:
-            self._stored[row.name] = store(value, row.dtype)
+            stored = store(value, row.dtype)
             for slot in places:
-                attach(slot.module, slot.local, self._stored[row.name])
+                attach(slot.module, slot.local, stored)
         elif not self._inplace and isinstance(value, Tensor) and any(slot.is_parameter for slot in places):
             # The same parameter objects over memory of their own: other references to them stay true.
             copy = value.clone()
@@ -109,6 +119,6 @@ class _ModuleTarget(Target):
         return self._model
 
     def value(self, name: str) -> Value:
-        if name in self._stored:
-            return self._stored[name].value()
-        return self._slots[name].tensor.detach()
+        slot = find(self._model, name)
+        stored = stored_weights(slot.module).get(slot.local)
+        return slot.tensor.detach() if stored is None else stored.value()

@@ -1,0 +1,190 @@
+"""Ways to a silent wrong result that were once open."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fewbits
+from fewbits import SourceError
+
+W = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"l.weight": W.to(torch.float8_e4m3fn), "l.weight_scale_inv": torch.rand(2, 2)},
+        {"l.weight": W.to(torch.int8), "l.weight_scale": torch.rand(64, 1)},
+        {"l.weight": W.to(torch.int8), "l.SCB": torch.rand(64)},
+        {"l.qweight": W.to(torch.int32), "l.scales": torch.rand(2, 32)},
+        {"l.weight_packed": W.to(torch.int32), "l.weight_scale": torch.rand(64, 2)},
+    ],
+    ids=["fp8 blocks", "int8", "bitsandbytes", "gptq", "packed"],
+)
+def test_scales_of_another_tool_are_never_taken_for_weights(beside, tmp_path):
+    state = {"o.weight": W} | beside
+    with pytest.raises(SourceError, match="quantized already"):
+        fewbits.quantize(state, "int8")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "f.safetensors")
+    with pytest.raises(SourceError, match="quantized already"):
+        fewbits.quantize(tmp_path / "f.safetensors", "int8", output=tmp_path / "out")
+
+
+def test_the_state_dict_of_a_quantized_model_is_not_quantized_again():
+    model = fewbits.quantize(nn.Linear(32, 8), "int8").model
+    with pytest.raises(SourceError, match="quantized already"):
+        fewbits.quantize(model.state_dict(), "int8")
+
+
+def test_a_module_that_deepcopy_does_not_copy_is_refused_before_the_source_is_touched():
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(nn.Linear(32, 32), Stubborn(32, 32))
+    with pytest.raises(SourceError, match="1 is not copied"):
+        fewbits.Int8PerChannel().prepare(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_loading_keeps_the_parameters_that_others_refer_to(tmp_path):
+    fewbits.quantize(nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)), "int8").save(tmp_path / "f")
+    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))
+    gain = model[1].weight
+    assert fewbits.load(tmp_path / "f", into=model)[1].weight is gain
+
+
+def test_a_tensor_that_is_born_while_observing_is_an_error():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(32, 32)
+
+        def forward(self, x):
+            self.second = nn.Linear(32, 32)
+            return self.second(self.first(x))
+
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(Lazy())
+    quantizer.observe([torch.ones(1, 32)])
+    with pytest.raises(SourceError, match=r"second\.weight"):
+        quantizer.convert()
+
+
+def test_validation_is_of_the_file_that_is_there(tmp_path):
+    for name, factor in (("one", 1.0), ("other", 3.0)):
+        save_file({"w": W * factor}, tmp_path / name)
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(tmp_path / "one")
+    quantizer.convert(output=tmp_path / "out")
+    fewbits.quantize(tmp_path / "other", "int8", output=tmp_path / "out")
+    assert not quantizer.validate(on_failure="ignore").ok
+
+
+def test_validation_is_of_the_model_that_was_handed_out():
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
+    model = quantizer.convert()
+    model[1] = nn.Linear(32, 32)
+    with pytest.raises(fewbits.FewbitsError):
+        quantizer.validate()
+
+
+@pytest.mark.parametrize("change", ["replace", "remove", "add", "reshape"])
+def test_a_mapping_is_read_when_it_is_converted(change):
+    state = {"a": W.clone(), "b": W.clone()}
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(state)
+    if change == "replace":
+        state["a"] = 2 * W
+        expected = fewbits.quantize({"a": 2 * W}, "int8").model["a"]
+        assert quantizer.convert()["a"].equal(expected)
+        assert quantizer.validate().ok
+        return
+    if change == "remove":
+        del state["b"]
+    elif change == "add":
+        state["c"] = W
+    else:
+        state["b"] = W.T.contiguous()
+    with pytest.raises(SourceError, match="prepare"):
+        quantizer.convert()
+
+
+def test_a_conjugate_view_is_no_alias():
+    z = torch.tensor([[1 + 2j, 3 - 4j]])
+    result = fewbits.quantize({"a": z, "b": z.conj(), "w": W}, "int8").model
+    assert torch.equal(result["b"], z.conj())
+
+
+def test_extra_state_is_never_left_out_of_a_file(tmp_path):
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return 7
+
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(nn.Sequential(nn.Linear(32, 32), Counting(32, 32)))
+    quantizer.convert()
+    with pytest.raises(fewbits.CheckpointError, match="1 has extra state"):
+        quantizer.save(tmp_path / "f")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_child_in_the_place_of_the_stored_weight_is_not_lost():
+    layer = nn.Linear(32, 32)
+    layer.weight_stored = nn.Linear(32, 32)
+    result = fewbits.quantize(layer, "int8")
+    assert result.ledger["weight"].fate == "kept"
+    assert result.ledger["weight_stored.weight"].fate == "quantized"
+
+
+def test_saving_over_the_float_source_is_refused(tmp_path):
+    save_file({"w": W}, tmp_path / "source")
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(tmp_path / "source")
+    quantizer.convert(output=tmp_path / "out")
+    with pytest.raises(fewbits.ArgumentError, match="the float source itself"):
+        quantizer.save(tmp_path / "source")
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
+    result = fewbits.quantize(nn.Linear(32, 32), "int8")
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    result.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert fewbits.verify(tmp_path / "target").ok
+    with pytest.raises(fewbits.ArgumentError, match="not a regular file"):
+        result.save("/dev/null")
+
+
+def test_in_place_every_float_weight_is_let_go_as_it_is_replaced():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    weights = [weakref.ref(layer.weight) for layer in model]
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(model, inplace=True)
+    quantizer.convert()
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
+
+
+def test_a_failed_call_leaves_no_hook_on_a_model_that_is_quantized_in_place():
+    class Wanting(fewbits.MinMaxObserver):
+        needs_data = True
+
+    model = nn.Linear(32, 32)
+    with pytest.raises(fewbits.CalibrationError):
+        fewbits.quantize(model, "int8", observer=Wanting(), inplace=True)
+    assert not model._forward_pre_hooks
+
+
+def test_loading_and_quantizing_work_under_another_default_device(tmp_path):
+    model = nn.Linear(32, 32)
+    with torch.device("meta"):
+        fewbits.quantize(model, "int8").save(tmp_path / "f")
+        loaded = fewbits.load(tmp_path / "f", into=nn.Linear(32, 32))
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
