@@ -59,20 +59,23 @@ def quantize(
             f"elements, in one of {', '.join(map(dtype_name, FLOAT_DTYPES))}"
         )
     packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32, device=matrix.device)
-    params: list[tuple[Tensor, Tensor | None]] = []
-    if spec.granularity == "tensor":
+    # One allocation for all scales: pieces that outlive each block would keep the blocks' memory from being reused.
+    scale = torch.empty(spec.scale_shape(rows, columns), dtype=spec.scale_dtype, device=matrix.device)
+    zero_point = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.int32, device=matrix.device)
+    per_tensor = spec.granularity == "tensor"
+    if per_tensor:
         check_finite(matrix.tensor)
-        params.append(_chosen(choose, matrix.whole(), spec))
+        _fill(slice(None), scale, zero_point, _chosen(choose, matrix.whole(), spec))
     for start, stop, values in matrix.blocks():
         block = values.to(compute_dtype(matrix.dtype))
-        if spec.granularity != "tensor":
+        where = slice(None) if per_tensor else slice(start, stop)
+        if not per_tensor:
             if not _is_finite(block):
                 check_finite(matrix.tensor)
-            params.append(_chosen(choose, block, spec))
-        packed[start:stop] = pack(encode(block, *params[-1], spec), spec.bits)
-    scales, zero_points = zip(*params, strict=True)
-    zero_point = None if spec.symmetric else pack_zero_point(torch.cat(zero_points), spec)
-    return QuantizedTensor(packed, torch.cat(scales), zero_point, spec, matrix.layout, matrix.dtype)
+            _fill(where, scale, zero_point, _chosen(choose, block, spec))
+        codes = encode(block, scale[where], None if zero_point is None else zero_point[where], spec)
+        packed[start:stop] = pack(codes, spec.bits)
+    return QuantizedTensor(packed, scale, pack_zero_point(zero_point, spec), spec, matrix.layout, matrix.dtype)
 
 
 @torch.no_grad()
@@ -132,6 +135,13 @@ def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> tuple[Tensor
         return check_params(*chosen, spec, (rows.shape[0], rows.shape[1]))
     except NumericsError as error:
         raise NumericsError(f"what an observer chose cannot be used: {error}") from None
+
+
+def _fill(where: slice, scale: Tensor, zero_point: Tensor | None, chosen: tuple[Tensor, Tensor | None]) -> None:
+    """Put what was chosen for some rows where it belongs."""
+    scale[where] = chosen[0]
+    if zero_point is not None and chosen[1] is not None:
+        zero_point[where] = chosen[1]
 
 
 def _is_finite(block: Tensor) -> bool:
