@@ -40,6 +40,7 @@ from fewbits.quantizers.lifecycle import State
 from fewbits.quantizers.schemes import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.progress import Progress, Step
 from fewbits.selection.selector import Decision, LayerSelector, Selector
 from fewbits.validation.report import Report, TensorReport
 
@@ -68,6 +69,7 @@ __all__ = [
     "NonFiniteError",
     "NumericsError",
     "Observer",
+    "Progress",
     "QuantSpec",
     "QuantizedTensor",
     "Quantizer",
@@ -84,6 +86,7 @@ __all__ = [
     "Spec",
     "State",
     "StateError",
+    "Step",
     "TensorInfo",
     "TensorReport",
     "ValidationError",

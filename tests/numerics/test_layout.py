@@ -124,20 +124,6 @@ def test_rows_of_a_contiguous_tensor_are_not_copied():
 
 
 @pytest.mark.parametrize(
-    ("layout", "is_matrix"),
-    [
-        (Layout.of((6, 8)), True),
-        (Layout.of((6, 8), inputs=(0,)), False),
-        (Layout.of((6, 8, 1), inputs=(1, 2)), False),
-        (Layout.of((6, 8), view=(8, 6)), False),
-        (Layout.of((6,)), False),
-    ],
-)
-def test_what_is_a_matrix_already(layout, is_matrix):
-    assert layout.is_matrix is is_matrix
-
-
-@pytest.mark.parametrize(
     "make",
     [
         lambda: Layout((4, 6), (4, 5), (0, 1), 1),

@@ -75,11 +75,6 @@ class Layout:
         """(rows, columns)."""
         return self.rows, self.columns
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the tensor is the matrix already."""
-        return self.shape == self.matrix_shape and self.permutation == (0, 1)
-
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Put a (rows, columns) matrix back into the tensor's own shape."""
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)

@@ -42,7 +42,7 @@ def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Cho
 
 def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) -> list[LedgerRow]:
     """The rows of all names of one storage: the first holds it, the others are its aliases."""
-    first, decision = _common(group)
+    first, decision = group[0][0], _common(group)
     obstacle = next((info.obstacle for info, _ in group if info.obstacle), None)
     if obstacle is not None or not decision.quantize:
         head = _row(first, "kept", obstacle or decision.reason)
@@ -56,15 +56,14 @@ def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) ->
     return [head, *(_alias(info, first.name) for info, _ in group[1:])]
 
 
-def _common(group: Sequence[tuple[TensorInfo, Decision]]) -> tuple[TensorInfo, Decision]:
-    """The first name, with the decision that holds for all: keep wins, unless a rule of the user's says quantize."""
-    first = group[0][0]
+def _common(group: Sequence[tuple[TensorInfo, Decision]]) -> Decision:
+    """The decision that holds for all names: keep wins, unless a rule of the user's says quantize."""
     named = [decision for _, decision in group if decision.named]
     if len({decision.quantize for decision in named}) > 1:
         names = ", ".join(f"{info.name} ({decision.reason})" for info, decision in group if decision.named)
         raise SelectionError(f"one storage, two fates: {names}; tied tensors are quantized together or kept together")
     decisions = named or [decision for _, decision in group]
-    return first, min(decisions, key=lambda decision: decision.quantize)
+    return min(decisions, key=lambda decision: decision.quantize)
 
 
 def _row(info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None) -> LedgerRow:

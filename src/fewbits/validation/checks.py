@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -119,7 +118,6 @@ def check_reload(
     ledger: Ledger,
     value_of: Callable[[str], Value],
     serializer: Serializer,
-    directory: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Save to a temporary file, read it back, and compare bit for bit, a tensor at a time.
 
@@ -127,7 +125,7 @@ def check_reload(
         the report with what was found.
     """
     failures: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="fewbits-", dir=directory) as folder:
+    with tempfile.TemporaryDirectory(prefix="fewbits-") as folder:
         path = Path(folder) / "reload"
         try:
             save(serializer, path, ledger, value_of, measurements={})
