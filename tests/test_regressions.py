@@ -58,6 +58,21 @@ def test_loading_keeps_the_parameters_that_others_refer_to(tmp_path):
     assert fewbits.load(tmp_path / "f", into=model)[1].weight is gain
 
 
+def test_a_weight_that_is_used_behind_its_module_is_an_error():
+    class Behind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+            self.weights = [self.layer.weight]
+
+        def forward(self, x):
+            return x @ self.weights[0]
+
+    with pytest.raises(SourceError, match=r"refers to layer\.weight besides"):
+        fewbits.quantize(Behind(), "int8")
+    assert fewbits.quantize(nn.Sequential(Behind(), nn.Linear(32, 32)), "int8", exclude=["0"]).report.ok
+
+
 def test_a_tensor_that_is_born_while_observing_is_an_error():
     class Lazy(nn.Module):
         def __init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -107,8 +108,14 @@ class _ModuleTarget(Target):
         places = {slot.key: slot for slot in (self._slots[name] for name in self._names[row.name])}.values()
         if row.spec is not None:
             stored = store(value, row.dtype)
+            floats = [weakref.ref(slot.tensor) for slot in places]
             for slot in places:
                 attach(slot.module, slot.local, stored)
+            if not self._inplace and any(weight() is not None for weight in floats):
+                raise SourceError(
+                    f"something in the model refers to {row.name} besides the module that holds it (a list, another "
+                    "attribute), and would go on using the float weight; exclude it, or read it from its module"
+                )
         elif not self._inplace and isinstance(value, Tensor) and any(slot.is_parameter for slot in places):
             # The same parameter objects over memory of their own: other references to them stay true.
             copy = value.clone()
