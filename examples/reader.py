@@ -8,23 +8,23 @@ from safetensors import safe_open
 
 
 def unpack(words, bits, columns):
-    """Signed codes out of rows of int32 words: a bitstream, least significant bit first."""
+    """Unsigned codes out of rows of int32 words: a bitstream, least significant bit first."""
     stream = (words.unsqueeze(-1) >> torch.arange(32)).bitwise_and(1).flatten(1)[:, : columns * bits]
-    return (stream.unflatten(1, (columns, bits)) << torch.arange(bits)).sum(-1) - 2 ** (bits - 1)
+    return (stream.unflatten(1, (columns, bits)) << torch.arange(bits)).sum(-1)
 
 
 def decode(row, stored):
     """One quantized tensor, in its own shape and dtype."""
-    name, spec, layout = row["name"], row["spec"], row["layout"]
-    packed, scale = stored(f"{name}_packed"), stored(f"{name}_scale")
+    name, spec, layout, levels = row["name"], row["spec"], row["layout"], row["spec"]["levels"]
+    scale, half = stored(f"{name}_scale"), 2 ** (row["spec"]["bits"] - 1)
     axes = [layout["view"][axis] for axis in layout["permutation"]]
     columns = torch.Size(axes[layout["row_axes"] :]).numel()
     width = spec["group_size"] or columns
-    values = unpack(packed, spec["bits"], columns).to(torch.promote_types(scale.dtype, torch.float32))
+    steps = torch.tensor(levels or range(-half, half), dtype=torch.promote_types(scale.dtype, torch.float32))
+    values = steps[unpack(stored(f"{name}_packed"), spec["bits"], columns)]
     if not spec["symmetric"]:
         words = stored(f"{name}_zero_point").reshape(-1, scale[0].numel())
-        zeros = unpack(words.T, spec["bits"], len(scale)).T
-        values -= zeros.repeat_interleave(width, 1)[:, :columns]
+        values -= (unpack(words.T, spec["bits"], len(scale)).T - half).repeat_interleave(width, 1)[:, :columns]
     values *= scale.reshape(len(scale), -1).repeat_interleave(width, 1)[:, :columns]
     order = sorted(range(len(axes)), key=layout["permutation"].__getitem__)
     return values.reshape(axes).permute(order).reshape(row["shape"]).to(getattr(torch, row["dtype"]))

@@ -96,17 +96,14 @@ def read_codes(words: list[int], bits: int, count: int) -> list[int]:
 
 
 class AnyScheme(fewbits.Quantizer):
-    """Plain rounding to whatever spec is asked for."""
+    """Plain rounding to whatever spec is asked for, of tensors of any size and rows of any length."""
 
     name = "any"
 
     def __init__(self, spec: fewbits.Spec, **strategies: Any) -> None:
-        self._spec = spec
-        super().__init__(**strategies)
-
-    @property
-    def spec(self) -> fewbits.Spec:
-        return self._spec
+        self.spec = spec
+        everything = {"selector": fewbits.LayerSelector(min_elements=1), "ragged": "shorter"}
+        super().__init__(**everything | strategies)
 
 
 def specs() -> st.SearchStrategy[fewbits.QuantSpec]:
@@ -141,7 +138,8 @@ def state(seed: int = 0) -> dict[str, Tensor]:
 
 
 def save(path: Path, source: object, scheme: object = "int8", **options: Any) -> fewbits.Result:
-    """Quantize something that is not a file, and write it."""
-    result = fewbits.quantize(source, scheme, on_failure="ignore", **options)
+    """Quantize something that is not a file, and write it. For schemes given by name no tensor is too small."""
+    rules = {"min_elements": 1} if isinstance(scheme, str) and "selector" not in options else {}
+    result = fewbits.quantize(source, scheme, on_failure="ignore", **rules | options)
     result.save(path)
     return result

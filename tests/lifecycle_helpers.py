@@ -1,20 +1,38 @@
 """Models, random models, and strategies of an outside author, for the tests of selection, lifecycle and validation."""
 
 import base64
+import inspect
 import json
 import struct
 from pathlib import Path
 
 import torch
 from hypothesis import settings
-from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import Entry, MinMaxObserver, Reader, Serializer, TensorInfo, Writer
+import fewbits.testing
+from fewbits import Entry, LayerSelector, MinMaxObserver, Reader, Serializer, TensorInfo, Writer
 
 # For properties that write files: waiting for the disk is most of their time.
 FEWER_EXAMPLES = settings(max_examples=settings.default.max_examples // 3)
+
+RULES = frozenset(inspect.signature(LayerSelector).parameters)
+
+
+def small(scheme=fewbits.Int8PerChannel, *args, **options):
+    """A quantizer for which no tensor is too small; rules among the options go to its selector."""
+    rules = {name: options.pop(name) for name in RULES & options.keys()}
+    return scheme(*args, **{"selector": LayerSelector(**{"min_elements": 1} | rules)} | options)
+
+
+def quantize_small(source, scheme="int8", **options):
+    """`fewbits.quantize`, for which no tensor is too small; quantizers and selectors bring rules of their own."""
+    rules = {"min_elements": 1} if isinstance(scheme, str) and "selector" not in options else {}
+    return fewbits.quantize(source, scheme, **rules | options)
+
+
+random_models = fewbits.testing.models
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -163,63 +181,3 @@ class _JsonReader(Reader):
         data, found = base64.b64decode(self._tensors[name][2]), self.entries[name]
         flat = torch.frombuffer(bytearray(data), dtype=found.dtype) if data else torch.empty(0, dtype=found.dtype)
         return flat.reshape(found.shape)
-
-
-class Bag(nn.Module):
-    """Parameters and buffers that nothing runs."""
-
-
-_SIZES = st.integers(1, 4)
-_SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
-_ANY_DTYPE = st.sampled_from([*DTYPES, torch.int64, torch.uint8, torch.bool])
-
-
-@st.composite
-def _bags(draw):
-    bag = Bag()
-    for index in range(draw(st.integers(0, 3))):
-        tensor = torch.ones(draw(_SHAPES), dtype=draw(_ANY_DTYPE))
-        if draw(st.booleans()):
-            bag.register_parameter(f"p{index}", nn.Parameter(tensor, requires_grad=False))
-        else:
-            bag.register_buffer(f"b{index}", tensor, persistent=draw(st.booleans()))
-    return bag
-
-
-_LEAVES = st.one_of(
-    st.builds(nn.Linear, _SIZES, _SIZES, bias=st.booleans()),
-    st.builds(nn.Conv1d, _SIZES, _SIZES, _SIZES),
-    st.builds(nn.Embedding, _SIZES, _SIZES),
-    st.builds(nn.LayerNorm, _SIZES),
-    st.builds(nn.BatchNorm1d, _SIZES),
-    _bags(),
-)
-
-
-@st.composite
-def random_models(draw):
-    """Nested modules of many kinds and dtypes, with tied tensors and shared modules; never without a Linear."""
-    leaves = [leaf.to(draw(st.sampled_from(DTYPES))) for leaf in draw(st.lists(_LEAVES, max_size=5))]
-    root = nn.Module()
-    root.add_module("always", nn.Linear(3, 5))
-    containers = [root]
-    for index, leaf in enumerate(leaves):
-        parent = draw(st.sampled_from(containers))
-        if draw(st.booleans()):
-            containers.append(nn.Module())
-            parent.add_module(f"block{index}", containers[-1])
-            parent = containers[-1]
-        parent.add_module(f"leaf{index}", leaf)
-        if draw(st.booleans()):
-            draw(st.sampled_from(containers)).add_module(f"again{index}", draw(st.sampled_from(leaves)))
-    _tie(draw, leaves)
-    return root
-
-
-def _tie(draw, leaves):
-    holders = [leaf for leaf in leaves if isinstance(getattr(leaf, "weight", None), nn.Parameter)]
-    for one in holders:
-        for other in holders:
-            alike = (one.weight.shape, one.weight.dtype) == (other.weight.shape, other.weight.dtype)
-            if alike and one is not other and draw(st.booleans()):
-                other.weight = draw(st.sampled_from([one.weight, nn.Parameter(one.weight.data)]))

@@ -8,19 +8,29 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
+import lifecycle_helpers
 from fewbits import (
     ArgumentError,
+    CalibrationError,
     Int8PerChannel,
     LayerSelector,
+    MinMaxObserver,
     QuantizedTensor,
     Result,
     SelectionError,
     State,
     ValidationError,
 )
-from lifecycle_helpers import files_in, mlp, snapshot, stored
+from fewbits.config.config import QuantizationConfig
+from fewbits.observers import OBSERVERS
+from lifecycle_helpers import JsonSerializer, Watcher, files_in, hook_count, snapshot, stored
 
 SCHEMES = ["int8", "int8-tensor", "int4", "fp16"]
+
+
+def mlp(seed=0):
+    """Linear, ReLU, Linear, with weights that are not too small to be quantized."""
+    return lifecycle_helpers.mlp(seed, width=64)
 
 
 def poor():
@@ -108,53 +118,275 @@ def test_only_a_path_takes_an_output(source, tmp_path):
 
 @pytest.mark.parametrize(
     ("scheme", "near"),
-    [("int88", "int8"), ("INT8", None), ("in4", "int4"), ("fp61", "fp16"), ("int8_tensor", "int8-tensor"), ("", None)],
+    [
+        ("int88", "int8"),
+        ("INT8", "int8"),
+        ("in4", "int4"),
+        ("fp61", "fp16"),
+        ("int8_tensor", "int8-tensor"),
+        ("", None),
+    ],
 )
 def test_an_unknown_scheme_is_refused_with_the_nearest(scheme, near):
+    hint = f" (did you mean {near!r}?)" if near else ""
     with pytest.raises(ArgumentError) as caught:
         fewbits.quantize(mlp(), scheme)
-    assert f"there is no scheme {scheme!r}; there are 'int8-tensor', 'int8', 'int4', 'fp16'" in str(caught.value)
-    assert near is None or f"did you mean {near!r}?" in str(caught.value)
+    assert f"no scheme {scheme!r}{hint}; there are 'int8-tensor', 'int8', 'int4', 'fp16'" in str(caught.value)
 
 
-@pytest.mark.parametrize("junk", [None, 8, Int8PerChannel, ("int8",), ["int8"], {"scheme": "int8"}], ids=repr)
+@pytest.mark.parametrize("junk", [8, Int8PerChannel, ("int8",), ["int8"], {"scheme": "int8"}], ids=repr)
 def test_what_is_no_scheme_is_refused(junk):
     with pytest.raises(ArgumentError, match="scheme"):
         fewbits.quantize(mlp(), junk)
 
 
-def test_an_option_that_the_scheme_does_not_take_is_named():
-    with pytest.raises(ArgumentError, match=r"'int8'.*group_size"):
+def test_without_a_scheme_or_a_config_the_schemes_are_listed():
+    with pytest.raises(ArgumentError, match=r"neither a scheme nor a config; .* 'int8-tensor', 'int8', 'int4', 'fp16'"):
+        fewbits.quantize(mlp())
+
+
+def test_a_setting_that_the_scheme_does_not_take_is_refused_with_those_that_do():
+    with pytest.raises(ArgumentError, match="'int8' does not take group_size, which goes with 'int4'"):
         fewbits.quantize(mlp(), "int8", group_size=64)
 
 
-def test_options_reach_the_scheme():
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("groupsize", "group_size"), ("exlude", "exclude"), ("ouput", "output"), ("validat", "validate"), ("zzz", None)],
+)
+@pytest.mark.parametrize("scheme", ["int4", Int8PerChannel()], ids=["named", "own"])
+def test_an_unknown_setting_is_refused_with_the_nearest_and_all_there_are(scheme, wrong, near):
+    with pytest.raises(ArgumentError) as caught:
+        fewbits.quantize(mlp(), scheme, **{wrong: 64})
+    hint = f" (did you mean {near!r}?)" if near else ""
+    assert f"there is no setting {wrong!r}{hint}; there are scheme, group_size, symmetric" in str(caught.value)
+
+
+def test_settings_reach_the_scheme():
     result = fewbits.quantize(mlp(), "int4", group_size=8, symmetric=False, scale_dtype=torch.float16)
     spec = result.ledger["0.weight"].spec
     assert (spec.group_size, spec.symmetric, spec.scale_dtype) == (8, False, torch.float16)
 
 
-def test_include_and_exclude_reach_the_selector():
+def test_rules_reach_the_selector():
     assert fewbits.quantize(mlp(), "int8", exclude=["0"]).ledger["0.weight"].reason == "excluded by '0'"
     assert fewbits.quantize(mlp(), "int8", include=["0"]).ledger["2.weight"].reason == "no include rule names it"
+    assert fewbits.quantize(mlp(), "int8", overrides={"2": "keep"}).ledger["2.weight"].fate == "kept"
+    assert fewbits.quantize(mlp(), "int8", min_elements=513).ledger["2.weight"].fate == "kept"
+    assert fewbits.quantize(mlp(), "int8", min_elements=512).ledger["2.weight"].fate == "quantized"
 
 
-@pytest.mark.parametrize("rule", ["include", "exclude"])
-def test_rules_and_a_selector_exclude_each_other(rule):
-    with pytest.raises(ArgumentError, match="include and exclude are rules of the default selector"):
-        fewbits.quantize(mlp(), "int8", selector=LayerSelector(), **{rule: ["0"]})
+def test_an_override_gives_one_layer_another_spec():
+    ledger = fewbits.quantize(mlp(), "int8", overrides={"2": {"scheme": "int4", "group_size": 16}}).ledger
+    assert ledger["0.weight"].spec.bits == 8
+    assert (ledger["2.weight"].spec.bits, ledger["2.weight"].spec.group_size) == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"), [("include", ["0"]), ("exclude", ["0"]), ("overrides", {"0": "keep"}), ("min_elements", 1)]
+)
+@pytest.mark.parametrize("in_config", [False, True])
+def test_rules_and_a_selector_exclude_each_other(rule, value, in_config):
+    config = QuantizationConfig(**{rule: value}) if in_config else None
+    settings = {} if in_config else {rule: value}
+    with pytest.raises(ArgumentError, match=f"^{rule}: rules of the default selector"):
+        fewbits.quantize(mlp(), "int8", config=config, selector=LayerSelector(), **settings)
 
 
 @pytest.mark.parametrize("rule", ["include", "exclude"])
 def test_one_string_in_place_of_a_list_is_refused(rule):
-    with pytest.raises(SelectionError, match=rf"{rule} is a sequence"):
+    with pytest.raises(ArgumentError, match=rf"{rule} must be a list of name patterns"):
         fewbits.quantize(mlp(), "int8", **{rule: "0"})
 
 
-@pytest.mark.parametrize("options", [{"include": ["0"]}, {"exclude": ["0"]}, {"scale_dtype": torch.float16}])
-def test_options_of_a_quantizer_go_to_the_quantizer(options):
-    with pytest.raises(ArgumentError, match=rf"{next(iter(options))}: pass these to the quantizer itself"):
-        fewbits.quantize(mlp(), Int8PerChannel(), **options)
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(SelectionError, match="'1' matches nothing"):
+        fewbits.quantize(mlp(), "int8", exclude=["1"])
+
+
+# What outranks what.
+
+
+def spec_of(scheme=None, **settings):
+    return fewbits.quantize(mlp(), scheme, **settings).ledger["0.weight"].spec
+
+
+def test_a_config_does_what_the_same_settings_do(tmp_path):
+    settings = {"group_size": 8, "symmetric": False, "exclude": ["2"], "observer": "mse"}
+    fewbits.quantize(mlp(), config=QuantizationConfig(scheme="int4", **settings)).save(tmp_path / "config")
+    fewbits.quantize(mlp(), "int4", **settings).save(tmp_path / "keywords")
+    assert (tmp_path / "config").read_bytes() == (tmp_path / "keywords").read_bytes()
+
+
+def test_keywords_outrank_the_config_and_that_the_defaults():
+    config = QuantizationConfig(scheme="int4", group_size=8, symmetric=False)
+    assert (spec_of(config=config).group_size, spec_of(config=config).symmetric) == (8, False)
+    outranked = spec_of(config=config, group_size=4)
+    assert (outranked.group_size, outranked.symmetric) == (4, False)
+    assert spec_of(config=config, group_size=None, ragged="shorter").group_size == 128
+    assert spec_of("int4", ragged="shorter").symmetric is True
+
+
+def test_a_scheme_outranks_that_of_the_config():
+    config = QuantizationConfig(scheme="int4", exclude=["2"])
+    result = fewbits.quantize(mlp(), "int8", config=config)
+    assert result.ledger["0.weight"].spec.bits == 8
+    assert result.ledger["2.weight"].fate == "kept"
+
+
+def test_a_setting_of_the_config_that_another_scheme_does_not_take_is_refused():
+    config = QuantizationConfig(scheme="int4", group_size=8)
+    with pytest.raises(ArgumentError, match="'int8' does not take group_size"):
+        fewbits.quantize(mlp(), "int8", config=config)
+    assert spec_of("int8", config=config, group_size=None).bits == 8
+
+
+def test_a_list_of_the_config_is_replaced_not_extended():
+    config = QuantizationConfig(exclude=["0"])
+    assert fewbits.quantize(mlp(), config=config, exclude=["2"]).ledger["0.weight"].fate == "quantized"
+
+
+def test_a_config_stays_as_it_is():
+    config = QuantizationConfig(scheme="int4", group_size=8)
+    before = config.to_dict()
+    fewbits.quantize(mlp(), "int8", config=config, group_size=None, exclude=["2"])
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("junk", ["config.toml", {"scheme": "int8"}, QuantizationConfig], ids=repr)
+def test_what_is_no_config_is_refused_with_how_to_make_one(junk):
+    with pytest.raises(ArgumentError, match=r"config must be a QuantizationConfig, not .*from_file\(path\)"):
+        fewbits.quantize(mlp(), config=junk)
+
+
+def test_thresholds_of_a_config_reach_the_validation():
+    with pytest.raises(ValidationError, match="is below 1000 dB"):
+        fewbits.quantize(mlp(), config=QuantizationConfig(fail_under=1000))
+    config = QuantizationConfig(fail_under=1000, on_failure="ignore")
+    assert not fewbits.quantize(mlp(), config=config).report.ok
+    assert fewbits.quantize(mlp(), config=config, fail_under=10).report.ok
+    with pytest.warns(UserWarning, match="validation failed"):
+        fewbits.quantize(mlp(), config=config, on_failure="warn")
+
+
+# Observers and other strategies.
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("recipe", [str, lambda name: {"name": name}], ids=["name", "table"])
+def test_an_observer_can_be_named(name, recipe):
+    result = fewbits.quantize(mlp(), "int8", observer=recipe(name), data=[torch.randn(4, 16)])
+    assert type(result.quantizer.observer) is OBSERVERS[name]
+    assert result.report.ok
+
+
+def test_an_observer_can_be_given_and_outranks_the_one_that_is_named():
+    observer = Watcher()
+    config = QuantizationConfig(observer="mse", activation_observer="histogram")
+    result = fewbits.quantize(mlp(), config=config, observer=observer, data=[torch.randn(4, 16)])
+    assert result.quantizer.observer is observer
+    assert type(result.quantizer.activation_observer) is OBSERVERS["histogram"]
+    renamed = fewbits.quantize(mlp(), config=config, observer="minmax", activation_observer=MinMaxObserver())
+    assert type(renamed.quantizer.observer) is type(renamed.quantizer.activation_observer) is MinMaxObserver
+
+
+@pytest.mark.parametrize(
+    ("strategy", "junk", "message"),
+    [
+        ("observer", "mss", r"there is no observer 'mss' \(did you mean 'mse'"),
+        ("observer", {"name": "minmax", "bins": 8}, "'minmax' does not take 'bins'"),
+        ("observer", MinMaxObserver, "observer must be an instance of Observer"),
+        ("activation_observer", 8, "activation_observer must be an instance of Observer"),
+        ("selector", "layers", "selector must be an instance of Selector"),
+        ("serializer", {"name": "json"}, "serializer must be an instance of Serializer"),
+    ],
+)
+def test_what_is_no_strategy_is_refused(strategy, junk, message):
+    with pytest.raises(ArgumentError, match=message):
+        fewbits.quantize(mlp(), "int8", **{strategy: junk})
+
+
+def test_a_selector_and_a_serializer_are_used(tmp_path):
+    serializer = JsonSerializer()
+    result = fewbits.quantize(mlp(), "int8", selector=LayerSelector(exclude=["2"]), serializer=serializer)
+    result.save(tmp_path / "model.json")
+    assert result.ledger["2.weight"].fate == "kept"
+    assert "model.json" in [*serializer.written, *serializer.opened]
+
+
+def seen_samples(batches, **settings):
+    """How many samples the first layer is shown."""
+    shapes = []
+    observer = Watcher(lambda x: shapes.append(tuple(x.shape)))
+    fewbits.quantize(mlp(), "int8", data=batches, observer=observer, **settings)
+    return sum(rows for rows, columns in shapes if columns == 16)
+
+
+def test_samples_say_how_much_data_is_looked_at():
+    batches = [torch.randn(1, 16) for _ in range(200)]
+    assert seen_samples(batches) == 150
+    assert seen_samples(batches, samples=7) == 7
+    assert seen_samples(batches, config=QuantizationConfig(samples=20)) == 20
+    assert seen_samples(batches, samples=None) == 200
+
+
+def test_forward_runs_the_batches():
+    shown = []
+    fewbits.quantize(
+        mlp(),
+        "int8",
+        observer=Watcher(shown.append),
+        data=[{"rows": torch.ones(3, 16)}],
+        forward=lambda model, batch: model(batch["rows"]),
+    )
+    assert len(shown) == 2
+
+
+@pytest.mark.parametrize(("mishap", "raised"), [(KeyboardInterrupt, KeyboardInterrupt), (ValueError, CalibrationError)])
+def test_whatever_is_raised_the_model_is_let_go(mishap, raised):
+    model = mlp()
+
+    def forward(model, batch):
+        raise mishap
+
+    with pytest.raises(raised):
+        fewbits.quantize(model, "int8", inplace=True, observer=Watcher(), data=[0], forward=forward)
+    assert hook_count(model) == 0
+    assert snapshot(model.state_dict()) == snapshot(mlp().state_dict())
+
+
+# A quantizer of one's own.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("include", ["0"]),
+        ("exclude", ["0"]),
+        ("scale_dtype", torch.float16),
+        ("observer", "mse"),
+        ("observer", MinMaxObserver()),
+        ("selector", LayerSelector()),
+        ("serializer", JsonSerializer()),
+        ("config", QuantizationConfig(scheme="int4")),
+        ("config", QuantizationConfig(exclude=["0"])),
+    ],
+)
+def test_settings_of_a_quantizer_go_to_the_quantizer(name, value):
+    given = value.changed()[0] if name == "config" else name
+    with pytest.raises(ArgumentError, match=rf"^{given}: pass these to the quantizer itself, Int8PerChannel\("):
+        fewbits.quantize(mlp(), Int8PerChannel(), **{name: value})
+
+
+def test_settings_of_the_run_go_with_a_quantizer():
+    config = QuantizationConfig(fail_under=1000, on_failure="error")
+    with pytest.raises(ValidationError, match="is below 1000 dB"):
+        fewbits.quantize(mlp(), Int8PerChannel(), config=config)
+    assert not fewbits.quantize(mlp(), Int8PerChannel(), config=config, on_failure="ignore").report.ok
+    shown = []
+    quantizer = Int8PerChannel(observer=Watcher(shown.append))
+    fewbits.quantize(mlp(), quantizer, data=[torch.ones(1, 16)] * 9, samples=2)
+    assert len(shown) == 4
 
 
 def test_a_quantizer_that_is_in_use_is_refused():

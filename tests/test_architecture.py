@@ -30,6 +30,7 @@ ROOMS = [
     "sources",
     "validation",
     "quantizers",
+    "config",
     "api",
     "testing",
     "integrations",
@@ -39,6 +40,8 @@ ROOMS = [
 
 DEPENDENCIES = {"torch", "safetensors", "attr", "attrs", "structlog"}
 CLI_DEPENDENCIES = {"click", "rich"}
+TESTING_DEPENDENCIES = {"hypothesis"}
+SCALES = "fewbits.numerics.affine"
 BANNED = ("torch.ao", "torch.nn.utils.parametrize", "torch.qint8", "torch.quint8", "torch.qint32")
 
 
@@ -116,7 +119,10 @@ def imports_only_declared_dependencies(module: Module) -> Iterator[str]:
     if module.room != "cli":
         for name in sorted(packages(ast.walk(module.tree)) & CLI_DEPENDENCIES):
             yield f"imports {name}, which only cli may"
-    declared = {"fewbits", *sys.stdlib_module_names, *DEPENDENCIES, *CLI_DEPENDENCIES}
+    if module.room != "testing":
+        for name in sorted(packages(ast.walk(module.tree)) & TESTING_DEPENDENCIES):
+            yield f"imports {name}, which only testing may"
+    declared = {"fewbits", *sys.stdlib_module_names, *DEPENDENCIES, *CLI_DEPENDENCIES, *TESTING_DEPENDENCIES}
     for name in sorted(packages(outside_functions(module.tree)) - declared):
         yield f"imports {name}, not a dependency, outside a function"
 
@@ -126,6 +132,17 @@ def names_nothing_banned(module: Module) -> Iterator[str]:
     for name in sorted({*module.imports(module.tree), *attributes}):
         if any(name == banned or name.startswith(f"{banned}.") for banned in BANNED):
             yield f"uses {name}"
+
+
+def computes_no_scales(module: Module) -> Iterator[str]:
+    """Scales come of dividing by the extent of the codes, in one module; the others only shift codes."""
+    if module.name == SCALES:
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div | ast.Mult | ast.FloorDiv | ast.Pow):
+            names = {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
+            if names & {"code_min", "code_max"}:
+                yield f"line {node.lineno}: {ast.unparse(node)} belongs to {SCALES}"
 
 
 def has_no_assert(module: Module) -> Iterator[str]:
@@ -150,6 +167,7 @@ RULES = [
     imports_only_rooms_below,
     imports_only_declared_dependencies,
     names_nothing_banned,
+    computes_no_scales,
     has_no_assert,
     has_no_bare_except,
     has_no_unfinished_business,
@@ -192,10 +210,14 @@ def test_all_lists_what_the_package_imports():
         (imports_only_rooms_below, "fewbits.testing", "from . import quantize"),
         (imports_only_declared_dependencies, "fewbits.api", "import numpy.linalg"),
         (imports_only_declared_dependencies, "fewbits.api", "def f():\n    import click"),
+        (imports_only_declared_dependencies, "fewbits.api", "import hypothesis"),
+        (imports_only_declared_dependencies, "fewbits.testing.check", "import pytest"),
         (names_nothing_banned, "fewbits.api", "from torch import ao"),
         (names_nothing_banned, "fewbits.api", "x = torch.ao.quantization.observer"),
         (names_nothing_banned, "fewbits.api", "import torch.nn.utils.parametrize as p"),
         (names_nothing_banned, "fewbits.api", "x.to(torch.qint8)"),
+        (computes_no_scales, "fewbits.observers.mine", "scale = x.abs().amax() / spec.code_max"),
+        (computes_no_scales, "fewbits.nn.linear", "y = (q - spec.code_min) * scale"),
         (has_no_assert, "fewbits.api", "assert x"),
         (has_no_bare_except, "fewbits.api", "try:\n    f()\nexcept:\n    pass"),
         (has_no_unfinished_business, "fewbits.api", "x = 1  # TODO"),
@@ -215,6 +237,9 @@ def test_rule_complains(rule, name, source):
             "import torch.nn.functional as F\nfrom ..numerics import x\nfrom .base import y",
         ),
         ("fewbits.nn.linear", "from fewbits import numerics"),
+        ("fewbits.numerics.tensor", "unsigned = q - spec.code_min"),
+        ("fewbits.numerics.affine", "scale = high / spec.code_max"),
+        ("fewbits.testing.check", "from hypothesis import given"),
         ("fewbits.integrations.hub", "def f():\n    import transformers"),
     ],
 )

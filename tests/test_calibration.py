@@ -1,14 +1,19 @@
 """`observe`: what a batch may be, and what the model looks like meanwhile and afterwards."""
 
+import itertools
+import math
+import weakref
 from collections import UserDict, namedtuple
 from contextlib import nullcontext
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import CalibrationError, Int8PerChannel, State
+from fewbits import ArgumentError, CalibrationError, Int8PerChannel, LayerSelector, State, Step, calibration
 from lifecycle_helpers import Watcher, mlp
 
 X = torch.arange(32.0).reshape(2, 16)
@@ -16,7 +21,7 @@ Pair = namedtuple("Pair", ["x", "target"])
 
 
 def prepared(model=None, **options):
-    quantizer = Int8PerChannel(**options)
+    quantizer = Int8PerChannel(selector=LayerSelector(min_elements=1), **options)
     return quantizer, quantizer.prepare(model or mlp())
 
 
@@ -50,7 +55,7 @@ def test_forward_feeds_what_the_defaults_cannot():
     assert torch.equal(seen[0], X)
 
 
-@pytest.mark.parametrize("batches", [[], iter(()), (x for x in ()), {}])
+@pytest.mark.parametrize("batches", [[], iter(()), (x for x in ()), [X[:0]]])
 def test_no_batch_at_all_is_refused(batches):
     quantizer, _ = prepared()
     with pytest.raises(CalibrationError, match="no batch to observe"):
@@ -79,7 +84,7 @@ class Remembers(nn.Linear):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_model_runs_in_eval_mode_without_gradients(inplace):
-    quantizer = Int8PerChannel()
+    quantizer = Int8PerChannel(selector=LayerSelector(min_elements=1))
     model = quantizer.prepare(nn.Sequential(nn.Linear(16, 16), Remembers(16, 4)).train(), inplace=inplace)
     quantizer.observe([X, X])
     assert model[1].modes == ((False, False),) * 2
@@ -141,3 +146,264 @@ def test_a_loader_may_be_used_as_it_is():
     quantizer, _ = prepared(observer=Watcher(seen.append))
     quantizer.observe(torch.utils.data.DataLoader(dataset, batch_size=4))
     assert [tuple(x.shape) for x in seen] == [(4, 16), (4, 32)] * 2
+
+
+# How many samples are run.
+
+
+def counting(sizes, taken):
+    """Batches of these sizes; what was taken so far is in the list."""
+    for size in sizes:
+        taken.append(size)
+        yield torch.ones(size, 16)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40) | st.none())
+def test_it_stops_with_the_batch_that_reaches_the_samples(sizes, samples):
+    taken = []
+    done = calibration.run(nn.Identity(), counting(sizes, taken), samples=samples)
+    sums = list(itertools.accumulate(sizes))
+    needed = next((index for index, total in enumerate(sums, 1) if samples and total >= samples), len(sizes))
+    assert taken == sizes[:needed]
+    assert done == sums[needed - 1]
+
+
+def test_an_endless_loader_stops_at_150_samples():
+    assert calibration.run(nn.Identity(), (torch.ones(4, 2) for _ in itertools.count())) == 152
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (torch.ones(7, 3), 7),
+        (torch.tensor(1.0), 1),
+        ((torch.ones(3, 2), torch.ones(5)), 3),
+        ({"mask": None, "x": torch.ones(4, 2)}, 4),
+        (UserDict(x=torch.ones(6, 2)), 6),
+        ([{"deep": (1, torch.ones(2))}, torch.ones(5)], 2),
+        ("text", 1),
+        (["two", "texts"], 1),
+        (None, 1),
+        (torch.ones(0, 3), 0),
+    ],
+)
+def test_samples_are_counted_along_the_first_axis_of_the_first_tensor(batch, samples):
+    assert calibration.samples_in(batch) == samples
+    assert calibration.run(nn.Identity(), [batch, X], forward=lambda m, b: None) == samples + 2
+
+
+@pytest.mark.parametrize("samples", [0, -1, 1.5, True, "all", math.inf])
+def test_samples_that_cannot_be_counted_are_refused(samples):
+    with pytest.raises(ArgumentError, match="samples must be an integer from 1 up, or None"):
+        calibration.run(nn.Identity(), [X], samples=samples)
+
+
+@pytest.mark.parametrize("batches", [X, torch.tensor(1.0), {"input": X}, {}, UserDict(input=X)])
+def test_one_batch_in_the_place_of_many_is_refused(batches):
+    quantizer, _ = prepared()
+    with pytest.raises(CalibrationError, match=rf"a single {type(batches).__name__} is one batch.*\[batch\]"):
+        quantizer.observe(batches)
+    assert quantizer.state is State.PREPARED
+
+
+@pytest.mark.parametrize("batches", [None, 5, object()])
+def test_what_cannot_be_iterated_is_refused(batches):
+    with pytest.raises(CalibrationError, match=f"such as a list or a DataLoader, not {type(batches).__name__}"):
+        calibration.run(nn.Identity(), batches)
+
+
+def test_what_can_only_be_indexed_is_iterated():
+    class Rows:
+        def __getitem__(self, index):
+            return [X, X][index]
+
+    assert calibration.run(nn.Identity(), Rows()) == 4
+
+
+def test_batches_are_let_go_of():
+    alive = []
+
+    def batches():
+        for _ in range(5):
+            assert not any(reference() is not None for reference in alive[:-1])
+            batch = torch.ones(2, 16)
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    quantizer, _ = prepared(activations="static")
+    quantizer.observe(batches())
+    assert len(alive) == 5
+
+
+# What is told on the way.
+
+
+def steps_of(batches, **options):
+    steps = []
+    calibration.run(nn.Identity(), batches, progress=steps.append, **options)
+    return steps
+
+
+class Sized:
+    """A loader that knows how many batches it has."""
+
+    def __init__(self, sizes):
+        self._sizes = sizes
+
+    def __len__(self):
+        return len(self._sizes)
+
+    def __iter__(self):
+        return (torch.ones(size, 1) for size in self._sizes)
+
+
+def test_every_batch_is_told_where_50_samples_are_expected():
+    assert steps_of([torch.ones(20, 1)] * 3) == [
+        Step("observe", "batch 1", 20, 60),
+        Step("observe", "batch 2", 40, 60),
+        Step("observe", "batch 3", 60, 60),
+    ]
+    assert [step.total for step in steps_of(Sized([20] * 9), samples=100)] == [100] * 5
+    assert [step.total for step in steps_of(Sized([20] * 9), samples=90)] == [90] * 4 + [100]
+
+
+def test_below_50_samples_nothing_is_told():
+    assert steps_of([torch.ones(7, 1)] * 7) == []
+    assert steps_of([torch.ones(20, 1)] * 9, samples=40) == []
+    assert steps_of(torch.ones(7, 1) for _ in range(7)) == []
+
+
+def test_without_a_length_it_is_told_from_50_samples_on():
+    steps = steps_of(torch.ones(20, 1) for _ in range(4))
+    assert [(step.name, step.done, step.total) for step in steps] == [("batch 3", 60, 0), ("batch 4", 80, 0)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ([30, 30, 40], [(30, 90), (60, 90), (100, 100)]),
+        ([30, 30, 20], [(30, 90), (60, 90), (80, 90), (80, 80)]),
+        ([60, 1], [(60, 120), (61, 120), (61, 61)]),
+    ],
+)
+def test_a_wrong_guess_is_corrected_at_the_end(sizes, told):
+    assert [(step.done, step.total) for step in steps_of(Sized(sizes))] == told
+
+
+# A batch that fails.
+
+
+def test_a_batch_that_does_not_fit_the_model_is_named():
+    quantizer, _ = prepared()
+    with pytest.raises(CalibrationError, match=r"batch 2, of type Tensor, made .* RuntimeError: .*forward=") as caught:
+        quantizer.observe([X, X[:, :3]])
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(CalibrationError, match=r"batch 1, of type dict, .* TypeError: .*keyword arguments.*forward="):
+        quantizer.observe([{"no_such_argument": X}])
+    assert quantizer.state is State.PREPARED
+
+
+def test_a_forward_that_fails_is_named_as_such():
+    with pytest.raises(
+        CalibrationError, match=r"batch 1, of type Tensor.*KeyError: 'x'.*fed by your forward="
+    ) as caught:
+        calibration.run(nn.Identity(), [X], forward=lambda m, batch: {}["x"])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_interrupt_goes_through():
+    def forward(model, batch):
+        raise KeyboardInterrupt
+
+    model = nn.Identity().train()
+    with pytest.raises(KeyboardInterrupt):
+        calibration.run(model, [X], forward=forward)
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_nan_in_an_input_is_refused_with_layer_and_batch():
+    quantizer, _ = prepared(activations="static")
+    bad = X.clone()
+    bad[0, 0] = math.nan
+    with pytest.raises(CalibrationError, match=r"batch 2: the layer of 0\.weight: .*\(2, 16\).* holds NaN or Inf"):
+        quantizer.observe([X, bad])
+
+
+# What is shown to observers.
+
+
+class Recorder(Watcher):
+    """A `Watcher` that keeps what it is shown."""
+
+    def __init__(self):
+        self.seen = []
+        super().__init__(self.seen.append)
+
+
+def test_what_is_not_floating_or_empty_is_not_shown():
+    layer, observer = nn.Identity(), Recorder()
+    watch = calibration.InputWatch([("weight", layer, observer)])
+    for x in (torch.arange(3), torch.empty(0, 4), torch.ones(2, dtype=torch.bool), "text"):
+        layer(x)
+    assert observer.seen == []
+    assert watch.unseen() == ["weight"]
+    layer(torch.ones(2))
+    assert len(observer.seen) == 1
+    assert watch.unseen() == []
+    watch.remove()
+    layer(torch.ones(2))
+    assert len(observer.seen) == 1
+
+
+def test_the_first_tensor_among_the_arguments_is_shown():
+    class Several(nn.Module):
+        def forward(self, flag, x, mask=None):
+            return x
+
+    layer, observer = Several(), Recorder()
+    calibration.InputWatch([("weight", layer, observer)])
+    layer(None, X, mask=torch.zeros(1))
+    layer(None, x=X, mask=torch.zeros(1))
+    assert all(x is not X and torch.equal(x, X) for x in observer.seen)
+    assert len(observer.seen) == 2
+
+
+def test_static_scales_come_from_what_was_observed():
+    scales = []
+    for factor in (1, 3):
+        quantizer, _ = prepared(activations="static")
+        quantizer.observe([X * factor])
+        scales.append(quantizer.convert()[0].weight_stored.input_scale)
+    assert scales[0].item() == pytest.approx(X.max().item() / 127)
+    assert scales[1].item() == pytest.approx(3 * X.max().item() / 127)
+
+
+def test_a_tokenizer_s_batches_are_fed_as_keyword_arguments():
+    transformers = pytest.importorskip("transformers")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 16)
+            self.linear = nn.Linear(16, 8)
+
+        def forward(self, input_ids, attention_mask):
+            return self.linear(self.embedding(input_ids) * attention_mask.unsqueeze(-1))
+
+    recorder = []
+    quantizer, _ = prepared(Model(), observer=Watcher(recorder.append))
+    batch = transformers.BatchEncoding(
+        {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    )
+    assert calibration.samples_in(batch) == 2
+    quantizer.observe([batch, batch])
+    assert [tuple(x.shape) for x in recorder] == [(2, 3, 16)] * 2
+
+
+def test_a_loader_of_pairs_counts_its_samples():
+    dataset = torch.utils.data.TensorDataset(torch.rand(60, 16), torch.arange(60))
+    loader, steps = torch.utils.data.DataLoader(dataset, batch_size=25), []
+    assert calibration.run(mlp(), loader, progress=steps.append) == 60
+    assert [(step.done, step.total) for step in steps] == [(25, 75), (50, 75), (60, 75), (60, 60)]

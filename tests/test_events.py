@@ -10,7 +10,7 @@ import structlog
 import torch
 
 import fewbits
-from lifecycle_helpers import mlp
+from lifecycle_helpers import mlp, quantize_small, small
 
 
 @pytest.fixture
@@ -22,32 +22,55 @@ def events():
 
 
 def test_every_step_is_an_event_with_fields(events, tmp_path):
-    quantizer = fewbits.Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(mlp())
     quantizer.observe([torch.ones(2, 16)])
     quantizer.convert()
     quantizer.validate()
     quantizer.save(tmp_path / "model.safetensors")
-    assert [(e["event"], e["state"], e["scheme"], e["log_level"]) for e in events] == [
+    assert [(e["event"], e.get("state"), e["scheme"], e["log_level"]) for e in events] == [
         ("prepare", "PREPARED", "int8", "info"),
         ("observe", "OBSERVED", "int8", "info"),
         ("convert", "CONVERTED", "int8", "info"),
+        ("sqnr", None, "int8 channel", "info"),
+        ("sqnr", None, "int8 channel", "info"),
         ("validate", "VALIDATED", "int8", "info"),
         ("save", "VALIDATED", "int8", "info"),
     ]
-    prepare, observe, convert, validate, save = events
+    prepare, observe, convert, *measured, validate, save = events
     assert (prepare["tensors"], prepare["quantized"], prepare["cast"]) == (4, 2, 0)
-    assert observe["batches"] == 1
+    assert observe["samples"] == 2
     assert (convert["bytes_before"], convert["bytes_after"]) == (
         quantizer.ledger.bytes_before,
         quantizer.ledger.bytes_after,
     )
+    assert [e["tensor"] for e in measured] == ["0.weight", "2.weight"]
     assert validate["ok"] is True
     assert save["path"] == str(tmp_path / "model.safetensors")
 
 
+def test_every_measured_tensor_is_an_event_with_its_verdict(events):
+    even = torch.rand(8, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    source = {"good": (7 * even).round().index_fill(1, torch.tensor([0]), 7.0), "fair": even}
+    source |= {name: even.index_fill(1, torch.tensor([0]), outlier) for name, outlier in (("low", 40.0), ("bad", 4.0))}
+    report = fewbits.quantize(source, "int4", group_size=64, fail_under=15, on_failure="ignore").report
+    told = {e["tensor"]: e for e in events if e["event"] == "sqnr"}
+    measured = {t.name: t for t in report.tensors if t.measurement is not None}
+    assert told.keys() == measured.keys()
+    for name, event in told.items():
+        assert event["sqnr_db"] == round(measured[name].measurement.sqnr_db, 2)
+        assert (event["verdict"], event["scheme"]) == (measured[name].verdict, measured[name].scheme)
+        assert event["log_level"] == ("warning" if event["verdict"] == "critical" else "info")
+    assert {name: event["verdict"] for name, event in told.items()} == {
+        "good": "good",
+        "fair": "fair",
+        "low": "warning",
+        "bad": "critical",
+    }
+
+
 def test_low_sqnrs_are_one_warning_that_counts_the_tensors(events):
-    report = fewbits.quantize(mlp(width=1024), "int4", group_size=1024).report
+    report = quantize_small(mlp(width=1024), "int4", group_size=1024).report
     (low,) = [e for e in events if e["event"] == "low_sqnr"]
     assert low["log_level"] == "warning"
     assert low["tensors"] == len(report.warnings) > 0
@@ -55,7 +78,7 @@ def test_low_sqnrs_are_one_warning_that_counts_the_tensors(events):
 
 
 def test_a_failure_is_an_event_that_names_the_tensor(events):
-    report = fewbits.quantize(mlp(), "int8", fail_under=200, on_failure="ignore").report
+    report = quantize_small(mlp(), "int8", fail_under=200, on_failure="ignore").report
     failures = [e["finding"] for e in events if e["event"] == "validation_failure"]
     assert failures == report.failures
     assert failures
@@ -64,7 +87,7 @@ def test_a_failure_is_an_event_that_names_the_tensor(events):
 @pytest.mark.parametrize("call", ["convert", "validate", "save"])
 def test_a_refused_call_is_no_event(events, call):
     with pytest.raises(fewbits.StateError):
-        getattr(fewbits.Int8PerChannel(), call)(*(["path"] if call == "save" else []))
+        getattr(small(), call)(*(["path"] if call == "save" else []))
     assert not events
 
 
@@ -91,6 +114,12 @@ def test_unconfigured_nothing_is_printed(tmp_path):
 def test_unconfigured_events_go_to_the_standard_logger(caplog):
     structlog.reset_defaults()
     with caplog.at_level(logging.INFO, logger="fewbits"):
-        fewbits.quantize(mlp(), "int8")
+        quantize_small(mlp(), "int8")
     messages = [record.getMessage() for record in caplog.records if record.name == "fewbits"]
-    assert [message.split()[0] for message in messages] == ["event='prepare'", "event='convert'", "event='validate'"]
+    assert [message.split()[0] for message in messages] == [
+        "event='prepare'",
+        "event='convert'",
+        "event='sqnr'",
+        "event='sqnr'",
+        "event='validate'",
+    ]

@@ -161,3 +161,16 @@ def test_a_model_of_another_size_is_refused(files, config):
     small = transformers.BertConfig(**{**config.to_dict(), "num_hidden_layers": 5})
     with pytest.raises(fewbits.MismatchError, match=r"encoder\.layer\.5"):
         fewbits.load(files["int8"][0], into=transformers.BertModel(small))
+
+
+def nearest(embeddings):
+    """For each sentence the one that is nearest to it."""
+    directions = F.normalize(embeddings, dim=1)
+    return (directions @ directions.T).fill_diagonal_(-1).argmax(1)
+
+
+def test_int8_finds_the_nearest_sentence(files, config, tokens, float_embeddings):
+    model = fewbits.load(files["int8"][0], into=transformers.BertModel(config).eval())
+    same = nearest(embeddings(model, tokens)) == nearest(float_embeddings)
+    print(f"nearest neighbour as in the float model: {int(same.sum())} of {len(same)}")
+    assert same.float().mean() >= 0.98

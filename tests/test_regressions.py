@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits import SourceError
+from fewbits import LayerSelector, MismatchError, SelectionError, SourceError
 
 W = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
 
@@ -35,7 +35,7 @@ def test_scales_of_another_tool_are_never_taken_for_weights(beside, tmp_path):
 
 
 def test_the_state_dict_of_a_quantized_model_is_not_quantized_again():
-    model = fewbits.quantize(nn.Linear(32, 8), "int8").model
+    model = fewbits.quantize(nn.Linear(32, 32), "int8").model
     with pytest.raises(SourceError, match="quantized already"):
         fewbits.quantize(model.state_dict(), "int8")
 
@@ -58,7 +58,7 @@ def test_loading_keeps_the_parameters_that_others_refer_to(tmp_path):
     assert fewbits.load(tmp_path / "f", into=model)[1].weight is gain
 
 
-def test_a_weight_that_is_used_behind_its_module_is_an_error():
+def test_a_weight_that_its_module_holds_in_a_list_too_is_kept():
     class Behind(nn.Module):
         def __init__(self):
             super().__init__()
@@ -67,6 +67,29 @@ def test_a_weight_that_is_used_behind_its_module_is_an_error():
 
         def forward(self, x):
             return x @ self.weights[0]
+
+    model, x = nn.Sequential(Behind(), nn.Linear(32, 32)), torch.ones(2, 32)
+    result = fewbits.quantize(model, "int8")
+    row = result.ledger["0.layer.weight"]
+    assert (row.fate, row.reason) == ("kept", "0.weights holds it too, and would go on using the float tensor")
+    assert torch.equal(result.model[0](x), model[0](x))
+    result.model[0].layer.weight.data.zero_()
+    assert not result.model[0](x).any()
+
+
+def test_a_weight_that_is_used_behind_the_module_tree_is_an_error():
+    class Elsewhere:
+        def __init__(self, weight):
+            self.weight = weight
+
+    class Behind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+            self.elsewhere = Elsewhere(self.layer.weight)
+
+        def forward(self, x):
+            return x @ self.elsewhere.weight
 
     with pytest.raises(SourceError, match=r"refers to layer\.weight besides"):
         fewbits.quantize(Behind(), "int8")
@@ -203,3 +226,97 @@ def test_loading_and_quantizing_work_under_another_default_device(tmp_path):
         fewbits.quantize(model, "int8").save(tmp_path / "f")
         loaded = fewbits.load(tmp_path / "f", into=nn.Linear(32, 32))
     assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+
+
+def test_an_embedding_finds_its_rows_however_its_weight_is_cut():
+    model = nn.Embedding(32, 32)
+    quantized = fewbits.quantize(model, fewbits.Int8PerChannel(selector=LayerSelector(input_axes={"weight": 0}))).model
+    ids = torch.tensor([[3, 0], [31, 3]])
+    assert torch.equal(quantized(ids), quantized.weight[ids])
+
+
+def test_an_embedding_finds_its_rows_when_its_weight_is_tied_to_a_module_that_cuts_it_otherwise():
+    transformers = pytest.importorskip("transformers.pytorch_utils")
+    tied = nn.ModuleList([transformers.Conv1D(32, 32), nn.Embedding(32, 32)])
+    tied[1].weight = tied[0].weight
+    tied[0].weight.data.mul_(torch.logspace(-2, 1, 32))
+    quantized = fewbits.quantize(tied, "int8").model
+    ids = torch.arange(32)
+    assert torch.equal(quantized[1](ids), quantized[1].weight)
+
+
+def uneven(module):
+    """The module with channels of very different sizes, along both of the first axes."""
+    with torch.no_grad():
+        sizes = torch.logspace(-2, 1, module.weight.shape[0])
+        module.weight.mul_(sizes.reshape(-1, *[1] * (module.weight.dim() - 1)))
+    return module
+
+
+def rounds_inputs_right(model, quantized, x):
+    """Whether int8 inputs and weights change the output by no more than such codes may."""
+    with torch.no_grad():
+        weights_only = fewbits.dequantize(quantized)(x)
+        return bool((quantized(x) - weights_only).abs().max() < 0.02 * model(x).abs().max())
+
+
+def right_or_refused(make, model, x, error):
+    """Whether what is made computes right; it may be refused too, with the name of the weight."""
+    try:
+        quantized = make()
+    except error as refusal:
+        return "weight" in str(refusal)
+    return rounds_inputs_right(model, quantized, x)
+
+
+def loaded_with_int8_inputs(model, into, path):
+    """From a state dict, where no class tells how a weight is cut, into a layer."""
+    fewbits.quantize(dict(model.state_dict()), "int8", activations="dynamic", min_elements=1).save(path)
+    return fewbits.load(path, into=into)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Linear(32, 32), (2, 32)), (lambda: nn.Conv2d(8, 16, 2), (2, 8, 5, 5))],
+    ids=["linear", "convolution"],
+)
+def test_a_state_dict_gives_layers_with_int8_inputs(make, shape, tmp_path):
+    torch.manual_seed(0)
+    model = uneven(make())
+    assert rounds_inputs_right(model, loaded_with_int8_inputs(model, make(), tmp_path / "f"), torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.ConvTranspose1d(16, 16, 3), (2, 16, 9)),
+        (lambda: nn.ConvTranspose1d(16, 12, 3), (2, 16, 9)),
+        (lambda: nn.ConvTranspose2d(16, 16, 2, groups=2), (2, 16, 5, 5)),
+    ],
+    ids=["square", "not square", "grouped"],
+)
+def test_a_layer_with_int8_inputs_whose_weight_a_state_dict_cuts_otherwise_is_right_or_refused(make, shape, tmp_path):
+    torch.manual_seed(0)
+    model = uneven(make())
+    assert right_or_refused(
+        lambda: loaded_with_int8_inputs(model, make(), tmp_path / "f"), model, torch.randn(shape), MismatchError
+    )
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 24)], ids=["square", "not square"])
+def test_a_layer_with_int8_inputs_that_a_rule_cuts_otherwise_is_right_or_refused(shape):
+    torch.manual_seed(0)
+    model = uneven(nn.Linear(*shape))
+    quantizer = fewbits.Int8PerChannel(activations="dynamic", selector=LayerSelector(input_axes={"weight": 0}))
+    x = torch.randn(2, shape[0])
+    assert right_or_refused(lambda: fewbits.quantize(model, quantizer).model, model, x, SelectionError)
+
+
+def test_tied_convolutions_with_int8_inputs_that_cut_their_weight_otherwise_are_right_or_refused():
+    torch.manual_seed(0)
+    model, x = nn.ModuleList([uneven(nn.ConvTranspose1d(16, 16, 3)), nn.Conv1d(16, 16, 3)]), torch.randn(2, 16, 9)
+    model[1].weight = model[0].weight
+    for i in range(2):
+        assert right_or_refused(
+            lambda i=i: fewbits.quantize(model, "int8", activations="dynamic").model[i], model[i], x, SelectionError
+        )

@@ -110,7 +110,7 @@ class Mixed(Quantizer):
 
 
 def test_a_scheme_may_choose_a_spec_for_each_tensor(tmp_path):
-    result = fewbits.quantize(mlp(), Mixed())
+    result = fewbits.quantize(mlp(width=64), Mixed())
     assert (result.ledger["0.weight"].fate, result.ledger["0.weight"].scheme) == ("cast", "bfloat16")
     assert (result.ledger["2.weight"].fate, result.ledger["2.weight"].scheme) == ("quantized", "int4 channel")
     assert result.ledger["0.weight"].reason == "mixed chose bfloat16 for it"

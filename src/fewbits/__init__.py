@@ -11,6 +11,7 @@ from fewbits.api import Result, quantize, verify
 from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Header, Reader, Serializer, Writer
+from fewbits.config.config import QuantizationConfig
 from fewbits.errors import (
     ArgumentError,
     CalibrationError,
@@ -28,19 +29,25 @@ from fewbits.errors import (
     StateError,
     ValidationError,
 )
+from fewbits.kernels.base import Kernel, Operand
 from fewbits.nn.swap import dequantize
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
+from fewbits.observers.histogram import HistogramObserver
 from fewbits.observers.min_max import MinMaxObserver
+from fewbits.observers.moving_average import MovingAverageMinMaxObserver
+from fewbits.observers.mse import MSEObserver
+from fewbits.observers.percentile import PercentileObserver
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.lifecycle import State
 from fewbits.quantizers.schemes import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, Step
+from fewbits.selection.rules import Override
 from fewbits.selection.selector import Decision, LayerSelector, Selector
 from fewbits.validation.report import Report, TensorReport
 
@@ -56,21 +63,29 @@ __all__ = [
     "FewbitsError",
     "FormatError",
     "Header",
+    "HistogramObserver",
     "Int4Grouped",
     "Int8PerChannel",
     "Int8PerTensor",
+    "Kernel",
     "LayerSelector",
     "Layout",
     "Ledger",
     "LedgerRow",
+    "MSEObserver",
     "Measurement",
     "MinMaxObserver",
     "MismatchError",
+    "MovingAverageMinMaxObserver",
     "NonFiniteError",
     "NumericsError",
     "Observer",
+    "Operand",
+    "Override",
+    "PercentileObserver",
     "Progress",
     "QuantSpec",
+    "QuantizationConfig",
     "QuantizedTensor",
     "Quantizer",
     "RangeError",

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
 
 from fewbits.calibration import Forward
 from fewbits.checkpoint.serializer import Serializer
+from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
 from fewbits.errors import ArgumentError
-from fewbits.quantizers.base import OnFailure, Quantizer, check_on_failure
+from fewbits.observers.base import Observer
+from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
-from fewbits.selection.selector import LayerSelector
+from fewbits.selection.selector import Selector
 from fewbits.sources.open import open_source
 from fewbits.validation.report import CRITICAL_DB, Report
 from fewbits.validation.verify import verify as verify_file
@@ -49,51 +50,61 @@ class Result:
 
 def quantize(
     source: object,
-    scheme: str | Quantizer,
+    scheme: str | Quantizer | None = None,
     *,
+    config: QuantizationConfig | None = None,
     output: str | os.PathLike[str] | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     inplace: bool = False,
     validate: bool = True,
-    on_failure: OnFailure = "error",
-    fail_under: float = CRITICAL_DB,
+    observer: Observer | str | Mapping[str, Any] | None = None,
+    activation_observer: Observer | str | Mapping[str, Any] | None = None,
+    selector: Selector | None = None,
+    serializer: Serializer | None = None,
     progress: Progress = no_progress,
-    **options: Any,
+    **settings: Any,
 ) -> Result:
     """Make a model, a state dict or a checkpoint smaller, and prove it.
 
+    What is given here outranks `config`, and that the defaults.
+
     Args:
         source: an `nn.Module`, a state dict, or the path of a safetensors checkpoint.
-        scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a `Quantizer` of your own, newly made.
+        scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a `Quantizer` of your own, newly made, which
+            brings its own settings. It can be left out if there is a `config`.
+        config: settings; those given here replace them one by one, each as a whole.
         output: where to write the result, if `source` is a path.
-        include: name patterns of what is quantized, and nothing else.
-        exclude: name patterns of what is kept.
         data: calibration batches, for observers that need them.
         forward: runs one batch, ``forward(model, batch)``.
         inplace: quantize the model or mapping itself.
         validate: check the result.
-        on_failure: see `Quantizer.validate`.
-        fail_under: see `Quantizer.validate`.
+        observer: picks the scales of weights: a name or a table as in the config, or an observer.
+        activation_observer: likewise for the inputs of layers.
+        selector: decides which tensors are quantized, in place of the rules in the settings.
+        serializer: writes and reads the result; None stands for safetensors.
         progress: told about every tensor, before and after it.
-        options: arguments of the scheme, such as ``group_size=64``.
+        settings: any other setting of `QuantizationConfig`, such as ``group_size=64`` or ``exclude=["lm_head"]``.
 
     Raises:
-        ArgumentError: for a scheme that does not exist, or arguments that do not go together.
+        ArgumentError: for a scheme or a setting that does not exist, or arguments that do not go together.
         FewbitsError: what the steps raise; see `Quantizer`.
     """
-    check_on_failure(on_failure)
-    quantizer = _quantizer(scheme, include, exclude, options)
+    strategies = {
+        "observer": observer,
+        "activation_observer": activation_observer,
+        "selector": selector,
+        "serializer": serializer,
+    }
+    config, quantizer = _settled(scheme, config, strategies, settings)
     quantizer.prepare(source, inplace=inplace)
     try:
         if data is not None:
-            quantizer.observe(data, forward=forward)
+            quantizer.observe(data, forward=forward, samples=config.samples, progress=progress)
         model = quantizer.convert(output=output, measure=None if validate else False, progress=progress)
         report = None
         if validate:
-            report = quantizer.validate(on_failure=on_failure, fail_under=fail_under, progress=progress)
+            report = quantizer.validate(on_failure=config.on_failure, fail_under=config.fail_under, progress=progress)
     except BaseException:
         if quantizer is not scheme:  # nobody else can: its hooks must not stay on the model
             quantizer.reset()
@@ -129,43 +140,51 @@ def verify(
     return verify_file(path, source, serializer=serializer, fail_under=fail_under, progress=progress)
 
 
-def _quantizer(
-    scheme: str | Quantizer, include: Sequence[str], exclude: Sequence[str], options: dict[str, Any]
-) -> Quantizer:
+def _settled(
+    scheme: str | Quantizer | None,
+    config: QuantizationConfig | None,
+    strategies: dict[str, Any],
+    settings: dict[str, Any],
+) -> tuple[QuantizationConfig, Quantizer]:
+    """The settings that count, and the quantizer."""
+    if config is not None and not isinstance(config, QuantizationConfig):
+        raise ArgumentError(
+            f"config must be a QuantizationConfig, not {config!r}; QuantizationConfig.from_file(path) and "
+            "QuantizationConfig.from_dict(settings) make one"
+        )
+    check_settings(settings, also=[*inspect.signature(quantize).parameters][:-1])
     if isinstance(scheme, Quantizer):
-        if include or exclude or options:
-            given = ", ".join([*(["include"] if include else []), *(["exclude"] if exclude else []), *options])
-            raise ArgumentError(f"{given}: pass these to the quantizer itself, {type(scheme).__name__}(...)")
-        return scheme
+        return _run_settings(scheme, config, strategies, settings), scheme
+    # A strategy that is named, not made, is a setting.
+    named = {key: value for key, value in strategies.items() if key.endswith("observer") and _is_recipe(value)}
+    config = _merged(scheme, config, settings | named)
+    return config, config.quantizer(**{key: value for key, value in strategies.items() if key not in named})
+
+
+def _is_recipe(value: object) -> bool:
+    return isinstance(value, (str, Mapping))
+
+
+def _merged(scheme: object, config: QuantizationConfig | None, settings: dict[str, Any]) -> QuantizationConfig:
     if isinstance(scheme, type) and issubclass(scheme, Quantizer):
         raise ArgumentError(f"scheme is the class {scheme.__name__}; pass an instance, {scheme.__name__}()")
-    if not isinstance(scheme, str) or scheme not in SCHEMES:
-        near = difflib.get_close_matches(str(scheme).lower(), SCHEMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; for one of your own pass an instance of its class"
-        given = repr(scheme) if isinstance(scheme, str) else f"in a {type(scheme).__name__}"
-        raise ArgumentError(f"there is no scheme {given}; there are {', '.join(map(repr, SCHEMES))}{hint}")
-    if include or exclude:
-        if "selector" in options:
-            raise ArgumentError("include and exclude are rules of the default selector; give them to yours instead")
-        options = options | {"selector": LayerSelector(include=include, exclude=exclude)}
-    _check_options(scheme, options)
-    return SCHEMES[scheme](**options)
+    if scheme is not None:
+        settings = {"scheme": scheme, **settings}
+    if config is not None:
+        return config.replace(**settings)
+    if scheme is None:
+        raise ArgumentError(f"there is neither a scheme nor a config; the schemes are {', '.join(map(repr, SCHEMES))}")
+    return QuantizationConfig(**settings)
 
 
-def _check_options(scheme: str, options: dict[str, Any]) -> None:
-    """Refuse what the scheme's class does not take.
-
-    Raises:
-        ArgumentError: with the nearest option, and all that there are.
-    """
-    known: dict[str, None] = {}
-    for cls in SCHEMES[scheme].__mro__[:-1]:
-        if "__init__" in vars(cls):
-            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
-            known.update((p.name, None) for p in parameters if p.kind is not p.VAR_KEYWORD)
-    everywhere = [*known, *inspect.signature(quantize).parameters][:-1]
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, everywhere, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ArgumentError(f"{scheme!r} does not take {option}{hint}; it takes {', '.join(known)}")
+def _run_settings(
+    quantizer: Quantizer, config: QuantizationConfig | None, strategies: dict[str, Any], settings: dict[str, Any]
+) -> QuantizationConfig:
+    """The settings of the run, for a quantizer that brings all others itself."""
+    config = config or QuantizationConfig()
+    given = [*settings, *(name for name, value in strategies.items() if value is not None), *config.changed()]
+    foreign = [name for name in dict.fromkeys(given) if name not in RUN_SETTINGS]
+    if foreign:
+        cls = type(quantizer).__name__
+        raise ArgumentError(f"{', '.join(foreign)}: pass these to the quantizer itself, {cls}(...)")
+    return config.replace(**settings)

@@ -10,11 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fewbits.errors import CalibrationError
+from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.observers.base import Observer
+from fewbits.selection.progress import Progress, Step, no_progress
 
 #: Runs one batch through the model: ``forward(model, batch)``.
 Forward = Callable[[nn.Module, Any], object]
+
+#: How many samples are looked at unless asked for others.
+SAMPLES = 150
+
+#: With fewer samples than this, nobody is told how far calibration is.
+TOLD_FROM = 50
+
+_FED = (
+    "by itself (a tensor as it is, a mapping as keyword arguments, of a tuple or list the first element); if the model "
+    "takes its inputs another way, pass forward=, a function of the model and the batch"
+)
 
 
 def default_forward(model: nn.Module, batch: Any) -> object:
@@ -37,6 +49,9 @@ def default_forward(model: nn.Module, batch: Any) -> object:
 
 class InputWatch:
     """Shows a layer's first input to an observer, at every forward, for as long as it is attached.
+
+    The first input is the first tensor among the arguments of the module. One that is not floating (the indices of an
+    embedding), or has no elements (an expert that no token was sent to), is not shown.
 
     Args:
         layers: (name of the weight, a module that uses it, the observer that wants its inputs); tied weights have
@@ -79,36 +94,132 @@ class InputWatch:
     def _hook(self, name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            if first is not None:
-                self._seen[name] += 1
+            if first is None or not first.is_floating_point() or not first.numel():
+                return
+            try:
                 observer.observe_input(first.detach())
+            except CalibrationError as error:
+                raise CalibrationError(f"the layer of {name}: {error}") from error
+            self._seen[name] += 1
 
         return show
 
 
-def run(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> int:
-    """Run every batch in eval mode and without gradients; the training flags are as before afterwards.
+def run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None = None,
+    *,
+    samples: int | None = SAMPLES,
+    progress: Progress = no_progress,
+) -> int:
+    """Run batches in eval mode and without gradients; the training flags are as before afterwards.
+
+    Nothing of a batch is kept. How many samples are in one is the length of the first axis of its first tensor; a
+    batch without tensors, or with a single number, is one sample.
+
+    Args:
+        model: the prepared model.
+        batches: such as a list of tensors, or a DataLoader; nothing is taken from it beyond what is run.
+        forward: runs one batch, ``forward(model, batch)``; None feeds it as `default_forward` does.
+        samples: stop after this many; the batch that reaches them is run whole. None runs all batches.
+        progress: told after every batch, if at least 50 samples are expected or were seen. What is expected follows
+            from the number of batches, if it is known, and the samples in the first one.
 
     Returns:
-        how many batches there were.
+        how many samples there were.
 
     Raises:
-        CalibrationError: if there was none, or one cannot be fed.
+        ArgumentError: if `samples` is not a positive integer or None.
+        CalibrationError: if `batches` is a single batch, or there is none, or one cannot be run.
     """
-    forward = forward or default_forward
+    _refuse_other_than_batches(batches)
+    if samples is not None and (type(samples) is not int or samples < 1):
+        raise ArgumentError(f"samples must be an integer from 1 up, or None for all there are, not {samples!r}")
+    number, done, expected = 0, 0, 0
+    with _evaluating(model):
+        for number, batch in enumerate(batches, 1):
+            size = samples_in(batch)
+            expected = expected or _expected(batches, size, samples)
+            _run_one(model, batch, number, forward)
+            done += size
+            if max(done, expected) >= TOLD_FROM:
+                progress(Step("observe", f"batch {number}", done, expected and max(done, expected)))
+            if samples is not None and done >= samples:
+                break
+    if expected > done and expected >= TOLD_FROM:
+        progress(Step("observe", f"batch {number}", done, done))
+    if not done:
+        raise CalibrationError(
+            "there was no batch to observe, or none with a sample in it; an iterator that is used up yields nothing a "
+            "second time"
+        )
+    return done
+
+
+def samples_in(batch: Any) -> int:
+    """How many samples a batch holds, as `run` counts them."""
+    first = _first_tensor(batch)
+    return first.shape[0] if first is not None and first.dim() else 1
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
+
+
+def _refuse_other_than_batches(batches: object) -> None:
+    """Refuse what would be iterated, but not by batches.
+
+    Raises:
+        CalibrationError: for a tensor or a mapping, and for what cannot be iterated at all.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise CalibrationError(
+            f"a single {type(batches).__name__} is one batch, not an iterable of batches; wrap it in a list: [batch]"
+        )
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise CalibrationError(
+            f"batches must be an iterable of batches, such as a list or a DataLoader, not {type(batches).__name__}"
+        )
+
+
+def _expected(batches: object, size: int, samples: int | None) -> int:
+    """How many samples will be run, judging by the first batch; 0 if it cannot be known."""
+    try:
+        total = len(batches) * size  # type: ignore[arg-type]
+    except TypeError:
+        return 0
+    return total if samples is None else min(total, samples)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards the modules that were training are training again."""
     training = [module for module in model.modules() if module.training]
-    count = 0
     try:
         model.eval()
         with torch.no_grad():
-            for batch in batches:
-                forward(model, batch)
-                count += 1
+            yield
     finally:
         for module in training:
             module.training = True
-    if not count:
+
+
+def _run_one(model: nn.Module, batch: Any, number: int, forward: Forward | None) -> None:
+    """Run one batch.
+
+    Raises:
+        CalibrationError: if it fails, saying which batch, and how it was fed.
+    """
+    try:
+        (forward or default_forward)(model, batch)
+    except CalibrationError as error:
+        raise CalibrationError(f"batch {number}: {error}") from error
+    except Exception as error:
         raise CalibrationError(
-            "there was no batch to observe; an iterator that is used up yields nothing a second time"
-        )
-    return count
+            f"batch {number}, of type {type(batch).__name__}, made {type(model).__name__} fail with "
+            f"{type(error).__name__}: {error}. It was fed {_FED if forward is None else 'by your forward='}"
+        ) from error

@@ -235,7 +235,7 @@ def test_a_key_of_the_wrong_type_is_refused(scratch, genuine, key):
 
 
 WRONG = [None, -1, 1.5, "x", [], [1], ["x"], {}, {"a": 1}, 10**30, [10**30], [None], [[1]]]
-RIGHT = {"reason": ["x"], "alias_of": [None], "scale_dtype": [None]}
+RIGHT = {"reason": ["x"], "alias_of": [None], "scale_dtype": [None], "levels": [None], "activations": [None]}
 QUANTIZED, KEPT, ALIAS = "layers.0.weight", "layers.0.bias", "head.weight"
 
 
@@ -262,7 +262,10 @@ def test_a_ledger_field_of_the_wrong_type_is_refused(scratch, genuine, row, fiel
     assert wrong_values_not_refused(scratch, genuine, field, right, lambda rows: rows[row]) == {}
 
 
-@pytest.mark.parametrize("field", ["kind", "bits", "granularity", "group_size", "symmetric", "scale_dtype"])
+@pytest.mark.parametrize(
+    "field",
+    ["kind", "bits", "granularity", "group_size", "symmetric", "scale_dtype", "levels", "activations", "rounding"],
+)
 def test_a_spec_field_of_the_wrong_type_is_refused(scratch, genuine, field):
     right = RIGHT.get(field, [])
     assert wrong_values_not_refused(scratch, genuine, field, right, lambda rows: rows[QUANTIZED]["spec"]) == {}

@@ -138,7 +138,7 @@ def test_a_model_takes_the_dtypes_of_the_file(path):
 
 
 def test_a_quantized_model_that_was_moved_saves_what_was_quantized(path, tmp_path):
-    quantizer = fewbits.Int8PerChannel()
+    quantizer = keeping()
     quantizer.prepare(nn.Linear(8, 8, bias=False))
     result = quantizer.convert()
     quantizer.save(path)
@@ -149,7 +149,7 @@ def test_a_quantized_model_that_was_moved_saves_what_was_quantized(path, tmp_pat
 
 def test_a_loaded_model_takes_another_state_dict(path):
     first = saved(seeded(lambda: nn.Linear(8, 8)), "int8", path)
-    second = converted(seeded(lambda: nn.Linear(8, 8), 1), fewbits.Int8PerChannel())[0]
+    second = converted(seeded(lambda: nn.Linear(8, 8), 1), keeping())[0]
     loaded = fewbits.load(path, into=nn.Linear(8, 8))
     content = path.read_bytes()
     loaded.load_state_dict(second.state_dict())
@@ -219,7 +219,7 @@ def test_tied_weights_are_stored_once_and_come_back_tied(scheme, place, path):
 
 
 def test_kept_weights_that_are_tied_come_back_tied(path):
-    saved(seeded(Tied), fewbits.Int4Grouped(4), path)
+    saved(seeded(Tied), keeping(fewbits.Int4Grouped, 4), path)
     loaded = fewbits.load(path, into=on_meta(Tied))
     assert isinstance(loaded.head.weight, nn.Parameter)
     assert loaded.embed.weight is loaded.head.weight
@@ -288,7 +288,15 @@ def layers(**changes) -> nn.Module:
 
 
 class OwnForward(nn.Linear):
-    pass
+    def forward(self, input):
+        return 2 * input @ self.weight.T + self.bias
+
+
+def occupied() -> nn.Module:
+    """A layer that has something else in the place where its quantized weight would go."""
+    layer = nn.Linear(4, 4)
+    layer.weight_stored = nn.Identity()
+    return layer
 
 
 class WithParameter(nn.Module):
@@ -312,8 +320,8 @@ MISFITS = {
         ["a.weight has shape (4, 4) in the file, (5, 4) in the model", "a.bias has shape (4,) in the file, (5,)"],
     ),
     "another class": (
-        lambda: layers(a=OwnForward(4, 4)),
-        ["a.weight is int8 channel in the file, but OwnForward has no quantized form"],
+        lambda: layers(a=occupied()),
+        ["a.weight is int8 channel in the file, but it has a child named weight_stored"],
     ),
     "another buffer": (lambda: layers(norm=nn.BatchNorm1d(3)), ["norm.running_mean has shape (4,)", "norm.weight"]),
     "a buffer of the meta device": (
@@ -351,7 +359,7 @@ def test_a_tensor_of_a_dtype_that_the_model_cannot_take_leaves_the_model_unchang
 
 
 def test_a_weight_that_is_kept_in_the_file_loads_into_any_class(path):
-    saved(layers(a=OwnForward(4, 4)), "int8", path)
+    saved(layers(a=OwnForward(4, 4)), keeping(exclude=["a"]), path)
     loaded = fewbits.load(path, into=layers())
     assert type(loaded["a"]) is nn.Linear
     assert type(loaded["b"]).__name__ == "QuantizedConv1d"
@@ -389,11 +397,30 @@ def test_the_error_names_the_file_and_the_class(path):
         fewbits.load(path, into=nn.Linear(4, 4))
 
 
-@pytest.mark.parametrize("make", [lambda: nn.LSTM(8, 8), lambda: nn.MultiheadAttention(8, 2)], ids=["LSTM", "MHA"])
-def test_what_no_module_can_hold_is_refused_with_what_to_do(make, path):
-    saved(dict(make().state_dict()), "int8", path)
-    into = make()
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LSTM(8, 8), lambda: nn.MultiheadAttention(8, 2), lambda: OwnForward(8, 8)],
+    ids=["LSTM", "MHA", "subclass"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["fresh", "meta"])
+@every_scheme
+@torch.no_grad()  # torch takes another path where a weight requires gradients
+def test_a_file_made_from_a_state_dict_loads_into_any_module(make, place, scheme, path):
+    source = seeded(make).eval()
+    saved(dict(source.state_dict()), scheme, path)
+    loaded = fewbits.load(path, into=(on_meta(make) if place == "meta" else seeded(make, 1)).eval())
+    state, expected = loaded.state_dict(), converted(source, SCHEMES[scheme]())[0].state_dict()
+    assert state.keys() == expected.keys()
+    assert all(same_bits(part, expected[name]) for name, part in state.items())
+    x = torch.randn(2, 8)
+    inputs = (x,) * 3 if isinstance(source, nn.MultiheadAttention) else (x,)
+    outputs = [model(*inputs) for model in (loaded, fewbits.dequantize(loaded).requires_grad_(False))]
+    assert same_bits(*(output[0] if isinstance(output, tuple) else output for output in outputs))
+
+
+def test_what_a_module_cannot_hold_is_refused_with_what_to_do(path):
+    saved(dict(occupied().state_dict()), "int8", path)
+    into = occupied()
     before = snapshot(into)
-    with pytest.raises(MismatchError, match=r"weight.* has no quantized form: exclude it"):
+    with pytest.raises(MismatchError, match=r"weight is int8 channel in the file, but it has a child .*: exclude it"):
         fewbits.load(path, into=into)
     assert snapshot(into).equals(before)

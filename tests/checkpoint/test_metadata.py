@@ -14,6 +14,7 @@ from torch import nn
 
 import fewbits
 from checkpoints import AnyScheme, decoded, forged, metadata_of, read_codes, save, specs, split, state
+from lifecycle_helpers import quantize_small
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_nothing_in_a_file_tells_where_it_was_made(tmp_path):
 def test_strings_of_the_source_are_carried_over_and_ours_win(tmp_path):
     strings = {"license": "mit", "note": 'quotes " and é', "format": "np"}
     safetensors.torch.save_file({"m.weight": torch.randn(4, 8)}, tmp_path / "in", strings)
-    fewbits.quantize(tmp_path / "in", "int8", output=tmp_path / "out")
+    quantize_small(tmp_path / "in", "int8", output=tmp_path / "out")
     kept = split((tmp_path / "out").read_bytes())[0]["__metadata__"]
     assert (kept["license"], kept["note"], kept["format"]) == ("mit", 'quotes " and é', "pt")
     fewbits.load(tmp_path / "out")
@@ -159,7 +160,7 @@ def test_strings_of_the_source_are_carried_over_and_ours_win(tmp_path):
 def test_strings_that_pose_as_ours_are_not_carried_over(tmp_path):
     strings = {"fewbits.header_digest": "0", "fewbits.note": "x"}
     safetensors.torch.save_file({"m.weight": torch.randn(4, 8)}, tmp_path / "in", strings)
-    fewbits.quantize(tmp_path / "in", "int8", output=tmp_path / "out")
+    quantize_small(tmp_path / "in", "int8", output=tmp_path / "out")
     assert "note" not in metadata_of(tmp_path / "out")
 
 
@@ -178,9 +179,9 @@ def test_a_tensor_with_the_name_of_a_part_is_refused_before_anything_is_written(
 
     def run():
         if kind == "path":
-            fewbits.quantize(tmp_path / "in", "int8", output=tmp_path / "out")
+            quantize_small(tmp_path / "in", "int8", output=tmp_path / "out")
         else:
-            fewbits.quantize(source, "int8", validate=False).save(tmp_path / "out")
+            quantize_small(source, "int8", validate=False).save(tmp_path / "out")
 
     with pytest.raises(fewbits.FewbitsError, match=f"a.weight_{part}"):
         run()

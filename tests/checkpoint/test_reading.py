@@ -11,6 +11,7 @@ from torch import nn
 
 import fewbits
 from checkpoints import save, state
+from lifecycle_helpers import quantize_small
 
 KEPT = {
     "empty": torch.empty(0, 3),
@@ -56,7 +57,7 @@ def test_a_kept_tensor_of_any_dtype_and_shape_round_trips(scratch, name):
 @pytest.mark.parametrize("name", KEPT)
 def test_a_kept_tensor_round_trips_from_file_to_file(tmp_path, name):
     safetensors.torch.save_file({"m.weight": torch.randn(4, 8), name: KEPT[name]}, tmp_path / "in")
-    report = fewbits.quantize(tmp_path / "in", "int8", output=tmp_path / "out").report
+    report = quantize_small(tmp_path / "in", "int8", output=tmp_path / "out").report
     assert report.ok
     assert bits(fewbits.load(tmp_path / "out")[name]) == bits(KEPT[name])
 
@@ -64,7 +65,7 @@ def test_a_kept_tensor_round_trips_from_file_to_file(tmp_path, name):
 @pytest.mark.parametrize("lazily", [torch.conj, lambda t: t.conj().imag], ids=["conjugated", "negated"])
 def test_a_kept_tensor_with_a_pending_operation_is_stored_as_it_reads(scratch, lazily):
     tensor = lazily(torch.tensor([1 + 2j, 3 - 4j]))
-    fewbits.quantize({"m.weight": torch.randn(4, 8), "lazy": tensor}, "int8").save(scratch)
+    quantize_small({"m.weight": torch.randn(4, 8), "lazy": tensor}, "int8").save(scratch)
     assert fewbits.load(scratch)["lazy"].tolist() == tensor.tolist()
 
 
@@ -161,7 +162,7 @@ def test_what_is_no_checkpoint_is_a_named_error(tmp_path, make):
     with pytest.raises(fewbits.CheckpointError, match="/f "):
         fewbits.load(tmp_path / "f")
     with pytest.raises(fewbits.CheckpointError, match="/f "):
-        fewbits.quantize(tmp_path / "f", "int8", output=tmp_path / "out")
+        quantize_small(tmp_path / "f", "int8", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -174,11 +175,11 @@ def test_a_path_that_no_file_can_have_is_a_named_error(path):
 def test_our_own_file_is_not_quantized_again(tmp_path):
     save(tmp_path / "f", state())
     with pytest.raises(fewbits.SourceError, match="quantized already"):
-        fewbits.quantize(tmp_path / "f", "int8", output=tmp_path / "out")
+        quantize_small(tmp_path / "f", "int8", output=tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
 
 
 def test_our_own_mapping_is_not_quantized_again(scratch):
     save(scratch, state())
     with pytest.raises(fewbits.SourceError, match="quantized already"):
-        fewbits.quantize(fewbits.load(scratch), "int8")
+        quantize_small(fewbits.load(scratch), "int8")

@@ -19,14 +19,15 @@ from torch import nn
 import fewbits
 from checkpoints import AnyScheme, metadata_of, save, split, state
 from fewbits.checkpoint import safetensors as writing
+from lifecycle_helpers import quantize_small, small
 
 SCHEMES = {
-    "int8": lambda: fewbits.Int8PerChannel(),
-    "int8-tensor": lambda: fewbits.Int8PerTensor(),
-    "int4": lambda: fewbits.Int4Grouped(group_size=64),
-    "int4-asymmetric": lambda: fewbits.Int4Grouped(group_size=48, symmetric=False),
+    "int8": small,
+    "int8-tensor": lambda: small(fewbits.Int8PerTensor),
+    "int4": lambda: small(fewbits.Int4Grouped, group_size=64),
+    "int4-asymmetric": lambda: small(fewbits.Int4Grouped, group_size=48, symmetric=False),
     "int3": lambda: AnyScheme(fewbits.QuantSpec(3, "group", group_size=50, symmetric=False)),
-    "fp16": lambda: fewbits.FP16Cast(),
+    "fp16": lambda: small(fewbits.FP16Cast),
 }
 
 
@@ -107,14 +108,16 @@ def test_the_order_of_a_mapping_does_not_change_the_file(folder, scheme):
 
 
 def test_another_process_with_another_hash_seed_writes_the_same_file(folder, source):
-    code = f"import fewbits; fewbits.quantize({str(source)!r}, 'int8', output={str(folder / 'theirs')!r})"
+    code = (
+        f"import fewbits; fewbits.quantize({str(source)!r}, 'int8', min_elements=1, output={str(folder / 'theirs')!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "12345"})
-    fewbits.quantize(source, "int8", output=folder / "ours")
+    quantize_small(source, "int8", output=folder / "ours")
     assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
 
 
 def test_a_path_and_the_same_state_dict_in_memory_give_the_same_file(folder, source, scheme):
-    fewbits.quantize(source, scheme(), output=folder / "streamed", on_failure="ignore")
+    quantize_small(source, scheme(), output=folder / "streamed", on_failure="ignore")
     save(folder / "in memory", safetensors.torch.load_file(source), scheme())
     assert (folder / "streamed").read_bytes() == (folder / "in memory").read_bytes()
 
@@ -148,7 +151,7 @@ def test_a_file_may_be_replaced_by_what_was_loaded_from_it(folder):
 
 
 def test_a_streamed_result_may_be_saved_over_its_own_file(folder, source):
-    result = fewbits.quantize(source, "int8", output=folder / "f")
+    result = quantize_small(source, "int8", output=folder / "f")
     before = (folder / "f").read_bytes()
     result.save(folder / "f")
     assert (folder / "f").read_bytes() == before
@@ -167,14 +170,14 @@ def test_a_source_is_never_its_own_output(source, link):
         output.hardlink_to(source)
     entries, before = set(source.parent.iterdir()), source.read_bytes()
     with pytest.raises(fewbits.ArgumentError, match="source itself"):
-        fewbits.quantize(source, "int8", output=output)
+        quantize_small(source, "int8", output=output)
     assert source.read_bytes() == before
     assert set(source.parent.iterdir()) == entries
 
 
 WRITERS = {
-    "mapping": lambda source, path: fewbits.quantize(untied(), "int8", validate=False).save(path),
-    "path": lambda source, path: fewbits.quantize(source, "int8", output=path),
+    "mapping": lambda source, path: quantize_small(untied(), "int8", validate=False).save(path),
+    "path": lambda source, path: quantize_small(source, "int8", output=path),
 }
 
 
@@ -244,7 +247,7 @@ def test_a_failure_of_the_system_leaves_the_old_file_and_nothing_else(folder, so
 
 
 def test_a_limit_of_the_system_on_file_size_leaves_nothing_behind(folder):
-    result = fewbits.quantize(untied(), "int8")
+    result = quantize_small(untied(), "int8")
     with small_files_only(), pytest.raises(fewbits.CheckpointError, match="results/f"):
         result.save(folder / "f")
     assert not list(folder.iterdir())
@@ -258,7 +261,7 @@ def test_a_write_that_takes_only_a_part_is_continued(folder, monkeypatch):
 
 
 def test_a_disk_that_loses_bytes_is_found_out(folder, monkeypatch):
-    result = fewbits.quantize(untied(), "int8")
+    result = quantize_small(untied(), "int8")
     opens(monkeypatch, Forgetful)
     with pytest.raises(fewbits.CheckpointError):
         result.save(folder / "f")
@@ -275,7 +278,7 @@ def test_an_interruption_half_way_leaves_the_old_file_and_nothing_else(folder, s
 
     (folder / "f").write_bytes(b"the old file")
     with pytest.raises(error):
-        fewbits.quantize(source, "int8", output=folder / "f", progress=interrupted)
+        quantize_small(source, "int8", output=folder / "f", progress=interrupted)
     assert [(entry.name, entry.read_bytes()) for entry in folder.iterdir()] == [("f", b"the old file")]
 
 
@@ -285,7 +288,7 @@ def test_numbers_that_cannot_be_quantized_leave_nothing_behind(folder, source, b
     tensors["layers.1.weight"][3, 2, 1, 0] = bad
     safetensors.torch.save_file(tensors, source)
     with pytest.raises(fewbits.NonFiniteError, match=r"layers\.1\.weight.*\(3, 2, 1, 0\)"):
-        fewbits.quantize(source, "int8", output=folder / "f")
+        quantize_small(source, "int8", output=folder / "f")
     assert not list(folder.iterdir())
 
 
@@ -310,7 +313,7 @@ def test_a_place_that_cannot_be_written_is_a_named_error(folder, source, place, 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_without_permission_is_a_named_error(folder):
-    result = fewbits.quantize(untied(), "int8")
+    result = quantize_small(untied(), "int8")
     folder.chmod(0o500)
     try:
         with pytest.raises(fewbits.CheckpointError, match="Permission denied"):
@@ -334,7 +337,7 @@ def test_a_killed_process_leaves_nothing_at_the_target(folder, source, old):
             if len(steps) == 6:
                 print("half-way", flush=True)
                 time.sleep(100)
-        fewbits.quantize({str(source)!r}, "int8", output={str(folder / "f")!r}, progress=stuck)
+        fewbits.quantize({str(source)!r}, "int8", min_elements=1, output={str(folder / "f")!r}, progress=stuck)
     """
     if old is not None:
         (folder / "f").write_bytes(old)
@@ -346,12 +349,12 @@ def test_a_killed_process_leaves_nothing_at_the_target(folder, source, old):
     for leftover in folder.iterdir():
         with pytest.raises(fewbits.CheckpointError):
             fewbits.load(leftover)
-    fewbits.quantize(source, "int8", output=folder / "f")
+    quantize_small(source, "int8", output=folder / "f")
     fewbits.load(folder / "f")
 
 
 def test_a_model_that_changed_since_it_was_quantized_is_refused(folder):
-    result = fewbits.quantize(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "int8")
+    result = quantize_small(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "int8")
     result.model[1].weight = nn.Parameter(torch.ones(5))
     with pytest.raises(fewbits.CheckpointError, match=r"1\.weight"):
         result.save(folder / "f")

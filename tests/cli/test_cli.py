@@ -16,6 +16,7 @@ import torch
 import fewbits
 from checkpoints import state
 from fewbits.cli.commands import run as run_cli
+from fewbits.config.config import QuantizationConfig
 
 
 @pytest.fixture
@@ -118,6 +119,126 @@ def test_embeddings_are_quantized_by_int4_on_request(cli, options, fate):
     assert rows["embeddings.weight"] == fate
 
 
+def rows_of(out):
+    return {row["name"]: row for row in json.loads(out)["ledger"]["rows"]}
+
+
+def test_override_gives_what_a_pattern_names_another_scheme(cli):
+    options = ["--override", "layers=int4:50", "--override", "embeddings=keep", "--override", "half=int8-tensor"]
+    code, out, err = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--json", *options)
+    assert (code, err) == (0, "")
+    rows = rows_of(out)
+    spec = rows["layers.0.weight"]["spec"]
+    assert (spec["bits"], spec["group_size"]) == (4, 50)
+    assert rows["embeddings.weight"]["fate"] == "kept"
+    assert rows["half.weight"]["spec"]["granularity"] == "tensor"
+
+
+def test_the_pattern_of_an_override_may_hold_an_equals_sign(cli):
+    out = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--override", "re:[ha=lf]+=fp16", "--json")[1]
+    assert json.loads(out)["config"]["overrides"] == {"re:[ha=lf]+": "fp16"}
+
+
+def test_a_pattern_that_is_overridden_again_counts_as_last(cli):
+    options = [part for rule in ("layers.0=int4", "layers=keep", "layers.0=fp16") for part in ("--override", rule)]
+    printed = json.loads(cli("quantize", "in", "-o", "a", "--scheme", "int8", "--json", *options)[1])
+    assert list(printed["config"]["overrides"].items()) == [("layers", "keep"), ("layers.0", "fp16")]
+    assert next(row["fate"] for row in printed["ledger"]["rows"] if row["name"] == "layers.0.weight") == "cast"
+
+
+@pytest.mark.parametrize(("least", "fate"), [(433, "kept"), (432, "quantized")])
+def test_min_elements_says_what_is_too_small(cli, least, fate):
+    out = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--min-elements", least, "--json")[1]
+    assert rows_of(out)["layers.1.weight"]["fate"] == fate
+
+
+@pytest.mark.parametrize(("ragged", "bits"), [("shorter", 4), ("fallback", 8)])
+def test_ragged_says_what_becomes_of_rows_that_groups_do_not_divide(cli, ragged, bits):
+    out = cli("quantize", "in", "-o", "a", "--scheme", "int4", "--ragged", ragged, "--json")[1]
+    assert rows_of(out)["layers.0.weight"]["spec"]["bits"] == bits
+
+
+def test_ragged_rows_can_be_refused(cli, folder):
+    code, out, err = cli("quantize", "in", "-o", "a", "--scheme", "int4", "--ragged", "error")
+    assert (code, out) == (2, "")
+    assert "layers.0.weight" in err
+    assert os.listdir(folder) == ["in"]
+
+
+# A config file.
+
+CONFIG = {"scheme": "int4", "group_size": 40, "exclude": ["embeddings"], "overrides": {"half": "int8"}}
+
+
+@pytest.fixture
+def configured(cli, folder):
+    """The same directory with `config.json`."""
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return cli
+
+
+def test_a_config_file_says_it_all(configured, folder):
+    code, out, err = configured("quantize", "in", "-o", "out", "--config", "config.json")
+    assert (code, err) == (0, "")
+    assert "written: out" in out
+    config = QuantizationConfig.from_file(folder / "config.json")
+    fewbits.quantize("in", config=config, output="by library")
+    assert (folder / "out").read_bytes() == (folder / "by library").read_bytes()
+
+
+def test_a_config_file_may_be_toml(cli, folder):
+    (folder / "c.toml").write_text('scheme = "int4"\n[overrides]\nhalf = {scheme = "int4", group_size = 17}\n')
+    code, out, err = cli("quantize", "in", "-o", "out", "--config", "c.toml", "--json")
+    assert (code, err) == (0, "")
+    assert rows_of(out)["half.weight"]["spec"]["group_size"] == 17
+
+
+@pytest.mark.parametrize(
+    ("options", "setting", "value"),
+    [
+        ([], "group_size", 40),
+        (["--group-size", 20], "group_size", 20),
+        (["--skip", "layers"], "exclude", ["layers"]),
+        (["--include", "half", "--include", "layers"], "include", ["half", "layers"]),
+        (["--override", "layers=int8"], "overrides", {"layers": "int8"}),
+        (["--ragged", "fallback"], "ragged", "fallback"),
+        (["--min-elements", 0], "min_elements", 0),
+        (["--embeddings"], "skip_types", []),
+        (["--fail-under", 5], "fail_under", 5.0),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_options_outrank_the_file_and_that_the_defaults(configured, options, setting, value):
+    code, out, err = configured("quantize", "in", "-o", "out", "--config", "config.json", "--json", *options)
+    assert (code, err) == (0, "")
+    effective = json.loads(out)["config"]
+    assert effective == (QuantizationConfig(**CONFIG).to_dict() | {setting: value})
+
+
+def test_a_scheme_on_the_command_line_outranks_that_of_the_file(cli, folder):
+    (folder / "config.json").write_text(json.dumps({"scheme": "int4", "exclude": ["layers"]}))
+    out = cli("quantize", "in", "-o", "out", "--config", "config.json", "--scheme", "fp16", "--json")[1]
+    rows = rows_of(out)
+    assert (rows["layers.0.weight"]["fate"], rows["embeddings.weight"]["fate"]) == ("kept", "cast")
+
+
+def test_the_config_in_the_json_is_a_config_file(cli, folder):
+    options = ["--scheme", "int4", "--group-size", 50, "--skip", "half", "--override", "layers.1=keep"]
+    printed = json.loads(cli("quantize", "in", "-o", "out", *options, "--json")[1])
+    (folder / "config.json").write_text(json.dumps(printed["config"]))
+    again = json.loads(cli("quantize", "in", "-o", "again", "--config", "config.json", "--json")[1])
+    assert again["config"] == printed["config"]
+    assert (folder / "again").read_bytes() == (folder / "out").read_bytes()
+
+
+@pytest.mark.parametrize("reaction", ["error", "warn", "ignore"])
+def test_a_failure_is_in_the_exit_code_whatever_the_file_says(cli, folder, reaction):
+    (folder / "c.json").write_text(json.dumps({"scheme": "int8", "fail_under": 60, "on_failure": reaction}))
+    code, out, err = cli("quantize", "in", "-o", "out", "--config", "c.json")
+    assert (code, err) == (1, "")
+    assert "is below 60 dB" in out
+
+
 def test_no_verify_says_so(cli):
     code, out, _ = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--no-verify")
     assert code == 0
@@ -193,7 +314,7 @@ def nan_in_source(folder):
 
 
 def beyond_half(folder):
-    safetensors.torch.save_file({"big.weight": torch.full((4, 4), 1e6)}, folder / "in")
+    safetensors.torch.save_file({"big.weight": torch.full((64, 64), 1e6)}, folder / "in")
 
 
 def own_output(folder):
@@ -237,6 +358,19 @@ def own_output(folder):
             QUANTIZE, lambda folder: (folder / "in").write_text("text"), "not a valid safetensors file", id="IN is text"
         ),
         pytest.param(["quantize", "in"], None, "--output", id="no OUT"),
+        pytest.param(QUANTIZE[:-2], None, "Missing option '--scheme': one of int8-tensor, int8", id="no scheme"),
+        pytest.param([*QUANTIZE[:-2], "--config", "no.json"], None, "no.json: cannot be read", id="missing config"),
+        pytest.param([*QUANTIZE, "--config", "in"], None, "in: the name of a config file ends in", id="no config"),
+        pytest.param([*QUANTIZE, "--override", "layers"], None, "--override layers: write PATTERN=", id="no rule"),
+        pytest.param([*QUANTIZE, "--override", "=int8"], None, "--override =int8: write PATTERN", id="no pattern"),
+        pytest.param([*QUANTIZE, "--override", "a="], None, "--override a=: write PATTERN=SCHEME", id="empty rule"),
+        pytest.param([*QUANTIZE, "--override", "a=int4:"], None, "lm_head=int4:64", id="override without size"),
+        pytest.param([*QUANTIZE, "--override", "a=int4:-1"], None, "lm_head=int4:64", id="override of size -1"),
+        pytest.param([*QUANTIZE, "--override", "a=int5"], None, "there is no scheme 'int5'", id="no such override"),
+        pytest.param([*QUANTIZE, "--override", "lay=int4"], None, "did you mean 'layers'", id="override of nothing"),
+        pytest.param([*QUANTIZE, "--min-elements", "-1"], None, "min_elements must be", id="negative min elements"),
+        pytest.param([*QUANTIZE, "--ragged", "short"], None, "'short' is not one of", id="no such ragged"),
+        pytest.param([*QUANTIZE, "--fail-under", "nan"], None, "fail_under must be a number", id="NaN as a threshold"),
         pytest.param(["polish", "in"], None, "polish", id="no such command"),
         pytest.param([*QUANTIZE, "--no-such-option"], None, "--no-such-option", id="no such option"),
     ],

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import attrs
@@ -14,13 +15,20 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits.numerics.dtypes import FLOAT_DTYPES
+from lifecycle_helpers import small
+
+
+def keeping(scheme: type[fewbits.Quantizer] = fewbits.Int8PerChannel, *args: Any, **options: Any) -> fewbits.Quantizer:
+    """A quantizer with rules of selection, for which no tensor is too small."""
+    return small(scheme, *args, **options)
+
 
 SCHEMES: dict[str, Callable[[], fewbits.Quantizer]] = {
-    "int8": fewbits.Int8PerChannel,
-    "int8-tensor": fewbits.Int8PerTensor,
-    "int4": lambda: fewbits.Int4Grouped(4, skip_types=()),
-    "int4-asymmetric": lambda: fewbits.Int4Grouped(4, symmetric=False, skip_types=()),
-    "fp16": fewbits.FP16Cast,
+    "int8": keeping,
+    "int8-tensor": partial(keeping, fewbits.Int8PerTensor),
+    "int4": partial(keeping, fewbits.Int4Grouped, 4, skip_types=()),
+    "int4-asymmetric": partial(keeping, fewbits.Int4Grouped, 4, symmetric=False, skip_types=()),
+    "fp16": partial(keeping, fewbits.FP16Cast),
 }
 
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -197,11 +205,6 @@ def convert(model: nn.Module, scheme: str = "int8", **options: Any) -> nn.Module
 def converted(model: nn.Module, quantizer: fewbits.Quantizer, **options: Any) -> tuple[nn.Module, fewbits.Ledger]:
     quantizer.prepare(model, **options)
     return quantizer.convert(), quantizer.ledger
-
-
-def keeping(scheme: type[fewbits.Quantizer] = fewbits.Int8PerChannel, *args: Any, **rules: Any) -> fewbits.Quantizer:
-    """A quantizer with rules of selection."""
-    return scheme(*args, selector=fewbits.LayerSelector(**rules))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -263,7 +263,8 @@ def test_the_text_of_a_module_shows_its_options_and_how_its_weight_is_stored(cas
     source = case.module()
     quantized = convert(source, "int8")
     assert repr(quantized).startswith(f"Quantized{type(source).__name__}(")
-    assert f"{source.extra_repr()}, weight=int8 channel" in repr(quantized)
+    assert source.extra_repr() in repr(quantized)
+    assert "(weight_stored): PackedWeight(int8 channel, reads as float32)" in repr(quantized)
 
 
 # What a module goes through.

@@ -10,7 +10,8 @@ from torch import nn
 
 import fewbits
 from fewbits.errors import NonFiniteError, SelectionError, SourceError
-from fewbits.nn.swap import QUANTIZED_CLASSES
+from fewbits.nn.modules import CAREFUL_CLASSES, OWN_CLASSES
+from fewbits.nn.swap import quantized_class
 from nn.cases import (
     CASES,
     COMBINATIONS,
@@ -73,14 +74,14 @@ def test_every_module_leaves_its_source_untouched(case):
 def test_running_the_prepared_model_leaves_the_sources_buffers_untouched():
     source = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = snapshot(source)
-    prepared = fewbits.Int8PerChannel().prepare(source)
+    prepared = keeping().prepare(source)
     prepared(torch.randn(8, 4))
     assert snapshot(source).equals(before)
 
 
 def test_weights_are_read_when_they_are_converted():
     source = nn.Linear(4, 4)
-    quantizer = fewbits.Int8PerChannel()
+    quantizer = keeping()
     quantizer.prepare(source)
     source.weight.data.fill_(2.0)
     assert torch.equal(quantizer.convert().weight, source.weight)
@@ -117,10 +118,16 @@ def test_no_module_of_an_evaluated_model_is_in_training(inplace):
     assert not any(module.training for module in convert(mixed(), inplace=inplace).modules())
 
 
-@pytest.mark.parametrize("cls", QUANTIZED_CLASSES, ids=lambda cls: cls.__name__)
-def test_a_quantized_class_is_a_subclass_of_the_one_it_replaces(cls):
-    torch_class = nn.Linear if issubclass(cls, nn.Linear) else cls
-    assert issubclass(QUANTIZED_CLASSES[cls], torch_class)
+@pytest.mark.parametrize("base", [*OWN_CLASSES, *CAREFUL_CLASSES], ids=lambda base: base.__name__)
+def test_a_quantized_class_is_a_subclass_of_the_one_it_replaces(base):
+    float_class = base.float_class
+    for replaced in (float_class, type("Own", (float_class,), {})):
+        made = quantized_class(replaced, ["weight"])
+        assert issubclass(made, replaced)
+        assert issubclass(made, base)
+        assert made.float_class is replaced
+        assert quantized_class(replaced, ["weight"]) is made
+    assert quantized_class(float_class, ["weight"]) is base
 
 
 def test_a_bare_layer_is_a_model():
@@ -149,7 +156,7 @@ def test_a_reference_outside_of_the_tree_is_to_the_same_quantized_layer():
 def test_a_layer_outside_of_the_tree_stays_float_and_is_copied():
     source = nn.Sequential(nn.Linear(4, 4))
     source.hidden = [nn.Linear(4, 4)]
-    result, ledger = converted(source, fewbits.Int8PerChannel())
+    result, ledger = converted(source, keeping())
     assert type(result.hidden[0]) is nn.Linear
     assert [row.name for row in ledger] == ["0.weight", "0.bias"]
     assert not storages(source) & storages(result)
@@ -187,7 +194,7 @@ def test_a_compiled_model_computes_with_the_quantized_weights_after_an_inplace_c
     assert torch.equal(compiled(x), source(x))
 
 
-# What has no quantized form.
+# Modules with parameters of any name, and forwards of their own.
 
 
 class Shifted(nn.Linear):
@@ -201,53 +208,98 @@ def _weight_norm_of_old() -> nn.Module:
         return nn.utils.weight_norm(nn.Linear(8, 8))
 
 
-UNSUPPORTED = {
-    "subclass": (lambda: Shifted(8, 8), "weight", "Shifted may use the weight in its own way"),
-    "LSTM": (lambda: nn.LSTM(8, 8), "weight_ih_l0", "LSTM has no quantized form"),
-    "GRU": (lambda: nn.GRU(8, 8), "weight_hh_l0", "GRU has no quantized form"),
-    "bilinear": (lambda: nn.Bilinear(4, 4, 8), "weight", "Bilinear has no quantized form"),
+ODD = {
+    "subclass": (lambda: Shifted(8, 8), ["weight"]),
+    "LSTM": (lambda: nn.LSTM(8, 8), ["weight_ih_l0", "weight_hh_l0"]),
+    "GRU": (lambda: nn.GRU(8, 8), ["weight_ih_l0", "weight_hh_l0"]),
+    "bilinear": (lambda: nn.Bilinear(8, 8, 8), ["weight"]),
     "weight norm": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
-        "parametrizations.weight.original1",
-        "ParametrizationList has no quantized form",
+        ["parametrizations.weight.original0", "parametrizations.weight.original1"],
     ),
     "spectral norm": (
         lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
-        "parametrizations.weight.original",
-        "ParametrizationList has no quantized form",
+        ["parametrizations.weight.original"],
     ),
-    "spectral norm of old": (
-        lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
-        "weight_orig",
-        "Linear.weight_orig has no quantized form",
-    ),
-    "weight norm of old": (_weight_norm_of_old, "weight_v", "Linear.weight_v has no quantized form"),
+    "spectral norm of old": (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), ["weight_orig"]),
+    "weight norm of old": (_weight_norm_of_old, ["weight_v", "weight_g"]),
 }
 
 
-@pytest.mark.parametrize(("make", "name", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+@pytest.mark.parametrize(("make", "names"), ODD.values(), ids=ODD)
+@every_scheme
 @either_place
 @torch.no_grad()  # torch cannot copy modules whose weight has been computed with gradients
-def test_what_has_no_quantized_form_is_kept_with_a_reason_and_runs(make, name, reason, inplace):
+def test_the_parameters_of_any_module_are_quantized_and_it_computes_with_them(make, names, scheme, inplace):
+    source = nn.ModuleDict({"odd": seeded(make), "head": nn.Linear(8, 8)}).eval()
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    inputs = (x,) * 2 if isinstance(source["odd"], nn.Bilinear) else (x,)
+
+    def run(model):
+        output = model["odd"](*inputs)
+        return (output[0] if isinstance(output, tuple) else output).clone()
+
+    before = run(source)
+    result, ledger = converted(source, SCHEMES[scheme](), inplace=inplace)
+    quantized = {row.name.removeprefix("odd.") for row in ledger if row.spec is not None}
+    assert quantized == {*names, "head.weight"}
+    output = run(result)
+    assert same_bits(output, run(fewbits.dequantize(result).requires_grad_(False)))
+    assert not same_bits(output, before)
+    torch.testing.assert_close(output, before, rtol=0.5, atol=0.5)
+
+
+class Marked(nn.Parameter):
+    """A parameter of a class of its own, which may mean anything."""
+
+
+def _with_marked_weight() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.weight = Marked(layer.weight.data)
+    return layer
+
+
+def _with_a_child_in_the_way() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.weight_stored = nn.Identity()
+    return layer
+
+
+def _with_its_weight_in_a_list() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.also = [layer.weight]
+    return layer
+
+
+KEPT = {
+    "a parameter of another class": (_with_marked_weight, "it is a Marked, not a plain parameter"),
+    "a child of the name": (_with_a_child_in_the_way, "it has a child named weight_stored"),
+    "held in a list too": (_with_its_weight_in_a_list, "odd.also holds it too"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), KEPT.values(), ids=KEPT)
+@either_place
+def test_what_cannot_be_stored_is_kept_with_a_reason_and_runs(make, reason, inplace):
     source = nn.ModuleDict({"odd": make(), "head": nn.Linear(8, 8)}).eval()
-    inputs = (torch.randn(2, 4),) * 2 if isinstance(source["odd"], nn.Bilinear) else (torch.randn(2, 8),)
-    expected = source["odd"](*inputs)
-    result, ledger = converted(source, fewbits.Int8PerChannel(), inplace=inplace)
-    assert ledger[f"odd.{name}"].fate == "kept"
-    assert reason in ledger[f"odd.{name}"].reason
+    x = torch.randn(2, 8)
+    expected = source["odd"](x)
+    result, ledger = converted(source, keeping(), inplace=inplace)
+    assert ledger["odd.weight"].fate == "kept"
+    assert reason in ledger["odd.weight"].reason
     assert ledger["head.weight"].fate == "quantized"
-    first = [output[0] if isinstance(output, tuple) else output for output in (result["odd"](*inputs), expected)]
-    assert same_bits(*first)
+    assert same_bits(result["odd"](x), expected)
 
 
 @every_scheme
-def test_the_output_projection_of_attention_is_quantized_and_its_input_projection_kept(scheme):
+@torch.no_grad()  # torch takes another path where a weight requires gradients
+def test_both_projections_of_attention_are_quantized(scheme):
     source = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     result, ledger = converted(source, SCHEMES[scheme]())
-    assert ledger["in_proj_weight"].reason == "MultiheadAttention has no quantized form"
+    assert ledger["in_proj_weight"].spec is not None
     assert ledger["out_proj.weight"].spec is not None
     x = torch.randn(2, 3, 8)
-    plain = fewbits.dequantize(result)
+    plain = fewbits.dequantize(result).requires_grad_(False)
     assert type(plain.out_proj) is type(source.out_proj)
     assert same_bits(result(x, x, x)[0], plain(x, x, x)[0])
 
@@ -257,7 +309,7 @@ def test_the_output_projection_of_attention_is_quantized_and_its_input_projectio
 def test_a_transformer_layer_runs_on_both_paths(scheme, fast):
     source = seeded(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
     result = convert(source, scheme)
-    plain = fewbits.dequantize(result)
+    plain = fewbits.dequantize(result).requires_grad_(False)  # torch takes another path where weights require gradients
     x = torch.randn(2, 3, 8, requires_grad=not fast)
     with torch.set_grad_enabled(not fast):
         assert same_bits(result(x), plain(x))
@@ -273,14 +325,16 @@ def test_the_fast_path_is_the_one_that_runs(monkeypatch):
     assert len(calls) == 1
 
 
+@torch.no_grad()
 def test_an_encoder_runs_with_a_padding_mask():
     source = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
     )
     result = convert(source.eval())
+    plain = fewbits.dequantize(result).requires_grad_(False)
     mask = torch.tensor([[False, False, True], [False, False, False]])
     x = torch.randn(2, 3, 8)
-    assert same_bits(result(x, src_key_padding_mask=mask), fewbits.dequantize(result)(x, src_key_padding_mask=mask))
+    assert same_bits(result(x, src_key_padding_mask=mask), plain(x, src_key_padding_mask=mask))
 
 
 # The way back.
@@ -315,8 +369,9 @@ def test_a_dequantized_model_has_the_structure_of_the_source(make, scheme):
     assert same_bits(source(IDS), plain(IDS))
 
 
-def test_a_dequantized_model_has_its_parameters_in_the_order_of_the_source():
-    source = mixed()
+@pytest.mark.parametrize("make", [mixed, lambda: nn.LSTM(8, 8, 2)], ids=["mixed", "two layers of an LSTM"])
+def test_a_dequantized_model_has_its_parameters_in_the_order_of_the_source(make):
+    source = make()
     plain = fewbits.dequantize(convert(source))
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in source.named_parameters()]
 
@@ -409,7 +464,7 @@ def test_a_tied_weight_of_two_classes_that_cut_it_differently_serves_both():
 
 def test_one_layer_twice_in_a_sequence_is_one_layer_still():
     layer = nn.Linear(4, 4)
-    model, ledger = converted(nn.Sequential(layer, nn.ReLU(), layer), fewbits.Int8PerChannel())
+    model, ledger = converted(nn.Sequential(layer, nn.ReLU(), layer), keeping())
     assert model[0] is model[2]
     assert (ledger["2.weight"].fate, ledger["2.bias"].fate) == ("alias", "alias")
     assert copy.deepcopy(model)[0] is not model[0]
@@ -425,13 +480,13 @@ def test_parameters_over_one_storage_are_tied_even_if_they_are_two_objects():
 def test_a_weight_that_is_a_part_of_another_is_kept():
     source = nn.ModuleList([nn.Linear(4, 8), nn.Linear(4, 4), nn.Linear(4, 4)])
     source[1].weight = nn.Parameter(source[0].weight.detach()[:4])
-    _, ledger = converted(source, fewbits.Int8PerChannel())
+    _, ledger = converted(source, keeping())
     assert [ledger[f"{i}.weight"].fate for i in range(3)] == ["kept", "kept", "quantized"]
     assert "overlaps" in ledger["1.weight"].reason
 
 
 def test_a_tied_embedding_that_int4_skips_keeps_the_output_layer_too():
-    model, ledger = converted(tied(), fewbits.Int4Grouped(4))
+    model, ledger = converted(tied(), keeping(fewbits.Int4Grouped, 4))
     assert (ledger["embed.weight"].fate, ledger["head.weight"].fate) == ("kept", "alias")
     assert model.embed.weight is model.head.weight
     assert isinstance(model.embed.weight, nn.Parameter)
@@ -455,12 +510,12 @@ def test_an_excluded_name_keeps_what_is_tied_to_it():
     assert model.embed.weight is model.head.weight
 
 
-def test_a_weight_tied_to_a_module_without_a_quantized_form_is_kept():
-    source = nn.ModuleList([nn.Linear(8, 8), Shifted(8, 8), nn.Linear(8, 8)])
+def test_a_weight_tied_to_one_that_cannot_be_stored_is_kept():
+    source = nn.ModuleList([nn.Linear(8, 8), _with_a_child_in_the_way(), nn.Linear(8, 8)])
     source[1].weight = source[0].weight
-    _, ledger = converted(source, fewbits.Int8PerChannel())
+    _, ledger = converted(source, keeping())
     assert ledger["0.weight"].fate == "kept"
-    assert "Shifted" in ledger["0.weight"].reason
+    assert "weight_stored" in ledger["0.weight"].reason
 
 
 # In place.
@@ -470,12 +525,12 @@ def test_a_weight_tied_to_a_module_without_a_quantized_form_is_kept():
 def test_in_place_the_same_objects_come_back_quantized(scheme):
     source = mixed()
     layers = dict(source.named_modules())
-    kept = source.lstm.weight_ih_l0
+    kept = source.lstm.bias_ih_l0
     expected = convert(mixed(), scheme)(IDS)
     result = convert(source, scheme, inplace=True)
     assert result is source
     assert all(dict(result.named_modules())[name] is module for name, module in layers.items())
-    assert result.lstm.weight_ih_l0 is kept
+    assert result.lstm.bias_ih_l0 is kept
     assert same_bits(result(IDS), expected)
 
 
@@ -501,7 +556,7 @@ def test_a_failure_out_of_place_leaves_the_source_as_it_was_and_can_be_finished(
     source = nn.Sequential(*[nn.Linear(8, 8) for _ in range(2)])
     source[1].weight.data[1, 2] = float("inf")
     before = snapshot(source)
-    quantizer = fewbits.Int8PerChannel()
+    quantizer = keeping()
     quantizer.prepare(source)
     with pytest.raises(NonFiniteError, match=r"1\.weight"):
         quantizer.convert()
@@ -513,7 +568,7 @@ def test_a_failure_out_of_place_leaves_the_source_as_it_was_and_can_be_finished(
 
 def test_a_weight_replaced_after_prepare_is_the_one_that_is_quantized_in_place():
     source = nn.Linear(4, 4)
-    quantizer = fewbits.Int8PerChannel()
+    quantizer = keeping()
     quantizer.prepare(source, inplace=True)
     source.weight = nn.Parameter(torch.full((4, 4), 0.5))
     assert torch.equal(quantizer.convert().weight, torch.full((4, 4), 0.5))
@@ -523,5 +578,5 @@ def test_a_model_that_cannot_be_copied_can_be_quantized_in_place():
     source = nn.Sequential(nn.Linear(4, 4))
     source.lock = threading.Lock()
     with pytest.raises(SourceError, match="inplace=True"):
-        fewbits.Int8PerChannel().prepare(source)
+        keeping().prepare(source)
     assert fewbits_classes(convert(source, inplace=True))

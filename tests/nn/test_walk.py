@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import fewbits
 from fewbits.errors import SourceError
 from fewbits.nn.walk import slots, structural_copy
-from nn.cases import Mixed, Tied, convert, same_bits, seeded, snapshot, storages
+from nn.cases import Mixed, Tied, convert, keeping, same_bits, seeded, snapshot, storages
 
 
 def test_slots_are_every_tensor_under_every_name():
@@ -164,17 +163,17 @@ def _with_sparse_buffer() -> nn.Module:
 def test_what_cannot_be_quantized_is_refused_by_name(make, complaint, inplace):
     model = nn.ModuleDict({"early": nn.Linear(2, 2), "late": make()})
     with pytest.raises(SourceError, match=complaint):
-        fewbits.Int8PerChannel().prepare(model, inplace=inplace)
+        keeping().prepare(model, inplace=inplace)
     assert type(model["early"]) is nn.Linear
 
 
 def test_a_quantized_layer_as_the_root_is_refused():
     with pytest.raises(SourceError, match=r"the root module is quantized already.*dequantize"):
-        fewbits.Int8PerChannel().prepare(convert(nn.Linear(2, 2)))
+        keeping().prepare(convert(nn.Linear(2, 2)))
 
 
 def test_a_module_that_is_refused_can_be_prepared_once_it_has_been_repaired():
-    quantizer, model = fewbits.Int8PerChannel(), nn.Sequential(nn.LazyLinear(4))
+    quantizer, model = keeping(), nn.Sequential(nn.LazyLinear(4))
     with pytest.raises(SourceError):
         quantizer.prepare(model)
     model(torch.zeros(1, 3))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewbits import ArgumentError, Layout, WeightMatrix
-from fewbits.nn.swap import layout_of
+from fewbits.nn.layouts import layout_of
 from strategies import as_matrix, layouts, problems, shapes
 
 shaped_layouts = shapes(1, 5).flatmap(layouts)
@@ -104,7 +104,8 @@ def test_a_scalar_is_a_matrix_of_one_element():
 )
 def test_a_row_is_what_one_output_is_made_of(module, input_shape):
     outputs = module(torch.ones(1, *input_shape)).flatten(2) if len(input_shape) > 1 else module(torch.ones(1, 5))
-    layout = layout_of(module, module.weight)
+    layout, declared = layout_of(module, "weight", module.weight)
+    assert declared
     for row in range(outputs.shape[1]):
         (touched,) = torch.autograd.grad(outputs[0, row].sum(), module.weight, retain_graph=True)
         expected = torch.zeros(layout.matrix_shape)
@@ -114,7 +115,9 @@ def test_a_row_is_what_one_output_is_made_of(module, input_shape):
 
 def test_a_row_of_an_embedding_is_one_vector():
     embedding = nn.Embedding(10, 6)
-    assert torch.equal(WeightMatrix(embedding.weight, layout_of(embedding, embedding.weight)).whole(), embedding.weight)
+    layout, declared = layout_of(embedding, "weight", embedding.weight)
+    assert declared
+    assert torch.equal(WeightMatrix(embedding.weight, layout).whole(), embedding.weight)
 
 
 def test_rows_of_a_contiguous_tensor_are_not_copied():

@@ -65,6 +65,13 @@ def test_a_spec_is_a_value(spec):
         ({"scale_dtype": torch.int8}, "scale_dtype"),
         ({"scale_dtype": torch.float8_e4m3fn}, "scale_dtype"),
         ({"scale_dtype": "float16"}, "scale_dtype"),
+        ({"activations": "int8"}, "activations"),
+        ({"activations": True}, "activations"),
+        ({"activations": ["static"]}, "activations"),
+        ({"activations": "dynamic"}, "int8 activations need integer codes with one scale a row or a tensor"),
+        ({"rounding": "up"}, "rounding"),
+        ({"rounding": None}, "rounding"),
+        ({"levels": [0.0]}, "levels of 4 bits are 16"),
     ],
 )
 def test_a_spec_refuses_a_bad_field_and_names_it(fields, message):
@@ -91,6 +98,10 @@ def test_a_cast_goes_to_a_floating_dtype(dtype):
         AFFINE | {"kind": None},
         AFFINE | {"kind": ["affine"]},
         AFFINE | {"levels": 4},
+        AFFINE | {"levels": [0.0, 1.0]},
+        AFFINE | {"activations": "static"},
+        AFFINE | {"rounding": "down"},
+        AFFINE | {"steps": 4},
         AFFINE | {"bits": True},
         AFFINE | {"bits": 9},
         AFFINE | {"group_size": 0},
@@ -107,6 +118,21 @@ def test_a_cast_goes_to_a_floating_dtype(dtype):
 def test_a_description_that_is_not_a_spec_is_refused(fields):
     with pytest.raises(ArgumentError):
         spec_from_dict(fields)
+
+
+def test_a_description_may_leave_out_what_is_as_by_default():
+    spec = QuantSpec(bits=4, granularity="group", group_size=32, scale_dtype=torch.float16)
+    assert spec_from_dict(AFFINE) == spec
+    assert {name for name, value in spec.to_dict().items() if name not in AFFINE and value} == {"rounding"}
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_activations_survive_json_and_leave_the_weight_alone(activations, granularity):
+    spec = QuantSpec(bits=8, granularity=granularity, activations=activations)
+    assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert spec.weight_only() == QuantSpec(bits=8, granularity=granularity)
+    assert QuantSpec(bits=8, granularity=granularity).weight_only() == QuantSpec(bits=8, granularity=granularity)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -143,6 +169,8 @@ def test_a_cast_does_not_depend_on_where_it_comes_from():
         (QuantSpec(bits=8, granularity="tensor"), "int8 tensor"),
         (QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False), "int4 group 64 asymmetric"),
         (CastSpec(torch.bfloat16), "bfloat16"),
+        (QuantSpec(bits=8, granularity="channel", activations="dynamic"), "int8 channel, dynamic int8 inputs"),
+        (QuantSpec(bits=2, granularity="channel", levels=(-1, 0, 1, 2)), "4 levels channel"),
     ],
 )
 def test_a_spec_reads_well(spec, text):

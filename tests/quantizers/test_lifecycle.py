@@ -1,5 +1,7 @@
 """The lifecycle beyond its table: failures that change nothing, retries, hooks, and what a subclass may not do."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,7 +24,18 @@ from fewbits import (
     StateError,
 )
 from fewbits.quantizers.lifecycle import TRANSITIONS
-from lifecycle_helpers import JsonSerializer, TiedLM, Watcher, files_in, hook_count, mlp, named_tensors, snapshot
+from lifecycle_helpers import (
+    JsonSerializer,
+    TiedLM,
+    Watcher,
+    files_in,
+    hook_count,
+    mlp,
+    named_tensors,
+    quantize_small,
+    small,
+    snapshot,
+)
 
 LIFECYCLE = sorted(TRANSITIONS)
 
@@ -52,14 +65,14 @@ def test_a_mixin_cannot_override_the_lifecycle_either(call):
 )
 def test_a_class_in_place_of_an_instance_is_refused(keyword, cls):
     with pytest.raises(ArgumentError, match=rf"{keyword} must be an instance of .*{cls.__name__}"):
-        Int8PerChannel(**{keyword: cls})
+        small(**{keyword: cls})
 
 
 @pytest.mark.parametrize("keyword", ["observer", "selector", "serializer"])
 @pytest.mark.parametrize("junk", ["min_max", 0, False, {}])
 def test_junk_in_place_of_a_strategy_is_refused(keyword, junk):
     with pytest.raises(ArgumentError, match=keyword):
-        Int8PerChannel(**{keyword: junk})
+        small(**{keyword: junk})
 
 
 @pytest.mark.parametrize(
@@ -67,17 +80,17 @@ def test_junk_in_place_of_a_strategy_is_refused(keyword, junk):
 )
 def test_a_strategy_that_counts_as_false_is_used_all_the_same(keyword, base):
     strategy = type("Empty", (base,), {"__len__": lambda self: 0})()
-    assert getattr(Int8PerChannel(**{keyword: strategy}), keyword) is strategy
+    assert getattr(small(**{keyword: strategy}), keyword) is strategy
 
 
 @pytest.mark.parametrize("single", ["Embedding", nn.Embedding])
 def test_one_type_to_skip_in_place_of_a_list_is_refused(single):
     with pytest.raises(fewbits.FewbitsError, match="skip_types"):
-        Int8PerChannel(skip_types=single)
+        small(skip_types=single)
 
 
 def test_ledger_and_report_say_which_call_they_wait_for():
-    quantizer = Int8PerChannel()
+    quantizer = small()
     with pytest.raises(StateError, match=r"no ledger in state CREATED; call prepare\(model\)"):
         _ = quantizer.ledger
     quantizer.prepare(mlp())
@@ -101,7 +114,7 @@ NOT_PREPARABLE = [
 
 @pytest.mark.parametrize(("options", "source", "error"), NOT_PREPARABLE)
 def test_a_prepare_that_fails_leaves_the_quantizer_as_it_was(options, source, error):
-    quantizer = Int8PerChannel(**options)
+    quantizer = small(**options)
     with pytest.raises(error):
         quantizer.prepare(source())
     assert quantizer.state is State.CREATED
@@ -110,13 +123,13 @@ def test_a_prepare_that_fails_leaves_the_quantizer_as_it_was(options, source, er
 
 
 def test_one_quantizer_serves_one_source_after_another():
-    quantizer = Int8PerChannel()
+    quantizer = small()
     for seed in range(2):
         model = mlp(seed)
         quantizer.prepare(model)
         result = quantizer.convert()
         assert quantizer.validate().ok
-        assert snapshot(result.state_dict()) == snapshot(fewbits.quantize(model, "int8").model.state_dict())
+        assert snapshot(result.state_dict()) == snapshot(quantize_small(model, "int8").model.state_dict())
         quantizer.reset()
 
 
@@ -129,7 +142,7 @@ def test_neither_source_nor_its_hooks_nor_its_flags_change():
     flags = [(m.training, len(m._forward_hooks)) for m in model.modules()]
     tensors = {name: id(t) for name, t in named_tensors(model).items()}
 
-    quantizer = Int8PerChannel(observer=Watcher(), skip_types=[nn.Embedding])
+    quantizer = small(observer=Watcher(), skip_types=[nn.Embedding])
     prepared = quantizer.prepare(model)
     quantizer.observe([torch.arange(8)])
     result = quantizer.convert()
@@ -145,14 +158,14 @@ def test_neither_source_nor_its_hooks_nor_its_flags_change():
 
 def test_the_prepared_model_shares_the_weights_of_the_source():
     model = mlp()
-    prepared = Int8PerChannel().prepare(model)
+    prepared = small().prepare(model)
     assert prepared[0].weight.data_ptr() == model[0].weight.data_ptr()
     assert prepared[0].weight is not model[0].weight
 
 
 def test_the_result_shares_no_memory_with_the_source():
     model = TiedLM()
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(model)
     held = {t.data_ptr() for t in named_tensors(model).values()}
     assert not held & {t.data_ptr() for t in named_tensors(quantizer.convert()).values()}
@@ -161,7 +174,7 @@ def test_the_result_shares_no_memory_with_the_source():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_hooks_of_the_quantizer_are_gone_after_convert_and_reset(inplace):
     model = mlp()
-    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer = small(observer=Watcher())
     prepared = quantizer.prepare(model, inplace=inplace)
     assert hook_count(prepared) == 2
     quantizer.reset()
@@ -174,7 +187,7 @@ def test_hooks_of_the_quantizer_are_gone_after_convert_and_reset(inplace):
 
 
 def test_hooks_come_back_after_a_convert_that_fails():
-    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer = small(observer=Watcher())
     prepared = quantizer.prepare(with_nan(mlp()))
     quantizer.observe([torch.randn(2, 16)])
     with pytest.raises(NonFiniteError):
@@ -184,9 +197,9 @@ def test_hooks_come_back_after_a_convert_that_fails():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("make", [Int8PerChannel, fewbits.Int8PerTensor, FP16Cast, lambda: fewbits.Int4Grouped(8)])
+@pytest.mark.parametrize("make", [Int8PerChannel, fewbits.Int8PerTensor, FP16Cast, partial(fewbits.Int4Grouped, 8)])
 def test_a_number_that_is_not_finite_is_named_with_its_tensor(make, value):
-    quantizer = make()
+    quantizer = small(make)
     quantizer.prepare(with_nan(mlp(), value=value))
     with pytest.raises(NonFiniteError, match=rf"2\.weight, shape \(8, 32\), float32, .*index \(3, 5\) is {value}"):
         quantizer.convert()
@@ -202,7 +215,7 @@ def test_a_convert_that_fails_leaves_no_file_and_no_trace(tmp_path, already_ther
     if already_there:
         output.write_bytes(b"what was there before")
     before = files_in(tmp_path)
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(source)
     with pytest.raises(NonFiniteError, match=r"2\.weight"):
         quantizer.convert(output=output)
@@ -218,7 +231,7 @@ def test_an_interrupted_convert_leaves_no_file(tmp_path):
         if step.done:
             raise KeyboardInterrupt
 
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(source)
     with pytest.raises(KeyboardInterrupt):
         quantizer.convert(output=tmp_path / "out.safetensors", progress=interrupted)
@@ -228,7 +241,7 @@ def test_an_interrupted_convert_leaves_no_file(tmp_path):
 
 def test_in_place_a_failure_leaves_a_model_that_runs_and_a_convert_that_goes_on():
     model, x = with_nan(mlp()), torch.randn(2, 16)
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(model, inplace=True)
     with pytest.raises(NonFiniteError):
         quantizer.convert()
@@ -236,59 +249,74 @@ def test_in_place_a_failure_leaves_a_model_that_runs_and_a_convert_that_goes_on(
     with_nan(model, value=0.25)
     assert quantizer.convert() is model
     assert quantizer.validate().ok
-    expected = fewbits.quantize(with_nan(mlp(), value=0.25), "int8").model
+    expected = quantize_small(with_nan(mlp(), value=0.25), "int8").model
     assert snapshot(model.state_dict()) == snapshot(expected.state_dict())
 
 
 def test_weights_are_read_when_they_are_converted():
     model = mlp()
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(model)
     with torch.no_grad():
         model[0].weight.copy_(mlp(seed=1)[0].weight)
     result = quantizer.convert()
-    assert torch.equal(result[0].weight, fewbits.quantize(mlp(seed=1), "int8").model[0].weight)
+    assert torch.equal(result[0].weight, quantize_small(mlp(seed=1), "int8").model[0].weight)
 
 
-class Small(Quantizer):
-    name = "small"
+class ThreeBits(Quantizer):
+    name = "three bits"
     spec = QuantSpec(bits=3, granularity="channel")
 
 
 def test_a_scheme_needs_a_spec():
-    with pytest.raises(TypeError, match=r"abstract.*spec"):
+    with pytest.raises(ArgumentError, match=r"Nothing has no spec; set one: spec = QuantSpec"):
         type("Nothing", (Quantizer,), {"name": "nothing"})()
 
 
+@pytest.mark.parametrize("junk", ["int8", 8, None, QuantSpec])
+def test_a_spec_that_is_none_is_refused(junk):
+    with pytest.raises(ArgumentError, match="Odd has no spec"):
+        type("Odd", (Quantizer,), {"spec": junk})()
+
+
+def test_a_spec_may_be_set_in_the_instance():
+    class Chosen(Quantizer):
+        def __init__(self, bits, **strategies):
+            self.spec = QuantSpec(bits=bits, granularity="channel")
+            super().__init__(**strategies)
+
+    for bits in (4, 7):
+        assert quantize_small({"w": torch.ones(2, 4)}, small(Chosen, bits)).model["w"].spec.bits == bits
+
+
 def test_a_scheme_needs_nothing_but_a_spec():
-    nameless = type("Nameless", (Quantizer,), {"spec": QuantSpec(bits=5, granularity="channel")})()
+    nameless = small(type("Nameless", (Quantizer,), {"spec": QuantSpec(bits=5, granularity="channel")}))
     nameless.prepare(mlp())
     nameless.convert()
     assert nameless.validate(fail_under=0).ok
 
 
 def replacing_quantize_tensor(replace):
-    class Odd(Small):
+    class Odd(ThreeBits):
         def quantize_tensor(self, weight, spec, observer):
             return replace(super().quantize_tensor(weight, spec, observer), weight, spec)
 
-    return Odd()
+    return small(Odd)
 
 
 def _other_spec(value, weight, spec):
-    return fewbits.Int8PerChannel().quantize_tensor(
-        weight, Int8PerChannel.spec.for_dtype(weight.dtype), MinMaxObserver()
-    )
+    other = small()
+    return other.quantize_tensor(weight, other.spec.for_dtype(weight.dtype), MinMaxObserver())
 
 
 def _other_layout(value, weight, spec):
     matrix = fewbits.WeightMatrix(weight.tensor.T, fewbits.Layout.of(weight.tensor.T.shape))
-    return Small().quantize_tensor(matrix, spec, MinMaxObserver())
+    return ThreeBits().quantize_tensor(matrix, spec, MinMaxObserver())
 
 
 def _other_dtype(value, weight, spec):
     matrix = fewbits.WeightMatrix(weight.tensor.double(), weight.layout)
-    return Small().quantize_tensor(matrix, spec, MinMaxObserver())
+    return ThreeBits().quantize_tensor(matrix, spec, MinMaxObserver())
 
 
 @pytest.mark.parametrize(
@@ -306,7 +334,7 @@ def test_what_quantize_tensor_returns_must_be_what_was_announced(replace):
 
 @pytest.mark.parametrize("source", [mlp, lambda: mlp().state_dict()])
 def test_output_goes_with_a_path_only(tmp_path, source):
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(source())
     with pytest.raises(ArgumentError, match="output= goes with a path"):
         quantizer.convert(output=tmp_path / "out.safetensors")
@@ -323,11 +351,11 @@ def test_a_name_that_a_file_would_hold_twice_is_refused_in_prepare(names, tensor
     model = nn.Linear(16, 4)
     model.register_buffer(names, tensor)
     with pytest.raises(fewbits.FewbitsError, match=names):
-        Int8PerChannel().prepare(model if as_module else model.state_dict())
+        small().prepare(model if as_module else model.state_dict())
 
 
 def test_figures_of_a_damaged_result_can_be_saved(tmp_path):
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(mlp())
     result = quantizer.convert()
     result[0].weight_stored.scale.fill_(float("inf"))

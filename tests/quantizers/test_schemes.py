@@ -1,5 +1,7 @@
 """The built-in schemes: what they choose for which tensor, and what they keep."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,12 +15,11 @@ from fewbits import (
     Int4Grouped,
     Int8PerChannel,
     Int8PerTensor,
-    LayerSelector,
     QuantSpec,
     RangeError,
     SelectionError,
 )
-from lifecycle_helpers import DTYPES, TiedLM, as_bytes, mlp
+from lifecycle_helpers import DTYPES, TiedLM, as_bytes, mlp, quantize_small, small
 
 ALL = [Int8PerTensor, Int8PerChannel, Int4Grouped, FP16Cast]
 
@@ -34,7 +35,7 @@ def weight(rows, columns, dtype=torch.float32):
 
 @given(st.integers(1, 40), st.integers(1, 24), st.booleans())
 def test_int4_takes_groups_where_a_row_fills_one_and_int8_where_it_does_not(columns, group_size, symmetric):
-    row = ledger_of(Int4Grouped(group_size, symmetric=symmetric), {"w": weight(3, columns)})["w"]
+    row = ledger_of(small(Int4Grouped, group_size, symmetric=symmetric), {"w": weight(3, columns)})["w"]
     if columns < group_size:
         assert (row.spec.bits, row.spec.granularity) == (8, "channel")
         assert row.reason == f"rows of {columns} are shorter than one group of {group_size}"
@@ -45,7 +46,7 @@ def test_int4_takes_groups_where_a_row_fills_one_and_int8_where_it_does_not(colu
 
 @given(st.integers(1, 40), st.integers(1, 24), st.booleans())
 def test_a_ragged_last_group_is_a_shorter_group(columns, group_size, symmetric):
-    value = fewbits.quantize(
+    value = quantize_small(
         {"w": weight(3, columns)}, "int4", group_size=group_size, symmetric=symmetric, fail_under=0
     ).model["w"]
     groups = -(-columns // group_size) if columns >= group_size else 1
@@ -58,20 +59,20 @@ def test_a_ragged_last_group_is_a_shorter_group(columns, group_size, symmetric):
 @pytest.mark.parametrize("junk", [0, -1, 1.5, "128", None, True])
 def test_a_group_size_that_is_no_positive_integer_is_refused(junk):
     with pytest.raises(ArgumentError, match="group_size must be a positive integer"):
-        Int4Grouped(junk)
+        small(Int4Grouped, junk)
 
 
 @pytest.mark.parametrize("junk", ["yes", 1, None])
 def test_symmetric_is_a_bool(junk):
     with pytest.raises((ArgumentError, TypeError), match="symmetric"):
-        Int4Grouped(symmetric=junk)
+        small(Int4Grouped, symmetric=junk)
 
 
 def test_an_asymmetric_scheme_has_zero_points_and_is_better_on_shifted_weights():
     shifted = {"w": torch.rand(16, 64, generator=torch.Generator().manual_seed(0)) + 1}
     figures = {}
     for symmetric in (True, False):
-        result = fewbits.quantize(shifted, "int4", group_size=16, symmetric=symmetric)
+        result = quantize_small(shifted, "int4", group_size=16, symmetric=symmetric)
         assert (result.model["w"].zero_point is None) is symmetric
         figures[symmetric] = result.report.sqnr_db
     assert figures[False] > figures[True]
@@ -86,14 +87,14 @@ SKIPPED_BY_INT4 = [
 @pytest.mark.parametrize(("module", "reason"), SKIPPED_BY_INT4)
 def test_int4_keeps_embeddings_by_class(module, reason):
     model = nn.ModuleDict({"e": module, "head": nn.Linear(32, 8)})
-    row = ledger_of(Int4Grouped(16), model)["e.weight"]
+    row = ledger_of(small(Int4Grouped, 16), model)["e.weight"]
     assert (row.fate, row.reason) == ("kept", reason)
 
 
 @pytest.mark.parametrize("name", ["wte", "model.embed_tokens", "embeddings.word_embeddings"])
 def test_int4_keeps_embeddings_by_name_where_there_are_no_classes(name):
     tensors = {f"{name}.weight": weight(10, 32), "head.weight": weight(8, 32)}
-    row = ledger_of(Int4Grouped(16), tensors)[f"{name}.weight"]
+    row = ledger_of(small(Int4Grouped, 16), tensors)[f"{name}.weight"]
     assert (row.fate, row.reason) == ("kept", "an embedding by name, kept by int4 unless asked for")
 
 
@@ -102,13 +103,13 @@ def test_int4_keeps_embeddings_by_name_where_there_are_no_classes(name):
     [
         {"skip_types": ()},
         {"skip_types": [nn.LayerNorm]},
-        {"selector": LayerSelector(include=["wte", "head"])},
+        {"include": ["wte", "head"]},
     ],
 )
 @pytest.mark.parametrize("as_module", [False, True])
 def test_int4_quantizes_an_embedding_that_is_asked_for(asking, as_module):
     model = nn.ModuleDict({"wte": nn.Embedding(10, 32), "head": nn.Linear(32, 8)})
-    ledger = ledger_of(Int4Grouped(16, **asking), model if as_module else model.state_dict())
+    ledger = ledger_of(small(Int4Grouped, 16, **asking), model if as_module else model.state_dict())
     assert ledger["wte.weight"].fate == "quantized"
 
 
@@ -119,15 +120,15 @@ def test_types_to_skip_work_for_every_scheme(scheme, types, as_module):
     if types == [nn.Embedding] and not as_module:
         types = ["Embedding"]
     model = nn.ModuleDict({"wte": nn.Embedding(10, 32), "head": nn.Linear(32, 8)})
-    ledger = ledger_of(scheme(skip_types=types), model if as_module else model.state_dict())
+    ledger = ledger_of(small(scheme, skip_types=types), model if as_module else model.state_dict())
     assert (ledger["wte.weight"].fate, ledger["head.weight"].fate != "kept") == ("kept", True)
 
 
 def test_a_tied_embedding_is_kept_with_its_output_layer_unless_a_rule_names_one_of_them():
-    assert ledger_of(Int4Grouped(16), TiedLM())["embed_tokens.weight"].fate == "kept"
-    asked = Int4Grouped(16, selector=LayerSelector(include=["lm_head"]))
+    assert ledger_of(small(Int4Grouped, 16), TiedLM())["embed_tokens.weight"].fate == "kept"
+    asked = small(Int4Grouped, 16, include=["lm_head"])
     assert ledger_of(asked, TiedLM())["embed_tokens.weight"].fate == "quantized"
-    assert ledger_of(Int8PerChannel(), TiedLM())["embed_tokens.weight"].fate == "quantized"
+    assert ledger_of(small(), TiedLM())["embed_tokens.weight"].fate == "quantized"
 
 
 @pytest.mark.parametrize("scheme", ALL)
@@ -147,7 +148,7 @@ def test_a_tied_embedding_is_kept_with_its_output_layer_unless_a_rule_names_one_
     ],
 )
 def test_what_cannot_be_quantized_is_kept_bit_for_bit_with_a_reason(scheme, name, tensor, reason):
-    result = fewbits.quantize({name: tensor, "other": weight(4, 256)}, scheme())
+    result = quantize_small({name: tensor, "other": weight(4, 256)}, small(scheme))
     assert (result.ledger[name].fate, result.ledger[name].reason) == ("kept", reason)
     assert result.model[name].dtype == tensor.dtype
     assert as_bytes(result.model[name]) == as_bytes(tensor)
@@ -155,15 +156,17 @@ def test_what_cannot_be_quantized_is_kept_bit_for_bit_with_a_reason(scheme, name
 
 @pytest.mark.parametrize("scheme", ALL)
 def test_a_rule_that_names_a_bias_does_not_make_it_a_weight(scheme):
-    quantizer = scheme(selector=LayerSelector(include=["bias", "0"]))
-    assert ledger_of(quantizer, mlp())["2.bias"].reason == "a bias is never quantized"
+    ledger = ledger_of(small(scheme, include=["0"]), mlp())
+    assert (ledger["0.weight"].fate != "kept", ledger["0.bias"].reason) == (True, "a bias is never quantized")
+    with pytest.raises(SelectionError, match=r"'bias' names nothing that can be quantized: 0\.bias, a bias is never"):
+        small(scheme, include=["0", "bias"]).prepare(mlp())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", [Int8PerTensor, Int8PerChannel, lambda **o: Int4Grouped(8, **o)])
+@pytest.mark.parametrize("scheme", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8)])
 def test_scales_have_the_dtype_of_the_weight_unless_another_is_asked_for(scheme, dtype):
     for asked in (None, *DTYPES):
-        result = fewbits.quantize({"w": weight(4, 32, dtype)}, scheme(scale_dtype=asked))
+        result = quantize_small({"w": weight(4, 32, dtype)}, small(scheme, scale_dtype=asked))
         assert result.model["w"].scale.dtype == (asked or dtype)
         assert result.model["w"].dequantize().dtype == dtype
 
@@ -171,24 +174,24 @@ def test_scales_have_the_dtype_of_the_weight_unless_another_is_asked_for(scheme,
 @pytest.mark.parametrize("junk", [torch.int8, "float16", torch.float8_e4m3fn])
 def test_a_scale_dtype_that_is_not_floating_is_refused(junk):
     with pytest.raises(ArgumentError, match="scale_dtype"):
-        Int8PerChannel(scale_dtype=junk).prepare(mlp())
+        small(scale_dtype=junk).prepare(mlp())
 
 
 def test_the_fallback_takes_the_scale_dtype_too():
-    row = ledger_of(Int4Grouped(scale_dtype=torch.float16), {"w": weight(4, 8)})["w"]
+    row = ledger_of(small(Int4Grouped, scale_dtype=torch.float16), {"w": weight(4, 8)})["w"]
     assert row.spec == QuantSpec(bits=8, granularity="channel", scale_dtype=torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp16_casts_what_is_not_half_already(dtype):
-    result = fewbits.quantize({"w": weight(4, 8, dtype), "other": weight(4, 8)}, "fp16")
+    result = quantize_small({"w": weight(4, 8, dtype), "other": weight(4, 8)}, "fp16")
     assert result.ledger["w"].fate == ("kept" if dtype == torch.float16 else "cast")
     assert torch.equal(result.model["w"], weight(4, 8, dtype).half())
 
 
 def test_fp16_has_nothing_to_do_on_a_model_in_half():
     with pytest.raises(SelectionError, match=r"nothing is left(?s:.*)it is float16 already"):
-        FP16Cast().prepare(mlp().half())
+        small(FP16Cast).prepare(mlp().half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -196,7 +199,7 @@ def test_fp16_has_nothing_to_do_on_a_model_in_half():
 def test_a_value_beyond_half_is_an_error_that_names_tensor_and_index(dtype, sign):
     tensors = {"fine": weight(4, 8, dtype), "big": weight(4, 8, dtype)}
     tensors["big"][2, 7] = sign * 1e6
-    quantizer = FP16Cast()
+    quantizer = small(FP16Cast)
     quantizer.prepare(tensors)
     with pytest.raises(RangeError, match=rf"big, shape \(4, 8\), {str(dtype)[6:]}.*index \(2, 7\)"):
         quantizer.convert()
@@ -204,13 +207,13 @@ def test_a_value_beyond_half_is_an_error_that_names_tensor_and_index(dtype, sign
 
 @pytest.mark.parametrize("value", [65504.0, 65519.0, -65504.0])
 def test_values_that_round_to_the_largest_half_are_cast(value):
-    result = fewbits.quantize({"w": torch.full((2, 2), value)}, "fp16")
+    result = quantize_small({"w": torch.full((2, 2), value)}, "fp16")
     assert result.model["w"].abs().max() == 65504
 
 
-@pytest.mark.parametrize("make", [Int8PerChannel, lambda **o: Int4Grouped(8, **o)])
+@pytest.mark.parametrize("make", [Int8PerChannel, partial(Int4Grouped, 8)])
 def test_a_scale_beyond_its_dtype_is_an_error_that_names_the_tensor(make):
-    quantizer = make(scale_dtype=torch.float16)
+    quantizer = small(make, scale_dtype=torch.float16)
     quantizer.prepare({"huge": torch.full((2, 16), 1e30)})
     with pytest.raises(RangeError, match=r"huge, shape \(2, 16\).*scale"):
         quantizer.convert()
@@ -224,26 +227,30 @@ def test_a_scale_beyond_its_dtype_is_an_error_that_names_the_tensor(make):
 @pytest.mark.parametrize("scheme", ALL)
 def test_nothing_to_quantize_is_an_error_with_the_summary(scheme, model):
     with pytest.raises(SelectionError, match=r"nothing is left to quantize:(?s:.*)\d tensors"):
-        scheme().prepare(model)
+        small(scheme).prepare(model)
 
 
 def test_excluding_everything_is_an_error_that_names_the_rule():
     with pytest.raises(SelectionError, match=r"excluded by '\*'"):
-        Int8PerChannel(selector=LayerSelector(exclude=["*"])).prepare(mlp())
+        small(exclude=["*"]).prepare(mlp())
 
 
 def test_all_zero_weights_are_exact():
-    report = fewbits.quantize({"w": torch.zeros(4, 256)}, "int4").report
+    report = quantize_small({"w": torch.zeros(4, 256)}, "int4").report
     assert report.ok
     assert report.tensors[0].measurement.noise == 0
 
 
 @pytest.mark.parametrize("scheme", ALL)
-def test_a_subclass_of_a_known_layer_is_kept_with_the_reason(scheme):
-    class Own(nn.Linear):
-        pass
+def test_a_subclass_of_a_known_layer_is_quantized_and_computes_in_its_own_way(scheme):
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * x @ self.weight.T + self.bias
 
-    model = nn.Sequential(Own(256, 4), nn.Linear(256, 4))
-    row = ledger_of(scheme(), model)["0.weight"]
-    assert row.fate == "kept"
-    assert "Own may use the weight in its own way" in row.reason
+    model = nn.Sequential(Doubling(256, 4))
+    result = quantize_small(model, small(scheme))
+    assert result.ledger["0.weight"].reason == "selected"
+    assert isinstance(result.model[0], Doubling)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(result.model(x), fewbits.dequantize(result.model).requires_grad_(False)(x))

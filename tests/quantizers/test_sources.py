@@ -11,9 +11,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, Int8PerChannel, QuantizedTensor, SourceError
+from fewbits import ArgumentError, QuantizedTensor, SourceError
 from fewbits.nn.storage import overlaps, storage_key
-from lifecycle_helpers import TiedLM, as_bytes, files_in, mlp, named_tensors, read_header, snapshot, stored
+from lifecycle_helpers import (
+    TiedLM,
+    as_bytes,
+    files_in,
+    mlp,
+    named_tensors,
+    quantize_small,
+    read_header,
+    small,
+    snapshot,
+    stored,
+)
 
 
 @st.composite
@@ -57,7 +68,7 @@ def test_two_views_have_one_key_exactly_if_they_are_the_same_view(views):
 def test_overlapping_views_are_kept_with_a_reason_that_names_the_other():
     flat = torch.arange(96.0)
     tensors = {"a": flat[:64].view(8, 8), "b": flat[32:].view(8, 8), "c": torch.ones(8, 8)}
-    result = fewbits.quantize(tensors, "int8")
+    result = quantize_small(tensors, "int8")
     assert result.ledger["a"].reason == "its memory overlaps that of b"
     assert result.ledger["b"].reason == "its memory overlaps that of a"
     assert [row.fate for row in result.ledger] == ["kept", "kept", "quantized"]
@@ -66,20 +77,20 @@ def test_overlapping_views_are_kept_with_a_reason_that_names_the_other():
 
 def test_a_tensor_and_its_transpose_are_kept():
     tensors = {"a": torch.rand(8, 4), "other": torch.rand(8, 4)}
-    ledger = fewbits.quantize(tensors | {"b": tensors["a"].T}, "int8").ledger
+    ledger = quantize_small(tensors | {"b": tensors["a"].T}, "int8").ledger
     assert (ledger["a"].fate, ledger["b"].fate) == ("kept", "kept")
 
 
 def test_adjacent_slices_of_one_storage_are_independent():
     flat = torch.arange(128.0)
-    result = fewbits.quantize({"a": flat[:64].view(8, 8), "b": flat[64:].view(8, 8)}, "int8")
+    result = quantize_small({"a": flat[:64].view(8, 8), "b": flat[64:].view(8, 8)}, "int8")
     assert result.ledger.count("quantized") == 2
     assert result.ledger.bytes_before == flat.nbytes
 
 
 def test_equal_tensors_in_separate_storages_are_not_merged():
     tensor = torch.rand(8, 8)
-    result = fewbits.quantize({"a": tensor, "b": tensor.clone()}, "int8")
+    result = quantize_small({"a": tensor, "b": tensor.clone()}, "int8")
     assert result.ledger.count("quantized") == 2
     assert result.model["a"] is not result.model["b"]
 
@@ -87,7 +98,7 @@ def test_equal_tensors_in_separate_storages_are_not_merged():
 def test_names_of_one_storage_share_one_result():
     model = TiedLM()
     for source in (model.state_dict(), dict(model.named_parameters(remove_duplicate=False))):
-        result = fewbits.quantize(source, "int8")
+        result = quantize_small(source, "int8")
         assert result.ledger["lm_head.weight"].alias_of == "embed_tokens.weight"
         assert result.model["lm_head.weight"] is result.model["embed_tokens.weight"]
 
@@ -95,7 +106,7 @@ def test_names_of_one_storage_share_one_result():
 def test_a_module_under_two_names_is_one_module():
     model = mlp()
     model.add_module("again", model[2])
-    result = fewbits.quantize(model, "int8")
+    result = quantize_small(model, "int8")
     assert result.model.again is result.model[2]
     assert result.ledger["again.weight"].alias_of == "2.weight"
 
@@ -103,7 +114,7 @@ def test_a_module_under_two_names_is_one_module():
 def test_tied_weights_stay_tied_whoever_tied_them():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     model["b"].weight = nn.Parameter(model["a"].weight.data)
-    result = fewbits.quantize(model, "int8").model
+    result = quantize_small(model, "int8").model
     assert result["a"].weight_stored is result["b"].weight_stored
 
 
@@ -112,14 +123,14 @@ def test_buffers_that_share_a_storage_share_it_in_the_result(inplace):
     model = mlp()
     model.register_buffer("table", torch.ones(10))
     model.register_buffer("again", model.table.view(10))
-    result = fewbits.quantize(model, "int8", inplace=inplace).model
+    result = quantize_small(model, "int8", inplace=inplace).model
     assert result.again.data_ptr() == result.table.data_ptr()
 
 
 @pytest.mark.parametrize("wrap", [dict, OrderedDict, UserDict, types.MappingProxyType], ids=lambda wrap: wrap.__name__)
 def test_any_mapping_is_a_source(wrap):
     source = wrap(mlp().state_dict())
-    result = fewbits.quantize(source, "int8").model
+    result = quantize_small(source, "int8").model
     assert list(result) == list(source)
     assert isinstance(result["0.weight"], QuantizedTensor)
     assert isinstance(source["0.weight"], torch.Tensor)
@@ -139,36 +150,36 @@ def test_any_mapping_is_a_source(wrap):
 )
 def test_an_entry_that_is_no_tensor_under_a_name_is_refused(entries, message):
     with pytest.raises(SourceError, match=message):
-        Int8PerChannel().prepare(mlp().state_dict() | entries)
+        small().prepare(mlp().state_dict() | entries)
 
 
 def test_a_mapping_that_is_quantized_already_is_refused():
     with pytest.raises(SourceError, match=r"0\.weight is quantized already"):
-        Int8PerChannel().prepare(fewbits.quantize(mlp().state_dict(), "int8").model)
+        small().prepare(quantize_small(mlp().state_dict(), "int8").model)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp16"])
 def test_a_model_that_is_quantized_already_is_refused(scheme):
     with pytest.raises(SourceError, match="quantized already"):
-        Int8PerChannel().prepare(fewbits.quantize(mlp(), scheme).model)
+        small().prepare(quantize_small(mlp(), scheme).model)
 
 
 def test_a_file_that_is_quantized_already_is_refused(tmp_path):
-    fewbits.quantize(mlp(), "int8").save(tmp_path / "model.safetensors")
+    quantize_small(mlp(), "int8").save(tmp_path / "model.safetensors")
     with pytest.raises(SourceError, match="quantized already"):
-        Int8PerChannel().prepare(tmp_path / "model.safetensors")
+        small().prepare(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("junk", [None, 3, nn.Linear, [torch.ones(2, 2)], torch.ones(2, 2), b"model.safetensors"])
 def test_what_is_no_source_is_refused(junk):
     with pytest.raises(ArgumentError, match=r"cannot be quantized; give an nn\.Module, a state dict, or the path"):
-        Int8PerChannel().prepare(junk)
+        small().prepare(junk)
 
 
 def test_in_place_a_mapping_holds_the_result():
     source = dict(mlp().state_dict())
     bias = source["0.bias"]
-    result = fewbits.quantize(source, "int8", inplace=True)
+    result = quantize_small(source, "int8", inplace=True)
     assert result.model is source
     assert isinstance(source["0.weight"], QuantizedTensor)
     assert source["0.bias"] is bias
@@ -178,19 +189,19 @@ def test_in_place_a_mapping_holds_the_result():
 
 def test_in_place_needs_a_mapping_that_can_be_changed():
     with pytest.raises(ArgumentError, match="inplace=True needs a mapping that can be changed, not mappingproxy"):
-        Int8PerChannel().prepare(types.MappingProxyType(mlp().state_dict()), inplace=True)
+        small().prepare(types.MappingProxyType(mlp().state_dict()), inplace=True)
 
 
 def test_a_file_is_never_changed_in_place(tmp_path):
     save_file(mlp().state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ArgumentError, match="never changed in place"):
-        Int8PerChannel().prepare(tmp_path / "model.safetensors", inplace=True)
+        small().prepare(tmp_path / "model.safetensors", inplace=True)
 
 
 def test_in_place_a_mapping_lets_go_of_each_tensor_as_it_is_converted():
     source = dict(mlp().state_dict())
     source["2.weight"][3, 5] = float("nan")
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(source, inplace=True)
     with pytest.raises(fewbits.NonFiniteError):
         quantizer.convert()
@@ -209,9 +220,9 @@ def test_every_kind_of_source_gives_the_same_tensors(tmp_path, kind, scheme):
         source, options = tmp_path / "source.safetensors", options | {"output": tmp_path / "out.safetensors"}
     else:
         source = mlp() if "module" in kind else dict(mlp().state_dict())
-    result = fewbits.quantize(source, scheme, inplace="in place" in kind, **options)
+    result = quantize_small(source, scheme, inplace="in place" in kind, **options)
     result.save(tmp_path / "saved.safetensors")
-    expected = fewbits.quantize(mlp().state_dict(), scheme, **{k: v for k, v in options.items() if k != "output"})
+    expected = quantize_small(mlp().state_dict(), scheme, **{k: v for k, v in options.items() if k != "output"})
     expected.save(tmp_path / "expected.safetensors")
     assert stored(tmp_path / "saved.safetensors") == stored(tmp_path / "expected.safetensors")
 
@@ -223,7 +234,7 @@ def test_every_kind_of_source_gives_the_same_tensors(tmp_path, kind, scheme):
 def test_strides_of_a_source_change_nothing(stride, scheme):
     tensors = mlp().state_dict()
     strided = {name: stride(t) if t.dim() == 2 else t for name, t in tensors.items()}
-    results = [fewbits.quantize(source, scheme).model["0.weight"] for source in (tensors, strided)]
+    results = [quantize_small(source, scheme).model["0.weight"] for source in (tensors, strided)]
     if scheme == "int8":
         assert results[0].equal(results[1])
     else:
@@ -232,7 +243,7 @@ def test_strides_of_a_source_change_nothing(stride, scheme):
 
 def test_an_expanded_weight_is_quantized_as_what_it_reads():
     wide = torch.arange(8.0).expand(4, 8)
-    assert fewbits.quantize({"w": wide}, "int8").report.ok
+    assert quantize_small({"w": wide}, "int8").report.ok
 
 
 def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
@@ -241,12 +252,12 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
             raise RuntimeError("no copies")
 
     with pytest.raises(SourceError, match=r"no copies.*inplace=True"):
-        Int8PerChannel().prepare(nn.Sequential(Locked(4, 4), nn.Linear(4, 4)))
+        small().prepare(nn.Sequential(Locked(4, 4), nn.Linear(4, 4)))
 
 
 def test_metadata_of_a_file_is_carried_over(tmp_path):
     save_file(mlp().state_dict(), tmp_path / "in.safetensors", metadata={"author": "someone", "format": "pt"})
-    fewbits.quantize(tmp_path / "in.safetensors", "int8", output=tmp_path / "out.safetensors")
+    quantize_small(tmp_path / "in.safetensors", "int8", output=tmp_path / "out.safetensors")
     assert read_header(tmp_path / "out.safetensors")[1]["author"] == "someone"
 
 
@@ -259,7 +270,7 @@ def test_a_file_is_not_overwritten_by_its_own_result(tmp_path, place, monkeypatc
     if place == "link":
         (tmp_path / "link").symlink_to(path)
     output = {"same": path, "relative": "model.safetensors", "link": tmp_path / "link"}[place]
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(path)
     with pytest.raises(ArgumentError, match="is the source itself"):
         quantizer.convert(output=output)
@@ -271,7 +282,7 @@ def test_a_file_is_not_overwritten_by_its_own_result(tmp_path, place, monkeypatc
 )
 def test_an_output_that_cannot_be_written_is_a_named_error(tmp_path, output, error):
     save_file(mlp().state_dict(), tmp_path / "in.safetensors")
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(tmp_path / "in.safetensors")
     with pytest.raises(error, match=r"out\.safetensors|directory"):
         quantizer.convert(output=tmp_path / output)
@@ -282,16 +293,16 @@ def test_an_output_that_cannot_be_written_is_a_named_error(tmp_path, output, err
 def test_a_file_goes_through_as_text_or_path_and_a_damaged_one_is_named(tmp_path):
     path = tmp_path / "in.safetensors"
     save_file(mlp().state_dict(), path)
-    assert Int8PerChannel().prepare(str(path)) == path
+    assert small().prepare(str(path)) == path
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(fewbits.FormatError, match=r"in\.safetensors"):
-        Int8PerChannel().prepare(path)
+        small().prepare(path)
 
 
 def test_training_flags_and_gradients_survive():
     model = mlp().train()
     model[0].bias.requires_grad = False
-    result = fewbits.quantize(model, "int8").model
+    result = quantize_small(model, "int8").model
     assert result.training
     assert [result[0].bias.requires_grad, result[2].bias.requires_grad] == [False, True]
     assert isinstance(result[2].bias, nn.Parameter)
@@ -299,8 +310,17 @@ def test_training_flags_and_gradients_survive():
 
 def test_kept_tensors_are_the_same_bits_and_buffers_stay_buffers():
     model = TiedLM()
-    result = fewbits.quantize(model, "int8").model
+    result = quantize_small(model, "int8").model
     kept = {n: t for n, t in named_tensors(model).items() if n in named_tensors(result)}
     assert snapshot({n: named_tensors(result)[n] for n in kept}) == snapshot(kept)
     assert as_bytes(result.inv_freq) == as_bytes(model.inv_freq)
     assert "inv_freq" not in result.state_dict()
+
+
+def test_parameters_of_a_bare_module_are_quantized():
+    model = nn.Module()
+    model.table = nn.Parameter(torch.rand(8, 8))
+    result = quantize_small(model)
+    assert result.ledger["table"].fate == "quantized"
+    assert (result.model.table - model.table).abs().max() < 0.01
+    assert type(fewbits.dequantize(result.model)) is nn.Module

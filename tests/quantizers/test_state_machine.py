@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from safetensors.torch import save_file
 
-from fewbits import ArgumentError, CalibrationError, Int8PerChannel, QuantizedTensor, State, StateError
+from fewbits import ArgumentError, CalibrationError, QuantizedTensor, State, StateError
 from fewbits.quantizers.lifecycle import guard
-from lifecycle_helpers import files_in, hook_count, mlp, named_tensors, snapshot
+from lifecycle_helpers import files_in, hook_count, mlp, named_tensors, small, snapshot
 
 TOO_EARLY_OR_TOO_LATE = {
     "prepare": dict.fromkeys(["PREPARED", "OBSERVED", "CONVERTED", "VALIDATED"], "reset()"),
@@ -45,7 +45,7 @@ class Lifecycle(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.batches = [torch.ones(2, 16)]
-        self.quantizer = Int8PerChannel()
+        self.quantizer = small()
         self.state, self.kind = "CREATED", None
         self.source = self.prepared = self.result = None
         self.untouched = {}

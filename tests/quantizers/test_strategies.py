@@ -10,7 +10,6 @@ import fewbits
 from fewbits import (
     CalibrationError,
     Decision,
-    Int8PerChannel,
     MinMaxObserver,
     NumericsError,
     Observer,
@@ -18,7 +17,17 @@ from fewbits import (
     SelectionError,
     Selector,
 )
-from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, Watcher, files_in, mlp, random_models, snapshot
+from lifecycle_helpers import (
+    FEWER_EXAMPLES,
+    JsonSerializer,
+    Watcher,
+    files_in,
+    mlp,
+    quantize_small,
+    random_models,
+    small,
+    snapshot,
+)
 
 
 def data(count=2):
@@ -28,7 +37,7 @@ def data(count=2):
 
 def test_an_observer_sees_the_inputs_of_each_layer():
     seen = []
-    quantizer = Int8PerChannel(observer=Watcher(seen.append))
+    quantizer = small(observer=Watcher(seen.append))
     model, batches = mlp(), data()
     quantizer.prepare(model)
     quantizer.observe(batches)
@@ -39,7 +48,7 @@ def test_an_observer_sees_the_inputs_of_each_layer():
 
 def test_an_observer_sees_what_the_users_own_loop_shows_it():
     seen = []
-    quantizer = Int8PerChannel(observer=Watcher(seen.append))
+    quantizer = small(observer=Watcher(seen.append))
     prepared = quantizer.prepare(mlp())
     prepared(data()[0])
     assert len(seen) == 2
@@ -57,34 +66,34 @@ def test_a_layer_that_is_called_with_keywords_is_seen():
             return self.linear(input=x)
 
     seen = []
-    quantizer = Int8PerChannel(observer=Watcher(seen.append))
+    quantizer = small(observer=Watcher(seen.append))
     quantizer.prepare(Keywords())
     quantizer.observe(data())
     assert len(seen) == 2
 
 
 def test_an_observer_changes_the_result():
-    plain = fewbits.quantize(mlp(), "int8").model
-    watched = fewbits.quantize(mlp(), "int8", observer=Watcher(), data=data()).model
+    plain = quantize_small(mlp(), "int8").model
+    watched = quantize_small(mlp(), "int8", observer=Watcher(), data=data()).model
     peak = 1 + max(batch.abs().max() for batch in data())
     assert torch.equal(watched[0].weight_stored.scale, plain[0].weight_stored.scale * peak)
 
 
 def test_every_layer_has_an_observer_of_its_own_and_the_recipe_sees_nothing():
     recipe = Watcher()
-    result = fewbits.quantize(mlp(), "int8", observer=recipe, data=data()).model
-    plain = fewbits.quantize(mlp(), "int8").model
+    result = quantize_small(mlp(), "int8", observer=recipe, data=data()).model
+    plain = quantize_small(mlp(), "int8").model
     widened = [result[i].weight_stored.scale / plain[i].weight_stored.scale for i in (0, 2)]
     assert widened[0].mean() != widened[1].mean()
     assert torch.equal(
-        *(fewbits.quantize(mlp(), "int8", observer=recipe, data=data()).model[2].weight_stored.scale for _ in range(2))
+        *(quantize_small(mlp(), "int8", observer=recipe, data=data()).model[2].weight_stored.scale for _ in range(2))
     )
 
 
 def test_observing_twice_adds_up():
     first, second = data()
-    once = fewbits.quantize(mlp(), "int8", observer=Watcher(), data=[first, second]).model
-    quantizer = Int8PerChannel(observer=Watcher())
+    once = quantize_small(mlp(), "int8", observer=Watcher(), data=[first, second]).model
+    quantizer = small(observer=Watcher())
     quantizer.prepare(mlp())
     quantizer.observe([second])
     quantizer.observe([first])
@@ -92,7 +101,7 @@ def test_observing_twice_adds_up():
 
 
 def test_reset_forgets_what_was_seen():
-    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer = small(observer=Watcher())
     quantizer.prepare(mlp())
     quantizer.observe(data())
     quantizer.reset()
@@ -102,14 +111,14 @@ def test_reset_forgets_what_was_seen():
 
 
 def test_convert_without_data_names_the_layers_that_saw_none():
-    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer = small(observer=Watcher())
     quantizer.prepare(mlp())
     with pytest.raises(CalibrationError, match=r"0\.weight, 2\.weight.*call observe"):
         quantizer.convert()
 
 
 def test_convert_names_only_the_layers_that_the_data_did_not_reach():
-    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer = small(observer=Watcher())
     prepared = quantizer.prepare(mlp())
     prepared[0](data()[0])
     with pytest.raises(CalibrationError, match=r"2\.weight") as caught:
@@ -122,7 +131,7 @@ def test_convert_names_only_the_layers_that_the_data_did_not_reach():
 def test_one_of_the_layers_that_share_a_weight_is_enough():
     model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
     model["b"].weight = model["a"].weight
-    quantizer = Int8PerChannel(observer=Watcher())
+    quantizer = small(observer=Watcher())
     prepared = quantizer.prepare(model)
     prepared["b"](data()[0])
     assert quantizer.convert()["a"].weight_stored is not None
@@ -135,7 +144,7 @@ def test_an_observer_that_needs_data_cannot_serve_tensors_without_a_forward(tmp_
         save_file(source, tmp_path / "model.safetensors")
         source = tmp_path / "model.safetensors"
     with pytest.raises(CalibrationError, match="Watcher needs data, and a state dict or a file has no forward"):
-        Int8PerChannel(observer=Watcher()).prepare(source)
+        small(observer=Watcher()).prepare(source)
 
 
 class Broken(Observer):
@@ -159,7 +168,7 @@ class Broken(Observer):
     ],
 )
 def test_an_observer_that_returns_nonsense_is_refused_with_the_tensors_name(scale, zero_point):
-    quantizer = Int8PerChannel(observer=Broken(scale, zero_point))
+    quantizer = small(observer=Broken(scale, zero_point))
     quantizer.prepare(mlp())
     with pytest.raises(NumericsError, match=r"0\.weight, .*an observer"):
         quantizer.convert()
@@ -171,7 +180,7 @@ def test_an_observer_may_clip_and_the_bound_says_so():
             scale, zero_point = super().observe_weight(weight, spec)
             return scale / 2, zero_point
 
-    result = fewbits.quantize(mlp(), "int8", observer=Clips(), fail_under=0)
+    result = quantize_small(mlp(), "int8", observer=Clips(), fail_under=0)
     assert result.report.ok
     assert {t.measurement.code_min for t in result.report.tensors if t.measurement} == {-128}
 
@@ -188,13 +197,13 @@ def test_a_selector_decides():
     def only_wide(infos):
         return [Decision(info.shape[-1] > 16, "wide" if info.shape[-1] > 16 else "narrow") for info in infos]
 
-    ledger = fewbits.quantize(mlp(), "int8", selector=Chooses(only_wide)).ledger
+    ledger = quantize_small(mlp(), "int8", selector=Chooses(only_wide)).ledger
     assert (ledger["0.weight"].fate, ledger["0.weight"].reason) == ("kept", "narrow")
     assert (ledger["2.weight"].fate, ledger["2.weight"].reason) == ("quantized", "wide")
 
 
 def test_a_selector_cannot_choose_what_cannot_be_quantized():
-    quantizer = Int8PerChannel(selector=Chooses(lambda infos: [Decision(True, "all", named=True)] * len(infos)))
+    quantizer = small(selector=Chooses(lambda infos: [Decision(True, "all", named=True)] * len(infos)))
     quantizer.prepare(mlp())
     assert [row.name for row in quantizer.ledger if row.fate == "quantized"] == ["0.weight", "2.weight"]
 
@@ -203,7 +212,7 @@ def test_a_selector_cannot_choose_what_cannot_be_quantized():
 def test_a_selector_with_a_wrong_number_of_decisions_is_refused(surplus):
     selector = Chooses(lambda infos: [Decision(True, "all")] * (len(infos) + surplus))
     with pytest.raises(SelectionError, match=f"made {4 + surplus} decisions for 4 tensors"):
-        Int8PerChannel(selector=selector).prepare(mlp())
+        small(selector=selector).prepare(mlp())
 
 
 def test_a_selector_is_told_names_shapes_classes_and_what_the_scheme_skips():
@@ -214,7 +223,7 @@ def test_a_selector_is_told_names_shapes_classes_and_what_the_scheme_skips():
         return [Decision(True, "all")] * len(infos)
 
     model = nn.ModuleDict({"e": nn.Embedding(4, 16), "l": nn.Linear(16, 4)})
-    fewbits.Int4Grouped(16, selector=Chooses(listen)).prepare(model)
+    small(fewbits.Int4Grouped, 16, selector=Chooses(listen)).prepare(model)
     assert [(i.name, i.shape, i.owner) for i in told] == [
         ("e.weight", (4, 16), nn.Embedding),
         ("l.weight", (4, 16), nn.Linear),
@@ -231,7 +240,7 @@ def test_a_selector_is_told_names_shapes_classes_and_what_the_scheme_skips():
 @FEWER_EXAMPLES
 def test_any_model_survives_a_serializer_of_the_users(tmp_path_factory, model):
     serializer = JsonSerializer()
-    result = fewbits.quantize(model, "int8", serializer=serializer, fail_under=0)
+    result = quantize_small(model, "int8", serializer=serializer, fail_under=0)
     path = tmp_path_factory.mktemp("json") / "model.json"
     result.save(path)
     loaded = fewbits.load(path, serializer=serializer)
@@ -242,7 +251,7 @@ def test_any_model_survives_a_serializer_of_the_users(tmp_path_factory, model):
 
 def test_the_serializer_is_used_to_save_to_validate_and_to_load(tmp_path):
     serializer = JsonSerializer()
-    quantizer = Int8PerChannel(serializer=serializer)
+    quantizer = small(serializer=serializer)
     quantizer.prepare(mlp())
     result = quantizer.convert()
     assert not serializer.written
@@ -258,7 +267,7 @@ def test_the_serializer_is_used_to_save_to_validate_and_to_load(tmp_path):
 def test_the_serializer_writes_the_result_of_a_file(tmp_path):
     save_file(mlp().state_dict(), tmp_path / "model.safetensors")
     serializer = JsonSerializer()
-    result = fewbits.quantize(
+    result = quantize_small(
         tmp_path / "model.safetensors", "int8", serializer=serializer, output=tmp_path / "model.json"
     )
     assert result.report.ok
@@ -275,4 +284,4 @@ def test_a_serializer_that_loses_a_bit_is_found_out():
             return reader
 
     with pytest.raises(fewbits.ValidationError, match=r"0\.weight"):
-        fewbits.quantize(mlp(), "int8", serializer=Lossy())
+        quantize_small(mlp(), "int8", serializer=Lossy())

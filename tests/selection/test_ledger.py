@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,21 @@ from torch import nn
 
 import fewbits
 from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, Ledger, LedgerRow
-from lifecycle_helpers import FEWER_EXAMPLES, TiedLM, distinct_bytes, mlp, named_tensors, random_models, read_header
+from lifecycle_helpers import (
+    FEWER_EXAMPLES,
+    TiedLM,
+    distinct_bytes,
+    mlp,
+    named_tensors,
+    quantize_small,
+    random_models,
+    read_header,
+    small,
+)
 
 SCHEMES = st.sampled_from(
-    [Int8PerTensor, Int8PerChannel, FP16Cast, lambda: Int4Grouped(2), lambda: Int4Grouped(3, symmetric=False)]
-).map(lambda make: make())
+    [Int8PerTensor, Int8PerChannel, FP16Cast, partial(Int4Grouped, 2), partial(Int4Grouped, 3, symmetric=False)]
+).map(small)
 
 
 @given(random_models(), SCHEMES)
@@ -98,7 +109,7 @@ def test_the_summary_counts_every_tensor(model, quantizer):
 
 
 def test_a_scheme_fits_in_one_readable_table():
-    quantizer = Int4Grouped(16)
+    quantizer = small(Int4Grouped, 16)
     quantizer.prepare(TiedLM())
     rows = {row.name: (row.fate, row.reason) for row in quantizer.ledger}
     assert rows == {
@@ -118,20 +129,20 @@ def test_buffers_over_one_storage_are_one_tensor(inplace):
     model = mlp()
     model.register_buffer("table", torch.ones(10))
     model.register_buffer("again", model.table.view(10))
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(model, inplace=inplace)
     assert quantizer.ledger["again"].alias_of == "table"
     assert quantizer.ledger.bytes_before == distinct_bytes(named_tensors(model).values())
 
 
 def test_buffers_outside_the_state_dict_are_marked():
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(TiedLM())
     assert [row.name for row in quantizer.ledger if not row.persistent] == ["inv_freq"]
 
 
 def test_a_row_that_does_not_exist_is_a_named_error():
-    ledger = fewbits.quantize(nn.Linear(4, 4), "int8", validate=False).ledger
+    ledger = quantize_small(nn.Linear(4, 4), "int8", validate=False).ledger
     with pytest.raises(fewbits.ArgumentError, match=r"no tensor named 'wieght'"):
         ledger["wieght"]
 

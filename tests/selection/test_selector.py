@@ -1,4 +1,4 @@
-"""`LayerSelector`: which rule wins, types, and rules that fit nothing."""
+"""`LayerSelector`: which rule wins, types, sizes, and rules that fit nothing."""
 
 import pytest
 import torch
@@ -25,8 +25,13 @@ MODULES = [info.module for info in INFOS]
 subsets = st.lists(st.sampled_from(MODULES), unique=True, max_size=3)
 
 
+def select(infos=INFOS, **rules):
+    """One decision a tensor; none of them is too small unless a rule says so."""
+    return LayerSelector(**{"min_elements": 1} | rules).select(infos)
+
+
 def chosen(**rules):
-    decisions = LayerSelector(**rules).select(INFOS)
+    decisions = select(**rules)
     return [info.module for info, decision in zip(INFOS, decisions, strict=True) if decision.quantize]
 
 
@@ -74,7 +79,7 @@ def test_types_are_given_by_class_by_name_or_by_base_class(rules, quantized):
     ],
 )
 def test_the_reason_names_the_rule(rules, module, reason, named):
-    decision = LayerSelector(**rules).select(INFOS)[MODULES.index(module)]
+    decision = select(**rules)[MODULES.index(module)]
     assert (decision.reason, decision.named) == (reason, named)
 
 
@@ -110,7 +115,110 @@ def test_a_pattern_that_names_nothing_is_refused(rule):
 
 
 def test_one_selector_serves_many_models():
-    selector = LayerSelector(exclude=["head"])
+    selector = LayerSelector(exclude=["head"], min_elements=1)
     first = selector.select(INFOS)
+    assert [decision.quantize for decision in first] == [False, True, True, True, False]
     assert selector.select([entry("head.weight", dtype=torch.float16)])[0].quantize is False
     assert selector.select(INFOS) == first
+
+
+@pytest.mark.parametrize("rule", [{"exclude_types": ["Embedding"]}, {"exclude_types": [nn.Embedding]}])
+def test_a_state_dict_knows_embeddings_by_name(rule):
+    infos = [entry("wte.weight"), entry("head.weight")]
+    assert [decision.quantize for decision in select(infos, **rule)] == [False, True]
+    assert [decision.quantize for decision in select(infos, include_types=rule["exclude_types"])] == [True, False]
+
+
+# Sizes.
+
+
+@given(st.integers(0, 50), st.none() | st.integers(0, 50), st.integers(0, 9), st.integers(0, 9))
+def test_the_least_size_of_a_selector_outranks_that_of_a_scheme(scheme_s, selector_s, rows, columns):
+    (decision,) = LayerSelector(min_elements=selector_s).select([entry("w", (rows, columns), min_elements=scheme_s)])
+    least = scheme_s if selector_s is None else selector_s
+    assert decision.quantize == (rows * columns >= least)
+    assert decision.reason == ("selected" if decision.quantize else f"fewer than {least} elements")
+
+
+@given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5))
+def test_exactly_the_tensors_with_fewer_elements_are_kept(min_elements, shapes):
+    decisions = select([entry(f"w{i}", shape) for i, shape in enumerate(shapes)], min_elements=min_elements)
+    assert [decision.quantize for decision in decisions] == [a * b >= min_elements for a, b in shapes]
+    assert not any(decision.named for decision in decisions)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"include": ["head"]},
+        {"include": ["head.weight"]},
+        {"include_types": [nn.Linear]},
+        {"overrides": {"head": "int8"}},
+        {"overrides": {"head": {"group_size": 8}}},
+    ],
+    ids=str,
+)
+def test_a_rule_that_names_a_small_tensor_outranks_its_size(rules):
+    decision = select(**rules, min_elements=10**9)[-1]
+    assert (decision.quantize, decision.named) == (True, True)
+
+
+@pytest.mark.parametrize("junk", [-1, 1.0, "512", True, [512]])
+def test_a_least_size_that_is_no_number_of_elements_is_refused(junk):
+    with pytest.raises(SelectionError, match="min_elements is an integer from 0 up"):
+        LayerSelector(min_elements=junk)
+
+
+# What outranks what: of the rows that hold, the first one decides.
+
+RANKS = {
+    "exclude": ({"exclude": ["layer"]}, False, "excluded by 'layer'"),
+    "modules_to_not_convert": ({"modules_to_not_convert": ["layer.weight"]}, False, "excluded by 'layer.weight'"),
+    "exclude_types": ({"exclude_types": [nn.Linear]}, False, "excluded by type Linear"),
+    "keep": ({"overrides": {"layer": "keep"}}, False, "override 'layer'"),
+    "override": ({"overrides": {"layer.*": "int8-tensor"}}, True, "override 'layer.*'"),
+    "include": ({"include": ["layer"]}, True, "included by 'layer'"),
+    "include_types": ({"include_types": ["Linear"]}, True, "included by type Linear"),
+    "include others": ({"include": ["other"]}, False, "no include rule names it"),
+    "small": ({}, False, "fewer than 512 elements"),
+    "skip": ({}, False, "the scheme keeps it"),
+    "nothing": ({}, True, "selected"),
+}
+#: Both are rules of one mapping, in which the last one that matches wins; tested by itself.
+TOGETHER = {"keep", "override"}
+
+
+def decided(holding):
+    """The decision on a tensor for which these rows of the table hold."""
+    rules = {}
+    for row in holding:
+        for rule, value in RANKS[row][0].items():
+            rules[rule] = (
+                rules[rule] | value
+                if isinstance(value, dict) and rule in rules
+                else ([*rules.get(rule, []), *value] if isinstance(value, list) else value)
+            )
+    shape = (16, 31) if "small" in holding else (64, 64)
+    skip = "the scheme keeps it" if "skip" in holding else None
+    layer = entry("layer.weight", shape, owner=nn.Linear, skip=skip, min_elements=512)
+    infos = [layer, entry("other.weight", owner=nn.Conv1d)]
+    return LayerSelector(**rules).select(infos)[0]
+
+
+@pytest.mark.parametrize("first", RANKS)
+@pytest.mark.parametrize("second", RANKS)
+def test_of_two_rules_the_one_that_comes_first_in_the_table_decides(first, second):
+    ranked = sorted({first, second}, key=[*RANKS].index)
+    if ranked == sorted(TOGETHER, key=[*RANKS].index):
+        ranked = ["override"]
+    decision = decided(ranked)
+    assert (decision.quantize, decision.reason) == RANKS[ranked[0]][1:]
+
+
+@given(st.sets(st.sampled_from([row for row in RANKS if row != "nothing"])))
+def test_of_any_rules_the_one_that_comes_first_in_the_table_decides(holding):
+    ranked = sorted(holding - {"keep"} if holding >= TOGETHER else holding, key=[*RANKS].index)
+    decision = decided(ranked)
+    assert (decision.quantize, decision.reason) == RANKS[[*ranked, "nothing"][0]][1:]
+    assert decision.named == ([*ranked, "nothing"][0] not in ("include others", "small", "skip", "nothing"))
+    assert (decision.override is not None) == (bool(ranked) and ranked[0] == "override")

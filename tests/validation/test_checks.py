@@ -1,6 +1,7 @@
 """What validation finds: a result that was changed behind its back, by a single bit."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import fewbits
 from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, ValidationError
 from fewbits.validation.checks import same_bits
-from lifecycle_helpers import TiedLM, mlp, read_header
+from lifecycle_helpers import TiedLM, mlp, quantize_small, read_header, small
 
 ROWS, COLUMNS = 3, 7
 
@@ -23,7 +24,7 @@ def exact_weights():
 
 
 def converted(source, quantizer=None, **options):
-    quantizer = quantizer or Int8PerChannel()
+    quantizer = quantizer or small()
     quantizer.prepare(source)
     return quantizer, quantizer.convert(**options)
 
@@ -51,18 +52,18 @@ def test_a_flipped_code_is_found_whenever_it_was_measured_before(measure):
     assert_found(quantizer, "2.weight")
 
 
-@pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, lambda: Int4Grouped(8)])
+@pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8)])
 @pytest.mark.parametrize("scale", [math.nan, 0.0, math.inf, -math.inf])
 def test_a_scale_that_is_no_number_is_found(quantizer, scale):
-    quantizer, result = converted(mlp(), quantizer())
+    quantizer, result = converted(mlp(), small(quantizer))
     result[0].weight_stored.scale.view(-1)[0] = scale
     assert_found(quantizer, "0.weight")
 
 
-@pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, lambda: Int4Grouped(8)])
+@pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8)])
 @pytest.mark.parametrize("scale", [math.nan, 0.0, math.inf])
 def test_scales_that_are_all_no_numbers_are_found(quantizer, scale):
-    quantizer, result = converted(mlp(), quantizer())
+    quantizer, result = converted(mlp(), small(quantizer))
     result[0].weight_stored.scale.fill_(scale)
     assert_found(quantizer, "0.weight")
 
@@ -74,7 +75,7 @@ def test_a_scale_that_is_a_little_larger_is_found():
 
 
 def test_a_zero_point_that_moved_is_found():
-    quantizer, result = converted(mlp(), Int4Grouped(8, symmetric=False))
+    quantizer, result = converted(mlp(), small(Int4Grouped, 8, symmetric=False))
     result[0].weight_stored.zero_point.bitwise_xor_(1)
     assert_found(quantizer, "0.weight")
 
@@ -94,14 +95,14 @@ def test_a_buffer_that_changed_is_found():
 
 
 def test_a_cast_that_changed_is_found():
-    quantizer, result = converted(mlp(), FP16Cast())
+    quantizer, result = converted(mlp(), small(FP16Cast))
     result[0].weight_stored.narrow[4, 4] *= 1.01
     assert_found(quantizer, "0.weight")
 
 
-@pytest.mark.parametrize("quantizer", [Int8PerChannel, lambda: Int4Grouped(8), FP16Cast])
+@pytest.mark.parametrize("quantizer", [Int8PerChannel, partial(Int4Grouped, 8), FP16Cast])
 def test_a_mapping_is_checked_like_a_model(quantizer):
-    quantizer, result = converted(dict(mlp().state_dict()), quantizer())
+    quantizer, result = converted(dict(mlp().state_dict()), small(quantizer))
     value = result["2.weight"]
     (value if isinstance(value, torch.Tensor) else value.scale).mul_(2)
     result["0.bias"][0] = 3
@@ -112,7 +113,7 @@ def test_a_mapping_is_checked_like_a_model(quantizer):
 def test_a_changed_byte_of_a_file_is_found(tmp_path, name):
     save_file(mlp().state_dict(), tmp_path / "in.safetensors")
     output = tmp_path / "out.safetensors"
-    quantizer = Int8PerChannel()
+    quantizer = small()
     quantizer.prepare(tmp_path / "in.safetensors")
     quantizer.convert(output=output)
     entries, _, payload = read_header(output)
@@ -163,7 +164,7 @@ def test_what_was_checked_is_named():
 
 def test_validation_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    fewbits.quantize(mlp(), "int8")
+    quantize_small(mlp(), "int8")
     assert not list(tmp_path.iterdir())
 
 
@@ -193,15 +194,15 @@ def test_bits_are_compared_not_values(a, b, same):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("make", [Int8PerTensor, Int8PerChannel, lambda: Int4Grouped(8)])
+@pytest.mark.parametrize("make", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8)])
 def test_a_model_in_any_dtype_passes(dtype, make):
-    assert fewbits.quantize(mlp().to(dtype), make()).report.ok
+    assert quantize_small(mlp().to(dtype), small(make)).report.ok
 
 
 @pytest.mark.parametrize("exponent", [-300, -160, 160, 300])
 def test_very_small_and_very_large_doubles_pass(exponent):
     weights = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    report = fewbits.quantize({"w": weights * 10.0**exponent}, "int8").report
+    report = quantize_small({"w": weights * 10.0**exponent}, "int8").report
     assert report.ok
     assert report.sqnr_db > 30
 
@@ -210,4 +211,4 @@ def test_a_model_with_a_dtype_that_no_file_holds_is_a_named_failure():
     model = nn.Linear(4, 4)
     model.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
     with pytest.raises(fewbits.FewbitsError, match="phase has dtype complex128"):
-        fewbits.quantize(model, "int8")
+        quantize_small(model, "int8")

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fewbits
 from fewbits import Measurement, Report, TensorReport
 from fewbits.validation.report import verdict_of
-from lifecycle_helpers import mlp
+from lifecycle_helpers import mlp, quantize_small
 
 
 def measured(signal=100.0, noise=1.0, **fields):
@@ -119,7 +118,7 @@ def test_json_is_strict_whatever_was_measured(signal, noise, error, scale):
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp16"])
 def test_an_exact_result_is_null_and_exact_in_json(scheme):
     options = {"group_size": 4} if scheme == "int4" else {}
-    found = fewbits.quantize({"w": torch.zeros(4, 8)}, scheme, **options).report
+    found = quantize_small({"w": torch.zeros(4, 8)}, scheme, **options).report
     described = strict(found.to_json())
     assert described["ok"]
     assert described["sqnr_db"] is None
@@ -128,7 +127,7 @@ def test_an_exact_result_is_null_and_exact_in_json(scheme):
 
 
 def test_json_says_everything_about_every_tensor():
-    result = fewbits.quantize(mlp(), "int8")
+    result = quantize_small(mlp(), "int8")
     described = strict(result.report.to_json())
     assert [t["name"] for t in described["tensors"]] == [row.name for row in result.ledger]
     weight = described["tensors"][0]
@@ -141,7 +140,7 @@ def test_json_says_everything_about_every_tensor():
 
 
 def test_the_text_names_every_tensor_and_every_check():
-    found = fewbits.quantize(mlp(), "int8").report
+    found = quantize_small(mlp(), "int8").report
     text = str(found)
     assert all(t.name in text for t in found.tensors)
     assert all(check in text for check in found.checks)

@@ -13,13 +13,14 @@ import fewbits
 from checkpoints import save, state
 from fewbits.sources.open import open_source
 from fewbits.validation.verify import verify
+from lifecycle_helpers import small
 
 SCHEMES = {
-    "int8": lambda: fewbits.Int8PerChannel(),
-    "int8-tensor": lambda: fewbits.Int8PerTensor(),
-    "int4": lambda: fewbits.Int4Grouped(group_size=64),
-    "asymmetric": lambda: fewbits.Int4Grouped(group_size=48, symmetric=False),
-    "fp16": lambda: fewbits.FP16Cast(),
+    "int8": small,
+    "int8-tensor": lambda: small(fewbits.Int8PerTensor),
+    "int4": lambda: small(fewbits.Int4Grouped, group_size=64),
+    "asymmetric": lambda: small(fewbits.Int4Grouped, group_size=48, symmetric=False),
+    "fp16": lambda: small(fewbits.FP16Cast),
 }
 
 
@@ -167,3 +168,9 @@ def test_what_is_not_ours_cannot_be_verified(tmp_path, write):
     write(tmp_path / "f")
     with pytest.raises(fewbits.CheckpointError):
         verify(tmp_path / "f")
+
+
+def test_a_limit_that_is_no_number_is_refused(tmp_path):
+    fewbits.quantize(nn.Linear(32, 32), "int8").save(tmp_path / "f")
+    with pytest.raises(fewbits.ArgumentError, match="fail_under must be a number of dB, not nan"):
+        fewbits.verify(tmp_path / "f", fail_under=float("nan"))

@@ -13,9 +13,10 @@ from fewbits.checkpoint.reading import Check, Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
+from fewbits.nn.layouts import layout_of
 from fewbits.nn.stored import store
-from fewbits.nn.swap import attach, obstacle_to, refuse_quantized
-from fewbits.nn.walk import Slot, slots
+from fewbits.nn.swap import attach, obstacle_to, refuse_quantized, rounds_inputs
+from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import LedgerRow
@@ -100,6 +101,7 @@ def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
             problems.append(
                 f"{name} is a buffer that no state dict holds, and is on the meta device; build the model on the CPU"
             )
+    problems += [problem for row in checkpoint.ledger for problem in _unrounded(row, places.get(row.name, ()), model)]
     if problems:
         raise MismatchError(f"{checkpoint.path} does not fit {type(model).__name__}: {'; '.join(problems)}")
     return places
@@ -118,6 +120,20 @@ def _misfits(row: LedgerRow, slot: Slot) -> list[str]:
         if obstacle
         else []
     )
+
+
+def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:
+    """Whether the file says that a layer rounds its inputs, and none of those that take the weight does."""
+    if row.spec is None or row.spec.activations is None or not places:
+        return []
+    rounding = [slot for slot in places if rounds_inputs(slot.module, slot.local, parent_of(model, slot))]
+    if rounding and all(layout_of(slot.module, slot.local, slot.tensor)[0] == row.layout for slot in rounding):
+        return []
+    why = "is cut along other inputs" if rounding else "does not round its inputs"
+    return [
+        f"{row.name} is {row.scheme} in the file, but {type(places[0].module).__name__} {why}: "
+        f"quantize it with overrides={{{row.name!r}: {{'activations': None}}}}"
+    ]
 
 
 def _put(row: LedgerRow, value: Value, places: Sequence[Slot]) -> None:

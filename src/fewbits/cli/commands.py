@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -13,23 +14,17 @@ from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.progress import progress_bar
+from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
+from fewbits.quantizers.fitting import Ragged
 from fewbits.quantizers.schemes import SCHEMES
-from fewbits.selection.selector import LayerSelector
 from fewbits.validation.report import CRITICAL_DB
 
 SUCCESS, FAILED, BAD_USAGE = 0, 1, 2
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
 _path = click.Path(path_type=Path)
-_fail_under = click.option(
-    "--fail-under",
-    type=float,
-    default=CRITICAL_DB,
-    show_default=True,
-    metavar="DB",
-    help="SQNR below which a tensor fails.",
-)
+_FAIL_UNDER: dict[str, Any] = {"type": float, "metavar": "DB", "help": "SQNR below which a tensor fails."}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,50 +39,52 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", metavar="IN", type=_path)
 @click.option("-o", "--output", required=True, metavar="OUT", type=_path, help="The file to write.")
-@click.option("--scheme", type=click.Choice(list(SCHEMES)), required=True, help="How weights are stored.")
+@click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON. An option replaces its setting.")
+@click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How weights are stored. Required without --config.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only what these patterns name. Repeatable.")
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Keep what this pattern names. Repeatable.")
+@click.option("--skip", "exclude", multiple=True, metavar="PATTERN", help="Keep what this pattern names. Repeatable.")
+@click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    metavar="PATTERN=SCHEME",
+    help="Another scheme for what this pattern names: int4:64 for groups of 64, keep for none. Repeatable.",
+)
 @click.option("--group-size", type=int, metavar="N", help="Weights that share a scale (int4 only).")
+@click.option("--ragged", type=click.Choice(get_args(Ragged)), help="What to do with rows that groups do not divide.")
+@click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
 @click.option("--embeddings", is_flag=True, help="Quantize embeddings too, where the scheme would keep them.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@_fail_under
+@click.option("--fail-under", show_default=f"{CRITICAL_DB:g}", **_FAIL_UNDER)
 @_json
 def quantize(
     source: Path,
     output: Path,
-    scheme: str,
-    include: tuple[str, ...],
-    skip: tuple[str, ...],
-    group_size: int | None,
+    config: Path | None,
     embeddings: bool,
     no_verify: bool,
     force: bool,
-    fail_under: float,
     as_json: bool,
+    **options: Any,
 ) -> int:
     """Quantize the safetensors checkpoint IN."""
     if output.exists() and not force:
         raise ArgumentError(f"{output} exists; pass --force to replace it, or choose another OUT")
-    options: dict[str, Any] = {"selector": LayerSelector(include=include, exclude=skip)}
-    if group_size is not None:
-        options["group_size"] = group_size
-    if embeddings:
-        options["skip_types"] = ()
+    settings = _settings(config, embeddings, options)
     with progress_bar() as progress:
         result = quantize_source(
             source,
-            scheme,
+            config=settings,
             output=output,
             validate=not no_verify,
-            on_failure="ignore",
-            fail_under=fail_under,
+            on_failure="ignore",  # the summary and the exit code tell
             progress=progress,
-            **options,
         )
     if as_json:
         report = None if result.report is None else result.report.to_dict()
-        _print_json({"output": str(output), "ledger": result.ledger.to_dict(), "report": report})
+        ledger = result.ledger.to_dict()
+        _print_json({"output": str(output), "config": settings.to_dict(), "ledger": ledger, "report": report})
     else:
         click.echo(result.ledger.summary())
         click.echo("not verified: --no-verify" if result.report is None else result.report.summary())
@@ -118,7 +115,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 @click.argument("file", metavar="FILE", type=_path)
 @click.option("--against", type=_path, metavar="SOURCE", help="The checkpoint it was made from.")
 @click.option("--tensors", is_flag=True, help="Print every tensor, not only a summary.")
-@_fail_under
+@click.option("--fail-under", default=CRITICAL_DB, show_default=True, **_FAIL_UNDER)
 @_json
 def verify(file: Path, against: Path | None, tensors: bool, fail_under: float, as_json: bool) -> int:
     """Check digests and structure of a fewbits FILE, and every element against its SOURCE."""
@@ -149,6 +146,40 @@ def run() -> int:
     except FewbitsError as error:
         code = _complain(str(error))
     return code
+
+
+def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:
+    """The options that were given over what is in the file."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "overrides" in given:
+        given["overrides"] = _overrides(given["overrides"])
+    if embeddings:
+        given["skip_types"] = ()
+    if config is not None:
+        return QuantizationConfig.from_file(config).replace(**given)
+    if "scheme" not in given:
+        raise click.UsageError(f"Missing option '--scheme': one of {', '.join(SCHEMES)}; or a --config with a scheme.")
+    return QuantizationConfig(**given)
+
+
+def _overrides(options: Sequence[str]) -> dict[str, str | dict[str, Any]]:
+    """The rules in the order they count in: a pattern that is given again counts as last."""
+    overrides: dict[str, str | dict[str, Any]] = {}
+    for pattern, rule in map(_override, options):
+        overrides.pop(pattern, None)
+        overrides[pattern] = rule
+    return overrides
+
+
+def _override(option: str) -> tuple[str, str | dict[str, Any]]:
+    """A pattern and its rule, out of ``PATTERN=SCHEME`` or ``PATTERN=SCHEME:GROUP_SIZE``."""
+    pattern, _, rule = option.rpartition("=")
+    scheme, colon, size = rule.partition(":")
+    if not pattern or not scheme or (colon and not size.isdecimal()):
+        raise ArgumentError(
+            f"--override {option}: write PATTERN=SCHEME, such as lm_head=int8, lm_head=int4:64 or lm_head=keep"
+        )
+    return pattern, {"scheme": scheme, "group_size": int(size)} if colon else scheme
 
 
 def _complain(message: str, code: int = BAD_USAGE) -> int:

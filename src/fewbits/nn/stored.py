@@ -9,8 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewbits.errors import FormatError
+from fewbits.errors import ArgumentError, FormatError
+from fewbits.numerics.affine import steps_of
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import Layout
+from fewbits.numerics.packing import unpack
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor, decode_packed, narrow, unpack_zero_point
 
@@ -38,6 +41,11 @@ class StoredWeight(nn.Module, ABC):
     def spec(self) -> Spec:
         """How the weight is stored."""
 
+    @property
+    def input_scale(self) -> Tensor | None:
+        """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
+        return None
+
     @abstractmethod
     def value(self) -> QuantizedTensor | Tensor:
         """The stored form as a value."""
@@ -59,8 +67,16 @@ class StoredWeight(nn.Module, ABC):
         return self.dequantize(dtype)
 
     @abstractmethod
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """The weight as whole numbers, in its own shape, and what they are multiplied with; see `Operand.steps`."""
+
+    @abstractmethod
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a weight that is a matrix: (len(index), columns)."""
+
+    def extra_repr(self) -> str:
+        """How the weight is stored."""
+        return f"{self.spec}, reads as {dtype_name(self.dtype)}"
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         for name, buffer in list(self.named_buffers(recurse=False)):
@@ -97,6 +113,7 @@ class PackedWeight(StoredWeight):
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    _input_scale: Tensor | None
 
     def __init__(self, value: QuantizedTensor) -> None:
         super().__init__()
@@ -104,18 +121,25 @@ class PackedWeight(StoredWeight):
         self.register_buffer("packed", value.packed)
         self.register_buffer("scale", value.scale)
         self.register_buffer("zero_point", value.zero_point)
+        self.register_buffer("_input_scale", value.input_scale)
 
     @property
     def spec(self) -> QuantSpec:
         """How the codes look."""
         return self._spec
 
+    @property
+    def input_scale(self) -> Tensor | None:
+        """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
+        return self._input_scale
+
     def value(self) -> QuantizedTensor:
         """The stored form as a value; it shares the buffers."""
-        return QuantizedTensor(self.packed, self.scale, self.zero_point, self.spec, self.layout, self.dtype)
+        parts = self.packed, self.scale, self.zero_point
+        return QuantizedTensor(*parts, self.spec, self.layout, self.dtype, self._input_scale)
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensors of a state dict: ``_packed``, ``_scale``, ``_zero_point`` (asymmetric only), ``_shape``."""
+        """The tensors of a state dict: ``_packed``, ``_scale``, ``_shape`` and so on, as `QuantizedTensor.parts`."""
         return {f"_{name}": part for name, part in self.value().parts().items()}
 
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
@@ -124,7 +148,8 @@ class PackedWeight(StoredWeight):
         QuantizedTensor.from_parts(loaded, spec=self.spec, layout=self.layout, dtype=self.dtype)
         for name, buffer in self._buffers.items():
             if buffer is not None:
-                self._buffers[name] = loaded[name] if assign else buffer.copy_(loaded[name])
+                part = loaded[name.removeprefix("_")]
+                self._buffers[name] = part if assign else buffer.copy_(part)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its own shape, computed in float32 (float64 for float64 scales) and cast to `dtype`."""
@@ -132,8 +157,16 @@ class PackedWeight(StoredWeight):
         matrix = decode_packed(self.packed, self.scale, zero_point, self.spec, self.layout.columns)
         return self.layout.from_matrix(narrow(matrix, dtype or self.dtype))
 
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """Codes less zero points, and scales as (rows,) or (1,), both float64."""
+        zero_point = unpack_zero_point(self.zero_point, self.scale, self.spec)
+        codes = unpack(self.packed, self.spec.bits, self.layout.columns)
+        return self.layout.from_matrix(steps_of(codes, zero_point, self.spec)), self.scale.double().flatten()
+
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a weight that is a matrix: (len(index), columns)."""
+        if self.layout != Layout.of(self.layout.shape):  # cut another way: its rows are not the weight's
+            return self.dequantize(dtype).index_select(0, index)
         scale, zero_point = self.scale, unpack_zero_point(self.zero_point, self.scale, self.spec)
         if self.spec.granularity != "tensor":
             scale = scale.index_select(0, index)
@@ -149,13 +182,13 @@ class CastWeight(StoredWeight):
 
     def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self._spec = dtype, CastSpec(value.dtype)
         self.register_buffer("narrow", value)
 
     @property
     def spec(self) -> CastSpec:
         """The dtype it is stored in."""
-        return CastSpec(self.narrow.dtype)
+        return self._spec
 
     def value(self) -> Tensor:
         """The narrow tensor itself."""
@@ -182,6 +215,14 @@ class CastWeight(StoredWeight):
     def operand(self, dtype: torch.dtype) -> Tensor:
         """The weight, cast to `dtype` if it has another."""
         return self.narrow.to(dtype)
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """Never asked for: a cast has no whole numbers.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError(f"a weight in {self.spec} has no integer codes")
 
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a weight that is a matrix."""

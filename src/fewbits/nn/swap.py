@@ -6,62 +6,58 @@ references held outside the module tree go on meaning what they meant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fewbits.errors import ArgumentError, FewbitsError, SourceError
-from fewbits.nn import modules as quantized
-from fewbits.nn.modules import SUFFIX, QuantizedModule, stored_weights
+from fewbits.errors import ArgumentError, FewbitsError
+from fewbits.nn.base import SUFFIX, QuantizedModule, made_class, stored_weights
+from fewbits.nn.modules import CAREFUL_CLASSES, OWN_CLASSES
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import deep_copy
-from fewbits.numerics.layout import Layout
 from fewbits.numerics.tensor import QuantizedTensor
 
-#: The float classes whose weight can be stored, exactly these: a subclass may have a forward of its own.
-QUANTIZED_CLASSES: Mapping[type[nn.Module], type[QuantizedModule]] = {
-    nn.Linear: quantized.QuantizedLinear,
-    nn.modules.linear.NonDynamicallyQuantizableLinear: quantized.QuantizedLinear,
-    nn.Conv1d: quantized.QuantizedConv1d,
-    nn.Conv2d: quantized.QuantizedConv2d,
-    nn.Conv3d: quantized.QuantizedConv3d,
-    nn.ConvTranspose1d: quantized.QuantizedConvTranspose1d,
-    nn.ConvTranspose2d: quantized.QuantizedConvTranspose2d,
-    nn.ConvTranspose3d: quantized.QuantizedConvTranspose3d,
-    nn.Embedding: quantized.QuantizedEmbedding,
-    nn.EmbeddingBag: quantized.QuantizedEmbeddingBag,
-}
+
+def quantized_class(float_class: type[nn.Module], names: Collection[str]) -> type[QuantizedModule]:
+    """The class of modules of `float_class` whose parameters of these names are stored.
+
+    Raises:
+        TypeError: if there cannot be one.
+    """
+    candidates = (*(OWN_CLASSES if "weight" in names else ()), *CAREFUL_CLASSES)
+    base = next((base for base in candidates if issubclass(float_class, base.float_class)), QuantizedModule)
+    return made_class(float_class, base)
 
 
 def obstacle_to(module: nn.Module, name: str) -> str | None:
     """Why this parameter of this module cannot be stored; None if it can."""
     if isinstance(module, (QuantizedModule, StoredWeight)):
         return "it is quantized already"
-    if type(module) not in QUANTIZED_CLASSES:
-        base = next((cls.__name__ for cls in type(module).__mro__ if cls in QUANTIZED_CLASSES), None)
-        inherits = f", and {type(module).__name__} may use the weight in its own way" if base else ""
-        return f"{type(module).__name__} has no quantized form{f' ({base} has' + inherits + ')' if base else ''}"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript modules cannot be changed; quantize the module it was made from"
     if name + SUFFIX in module._modules:
         return f"it has a child named {name + SUFFIX}, where the quantized weight would go"
-    if name != "weight" or not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return f"{type(module).__name__}.{name} has no quantized form"
+    if type(module._parameters.get(name)) is not nn.Parameter:
+        return f"it is a {type(module._parameters.get(name)).__name__}, not a plain parameter"
+    try:
+        quantized_class(type(module), (name,))
+    except Exception as error:  # whatever a class does when it is subclassed
+        return f"{type(module).__name__} cannot be subclassed ({' '.join(str(error).split())})"
     return None
 
 
-def layout_of(module: nn.Module, weight: Tensor) -> Layout:
-    """How the weight of one of `QUANTIZED_CLASSES` is cut: outputs by inputs."""
-    shape = tuple(weight.shape)
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        return Layout.of(shape)
-    if not module.transposed:
-        return Layout.of(shape, inputs=range(1, len(shape)))
-    if module.groups == 1:
-        return Layout.of(shape, inputs=(0, *range(2, len(shape))))
-    # (groups, inputs of a group, outputs of a group, kernel...): every output of every group is a row.
-    view = (module.groups, shape[0] // module.groups, *shape[1:])
-    return Layout.of(shape, view=view, inputs=(1, *range(3, len(view))))
+def rounds_inputs(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
+    """Whether this module, once quantized, would round its inputs to int8 if its weight's spec says so.
+
+    Attention and the encoder layers of torch read the weights of their linear layers themselves.
+    """
+    if name != "weight" or isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return False
+    bases = [base.float_class for base in OWN_CLASSES if issubclass(type(module), base.float_class)]
+    own = [base for base in bases if base not in (nn.Embedding, nn.EmbeddingBag)]
+    return bool(own) and type(module).forward is own[0].forward
 
 
 def refuse_quantized(model: nn.Module, error: type[FewbitsError]) -> None:
@@ -77,27 +73,25 @@ def refuse_quantized(model: nn.Module, error: type[FewbitsError]) -> None:
 
 def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     """Put a stored weight in the place of a parameter; the module becomes its quantized class."""
-    obstacle = obstacle_to(module, name)
-    if obstacle is not None:
-        raise SourceError(f"{type(module).__name__}.{name} cannot be quantized: {obstacle}")
-    float_class = type(module)
-    parameter = module._parameters.pop(name)
+    float_class = module.float_class if isinstance(module, QuantizedModule) else type(module)
+    # The name stays where it is, as it does for a bias that there is not: going back keeps the order.
+    parameter, module._parameters[name] = module._parameters[name], None
     stored.trainable = parameter is not None and parameter.requires_grad
     stored.training = module.training
     module._modules[name + SUFFIX] = stored
-    module.__dict__["float_class"] = float_class
-    module.__class__ = QUANTIZED_CLASSES[float_class]
+    object.__setattr__(module, "__class__", quantized_class(float_class, stored_weights(module)))
+    if isinstance(module, QuantizedModule):
+        module.stores()
 
 
 def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]) -> None:
     """Put parameters back in the place of the stored weights; the module becomes its float class again."""
-    names = stored_weights(module)
-    object.__setattr__(module, "__class__", module.__dict__.pop("float_class"))
+    names, cls = stored_weights(module), type(module)
+    object.__setattr__(module, "__class__", cls.float_class)
     for name, stored in names.items():
         del module._modules[name + SUFFIX]
-        others = dict(module._parameters)
-        module._parameters.clear()
-        module._parameters.update({name: weights[stored], **others})  # first, as the float class has it
+        module._parameters[name] = weights[stored]
+    cls.restored(module)
 
 
 def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from fewbits.errors import SourceError
 from fewbits.nn.storage import storage_key
 
+#: Where every module keeps its tensors, its children and its hooks.
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
 
 @attrs.frozen(eq=False)
 class Slot:
@@ -59,6 +62,39 @@ def slots(model: nn.Module) -> Iterator[Slot]:
         for local, buffer in module._buffers.items():
             if buffer is not None:
                 yield Slot(prefix + local, module, local, False, local not in module._non_persistent_buffers_set)
+
+
+def parent_of(model: nn.Module, slot: Slot) -> nn.Module | None:
+    """The module that holds the slot's module, by the path in its name; None for the root."""
+    path = slot.name.rpartition(".")[0]
+    return model.get_submodule(path.rpartition(".")[0]) if path else None
+
+
+def held_beside(model: nn.Module) -> dict[str, str]:
+    """A reason for each parameter that a module holds in an attribute, a list or a dict too, outside its parameters.
+
+    Such a reference would go on using the float tensor. The lists that recurrent layers keep are made anew.
+    """
+    parameters = {id(slot.tensor) for slot in slots(model) if slot.is_parameter}
+    reasons: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _MODULE_STATE or (attribute == "_flat_weights" and isinstance(module, nn.RNNBase)):
+                continue
+            for tensor in _tensors_in(value):
+                where = f"{path}.{attribute}" if path else attribute
+                if id(tensor) in parameters:
+                    reasons[id(tensor)] = f"{where} holds it too, and would go on using the float tensor"
+    return {slot.name: reasons[id(slot.tensor)] for slot in slots(model) if id(slot.tensor) in reasons}
+
+
+def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in an attribute, looking into lists, tuples, sets and dicts, some levels deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, frozenset, dict)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(entry, depth - 1)
 
 
 def structural_copy(model: nn.Module) -> nn.Module:

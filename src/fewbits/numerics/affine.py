@@ -1,18 +1,33 @@
-"""The affine maths, in one copy: choose scale and zero point, encode, decode, and the bound on the error.
+"""The maths of codes, in one copy: choose scale and zero point, encode, decode, and the bound on the error.
 
 All functions work on a block of whole rows: `x` is (rows, columns) and floating, `scale` and `zero_point` are
-(rows, groups), or (1,) where one pair serves the whole tensor. A code ``q`` stands for ``(q - zero_point) * scale``.
+(rows, groups), or (1,) where one pair serves the whole tensor. A code ``q`` stands for ``(q - zero_point) * scale``,
+or, where the spec has levels, for ``levels[q - code_min] * scale``; see `fewbits.numerics.grid`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.errors import NumericsError, RangeError
 from fewbits.numerics.dtypes import compute_dtype, dtype_name
-from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.grid import (
+    broadcast,
+    code_range,
+    end_gaps,
+    ends,
+    grouped,
+    half_gap,
+    in_steps,
+    nearest_level,
+    nearest_step,
+)
+from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
 _SAME_WIDTH_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -26,7 +41,7 @@ def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     Returns:
         two tensors of the scales' shape, in the dtype of `x`.
     """
-    groups = _grouped(x, spec)
+    groups = grouped(x, spec)
     dims = (0, 1, 2) if spec.granularity == "tensor" else (2,)
     shape = spec.scale_shape(*x.shape)
     return groups.amin(dims).clamp(max=0).reshape(shape), groups.amax(dims).clamp(min=0).reshape(shape)
@@ -51,9 +66,7 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
         RangeError: if a scale is beyond the largest number of its dtype.
     """
     low, high = low.double(), high.double()
-    steps = spec.code_max - spec.code_min
-    # Each bound is divided on its own: their difference may overflow.
-    exact = torch.maximum(-low, high) / spec.code_max if spec.symmetric else high / steps - low / steps
+    exact = _exact_scale(low, high, spec)
     scale = _stored(exact, spec)
     scale = torch.where(_clips(low, high, scale, spec), _next_up(scale), scale)
     for _ in range(_OVERFLOW_STEPS):
@@ -77,12 +90,14 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
     Returns:
         uint8, the shape of `x`: codes made unsigned by adding ``2**(bits-1)``.
     """
-    dtype = torch.promote_types(compute_dtype(x.dtype), compute_dtype(scale.dtype))
-    codes = _grouped(x.to(dtype), spec) / _broadcast(scale.to(dtype))
-    codes.round_()
-    if zero_point is not None:
-        codes += _broadcast(zero_point)
-    codes.clamp_(spec.code_min, spec.code_max).sub_(spec.code_min)
+    steps = in_steps(x, scale, spec)
+    if spec.levels is not None:
+        codes = nearest_level(steps, spec)
+    else:
+        codes = steps.round_()
+        if zero_point is not None:
+            codes += broadcast(zero_point)
+        codes.clamp_(spec.code_min, spec.code_max).sub_(spec.code_min)
     return codes.to(torch.uint8).flatten(1)[:, : x.shape[1]]
 
 
@@ -97,16 +112,22 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantS
         dtype: float32 or float64.
     """
     # No in-place operation: this is traced by torch.compile and torch.export.
-    offset = -spec.code_min if zero_point is None else _broadcast(zero_point) - spec.code_min
-    values = (_grouped(codes, spec).to(dtype) - offset) * _broadcast(scale.to(dtype))
+    if spec.levels is not None:
+        levels = torch.tensor(spec.levels, dtype=dtype, device=codes.device)
+        steps = levels.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
+        values = grouped(steps, spec) * broadcast(scale.to(dtype))
+    else:
+        offset = -spec.code_min if zero_point is None else broadcast(zero_point) - spec.code_min
+        values = (grouped(codes, spec).to(dtype) - offset) * broadcast(scale.to(dtype))
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
 def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """How far each element may lie from what its code stands for, when codes are rounded to nearest.
+    """How far each element may lie from what its code stands for.
 
-    ``scale / 2 + |x| * 2**-23``; where an observer clips, the distance to the nearest representable value in
-    place of ``scale / 2`` (if larger). Evaluated in float64.
+    ``scale / 2 + |x| * 2**-23``, or half the distance of the two levels around it in place of ``scale / 2``; where an
+    observer clips, the distance to the nearest representable value (if larger). Where the spec says that codes are
+    chosen freely, the distance to the farther end of the code range. Evaluated in float64.
 
     Args:
         x: float64, (rows, columns).
@@ -114,13 +135,18 @@ def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Quant
         zero_point: as stored, unpacked; None if symmetric.
         spec: how the codes look.
     """
-    bound = torch.maximum(_beyond(x, scale, zero_point, spec), _half_step(scale)) + _grouped(x, spec).abs() * 2.0**-23
+    if spec.rounding == "free":
+        low, high = code_range(scale, zero_point, spec)
+        bound = torch.maximum(grouped(x, spec) - low, high - grouped(x, spec))
+    else:
+        bound = torch.maximum(_beyond(x, scale, zero_point, spec), half_gap(x, scale, spec))
+    bound = bound + grouped(x, spec).abs() * 2.0**-23
     return bound.flatten(1)[:, : x.shape[1]]
 
 
 def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Which elements lie further than half a step outside what the codes can stand for; arguments as `error_bound`."""
-    outside = _beyond(x, scale, zero_point, spec) > _half_step(scale)
+    outside = _beyond(x, scale, zero_point, spec) > half_gap(x, scale, spec)
     return outside.flatten(1)[:, : x.shape[1]]
 
 
@@ -156,30 +182,20 @@ def check_params(
     return scale, wide.to(torch.int32)
 
 
-def _grouped(x: Tensor, spec: QuantSpec) -> Tensor:
-    """(rows, columns) as (rows, groups, width); a ragged last group is filled up with zeros."""
-    rows, columns = x.shape
-    width, groups = spec.width(columns), spec.groups(columns)
-    if groups * width != columns:
-        x = F.pad(x, (0, groups * width - columns))
-    return x.reshape(rows, groups, width)
-
-
 def _beyond(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """How far each element lies outside what the codes can stand for (grouped, float64); at most zero inside."""
-    step, groups = _broadcast(scale.double()), _grouped(x, spec)
-    zero = _broadcast(zero_point.double()) if zero_point is not None else 0.0
-    ends = (spec.code_min - zero) * step, (spec.code_max - zero) * step
-    return torch.maximum(groups - torch.maximum(*ends), torch.minimum(*ends) - groups)
+    low, high = code_range(scale, zero_point, spec)
+    return torch.maximum(grouped(x, spec) - high, low - grouped(x, spec))
 
 
-def _half_step(scale: Tensor) -> Tensor:
-    return _broadcast(scale.double().abs() / 2)
-
-
-def _broadcast(params: Tensor) -> Tensor:
-    """(rows, groups) or (1,) as something that broadcasts against `_grouped`."""
-    return params.reshape(1, 1, 1) if params.dim() == 1 else params.unsqueeze(-1)
+def _exact_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """The smallest scale, as a real number, with which `low` and `high` are in range."""
+    first, last = ends(spec)
+    if not spec.symmetric:
+        # Each bound is divided on its own: their difference may overflow.
+        return high / (last - first) - low / (last - first)
+    # Integer codes keep the range symmetric too: the lowest code is left to observers that look for it.
+    return torch.maximum(-low, high) / last if spec.levels is None else torch.maximum(low / first, high / last)
 
 
 def _stored(exact: Tensor, spec: QuantSpec) -> Tensor:
@@ -197,14 +213,15 @@ def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Whether an end of the range is further than half a step from every code."""
     zero_point, step = _zero_point(low, scale, spec), scale.double()
-    return (high > step * (spec.code_max - zero_point + 0.5)) | (low < step * (spec.code_min - zero_point - 0.5))
+    first, last = ends(spec)
+    before, after = end_gaps(spec)
+    return (high > step * (last - zero_point + after)) | (low < step * (first - zero_point - before))
 
 
 def _overflows(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Whether a code in use stands for more than the largest number of the dtype that decoding computes in."""
     zero_point, step = _zero_point(low, scale, spec), scale.double()
-    last = ((high / step).round() + zero_point).clamp(max=spec.code_max) - zero_point
-    first = ((low / step).round() + zero_point).clamp(min=spec.code_min) - zero_point
+    first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
     limit = torch.finfo(compute_dtype(scale.dtype)).max
     return torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
 
@@ -212,3 +229,90 @@ def _overflows(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Ten
 def _next_up(x: Tensor) -> Tensor:
     """The next representable number above a positive one."""
     return (x.view(_SAME_WIDTH_INT[x.element_size()]) + 1).view(x.dtype)
+
+
+def dynamic_scale(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """The scale of int8 inputs that follows from the inputs themselves: their largest magnitude over 127.
+
+    Args:
+        x: float32 or float64; NaN and Inf make the scale NaN or Inf, and the output with it.
+        dims: the axes that share one scale; they are kept, with length 1.
+    """
+    return (x.abs().amax(tuple(dims), keepdim=True) / INPUT_SPEC.code_max).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def encode_input(x: Tensor, scale: Tensor) -> Tensor:
+    """Inputs rounded to int8 codes, as whole numbers in their own floating dtype (so that NaN stays NaN)."""
+    return (x / scale).round().clamp(INPUT_SPEC.code_min, INPUT_SPEC.code_max)
+
+
+def steps_of(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Codes less their zero points, in float64.
+
+    Args:
+        codes: uint8, (rows, columns), unsigned as `encode` returns them.
+        zero_point: of these rows, or None.
+        spec: the spec they were encoded with.
+    """
+    ones = torch.ones(spec.scale_shape(*codes.shape), dtype=torch.float64, device=codes.device)
+    return decode(codes, ones, zero_point, spec, torch.float64)
+
+
+def inner_extremes(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
+    """The ends of the narrowest range around zero that has this share of each group inside.
+
+    Symmetric: both of one magnitude. Asymmetric: at most half of what is left out lies on either side. Where the range
+    would be nothing but zero, `extremes` takes its place.
+
+    Args:
+        x: (rows, columns).
+        spec: how it is grouped, and whether ranges are symmetric.
+        share: above 0, at most 1.
+
+    Returns:
+        two tensors of the scales' shape, in the dtype of `x`.
+    """
+    rows, columns = x.shape
+    width = columns if spec.granularity != "tensor" else x.numel()
+    x = x.reshape(-1, width)
+    width = spec.width(width)
+    whole = x.shape[1] // width * width
+    # The last group may be shorter, and is not to be filled up: zeros would count as elements that lie inside.
+    parts = x[:, :whole].reshape(x.shape[0], -1, width), x[:, whole:].unsqueeze(1)
+    ends = [_inner(part, spec, share) for part in parts if part.numel()]
+    low, high = (torch.cat(sides, 1).reshape(spec.scale_shape(rows, columns)) for sides in zip(*ends, strict=True))
+    outer = extremes(x, spec)
+    empty = (low == 0) & (high == 0)
+    return torch.where(empty, outer[0], low), torch.where(empty, outer[1], high)
+
+
+def _inner(groups: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
+    """`inner_extremes` of groups of one width, (rows, groups, width)."""
+    count = groups.shape[2]
+    spare = math.floor(count * (1 - share))
+    if spec.symmetric:
+        high = groups.abs().kthvalue(count - spare).values
+        return -high, high
+    low, high = (groups.kthvalue(rank).values for rank in (1 + spare // 2, count - spare // 2))
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale that suits the codes best which another one gave, by least squares: ``sum(x * step) / sum(step**2)``.
+
+    Args:
+        scale: the other one, as stored.
+        products: sums of the first of `fewbits.numerics.noise.fit_terms`, float64, the shape of `scale`.
+        squares: sums of the second.
+        spec: with its `scale_dtype` settled.
+    """
+    factor = torch.where(squares > 0, products / squares, 1.0)
+    return _stored(scale.double().abs() * factor, spec).copysign(scale)
+
+
+def is_finite_throughout(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """For each scale, whether every code stands for a finite number in the dtype that decoding computes in."""
+    first, last = ends(spec)
+    zero = scale.new_zeros((), dtype=torch.float64) if zero_point is None else zero_point.double()
+    limit = torch.finfo(compute_dtype(scale.dtype)).max
+    return torch.maximum(last - zero, zero - first) * scale.double().abs() <= limit

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, get_args
 
 import attrs
 import torch
@@ -11,6 +15,11 @@ from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
 
 Granularity = Literal["tensor", "channel", "group"]
+Activations = Literal["dynamic", "static"]
+Rounding = Literal["nearest", "free"]
+
+#: Smaller numbers have fewer digits: half of them may be nothing.
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def _check_bits(_: Any, __: Any, bits: int) -> None:
@@ -41,6 +50,46 @@ def _check_scale_dtype(_: Any, __: Any, dtype: object) -> None:
         raise ArgumentError(f"scale_dtype must be one of {[dtype_name(d) for d in FLOAT_DTYPES]}, not {dtype!r}")
 
 
+def _levels(values: Iterable[float] | None) -> tuple[float, ...] | None:
+    """Rounded to float32, so that they are the same numbers wherever they are decoded."""
+    if values is None:
+        return None
+    try:
+        return tuple(struct.unpack("f", struct.pack("f", value))[0] for value in values)
+    except (TypeError, struct.error, OverflowError) as error:
+        raise ArgumentError(f"levels must be numbers that float32 can hold: {error}") from None
+
+
+def _check_levels(spec: QuantSpec, _: Any, levels: tuple[float, ...] | None) -> None:
+    if levels is None:
+        return
+    if not spec.symmetric:
+        raise ArgumentError("levels go with a symmetric spec: they say themselves where zero is")
+    rising = all(low < high for low, high in pairwise(levels))
+    normal = all(level == 0 or _TINY <= abs(level) < math.inf for level in levels)
+    if len(levels) != 2**spec.bits or not rising or not normal or 0.0 not in levels[1:-1]:
+        raise ArgumentError(
+            f"levels of {spec.bits} bits are {2**spec.bits} finite numbers in rising order, none of them subnormal, "
+            f"with 0 among them, neither first nor last; not {levels}"
+        )
+
+
+def _check_activations(spec: QuantSpec, _: Any, activations: object) -> None:
+    if activations is None:
+        return
+    if activations not in get_args(Activations):
+        raise ArgumentError(f"activations must be None, 'dynamic' or 'static', not {activations!r}")
+    if spec.granularity == "group" or spec.levels is not None:
+        raise ArgumentError(
+            "int8 activations need integer codes with one scale a row or a tensor: granularity 'channel' or 'tensor'"
+        )
+
+
+def _check_rounding(_: Any, __: Any, rounding: object) -> None:
+    if rounding not in get_args(Rounding):
+        raise ArgumentError(f"rounding must be 'nearest' or 'free', not {rounding!r}")
+
+
 def _check_cast_dtype(_: Any, __: Any, dtype: torch.dtype) -> None:
     if dtype not in FLOAT_DTYPES:
         raise ArgumentError(f"a cast goes to one of {[dtype_name(d) for d in FLOAT_DTYPES]}, not {dtype!r}")
@@ -48,7 +97,7 @@ def _check_cast_dtype(_: Any, __: Any, dtype: torch.dtype) -> None:
 
 @attrs.frozen
 class QuantSpec:
-    """Integer codes with scales: ``w ≈ (q - zero_point) * scale``.
+    """Integer codes with scales: ``w ≈ (q - zero_point) * scale``, or ``levels[i] * scale`` for the i-th code.
 
     Args:
         bits: width of a code, 2 to 8; codes run from ``-2**(bits-1)`` to ``2**(bits-1) - 1``.
@@ -57,12 +106,18 @@ class QuantSpec:
         group_size: elements in a group, for granularity ``"group"`` only.
         symmetric: no zero point; zero is code 0.
         scale_dtype: dtype the scales are stored in; None stands for the weight's own dtype.
+        levels: what the codes stand for, in units of the scale, lowest code first: ``2**bits`` rising numbers with 0
+            among them (rounded to float32). None stands for the integers themselves.
+        activations: whether the layer rounds its inputs to int8 too: ``"dynamic"``, with a scale for every row of
+            an input, ``"static"``, with one scale from calibration, or None, not at all.
+        rounding: ``"nearest"``, every element takes the nearest code, or ``"free"``, any code may be chosen, as schemes
+            do that feed errors forward; the error bound of an element is then the extent of the code range.
 
     Raises:
         ArgumentError: for a value outside what is listed here.
 
-    >>> QuantSpec(bits=4, granularity="group", group_size=128)
-    QuantSpec(bits=4, granularity='group', group_size=128, symmetric=True, scale_dtype=None)
+    >>> print(QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False))
+    int4 group 128 asymmetric
     >>> print(QuantSpec(bits=8, granularity="channel"))
     int8 channel
     """
@@ -72,6 +127,9 @@ class QuantSpec:
     group_size: int | None = attrs.field(default=None, validator=_check_group_size)
     symmetric: bool = attrs.field(default=True, validator=_check_symmetric)
     scale_dtype: torch.dtype | None = attrs.field(default=None, validator=_check_scale_dtype)
+    levels: tuple[float, ...] | None = attrs.field(default=None, converter=_levels, validator=_check_levels)
+    activations: Activations | None = attrs.field(default=None, validator=_check_activations)
+    rounding: Rounding = attrs.field(default="nearest", validator=_check_rounding)
 
     @property
     def code_min(self) -> int:
@@ -99,6 +157,10 @@ class QuantSpec:
         """This spec with the scale dtype settled for a weight of `dtype`."""
         return self if self.scale_dtype is not None else attrs.evolve(self, scale_dtype=dtype)
 
+    def weight_only(self) -> QuantSpec:
+        """This spec for a layer that leaves its inputs as they are."""
+        return self if self.activations is None else attrs.evolve(self, activations=None)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description; `spec_from_dict` reads it."""
         return {
@@ -108,11 +170,17 @@ class QuantSpec:
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "scale_dtype": None if self.scale_dtype is None else dtype_name(self.scale_dtype),
+            "levels": None if self.levels is None else list(self.levels),
+            "activations": self.activations,
+            "rounding": self.rounding,
         }
 
     def __str__(self) -> str:
+        codes = f"int{self.bits}" if self.levels is None else f"{len(self.levels)} levels"
         group = f" {self.group_size}" if self.granularity == "group" else ""
-        return f"int{self.bits} {self.granularity}{group}" + ("" if self.symmetric else " asymmetric")
+        inputs = "" if self.activations is None else f", {self.activations} int8 inputs"
+        rounding = "" if self.rounding == "nearest" else ", rounded freely"
+        return f"{codes} {self.granularity}{group}" + ("" if self.symmetric else " asymmetric") + rounding + inputs
 
 
 @attrs.frozen
@@ -124,6 +192,7 @@ class CastSpec:
     """
 
     dtype: torch.dtype = attrs.field(validator=_check_cast_dtype)
+    activations: ClassVar[None] = None
 
     def for_dtype(self, dtype: torch.dtype) -> CastSpec:
         """This spec: a cast does not depend on where it comes from."""
@@ -138,6 +207,17 @@ class CastSpec:
 
 
 Spec = QuantSpec | CastSpec
+
+#: The specs of the built-in schemes, by their short names.
+SPECS: Mapping[str, Spec] = {
+    "int8-tensor": QuantSpec(bits=8, granularity="tensor"),
+    "int8": QuantSpec(bits=8, granularity="channel"),
+    "int4": QuantSpec(bits=4, granularity="group", group_size=128),
+    "fp16": CastSpec(torch.float16),
+}
+
+#: How the inputs of a layer with static int8 activations are rounded.
+INPUT_SPEC = QuantSpec(bits=8, granularity="tensor", scale_dtype=torch.float32)
 
 
 def spec_from_dict(fields: dict[str, Any]) -> Spec:

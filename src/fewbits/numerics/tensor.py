@@ -15,6 +15,9 @@ from fewbits.numerics.layout import Layout
 from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.spec import QuantSpec
 
+#: What a quantized tensor is made of, of any spec.
+PARTS = frozenset({"packed", "scale", "zero_point", "input_scale", "shape"})
+
 
 @attrs.frozen(eq=False, repr=False)
 class QuantizedTensor:
@@ -28,6 +31,7 @@ class QuantizedTensor:
         spec: how the codes look.
         layout: how the tensor was cut into rows and columns, with its true shape.
         dtype: the dtype of the tensor that was quantized, and of what `dequantize` returns.
+        input_scale: float32, (1,), the scale of the layer's int8 inputs; None unless ``spec.activations`` is "static".
     """
 
     packed: Tensor
@@ -36,6 +40,7 @@ class QuantizedTensor:
     spec: QuantSpec
     layout: Layout
     dtype: torch.dtype
+    input_scale: Tensor | None = None
 
     def __attrs_post_init__(self) -> None:
         """Refuse parts that do not fit each other.
@@ -103,20 +108,21 @@ class QuantizedTensor:
         Raises:
             FormatError: if a part is missing, or does not fit spec and layout.
         """
-        wanted = {"packed", "scale", "shape"} | (set() if spec.symmetric else {"zero_point"})
-        if wanted != set(parts):
-            raise FormatError(f"a tensor in {spec} has the parts {sorted(wanted)}, not {sorted(parts)}")
+        if not {"packed", "scale", "shape"} <= set(parts) <= PARTS:
+            wanted = sorted(part_shapes(layout, spec, dtype))
+            raise FormatError(f"a tensor in {spec} has the parts {wanted}, not {sorted(parts)}")
         if not same_bits(parts["shape"], _shape_part(layout)):
             raise FormatError(
                 f"the part 'shape' says {tuple(parts['shape'].flatten().tolist())}, the layout {layout.shape}"
             )
-        return cls(parts["packed"], parts["scale"], parts.get("zero_point"), spec, layout, dtype)
+        optional = parts.get("zero_point"), parts.get("input_scale")
+        return cls(parts["packed"], parts["scale"], optional[0], spec, layout, dtype, optional[1])
 
     def parts(self) -> dict[str, Tensor]:
-        """What a file holds: packed, scale, zero_point (if asymmetric), and shape (int64)."""
+        """What a file holds: packed, scale, zero_point (if asymmetric), input_scale (if static), and shape (int64)."""
+        optional = {"zero_point": self.zero_point, "input_scale": self.input_scale}
         parts = {"packed": self.packed, "scale": self.scale}
-        if self.zero_point is not None:
-            parts["zero_point"] = self.zero_point
+        parts |= {name: part for name, part in optional.items() if part is not None}
         return parts | {"shape": _shape_part(self.layout)}
 
     @property
@@ -186,6 +192,8 @@ def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str
     }
     if not spec.symmetric:
         parts["zero_point"] = (packed_words(scale[0], spec.bits), *scale[1:]), torch.int32
+    if spec.activations == "static":
+        parts["input_scale"] = (1,), torch.float32
     return parts
 
 

@@ -8,13 +8,17 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
+from fewbits.errors import CalibrationError
 from fewbits.numerics.spec import QuantSpec
 
 _Self = TypeVar("_Self", bound="Observer")
 
 
 class Observer(ABC):
-    """Picks scale and zero point for a weight. One instance is a recipe: a quantizer makes a fresh copy per layer.
+    """Picks scale and zero point, for a weight or for the inputs of a layer.
+
+    One instance is a recipe: a quantizer makes a fresh copy per layer. The public attributes of an instance are what
+    the recipe says, the private ones what it has seen.
 
     Attributes:
         needs_data: whether `observe_input` must have seen a layer's inputs before its weight is quantized.
@@ -38,7 +42,39 @@ class Observer(ABC):
         """
 
     def observe_input(self, x: Tensor) -> None:  # noqa: B027  (an optional part of the interface)
-        """Look at one input of the layer. Called during calibration, and only if `needs_data`."""
+        """Look at one input of the layer, floating and with elements.
+
+        Called during calibration, if `needs_data`, or if `input_params` will be asked for.
+        """
+
+    def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """Pick scale and zero point for inputs like those seen so far.
+
+        Args:
+            spec: how their codes shall look: granularity "tensor", no levels.
+
+        Returns:
+            scale, (1,), in ``spec.scale_dtype`` (float32 if that is None), positive; and zero point, int32, (1,), or
+            None if the spec is symmetric. Both on the CPU.
+
+        Raises:
+            CalibrationError: if nothing was seen, or this observer does not look at inputs.
+        """
+        raise CalibrationError(
+            f"{self!r} does not pick scales for inputs; take one that does, such as MinMaxObserver or HistogramObserver"
+        )
+
+    def merge(self, other: Observer) -> None:
+        """Take in what another copy of this recipe has seen, as if this one had seen it too.
+
+        Raises:
+            ArgumentError: if the other one is of another recipe.
+            CalibrationError: if this kind of observer cannot do it.
+        """
+        raise CalibrationError(
+            f"{self!r} cannot take in what another copy has seen; take one that counts, such as HistogramObserver, or "
+            "show all batches to one copy"
+        )
 
     def reset(self) -> None:  # noqa: B027
         """Forget everything seen so far."""
@@ -48,3 +84,11 @@ class Observer(ABC):
         observer = copy.deepcopy(self)
         observer.reset()
         return observer
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in recipe(self).items())})"
+
+
+def recipe(observer: Observer) -> dict[str, object]:
+    """What an observer was made with: its public attributes."""
+    return {name: value for name, value in vars(observer).items() if not name.startswith("_")}

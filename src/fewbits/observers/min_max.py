@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fewbits.numerics.affine import choose_params
 from fewbits.numerics.quantize import min_max
 from fewbits.numerics.spec import QuantSpec
-from fewbits.observers.base import Observer
+from fewbits.observers.accumulating import AccumulatingObserver
+from fewbits.observers.extremes import Extremes
 
 
-class MinMaxObserver(Observer):
-    """Takes the smallest scale with which nothing clips.
+class MinMaxObserver(AccumulatingObserver[Extremes]):
+    """Takes the smallest scale with which nothing clips. For weights of eight bits, and inputs without outliers.
 
     Symmetric: the largest magnitude over ``2**(bits-1) - 1``. Asymmetric: the range from the smallest to the
-    largest element, zero included, over ``2**bits - 1``.
+    largest element, zero included, over ``2**bits - 1``. For inputs, the extremes of all that were seen.
     """
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
+
+    def _statistics(self, x: Tensor) -> Extremes | None:
+        return Extremes.of(x)
+
+    def _choose(self, seen: Extremes, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        return choose_params(*seen.around_zero(), spec)

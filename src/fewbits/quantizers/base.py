@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, final, get_args
 
@@ -25,13 +25,15 @@ from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
+from fewbits.quantizers.fitting import Ragged, check_ragged, fitted, refuse_ragged
 from fewbits.quantizers.job import Job
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
 from fewbits.quantizers.plan import plan
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, no_progress
-from fewbits.selection.selector import Decision, LayerSelector, Selector, TypeRule, check_types, is_of_type, type_name
+from fewbits.selection.rules import TypeRule, check_types, is_of_type, type_name
+from fewbits.selection.selector import Decision, LayerSelector, Selector
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
 from fewbits.validation.report import CRITICAL_DB, Report
@@ -42,24 +44,34 @@ OnFailure = Literal["error", "warn", "ignore"]
 class Quantizer(ABC):
     """Makes a model, a state dict or a checkpoint smaller: prepare, observe, convert, validate, save.
 
-    A subclass says how codes look with `spec`. Where that depends on the tensor it overrides `spec_for`; where plain
-    rounding is not enough, `quantize_tensor`. The lifecycle itself is final.
+    A subclass says how codes look with `spec`, an attribute of the class, or of the instance, set before this
+    `__init__` runs. Where that depends on the tensor it overrides `spec_for`; where plain rounding is not enough,
+    `quantize_tensor`. The lifecycle itself is final.
 
     Args:
         observer: picks scales and zero points; a recipe, of which every layer gets a fresh copy.
+        activation_observer: likewise, picks the scales of inputs, for specs with static int8 activations.
         selector: decides which tensors are quantized.
         serializer: writes and reads the result.
         skip_types: classes, or their names, that are kept unless a rule of the selector names them; None stands for
             the scheme's `default_skip`.
         scale_dtype: the dtype of all scales; None stands for each weight's own.
+        ragged: what becomes of rows that groups do not divide. ``"auto"``: rows shorter than one group take per-channel
+            int8, longer ones get a shorter last group. ``"shorter"``: a shorter last (or only) group. ``"fallback"``:
+            per-channel int8. ``"error"``: `prepare` refuses, and names them all.
 
     Attributes:
+        spec: how the codes of this scheme look.
         name: what the scheme is called in tables and messages; the name of the class unless it is set.
         default_skip: classes that this scheme keeps unless asked.
+        min_elements: tensors with fewer elements are kept unless asked: their scales, names and shapes would cost about
+            what their codes save.
     """
 
+    spec: Spec
     name: ClassVar[str]
     default_skip: ClassVar[tuple[TypeRule, ...]] = ()
+    min_elements: ClassVar[int] = 512
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -76,42 +88,42 @@ class Quantizer(ABC):
         self,
         *,
         observer: Observer | None = None,
+        activation_observer: Observer | None = None,
         selector: Selector | None = None,
         serializer: Serializer | None = None,
         skip_types: Sequence[TypeRule] | None = None,
         scale_dtype: torch.dtype | None = None,
+        ragged: Ragged = "auto",
     ) -> None:
+        if not isinstance(getattr(self, "spec", None), Spec):
+            raise ArgumentError(f"{type(self).__name__} has no spec; set one: spec = QuantSpec(...) or CastSpec(...)")
         self.observer: Observer = _instance("observer", observer, Observer, MinMaxObserver)
+        self.activation_observer: Observer = _instance(
+            "activation_observer", activation_observer, Observer, MinMaxObserver
+        )
         self.selector: Selector = _instance("selector", selector, Selector, LayerSelector)
         self.serializer: Serializer = _instance("serializer", serializer, Serializer, SafetensorsSerializer)
         self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
         if scale_dtype is not None and isinstance(self.spec, CastSpec):
             raise ArgumentError(f"{self.name} has no scales; scale_dtype goes with schemes that have")
         self.scale_dtype = scale_dtype
+        self.ragged = check_ragged(ragged)
         self._state = State.CREATED
         self._job: Job | None = None
 
     # What a scheme writes.
 
-    @property
-    @abstractmethod
-    def spec(self) -> Spec:
-        """How the codes of this scheme look. A class attribute does."""
-
     def spec_for(self, info: TensorInfo) -> Spec:
-        """The spec for one tensor, which `info.layout` tells how to cut."""
+        """The spec for one tensor, which `info.layout` tells how to cut. Rules of the selector outrank it."""
         return self.spec
-
-    def reason_for(self, info: TensorInfo, spec: Spec) -> str | None:
-        """Why this tensor gets another spec than the scheme's own, for the ledger; None if it does not."""
-        return None if spec == self.spec else f"{self.name} chose {spec} for it"
 
     def quantize_tensor(self, weight: WeightMatrix, spec: QuantSpec, observer: Observer) -> QuantizedTensor:
         """Make the codes of one weight.
 
         Args:
             weight: the tensor, seen as a matrix of whole rows.
-            spec: how the codes shall look, with its `scale_dtype` settled.
+            spec: how the codes shall look, with its `scale_dtype` settled and without activations, which are no
+                matter of the weight.
             observer: this layer's own copy, after it has seen its data.
         """
         return quantize(weight, spec, observer.observe_weight)
@@ -168,20 +180,35 @@ class Quantizer(ABC):
         """
         guard(self._state, "prepare")
         opened = open_source(source, inplace=inplace)
-        infos = [attrs.evolve(info, skip=self._skip_reason(info)) for info in opened.infos]
+        infos = [
+            attrs.evolve(info, skip=self._skip_reason(info), min_elements=self.min_elements) for info in opened.infos
+        ]
         ledger = plan(infos, list(self.selector.select(infos)), self._choose)
-        observers = {row.name: self.observer.fresh() for row in ledger if isinstance(row.spec, QuantSpec)}
-        self._job = Job(opened, ledger, observers)
+        refuse_ragged(ledger, self.ragged)
+        coded = {row.name: row.spec for row in ledger if isinstance(row.spec, QuantSpec)}
+        observers = {name: self.observer.fresh() for name in coded}
+        static = [name for name, spec in coded.items() if spec.activations == "static"]
+        self._job = Job(opened, ledger, observers, {name: self.activation_observer.fresh() for name in static})
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
         return opened.prepared()
 
     @final
-    def observe(self, batches: Iterable[Any], *, forward: calibration.Forward | None = None) -> None:
+    def observe(
+        self,
+        batches: Iterable[Any],
+        *,
+        forward: calibration.Forward | None = None,
+        samples: int | None = calibration.SAMPLES,
+        progress: Progress = no_progress,
+    ) -> None:
         """Run data through the prepared model, for observers that look at inputs. As often as you like.
 
         Args:
-            batches: tensors, (input, target) pairs, or mappings of keyword arguments.
+            batches: tensors, (input, target) pairs, or mappings of keyword arguments, such as a list, a DataLoader or
+                what a tokenizer of transformers returns.
             forward: runs one batch, ``forward(model, batch)``, where these do not fit.
+            samples: stop after this many (the first axis of a batch counts them); None takes all that come.
+            progress: told how far it is, from 50 samples up.
 
         Raises:
             StateError: in any state but PREPARED and OBSERVED.
@@ -190,7 +217,8 @@ class Quantizer(ABC):
         model = self._guarded("observe").source.module()
         if model is None:
             raise CalibrationError("a state dict or a file has no forward to observe; prepare the model itself")
-        self._advance("observe", batches=calibration.run(model, batches, forward))
+        seen = calibration.run(model, batches, forward, samples=samples, progress=progress)
+        self._advance("observe", samples=seen)
 
     @final
     def convert(
@@ -248,10 +276,7 @@ class Quantizer(ABC):
         job = self._guarded("validate")
         check_on_failure(on_failure)
         report = job.examine(self.serializer, fail_under, progress)
-        if report.warnings:
-            emit("warning", "low_sqnr", scheme=self.name, tensors=len(report.warnings), first=report.warnings[0])
-        for failure in report.failures:
-            emit("warning", "validation_failure", scheme=self.name, finding=failure)
+        self._tell(report)
         if not report.ok and on_failure != "ignore":
             message = f"validation failed:\n{report.summary()}"
             if on_failure == "error":
@@ -292,20 +317,35 @@ class Quantizer(ABC):
         self._state = after(self._state, call)
         emit("info", call, scheme=self.name, state=self._state.name, **fields)
 
+    def _tell(self, report: Report) -> None:
+        """An event for every tensor that was measured, and warnings that nobody can miss."""
+        for t in report.tensors:
+            if t.measurement is not None and t.verdict is not None:
+                level: Literal["info", "warning"] = "warning" if t.verdict == "critical" else "info"
+                sqnr_db = round(t.measurement.sqnr_db, 2)
+                emit(level, "sqnr", tensor=t.name, scheme=t.scheme, sqnr_db=sqnr_db, verdict=t.verdict)
+        if report.warnings:
+            emit("warning", "low_sqnr", scheme=self.name, tensors=len(report.warnings), first=report.warnings[0])
+        for failure in report.failures:
+            emit("warning", "validation_failure", scheme=self.name, finding=failure)
+
     def _skip_reason(self, info: TensorInfo) -> str | None:
         for rule in self.skip_types:
             if is_of_type(info, rule):
-                return f"{type_name(rule)} is kept by {self.name} unless asked for"
-            if type_name(rule) == "Embedding" and info.is_embedding_by_name:
-                return f"an embedding by name, kept by {self.name} unless asked for"
+                kind = f"{type_name(rule)} is" if info.owner is not None else "an embedding by name,"
+                return f"{kind} kept by {self.name} unless asked for"
         return None
 
     def _choose(self, info: TensorInfo, decision: Decision) -> tuple[Spec, str]:
-        spec = self.spec_for(info)
-        reason = self.reason_for(info, spec) or decision.reason
-        if self.scale_dtype is not None and isinstance(spec, QuantSpec):
+        """The spec for a tensor, and the reason for the ledger."""
+        own = self.spec_for(info)
+        spec = own if decision.override is None else decision.override.spec(own)
+        reason = decision.reason if spec == self.spec or decision.override else f"{self.name} chose {spec} for it"
+        if isinstance(spec, CastSpec):
+            return spec, reason
+        if self.scale_dtype is not None and (decision.override is None or spec.scale_dtype is None):
             spec = attrs.evolve(spec, scale_dtype=self.scale_dtype)
-        return spec, reason
+        return fitted(spec, info, self.ragged, reason)
 
     def _convert_tensor(self, row: LedgerRow, tensor: Tensor, observer: Observer | None) -> Value:
         if isinstance(row.spec, CastSpec):
@@ -313,12 +353,13 @@ class Quantizer(ABC):
         if row.spec is None or row.layout is None or observer is None:
             raise ArgumentError(f"{row.name} is {row.fate}; only quantized and cast tensors are converted")
         weight = WeightMatrix(tensor, row.layout)
-        value = self.quantize_tensor(weight, row.spec, observer)
+        spec = row.spec.weight_only()
+        value = self.quantize_tensor(weight, spec, observer)
         if not isinstance(value, QuantizedTensor):
             raise NumericsError(
                 f"{type(self).__name__}.quantize_tensor returned a {type(value).__name__}, not a QuantizedTensor"
             )
-        if (value.spec, value.layout, value.dtype) != (row.spec, row.layout, row.dtype):
+        if (value.spec, value.layout, value.dtype) != (spec, row.layout, row.dtype):
             raise NumericsError(
                 f"{type(self).__name__}.quantize_tensor returned {value.spec} of shape {value.shape} in "
                 f"{dtype_name(value.dtype)}; it must keep the spec, layout and dtype it was given"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+import attrs
+import torch
 from torch import Tensor, nn
 
 from fewbits.calibration import InputWatch
 from fewbits.checkpoint.saving import Value, save, value_digest
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
+from fewbits.numerics.affine import check_params
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement, measure
+from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed
@@ -25,6 +31,8 @@ from fewbits.validation.verify import verify
 #: Makes the stored form of one tensor, with its observer if it is to have codes.
 Convert = Callable[[LedgerRow, Tensor, Observer | None], Value]
 
+_Made = TypeVar("_Made")
+
 
 class Job:
     """What is done with one source.
@@ -33,13 +41,21 @@ class Job:
         source: where tensors come from.
         ledger: their fates.
         observers: by tensor name, one for each quantized tensor.
+        input_observers: likewise, one for each tensor whose layer has static int8 activations.
         report: what the last validation found.
     """
 
-    def __init__(self, source: Source, ledger: Ledger, observers: Mapping[str, Observer]) -> None:
-        self.source, self.ledger, self.observers = source, ledger, observers
+    def __init__(
+        self,
+        source: Source,
+        ledger: Ledger,
+        observers: Mapping[str, Observer],
+        input_observers: Mapping[str, Observer],
+    ) -> None:
+        self.source, self.ledger, self.observers, self.input_observers = source, ledger, observers, input_observers
         self.report: Report | None = None
-        self._watch = InputWatch(_watched(source, ledger, observers))
+        wanting = [(name, observer) for name, observer in observers.items() if observer.needs_data]
+        self._watch = InputWatch(_watched(source, ledger, [*wanting, *input_observers.items()]))
         self._target: Target | None = None
         self._done: set[str] = set()
         self._measured: dict[str, Measurement] = {}
@@ -90,13 +106,23 @@ class Job:
                 f"{row.name} was {dtype_name(row.dtype)} of shape {row.shape} when it was prepared, now it is "
                 f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}; prepare it again"
             )
-        value: Value = tensor if row.spec is None else _named(row, convert, tensor, self.observers.get(row.name))
+        value: Value = tensor
+        if row.spec is not None:
+            value = _named(row, lambda: convert(row, tensor, self.observers.get(row.name)))
+        if isinstance(row.spec, QuantSpec) and row.spec.activations and isinstance(value, QuantizedTensor):
+            value = attrs.evolve(
+                value, spec=row.spec.for_dtype(row.dtype), input_scale=self._input_scale(row, tensor.device)
+            )
         if measuring and row.spec is not None:
             self._measured[row.name] = measure(tensor, value)
             if self.source.inplace:
                 self._digests[row.name] = value_digest(value)
         target.put(row, value, self._measured.get(row.name))
         self._done.add(row.name)
+
+    def _input_scale(self, row: LedgerRow, device: torch.device) -> Tensor | None:
+        observer = self.input_observers.get(row.name)
+        return None if observer is None else _named(row, lambda: static_scale(observer).to(device))
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
         """Check the result against the source, the ledger, and itself after a save and a load."""
@@ -164,32 +190,46 @@ class Job:
 
 
 def _watched(
-    source: Source, ledger: Ledger, observers: Mapping[str, Observer]
+    source: Source, ledger: Ledger, wanting: Sequence[tuple[str, Observer]]
 ) -> list[tuple[str, nn.Module, Observer]]:
-    """(weight, module that uses it, its observer) for all observers that need data.
+    """(weight, module that uses it, an observer of its inputs) for all observers that need data.
 
     Raises:
         CalibrationError: if there is one, and the source has no forward that would show it any.
     """
-    wanting = {name: observer for name, observer in observers.items() if observer.needs_data}
-    if not wanting:
-        return []
-    if not isinstance(source, ModuleSource):
-        kind = type(next(iter(wanting.values()))).__name__
+    if wanting and not isinstance(source, ModuleSource):
         raise CalibrationError(
-            f"{kind} needs data, and a state dict or a file has no forward to see any; prepare the model itself, or "
-            "choose another observer"
+            f"{type(wanting[0][1]).__name__} needs data, and a state dict or a file has no forward to see any; prepare "
+            "the model itself, or choose another observer, or activations"
         )
     holder = {row.name: row.holder for row in ledger}
-    # A module at two paths is watched once.
-    slots = {slot.key: slot for slot in source.slots if holder[slot.name] in wanting}.values()
-    return [(holder[slot.name], slot.module, wanting[holder[slot.name]]) for slot in slots]
+    places: dict[str, list[nn.Module]] = {}
+    if isinstance(source, ModuleSource) and wanting:
+        # A module at two paths is watched once.
+        for slot in {slot.key: slot for slot in source.slots}.values():
+            places.setdefault(holder[slot.name], []).append(slot.module)
+    return [(name, module, observer) for name, observer in wanting for module in places[name]]
 
 
-def _named(row: LedgerRow, convert: Convert, tensor: Tensor, observer: Observer | None) -> Value:
-    """Convert; an error of the numbers gets the tensor's name."""
+def static_scale(observer: Observer) -> Tensor:
+    """The scale of a layer's int8 inputs that its observer chooses.
+
+    Raises:
+        NumericsError: if it is none.
+        CalibrationError: if the observer has seen nothing, or does not look at inputs.
+    """
+    scale, _ = check_params(*observer.input_params(INPUT_SPEC), INPUT_SPEC, (1, 1))
+    if not bool(scale > 0):
+        raise NumericsError(
+            f"{type(observer).__name__} chose {float(scale)} as the scale of inputs; it must be positive"
+        )
+    return scale
+
+
+def _named(row: LedgerRow, act: Callable[[], _Made]) -> _Made:
+    """Do something for a row; an error of the numbers gets the tensor's name."""
     try:
-        return convert(row, tensor, observer)
-    except NumericsError as error:
+        return act()
+    except (NumericsError, CalibrationError) as error:
         where = f"{row.name}, shape {row.shape}, {dtype_name(row.dtype)}, to {row.scheme}"
         raise type(error)(f"{where}: {error}") from error

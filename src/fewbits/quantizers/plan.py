@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 import attrs
 
 from fewbits.checkpoint.metadata import row_entries, stored_entries
-from fewbits.errors import SelectionError, SourceError
+from fewbits.errors import ArgumentError, SelectionError, SourceError
+from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, Spec
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Fate, Ledger, LedgerRow
@@ -47,7 +48,11 @@ def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) ->
     if obstacle is not None or not decision.quantize:
         head = _row(first, "kept", obstacle or decision.reason)
     else:
-        spec, reason = choose(first, decision)
+        first = _as_declared(first, decision)
+        rounding = [info for info, _ in group if info.rounds_inputs]
+        # Scales of inputs and of rows meet in an output channel: rows must be those of every layer that has it.
+        alike = bool(rounding) and all(info.layout == first.layout for info in rounding)
+        spec, reason = choose(attrs.evolve(first, rounds_inputs=alike), decision)
         spec = spec.for_dtype(first.dtype)
         if isinstance(spec, CastSpec) and spec.dtype == first.dtype:
             head = _row(first, "kept", f"it is {spec} already")
@@ -59,11 +64,29 @@ def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) ->
 def _common(group: Sequence[tuple[TensorInfo, Decision]]) -> Decision:
     """The decision that holds for all names: keep wins, unless a rule of the user's says quantize."""
     named = [decision for _, decision in group if decision.named]
-    if len({decision.quantize for decision in named}) > 1:
-        names = ", ".join(f"{info.name} ({decision.reason})" for info, decision in group if decision.named)
+    overrides = {decision.override for decision in named} - {None}
+    axes = {decision.input_axes for _, decision in group} - {None}
+    if len({decision.quantize for decision in named}) > 1 or len(overrides) > 1 or len(axes) > 1:
+        names = ", ".join(f"{info.name} ({decision.reason})" for info, decision in group if decision.named or axes)
         raise SelectionError(f"one storage, two fates: {names}; tied tensors are quantized together or kept together")
     decisions = named or [decision for _, decision in group]
-    return min(decisions, key=lambda decision: decision.quantize)
+    # The decision of a rule that asks for a spec of its own speaks for all names.
+    chosen = min(decisions, key=lambda decision: (decision.quantize, decision.override is None))
+    return attrs.evolve(chosen, input_axes=next(iter(axes), None))
+
+
+def _as_declared(info: TensorInfo, decision: Decision) -> TensorInfo:
+    """The tensor, cut along the axes that a rule declares.
+
+    Raises:
+        SelectionError: if it does not have these axes.
+    """
+    if decision.input_axes is None:
+        return info
+    try:
+        return attrs.evolve(info, layout=Layout.of(info.shape, inputs=decision.input_axes), declared=True)
+    except ArgumentError as error:
+        raise SelectionError(f"input_axes: {info.name}, shape {info.shape}: {error}") from None
 
 
 def _row(info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None) -> LedgerRow:

@@ -33,10 +33,14 @@ class TensorInfo:
         kind: ``"parameter"``, ``"buffer"``, or ``"entry"`` (of a state dict or file, where nobody knows which).
         owner: the class of the module that holds it; None without classes.
         storage: equal for two names exactly if they are the same view of the same memory.
-        layout: how it would be cut into rows and columns; None if nothing could run it quantized.
+        layout: how it would be cut into rows and columns; None if it cannot be quantized.
+        declared: whether its class says so; otherwise it follows from the shape alone.
         obstacle: why it cannot be quantized, whatever the rules say; None if it can.
         skip: why the scheme keeps it unless a rule names it; None if it does not.
+        min_elements: below how many elements the scheme keeps a tensor unless a rule says otherwise.
         persistent: whether the source's state dict has it.
+        rounds_inputs: whether its layer could round its inputs to int8; without classes, nobody knows before it is
+            loaded into a layer.
     """
 
     name: str
@@ -46,9 +50,12 @@ class TensorInfo:
     owner: type | None = None
     storage: Hashable = attrs.field(default=attrs.Factory(lambda self: self.name, takes_self=True))
     layout: Layout | None = None
+    declared: bool = True
     obstacle: str | None = None
     skip: str | None = None
+    min_elements: int = 0
     persistent: bool = True
+    rounds_inputs: bool = True
 
     @property
     def module(self) -> str:
@@ -56,9 +63,14 @@ class TensorInfo:
         return self.name.rpartition(".")[0]
 
     @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
     @property
     def is_embedding_by_name(self) -> bool:

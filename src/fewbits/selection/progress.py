@@ -14,10 +14,10 @@ class Step:
     """How far an activity is.
 
     Attributes:
-        activity: ``"convert"`` or ``"validate"``.
-        name: the tensor it is at.
-        done: bytes of the source that it is through with.
-        total: bytes of the source that it goes through.
+        activity: ``"convert"``, ``"validate"`` or ``"observe"``.
+        name: the tensor it is at, or the batch.
+        done: what it is through with: bytes of the source, or samples of the data if it observes.
+        total: what it goes through, likewise; 0 while that is not known.
     """
 
     activity: str
@@ -26,7 +26,7 @@ class Step:
     total: int
 
 
-#: Told about every tensor before and after it is worked on.
+#: Told about every tensor before and after it is worked on, and about every batch.
 Progress = Callable[[Step], object]
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import attrs
 
 from fewbits.errors import SelectionError
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.patterns import Pattern, check_all_used
-
-#: A class, or the name of one: ``nn.Embedding`` or ``"Embedding"``.
-TypeRule = type | str
+from fewbits.selection.rules import (
+    Override,
+    OverrideRule,
+    TypeRule,
+    check_types,
+    check_types_used,
+    is_of_type,
+    parse_override,
+    type_name,
+)
 
 
 @attrs.frozen
@@ -23,11 +31,15 @@ class Decision:
         quantize: whether the scheme is applied to it; otherwise it is kept.
         reason: why, in words for the ledger.
         named: whether a rule of the user's names this tensor or its class.
+        override: another spec than the quantizer's own; None for that.
+        input_axes: the axes of the tensor that are its inputs; None for what its class or shape tells.
     """
 
     quantize: bool
     reason: str
     named: bool = False
+    override: Override | None = None
+    input_axes: tuple[int, ...] | None = None
 
 
 class Selector(ABC):
@@ -45,20 +57,28 @@ class Selector(ABC):
 
 
 class LayerSelector(Selector):
-    """Selects by name patterns and by types.
+    """Selects by name patterns, by types and by size.
 
-    What wins: an obstacle, then `exclude`, then `include`, then what the scheme skips by default.
+    What wins: an obstacle, then `exclude`, then `overrides`, then `include`, then `min_elements` and what the scheme
+    skips by default.
 
     Args:
         include: name patterns (see `fewbits.selection.patterns`); if there are any rules to include, what none of
-            them names is kept. A tensor that is named here is quantized even if the scheme skips its kind.
+            them names is kept. A tensor that is named here is quantized even if it is small, or of a kind that the
+            scheme skips.
         exclude: name patterns of what is kept.
         include_types: classes, or names of classes, whose tensors are included.
         exclude_types: classes, or names of classes, whose tensors are kept.
         modules_to_not_convert: `exclude`, under the name that users of transformers know.
+        overrides: by name pattern, what to do with the tensors it names: ``"keep"``, the short name of a scheme, a
+            spec, or fields to change (``{"group_size": 64}``, ``{"scheme": "int4", "group_size": 32}``). They are
+            quantized as if they were included. Of several patterns that match, the last one wins.
+        input_axes: by name pattern, the axis or axes of a tensor that are its inputs, where its class does not tell:
+            groups and scales run along them.
+        min_elements: tensors with fewer elements are kept; None stands for what the scheme says, commonly 512.
 
     Raises:
-        SelectionError: here if a pattern is malformed, in `select` if a rule fits no tensor.
+        SelectionError: here if a rule is malformed, in `select` if one fits no tensor, or none that can be quantized.
     """
 
     def __init__(
@@ -69,47 +89,66 @@ class LayerSelector(Selector):
         include_types: Sequence[TypeRule] = (),
         exclude_types: Sequence[TypeRule] = (),
         modules_to_not_convert: Sequence[str] = (),
+        overrides: Mapping[str, OverrideRule] | None = None,
+        input_axes: Mapping[str, int | Sequence[int]] | None = None,
+        min_elements: int | None = None,
     ) -> None:
         self._include = _patterns("include", include)
         self._exclude = _patterns("exclude", exclude) + _patterns("modules_to_not_convert", modules_to_not_convert)
         self._include_types = check_types("include_types", include_types)
         self._exclude_types = check_types("exclude_types", exclude_types)
+        self._overrides = {
+            Pattern(text): parse_override(text, rule) for text, rule in _mapping("overrides", overrides).items()
+        }
+        self._input_axes = {
+            Pattern(text): _axes(text, axes) for text, axes in _mapping("input_axes", input_axes).items()
+        }
+        if min_elements is not None and (type(min_elements) is not int or min_elements < 0):
+            raise SelectionError(f"min_elements is an integer from 0 up, or None, not {min_elements!r}")
+        self._min_elements = min_elements
 
     def select(self, infos: Sequence[TensorInfo]) -> Sequence[Decision]:
         """One decision for every tensor, in the same order."""
         names = [info.name for info in infos]
-        check_all_used(self._include, names, "include")
-        check_all_used(self._exclude, names, "exclude")
-        _check_types_used(self._include_types, infos, "include_types")
-        _check_types_used(self._exclude_types, infos, "exclude_types")
+        for rule, patterns in (
+            ("exclude", self._exclude),
+            ("include", self._include),
+            ("overrides", tuple(self._overrides)),
+            ("input_axes", tuple(self._input_axes)),
+        ):
+            check_all_used(patterns, names, rule)
+        check_types_used(self._include_types, infos, "include_types")
+        check_types_used(self._exclude_types, infos, "exclude_types")
+        for rule, patterns in (
+            ("include", self._include),
+            ("overrides", tuple(pattern for pattern, override in self._overrides.items() if override is not None)),
+            ("input_axes", tuple(self._input_axes)),
+        ):
+            _check_quantizable(patterns, infos, rule)
         return [self._decide(info) for info in infos]
 
     def _decide(self, info: TensorInfo) -> Decision:
+        decision = self._fate(info)
+        axes = [axes for pattern, axes in self._input_axes.items() if pattern.matches(info.name)]
+        return attrs.evolve(decision, input_axes=axes[-1]) if axes else decision
+
+    def _fate(self, info: TensorInfo) -> Decision:
         excluded = _which(info, self._exclude, self._exclude_types)
-        included = _which(info, self._include, self._include_types)
         if excluded is not None:
             return Decision(False, f"excluded by {excluded}", named=True)
+        overriding = [pattern for pattern in self._overrides if pattern.matches(info.name)]
+        if overriding:
+            override = self._overrides[overriding[-1]]
+            return Decision(override is not None, f"override {overriding[-1].text!r}", named=True, override=override)
+        included = _which(info, self._include, self._include_types)
         if included is not None:
             return Decision(True, f"included by {included}", named=True)
         if self._include or self._include_types:
             return Decision(False, "no include rule names it")
-        if info.skip is not None:
-            return Decision(False, info.skip)
-        return Decision(True, "selected")
-
-
-def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:
-    """Whether the tensor's owner is of that class, or of one with that name, or inherits from one."""
-    if info.owner is None:
-        return False
-    if isinstance(rule, str):
-        return any(rule == base.__name__ for base in info.owner.__mro__)
-    return issubclass(info.owner, rule)
-
-
-def type_name(rule: TypeRule) -> str:
-    """The name of a class, given as itself or by name."""
-    return rule if isinstance(rule, str) else rule.__name__
+        least = info.min_elements if self._min_elements is None else self._min_elements
+        if info.elements < least:
+            return Decision(False, f"fewer than {least} elements")
+        return Decision(False, info.skip) if info.skip is not None else Decision(True, "selected")
 
 
 def _which(info: TensorInfo, patterns: Sequence[Pattern], types: Sequence[TypeRule]) -> str | None:
@@ -129,24 +168,29 @@ def _patterns(rule: str, texts: Sequence[str]) -> tuple[Pattern, ...]:
     return tuple(Pattern(text) for text in texts)
 
 
-def check_types(rule: str, types: Sequence[TypeRule]) -> tuple[TypeRule, ...]:
-    """A sequence of classes or their names, if it is one.
+def _mapping(rule: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise SelectionError(f"{rule} maps name patterns to what they ask for, not {given!r}")
+    return given or {}
+
+
+def _axes(pattern: str, axes: int | Sequence[int]) -> tuple[int, ...]:
+    found = (axes,) if isinstance(axes, int) else axes
+    if not isinstance(found, Sequence) or not found or any(type(axis) is not int for axis in found):
+        raise SelectionError(f"input_axes[{pattern!r}] is an axis or a sequence of axes, not {axes!r}")
+    return tuple(found)
+
+
+def _check_quantizable(patterns: Sequence[Pattern], infos: Sequence[TensorInfo], rule: str) -> None:
+    """Refuse patterns that ask for codes of tensors that cannot have any.
 
     Raises:
-        SelectionError: naming the rule and what it was given.
+        SelectionError: with the reason for the first tensor that each of them names.
     """
-    if isinstance(types, (str, type)) or not isinstance(types, Iterable):
-        hint = f": write [{type_name(types)}]" if isinstance(types, (str, type)) else f", not {types!r}"
-        raise SelectionError(f"{rule} is a sequence of classes or their names{hint}")
-    for entry in types:
-        if not isinstance(entry, (str, type)):
-            raise SelectionError(f"{rule} holds classes or their names, not {entry!r}")
-    return tuple(types)
-
-
-def _check_types_used(types: Sequence[TypeRule], infos: Sequence[TensorInfo], rule: str) -> None:
-    unused = [type_name(t) for t in types if not any(is_of_type(info, t) for info in infos)]
-    if unused:
-        owners = sorted({info.owner.__name__ for info in infos if info.owner is not None})
-        known = f"the classes here are {', '.join(owners)}" if owners else "a state dict or file knows no classes"
-        raise SelectionError(f"{rule}: no tensor belongs to {' or '.join(unused)}; {known}")
+    for pattern in patterns:
+        named = [info for info in infos if pattern.matches(info.name)]
+        if all(info.obstacle is not None for info in named):
+            first = named[0]
+            raise SelectionError(
+                f"{rule}: {pattern.text!r} names nothing that can be quantized: {first.name}, {first.obstacle}"
+            )

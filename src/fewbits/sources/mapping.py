@@ -110,6 +110,7 @@ def entry_info(
         dtype=dtype,
         storage=storage or name,
         layout=None if obstacle else layout_by_shape(shape),
+        declared=len(shape) == 2,
         obstacle=obstacle,
     )
 

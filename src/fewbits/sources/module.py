@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, SourceError
-from fewbits.nn.modules import stored_weights
+from fewbits.nn.base import stored_weights
+from fewbits.nn.layouts import layout_of
 from fewbits.nn.storage import overlaps, storage_key
 from fewbits.nn.stored import store
-from fewbits.nn.swap import attach, layout_of, obstacle_to, refuse_quantized
-from fewbits.nn.walk import Slot, find, slots, structural_copy
+from fewbits.nn.swap import attach, obstacle_to, refuse_quantized, rounds_inputs
+from fewbits.nn.walk import Slot, find, held_beside, parent_of, slots, structural_copy
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -31,8 +32,8 @@ class ModuleSource(Source):
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
         # Ties are those of the given model: in a copy, buffers have memory of their own.
-        overlapping = overlaps({slot.name: slot.tensor for slot in slots(model)})
-        self.infos = tuple(self._describe(slot, overlapping.get(slot.name)) for slot in slots(model))
+        shared = overlaps({slot.name: slot.tensor for slot in slots(model)}) | held_beside(model)
+        self.infos = tuple(self._describe(model, slot, shared.get(slot.name)) for slot in slots(model))
         self.unstorable = [
             f"{name or 'the root module'} has extra state (get_extra_state)"
             for name, module in model.named_modules()
@@ -75,11 +76,12 @@ class ModuleSource(Source):
                 raise SourceError(f"{slot.name} has layout {slot.tensor.layout}; only dense tensors can be stored")
 
     @staticmethod
-    def _describe(slot: Slot, overlapping: str | None) -> TensorInfo:
+    def _describe(model: nn.Module, slot: Slot, shared: str | None) -> TensorInfo:
         tensor = slot.tensor
         shape = tuple(tensor.shape)
         obstacle = "a buffer" if not slot.is_parameter else numeric_obstacle(slot.name, shape, tensor.dtype)
-        obstacle = obstacle or overlapping or obstacle_to(slot.module, slot.local)
+        obstacle = obstacle or shared or obstacle_to(slot.module, slot.local)
+        layout, declared = (None, True) if obstacle else layout_of(slot.module, slot.local, tensor)
         return TensorInfo(
             name=slot.name,
             shape=shape,
@@ -87,9 +89,11 @@ class ModuleSource(Source):
             kind="parameter" if slot.is_parameter else "buffer",
             owner=type(slot.module),
             storage=storage_key(tensor),
-            layout=None if obstacle else layout_of(slot.module, tensor),
+            layout=layout,
+            declared=declared,
             obstacle=obstacle,
             persistent=slot.persistent,
+            rounds_inputs=rounds_inputs(slot.module, slot.local, parent_of(model, slot)),
         )
 
 

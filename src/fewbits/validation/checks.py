@@ -14,7 +14,7 @@ from torch import Tensor
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import Value, save, value_tensors
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.errors import CheckpointError
+from fewbits.errors import ArgumentError, CheckpointError
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -45,7 +45,12 @@ def examine(
         damaged: what is wrong with tensors that must not be read, by name.
         fail_under: SQNR in dB below which a tensor is critical, which is a failure.
         progress: told about every tensor, before and after it.
+
+    Raises:
+        ArgumentError: if `fail_under` is no number of decibels.
     """
+    if not isinstance(fail_under, (int, float)) or math.isnan(fail_under):
+        raise ArgumentError(f"fail_under must be a number of dB, not {fail_under!r}")
     measured, damaged = measured or {}, damaged or {}
     tensors, total = [], 0
     for row in followed("validate", ledger.stored, progress):

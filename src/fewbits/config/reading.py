@@ -1,0 +1,46 @@
+"""Reading TOML and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fewbits.errors import ArgumentError
+
+
+def read(path: Path) -> Any:
+    """What a file holds; its suffix says in which language.
+
+    Raises:
+        ArgumentError: if it cannot be read, or is not in that language.
+    """
+    parse = _parser(path.suffix.lower())
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"cannot be read: {error.strerror}") from None
+    except ValueError as error:  # the parsers' own, and of bytes that are not UTF-8
+        raise ArgumentError(f"not a valid config file: {error}") from None
+
+
+def _parser(suffix: str) -> Callable[[str], Any]:
+    """What parses files of this suffix; Python has its own TOML parser from 3.11 on."""
+    if suffix == ".json":
+        return lambda text: json.loads(text, object_pairs_hook=_without_repeats)
+    if suffix != ".toml":
+        raise ArgumentError("the name of a config file ends in .toml or .json")
+    for module in ("tomllib", "tomli"):
+        with suppress(ModuleNotFoundError):
+            return import_module(module).loads  # type: ignore[no-any-return]
+    raise ArgumentError("TOML needs Python 3.11, or pip install 'fewbits[toml]'; JSON needs neither")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+    return table

@@ -1,0 +1,1 @@
+"""Kernels: how a layer computes with a stored weight."""

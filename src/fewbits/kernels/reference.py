@@ -1,0 +1,77 @@
+"""The reference: what every layer computes. Other kernels are measured against it.
+
+Without int8 activations a weight is dequantized to the input's dtype and used in the float operation. With them, inputs
+are rounded to int8, the products are summed as whole numbers, exactly, and the sum is multiplied with both scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbits.kernels.base import Kernel, Operand
+from fewbits.numerics.affine import dynamic_scale, encode_input
+from fewbits.numerics.dtypes import compute_dtype
+
+#: A linear operation: of an input and a weight, without bias.
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Reference(Kernel):
+    """Dequantizes, or sums whole numbers in float64, and is right everywhere."""
+
+    name = "reference"
+
+    def supports(self, weight: Operand, x: Tensor) -> str | None:
+        """None: it computes with everything."""
+        return None
+
+    def linear(self, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
+        """One `F.linear`, or an exact integer product."""
+        if not rounds_inputs(weight):
+            return F.linear(x, weight.operand(x.dtype), None if bias is None else bias.to(x.dtype))
+        return integer_product(F.linear, x, weight, bias, sample_dims=(-1,), channel_dim=-1)
+
+
+def rounds_inputs(weight: Operand) -> bool:
+    """Whether a layer with this weight rounds its inputs to int8."""
+    return weight.spec.activations is not None
+
+
+def integer_product(
+    product: Product,
+    x: Tensor,
+    weight: Operand,
+    bias: Tensor | None,
+    *,
+    sample_dims: Sequence[int],
+    channel_dim: int,
+) -> Tensor:
+    """Round `x` to int8, multiply whole numbers, and scale: ``(sum of q_x * (q_w - zero_point)) * s_x * s_w + bias``.
+
+    The sum is exact: it is taken in float64, where whole numbers up to 2**53 are. The sum is rounded to float32
+    (float64 for float64 inputs), and multiplied with the input's scale first.
+
+    Args:
+        product: the operation.
+        x: floating input.
+        weight: with int8 activations in its spec.
+        bias: one number for each output channel, or None.
+        sample_dims: the axes of `x` that share one dynamic scale.
+        channel_dim: the axis of the output that runs over its channels.
+    """
+    dtype = compute_dtype(x.dtype)
+    x_scale = dynamic_scale(x.to(dtype), sample_dims) if weight.input_scale is None else weight.input_scale.to(dtype)
+    steps, w_scale = weight.steps()
+    total = product(encode_input(x.to(dtype), x_scale).double(), steps).to(dtype)
+
+    def per_channel(values: Tensor) -> Tensor:
+        return values.to(dtype).reshape(-1, *[1] * (-1 - channel_dim))
+
+    output = total * x_scale * per_channel(w_scale)
+    return (output if bias is None else output + per_channel(bias)).to(x.dtype)
+
+
+REFERENCE = Reference()

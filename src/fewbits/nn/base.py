@@ -1,0 +1,172 @@
+"""`QuantizedModule`: any module, some of whose parameters are stored as codes and read as float tensors."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import FewbitsError, ReadOnlyWeightError
+from fewbits.nn.stored import StoredWeight
+
+#: A parameter ``p`` that is quantized lives in a child module ``p_stored``.
+SUFFIX = "_stored"
+
+#: The weights that are dequantized once during the forward that runs now, and those that have been.
+_once: ContextVar[dict[StoredWeight, Tensor | None] | None] = ContextVar("fewbits_once", default=None)
+
+#: Every class that was made at run time, by what it was made from: it is made once.
+_classes: dict[tuple[type[nn.Module], type[QuantizedModule]], type[QuantizedModule]] = {}
+
+#: Marks classes that are made at run time.
+_MADE = "_made_at_run_time"
+
+
+class QuantizedModule(nn.Module):
+    """What all quantized modules share: reading a quantized parameter gives a float tensor, dequantized anew.
+
+    A forward that uses its parameters as attributes, as all of torch does, needs no change. Inside one forward a
+    parameter that is read again is not dequantized again.
+
+    Attributes:
+        float_class: the class to go back to.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+
+    def __getattr__(self, name: str) -> Any:
+        stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
+        return _read(stored) if isinstance(stored, StoredWeight) else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
+        if isinstance(stored, StoredWeight):
+            raise ReadOnlyWeightError(
+                f"{type(self).__name__}.{name} is quantized ({stored.spec}) and cannot be assigned to; load other "
+                "codes with load_state_dict, or get a float model with fewbits.dequantize(model) first"
+            )
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; refuse one in the place of a quantized one."""
+        if name + SUFFIX in self._modules:
+            setattr(self, name, param)
+        super().register_parameter(name, param)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class that was made at run time is made again where this is read.
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
+        own = isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
+        return (_blank, (self.float_class, type(self).base_class()), *reduced[2:]) if own else reduced
+
+    @classmethod
+    def base_class(cls) -> type[QuantizedModule]:
+        """The class of the library that this one is, or was made from."""
+        return next(base for base in cls.__mro__ if issubclass(base, QuantizedModule) and _MADE not in vars(base))
+
+    def read_together(self) -> Iterable[StoredWeight]:
+        """The weights that this module's forward reads; each is dequantized once in it."""
+        return stored_weights(self).values()
+
+    def stores(self) -> None:
+        """Called when a parameter has become a stored weight."""
+
+    def restored(self) -> None:
+        """Called on the float module when its parameters have come back."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, stored in stored_weights(self).items():
+            for suffix, part in stored.parts().items():
+                destination[prefix + name + suffix] = part if keep_vars else part.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        others = dict(state_dict)
+        for name, stored in stored_weights(self).items():
+            keys = {suffix: prefix + name + suffix for suffix in stored.parts()}
+            missing = [key for key in keys.values() if key not in others]
+            parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
+            if missing:
+                missing_keys += missing
+                continue
+            try:
+                stored.load_parts(parts, assign=bool(local_metadata.get("assign_to_params_buffers")))
+            except FewbitsError as error:
+                error_msgs.append(f"{prefix}{name}: {error}")
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def made_class(float_class: type[nn.Module], base: type[QuantizedModule]) -> type[QuantizedModule]:
+    """The quantized class of modules of this float class.
+
+    The float class comes first, so that its forward is used, and what that calls with ``super()`` is found in `base`.
+
+    Raises:
+        TypeError: if the float class cannot be subclassed.
+    """
+    if vars(base).get("float_class") is float_class:
+        return base
+    key = float_class, base
+    return _classes[key] if key in _classes else _classes.setdefault(key, _make_class(*key))
+
+
+def _make_class(float_class: type[nn.Module], base: type[QuantizedModule]) -> type[QuantizedModule]:
+    namespace: dict[str, Any] = {"float_class": float_class, "__doc__": float_class.__doc__, _MADE: True}
+    if float_class.forward is not getattr(base, "float_class", nn.Module).forward:
+        namespace["forward"] = reading_once(float_class.forward)
+    bases = (base,) if issubclass(base, float_class) else (float_class, base)
+    return type(f"Quantized{float_class.__name__}", bases, namespace)
+
+
+def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same forward, in which a quantized parameter is dequantized once, however often it is read."""
+
+    @functools.wraps(forward)
+    def reading(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiler sees by itself what is computed twice
+            return forward(self, *args, **kwargs)
+        token = _once.set(dict.fromkeys(self.read_together()))
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _once.reset(token)
+
+    return reading
+
+
+def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
+    """The stored weights that a module itself holds, by parameter name."""
+    return {
+        name.removesuffix(SUFFIX): child for name, child in module._modules.items() if isinstance(child, StoredWeight)
+    }
+
+
+def _blank(float_class: type[nn.Module], base: type[QuantizedModule]) -> QuantizedModule:
+    """A module without anything in it yet, for pickle and deepcopy to fill."""
+    cls = made_class(float_class, base)
+    return cls.__new__(cls)
+
+
+def _read(stored: StoredWeight) -> Tensor:
+    """The weight, dequantized; in a forward that reads it once, as it was before."""
+    weights = None if torch.compiler.is_compiling() else _once.get()
+    if weights is None or stored not in weights:
+        return stored.dequantize()
+    weight = weights[stored]
+    if weight is None:
+        weight = weights[stored] = stored.dequantize()
+    return weight

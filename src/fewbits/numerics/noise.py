@@ -1,0 +1,82 @@
+"""Noise: what rounding and clipping change, so that one scale can be weighed against another.
+
+Noise is in squares of the scale, (rows, groups, width) unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbits.numerics.grid import broadcast, ends, in_steps, levels_of, nearest_step
+from fewbits.numerics.spec import QuantSpec
+
+
+def rounding_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The square of what rounding and clipping change in each element."""
+    steps = in_steps(x, scale, spec)
+    if spec.levels is None:
+        return steps.sub_(_rounded(steps, zero_point, spec)).square_()
+    # The nearest level is at the least distance; to look for that is several times as fast as to look for the level.
+    least = torch.full_like(steps, torch.inf)
+    for level in spec.levels:
+        torch.minimum(least, (steps - level).abs_(), out=least)
+    return least.square_()
+
+
+def expected_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """What `rounding_noise` is on average, if nothing is known of an element but its size.
+
+    That is the square of what is clipped, outside the range of the codes; the square of the element itself, if it is
+    so small that it becomes zero; else a twelfth of the square of the distance between neighbouring steps.
+    """
+    steps = in_steps(x, scale, spec)
+    first, last = _shifted_ends(zero_point, spec, steps)
+    beyond = torch.maximum(steps - last, first - steps)
+    below, above = -0.5, 0.5
+    inside = torch.full_like(steps, 1 / 12)
+    if spec.levels is not None:
+        levels, zero = levels_of(spec, steps), spec.levels.index(0.0)
+        below, above = spec.levels[zero - 1] / 2, spec.levels[zero + 1] / 2
+        inside = (levels.diff().square() / 12)[torch.bucketize(steps, levels[1:-1])]
+    noise = torch.where(beyond > 0, beyond.square_(), inside)
+    return torch.where((steps > below) & (steps < above), steps.square_(), noise)
+
+
+def bin_noise(lower: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The mean of `rounding_noise` over values that are spread evenly between two bounds.
+
+    Args:
+        lower: (1, bins), float64.
+        upper: likewise, and larger.
+        scale: (1,).
+        zero_point: (1,), or None.
+        spec: of granularity "tensor", without levels.
+    """
+    bounds = in_steps(lower, scale, spec), in_steps(upper, scale, spec)
+    integrals = [_integral(steps, _rounded(steps, zero_point, spec)) for steps in bounds]
+    return (integrals[1] - integrals[0]) / (bounds[1] - bounds[0])
+
+
+def fit_terms(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """What `refit` needs the sums of: element times step, and step squared, in units of the scale."""
+    steps = in_steps(x, scale, spec)
+    rounded = _rounded(steps, zero_point, spec)
+    return steps.mul_(rounded), rounded.square()
+
+
+def _rounded(steps: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The nearest steps that codes stand for."""
+    return nearest_step(steps, 0.0 if zero_point is None else broadcast(zero_point.to(steps.dtype)), spec)
+
+
+def _shifted_ends(zero_point: Tensor | None, spec: QuantSpec, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last step, less the zero points, to be broadcast against `like`."""
+    first, last = ends(spec)
+    zero = like.new_zeros(()) if zero_point is None else broadcast(zero_point.to(like.dtype))
+    return first - zero, last - zero
+
+
+def _integral(steps: Tensor, rounded: Tensor) -> Tensor:
+    """The integral of `rounding_noise` from 0 to `steps`: a twelfth for every whole step, then what is left."""
+    return rounded / 12 + (steps - rounded) ** 3 / 3

@@ -1,0 +1,155 @@
+"""Looking for the scales with the least noise: the ranges of all groups are narrowed together, and the best ones kept.
+
+Whatever is summed up is added in an order that only the length of a group decides, so the choice is a function of the
+group alone: not of the rows beside it, not of the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fewbits.numerics.affine import choose_params, extremes, is_finite_throughout, refit
+from fewbits.numerics.layout import block_rows
+from fewbits.numerics.noise import fit_terms
+from fewbits.numerics.spec import QuantSpec
+
+#: The noise of each group with some scales and zero points: float64, the shape of the scales, in their squares.
+Noise = Callable[[Tensor, Tensor | None], Tensor]
+
+#: The noise of each element of some rows: (rows, groups, width), in squares of the scale.
+ElementNoise = Callable[[Tensor, Tensor, Tensor | None, QuantSpec], Tensor]
+
+#: Which ends of a range are narrowed, one pass after the other. Symmetric ranges have but one width.
+_PASSES = {True: [(True, True)], False: [(True, True), (False, True), (True, False)]}
+
+
+def shares(count: int) -> list[float]:
+    """Shares of a range to try: `count` from 1 down to a twentieth, denser towards 1.
+
+    >>> [round(share, 4) for share in shares(3)]
+    [1.0, 0.7625, 0.05]
+    """
+    return [1 - 0.95 * (index / (count - 1)) ** 2 for index in range(count)]
+
+
+class Choice:
+    """Scales and zero points, and their noise; those that everything fits in, until better ones are offered.
+
+    Args:
+        low: the smallest element of each group, at most zero; the shape of the scales.
+        high: the largest, at least zero.
+        spec: with its `scale_dtype` settled.
+        noise: what is to become least.
+
+    Raises:
+        RangeError: if a scale is beyond the largest number of its dtype.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor, spec: QuantSpec, noise: Noise) -> None:
+        self.low, self.high, self.spec, self._noise = low.double(), high.double(), spec, noise
+        self.scale, self.zero_point = choose_params(low, high, spec)
+        self._unit = self.scale.double()
+        self.noise = noise(self.scale, self.zero_point)
+
+    def narrow(self, shares: Sequence[float], *, mirrored: bool = False) -> None:
+        """Try shares of the range.
+
+        Args:
+            shares: each between 0 and 1.
+            mirrored: try negative scales too, if the spec is symmetric: the codes reach one step further down than
+                up, and with a negative scale it is the positive elements that make use of it.
+        """
+        for narrows_low, narrows_high in _PASSES[self.spec.symmetric]:
+            low, high = self.low, self.high
+            for share in shares:
+                narrowed = low * share if narrows_low else low, high * share if narrows_high else high
+                self.offer(*narrowed, *choose_params(*narrowed, self.spec))
+                if mirrored and self.spec.symmetric:
+                    self.offer(*narrowed, -choose_params(-narrowed[1], -narrowed[0], self.spec)[0], None)
+
+    def offer(self, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Take these scales and zero points, made for a range, wherever their noise is less."""
+        noise = self._noise(scale, zero_point) * (scale.double() / self._unit).square()
+        better = (noise < self.noise) & is_finite_throughout(scale, zero_point, self.spec)
+        self.noise = torch.where(better, noise, self.noise)
+        self.scale = torch.where(better, scale, self.scale)
+        self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
+        if zero_point is not None and self.zero_point is not None:
+            self.zero_point = torch.where(better, zero_point, self.zero_point)
+
+
+def choose_within(
+    inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points for ranges that leave some elements outside.
+
+    Args:
+        inner: the ends of the ranges, as `choose_params` takes them.
+        outer: the extremes; they take the place of ranges whose last codes would stand for infinity.
+        spec: with its `scale_dtype` settled.
+
+    Raises:
+        RangeError: if a scale is beyond the largest number of its dtype.
+    """
+    scale, zero_point = choose_params(*inner, spec)
+    usable = is_finite_throughout(scale, zero_point, spec)
+    if usable.all():
+        return scale, zero_point
+    wider, other = choose_params(*outer, spec)
+    if zero_point is not None and other is not None:
+        zero_point = torch.where(usable, zero_point, other)
+    return torch.where(usable, scale, wider), zero_point
+
+
+def choose_for(
+    x: Tensor, spec: QuantSpec, noise: ElementNoise, shares: Sequence[float], *, mirrored: bool = False
+) -> Choice:
+    """The scales of some rows, out of shares of their ranges; arguments as `Choice` and `Choice.narrow` have them."""
+    choice = Choice(*extremes(x, spec), spec, lambda scale, zero: _totals(noise, x, scale, zero, spec)[0])
+    choice.narrow(shares, mirrored=mirrored)
+    return choice
+
+
+def fit(choice: Choice, x: Tensor) -> None:
+    """Offer a choice for some rows the scales that suit its codes best."""
+    products, squares = _totals(fit_terms, x, choice.scale, choice.zero_point, choice.spec)
+    fitted = refit(choice.scale, products, squares, choice.spec)
+    choice.offer(choice.low, choice.high, fitted, choice.zero_point)
+
+
+def group_sums(values: Tensor) -> Tensor:
+    """The sums along the last axis, in float64. The values are overwritten.
+
+    The halves of a group are added, element by element, until one is left.
+    """
+    width = values.shape[-1]
+    while width > 1:
+        half = width // 2
+        values[..., :half] += values[..., width - half : width]
+        width -= half
+    return values[..., 0].double()
+
+
+def _totals(
+    terms: Callable[[Tensor, Tensor, Tensor | None, QuantSpec], Tensor | tuple[Tensor, ...]],
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+) -> list[Tensor]:
+    """The sums of each term over each group, in the shape of the scales."""
+    if spec.granularity != "tensor":
+        return [group_sums(values) for values in _as_tuple(terms(x, scale, zero_point, spec))]
+    # One group, perhaps larger than there is memory for intermediate results: a block of rows at a time.
+    sums = [
+        [group_sums(values.flatten()) for values in _as_tuple(terms(rows, scale, zero_point, spec))]
+        for rows in torch.split(x, block_rows(x.shape[1]))
+    ]
+    return [group_sums(torch.stack(parts)).reshape(1) for parts in zip(*sums, strict=True)]
+
+
+def _as_tuple(terms: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return terms if isinstance(terms, tuple) else (terms,)

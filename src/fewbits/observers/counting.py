@@ -1,0 +1,57 @@
+"""`CountingObserver`: one that keeps a histogram of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
+
+from fewbits.errors import ArgumentError
+from fewbits.numerics.affine import choose_params
+from fewbits.numerics.search import Choice, group_sums
+from fewbits.numerics.spec import QuantSpec
+from fewbits.observers.accumulating import AccumulatingObserver
+from fewbits.observers.histogram_counts import HistogramCounts
+
+#: How much noise a value in a bin has on average, with some scale and zero point: (lower bounds, upper bounds, scale,
+#: zero point, spec) to (1, 1, bins), in squares of the scale.
+BinNoise: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None, QuantSpec], Tensor]
+
+#: Shares of the range of inputs to try: an eighth of an octave apart, over ten octaves, as outliers may lie far out.
+_SHARES = [2 ** (-index / 8) for index in range(81)]
+
+
+class CountingObserver(AccumulatingObserver[HistogramCounts]):
+    """Keeps a histogram of the inputs of a layer.
+
+    Args:
+        bins: how many there are on each side of zero, a power of two from 64 to 65536; more than half of them are in
+            use on the side of the largest magnitude.
+
+    Raises:
+        ArgumentError: for another number of bins.
+    """
+
+    def __init__(self, bins: int = 2048) -> None:
+        if type(bins) is not int or bins not in (1 << power for power in range(6, 17)):
+            raise ArgumentError(f"bins must be a power of two from 64 to 65536, not {bins!r}")
+        self.bins = bins
+
+    def _statistics(self, x: Tensor) -> HistogramCounts | None:
+        return HistogramCounts.of(x, self.bins)
+
+
+def least_noise(seen: HistogramCounts, spec: QuantSpec, noise: BinNoise) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of the range, no wider than the extremes, over which a histogram has the least noise."""
+    ends = seen.extremes.around_zero()
+    if seen.exponent is None:
+        return choose_params(*ends, spec)
+    lower, upper, counts = seen.occupied()
+
+    def total(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        return group_sums(noise(lower, upper, scale, zero_point, spec) * counts).reshape(1)
+
+    choice = Choice(*ends, spec, total)
+    choice.narrow(_SHARES)
+    return choice.scale, choice.zero_point

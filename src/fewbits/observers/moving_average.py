@@ -1,0 +1,65 @@
+"""`MovingAverageMinMaxObserver`: scales of inputs from the extremes of a typical batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import ArgumentError
+from fewbits.numerics.affine import choose_params
+from fewbits.numerics.quantize import min_max
+from fewbits.numerics.spec import QuantSpec
+from fewbits.observers.accumulating import check_input_spec, nothing_seen
+from fewbits.observers.base import Observer
+from fewbits.observers.extremes import Extremes
+
+
+class MovingAverageMinMaxObserver(Observer):
+    """Averages the extremes of the batches, the latest counting most. For inputs with a rare outlier here and there.
+
+    With ``c`` the averaging constant, an extreme ``m`` becomes ``(1 - c) * m + c * x`` with every batch whose own
+    extreme is ``x``; the first batch sets it. So the order of the batches matters, and what two copies have seen
+    cannot be merged. Weights are treated as `MinMaxObserver` does.
+
+    Args:
+        averaging_constant: what the latest batch weighs, above 0 and at most 1.
+
+    Raises:
+        ArgumentError: for a constant outside that range.
+    """
+
+    def __init__(self, averaging_constant: float = 0.01) -> None:
+        if not isinstance(averaging_constant, (int, float)) or not 0 < averaging_constant <= 1:
+            raise ArgumentError(f"averaging_constant must be above 0 and at most 1, not {averaging_constant!r}")
+        self.averaging_constant = float(averaging_constant)
+        self._average: Extremes | None = None
+
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point from the extremes of each group."""
+        return min_max(weight, spec)
+
+    def observe_input(self, x: Tensor) -> None:
+        """Move the averages towards the extremes of one batch. What is not floating is passed over.
+
+        Raises:
+            CalibrationError: if it holds NaN or Inf.
+        """
+        latest, before = Extremes.of(x.detach()), self._average
+        if latest is None or before is None:
+            self._average = latest or before
+            return
+        weight = self.averaging_constant
+        # Each weighed on its own: the difference of two extremes may overflow.
+        low = (1 - weight) * before.low + weight * latest.low
+        self._average = Extremes(low, (1 - weight) * before.high + weight * latest.high)
+
+    def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point from the averaged extremes, as `Observer.input_params` has it."""
+        check_input_spec(spec)
+        if self._average is None:
+            raise nothing_seen(self)
+        return choose_params(*self._average.around_zero(), spec.for_dtype(torch.float32))
+
+    def reset(self) -> None:
+        """Forget everything seen so far."""
+        self._average = None

@@ -1,0 +1,151 @@
+"""What rules are made of: classes or their names, and the spec that a rule asks for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from fewbits.errors import ArgumentError, SelectionError
+from fewbits.numerics.dtypes import dtype_from_name
+from fewbits.numerics.spec import SPECS, QuantSpec, Spec
+from fewbits.selection.info import TensorInfo
+
+#: A class, or the name of one: ``nn.Embedding`` or ``"Embedding"``.
+TypeRule = type | str
+
+#: What a rule may ask for: a scheme's short name, ``"keep"``, a spec, or fields to change, ``{"group_size": 64}``, of
+#: the quantizer's own spec or of that of a ``"scheme"``.
+OverrideRule = str | Spec | Mapping[str, Any]
+
+
+@attrs.frozen
+class Override:
+    """Another spec for the tensors that a rule names.
+
+    Attributes:
+        base: what to begin with; None stands for the quantizer's own spec.
+        changes: fields of a `QuantSpec` to change in it.
+        pattern: the pattern of the rule, for messages.
+    """
+
+    base: Spec | None
+    changes: tuple[tuple[str, Any], ...] = ()
+    pattern: str = attrs.field(default="", eq=False)
+
+    def spec(self, own: Spec) -> Spec:
+        """The spec, for a quantizer whose own is `own`.
+
+        Raises:
+            SelectionError: if the changes do not go with it.
+        """
+        base, changes = self.base or own, dict(self.changes)
+        if not changes:
+            return base
+        if not isinstance(base, QuantSpec):
+            raise SelectionError(
+                f"overrides[{self.pattern!r}]: {sorted(changes)} cannot be changed in a cast to {base}; name a "
+                "scheme with codes"
+            )
+        if changes.get("group_size") is not None:
+            changes.setdefault("granularity", "group")
+        try:
+            return attrs.evolve(base, **changes)
+        except ArgumentError as error:
+            raise SelectionError(f"overrides[{self.pattern!r}]: this does not go with {base}: {error}") from None
+
+
+def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
+    """What a rule of `overrides` asks for; None for "keep".
+
+    Raises:
+        SelectionError: naming the pattern, and what there is.
+    """
+    if isinstance(rule, Spec):
+        return Override(rule, pattern=pattern)
+    if isinstance(rule, str):
+        return None if rule == "keep" else Override(_named(pattern, rule), pattern=pattern)
+    if not isinstance(rule, Mapping) or not rule:
+        raise SelectionError(
+            f"overrides[{pattern!r}] is a scheme's name, 'keep', a spec, or fields such as "
+            f"{{'scheme': 'int4', 'group_size': 64}}, not {rule!r}"
+        )
+    changes = {key: value for key, value in rule.items() if key != "scheme"}
+    known = ["scheme", *attrs.fields_dict(QuantSpec)]
+    for key in changes:
+        if key not in known:
+            raise SelectionError(f"overrides[{pattern!r}] does not know {key!r}{did_you_mean(str(key), known)}")
+    if rule.get("scheme") == "keep":
+        raise SelectionError(f"overrides[{pattern!r}] keeps the tensor and changes fields; write {pattern!r}: 'keep'")
+    base = _named(pattern, rule["scheme"]) if "scheme" in rule else None
+    if isinstance(changes.get("scale_dtype"), str):
+        changes["scale_dtype"] = dtype_from_name(changes["scale_dtype"])
+    fields = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(changes.items()))
+    return Override(base, fields, pattern)
+
+
+def _named(pattern: str, scheme: object) -> Spec:
+    if not isinstance(scheme, str) or scheme not in SPECS:
+        names = [*SPECS, "keep"]
+        raise SelectionError(
+            f"overrides[{pattern!r}]: there is no scheme {scheme!r}{did_you_mean(str(scheme), names)}; "
+            f"there are {', '.join(map(repr, names))}"
+        )
+    return SPECS[scheme]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest known words, as the end of a sentence; "" if none is near.
+
+    >>> did_you_mean("int3", ["int4", "fp16"])
+    " (did you mean 'int4'?)"
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:
+    """Whether the tensor's owner is of that class, or of one with that name, or inherits from one.
+
+    Without classes an embedding is known by its name.
+    """
+    if info.owner is None:
+        return type_name(rule) == "Embedding" and info.is_embedding_by_name
+    if isinstance(rule, str):
+        return any(rule == base.__name__ for base in info.owner.__mro__)
+    return issubclass(info.owner, rule)
+
+
+def type_name(rule: TypeRule) -> str:
+    """The name of a class, given as itself or by name."""
+    return rule if isinstance(rule, str) else rule.__name__
+
+
+def check_types(rule: str, types: Sequence[TypeRule]) -> tuple[TypeRule, ...]:
+    """A sequence of classes or their names, if it is one.
+
+    Raises:
+        SelectionError: naming the rule and what it was given.
+    """
+    if isinstance(types, (str, type)) or not isinstance(types, Iterable):
+        hint = f": write [{type_name(types)}]" if isinstance(types, (str, type)) else f", not {types!r}"
+        raise SelectionError(f"{rule} is a sequence of classes or their names{hint}")
+    for entry in types:
+        if not isinstance(entry, (str, type)):
+            raise SelectionError(f"{rule} holds classes or their names, not {entry!r}")
+    return tuple(types)
+
+
+def check_types_used(types: Sequence[TypeRule], infos: Sequence[TensorInfo], rule: str) -> None:
+    """Refuse classes to which no tensor belongs.
+
+    Raises:
+        SelectionError: naming them, and the classes that there are.
+    """
+    unused = [type_name(t) for t in types if not any(is_of_type(info, t) for info in infos)]
+    if unused:
+        owners = sorted({info.owner.__name__ for info in infos if info.owner is not None})
+        known = f"the classes here are {', '.join(owners)}" if owners else "a state dict or file knows no classes"
+        raise SelectionError(f"{rule}: no tensor belongs to {' or '.join(unused)}; {known}")
