@@ -1,4 +1,6 @@
-"""Schemes of one's own: other bits, and another way to pick scales."""
+"""Schemes of one's own: other bits, levels that are not evenly spaced, another way to pick scales."""
+
+from statistics import NormalDist
 
 import torch
 from torch import nn
@@ -13,6 +15,19 @@ class Int6(fewbits.Quantizer):
     spec = fewbits.QuantSpec(bits=6, granularity="group", group_size=64)
 
 
+def quantiles(count: int) -> list[float]:
+    """That many rising numbers up to 1, as dense as a normal distribution."""
+    return [NormalDist().inv_cdf(0.5 + 0.48 * i / count) / NormalDist().inv_cdf(0.98) for i in range(1, count + 1)]
+
+
+class Normal4(fewbits.Quantizer):
+    """4 bits a weight, groups of 128; the codes stand for quantiles of the normal distribution."""
+
+    name = "normal4"
+    levels = (*(-level for level in reversed(quantiles(7))), 0.0, *quantiles(8))
+    spec = fewbits.QuantSpec(bits=4, granularity="group", group_size=128, levels=levels)
+
+
 class Clipped(fewbits.Observer):
     """Scales from a share of the largest magnitude: fewer values in range, finer steps for them."""
 
@@ -21,12 +36,14 @@ class Clipped(fewbits.Observer):
 
     def observe_weight(self, weight: torch.Tensor, spec: fewbits.QuantSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
         scale, zero_point = fewbits.MinMaxObserver().observe_weight(weight, spec)
-        return (scale * self.share).to(scale.dtype), zero_point
+        # A group of zeros has the smallest scale there is already.
+        return (scale * self.share).clamp(min=torch.finfo(scale.dtype).tiny), zero_point
 
 
 torch.manual_seed(0)
 model = nn.Linear(512, 512)
-for quantizer in (Int6(), fewbits.Int4Grouped(), fewbits.Int4Grouped(observer=Clipped(0.9))):
+nn.init.normal_(model.weight)
+for quantizer in (Int6(), fewbits.Int4Grouped(), fewbits.Int4Grouped(observer=Clipped(0.9)), Normal4()):
     result = fewbits.quantize(model, quantizer)
     measurement = result.report.tensors[0].measurement
     print(f"{result.ledger['weight'].scheme}: {measurement.sqnr_db:.2f} dB, {result.ledger.bytes_after:,} bytes")

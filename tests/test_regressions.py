@@ -10,6 +10,7 @@ from torch import nn
 
 import fewbits
 from fewbits import LayerSelector, MismatchError, SelectionError, SourceError
+from lifecycle_helpers import small
 
 W = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
 
@@ -320,3 +321,21 @@ def test_tied_convolutions_with_int8_inputs_that_cut_their_weight_otherwise_are_
         assert right_or_refused(
             lambda i=i: fewbits.quantize(model, "int8", activations="dynamic").model[i], model[i], x, SelectionError
         )
+
+
+class WideScales(fewbits.Observer):
+    """A hundredth wider than it need be: too much for numbers at the end of the range."""
+
+    def observe_weight(self, weight, spec):
+        return fewbits.MinMaxObserver().observe_weight(weight, spec)[0] * 1.01, None
+
+
+class Int4Channel(fewbits.Quantizer):
+    spec = fewbits.QuantSpec(bits=4, granularity="channel")
+
+
+def test_a_weight_that_reads_as_inf_is_a_failure():
+    quantizer = small(Int4Channel, observer=WideScales())
+    quantizer.prepare({"weight": torch.full((1, 32), torch.finfo(torch.float32).max)})
+    assert quantizer.convert()["weight"].dequantize().isinf().all()
+    assert any("bound is broken" in failure for failure in quantizer.validate(on_failure="ignore").failures)

@@ -14,11 +14,12 @@ import textwrap
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fewbits
 from checkpoints import AnyScheme, metadata_of, save, split, state
 from fewbits.checkpoint import safetensors as writing
+from fewbits.checkpoint.saving import digest
 from lifecycle_helpers import quantize_small, small
 
 SCHEMES = {
@@ -359,3 +360,9 @@ def test_a_model_that_changed_since_it_was_quantized_is_refused(folder):
     with pytest.raises(fewbits.CheckpointError, match=r"1\.weight"):
         result.save(folder / "f")
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("make", [Tensor.t, lambda t: t[::2], lambda t: t.expand(3, *t.shape)], ids="tse")
+def test_a_digest_is_that_of_the_bytes_in_order_whatever_the_strides(make):
+    tensor = make(torch.arange(60000.0).reshape(200, 300))
+    assert digest(tensor) == hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

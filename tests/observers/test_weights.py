@@ -150,7 +150,8 @@ def expected(rows, params, unit, spec):
     noise = []
     for row, scale, zero, one in zip(rows.tolist(), params[0].tolist(), zero_points, unit.tolist(), strict=True):
         reached = [level - zero for level in levels]
-        noise.append(math.fsum(expected_of(x / scale[0], reached) for x in row) * (scale[0] / one[0]) ** 2)
+        share = scale[0] / one[0]
+        noise.append(math.fsum(expected_of(x / scale[0], reached) for x in row) * share * share)
     return noise
 
 
@@ -162,7 +163,8 @@ def expected_of(x, reached):
     if below < x < above:
         return x * x
     if not reached[0] <= x <= reached[-1]:
-        return min(abs(x - reached[0]), abs(x - reached[-1])) ** 2
+        beyond = min(abs(x - reached[0]), abs(x - reached[-1]))
+        return beyond * beyond
     end = next(index for index, level in enumerate(reached) if level >= x and index)
     return (reached[end] - reached[end - 1]) ** 2 / 12
 

@@ -129,7 +129,8 @@ def value_digest(value: Value) -> str:
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of the bytes of a tensor, in hexadecimal."""
-    return hashlib.sha256(tensor_bytes(in_memory(tensor))).hexdigest()
+    tensor = in_memory(tensor)  # perhaps a copy, which has to live as long as its bytes are read
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def wrong_digests(reader: Reader, digests: Mapping[str, str]) -> Iterator[str]:

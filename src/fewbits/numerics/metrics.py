@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import clipped, decode, error_bound
+from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.packing import unpack
 from fewbits.numerics.tensor import QuantizedTensor
@@ -135,10 +136,15 @@ def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Bl
         scale, zero_point = stored.scale[where], None if zero_points is None else zero_points[where]
         codes = unpack(stored.packed[start:stop], spec.bits, stored.layout.columns)
         x = rows.double()
-        decoded = decode(codes, scale, zero_point, spec, torch.float64)
+        decoded = _as_read(decode(codes, scale, zero_point, spec, torch.float64), compute_dtype(scale.dtype))
         signed = codes.to(torch.int16) + spec.code_min
         outside = int(clipped(x, scale, zero_point, spec).sum())
         yield _Block(start, x, decoded, error_bound(x, scale, zero_point, spec), signed, outside)
+
+
+def _as_read(decoded: Tensor, dtype: torch.dtype) -> Tensor:
+    """The real numbers that codes stand for; Inf where decoding in `dtype` gives Inf."""
+    return torch.where(torch.isinf(decoded.to(dtype)), torch.inf, decoded)
 
 
 def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:

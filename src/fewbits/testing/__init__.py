@@ -1,0 +1,48 @@
+"""The conformance kit: does a strategy of your own keep what its interface promises?
+
+::
+
+    @pytest.mark.parametrize("check", check_quantizer(MyScheme()), ids=str)
+    def test_it_conforms(check):
+        check()
+
+Each of `check_quantizer`, `check_observer`, `check_selector`, `check_serializer` and `check_kernel` returns a list of
+checks with names, to be called without arguments. Beside them are the Hypothesis strategies that they draw from, for
+tests of your own. This package needs Hypothesis: ``pip install 'fewbits[testing]'``.
+"""
+
+try:
+    from fewbits.testing.check import Check, ConformanceError
+    from fewbits.testing.kernels import check_kernel
+    from fewbits.testing.models import SmallModel, models
+    from fewbits.testing.observers import check_observer
+    from fewbits.testing.quantizers import check_quantizer
+    from fewbits.testing.selectors import check_selector
+    from fewbits.testing.serializers import check_serializer
+    from fewbits.testing.strategies import layouts, levels, numbers, problems, shapes, specs, tensors, weights
+except ModuleNotFoundError as missing:
+    if missing.name != "hypothesis":
+        raise
+    raise ModuleNotFoundError(
+        "fewbits.testing needs hypothesis: pip install 'fewbits[testing]'", name="hypothesis"
+    ) from missing
+
+__all__ = [
+    "Check",
+    "ConformanceError",
+    "SmallModel",
+    "check_kernel",
+    "check_observer",
+    "check_quantizer",
+    "check_selector",
+    "check_serializer",
+    "layouts",
+    "levels",
+    "models",
+    "numbers",
+    "problems",
+    "shapes",
+    "specs",
+    "tensors",
+    "weights",
+]

@@ -1,0 +1,191 @@
+"""Observers that are wrong in one way each, and the check that finds it."""
+
+import pytest
+import torch
+from caught import caught, covered
+
+from fewbits import CalibrationError, MinMaxObserver, Observer
+from fewbits.testing import check_observer
+
+
+class Plain(Observer):
+    """Looks at weights alone."""
+
+    def observe_weight(self, weight, spec):
+        return MinMaxObserver().observe_weight(weight, spec)
+
+
+class InFloat32(Plain):
+    def observe_weight(self, weight, spec):
+        scale, zero_point = super().observe_weight(weight, spec)
+        return scale.float(), zero_point
+
+
+class NoZeroPoint(Plain):
+    def observe_weight(self, weight, spec):
+        return super().observe_weight(weight, spec)[0], None
+
+
+class Refuses(Plain):
+    def observe_weight(self, weight, spec):
+        if weight.abs().max() > 1e3:
+            from fewbits import RangeError
+
+            raise RangeError("too large for me")
+        return super().observe_weight(weight, spec)
+
+
+class OneScaleForABlock(Plain):
+    def observe_weight(self, weight, spec):
+        scale, zero_point = super().observe_weight(weight, spec)
+        return scale.amax().expand_as(scale), None if zero_point is None else zero_point.amax().expand_as(zero_point)
+
+
+class Drifts(Plain):
+    asked = 0
+
+    def observe_weight(self, weight, spec):
+        self.asked += 1
+        scale, zero_point = super().observe_weight(weight, spec)
+        return (scale * (1 + 0.1 * self.asked)).to(scale.dtype), zero_point
+
+
+class ClipsInPlace(Plain):
+    def observe_weight(self, weight, spec):
+        scale, zero_point = super().observe_weight(weight, spec)
+        weight.mul_(0.9)
+        return scale, zero_point
+
+
+class SortsInputs(Plain):
+    def observe_input(self, x):
+        x.copy_(x.sort(0).values)
+
+
+class Peaks(Plain):
+    """Widens scales by the largest input."""
+
+    needs_data = True
+    peak = 0.0
+
+    def observe_input(self, x):
+        self.peak = max(self.peak, float(x.abs().max()))
+
+    def observe_weight(self, weight, spec):
+        scale, zero_point = super().observe_weight(weight, spec)
+        return (scale * (1 + min(self.peak, 10) / 10)).to(scale.dtype), zero_point
+
+
+class NeverForgets(Peaks):
+    pass
+
+
+class RightPeaks(Peaks):
+    def reset(self):
+        self.peak = 0.0
+
+
+class GivesItselfAway(RightPeaks):
+    def fresh(self):
+        return self
+
+
+class SaysNothing(RightPeaks):
+    needs_data = False
+
+
+class NeedsNothing(Plain):
+    needs_data = True
+
+
+class ZeroForZeros(MinMaxObserver):
+    def input_params(self, spec):
+        scale, zero_point = super().input_params(spec)
+        return torch.where(scale < 1e-30, 0.0, scale), zero_point
+
+
+class AScalar(MinMaxObserver):
+    def input_params(self, spec):
+        scale, zero_point = super().input_params(spec)
+        return scale[0], zero_point
+
+
+class NegativeScale(MinMaxObserver):
+    def input_params(self, spec):
+        scale, zero_point = super().input_params(spec)
+        return -scale, zero_point
+
+
+class Guesses(MinMaxObserver):
+    def input_params(self, spec):
+        try:
+            return super().input_params(spec)
+        except CalibrationError:
+            return torch.ones(1), None if spec.symmetric else torch.zeros(1, dtype=torch.int32)
+
+
+class MergesNothing(MinMaxObserver):
+    def merge(self, other):
+        pass
+
+
+class MergesInto(MinMaxObserver):
+    def merge(self, other):
+        super().merge(other)
+        other._seen = self._seen
+
+
+class Hoards(MinMaxObserver):
+    def observe_input(self, x):
+        super().observe_input(x)
+        self._batches = [*getattr(self, "_batches", ()), x]
+
+    def reset(self):
+        super().reset()
+        self._batches = []
+
+
+class Hundreds(Plain):
+    def observe_weight(self, weight, spec):
+        scale, zero_point = super().observe_weight(weight, spec)
+        return torch.full_like(scale, 100), zero_point
+
+
+CASES = [
+    pytest.param(InFloat32, "scales_fit_the_spec", "in float32 for", id="in-float32"),
+    pytest.param(NoZeroPoint, "scales_fit_the_spec", "zero point", id="no-zero-point"),
+    pytest.param(Refuses, "scales_fit_the_spec", "is refused: too large for me", id="refuses"),
+    pytest.param(OneScaleForABlock, "rows_stand_alone", "row by row it gives other scales", id="blocks"),
+    pytest.param(Drifts, "rows_stand_alone", "asked again, it gives other scales", id="drifts"),
+    pytest.param(ClipsInPlace, "nothing_is_written_to", "is written to", id="writes-to-weights"),
+    pytest.param(SortsInputs, "nothing_is_written_to", "is written to", id="writes-to-inputs"),
+    pytest.param(NeverForgets, "fresh_forgets", "a fresh copy remembers inputs", id="never-forgets"),
+    pytest.param(GivesItselfAway, "fresh_forgets", "not a copy", id="no-copy"),
+    pytest.param(SaysNothing, "needs_data_is_true", "set needs_data = True", id="says-nothing"),
+    pytest.param(NeedsNothing, "needs_data_is_true", "make no difference", id="needs-nothing"),
+    pytest.param(ZeroForZeros, "inputs_get_one_positive_scale", "zero, NaN or Inf", id="zero-for-zeros"),
+    pytest.param(AScalar, "inputs_get_one_positive_scale", "needs shape", id="a-scalar"),
+    pytest.param(NegativeScale, "inputs_get_one_positive_scale", "the scale of inputs is -", id="negative"),
+    pytest.param(Guesses, "inputs_get_one_positive_scale", "before it has seen any", id="guesses"),
+    pytest.param(MergesNothing, "merging_equals_seeing_all", "merged it gives", id="merges-nothing"),
+    pytest.param(MergesInto, "merging_equals_seeing_all", "changes what it takes in", id="merges-into"),
+    pytest.param(Hoards, "it_keeps_little", "bytes after 200", id="hoards"),
+    pytest.param(Hundreds, "it_is_of_use", "normal weights in", id="hundreds"),
+    pytest.param(InFloat32, "a_model_can_be_quantized_with_it", "NumericsError: .*bfloat16", id="no-model"),
+]
+
+
+@pytest.mark.usefixtures("first_failure")
+@pytest.mark.parametrize(("make", "name", "match"), CASES)
+def test_it_is_found(make, name, match):
+    caught(check_observer(make(), max_examples=60), name, match)
+
+
+def test_every_check_is_seen_to_fail():
+    covered(check_observer(Plain()), CASES)
+
+
+@pytest.mark.parametrize("observer", [Plain(), RightPeaks()], ids=lambda observer: type(observer).__name__)
+def test_the_observers_that_are_broken_here_are_right_otherwise(observer):
+    for check in check_observer(observer):
+        check()

@@ -1,0 +1,101 @@
+"""Selectors that are wrong in one way each, and the check that finds it."""
+
+import pytest
+from caught import caught, covered
+
+from fewbits import Decision, LayerSelector, Selector
+from fewbits.testing import check_selector
+
+
+class Everything(Selector):
+    def select(self, infos):
+        return [Decision(True, "everything") for _ in infos]
+
+
+class ParametersOnly(Selector):
+    def select(self, infos):
+        return [Decision(True, "a parameter") for info in infos if info.kind == "parameter"]
+
+
+class WithoutReasons(Selector):
+    def select(self, infos):
+        return [Decision(True, "") for _ in infos]
+
+
+class NoBooleans(Selector):
+    def select(self, infos):
+        return [Decision(1, "one") for _ in infos]
+
+
+class BareBooleans(Selector):
+    def select(self, infos):
+        return [True for _ in infos]
+
+
+class AGenerator(Selector):
+    def select(self, infos):
+        return (Decision(True, "everything") for _ in infos)
+
+
+class KnowsClasses(Selector):
+    def select(self, infos):
+        return [Decision(info.owner.__name__ == "Linear", f"a {info.owner.__name__}") for info in infos]
+
+
+class OnlyOnce(Selector):
+    asked = 0
+
+    def select(self, infos):
+        self.asked += 1
+        return [Decision(self.asked == 1, f"call {self.asked}") for _ in infos]
+
+
+class Remembers(Selector):
+    largest = 0
+
+    def select(self, infos):
+        self.largest = len(infos) if self.largest in (0, len(infos)) else -1
+        return [Decision(True, f"one of {self.largest}") for _ in infos]
+
+
+class SortsInPlace(Selector):
+    def select(self, infos):
+        if isinstance(infos, list):
+            infos.sort(key=lambda info: info.elements)
+        return [Decision(True, "everything") for _ in infos]
+
+
+class ByName(Selector):
+    """Has contradictory wishes for names that share a weight."""
+
+    def select(self, infos):
+        return [Decision("second" not in info.name, f"called {info.name}", named=True) for info in infos]
+
+
+CASES = [
+    pytest.param(ParametersOnly, "every_tensor_gets_a_decision", r"\d+ decisions for \d+ tensors", id="too-few"),
+    pytest.param(WithoutReasons, "every_tensor_gets_a_decision", "the reason for .* is ''", id="without-reasons"),
+    pytest.param(NoBooleans, "every_tensor_gets_a_decision", "not True or False: .*quantize", id="no-booleans"),
+    pytest.param(BareBooleans, "every_tensor_gets_a_decision", "True, no Decision", id="bare-booleans"),
+    pytest.param(AGenerator, "every_tensor_gets_a_decision", "a generator, no sequence", id="a-generator"),
+    pytest.param(KnowsClasses, "any_tensors_get_decisions_or_an_error", "AttributeError", id="knows-classes"),
+    pytest.param(OnlyOnce, "decisions_are_reproducible", "asked a second time", id="only-once"),
+    pytest.param(Remembers, "decisions_are_reproducible", "asked about others in between", id="remembers"),
+    pytest.param(SortsInPlace, "what_it_is_told_stays", "the list of tensors .* has changed", id="sorts-in-place"),
+    pytest.param(ByName, "the_ledger_covers_everything", "one storage, two fates", id="by-name"),
+]
+
+
+@pytest.mark.usefixtures("first_failure")
+@pytest.mark.parametrize(("make", "name", "match"), CASES)
+def test_it_is_found(make, name, match):
+    caught(check_selector(make(), max_examples=60), name, match)
+
+
+def test_every_check_is_seen_to_fail():
+    covered(check_selector(LayerSelector()), CASES)
+
+
+def test_the_selector_that_is_broken_here_is_right_otherwise():
+    for check in check_selector(Everything()):
+        check()

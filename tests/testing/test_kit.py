@@ -1,0 +1,160 @@
+"""What a check is, what it says when it fails, and what the kit leaves alone."""
+
+import copy
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fewbits
+import fewbits.testing
+from fewbits import ArgumentError, FewbitsError, Int8PerChannel, MinMaxObserver
+from fewbits.testing import Check, ConformanceError, check_kernel, check_observer, check_quantizer, check_selector
+from fewbits.testing.check import Contract, fail
+
+ALL = (check_quantizer, check_observer, check_selector, fewbits.testing.check_serializer, check_kernel)
+
+
+def contracts():
+    """Everything that the kit cites."""
+    for found in pkgutil.iter_modules(fewbits.testing.__path__):
+        module = pkgutil.resolve_name(f"fewbits.testing.{found.name}")
+        yield from (value for value in vars(module).values() if isinstance(value, Contract))
+
+
+CONTRACTS = sorted(set(contracts()), key=str)
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=str)
+def test_every_docstring_says_what_is_cited(contract):
+    said = inspect.getdoc(pkgutil.resolve_name(contract.where))
+    assert re.sub(r"\s+", " ", contract.quote) in re.sub(r"\s+", " ", said)
+
+
+def test_checks_have_names_of_their_own():
+    names = [str(check) for check in check_quantizer(Int8PerChannel())]
+    assert len(names) == len(set(names)) > 10
+    assert all(re.fullmatch(r"[a-z_]+", name) for name in names)
+
+
+def test_a_check_says_what_is_wrong_and_what_was_promised():
+    def wrong():
+        fail("the scale is 0", Contract("fewbits.Observer", "not zero"))
+
+    with pytest.raises(ConformanceError) as caught:
+        Check("some_name", "MyObserver", wrong)()
+    assert str(caught.value) == "the scale is 0\n    fewbits.Observer: 'not zero'"
+    assert isinstance(caught.value, AssertionError)
+    assert isinstance(caught.value, FewbitsError)
+
+
+def test_any_other_error_is_a_failure_with_its_cause():
+    def breaks():
+        raise KeyError("scale")
+
+    with pytest.raises(ConformanceError, match="MyObserver, some_name: KeyError: 'scale'") as caught:
+        Check("some_name", "MyObserver", breaks)()
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("function", ALL, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("given", [Int8PerChannel, object(), None], ids=["class", "object", "None"])
+def test_what_is_no_instance_of_the_interface_is_refused(function, given):
+    with pytest.raises(ArgumentError, match=f"{function.__name__} takes an instance of"):
+        function(given)
+
+
+def test_a_selector_is_not_checked_on_something_that_is_no_model():
+    with pytest.raises(ArgumentError, match="model= takes a model"):
+        check_selector(fewbits.LayerSelector(), model={"weight": torch.ones(2, 2)})
+
+
+def test_rules_that_do_not_fit_the_model_ask_for_one_that_they_fit():
+    checks = check_selector(fewbits.LayerSelector(include=["layers"]))
+    with pytest.raises(ConformanceError, match="pass one that they fit as model="):
+        checks[0]()
+
+
+def test_what_is_given_is_not_used_itself():
+    class Counts(MinMaxObserver):
+        calls = 0
+
+        def observe_weight(self, weight, spec):
+            self.calls += 1
+            return super().observe_weight(weight, spec)
+
+    given = Counts()
+    checks = {str(check): check for check in check_observer(given)}
+    checks["nothing_is_written_to"]()
+    checks["a_model_can_be_quantized_with_it"]()
+    assert given.calls == 0
+
+
+def test_more_examples_are_looked_at_if_asked_for():
+    seen = []
+
+    class Shows(MinMaxObserver):
+        def observe_weight(self, weight, spec):
+            seen.append(spec)
+            return super().observe_weight(weight, spec)
+
+    counts = []
+    for examples in (3, 30):
+        seen.clear()
+        check_observer(Shows(), max_examples=examples)[0]()
+        counts.append(len(seen))
+    assert 3 <= counts[0] < 30 <= counts[1]
+
+
+def test_an_observer_can_be_checked_for_some_specs_alone():
+    class Symmetric(MinMaxObserver):
+        def observe_weight(self, weight, spec):
+            if not spec.symmetric:
+                raise NotImplementedError
+            return super().observe_weight(weight, spec)
+
+    for check in check_observer(Symmetric(), specs=fewbits.testing.specs(symmetric=True)):
+        check()
+    with pytest.raises(ConformanceError, match="NotImplementedError"):
+        check_observer(Symmetric())[0]()
+
+
+def test_threads_blocks_and_modules_are_as_before():
+    from fewbits.numerics import layout
+
+    before = torch.get_num_threads(), layout.BLOCK_ELEMENTS, sys.modules[__name__]
+    checks = {str(check): check for check in check_quantizer(fewbits.Int4Grouped(32))}
+    checks["results_are_reproducible"]()
+    checks["files_need_no_class"]()
+    assert (torch.get_num_threads(), layout.BLOCK_ELEMENTS, sys.modules[__name__]) == before
+
+
+def test_a_small_model_has_what_it_says():
+    model = fewbits.testing.SmallModel()
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert model.second.weight is model.first.weight
+    assert model.again is model.up
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    other = copy.deepcopy(model)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(ids), other(ids))
+    assert not torch.equal(model(ids), fewbits.testing.SmallModel(seed=1)(ids))
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_without_hypothesis_the_error_names_the_extra():
+    done = python("import sys; sys.modules['hypothesis'] = None; import fewbits; import fewbits.testing")
+    assert done.returncode != 0
+    assert "ModuleNotFoundError: fewbits.testing needs hypothesis: pip install 'fewbits[testing]'" in done.stderr
+
+
+def test_importing_fewbits_does_not_import_the_kit():
+    done = python("import sys, fewbits; assert not {'hypothesis', 'fewbits.testing'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,67 @@
+"""A package of somebody else's passes the kit as it is, with the public names alone."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from codebooks import InputWeightedObserver, NormalCodebook, ZipSerializer
+
+import fewbits
+import fewbits.testing
+from fewbits.testing import check_observer, check_quantizer, check_serializer
+
+CHECKS = [
+    *check_quantizer(NormalCodebook()),
+    *check_quantizer(NormalCodebook(32, observer=InputWeightedObserver(), serializer=ZipSerializer())),
+    *check_observer(InputWeightedObserver()),
+    *check_serializer(ZipSerializer(), suffix=".zip"),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.subject}-{check}")
+def test_it_conforms(check):
+    check()
+
+
+def weights():
+    return torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_codebook_is_better_than_even_levels_on_normal_weights():
+    even = fewbits.quantize({"weight": weights()}, fewbits.Int4Grouped(64)).report
+    uneven = fewbits.quantize({"weight": weights()}, NormalCodebook(64)).report
+    assert uneven.sqnr_db > even.sqnr_db
+
+
+def test_weighing_by_inputs_lowers_the_error_of_the_output():
+    layer = torch.nn.Linear(512, 64, bias=False)
+    layer.weight.data = weights()
+    x = torch.randn(200, 512, generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 2, 512)
+
+    def noise(**options):
+        quantized = fewbits.quantize(layer, NormalCodebook(64, **options), data=[x]).model
+        return (quantized(x) - layer(x)).square().sum()
+
+    assert noise(observer=InputWeightedObserver()) < noise()
+
+
+def test_an_archive_holds_what_a_safetensors_file_would(tmp_path):
+    result = fewbits.quantize({"weight": weights()}, NormalCodebook(serializer=ZipSerializer()))
+    result.save(tmp_path / "model.zip")
+    loaded = fewbits.load(tmp_path / "model.zip", serializer=ZipSerializer())
+    assert loaded["weight"].equal(result.model["weight"])
+    assert fewbits.verify(tmp_path / "model.zip", {"weight": weights()}, serializer=ZipSerializer()).ok
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_it_uses_public_names_alone(path):
+    public = {f"fewbits.{name}" for name in fewbits.__all__}
+    public |= {"fewbits", "fewbits.testing"} | {f"fewbits.testing.{name}" for name in fewbits.testing.__all__}
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert {name for name in used if name.split(".")[0] == "fewbits"} <= public
