@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never fetch anything
 
@@ -66,3 +66,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(f"left out (run `make test-all`): {len(names)} slow")
         for name in names:
             terminalreporter.line(f"  {name}")
+
+
+@pytest.fixture
+def first_failure():
+    """Where a check fails on purpose, Hypothesis stops at the first example that fails, and remembers none."""
+    settings.register_profile("as before", settings.default)
+    settings.register_profile("first failure", settings.default, phases=[Phase.explicit, Phase.generate], database=None)
+    settings.load_profile("first failure")
+    yield
+    settings.load_profile("as before")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -63,6 +63,16 @@ class QuantizedModule(nn.Module):
         reduced = super().__reduce_ex__(max(int(protocol), 2))
         own = isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
         return (_blank, (self.float_class, type(self).base_class()), *reduced[2:]) if own else reduced
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The children that the float module has: a forward may go through them."""
+        stored = stored_weights(self).values()
+        return ((name, child) for name, child in super().named_children() if child not in stored)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for stored in stored_weights(self).values() if recurse else ():
+            stored._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @classmethod
     def base_class(cls) -> type[QuantizedModule]:

@@ -118,6 +118,7 @@ class PackedWeight(StoredWeight):
     def __init__(self, value: QuantizedTensor) -> None:
         super().__init__()
         self.dtype, self._spec, self.layout = value.dtype, value.spec, value.layout
+        self._rows_are_first = value.layout == Layout.of(value.shape)
         self.register_buffer("packed", value.packed)
         self.register_buffer("scale", value.scale)
         self.register_buffer("zero_point", value.zero_point)
@@ -165,7 +166,7 @@ class PackedWeight(StoredWeight):
 
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a weight that is a matrix: (len(index), columns)."""
-        if self.layout != Layout.of(self.layout.shape):  # cut another way: its rows are not the weight's
+        if not self._rows_are_first:
             return self.dequantize(dtype).index_select(0, index)
         scale, zero_point = self.scale, unpack_zero_point(self.zero_point, self.scale, self.spec)
         if self.spec.granularity != "tensor":

@@ -6,7 +6,9 @@ references held outside the module tree go on meaning what they meant.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,6 +20,15 @@ from fewbits.nn.modules import CAREFUL_CLASSES, OWN_CLASSES
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import deep_copy
 from fewbits.numerics.tensor import QuantizedTensor
+
+#: Where a quantized module keeps the names of its parameters in the order they had, to go back to.
+_ORDER = "_parameters_in_order"
+
+#: Classes that take all their children for their content; what torch keeps parametrized tensors in does not.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+#: What a forward that does not read its parameters by name calls.
+_WALKS = frozenset({"parameters", "named_parameters", "_parameters"})
 
 
 def quantized_class(float_class: type[nn.Module], names: Collection[str]) -> type[QuantizedModule]:
@@ -37,6 +48,10 @@ def obstacle_to(module: nn.Module, name: str) -> str | None:
         return "it is quantized already"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript modules cannot be changed; quantize the module it was made from"
+    if isinstance(module, _CONTAINERS) and type(module).__name__ != "ParametrizationList":
+        return f"{type(module).__name__} is a container, and would take the stored weight for part of its content"
+    if _goes_through_parameters(type(module).forward):
+        return f"{type(module).__name__}.forward goes through its parameters, and would miss a quantized one"
     if name + SUFFIX in module._modules:
         return f"it has a child named {name + SUFFIX}, where the quantized weight would go"
     if type(module._parameters.get(name)) is not nn.Parameter:
@@ -46,6 +61,18 @@ def obstacle_to(module: nn.Module, name: str) -> str | None:
     except Exception as error:  # whatever a class does when it is subclassed
         return f"{type(module).__name__} cannot be subclassed ({' '.join(str(error).split())})"
     return None
+
+
+def _goes_through_parameters(forward: Any) -> bool:
+    """Whether a function, or one inside it, names what gives all parameters."""
+    codes = [getattr(inspect.unwrap(forward), "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if code is not None:
+            if not _WALKS.isdisjoint(code.co_names):
+                return True
+            codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return False
 
 
 def rounds_inputs(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
@@ -74,8 +101,8 @@ def refuse_quantized(model: nn.Module, error: type[FewbitsError]) -> None:
 def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     """Put a stored weight in the place of a parameter; the module becomes its quantized class."""
     float_class = module.float_class if isinstance(module, QuantizedModule) else type(module)
-    # The name stays where it is, as it does for a bias that there is not: going back keeps the order.
-    parameter, module._parameters[name] = module._parameters[name], None
+    module.__dict__.setdefault(_ORDER, tuple(module._parameters))
+    parameter = module._parameters.pop(name)
     stored.trainable = parameter is not None and parameter.requires_grad
     stored.training = module.training
     module._modules[name + SUFFIX] = stored
@@ -88,9 +115,13 @@ def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]
     """Put parameters back in the place of the stored weights; the module becomes its float class again."""
     names, cls = stored_weights(module), type(module)
     object.__setattr__(module, "__class__", cls.float_class)
+    parameters = dict(module._parameters)
     for name, stored in names.items():
         del module._modules[name + SUFFIX]
-        module._parameters[name] = weights[stored]
+        parameters[name] = weights[stored]
+    order = [*module.__dict__.pop(_ORDER), *parameters]
+    module._parameters.clear()
+    module._parameters.update((name, parameters[name]) for name in dict.fromkeys(order) if name in parameters)
     cls.restored(module)
 
 

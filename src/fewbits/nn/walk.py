@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator
+from types import FunctionType
 from typing import Any
 
 import attrs
@@ -41,7 +42,8 @@ class Slot:
         Raises:
             SourceError: if it holds nothing there any more.
         """
-        tensor = (self.module._parameters if self.is_parameter else self.module._buffers).get(self.local)
+        held = self.module._parameters if self.is_parameter else self.module._buffers
+        tensor = dict(held.items()).get(self.local)  # TorchScript's mappings have no get
         if tensor is None:
             raise SourceError(f"{self.name} has been removed from the model since it was looked at")
         return tensor
@@ -93,7 +95,7 @@ def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, (list, tuple, set, frozenset, dict)):
-        for entry in value.values() if isinstance(value, dict) else value:
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _tensors_in(entry, depth - 1)
 
 
@@ -123,7 +125,23 @@ def structural_copy(model: nn.Module) -> nn.Module:
             f"{name or 'the root module'} is not copied by copy.deepcopy, so the source itself would be quantized; "
             "mend its __deepcopy__, or quantize with inplace=True"
         )
+    _refuse_shared_forwards(model, copied_model)
     return copied_model
+
+
+def _refuse_shared_forwards(model: nn.Module, copied: nn.Module) -> None:
+    """Refuse a function that was set as the forward of one module: it runs that module, whatever copy it is called on.
+
+    Raises:
+        SourceError: naming the first such module.
+    """
+    for (name, module), copy_of_it in zip(model.named_modules(), copied.modules(), strict=False):
+        forward = vars(module).get("forward")
+        if isinstance(forward, FunctionType) and vars(copy_of_it).get("forward") is forward:
+            raise SourceError(
+                f"{name or 'the root module'} has a forward of its own, set on the instance, a function that a copy "
+                "would share with the source, its weights included; quantize with inplace=True, or set it afterwards"
+            )
 
 
 def find(model: nn.Module, name: str) -> Slot:

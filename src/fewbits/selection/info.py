@@ -85,7 +85,7 @@ def numeric_obstacle(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
         return f"{dtype_name(dtype)} is not a floating dtype"
     if dtype not in FLOAT_DTYPES:
         return f"{dtype_name(dtype)} is a quantized dtype already"
-    if last == "bias" or last.startswith("bias_"):
+    if last == "bias" or last.startswith("bias_") or last.endswith("_bias"):
         return "a bias is never quantized"
     if len(shape) < 2:
         return f"{len(shape)} dimension{'s' * (len(shape) != 1)}; two are needed"
