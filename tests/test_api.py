@@ -374,7 +374,7 @@ def test_whatever_is_raised_the_model_is_let_go(mishap, raised):
 )
 def test_settings_of_a_quantizer_go_to_the_quantizer(name, value):
     given = value.changed()[0] if name == "config" else name
-    with pytest.raises(ArgumentError, match=rf"^{given}: pass these to the quantizer itself, Int8PerChannel\("):
+    with pytest.raises(ArgumentError, match=rf"^{given}: these belong to the quantizer, Int8PerChannel\("):
         fewbits.quantize(mlp(), Int8PerChannel(), **{name: value})
 
 

@@ -324,6 +324,14 @@ def test_an_asymmetric_range_of_one_sign_is_no_worse_than_a_symmetric_one(low, h
     assert figures[0] > figures[1] + 4
 
 
+def test_a_zero_point_is_rounded_to_nearest(tmp_path):
+    weight = torch.rand(64, 64) * 9 - 3
+    found = through_disk({"w": weight}, Asymmetric(), tmp_path / "f")["w"]
+    low, high = weight.double().aminmax(dim=1, keepdim=True)
+    assert torch.allclose(found.scale.double(), (high - low) / 255)
+    assert torch.equal(found.zero_points(), (-128 - low / found.scale).round().int())
+
+
 @pytest.mark.parametrize("name", ["minmax", "percentile", "mse", "histogram"])
 def test_any_observer_finds_numbers_wherever_they_lie(name, tmp_path):
     """All in one place, far from zero, and of many sizes."""
@@ -346,14 +354,26 @@ def test_batches_of_other_ranges_count_as_what_they_are(name, order):
     assert 0.9 * 388 < 255 * scale < 1.1 * 388
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["narrow first", "wide first"])
+def test_a_few_outliers_do_not_move_the_numbers_of_other_batches(order):
+    observer = fewbits.PercentileObserver(98)
+    for batch in [torch.rand(10_000) * 4, torch.rand(100) * 388][::order]:
+        observer.observe_input(batch)
+    scale, _ = observer.input_params(fewbits.QuantSpec(bits=8, granularity="tensor", symmetric=False))
+    assert 0.95 * 4 < 255 * scale.item() < 1.3 * 4
+
+
 @pytest.mark.parametrize(("low", "high"), [(100, 101), (-101, -100), (1e-6, 2e-6)])
 @pytest.mark.parametrize("name", ["MinMaxObserver", "MovingAverageMinMaxObserver", "HistogramObserver", "MSEObserver"])
-def test_a_zero_point_is_one_of_the_codes(name, low, high):
+def test_a_zero_point_is_one_of_the_codes_and_the_range_reaches_zero(name, low, high):
     observer = getattr(fewbits, name)()
     observer.observe_input(torch.rand(1000) * (high - low) + low)
     spec = fewbits.QuantSpec(bits=8, granularity="tensor", symmetric=False)
-    _, zero_point = observer.input_params(spec)
-    assert zero_point.item() == (-128 if low > 0 else 127)
+    scale, zero_point = (value.item() for value in observer.input_params(spec))
+    assert zero_point == (-128 if low > 0 else 127)
+    middle = (low + high) / 2
+    code = min(max(round(middle / scale) + zero_point, -128), 127)
+    assert abs((code - zero_point) * scale - middle) <= 0.501 * scale
 
 
 @pytest.mark.parametrize("name", ["minmax", "moving-average", "percentile", "mse", "histogram"])

@@ -186,5 +186,8 @@ def _run_settings(
     foreign = [name for name in dict.fromkeys(given) if name not in RUN_SETTINGS]
     if foreign:
         cls = type(quantizer).__name__
-        raise ArgumentError(f"{', '.join(foreign)}: pass these to the quantizer itself, {cls}(...)")
+        raise ArgumentError(
+            f"{', '.join(foreign)}: these belong to the quantizer, {cls}(...); rules of selection to its selector, "
+            f"{cls}(selector=LayerSelector(...))"
+        )
     return config.replace(**settings)

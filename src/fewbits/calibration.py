@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +62,7 @@ class InputWatch:
     def __init__(self, layers: Sequence[tuple[str, nn.Module, Observer]]) -> None:
         self._layers = layers
         self._handles: list[RemovableHandle] = []
+        self._lock = threading.Lock()  # observers add up what they see, and a model may run in several threads
         self._seen: dict[str, int] = {name: 0 for name, _, _ in layers}
         self.attach()
 
@@ -96,11 +98,12 @@ class InputWatch:
             first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             if first is None or not first.is_floating_point() or not first.numel():
                 return
-            try:
-                observer.observe_input(first.detach())
-            except CalibrationError as error:
-                raise CalibrationError(f"the layer of {name}: {error}") from error
-            self._seen[name] += 1
+            with self._lock:
+                try:
+                    observer.observe_input(first.detach())
+                except CalibrationError as error:
+                    raise CalibrationError(f"the layer of {name}: {error}") from error
+                self._seen[name] += 1
 
         return show
 

@@ -321,7 +321,7 @@ MISFITS = {
     ),
     "another class": (
         lambda: layers(a=occupied()),
-        ["a.weight is int8 channel in the file, but it has a child named weight_stored"],
+        ["a.weight is int8 channel in the file, but it has an attribute weight_stored"],
     ),
     "another buffer": (lambda: layers(norm=nn.BatchNorm1d(3)), ["norm.running_mean has shape (4,)", "norm.weight"]),
     "a buffer of the meta device": (

@@ -515,7 +515,7 @@ def _refusals():
 
     yield "final", Final, "matrix", "Final cannot be subclassed"
     yield "subclassed with arguments", strict, "matrix", "Strict cannot be subclassed"
-    yield "a child of that name", Named, "matrix", "it has a child named matrix_stored"
+    yield "a child of that name", Named, "matrix", "it has an attribute matrix_stored"
     yield "a parameter of its own class", lambda: with_parameter(Own(torch.randn(8, 8))), "matrix", "it is a Own, not"
     yield "TorchScript", scripted, "weight", "TorchScript"
     yield "held in a list", lambda: held(lambda w: [w]), "matrix", "held holds it too"
@@ -594,7 +594,7 @@ def test_a_forward_replaced_on_the_instance_uses_the_quantized_weight_or_is_refu
     source.forward = replace(source.forward)
     model = nn.Sequential(source, nn.Linear(8, 8))
     if not inplace and not isinstance(source.forward, functools.partial):
-        with pytest.raises(SourceError, match="0 has a forward of its own, set on the instance"):
+        with pytest.raises(SourceError, match="0.forward is a function that is set on the instance"):
             converted(model, "int8")
         return
     model, _ = converted(model, "int8", inplace=inplace)

@@ -273,7 +273,7 @@ def _with_its_weight_in_a_list() -> nn.Module:
 
 KEPT = {
     "a parameter of another class": (_with_marked_weight, "it is a Marked, not a plain parameter"),
-    "a child of the name": (_with_a_child_in_the_way, "it has a child named weight_stored"),
+    "a child of the name": (_with_a_child_in_the_way, "it has an attribute weight_stored"),
     "held in a list too": (_with_its_weight_in_a_list, "odd.also holds it too"),
 }
 

@@ -16,7 +16,7 @@ from fewbits.errors import ArgumentError, MismatchError
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.stored import store
 from fewbits.nn.swap import attach, obstacle_to, refuse_quantized, rounds_inputs
-from fewbits.nn.walk import Slot, parent_of, slots
+from fewbits.nn.walk import Slot, held_beside, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import LedgerRow
@@ -79,6 +79,7 @@ def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
     """Where each stored row goes: the slots of its own name, of its aliases, and of what the model ties to them."""
     rows = {row.name: row for row in checkpoint.ledger}
     by_name = {slot.name: slot for slot in slots(model)}
+    beside = held_beside(model)
     places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.ledger.stored}
     home = {id(by_name[name].tensor): row.holder for name, row in rows.items() if name in by_name}
     problems = [f"{name} is in the file, not in the model" for name in rows if name not in by_name]
@@ -94,7 +95,7 @@ def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
                 places[stored].append(slot)
             elif first != stored and not same_bits(checkpoint.value(first), checkpoint.value(stored)):
                 problems.append(f"{first} and {name} are one tensor in the model, two different ones in the file")
-            problems += _misfits(rows[stored], slot)
+            problems += _misfits(rows[stored], slot, beside.get(name))
         elif slot.persistent:
             problems.append(f"{name} is in the model, not in the file")
         elif slot.tensor.is_meta:
@@ -107,14 +108,14 @@ def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
     return places
 
 
-def _misfits(row: LedgerRow, slot: Slot) -> list[str]:
+def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
     if nn.parameter.is_lazy(slot.tensor):
         return [f"{slot.name} is not initialized in the model; run it once before loading"]
     if tuple(slot.tensor.shape) != row.shape:
         return [f"{slot.name} has shape {row.shape} in the file, {tuple(slot.tensor.shape)} in the model"]
     if slot.tensor.is_floating_point() != row.dtype.is_floating_point:
         return [f"{slot.name} is {dtype_name(row.dtype)} in the file, {dtype_name(slot.tensor.dtype)} in the model"]
-    obstacle = None if row.spec is None else obstacle_to(slot.module, slot.local)
+    obstacle = None if row.spec is None else beside or obstacle_to(slot.module, slot.local)
     return (
         [f"{slot.name} is {row.scheme} in the file, but {obstacle}: exclude it, or load without into="]
         if obstacle
@@ -147,7 +148,8 @@ def _put(row: LedgerRow, value: Value, places: Sequence[Slot]) -> None:
         value = value.to(device)
         held = [slot.tensor for slot in places if slot.is_parameter]
         if held and not held[0].is_meta:
-            held[0].data = value  # the same object: other references to it stay true
+            # The same object and the same memory, so that other references and views of it stay true.
+            held[0].data.copy_(value) if held[0].dtype == value.dtype else setattr(held[0], "data", value)
             parameter = held[0]
         else:
             parameter = nn.Parameter(value, requires_grad=any(tensor.requires_grad for tensor in held))

@@ -42,7 +42,9 @@ def cli() -> None:
 @click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON. An option replaces its setting.")
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How weights are stored. Required without --config.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only what these patterns name. Repeatable.")
-@click.option("--skip", "exclude", multiple=True, metavar="PATTERN", help="Keep what this pattern names. Repeatable.")
+@click.option(
+    "--exclude", "--skip", "exclude", multiple=True, metavar="PATTERN", help="Keep what this pattern names. Repeatable."
+)
 @click.option(
     "--override",
     "overrides",

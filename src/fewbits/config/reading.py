@@ -20,10 +20,10 @@ def read(path: Path) -> Any:
     """
     parse = _parser(path.suffix.lower())
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ArgumentError(f"cannot be read: {error.strerror}") from None
-    except ValueError as error:  # the parsers' own, and of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # the parsers' own, and of bytes that are not UTF-8
         raise ArgumentError(f"not a valid config file: {error}") from None
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel, Operand
-from fewbits.numerics.affine import dynamic_scale, encode_input
+from fewbits.numerics.affine import clip_input, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import compute_dtype
 
 #: A linear operation: of an input and a weight, without bias.
@@ -52,7 +53,8 @@ def integer_product(
     """Round `x` to int8, multiply whole numbers, and scale: ``(sum of q_x * (q_w - zero_point)) * s_x * s_w + bias``.
 
     The sum is exact: it is taken in float64, where whole numbers up to 2**53 are. The sum is rounded to float32
-    (float64 for float64 inputs), and multiplied with the input's scale first.
+    (float64 for float64 inputs), and multiplied with the input's scale first. Gradients are those of the product with
+    the dequantized weight.
 
     Args:
         product: the operation.
@@ -62,15 +64,19 @@ def integer_product(
         sample_dims: the axes of `x` that share one dynamic scale.
         channel_dim: the axis of the output that runs over its channels.
     """
-    dtype = compute_dtype(x.dtype)
-    x_scale = dynamic_scale(x.to(dtype), sample_dims) if weight.input_scale is None else weight.input_scale.to(dtype)
-    steps, w_scale = weight.steps()
-    total = product(encode_input(x.to(dtype), x_scale).double(), steps).to(dtype)
+    wide, dtype = x.to(compute_dtype(x.dtype)), compute_dtype(x.dtype)
 
     def per_channel(values: Tensor) -> Tensor:
         return values.to(dtype).reshape(-1, *[1] * (-1 - channel_dim))
 
-    output = total * x_scale * per_channel(w_scale)
+    with torch.no_grad():
+        x_scale = dynamic_scale(wide, sample_dims) if weight.input_scale is None else weight.input_scale.to(dtype)
+        steps, w_scale = weight.steps()
+        output = product(encode_input(wide, x_scale).double(), steps).to(dtype) * x_scale * per_channel(w_scale)
+    if torch.is_grad_enabled() and x.requires_grad:
+        # Rounding has no slope: gradients go straight through it, to the inputs that were not clipped.
+        smooth = product(clip_input(wide, x_scale), weight.operand(dtype))
+        output = output + (smooth - smooth.detach())
     return (output if bias is None else output + per_channel(bias)).to(x.dtype)
 
 

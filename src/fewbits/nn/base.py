@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +21,9 @@ SUFFIX = "_stored"
 
 #: The weights that are dequantized once during the forward that runs now, and those that have been.
 _once: ContextVar[dict[StoredWeight, Tensor | None] | None] = ContextVar("fewbits_once", default=None)
+
+#: The key in the metadata of a state dict that says how each weight is stored: other codes may have the same shapes.
+_HOW = "fewbits"
 
 #: Every class that was made at run time, by what it was made from: it is made once.
 _classes: dict[tuple[type[nn.Module], type[QuantizedModule]], type[QuantizedModule]] = {}
@@ -61,7 +66,8 @@ class QuantizedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class that was made at run time is made again where this is read.
         reduced = super().__reduce_ex__(max(int(protocol), 2))
-        own = isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
+        made_by = (copyreg.__newobj__, copyreg.__newobj_ex__)  # type: ignore[attr-defined]
+        own = isinstance(reduced, tuple) and reduced[0] in made_by
         return (_blank, (self.float_class, type(self).base_class()), *reduced[2:]) if own else reduced
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -73,6 +79,12 @@ class QuantizedModule(nn.Module):
         for stored in stored_weights(self).values() if recurse else ():
             stored._apply(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the training flag, of the stored weights too."""
+        for stored in stored_weights(self).values():
+            stored.train(mode)
+        return super().train(mode)
 
     @classmethod
     def base_class(cls) -> type[QuantizedModule]:
@@ -91,6 +103,9 @@ class QuantizedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[_HOW] = {name: stored.how() for name, stored in stored_weights(self).items()}
         for name, stored in stored_weights(self).items():
             for suffix, part in stored.parts().items():
                 destination[prefix + name + suffix] = part if keep_vars else part.detach()
@@ -112,6 +127,10 @@ class QuantizedModule(nn.Module):
             parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
             if missing:
                 missing_keys += missing
+                continue
+            how = local_metadata.get(_HOW, {}).get(name)
+            if how is not None and how != stored.how():
+                error_msgs.append(f"{prefix}{name} is stored as {how} in the state dict, here as {stored.how()}")
                 continue
             try:
                 stored.load_parts(parts, assign=bool(local_metadata.get("assign_to_params_buffers")))
@@ -136,7 +155,8 @@ def made_class(float_class: type[nn.Module], base: type[QuantizedModule]) -> typ
 
 def _make_class(float_class: type[nn.Module], base: type[QuantizedModule]) -> type[QuantizedModule]:
     namespace: dict[str, Any] = {"float_class": float_class, "__doc__": float_class.__doc__, _MADE: True}
-    if float_class.forward is not getattr(base, "float_class", nn.Module).forward:
+    own = float_class.forward is not getattr(base, "float_class", nn.Module).forward
+    if own and isinstance(inspect.getattr_static(float_class, "forward"), FunctionType):
         namespace["forward"] = reading_once(float_class.forward)
     bases = (base,) if issubclass(base, float_class) else (float_class, base)
     return type(f"Quantized{float_class.__name__}", bases, namespace)
@@ -158,6 +178,16 @@ def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
     return reading
 
 
+def reads(module: nn.Module, name: str, stored: StoredWeight) -> bool:
+    """Whether reading this attribute gives the stored weight; a class can read its attributes as it likes."""
+    probe = torch.empty(0)
+    token = _once.set({stored: probe})
+    try:
+        return getattr(module, name, None) is probe
+    finally:
+        _once.reset(token)
+
+
 def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
     """The stored weights that a module itself holds, by parameter name."""
     return {
@@ -177,6 +207,6 @@ def _read(stored: StoredWeight) -> Tensor:
     if weights is None or stored not in weights:
         return stored.dequantize()
     weight = weights[stored]
-    if weight is None:
+    if weight is None or (weight.is_inference() and not torch.is_inference_mode_enabled()):
         weight = weights[stored] = stored.dequantize()
     return weight

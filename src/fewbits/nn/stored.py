@@ -54,6 +54,10 @@ class StoredWeight(nn.Module, ABC):
     def parts(self) -> dict[str, Tensor]:
         """The tensors a state dict holds, by what follows the parameter's name in their keys."""
 
+    def how(self) -> list[Any]:
+        """Spec and layout, as plain values: what the parts alone do not tell."""
+        return [self.spec.to_dict(), None]
+
     @abstractmethod
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
         """Take over other parts of the same shapes: copied in place, or used as they are."""
@@ -133,6 +137,10 @@ class PackedWeight(StoredWeight):
     def input_scale(self) -> Tensor | None:
         """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
         return self._input_scale
+
+    def how(self) -> list[Any]:
+        """Spec and layout, as plain values: what the parts alone do not tell."""
+        return [self.spec.to_dict(), self.layout.to_dict()]
 
     def value(self) -> QuantizedTensor:
         """The stored form as a value; it shares the buffers."""

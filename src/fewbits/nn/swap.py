@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fewbits.errors import ArgumentError, FewbitsError
-from fewbits.nn.base import SUFFIX, QuantizedModule, made_class, stored_weights
+from fewbits.errors import ArgumentError, FewbitsError, SourceError
+from fewbits.nn.base import SUFFIX, QuantizedModule, made_class, reads, stored_weights
 from fewbits.nn.modules import CAREFUL_CLASSES, OWN_CLASSES
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import deep_copy
@@ -28,7 +28,7 @@ _ORDER = "_parameters_in_order"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 #: What a forward that does not read its parameters by name calls.
-_WALKS = frozenset({"parameters", "named_parameters", "_parameters"})
+_WALKS = frozenset({"parameters", "named_parameters", "_parameters", "state_dict", "_modules"})
 
 
 def quantized_class(float_class: type[nn.Module], names: Collection[str]) -> type[QuantizedModule]:
@@ -50,10 +50,10 @@ def obstacle_to(module: nn.Module, name: str) -> str | None:
         return "TorchScript modules cannot be changed; quantize the module it was made from"
     if isinstance(module, _CONTAINERS) and type(module).__name__ != "ParametrizationList":
         return f"{type(module).__name__} is a container, and would take the stored weight for part of its content"
-    if _goes_through_parameters(type(module).forward):
+    if _goes_through_parameters(type(module)):
         return f"{type(module).__name__}.forward goes through its parameters, and would miss a quantized one"
-    if name + SUFFIX in module._modules:
-        return f"it has a child named {name + SUFFIX}, where the quantized weight would go"
+    if hasattr(module, name + SUFFIX):
+        return f"it has an attribute {name + SUFFIX}, where the quantized weight would go"
     if type(module._parameters.get(name)) is not nn.Parameter:
         return f"it is a {type(module._parameters.get(name)).__name__}, not a plain parameter"
     try:
@@ -63,16 +63,25 @@ def obstacle_to(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _goes_through_parameters(forward: Any) -> bool:
-    """Whether a function, or one inside it, names what gives all parameters."""
-    codes = [getattr(inspect.unwrap(forward), "__code__", None)]
+def _goes_through_parameters(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class, or a method of its own that it calls, names what gives all parameters."""
+    seen: set[CodeType] = set()
+    codes = [getattr(inspect.unwrap(cls.forward), "__code__", None)]
     while codes:
         code = codes.pop()
-        if code is not None:
-            if not _WALKS.isdisjoint(code.co_names):
-                return True
-            codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+        if code is None or code in seen:
+            continue
+        if not _WALKS.isdisjoint(code.co_names):
+            return True
+        seen.add(code)
+        methods = [getattr(cls, name, None) for name in code.co_names]
+        codes += [method.__code__ for method in methods if isinstance(method, FunctionType) and _is_foreign(method)]
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
     return False
+
+
+def _is_foreign(function: FunctionType) -> bool:
+    return not function.__module__.startswith("torch.")
 
 
 def rounds_inputs(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
@@ -84,7 +93,12 @@ def rounds_inputs(module: nn.Module, name: str, parent: nn.Module | None) -> boo
         return False
     bases = [base.float_class for base in OWN_CLASSES if issubclass(type(module), base.float_class)]
     own = [base for base in bases if base not in (nn.Embedding, nn.EmbeddingBag)]
-    return bool(own) and type(module).forward is own[0].forward
+    parts = ("forward", "_conv_forward", "_output_padding")
+    return (
+        bool(own)
+        and "forward" not in vars(module)
+        and all(getattr(type(module), part, None) is getattr(own[0], part, None) for part in parts)
+    )
 
 
 def refuse_quantized(model: nn.Module, error: type[FewbitsError]) -> None:
@@ -109,6 +123,15 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     object.__setattr__(module, "__class__", quantized_class(float_class, stored_weights(module)))
     if isinstance(module, QuantizedModule):
         module.stores()
+    if not reads(module, name, stored):
+        module._parameters[name] = parameter
+        del module._modules[name + SUFFIX]
+        if not stored_weights(module):
+            object.__setattr__(module, "__class__", float_class)
+        raise SourceError(
+            f"{float_class.__name__} reads its attribute {name} in a way of its own, which would miss a quantized "
+            "weight; exclude it"
+        )
 
 
 def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]) -> None:

@@ -246,6 +246,11 @@ def encode_input(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).round().clamp(INPUT_SPEC.code_min, INPUT_SPEC.code_max)
 
 
+def clip_input(x: Tensor, scale: Tensor) -> Tensor:
+    """Inputs, clipped to what int8 codes with this scale can stand for."""
+    return x.clamp(INPUT_SPEC.code_min * scale, INPUT_SPEC.code_max * scale)
+
+
 def steps_of(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes less their zero points, in float64.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import attrs
@@ -60,6 +61,8 @@ class QuantizedTensor:
                     f"{name} has shape {tuple(found[name].shape)} and dtype {dtype_name(found[name].dtype)}; a tensor "
                     f"of shape {self.layout.shape} in {self.spec} needs {shape} and {dtype_name(dtype)}"
                 )
+        if self.input_scale is not None and not self.input_scale.is_meta and not 0 < float(self.input_scale) < math.inf:
+            raise FormatError(f"the scale of inputs is {float(self.input_scale)}; it must be positive and finite")
 
     def __repr__(self) -> str:
         return (

@@ -20,7 +20,7 @@ from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CalibrationError, NumericsError, StateError, ValidationError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import WeightMatrix
-from fewbits.numerics.quantize import cast, quantize
+from fewbits.numerics.quantize import cast, check_finite, quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
@@ -354,6 +354,8 @@ class Quantizer(ABC):
             raise ArgumentError(f"{row.name} is {row.fate}; only quantized and cast tensors are converted")
         weight = WeightMatrix(tensor, row.layout)
         spec = row.spec.weight_only()
+        if type(self).quantize_tensor is not Quantizer.quantize_tensor:
+            check_finite(tensor)  # which `quantize` does block by block
         value = self.quantize_tensor(weight, spec, observer)
         if not isinstance(value, QuantizedTensor):
             raise NumericsError(

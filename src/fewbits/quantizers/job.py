@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import attrs
@@ -14,6 +14,8 @@ from fewbits.calibration import InputWatch
 from fewbits.checkpoint.saving import Value, save, value_digest
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
+from fewbits.nn.swap import rounds_inputs
+from fewbits.nn.walk import parent_of
 from fewbits.numerics.affine import check_params
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement, measure
@@ -54,8 +56,8 @@ class Job:
     ) -> None:
         self.source, self.ledger, self.observers, self.input_observers = source, ledger, observers, input_observers
         self.report: Report | None = None
-        wanting = [(name, observer) for name, observer in observers.items() if observer.needs_data]
-        self._watch = InputWatch(_watched(source, ledger, [*wanting, *input_observers.items()]))
+        wanting = {name: observer for name, observer in observers.items() if observer.needs_data}
+        self._watch = InputWatch(_watched(source, ledger, wanting, input_observers))
         self._target: Target | None = None
         self._done: set[str] = set()
         self._measured: dict[str, Measurement] = {}
@@ -190,25 +192,34 @@ class Job:
 
 
 def _watched(
-    source: Source, ledger: Ledger, wanting: Sequence[tuple[str, Observer]]
+    source: Source, ledger: Ledger, wanting: Mapping[str, Observer], static: Mapping[str, Observer]
 ) -> list[tuple[str, nn.Module, Observer]]:
-    """(weight, module that uses it, an observer of its inputs) for all observers that need data.
+    """(weight, module that uses it, an observer of its inputs), for all observers that need data.
+
+    Of modules with tied weights any will do for an observer of the weight; where inputs are rounded, all are watched
+    that round them, each under its own name.
 
     Raises:
         CalibrationError: if there is one, and the source has no forward that would show it any.
     """
-    if wanting and not isinstance(source, ModuleSource):
+    if not wanting and not static:
+        return []
+    if not isinstance(source, ModuleSource):
+        first = next(iter([*wanting.values(), *static.values()]))
         raise CalibrationError(
-            f"{type(wanting[0][1]).__name__} needs data, and a state dict or a file has no forward to see any; prepare "
-            "the model itself, or choose another observer, or activations"
+            f"{type(first).__name__} needs data, and a state dict or a file has no forward to see any; prepare the "
+            "model itself, or choose another observer, or other activations"
         )
     holder = {row.name: row.holder for row in ledger}
-    places: dict[str, list[nn.Module]] = {}
-    if isinstance(source, ModuleSource) and wanting:
-        # A module at two paths is watched once.
-        for slot in {slot.key: slot for slot in source.slots}.values():
-            places.setdefault(holder[slot.name], []).append(slot.module)
-    return [(name, module, observer) for name, observer in wanting for module in places[name]]
+    watched = []
+    # A module at two paths is watched once.
+    for slot in {slot.key: slot for slot in source.slots}.values():
+        name = holder[slot.name]
+        if name in wanting:
+            watched.append((name, slot.module, wanting[name]))
+        if name in static and rounds_inputs(slot.module, slot.local, parent_of(source.module(), slot)):
+            watched.append((slot.name, slot.module, static[name]))
+    return watched
 
 
 def static_scale(observer: Observer) -> Tensor:
@@ -219,6 +230,11 @@ def static_scale(observer: Observer) -> Tensor:
         CalibrationError: if the observer has seen nothing, or does not look at inputs.
     """
     scale, _ = check_params(*observer.input_params(INPUT_SPEC), INPUT_SPEC, (1, 1))
+    if float(scale) <= torch.finfo(torch.float32).tiny:
+        raise CalibrationError(
+            f"{type(observer).__name__} has seen nothing but zeros, or numbers next to them; observe other inputs, or "
+            "override the activations of this layer with None"
+        )
     if not bool(scale > 0):
         raise NumericsError(
             f"{type(observer).__name__} chose {float(scale)} as the scale of inputs; it must be positive"

@@ -43,10 +43,11 @@ def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Cho
 
 def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) -> list[LedgerRow]:
     """The rows of all names of one storage: the first holds it, the others are its aliases."""
-    first, decision = group[0][0], _common(group)
+    first = group[0][0]
     obstacle = next((info.obstacle for info, _ in group if info.obstacle), None)
-    if obstacle is not None or not decision.quantize:
-        head = _row(first, "kept", obstacle or decision.reason)
+    decision = Decision(False, obstacle) if obstacle is not None else _common(group)
+    if not decision.quantize:
+        head = _row(first, "kept", decision.reason)
     else:
         first = _as_declared(first, decision)
         rounding = [info for info, _ in group if info.rounds_inputs]

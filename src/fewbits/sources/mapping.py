@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -104,7 +105,7 @@ def entry_info(
 ) -> TensorInfo:
     """What is known of a tensor that has a name and no class."""
     obstacle = numeric_obstacle(name, shape, dtype) or obstacle
-    return TensorInfo(
+    info = TensorInfo(
         name=name,
         shape=shape,
         dtype=dtype,
@@ -113,6 +114,7 @@ def entry_info(
         declared=len(shape) == 2,
         obstacle=obstacle,
     )
+    return attrs.evolve(info, rounds_inputs=not info.is_embedding_by_name)
 
 
 def refuse_quantized_entries(infos: Sequence[TensorInfo]) -> None:
