@@ -594,7 +594,7 @@ def test_a_forward_replaced_on_the_instance_uses_the_quantized_weight_or_is_refu
     source.forward = replace(source.forward)
     model = nn.Sequential(source, nn.Linear(8, 8))
     if not inplace and not isinstance(source.forward, functools.partial):
-        with pytest.raises(SourceError, match="0.forward is a function that is set on the instance"):
+        with pytest.raises(SourceError, match=r"0\.forward is a function that is set on the instance"):
             converted(model, "int8")
         return
     model, _ = converted(model, "int8", inplace=inplace)
