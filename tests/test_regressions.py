@@ -339,3 +339,19 @@ def test_a_weight_that_reads_as_inf_is_a_failure():
     quantizer.prepare({"weight": torch.full((1, 32), torch.finfo(torch.float32).max)})
     assert quantizer.convert()["weight"].dequantize().isinf().all()
     assert any("bound is broken" in failure for failure in quantizer.validate(on_failure="ignore").failures)
+
+
+class Repairs(fewbits.Int8PerChannel):
+    """Would make codes of anything."""
+
+    def quantize_tensor(self, weight, spec, observer):
+        return super().quantize_tensor(fewbits.WeightMatrix(weight.tensor.nan_to_num(), weight.layout), spec, observer)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_scheme_can_make_codes_of_what_is_not_finite(bad):
+    layer = nn.Linear(32, 32)
+    with torch.no_grad():
+        layer.weight[3, 5] = bad
+    with pytest.raises(fewbits.NonFiniteError, match=r"weight, .*index \(3, 5\)"):
+        fewbits.quantize(layer, Repairs())

@@ -421,6 +421,8 @@ def test_what_a_module_cannot_hold_is_refused_with_what_to_do(path):
     saved(dict(occupied().state_dict()), "int8", path)
     into = occupied()
     before = snapshot(into)
-    with pytest.raises(MismatchError, match=r"weight is int8 channel in the file, but it has a child .*: exclude it"):
+    with pytest.raises(
+        MismatchError, match=r"weight is int8 channel in the file, but it has an attribute .*: exclude it"
+    ):
         fewbits.load(path, into=into)
     assert snapshot(into).equals(before)

@@ -10,8 +10,8 @@ from torch import nn
 
 import fewbits
 from fewbits.errors import NonFiniteError, SelectionError, SourceError
+from fewbits.nn.classes import quantized_class
 from fewbits.nn.modules import CAREFUL_CLASSES, OWN_CLASSES
-from fewbits.nn.swap import quantized_class
 from nn.cases import (
     CASES,
     COMBINATIONS,

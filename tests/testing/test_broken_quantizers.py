@@ -63,12 +63,6 @@ class ZeroScales(Int8):
         return QuantizedTensor.from_codes(codes, scale, None, spec=spec, layout=weight.layout, dtype=weight.dtype)
 
 
-class TakesNaN(Int8):
-    def quantize_tensor(self, weight, spec, observer):
-        clean = fewbits.WeightMatrix(weight.tensor.nan_to_num(), weight.layout)
-        return super().quantize_tensor(clean, spec, observer)
-
-
 class RefusesLargeNumbers(Int8):
     def quantize_tensor(self, weight, spec, observer):
         if weight.tensor.abs().max() > 100:
@@ -163,7 +157,6 @@ CASES = [
     pytest.param(OneScaleForABlock, "results_are_reproducible", "in smaller blocks it gives other bits", id="blocks"),
     pytest.param(RefusesLargeNumbers, "every_element_keeps_its_bound", "is refused: .*too large for me", id="refuses"),
     pytest.param(ZeroScales, "awkward_groups_keep_their_bound", "zero, NaN or Inf", id="zero-scales"),
-    pytest.param(TakesNaN, "nan_and_inf_are_named_errors", "a weight with nan in it is quantized", id="takes-nan"),
     pytest.param(lambda: Int8(serializer=LosesABit()), "files_give_back_every_bit", "not the bytes", id="loses-a-bit"),
     pytest.param(
         lambda: Int8(serializer=AnnouncesTooMuch()), "written_bytes_are_predicted", "bytes, not", id="surplus"

@@ -13,10 +13,12 @@ from fewbits.checkpoint.reading import Check, Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
+from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.layouts import layout_of
+from fewbits.nn.obstacles import held_beside, obstacle_to
 from fewbits.nn.stored import store
-from fewbits.nn.swap import attach, obstacle_to, refuse_quantized, rounds_inputs
-from fewbits.nn.walk import Slot, held_beside, parent_of, slots
+from fewbits.nn.swap import attach, refuse_quantized
+from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import LedgerRow
@@ -69,9 +71,10 @@ def load(
     places = _places(checkpoint, into)
     # All are read before the first is put: a file that fails here leaves the model as it was.
     values = [(row, checkpoint.value(row.name)) for row in checkpoint.ledger.stored]
+    beside = held_beside(into)
     for row, value in values:
-        if places[row.name]:
-            _put(row, value, places[row.name])
+        if taken := places[row.name]:
+            _put(row, value, taken, held_elsewhere=any(slot.name in beside for slot in taken))
     return into
 
 
@@ -137,7 +140,7 @@ def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list
     ]
 
 
-def _put(row: LedgerRow, value: Value, places: Sequence[Slot]) -> None:
+def _put(row: LedgerRow, value: Value, places: Sequence[Slot], *, held_elsewhere: bool) -> None:
     """Put one value into all its places; they share it from then on."""
     device = places[0].tensor.device if not places[0].tensor.is_meta else torch.device("cpu")
     if row.spec is not None:
@@ -148,8 +151,11 @@ def _put(row: LedgerRow, value: Value, places: Sequence[Slot]) -> None:
         value = value.to(device)
         held = [slot.tensor for slot in places if slot.is_parameter]
         if held and not held[0].is_meta:
-            # The same object and the same memory, so that other references and views of it stay true.
-            held[0].data.copy_(value) if held[0].dtype == value.dtype else setattr(held[0], "data", value)
+            # The same object, and where others hold its memory the same memory: they stay true.
+            if held_elsewhere and held[0].dtype == value.dtype:
+                held[0].data.copy_(value)
+            else:
+                held[0].data = value
             parameter = held[0]
         else:
             parameter = nn.Parameter(value, requires_grad=any(tensor.requires_grad for tensor in held))

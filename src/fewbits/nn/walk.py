@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import functools
-from collections.abc import Hashable, Iterator
-from types import CellType, FunctionType, SimpleNamespace
-from typing import Any
+from collections.abc import Iterator
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from fewbits.errors import SourceError
-from fewbits.nn.storage import storage_key
-
-#: Where every module keeps its tensors, its children and its hooks.
-_MODULE_STATE = frozenset(vars(nn.Module()))
 
 
 @attrs.frozen(eq=False)
@@ -75,96 +65,6 @@ def parent_of(model: nn.Module, slot: Slot) -> nn.Module | None:
     return model.get_submodule(path.rpartition(".")[0]) if path else None
 
 
-def held_beside(model: nn.Module) -> dict[str, str]:
-    """A reason for each parameter whose memory a module holds elsewhere too: in an attribute, a list, a view.
-
-    Such a reference would go on using the float tensor. The lists that recurrent layers keep are made anew.
-    """
-    parameters = {_memory(slot.tensor) for slot in slots(model) if slot.is_parameter and slot.tensor.numel()}
-    reasons: dict[Hashable, str] = {}
-    for path, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            # Spectral norm and pruning compute a weight anew, out of its original, before every forward.
-            anew = attribute == "_flat_weights" and isinstance(module, nn.RNNBase)
-            if attribute in _MODULE_STATE or anew or f"{attribute}_orig" in module._parameters:
-                continue
-            for tensor in _tensors_in(value):
-                where = f"{path}.{attribute}" if path else attribute
-                if tensor.numel() and _memory(tensor) in parameters:
-                    reasons[_memory(tensor)] = f"{where} holds it too, and would go on using the float tensor"
-    return {slot.name: reasons[_memory(slot.tensor)] for slot in slots(model) if _memory(slot.tensor) in reasons}
-
-
-def _memory(tensor: Tensor) -> Hashable:
-    """Equal for two tensors in one storage."""
-    lazy = nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided
-    return id(tensor) if lazy else (tensor.device, tensor.untyped_storage().data_ptr())
-
-
-def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors in an attribute, looking into containers, partial functions and namespaces, some levels deep."""
-    if isinstance(value, functools.partial):
-        value = [value.args, value.keywords]
-    elif isinstance(value, SimpleNamespace) or attrs.has(type(value)) or dataclasses.is_dataclass(value):
-        value = getattr(value, "__dict__", None)
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, (list, tuple, set, frozenset, dict)):
-        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
-            yield from _tensors_in(entry, depth - 1)
-
-
-def structural_copy(model: nn.Module) -> nn.Module:
-    """A copy of all modules, hooks included, whose parameters are new objects over the same storage.
-
-    Buffers are copied, because a forward may write to them.
-
-    Raises:
-        SourceError: if something in the model refuses to be copied.
-    """
-    memo: dict[int, Any] = {}
-    clones: dict[Hashable, Tensor] = {}
-    for slot in slots(model):
-        tensor = slot.tensor
-        if type(tensor) is nn.Parameter:
-            copied = memo.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
-            copied.__dict__.update(tensor.__dict__)
-        elif type(tensor) is Tensor:
-            key = storage_key(tensor)
-            memo[id(tensor)] = clones[key] = clones[key] if key in clones else tensor.detach().clone()
-    copied_model = deep_copy(model, memo)
-    _refuse_shared_functions(model, copied_model)
-    return copied_model
-
-
-def _refuse_shared_functions(model: nn.Module, copied: nn.Module) -> None:
-    """Refuse functions that are set on a module and refer to modules of the source: a copy would call the source.
-
-    Raises:
-        SourceError: naming the first such function.
-    """
-    modules = {id(module) for module in model.modules()}
-    for (name, module), copy_of_it in zip(model.named_modules(), copied.modules(), strict=False):
-        for attribute, value in vars(module).items():
-            if isinstance(value, FunctionType) and vars(copy_of_it).get(attribute) is value:
-                closure = getattr(value, "__closure__", None) or ()
-                cells = [cell.cell_contents for cell in closure if _is_filled(cell)]
-                held = [getattr(content, "__self__", content) for content in cells]
-                if attribute == "forward" or any(id(content) in modules for content in held):
-                    where = f"{name}.{attribute}" if name else attribute
-                    raise SourceError(
-                        f"{where} is a function that is set on the instance, and a copy would share it with the "
-                        "source, weights included; quantize with inplace=True, or set it afterwards"
-                    )
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
 def find(model: nn.Module, name: str) -> Slot:
     """The slot of this full name, as the model is now.
 
@@ -177,27 +77,3 @@ def find(model: nn.Module, name: str) -> Slot:
     except AttributeError:
         raise SourceError(f"{name} has been removed from the model since it was looked at") from None
     return Slot(name, module, local, local in module._parameters)
-
-
-def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy in which objects may already have their copies (by id).
-
-    Raises:
-        SourceError: if something in the model refuses to be copied.
-    """
-    given = set(memo)
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise SourceError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            "remove what refuses to be copied, or quantize with inplace=True"
-        ) from error
-    shared = (set(map(id, model.modules())) & set(map(id, copied.modules()))) - given
-    if shared:
-        name = next(name for name, module in model.named_modules() if id(module) in shared)
-        raise SourceError(
-            f"{name or 'the root module'} is not copied by copy.deepcopy, so the source itself would be changed; "
-            "mend its __deepcopy__, or quantize with inplace=True"
-        )
-    return copied

@@ -18,6 +18,7 @@ from fewbits.numerics.affine import clipped, decode, error_bound
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.packing import unpack
+from fewbits.numerics.sums import group_sums
 from fewbits.numerics.tensor import QuantizedTensor
 
 
@@ -209,16 +210,8 @@ def _largest(values: Tensor) -> float:
 
 
 def _sum(values: Tensor) -> float:
-    """The sum of all elements (which are overwritten), in an order that nothing but the shape decides.
-
-    The halves of every row are added elementwise until one column is left; the column's sum is rounded once.
-    """
-    width = values.shape[1]
-    while width > 1:
-        half = width // 2
-        values[:, :half] += values[:, width - half : width]
-        width -= half
-    return _fsum(values[:, 0].tolist())
+    """The sum of all elements (which are overwritten): of each row in a fixed order, of the rows rounded once."""
+    return _fsum(group_sums(values).tolist())
 
 
 def _fsum(terms: Sequence[float]) -> float:

@@ -15,6 +15,7 @@ from fewbits.numerics.affine import choose_params, extremes, is_finite_throughou
 from fewbits.numerics.layout import block_rows
 from fewbits.numerics.noise import fit_terms
 from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.sums import group_sums
 
 #: The noise of each group with some scales and zero points: float64, the shape of the scales, in their squares.
 Noise = Callable[[Tensor, Tensor | None], Tensor]
@@ -118,19 +119,6 @@ def fit(choice: Choice, x: Tensor) -> None:
     products, squares = _totals(fit_terms, x, choice.scale, choice.zero_point, choice.spec)
     fitted = refit(choice.scale, products, squares, choice.spec)
     choice.offer(choice.low, choice.high, fitted, choice.zero_point)
-
-
-def group_sums(values: Tensor) -> Tensor:
-    """The sums along the last axis, in float64. The values are overwritten.
-
-    The halves of a group are added, element by element, until one is left.
-    """
-    width = values.shape[-1]
-    while width > 1:
-        half = width // 2
-        values[..., :half] += values[..., width - half : width]
-        width -= half
-    return values[..., 0].double()
 
 
 def _totals(

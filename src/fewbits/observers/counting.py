@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import choose_params
-from fewbits.numerics.search import Choice, group_sums
+from fewbits.numerics.search import Choice
 from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.sums import group_sums
 from fewbits.observers.accumulating import AccumulatingObserver
 from fewbits.observers.histogram_counts import HistogramCounts
 

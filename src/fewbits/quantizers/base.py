@@ -176,6 +176,7 @@ class Quantizer(ABC):
             ArgumentError: if `source` is nothing that can be quantized.
             SelectionError: if a rule matches nothing, or nothing is left to quantize.
             SourceError: if the source cannot be quantized as it is.
+            CalibrationError: if an observer needs data, and the source has no forward to show it any.
             CheckpointError: if a file cannot be read.
         """
         guard(self._state, "prepare")
@@ -243,6 +244,8 @@ class Quantizer(ABC):
             StateError: in any state but PREPARED and OBSERVED.
             ArgumentError: if `output` is missing, or does not go with the source.
             CalibrationError: if an observer needs data and has seen none.
+            SourceError: if the source has changed since it was prepared, or would go on using a float weight.
+            CheckpointError: if a file cannot be written.
             NumericsError: if a tensor holds NaN or Inf, or numbers that its scheme cannot hold. Nothing has been
                 returned or published then; in place, the model is usable, and `convert` can be called again.
         """
@@ -271,7 +274,7 @@ class Quantizer(ABC):
         Raises:
             StateError: in any state but CONVERTED and VALIDATED.
             ValidationError: if something failed and `on_failure` is "error"; it carries the report.
-            ArgumentError: for another value of `on_failure`.
+            ArgumentError: for another value of `on_failure`, or a `fail_under` that is no number.
         """
         job = self._guarded("validate")
         check_on_failure(on_failure)
@@ -291,6 +294,7 @@ class Quantizer(ABC):
 
         Raises:
             StateError: before `convert`.
+            ArgumentError: if the path is that of the float source.
             CheckpointError: if it cannot be written, or what is read back is not what was written.
         """
         self._guarded("save").save(self.serializer, path)

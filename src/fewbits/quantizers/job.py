@@ -14,7 +14,7 @@ from fewbits.calibration import InputWatch
 from fewbits.checkpoint.saving import Value, save, value_digest
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
-from fewbits.nn.swap import rounds_inputs
+from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.walk import parent_of
 from fewbits.numerics.affine import check_params
 from fewbits.numerics.dtypes import dtype_name
@@ -226,18 +226,16 @@ def static_scale(observer: Observer) -> Tensor:
     """The scale of a layer's int8 inputs that its observer chooses.
 
     Raises:
-        NumericsError: if it is none.
-        CalibrationError: if the observer has seen nothing, or does not look at inputs.
+        NumericsError: if it is negative, zero or not finite.
+        CalibrationError: if the observer has seen nothing, or nothing but zeros, or does not look at inputs.
     """
     scale, _ = check_params(*observer.input_params(INPUT_SPEC), INPUT_SPEC, (1, 1))
+    if float(scale) < 0:
+        raise NumericsError(f"{type(observer).__name__} chose {float(scale)} as a scale of inputs; it must be positive")
     if float(scale) <= torch.finfo(torch.float32).tiny:
         raise CalibrationError(
             f"{type(observer).__name__} has seen nothing but zeros, or numbers next to them; observe other inputs, or "
             "override the activations of this layer with None"
-        )
-    if not bool(scale > 0):
-        raise NumericsError(
-            f"{type(observer).__name__} chose {float(scale)} as the scale of inputs; it must be positive"
         )
     return scale
 

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from torch import nn
 
-from fewbits.numerics.spec import SPECS, Activations, QuantSpec
+from fewbits.numerics.spec import SPECS, Activations
 from fewbits.quantizers.base import Quantizer
 
 
@@ -16,7 +16,7 @@ class _Int8(Quantizer):
     """What both int8 schemes share."""
 
     def __init__(self, activations: Activations | None = None, **strategies: Any) -> None:
-        self.spec = attrs.evolve(SPECS[self.name], activations=activations)  # type: ignore[arg-type]
+        self.spec = attrs.evolve(type(self).spec, activations=activations)  # type: ignore[arg-type]
         super().__init__(**strategies)
 
 
@@ -31,6 +31,7 @@ class Int8PerTensor(_Int8):
     """
 
     name = "int8-tensor"
+    spec = SPECS["int8-tensor"]
 
 
 class Int8PerChannel(_Int8):
@@ -44,6 +45,7 @@ class Int8PerChannel(_Int8):
     """
 
     name = "int8"
+    spec = SPECS["int8"]
 
 
 class Int4Grouped(Quantizer):
@@ -67,7 +69,7 @@ class Int4Grouped(Quantizer):
     )
 
     def __init__(self, group_size: int = 128, *, symmetric: bool = True, **strategies: Any) -> None:
-        self.spec = QuantSpec(bits=4, granularity="group", group_size=group_size, symmetric=symmetric)
+        self.spec = attrs.evolve(SPECS["int4"], group_size=group_size, symmetric=symmetric)  # type: ignore[arg-type]
         super().__init__(**strategies)
 
 

@@ -10,7 +10,7 @@ import attrs
 
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import dtype_from_name
-from fewbits.numerics.spec import SPECS, QuantSpec, Spec
+from fewbits.numerics.spec import SPECS, QuantSpec, Spec, spec_from_dict
 from fewbits.selection.info import TensorInfo
 
 #: A class, or the name of one: ``nn.Embedding`` or ``"Embedding"``.
@@ -72,6 +72,16 @@ def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
             f"overrides[{pattern!r}] is a scheme's name, 'keep', a spec, or fields such as "
             f"{{'scheme': 'int4', 'group_size': 64}}, not {rule!r}"
         )
+    try:
+        return _parsed(pattern, rule)
+    except ArgumentError as error:
+        raise SelectionError(f"overrides[{pattern!r}]: {error}") from None
+
+
+def _parsed(pattern: str, rule: Mapping[str, Any]) -> Override:
+    """An override in a mapping: what `QuantSpec.to_dict` wrote, or fields to change."""
+    if "kind" in rule:
+        return Override(spec_from_dict(dict(rule)), pattern=pattern)
     changes = {key: value for key, value in rule.items() if key != "scheme"}
     known = ["scheme", *attrs.fields_dict(QuantSpec)]
     for key in changes:

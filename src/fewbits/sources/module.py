@@ -13,11 +13,14 @@ from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.nn.base import stored_weights
+from fewbits.nn.classes import rounds_inputs
+from fewbits.nn.copying import structural_copy
 from fewbits.nn.layouts import layout_of
+from fewbits.nn.obstacles import held_beside, obstacle_to
 from fewbits.nn.storage import overlaps, storage_key
 from fewbits.nn.stored import store
-from fewbits.nn.swap import attach, obstacle_to, refuse_quantized, rounds_inputs
-from fewbits.nn.walk import Slot, find, held_beside, parent_of, slots, structural_copy
+from fewbits.nn.swap import attach, refuse_quantized
+from fewbits.nn.walk import Slot, find, parent_of, slots
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow

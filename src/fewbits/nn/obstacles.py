@@ -1,0 +1,115 @@
+"""Why a parameter cannot be stored: what its module is, what its forward does, who else holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Hashable, Iterator
+from types import CodeType, FunctionType, SimpleNamespace
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fewbits.nn.base import SUFFIX, QuantizedModule
+from fewbits.nn.classes import quantized_class
+from fewbits.nn.stored import StoredWeight
+from fewbits.nn.walk import slots
+
+#: Classes that take all their children for their content. What torch keeps parametrized tensors in inherits from one
+#: and does not; it is known by name, because that module of torch is not to be imported.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+#: What a forward that does not read its parameters by name calls.
+_WALKS = frozenset({"parameters", "named_parameters", "_parameters", "state_dict", "_modules"})
+
+#: Where every module keeps its tensors, its children and its hooks.
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def obstacle_to(module: nn.Module, name: str) -> str | None:
+    """Why this parameter of this module cannot be stored; None if it can."""
+    if isinstance(module, (QuantizedModule, StoredWeight)):
+        return "it is quantized already"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript modules cannot be changed; quantize the module it was made from"
+    if isinstance(module, _CONTAINERS) and type(module).__name__ != "ParametrizationList":
+        return f"{type(module).__name__} is a container, and would take the stored weight for part of its content"
+    if _goes_through_parameters(type(module)):
+        return f"{type(module).__name__}.forward goes through its parameters, and would miss a quantized one"
+    if hasattr(module, name + SUFFIX):
+        return f"it has an attribute {name + SUFFIX}, where the quantized weight would go"
+    if type(module._parameters.get(name)) is not nn.Parameter:
+        return f"it is a {type(module._parameters.get(name)).__name__}, not a plain parameter"
+    try:
+        quantized_class(type(module), (name,))
+    except Exception as error:  # whatever a class does when it is subclassed
+        return f"{type(module).__name__} cannot be subclassed ({' '.join(str(error).split())})"
+    return None
+
+
+def _goes_through_parameters(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class, or a method of its own that it calls, names what gives all parameters.
+
+    Names in the code are all that is looked at: functions that are no methods are not followed, and a name may be used
+    for something harmless. It errs towards keeping a parameter.
+    """
+    seen: set[CodeType] = set()
+    codes = [getattr(inspect.unwrap(cls.forward), "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if code is None or code in seen:
+            continue
+        if not _WALKS.isdisjoint(code.co_names):
+            return True
+        seen.add(code)
+        methods = [getattr(cls, name, None) for name in code.co_names]
+        codes += [method.__code__ for method in methods if isinstance(method, FunctionType) and _is_foreign(method)]
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return False
+
+
+def _is_foreign(function: FunctionType) -> bool:
+    """Whether it is not torch's own, which is known to read by name."""
+    return not (function.__module__ or "").startswith("torch.")
+
+
+def held_beside(model: nn.Module) -> dict[str, str]:
+    """A reason for each parameter whose memory a module holds elsewhere too: in an attribute, a list, a view.
+
+    Such a reference would go on using the float tensor. The lists that recurrent layers keep are made anew.
+    """
+    parameters = {_memory(slot.tensor) for slot in slots(model) if slot.is_parameter} - {None}
+    reasons: dict[Hashable, str] = {}
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            # Spectral norm and pruning compute a weight anew, out of its original, before every forward.
+            anew = attribute == "_flat_weights" and isinstance(module, nn.RNNBase)
+            if attribute in _MODULE_STATE or anew or f"{attribute}_orig" in module._parameters:
+                continue
+            for tensor in _tensors_in(value):
+                where = f"{path}.{attribute}" if path else attribute
+                if _memory(tensor) in parameters:
+                    reasons[_memory(tensor)] = f"{where} holds it too, and would go on using the float tensor"
+    return {slot.name: reasons[_memory(slot.tensor)] for slot in slots(model) if _memory(slot.tensor) in reasons}
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    """Equal for two tensors in one storage; None for one without memory."""
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+        return None
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in an attribute, looking into containers, partial functions and namespaces, some levels deep."""
+    if isinstance(value, functools.partial):
+        value = [value.args, value.keywords]
+    elif isinstance(value, SimpleNamespace) or attrs.has(type(value)) or dataclasses.is_dataclass(value):
+        value = getattr(value, "__dict__", None)
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, frozenset, dict)):
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _tensors_in(entry, depth - 1)
