@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import fewbits
 
-datasets = pytest.importorskip("sklearn.datasets")
+datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is in the extra dev")
 
 HELD_OUT = 360
 MAY_LOSE = 3
