@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar, overload
 
 import torch
@@ -68,21 +68,20 @@ def load(
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_quantized(into, MismatchError)
     checkpoint.check(check)
-    places = _places(checkpoint, into)
+    beside = held_beside(into)
+    places = _places(checkpoint, into, beside)
     # All are read before the first is put: a file that fails here leaves the model as it was.
     values = [(row, checkpoint.value(row.name)) for row in checkpoint.ledger.stored]
-    beside = held_beside(into)
     for row, value in values:
         if taken := places[row.name]:
             _put(row, value, taken, held_elsewhere=any(slot.name in beside for slot in taken))
     return into
 
 
-def _places(checkpoint: Checkpoint, model: nn.Module) -> dict[str, list[Slot]]:
+def _places(checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str]) -> dict[str, list[Slot]]:
     """Where each stored row goes: the slots of its own name, of its aliases, and of what the model ties to them."""
     rows = {row.name: row for row in checkpoint.ledger}
     by_name = {slot.name: slot for slot in slots(model)}
-    beside = held_beside(model)
     places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.ledger.stored}
     home = {id(by_name[name].tensor): row.holder for name, row in rows.items() if name in by_name}
     problems = [f"{name} is in the file, not in the model" for name in rows if name not in by_name]

@@ -50,10 +50,7 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     if isinstance(module, QuantizedModule):
         module.stores()
     if not reads(module, name, stored):
-        module._parameters[name] = parameter
-        del module._modules[name + SUFFIX]
-        if not stored_weights(module):
-            object.__setattr__(module, "__class__", float_class)
+        _put_back(module, {name: parameter})
         raise SourceError(
             f"{float_class.__name__} reads its attribute {name} in a way of its own, which would miss a quantized "
             "weight; exclude it"
@@ -62,16 +59,22 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
 
 def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]) -> None:
     """Put parameters back in the place of the stored weights; the module becomes its float class again."""
-    names, cls = stored_weights(module), type(module)
-    object.__setattr__(module, "__class__", cls.float_class)
-    parameters = dict(module._parameters)
-    for name, stored in names.items():
+    _put_back(module, {name: weights[stored] for name, stored in stored_weights(module).items()})
+
+
+def _put_back(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> None:
+    """Put parameters in the place of their stored weights, in the old order; without any left, the class goes back."""
+    for name in parameters:
         del module._modules[name + SUFFIX]
-        parameters[name] = weights[stored]
-    order = [*module.__dict__.pop(_ORDER), *parameters]
+    held = module._parameters | dict(parameters)
+    order = [name for name in dict.fromkeys([*module.__dict__[_ORDER], *held]) if name in held]
     module._parameters.clear()
-    module._parameters.update((name, parameters[name]) for name in dict.fromkeys(order) if name in parameters)
-    cls.restored(module)
+    module._parameters.update((name, held[name]) for name in order)
+    if isinstance(module, QuantizedModule) and not stored_weights(module):
+        cls = type(module)
+        del module.__dict__[_ORDER]
+        object.__setattr__(module, "__class__", cls.float_class)
+        cls.restored(module)
 
 
 def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
