@@ -1,69 +1,155 @@
-"""Peak resident memory of `convert`, above a process that has already converted a tiny layer.
+"""Resident memory: the peak while converting, and what a model takes that has run a hundred forwards.
 
-Run ``python -m benchmarks.memory``. Each case runs in a process of its own, because a peak cannot be reset: it prints
-what the peak (VmHWM) rose by, what source and result weigh, and the difference, which must stay under 64 MB. Linux
-only. Exits with 1 if a case does not.
+Each case runs in a process of its own, above what that process took once it was warm. Exits with 1 if a promise is not
+held. Linux only. MB are 10**6 bytes.
+
+peak: what the peak (VmHWM) rises by while a gibibyte of float32 is converted, less source and result: under 64 MiB.
+resident: anonymous and file pages, after a hundred forwards of a model of at least a gigabyte stored: at most 1.10
+times the stored bytes and 50 MB; with groups of 32, 1.25 times and 50 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+from benchmarks import cli, peak
+from benchmarks.plot import Bar, Panel
+from benchmarks.report import Failure, Report, aligned
+from benchmarks.resident import KINDS, MB, ROWS, WAYS
+from benchmarks.timing import reason
 
-import fewbits
-
-LIMIT = 64 * 2**20
-
-#: (scheme, layers, rows and columns of each): a gibibyte of float32 in many layers, and in one.
-CASES = [(scheme, layers, side) for layers, side in ((64, 2048), (1, 16384)) for scheme in ("int8", "int4")]
-
-
-def resident_peak() -> int:
-    """The process's high-water mark of resident memory, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
+MEASUREMENTS = ("peak", "resident")
+GIGABYTE = 10**9
 
 
-def convert(scheme: str, layers: int, side: int) -> fewbits.Ledger:
-    model = nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(layers)))
-    return fewbits.quantize(model, scheme, validate=False).ledger
+def child(threads: int, module: str, *arguments: object) -> str:
+    """What a module of this package prints in a process of its own.
+
+    Raises:
+        RuntimeError: if it fails, with the last line it wrote.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    environment, root = os.environ | {"OMP_NUM_THREADS": str(threads)}, Path(__file__).parent.parent
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
+    if ran.returncode:
+        raise RuntimeError((ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1])
+    return ran.stdout
 
 
-def measure(scheme: str, layers: int, side: int) -> dict[str, int]:
-    """Bytes of source and result, and what the peak rose by; in this process."""
-    convert(scheme, 1, 256)
-    warm = resident_peak()
-    ledger = convert(scheme, layers, side)
-    return {"source": ledger.bytes_before, "result": ledger.bytes_after, "rise": resident_peak() - warm}
+def peak_case(threads: int, scheme: str, layers: int, side: int) -> dict[str, Any]:
+    """The peak while one model is converted."""
+    figures = json.loads(child(threads, "peak", scheme, layers, side))
+    return {"scheme": scheme, "layers": layers, **figures, "held": figures["overhead"] < peak.LIMIT}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", nargs=3, metavar=("SCHEME", "LAYERS", "SIDE"), help=argparse.SUPPRESS)
-    case = parser.parse_args().case
-    if case is not None:
-        print(json.dumps(measure(case[0], int(case[1]), int(case[2]))))
-        return 0
-    held = True
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; MB = 2**20 bytes")
-    print(f"{'scheme':8}{'layers':>8}{'source MB':>11}{'result MB':>11}{'peak rise MB':>14}{'overhead MB':>13}")
-    for scheme, layers, side in CASES:
-        command = [sys.executable, "-m", "benchmarks.memory", "--case", scheme, str(layers), str(side)]
-        figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        overhead = figures["rise"] - figures["source"] - figures["result"]
-        held &= overhead < LIMIT
-        columns = [figures["source"], figures["result"], figures["rise"], overhead]
-        widths = (11, 11, 14, 13)
-        print(f"{scheme:8}{layers:>8}" + "".join(f"{v / 2**20:>{w}.1f}" for v, w in zip(columns, widths, strict=True)))
-    return 0 if held else 1
+def resident_case(threads: int, kind: str, way: str, side: int, stored: int, forwards: int) -> dict[str, Any]:
+    """What one model takes after its forwards."""
+    sizes = kind, side, stored, forwards
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{name}.safetensors" for name in ("small", "model")] if way == "loaded" else []
+        if files:
+            child(threads, "resident", "write", *sizes, *files)
+        figures = json.loads(child(threads, "resident", "measure", *sizes, *files))
+    limit = KINDS[kind].limit(figures["stored"])
+    return {"kind": kind, "way": way, **figures, "limit": limit, "held": figures["resident"] <= limit}
+
+
+def measure(report: Report, arguments: Any) -> None:
+    """Fill a report with the rows of both tables."""
+    side, stored, forwards = arguments.side, int(arguments.stored * GIGABYTE), arguments.forwards
+    cases: list[tuple[str, Any, tuple[Any, ...]]] = []
+    if "peak" in arguments.only:
+        cases += [("peak", peak_case, case) for case in peak.CASES]
+    if "resident" in arguments.only:
+        each = [(kind, way) for kind in arguments.kind for way in arguments.way]
+        cases += [("resident", resident_case, (*case, side, stored, forwards)) for case in each]
+    for name, run, case in cases:
+        try:
+            report.extra.setdefault(name, []).append(run(arguments.threads, *case))
+        except Exception as error:  # the others go on
+            report.failures.append(Failure({"case": " ".join(map(str, case))}, name, reason(error)))
+
+
+def table(report: Report) -> str:
+    """Both tables, in MB."""
+    parts = [_peaks(report.extra.get("peak", [])), _residents(report.extra.get("resident", []))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _peaks(rows: Sequence[Mapping[str, Any]]) -> str:
+    sizes = ("source", "result", "rise", "overhead")
+    return _table("peak while converting, MB", ("scheme", "layers"), sizes, rows)
+
+
+def _residents(rows: Sequence[Mapping[str, Any]]) -> str:
+    sizes = ("stored", "anonymous", "file", "shared", "resident", "limit")
+    return _table("resident after the forwards, MB", ("kind", "way", "layers"), sizes, rows)
+
+
+def _table(title: str, words: Sequence[str], sizes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [(*words, *sizes, "")]
+    for row in rows:
+        figures = [f"{row[key] / MB:.1f}" for key in sizes]
+        lines.append((*(str(row[key]) for key in words), *figures, "held" if row["held"] else "NOT HELD"))
+    return f"{title}\n{aligned(lines)}" if rows else ""
+
+
+def panels(report: Report) -> list[Panel]:
+    """For ``--plot``: what is stored, what is resident, and what may be."""
+    peaks = [
+        bar
+        for row in report.extra.get("peak", [])
+        for bar in _bars(f"{row['scheme']} x{row['layers']}", row, ("rise", "source", "result"))
+    ]
+    residents = [
+        bar
+        for row in report.extra.get("resident", [])
+        for bar in _bars(f"{row['kind']} {row['way']}", row, ("resident", "stored", "limit"))
+    ]
+    drawn = [Panel("peak while converting", "MB", peaks, log=False), Panel("resident", "MB", residents, log=False)]
+    return [panel for panel in drawn if panel.bars]
+
+
+def _bars(name: str, row: Mapping[str, Any], keys: Sequence[str]) -> list[Bar]:
+    """The first is what was measured; the others are what it is compared with."""
+    sizes = {key: row[key] / MB for key in keys}
+    return [Bar(f"{name}, {k}", v, (v, v), "ours" if k == keys[0] else "plain") for k, v in sizes.items()]
+
+
+def among(names: Sequence[str]) -> Any:
+    """An argument of some of these names, with commas."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(names)}")
+        return text
+
+    return cli.listed(parse)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; 1 if a promise is not held, or a case could not be measured."""
+    made = cli.parser(__doc__, rounds=None)
+    made.add_argument("--only", type=among(MEASUREMENTS), default=list(MEASUREMENTS), help=", ".join(MEASUREMENTS))
+    made.add_argument("--kind", type=among([*KINDS]), default=[*KINDS], metavar="KIND,...", help=", ".join(KINDS))
+    made.add_argument("--way", type=among(WAYS), default=[*WAYS], metavar="WAY,...", help=", ".join(WAYS))
+    made.add_argument("--stored", type=float, default=1.0, metavar="GB", help="bytes stored at least, in 10**9; 1")
+    made.add_argument("--side", type=cli.positive, default=4096, help="outputs and inputs of each layer; 4096")
+    made.add_argument("--forwards", type=cli.positive, default=len(ROWS), help=f"at most {len(ROWS)}")
+    arguments = made.parse_args(argv)
+    report = cli.begin("memory", arguments)
+    measure(report, arguments)
+    cli.finish(report, table(report), arguments, panels(report))
+    found = [*report.extra.get("peak", []), *report.extra.get("resident", [])]
+    return int(bool(report.failures) or not all(row["held"] for row in found))
 
 
 if __name__ == "__main__":

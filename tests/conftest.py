@@ -19,6 +19,12 @@ DATA = Path(__file__).parent / "data"
 LEFT_OUT = pytest.StashKey[set[str]]()
 
 
+@pytest.fixture
+def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers compute as the reference does, for tests that compare its bits: kernels have tests of their own."""
+    monkeypatch.setattr("fewbits.nn.stored.KERNELS", ())
+
+
 @pytest.fixture(scope="session")
 def minilm_path() -> Path:
     """The fp32 all-MiniLM-L6-v2 checkpoint."""

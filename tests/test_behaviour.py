@@ -177,8 +177,8 @@ def test_a_model_and_its_file_are_as_small_as_the_bits_say(scheme, make, tmp_pat
     result.save(tmp_path / "small")
     assert (tmp_path / "small").stat().st_size < MOST_BYTES[scheme] * (tmp_path / "float").stat().st_size + 8192
     assert payload(tmp_path / "small") < MOST_BYTES[scheme] * payload(tmp_path / "float")
-    held = [*result.model.parameters(), *result.model.buffers()]
-    assert sum(tensor.nbytes for tensor in held) < MOST_BYTES[scheme] * payload(tmp_path / "float")
+    held = sum(tensor.nbytes for tensor in [*result.model.parameters(), *result.model.buffers()])
+    assert held < 1.1 * payload(tmp_path / "small")  # a kernel may keep a table of scales of its own
     kinds = {tensor.dtype for name, tensor in load_file(tmp_path / "small").items() if not name.endswith("_shape")}
     assert kinds <= {torch.int32, torch.float32 if scheme != "fp16" else torch.float16}
 
@@ -454,6 +454,7 @@ def test_one_scale_for_a_tensor_or_one_for_every_row_is_what_was_asked_for(as_co
 def test_dequantizing_gives_plain_layers_with_the_weights_that_were_computed_with(scheme, tmp_path):
     x = torch.randn(2, 256)
     quantized = through_disk(mlp(), scheme, tmp_path / "f", into=mlp())
+    fewbits.set_compute(quantized, "exact")
     plain = fewbits.dequantize(quantized)
     assert [type(module) for module in plain.modules()] == [type(module) for module in mlp().modules()]
     assert plain.state_dict().keys() == mlp().state_dict().keys()

@@ -1,21 +1,446 @@
-"""The benchmarks whose figures are promises, not timings."""
+"""The benchmarks: that the harness measures what it says, on layers so small that no time means anything.
 
-import subprocess
+And, marked slow, the two whose figures are promises on any machine: those of memory.
+"""
+
+import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from benchmarks import (
+    breakdown,
+    contender,
+    decoding,
+    dense,
+    linear,
+    machine,
+    memory,
+    model,
+    ours,
+    overhead,
+    peers,
+    plot,
+    presets,
+    promises,
+    quantize,
+    resident,
+    timing,
+)
+from benchmarks.contender import Contender
+from benchmarks.report import Cell, Failure, Report, aligned, pivot
+from torch import nn
+
+import fewbits
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")
+QUICK = ["--rounds", "1", "--threads", "1"]
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A cache so small that two layers do not fit it."""
+    monkeypatch.setattr(contender, "last_level_cache", lambda: 1024)
+
+
+def broken(layer):
+    raise RuntimeError("no kernel\nfor this CPU")
+
+
+# Timing.
+
+
+def test_interleave_gives_every_contender_a_number_a_round():
+    timed = timing.interleave({"a": lambda: None, "b": lambda: None}, 3, turn=0, pause=0)
+    assert {name: len(seconds) for name, seconds in timed.seconds.items()} == {"a": 3, "b": 3}
+    assert timed.failures == {}
+
+
+@pytest.mark.parametrize("good_calls", [0, 5, 8])
+def test_interleave_leaves_out_who_fails_whenever_it_does(good_calls):
+    calls = iter(range(good_calls))
+
+    def fails_later():
+        if next(calls, None) is None:
+            raise ValueError("worn out\nmore lines")
+
+    timed = timing.interleave({"a": fails_later, "b": lambda: None}, 3, turn=0, pause=0)
+    assert [*timed.seconds] == ["b"]
+    assert len(timed.seconds["b"]) == 3
+    assert timed.failures == {"a": "ValueError: worn out"}
+
+
+def test_a_cycle_runs_all_layers_in_turn():
+    seen = []
+    cycle = timing.Cycle([lambda x, i=i: seen.append(i) for i in range(3)], torch.zeros(1))
+    for _ in range(7):
+        cycle()
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_rotation_changes_the_neighbours_and_nothing_else():
+    names = [*"abcdefg"]
+    assert all(sorted(timing.rotated(names, r)) == names for r in range(10))
+    assert timing.rotated(names, 1) != names
+    assert timing.rotated([], 4) == []
+
+
+# Contenders.
+
+
+def test_layers_fill_the_cache_several_times_and_share_no_memory(monkeypatch):
+    monkeypatch.setattr(contender, "last_level_cache", lambda: 1000)
+    assert contender.copies(100, bits=32, multiple=4) == 10
+    assert contender.copies(100, bits=4, multiple=4) == 80
+    assert contender.copies(10**6, bits=32, multiple=4) == 2
+    assert contender.copies(1, bits=1, multiple=4, most=7) == 7
+    weight = torch.randn(8, 8)
+    layers = dense.dense(torch.bfloat16).layers(weight, 3)
+    assert len({layer.weight.data_ptr() for layer in layers} | {weight.data_ptr()}) == 4
+    assert all(torch.equal(layer.weight, weight.bfloat16()) for layer in layers)
+
+
+def test_what_takes_long_to_build_is_built_once():
+    built = []
+    slow = Contender("slow", "torch", build=lambda layer: built.append(1) or layer, anew=False)
+    first, second = slow.layers(torch.randn(4, 4), 2)
+    assert built == [1]
+    assert first.weight.data_ptr() != second.weight.data_ptr()
+
+
+def test_the_machine_is_named():
+    about = machine.machine()
+    assert about["cpu"]
+    assert about["threads"] == torch.get_num_threads()
+    assert about["last_level_cache"] > 2**15
+    assert machine.versions(["torch", "no-such-package"]).keys() == {"python", "torch"}
+    assert [machine._bytes(size) for size in ("32K", "1M\n", "512")] == [32 * 2**10, 2**20, 512]
+
+
+# Reports.
+
+
+def test_a_ratio_is_taken_within_each_round():
+    cell = Cell({"M": 1}, "ours", [1.0, 2.0, 4.0], [3.0, 4.0, 40.0])
+    assert (cell.median, cell.spread, cell.speed) == (2.0, 1.5, 3.0)
+    assert math.isnan(Cell({}, "alone", [1.0]).speed)
+    assert Cell({}, "alone", [1.0]).to_dict()["speed"] is None
+
+
+def test_a_table_has_a_dash_where_nothing_was_measured():
+    cells = [Cell({"M": 1}, "a", [1.0]), Cell({"M": 2}, "a", [1.0]), Cell({"M": 2}, "b", [1.0])]
+    rows = pivot(cells, "M", lambda cell: f"{cell.median:g}")
+    assert rows == [("", "M 1", "M 2"), ("a", "1", "1"), ("b", "-", "1")]
+    assert aligned(rows).splitlines()[-1] == "b    -    1"
+
+
+def test_a_report_says_what_is_missing_and_what_failed(tmp_path):
+    about = {"cpu": "c", "capabilities": [], "architecture": "x", "threads": 1}
+    report = Report("linear", {}, about, {"torch": "2"}, ["hqq"], failures=[Failure({"M": 1}, "b", "why")])
+    assert "not installed: hqq" in report.heading()
+    assert report.trouble() == "left out: b (M 1): why"
+    report.write(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["failures"][0]["reason"] == "why"
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    panels = plot.timings([Cell({"M": 1}, "fewbits int8", [1.0, 3.0], [2.0, 2.0])])
+    assert (panels[0].title, panels[0].mark, panels[0].bars[0].spread) == ("M 1", 2000.0, (1000.0, 3000.0))
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        plot.draw(panels, "title", tmp_path / "plot.png")
+    with pytest.raises(SystemExit, match="nothing to plot"):
+        plot.draw([], "title", tmp_path / "plot.png")
+
+
+# Linear.
+
+
+def run_linear(tmp_path, *arguments):
+    file = tmp_path / "linear.json"
+    assert linear.main([*QUICK, "--turn", "0", "--json", str(file), *arguments]) == 0
+    return json.loads(file.read_text())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_linear_measures_every_contender_in_every_case(tmp_path, capsys):
+    found = run_linear(tmp_path, "--shape", "64x128", "--rows", "1,3", "--dtype", "float32,bfloat16", "--no-peers")
+    assert found["failures"] == []
+    names = ["dense fp32", "dense bf16", "dense fp16"]
+    names += [ours.label(scheme, dtype) for scheme in ours.USUAL for dtype in (torch.float32, torch.bfloat16)]
+    assert [(c["M"], c["contender"]) for c in found["cells"]] == [(rows, name) for rows in (1, 3) for name in names]
+    assert all(cell["case"] == "64x128 g128" and len(cell["seconds"]) == 1 for cell in found["cells"])
+    dense_cell, *_, last = found["cells"]
+    assert (dense_cell["speed"], dense_cell["sqnr_db"], last["dtype"]) == (1.0, None, "bfloat16")
+    # Whatever a layer computes with, it computes the product: a wrong one reads about 0 dB.
+    assert all(cell["sqnr_db"] is None or cell["sqnr_db"] > 12 for cell in found["cells"])
+    assert found["machine"]["threads"] == found["settings"]["threads"] == 1
+    assert "times faster than dense fp32" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_linear_names_the_kernel_of_every_cell_of_ours(tmp_path, capsys):
+    found = run_linear(tmp_path, "--shape", "64x128", "--rows", "1,64", "--scheme", "int8,int4-exact", "--no-peers")
+    kernels = {(c["contender"], c["M"]): c["kernel"] for c in found["cells"] if c["package"] == "fewbits"}
+    assert kernels.keys() == {(f"fewbits {s}", m) for s in ("int8", "int4-exact") for m in (1, 64)}
+    assert kernels["fewbits int4-exact", 1] == kernels["fewbits int4-exact", 64] == "reference"
+    layer = fewbits.Int8PerChannel()
+    layer.prepare(nn.Linear(128, 64))
+    told = fewbits.explain(layer.convert(), torch.randn(64, 128)).rows[0].kernel
+    assert kernels["fewbits int8", 64] == told
+    assert "64x128 g128: kernel" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_peer_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def contenders(dtype, group_size):
+        cannot_run = Contender("cannot run", "peer", dtype, build=lambda layer: lambda x: broken(layer))
+        return [Contender("cannot build", "peer", dtype, build=broken), cannot_run, dense.dense(torch.float64)]
+
+    present = SimpleNamespace(PACKAGE="peer", MODULES=("json",), contenders=contenders)
+    absent = SimpleNamespace(PACKAGE="absent-peer", MODULES=("no_such_module",))
+    monkeypatch.setattr(peers, "PEERS", (present, absent))
+    monkeypatch.setattr(peers, "PACKAGES", ("peer", "absent-peer"))
+    found = run_linear(tmp_path, "--shape", "16x64", "--rows", "1", "--scheme", "int8", "--peers")
+    assert {(f["contender"], f["reason"]) for f in found["failures"]} == {
+        ("cannot build", "RuntimeError: no kernel"),
+        ("cannot run", "RuntimeError: no kernel"),
+    }
+    assert found["missing"] == ["absent-peer"]
+    assert [cell["contender"] for cell in found["cells"]][-2:] == ["fewbits int8", "dense fp64"]
+    assert "left out: cannot build (case 16x64 g128): RuntimeError: no kernel" in capsys.readouterr().out
+
+
+def test_presets_yield_to_the_command_line():
+    given = {"rows": None, "dtype": None, "scheme": None, "peers": None, "shape": None, "group_size": None}
+    shapes = presets.settled(SimpleNamespace(preset="shapes", **given))
+    assert shapes == presets.PRESETS["shapes"]
+    other = presets.settled(SimpleNamespace(preset="cliffs", **given | {"group_size": [32, 64], "peers": True}))
+    assert [str(case) for case in other.cases] == ["4096x4096 g32", "4096x4096 g64"]
+    assert other.peers
+    assert other.rows == presets.PRESETS["cliffs"].rows
+
+
+@pytest.mark.parametrize("arguments", [["--shape", "64"], ["--scheme", "int3"], ["--dtype", "int8"], ["--rows", "0"]])
+def test_linear_refuses_what_it_does_not_know(arguments, capsys):
+    with pytest.raises(SystemExit):
+        linear.main(arguments)
+    assert arguments[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("vnni", "held"), [(True, False), (False, True)])
+def test_promises_depend_on_the_processor(monkeypatch, vnni, held):
+    monkeypatch.setattr(promises, "has_vnni", lambda: vnni)
+    where = {"case": promises.USUAL, "M": 1}
+    cells = [Cell(where, "dense fp32", [2.2, 2.2]), Cell(where, "fewbits int8", [1.0, 1.0])]
+    (promise,) = promises.checked(cells)
+    assert (promise.held, promise.got) == (held, [2.2])
+    assert ("NOT HELD" in promises.table([promise])) is not held
+
+
+def test_promises_against_peers_and_narrow_inputs(monkeypatch):
+    monkeypatch.setattr(promises, "has_vnni", lambda: True)
+    seconds = {
+        "dense fp32": 5.0,
+        "dense bf16": 0.5,
+        "fewbits int4": 1.0,
+        "fewbits int4, bf16": 1.2,
+        "hqq 4 bit g64, fp32": 9.0,
+        "quanto qint4, bf16": 1.1,
+    }
+    cells = [Cell({"case": promises.USUAL, "M": 1}, name, [value]) for name, value in seconds.items()]
+    found = {(p.own, *(other for other, _ in p.others)): p.held for p in promises.checked(cells)}
+    assert found == {
+        ("fewbits int4", "dense fp32"): True,
+        ("fewbits int4", "hqq 4 bit g64, fp32"): False,
+        ("fewbits int4, bf16", "quanto qint4, bf16"): True,
+        ("fewbits int4, bf16", "fewbits int4", "dense bf16"): False,
+    }
+
+
+def test_shapes_of_nobody_are_promised_nothing():
+    def cells(case):
+        return [Cell({"case": case, "M": 32}, name, [1.0]) for name in ("dense fp32", "fewbits int8")]
+
+    assert promises.checked(cells("8x8 g128")) == []
+    assert [promise.held for promise in promises.checked(cells("4095x4097 g128"))] == [True]
+
+
+def test_overhead_compares_with_the_same_calls(tmp_path, capsys):
+    file = tmp_path / "overhead.json"
+    arguments = SimpleNamespace(threads=1, seed=0, json=file, plot=None, check=False)
+    assert overhead.run(arguments, calls=20) == 0
+    found = json.loads(file.read_text())
+    assert found["failures"] == []
+    names = [cell["contender"] for cell in found["cells"]]
+    assert names == [f"{name}{suffix}" for name in overhead.PAIRS for suffix in ("", " inline")]
+    assert found["cells"][0]["aten"] == found["cells"][1]["aten"] != []
+    assert "dense fp32" in capsys.readouterr().out
+
+
+def test_only_what_moves_data_counts_as_a_call():
+    ops = overhead.aten_calls(lambda x: x.float().reshape(4).t().bfloat16().mul_(2).float(), torch.ones(1, 4))
+    assert ops[-2] == "mul_"
+    assert len(ops) == 3
+
+
+# Quantize.
+
+
+def test_quantize_times_ours_beside_a_copy(tmp_path, monkeypatch, capsys):
+    fails = Contender("cannot quantize", "peer", start=broken)
+    slow = Contender("slow", "peer", start=lambda layer: lambda: None)
+    contenders = {"PACKAGE": "peer", "MODULES": ("json",), "contenders": lambda dtype, group_size: [fails, slow]}
+    monkeypatch.setattr(peers, "PEERS", (SimpleNamespace(**contenders),))
+    monkeypatch.setattr(peers, "PACKAGES", ("peer",))
+    file = tmp_path / "quantize.json"
+    assert quantize.main([*QUICK, "--shape", "32x128", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert [c["contender"] for c in found["cells"]] == ["copy_", "fewbits int8", "fewbits int4", "slow"]
+    assert all(len(cell["seconds"]) == 1 for cell in found["cells"])
+    assert [failure["contender"] for failure in found["failures"]] == ["cannot quantize"]
+    assert len(found["promises"]) == 2
+    assert "in copies" in capsys.readouterr().out
+
+
+def test_what_takes_very_long_is_quantized_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(quantize, "PATIENCE", -1.0)
+    patient = Contender("patient", "peer", start=lambda layer: lambda: calls.append(1))
+    report = Report("quantize", {}, {}, {})
+    quantize.measure(report, [dense.copy_contender(), patient], torch.randn(4, 4), rounds=3)
+    assert len(calls) == 2  # one of them a warm-up
+    assert [len(cell.seconds) for cell in report.cells] == [1, 1]
+
+
+# Model.
+
+
+class Parrot(nn.Module):
+    """Says what comes after: `generate` as transformers has it, as far as the benchmarks use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.lm_head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.lm_head(self.layer(x))
+
+    def generate(self, ids, *, max_new_tokens, stopping_criteria, cache_implementation, **_):
+        assert cache_implementation == "static"
+        for _ in range(max_new_tokens):
+            self(torch.zeros(1, 4))
+            ids = torch.cat([ids, ids[:, -1:] + 1], 1)
+            assert not any(bool(stop(ids, None).any()) for stop in stopping_criteria)
+        return ids
+
+
+def test_decoding_is_timed_from_the_first_token_to_the_last():
+    decoded = decoding.generate(Parrot(), [5, 6], 4)
+    assert list(decoded.tokens) == [7, 8, 9, 10]
+    assert decoded.seconds > 0
+    watch = decoding.Watch()
+    watch.times = [1.0, 2.0, 5.0]
+    assert watch.seconds == 2.0
+
+
+def test_the_parts_of_a_token_add_up():
+    parrot = Parrot()
+    found = breakdown.parts(parrot, [5], 5)
+    assert [*found] == ["linear layers", "output layer", "rest of the model", "around the model"]
+    assert all(seconds > 0 for seconds in found.values())
+    assert not parrot._forward_hooks
+    assert not parrot.lm_head._forward_pre_hooks
+
+
+def test_a_variant_leaves_the_model_as_it_is():
+    parrot = nn.Sequential(nn.Linear(64, 64))
+    held = model.Variant(torch.bfloat16, "int8").of(parrot)
+    assert isinstance(held[0].weight, torch.Tensor)
+    assert held[0].bias.dtype == torch.bfloat16
+    assert type(parrot[0]) is nn.Linear
+    assert parrot[0].weight.dtype == torch.float32
+
+
+def test_models_take_turns_and_failures_are_left_out():
+    def decode(tokens):
+        return decoding.Decoded(0.5, [1, 2, 3, 4, 5, 6, 7, 8, 9][:tokens])
+
+    decoders = {
+        "dense fp32": decode,
+        "other": lambda tokens: decoding.Decoded(0.25, [1, 2, 0][:tokens]),
+        "broken": broken,
+        "llama.cpp": lambda tokens: decoding.Decoded(0.1, text="words"),
+    }
+    report = Report("model", {}, {}, {})
+    model.measure(report, decoders, 3, rounds=2)
+    found = {cell.contender: (len(cell.seconds), cell.speed, cell.facts["agrees"]) for cell in report.cells}
+    assert found == {"dense fp32": (2, 1.0, 3), "other": (2, 2.0, 2), "llama.cpp": (2, 5.0, None)}
+    assert [failure.contender for failure in report.failures] == ["broken"]
+    assert "tokens/s" in model.table(report)
+    report.cells = [Cell({}, n, [s]) for n, s in {"dense bf16": 2.0, "fewbits int8": 1.0, "fewbits int4": 3.0}.items()]
+    assert [line.split(":")[0] for line in model.checks(report)] == ["held", "NOT HELD"]
+
+
+# Memory.
+
+
+@LINUX
+@pytest.mark.parametrize("kind", [*resident.KINDS])
+def test_what_is_written_for_loading_is_of_the_size_that_was_asked_for(tmp_path, kind):
+    resident.write(kind, 256, 100_000, tmp_path / "model.safetensors")
+    layers, size = resident.loaded(tmp_path / "model.safetensors", 256)
+    built, built_size = resident.converted(kind, 256, 100_000)
+    assert len(layers) == len(built) > 1
+    assert size >= 100_000
+    # A state dict has the shape of each weight besides, which the ledger's bytes have too.
+    assert size == built_size
+    resident.run(layers, 256, (1, 3))
+
+
+@LINUX
+def test_memory_measures_in_a_process_of_its_own(tmp_path, capsys):
+    file = tmp_path / "memory.json"
+    sizes = ["--stored", "0.0001", "--side", "128", "--forwards", "5"]
+    asked = ["--only", "resident", "--kind", "int8", "--way", "converted", "--json", str(file)]
+    assert memory.main([*asked, *sizes, "--threads", "1"]) == 0
+    (row,) = json.loads(file.read_text())["resident"]
+    assert row["stored"] >= 100_000
+    assert row["resident"] == row["anonymous"] + row["file"] + row["shared"]
+    assert row["limit"] == int(1.10 * row["stored"]) + 50 * 10**6
+    assert "held" in capsys.readouterr().out
+
+
+def test_a_case_that_cannot_be_measured_is_a_failure_and_a_limit_passed_too(monkeypatch, capsys):
+    row = {"kind": "int8", "way": "loaded", "layers": 1, "stored": 1, "anonymous": 9, "file": 0, "shared": 0}
+    monkeypatch.setattr(memory, "resident_case", lambda *_: row | {"resident": 9, "limit": 8, "held": False})
+    monkeypatch.setattr(memory, "peak_case", broken)
+    assert memory.main(["--only", "resident", "--kind", "int8", "--way", "loaded"]) == 1
+    assert "NOT HELD" in capsys.readouterr().out
+    assert memory.main(["--only", "peak"]) == 1
+    assert "left out: peak" in capsys.readouterr().out
+
+
+@LINUX
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-def test_converting_a_gibibyte_peaks_within_64_mb_of_source_and_result() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory"],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("int4") == run.stdout.count("int8") == 2
+def test_converting_a_gibibyte_peaks_within_64_mb_of_source_and_result(capsys):
+    assert memory.main(["--only", "peak"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("int4") == printed.count("int8") == 2
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_gigabyte_of_codes_that_was_run_takes_little_more_than_a_gigabyte(capsys):
+    assert memory.main(["--only", "resident"]) == 0
+    assert capsys.readouterr().out.count("held") == len(resident.KINDS) * len(resident.WAYS)

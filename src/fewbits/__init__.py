@@ -30,6 +30,8 @@ from fewbits.errors import (
     ValidationError,
 )
 from fewbits.kernels.base import Kernel, Operand
+from fewbits.nn.compute import set_compute
+from fewbits.nn.explain import explain
 from fewbits.nn.swap import dequantize
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.metrics import Measurement, measure
@@ -109,8 +111,10 @@ __all__ = [
     "Writer",
     "__version__",
     "dequantize",
+    "explain",
     "load",
     "measure",
     "quantize",
+    "set_compute",
     "verify",
 ]

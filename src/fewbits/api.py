@@ -13,6 +13,7 @@ from fewbits.calibration import Forward
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
 from fewbits.errors import ArgumentError
+from fewbits.kernels.base import Compute
 from fewbits.observers.base import Observer
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.schemes import SCHEMES
@@ -58,6 +59,7 @@ def quantize(
     forward: Forward | None = None,
     inplace: bool = False,
     validate: bool = True,
+    compute: Compute = "auto",
     observer: Observer | str | Mapping[str, Any] | None = None,
     activation_observer: Observer | str | Mapping[str, Any] | None = None,
     selector: Selector | None = None,
@@ -79,6 +81,7 @@ def quantize(
         forward: runs one batch, ``forward(model, batch)``.
         inplace: quantize the model or mapping itself.
         validate: check the result.
+        compute: what the layers of a model may do to be fast; see `set_compute`.
         observer: picks the scales of weights: a name or a table as in the config, or an observer.
         activation_observer: likewise for the inputs of layers.
         selector: decides which tensors are quantized, in place of the rules in the settings.
@@ -101,7 +104,8 @@ def quantize(
     try:
         if data is not None:
             quantizer.observe(data, forward=forward, samples=config.samples, progress=progress)
-        model = quantizer.convert(output=output, measure=None if validate else False, progress=progress)
+        measure = None if validate else False
+        model = quantizer.convert(output=output, measure=measure, compute=compute, progress=progress)
         report = None
         if validate:
             report = quantizer.validate(on_failure=config.on_failure, fail_under=config.fail_under, progress=progress)

@@ -15,6 +15,8 @@ from architectures.models import ARCHITECTURES, MODELS_OF_EXPERTS, Architecture
 from nn.any_cases import plain, same_outputs
 from nn.cases import same_bits
 
+pytestmark = pytest.mark.usefixtures("reference_only")
+
 #: Groups that fit rows of 64; those of 128 would fall back to int8.
 SCHEMES = {"int8": fewbits.Int8PerChannel, "int4": lambda: fewbits.Int4Grouped(32)}
 

@@ -28,6 +28,8 @@ from nn.cases import (
     tensors_in,
 )
 
+pytestmark = pytest.mark.usefixtures("reference_only")
+
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
 

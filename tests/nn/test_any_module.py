@@ -20,6 +20,8 @@ from nn.any_cases import EVERYTHING, converted, plain, quietly
 from nn.any_modules import MODULES, Bare, Final, OverState, Reducing, Residual, X, matrix
 from nn.cases import fewbits_classes, pickled, same_bits, snapshot, storages, through_torch_save
 
+pytestmark = pytest.mark.usefixtures("reference_only")
+
 every_scheme = pytest.mark.parametrize("scheme", EVERYTHING)
 either_place = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 

@@ -28,6 +28,8 @@ from nn.cases import (
     through_torch_save,
 )
 
+pytestmark = pytest.mark.usefixtures("reference_only")
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 typical_case = pytest.mark.parametrize("case", TYPICAL, ids=str)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)

@@ -34,6 +34,8 @@ from nn.cases import (
     tensors_in,
 )
 
+pytestmark = pytest.mark.usefixtures("reference_only")
+
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 either_place = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 

@@ -35,6 +35,8 @@ from nn.any_cases import (
 )
 from nn.cases import fewbits_classes, pickled, same_bits, snapshot, storages, tensors_in, through_torch_save
 
+pytestmark = pytest.mark.usefixtures("reference_only")
+
 #: The cases in which there is something to quantize, and the first of every class.
 QUANTIZABLE = tuple(case for case in ANY_CASES if wanted(case.module()))
 FIRST = tuple({case.cls: case for case in reversed(QUANTIZABLE)}.values())

@@ -50,14 +50,15 @@ def test_reading_rows_is_slicing_the_matrix(problem, data):
     assert torch.equal(matrix.read(start, stop), as_matrix(weight, layout)[start:stop])
 
 
-@given(problems(), st.sampled_from([1, 7, 50, 10**6]))
-def test_blocks_are_whole_rows_in_order(problem, elements):
+@given(problems(), st.sampled_from([1, 7, 50, 10**6]), st.integers(1, 3))
+def test_blocks_are_whole_rows_in_order(problem, elements, size):
     weight, _, layout = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", elements)
-        blocks = list(WeightMatrix(weight, layout).blocks())
+        blocks = list(WeightMatrix(weight, layout).blocks(size))
     assert [start for start, _, _ in blocks] == [0, *(stop for _, stop, _ in blocks[:-1])]
-    assert all(rows.numel() <= max(elements, layout.columns) for _, _, rows in blocks)
+    assert all(rows.numel() <= size * max(elements, layout.columns) for _, _, rows in blocks)
+    assert all(stop - start == len(rows) for start, stop, rows in blocks)
     assert torch.equal(torch.cat([rows for _, _, rows in blocks]), as_matrix(weight, layout))
 
 

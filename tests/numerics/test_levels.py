@@ -227,6 +227,7 @@ def test_levels_go_through_a_file(tmp_path_factory, problem):
     assert load_file(path)["m.weight_packed"].dtype == torch.int32
 
 
+@pytest.mark.usefixtures("reference_only")
 @pytest.mark.parametrize("levels", KNOWN.values(), ids=KNOWN)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])

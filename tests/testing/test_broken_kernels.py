@@ -1,12 +1,15 @@
 """Kernels that are wrong in one way each, and the check that finds it."""
 
+import attrs
 import pytest
 import torch
 import torch.nn.functional as F
 from caught import caught, covered
 
-from fewbits import Kernel, QuantSpec
-from fewbits.kernels.reference import Reference, rounds_inputs
+from fewbits import Kernel
+from fewbits.kernels.forms import Bytes, Words
+from fewbits.kernels.integers import FloatSums
+from fewbits.kernels.reference import Reference
 from fewbits.testing import check_kernel
 
 
@@ -15,117 +18,158 @@ class Right(Reference):
 
 
 class SupportsNothing(Right):
-    def supports(self, weight, x):
+    def supports(self, weight):
+        return "not today"
+
+
+class TakesNothing(Right):
+    def takes(self, x, rows):
         return "not today"
 
 
 class AnswersFalse(Right):
-    def supports(self, weight, x):
+    def supports(self, weight):
         return False
 
 
 class GivesNoReason(Right):
-    def supports(self, weight, x):
-        return "" if rounds_inputs(weight) else None
+    def takes(self, x, rows):
+        return "" if rows > 1 else None
 
 
-class FloatsOnly(Kernel):
+class OnBytes(Kernel):
     """Right where it says that it is: a kernel need not support everything."""
 
-    name = "floats"
+    name = "on_bytes"
+    form = Bytes
 
-    def supports(self, weight, x):
-        if rounds_inputs(weight):
-            return "it does not round inputs"
+    def supports(self, weight):
+        return Bytes.refuses(weight)
+
+    def takes(self, x, rows):
         return None if x.dtype == torch.float32 else f"it computes in float32, not {x.dtype}"
 
-    def linear(self, x, weight, bias):
-        return F.linear(x, weight.operand(x.dtype), bias)
+    def linear(self, x, weight):
+        return F.linear(x, weight.operand(x.dtype))
 
 
-class RoundsWeightsAgain(FloatsOnly):
-    def linear(self, x, weight, bias):
-        return F.linear(x, weight.operand(torch.float32).to(torch.float8_e4m3fn).to(x.dtype), bias)
+class WantsWords(OnBytes):
+    def supports(self, weight):
+        return super().supports(weight) or (None if isinstance(weight, Words) else "it is no words")
 
 
-class AlwaysFloat32(Right):
-    def linear(self, x, weight, bias):
-        return super().linear(x, weight, bias).float()
+class PrepacksNothing(OnBytes):
+    def prepack(self, weight):
+        return weight
 
 
-class ForgetsTheBias(Right):
-    def linear(self, x, weight, bias):
-        return super().linear(x, weight, None)
+class NoLowestCode(OnBytes):
+    """Takes -127 for -128, as symmetric int8 often does."""
+
+    def prepack(self, weight):
+        form = super().prepack(weight)
+        return attrs.evolve(form, signed=form.signed.clamp(min=-127))
+
+
+class LosesTheScale(OnBytes):
+    def prepack(self, weight):
+        form = super().prepack(weight)
+        return attrs.evolve(form, scale=form.scale / 2)
+
+
+class PrepacksInPlace(OnBytes):
+    def prepack(self, weight):
+        weight.scale.mul_(2).div_(4)
+        return super().prepack(weight)
+
+
+class RoundsWeightsAgain(OnBytes):
+    def linear(self, x, weight):
+        return F.linear(x, weight.operand(torch.float32).to(torch.float8_e4m3fn).to(x.dtype))
+
+
+class AlwaysFloat64(Right):
+    def linear(self, x, weight):
+        return super().linear(x, weight).double()
 
 
 class Flattens(Right):
-    def linear(self, x, weight, bias):
-        return super().linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    def linear(self, x, weight):
+        return super().linear(x, weight).flatten()
 
 
-class InBlocksOfEight(Right):
+class InBlocksOfEight(OnBytes):
     """Leaves out the columns that do not fill a block."""
 
-    def linear(self, x, weight, bias):
+    def linear(self, x, weight):
         whole = x.shape[-1] // 8 * 8 or x.shape[-1]
-        if rounds_inputs(weight):
-            return super().linear(x, weight, bias)
-        return F.linear(x[..., :whole], weight.operand(x.dtype)[:, :whole], bias)
+        return F.linear(x[..., :whole], weight.operand(x.dtype)[:, :whole])
 
 
-class NoLowestCode(Right):
-    """Takes -127 for -128, as symmetric int8 often does."""
+class TakesNoughtForOne(OnBytes):
+    """One code in many: too little to be heard, and within the bound of a long sum."""
 
-    def linear(self, x, weight, bias):
-        return super().linear(x, _Clamped(weight) if rounds_inputs(weight) else weight, bias)
+    def linear(self, x, weight):
+        dense = weight.operand(x.dtype)
+        dense[-1, -1] += weight.params(slice(None))[0].flatten()[-1]
+        return F.linear(x, dense)
 
 
-class _Clamped:
-    def __init__(self, weight):
-        self.spec, self.input_scale, self._weight = weight.spec, weight.input_scale, weight
-
-    def steps(self):
-        steps, scale = self._weight.steps()
-        return steps.clamp(min=-127), scale
+class OffByOne(FloatSums):
+    def linear(self, x, weight):
+        return super().linear(x, attrs.evolve(weight, signed=weight.signed.clamp(min=-127)))
 
 
 class SumsInFloat16(Right):
-    def linear(self, x, weight, bias):
-        if not rounds_inputs(weight):
-            return super().linear(x, weight, bias)
-        return super().linear(x.half().to(x.dtype), weight, bias).half().to(x.dtype)
+    def linear(self, x, weight):
+        output = super().linear(x, weight)
+        return output if weight.spec.activations is None else output.half().to(x.dtype)
 
 
 class InPlace(Right):
-    def linear(self, x, weight, bias):
-        output = super().linear(x, weight, bias)
+    def linear(self, x, weight):
+        output = super().linear(x, weight)
         x.mul_(0.5)
         return output
 
 
+class WeightInPlace(OnBytes):
+    def linear(self, x, weight):
+        output = super().linear(x, weight)
+        weight.signed.neg_()
+        return output
+
+
 class Noisy(Right):
-    def linear(self, x, weight, bias):
-        output = super().linear(x, weight, bias)
+    def linear(self, x, weight):
+        output = super().linear(x, weight)
         return output * (1 + 2 * torch.finfo(x.dtype).eps * torch.randint(0, 2, output.shape, dtype=x.dtype))
 
 
 class WantsContiguous(Right):
-    def linear(self, x, weight, bias):
-        return super().linear(torch.as_strided(x, x.shape, torch.empty(x.shape).stride()), weight, bias)
+    def linear(self, x, weight):
+        return super().linear(torch.as_strided(x, x.shape, torch.empty(x.shape).stride()), weight)
 
 
 CASES = [
-    pytest.param(SupportsNothing, "supports_says_why_not", "it supports none of the weights", id="nothing"),
-    pytest.param(AnswersFalse, "supports_says_why_not", "it says False, neither None nor words", id="false"),
-    pytest.param(GivesNoReason, "supports_says_why_not", "it says '', neither None nor words", id="no-reason"),
+    pytest.param(SupportsNothing, "it_says_why_not", "it computes with none of the weights", id="nothing"),
+    pytest.param(TakesNothing, "it_says_why_not", "it computes with none of the weights", id="no-input"),
+    pytest.param(AnswersFalse, "it_says_why_not", "it says False, neither None nor words", id="false"),
+    pytest.param(GivesNoReason, "it_says_why_not", "it says '', neither None nor words", id="no-reason"),
+    pytest.param(WantsWords, "it_says_why_not", "'it is no words' once it has prepacked it", id="only-words"),
+    pytest.param(PrepacksNothing, "prepacking_loses_nothing", "prepacked as Words, not Bytes", id="no-form"),
+    pytest.param(NoLowestCode, "prepacking_loses_nothing", "gives another value back", id="lost-code"),
+    pytest.param(LosesTheScale, "prepacking_loses_nothing", "gives another value back", id="lost-scale"),
+    pytest.param(PrepacksInPlace, "prepacking_loses_nothing", "changed the given weight", id="prepacks-in-place"),
     pytest.param(RoundsWeightsAgain, "outputs_are_accurate", "dB against float64", id="rounds-again"),
-    pytest.param(AlwaysFloat32, "any_size_is_computed", "has shape .* in float32", id="float32"),
-    pytest.param(ForgetsTheBias, "any_size_is_computed", "with bias", id="no-bias"),
+    pytest.param(AlwaysFloat64, "any_size_is_computed", "has shape .* in float64", id="float64"),
     pytest.param(Flattens, "any_size_is_computed", "the output has shape", id="flattens"),
     pytest.param(InBlocksOfEight, "any_size_is_computed", "an element is off by", id="blocks"),
-    pytest.param(NoLowestCode, "integer_sums_are_exact", "other bits than the reference", id="off-by-one"),
+    pytest.param(TakesNoughtForOne, "every_code_is_read_right", "a code is taken for another", id="one-code"),
+    pytest.param(OffByOne, "integer_sums_are_exact", "other bits than the reference", id="off-by-one"),
     pytest.param(SumsInFloat16, "integer_sums_are_exact", "other bits than the reference", id="float16-sums"),
     pytest.param(InPlace, "arguments_stay", "an argument has changed", id="in-place"),
+    pytest.param(WeightInPlace, "arguments_stay", "an argument has changed", id="weight-in-place"),
     pytest.param(Noisy, "outputs_are_reproducible", "other bits", id="noisy"),
     pytest.param(WantsContiguous, "outputs_are_reproducible", "an element is off|other bits", id="strides"),
 ]
@@ -141,20 +185,21 @@ def test_every_check_is_seen_to_fail():
     covered(check_kernel(Right()), CASES)
 
 
-@pytest.mark.parametrize("kernel", [Right(), FloatsOnly()], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [Right(), OnBytes(), FloatSums()], ids=lambda kernel: kernel.name)
 def test_the_kernels_that_are_broken_here_are_right_otherwise(kernel):
     for check in check_kernel(kernel):
         check()
 
 
-def test_int8_inputs_are_among_what_a_kernel_is_tried_on():
-    asked = []
+@pytest.mark.parametrize(("make", "expected"), [(OnBytes, {None}), (FloatSums, {None, "dynamic", "static"})])
+def test_a_kernel_is_asked_about_int8_inputs_if_it_rounds_them(make, expected):
+    asked = set()
 
-    class Asks(Right):
-        def supports(self, weight, x):
-            asked.append(weight.spec)
-            return super().supports(weight, x)
+    class Asks(make):
+        def supports(self, weight):
+            asked.add((weight.spec.activations, weight.spec.symmetric))
+            return super().supports(weight)
 
     check_kernel(Asks())[0]()
-    found = {(spec.activations, spec.symmetric) for spec in asked if isinstance(spec, QuantSpec)}
-    assert found >= {(None, True), (None, False), ("dynamic", True), ("dynamic", False), ("static", True)}
+    assert {activations for activations, _ in asked} == expected
+    assert {symmetric for _, symmetric in asked} == {True, False}

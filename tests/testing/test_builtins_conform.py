@@ -1,6 +1,7 @@
 """What comes with the library passes the kit that outside authors are given."""
 
 import pytest
+import torch
 from torch import nn
 
 from fewbits import (
@@ -14,9 +15,13 @@ from fewbits import (
     MovingAverageMinMaxObserver,
     MSEObserver,
     PercentileObserver,
+    QuantSpec,
     SafetensorsSerializer,
 )
-from fewbits.kernels.reference import Reference
+from fewbits.kernels import features
+from fewbits.kernels.choose import KERNELS
+from fewbits.kernels.forms import Bytes, Words
+from fewbits.numerics.quantize import quantize
 from fewbits.observers import OBSERVERS
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.testing import (
@@ -48,7 +53,6 @@ SUBJECTS = {
     ),
     "selector-of-a-model": check_selector(LayerSelector(exclude=["0.norm"]), model=nn.Sequential(SmallModel())),
     "safetensors": check_serializer(SafetensorsSerializer(), suffix=".safetensors"),
-    "reference": check_kernel(Reference()),
 }
 
 CASES = [pytest.param(check, id=f"{subject}-{check}") for subject, found in SUBJECTS.items() for check in found]
@@ -59,5 +63,36 @@ def test_it_conforms(check):
     check()
 
 
+#: With and without instructions for bfloat16, where that makes a difference to what is computed.
+BF16 = dict.fromkeys(("byte_blocks", "tile_blocks", "word_blocks"), (True, False)) | {"grouped_int_mm": (False,)}
+KERNEL_CHECKS = [
+    pytest.param(kernel, check, bf16, id=f"{kernel.name}-{'bf16' if bf16 else 'float32'}-{check}")
+    for kernel in KERNELS
+    for bf16 in BF16.get(kernel.name, (True,))
+    for check in check_kernel(kernel)
+]
+
+
+def absent(kernel):
+    """What this CPU, or this torch, lacks for a kernel; None if it has it."""
+    spec = QuantSpec(bits=8 if kernel.form is Bytes else 4, granularity="channel")
+    why = kernel.supports(Words.of_value(quantize(torch.ones(64, 64), spec)))
+    lacking = features.NO_TILES, features.NO_BYTES, features.INEXACT, "_int_mm is slow on a CPU without VNNI"
+    return why if why in lacking else None
+
+
+@pytest.mark.parametrize(("kernel", "check", "bf16"), KERNEL_CHECKS)
+def test_a_kernel_conforms(kernel, check, bf16, monkeypatch):
+    if why := absent(kernel):
+        pytest.skip(why)
+    monkeypatch.setattr(features, "has_bf16", lambda: bf16)
+    check()
+
+
 def test_no_scheme_and_no_observer_is_left_out():
     assert SUBJECTS.keys() >= SCHEMES.keys() | OBSERVERS.keys()
+
+
+def test_every_cpu_has_a_kernel_for_every_form():
+    assert [kernel.form.__name__ for kernel in KERNELS if absent(kernel) is None][-1] == "Form"
+    assert {"byte_blocks", "word_blocks", "float_sums"} <= {kernel.name for kernel in KERNELS if absent(kernel) is None}

@@ -15,6 +15,8 @@ from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, Valida
 from fewbits.validation.checks import same_bits
 from lifecycle_helpers import TiedLM, mlp, quantize_small, read_header, small
 
+pytestmark = pytest.mark.usefixtures("reference_only")
+
 ROWS, COLUMNS = 3, 7
 
 

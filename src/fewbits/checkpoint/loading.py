@@ -13,14 +13,17 @@ from fewbits.checkpoint.reading import Check, Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
+from fewbits.kernels.base import Compute
+from fewbits.kernels.choose import check_compute
 from fewbits.nn.classes import rounds_inputs
+from fewbits.nn.compute import set_compute
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
-from fewbits.nn.stored import store
+from fewbits.nn.stored import StoredWeight, store
 from fewbits.nn.swap import attach, refuse_quantized
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.tensor import same_bits
+from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import LedgerRow
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -32,7 +35,12 @@ def load(
 ) -> dict[str, Value]: ...
 @overload
 def load(
-    path: str | os.PathLike[str], *, into: _Model, check: Check = "digests", serializer: Serializer | None = None
+    path: str | os.PathLike[str],
+    *,
+    into: _Model,
+    check: Check = "digests",
+    serializer: Serializer | None = None,
+    compute: Compute = "auto",
 ) -> _Model: ...
 def load(
     path: str | os.PathLike[str],
@@ -40,8 +48,11 @@ def load(
     into: nn.Module | None = None,
     check: Check = "digests",
     serializer: Serializer | None = None,
+    compute: Compute = "auto",
 ) -> dict[str, Value] | nn.Module:
-    """Load a file that fewbits wrote. Codes alias the mapped file; nothing is ever unpickled.
+    """Load a file that fewbits wrote. Nothing is ever unpickled.
+
+    Codes alias the mapped file until a layer's kernels ask for another form; where any does, the file is let go of.
 
     Args:
         path: the file.
@@ -49,6 +60,7 @@ def load(
             in place. None loads a mapping from name to `QuantizedTensor` or `torch.Tensor`.
         check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` trusts the payload.
         serializer: reads the file; None stands for safetensors.
+        compute: what the layers of `into` may do to be fast; see `fewbits.set_compute`.
 
     Returns:
         `into`, or the mapping.
@@ -56,10 +68,11 @@ def load(
     Raises:
         FormatError: if the file was not written by fewbits, or its parts contradict one another.
         DigestError: if a byte of it has changed; the message names the tensors.
-        ArgumentError: if `into` is not a model.
+        ArgumentError: if `into` is not a model, or `compute` no setting.
         MismatchError: if file and model do not fit; the message names every tensor. The model is unchanged then.
         CheckpointError: if the file cannot be opened.
     """
+    check_compute(compute)
     checkpoint = Checkpoint(path, serializer)
     if into is None:
         checkpoint.check(check)
@@ -75,7 +88,20 @@ def load(
     for row, value in values:
         if taken := places[row.name]:
             _put(row, value, taken, held_elsewhere=any(slot.name in beside for slot in taken))
+    set_compute(into, compute)
+    _let_go(into, [value for _, value in values])
     return into
+
+
+def _let_go(model: nn.Module, values: Sequence[Value]) -> None:
+    """Copy what still aliases the file if some weights do not any more: the whole file would stay in memory for it."""
+    if not any(isinstance(module, StoredWeight) and module.description for module in model.modules()):
+        return
+    parts = [value.parts().values() if isinstance(value, QuantizedTensor) else [value] for value in values]
+    mapped = {tensor.untyped_storage().data_ptr() for tensors in parts for tensor in tensors}
+    for slot in slots(model):
+        if slot.tensor.untyped_storage().data_ptr() in mapped:
+            slot.tensor.data = slot.tensor.data.clone()
 
 
 def _places(checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str]) -> dict[str, list[Slot]]:

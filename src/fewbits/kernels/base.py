@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fewbits.kernels.forms import Form
 from fewbits.numerics.spec import Spec
+
+#: What a layer may do to be fast: see `fewbits.set_compute`.
+Compute = Literal["auto", "exact", "int8"]
 
 
 class Operand(Protocol):
-    """A stored weight, as a computation sees it. `fewbits.nn.stored.StoredWeight` is one."""
+    """A stored weight, as the reference sees it. `StoredWeight` is one, and so is every `Form`."""
 
     @property
     def spec(self) -> Spec:
@@ -25,33 +29,56 @@ class Operand(Protocol):
     def operand(self, dtype: torch.dtype) -> Tensor:
         """The weight in its own shape and in `dtype`, to be read only."""
 
-    def steps(self) -> tuple[Tensor, Tensor]:
-        """The weight as whole numbers and what they are multiplied with.
+    def steps(self) -> Tensor:
+        """Codes less zero points: float64, in the weight's own shape."""
 
-        Returns:
-            codes less zero points, in the weight's own shape, and scales, (rows,) or (1,); both float64.
-        """
+    @property
+    def scale(self) -> Tensor:
+        """What they are multiplied with, as stored; of a spec with int8 activations (rows, 1) or (1,)."""
 
 
-class Kernel(ABC):
-    """Computes ``x @ weight.T + bias`` with a stored weight.
+_F = TypeVar("_F", bound=Form)
+
+
+class Kernel(ABC, Generic[_F]):
+    """Computes ``x @ weight.T`` with a weight in one form.
 
     Attributes:
         name: what it is called in tables.
+        form: the class of the form that it reads, `_F`.
+        rounds_inputs: whether it rounds `x` to int8, one scale for each row (or the layer's own, if it has one).
     """
 
     name: ClassVar[str]
+    form: ClassVar[type[Any]]
+    rounds_inputs: ClassVar[bool] = False
 
-    @abstractmethod
-    def supports(self, weight: Operand, x: Tensor) -> str | None:
-        """Why this kernel cannot compute with this weight and this input; None if it can."""
-
-    @abstractmethod
-    def linear(self, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
-        """The layer's output, in the dtype of `x`. Neither argument is changed.
+    def prepack(self, weight: Form, *, over: bool = False) -> _F:
+        """The weight in the form that this kernel reads: asked once for a module, before its first forward.
 
         Args:
-            x: floating, (..., inputs).
-            weight: stored from a weight of shape (outputs, inputs).
-            bias: (outputs,), or None.
+            weight: in any form.
+            over: whether its words may be written over; see `Form.of`.
+        """
+        laid: _F = weight if isinstance(weight, self.form) else self.form.of(weight, over=over)
+        return laid
+
+    @abstractmethod
+    def supports(self, weight: Form) -> str | None:
+        """Why this kernel cannot compute with this weight, in whatever form it is now; None if it can."""
+
+    @abstractmethod
+    def takes(self, x: Tensor, rows: int) -> str | None:
+        """Why this kernel does not compute with this input of so many rows; None if it does. Asked at every call."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: _F) -> Tensor:
+        """The product. Neither argument is changed, and no gradient is recorded.
+
+        Args:
+            x: float16, bfloat16 or float32, (rows, inputs).
+            weight: in the form of this kernel, of (outputs, inputs).
+
+        Returns:
+            (rows, outputs), in float32 or in the dtype of `x`.
         """

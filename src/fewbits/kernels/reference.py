@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel, Operand
+from fewbits.kernels.forms import Form, Words
 from fewbits.numerics.affine import clip_input, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import compute_dtype
 
@@ -20,20 +21,34 @@ from fewbits.numerics.dtypes import compute_dtype
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-class Reference(Kernel):
-    """Dequantizes, or sums whole numbers in float64, and is right everywhere."""
+class Reference(Kernel[Form]):
+    """Dequantizes, or sums whole numbers in float64, and is right everywhere: with any weight, form and input."""
 
     name = "reference"
+    form = Form
 
-    def supports(self, weight: Operand, x: Tensor) -> str | None:
+    def prepack(self, weight: Form, *, over: bool = False) -> Form:
+        """The canonical form."""
+        return Words.of(weight)
+
+    def supports(self, weight: Form) -> str | None:
         """None: it computes with everything."""
         return None
 
-    def linear(self, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
-        """One `F.linear`, or an exact integer product."""
-        if not rounds_inputs(weight):
-            return F.linear(x, weight.operand(x.dtype), None if bias is None else bias.to(x.dtype))
-        return integer_product(F.linear, x, weight, bias, sample_dims=(-1,), channel_dim=-1)
+    def takes(self, x: Tensor, rows: int) -> str | None:
+        """None: it takes everything."""
+        return None
+
+    def linear(self, x: Tensor, weight: Form) -> Tensor:
+        """The product, without bias."""
+        return linear(x, weight, None)
+
+
+def linear(x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
+    """A linear layer as it is defined: one `F.linear`, or an exact integer product."""
+    if not rounds_inputs(weight):
+        return F.linear(x, weight.operand(x.dtype), None if bias is None else bias.to(x.dtype))
+    return integer_product(F.linear, x, weight, bias, sample_dims=(-1,), channel_dim=-1)
 
 
 def rounds_inputs(weight: Operand) -> bool:
@@ -49,6 +64,7 @@ def integer_product(
     *,
     sample_dims: Sequence[int],
     channel_dim: int,
+    sums: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Round `x` to int8, multiply whole numbers, and scale: ``(sum of q_x * (q_w - zero_point)) * s_x * s_w + bias``.
 
@@ -63,6 +79,7 @@ def integer_product(
         bias: one number for each output channel, or None.
         sample_dims: the axes of `x` that share one dynamic scale.
         channel_dim: the axis of the output that runs over its channels.
+        sums: another way to the same whole numbers, from int8 codes.
     """
     wide, dtype = x.to(compute_dtype(x.dtype)), compute_dtype(x.dtype)
 
@@ -71,11 +88,17 @@ def integer_product(
 
     with torch.no_grad():
         x_scale = dynamic_scale(wide, sample_dims) if weight.input_scale is None else weight.input_scale.to(dtype)
-        steps, w_scale = weight.steps()
-        output = product(encode_input(wide, x_scale).double(), steps).to(dtype) * x_scale * per_channel(w_scale)
+        codes = encode_input(wide, x_scale)
+        # NaN has no integer code: what holds some goes the way that keeps it.
+        if sums is None or codes.sum().isnan():
+            summed = product(codes.double(), weight.steps())
+        else:
+            summed = sums(codes.to(torch.int8))
+        output = summed.to(dtype) * x_scale * per_channel(weight.scale.flatten())
     if torch.is_grad_enabled() and x.requires_grad:
         # Rounding has no slope: gradients go straight through it, to the inputs that were not clipped.
-        smooth = product(clip_input(wide, x_scale), weight.operand(dtype))
+        unclipped = wide if weight.input_scale is None else clip_input(wide, x_scale)
+        smooth = product(unclipped, weight.operand(dtype))
         output = output + (smooth - smooth.detach())
     return (output if bias is None else output + per_channel(bias)).to(x.dtype)
 

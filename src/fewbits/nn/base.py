@@ -107,8 +107,8 @@ class QuantizedModule(nn.Module):
         if metadata is not None:
             metadata[_HOW] = {name: stored.how() for name, stored in stored_weights(self).items()}
         for name, stored in stored_weights(self).items():
-            for suffix, part in stored.parts().items():
-                destination[prefix + name + suffix] = part if keep_vars else part.detach()
+            parts = stored.parts() if keep_vars else stored.parts_in(destination, prefix + name)
+            destination.update((prefix + name + suffix, part) for suffix, part in parts.items())
 
     def _load_from_state_dict(
         self,

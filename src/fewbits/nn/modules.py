@@ -8,14 +8,19 @@ module's own class; they are not constructed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fewbits.kernels.reference import REFERENCE, integer_product, rounds_inputs
+from fewbits.kernels.convolution import refuses_patches, sums_of_patches
+from fewbits.kernels.reference import integer_product, rounds_inputs
+from fewbits.kernels.run import linear
 from fewbits.nn.base import QuantizedModule, reading_once, stored_weights
-from fewbits.nn.stored import StoredWeight
+from fewbits.nn.stored import PackedWeight, StoredWeight
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):
@@ -24,9 +29,14 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     float_class = nn.Linear
     weight_stored: StoredWeight
 
+    def stores(self) -> None:
+        """Tell the weight whether it is computed with; attention reads that of its output projection."""
+        if type(self).forward is QuantizedLinear.forward and not isinstance(self, NonDynamicallyQuantizableLinear):
+            self.weight_stored.computes = True
+
     def forward(self, input: Tensor) -> Tensor:
-        """What `fewbits.kernels.reference` says a linear layer is."""
-        return REFERENCE.linear(input, self.weight_stored, _bias(self))
+        """What `fewbits.kernels.run` says a linear layer is."""
+        return linear(input, self._modules["weight_stored"], _bias(self))  # type: ignore[arg-type]
 
 
 class _Convolution(QuantizedModule):
@@ -40,6 +50,12 @@ class _Convolution(QuantizedModule):
         if not rounds_inputs(self.weight_stored):
             weight = self.weight_stored.operand(input.dtype)
             return convolve(input, weight, None if bias is None else bias.to(input.dtype))
+        sums = None
+        stored = self.weight_stored
+        if isinstance(stored, PackedWeight) and stored.compute != "exact" and not torch.compiler.is_compiling():
+            form = stored.form()
+            if refuses_patches(self, form) is None and input.dtype != torch.float64:
+                sums = partial(sums_of_patches, module=self, weight=form)
         # One scale for every sample, of which there is one without a batch axis.
         return integer_product(
             lambda x, weight: convolve(x, weight, None),
@@ -48,6 +64,7 @@ class _Convolution(QuantizedModule):
             bias,
             sample_dims=range(-1 - spatial, 0),
             channel_dim=-1 - spatial,
+            sums=sums,
         )
 
 
@@ -195,7 +212,9 @@ class QuantizedRNNBase(QuantizedModule, nn.RNNBase):
 
 
 def _bias(module: Any) -> Tensor | None:
-    bias = module.bias
+    # Where it nearly always is; to ask the module costs as much as a small layer.
+    held = module._parameters
+    bias = held["bias"] if "bias" in held else module.bias  # noqa: SIM401, `get` would ask
     return bias if isinstance(bias, Tensor) else None
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.errors import ArgumentError, FormatError
-from fewbits.numerics.affine import steps_of
+from fewbits.kernels.base import Compute, Kernel
+from fewbits.kernels.choose import KERNELS, kernels_for
+from fewbits.kernels.forms import Form, Words
+from fewbits.kernels.ops import describe
+from fewbits.kernels.reference import REFERENCE
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
-from fewbits.numerics.packing import unpack
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
-from fewbits.numerics.tensor import QuantizedTensor, decode_packed, narrow, unpack_zero_point
+from fewbits.numerics.tensor import QuantizedTensor, narrow, part_shapes
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Self = TypeVar("_Self", bound="StoredWeight")
 
 
@@ -31,10 +35,20 @@ class StoredWeight(nn.Module, ABC):
     Attributes:
         dtype: what `dequantize` returns unless asked otherwise; the dtype of the float weight in its place.
         trainable: whether the parameter in its place required gradients.
+        computes: whether a linear layer computes with it, rather than reading it as a float tensor.
+        compute: what that layer may do to be fast; see `fewbits.set_compute`.
+        kernels: that compute with it, the most preferred first; none where the reference does.
+        offered: what they were chosen from; None stands for `fewbits.kernels.choose.KERNELS`.
+        description: what ``torch.ops.fewbits.linear`` needs to know; None in the canonical form.
     """
 
     dtype: torch.dtype
     trainable: bool = True
+    computes: bool = False
+    compute: Compute = "exact"
+    kernels: tuple[Kernel[Any], ...] = ()
+    offered: tuple[Kernel[Any], ...] | None = None
+    description: str | None = None
 
     @property
     @abstractmethod
@@ -54,6 +68,10 @@ class StoredWeight(nn.Module, ABC):
     def parts(self) -> dict[str, Tensor]:
         """The tensors a state dict holds, by what follows the parameter's name in their keys."""
 
+    def parts_in(self, destination: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+        """The same, detached, to be put under this key."""
+        return {suffix: part.detach() for suffix, part in self.parts().items()}
+
     def how(self) -> list[Any]:
         """Spec and layout, as plain values: what the parts alone do not tell."""
         return [self.spec.to_dict(), None]
@@ -70,9 +88,11 @@ class StoredWeight(nn.Module, ABC):
         """The weight to compute with: not to be written to, because it may be what is stored."""
         return self.dequantize(dtype)
 
+    scale: Tensor
+
     @abstractmethod
-    def steps(self) -> tuple[Tensor, Tensor]:
-        """The weight as whole numbers, in its own shape, and what they are multiplied with; see `Operand.steps`."""
+    def steps(self) -> Tensor:
+        """Codes less zero points: float64, in the weight's own shape."""
 
     @abstractmethod
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,21 +132,22 @@ class StoredWeight(nn.Module, ABC):
 
 
 class PackedWeight(StoredWeight):
-    """Packed codes with their scales; see `fewbits.numerics.tensor.QuantizedTensor`."""
+    """Codes with their scales, in the form that the layer's kernels read; canonical until `prepack` is called.
 
-    packed: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    _input_scale: Tensor | None
+    Attributes:
+        layout: how the weight was cut.
+        columns: how many inputs a row has.
+    """
+
+    _made: Form | None = None
+    #: The key under which a state dict was given the words last, and the words.
+    _given: tuple[str, weakref.ref[Tensor] | None] = ("", None)
 
     def __init__(self, value: QuantizedTensor) -> None:
         super().__init__()
-        self.dtype, self._spec, self.layout = value.dtype, value.spec, value.layout
+        self.dtype, self._spec, self.layout, self.columns = value.dtype, value.spec, value.layout, value.layout.columns
         self._rows_are_first = value.layout == Layout.of(value.shape)
-        self.register_buffer("packed", value.packed)
-        self.register_buffer("scale", value.scale)
-        self.register_buffer("zero_point", value.zero_point)
-        self.register_buffer("_input_scale", value.input_scale)
+        self._hold(Words.of_value(value))
 
     @property
     def spec(self) -> QuantSpec:
@@ -136,52 +157,128 @@ class PackedWeight(StoredWeight):
     @property
     def input_scale(self) -> Tensor | None:
         """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
-        return self._input_scale
+        return self._buffers["input_scale"]
+
+    def form(self) -> Form:
+        """The weight as it lies in memory now; it shares the buffers."""
+        tensors: dict[str, Any] = self._buffers
+        made = self._made
+        # It is made once, and anew where somebody has put other buffers here; a compiler has to see the buffers.
+        if made is None or torch.compiler.is_compiling() or not made.is_of(tensors):
+            made = self._form(**tensors, spec=self._spec, layout=self.layout)
+        return made
+
+    def form_tensors(self) -> list[Tensor]:
+        """The buffers, in the order of `description`."""
+        return [buffer for buffer in self._buffers.values() if buffer is not None]
+
+    def prepack(self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, over: bool = False) -> None:
+        """Take the form of the most preferred kernel that can compute with this weight.
+
+        Buffers are replaced, and not written to, so that a forward in another thread goes on with those it has.
+
+        Args:
+            compute: what the layer may do to be fast.
+            kernels: to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
+            over: whether the words may be written over all the same: nobody else has them, and nobody computes.
+        """
+        form = self.form()
+        self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
+        able = kernels_for(form, compute, kernels or KERNELS) if self.computes else (REFERENCE,)
+        chosen = able[0].prepack(form, over=over)
+        self.kernels = () if able[0] is REFERENCE else able
+        self.description = None if isinstance(chosen, Words) else describe(chosen, compute, kernels or KERNELS)
+        self._hold(chosen)
+
+    def _hold(self, form: Form) -> None:
+        """Keep the tensors of a form as buffers, in the place of those that were there."""
+        self._form = type(form)
+        names = (*form.data, "scale", "zero_point", "input_scale")
+        self._buffers = {name: getattr(form, name) for name in names}
+        self._made = form
 
     def how(self) -> list[Any]:
         """Spec and layout, as plain values: what the parts alone do not tell."""
         return [self.spec.to_dict(), self.layout.to_dict()]
 
     def value(self) -> QuantizedTensor:
-        """The stored form as a value; it shares the buffers."""
-        parts = self.packed, self.scale, self.zero_point
-        return QuantizedTensor(*parts, self.spec, self.layout, self.dtype, self._input_scale)
+        """The canonical form as a value; it shares the buffers if that is the form they are in."""
+        return self.form().value(self.dtype)
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors of a state dict: ``_packed``, ``_scale``, ``_shape`` and so on, as `QuantizedTensor.parts`."""
         return {f"_{name}": part for name, part in self.value().parts().items()}
 
+    @property
+    def suffixes(self) -> list[str]:
+        """What follows the parameter's name in the keys of a state dict."""
+        return [f"_{name}" for name in part_shapes(self.layout, self.spec, self.dtype)]
+
+    def parts_in(self, destination: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+        """The same, to be put under this key: those that are there already, if another layer has put this weight.
+
+        The canonical form is made anew for every state dict; layers with tied weights are to have one between them.
+        """
+        before, words = self._given
+        if words is not None and (there := words()) is not None and destination.get(f"{before}_packed") is there:
+            return {suffix: destination[before + suffix] for suffix in self.suffixes}
+        parts = super().parts_in(destination, key)
+        self._given = key, weakref.ref(parts["_packed"])
+        return parts
+
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
         """Take over codes and scales of the same shapes and spec."""
         loaded = {name.removeprefix("_"): part for name, part in parts.items()}
-        QuantizedTensor.from_parts(loaded, spec=self.spec, layout=self.layout, dtype=self.dtype)
+        value = QuantizedTensor.from_parts(loaded, spec=self.spec, layout=self.layout, dtype=self.dtype)
+        form = Words.of_value(value) if self._form is Words else self._form.of(Words.of_value(value))
         for name, buffer in self._buffers.items():
             if buffer is not None:
-                part = loaded[name.removeprefix("_")]
-                self._buffers[name] = part if assign else buffer.copy_(part)
+                self._buffers[name] = getattr(form, name) if assign else buffer.copy_(getattr(form, name))
+        self._made = None
+        self._made = self.form()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its own shape, computed in float32 (float64 for float64 scales) and cast to `dtype`."""
-        zero_point = unpack_zero_point(self.zero_point, self.scale, self.spec)
-        matrix = decode_packed(self.packed, self.scale, zero_point, self.spec, self.layout.columns)
-        return self.layout.from_matrix(narrow(matrix, dtype or self.dtype))
+        return self.form().dequantize(dtype or self.dtype)
 
-    def steps(self) -> tuple[Tensor, Tensor]:
-        """Codes less zero points, and scales as (rows,) or (1,), both float64."""
-        zero_point = unpack_zero_point(self.zero_point, self.scale, self.spec)
-        codes = unpack(self.packed, self.spec.bits, self.layout.columns)
-        return self.layout.from_matrix(steps_of(codes, zero_point, self.spec)), self.scale.double().flatten()
+    def steps(self) -> Tensor:
+        """Codes less zero points: float64, in the weight's own shape."""
+        return self.form().steps()
 
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a weight that is a matrix: (len(index), columns)."""
         if not self._rows_are_first:
             return self.dequantize(dtype).index_select(0, index)
-        scale, zero_point = self.scale, unpack_zero_point(self.zero_point, self.scale, self.spec)
-        if self.spec.granularity != "tensor":
-            scale = scale.index_select(0, index)
-            zero_point = None if zero_point is None else zero_point.index_select(0, index)
-        packed = self.packed.index_select(0, index)
-        return narrow(decode_packed(packed, scale, zero_point, self.spec, self.layout.columns), dtype)
+        return narrow(self.form().decoded(index), dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        device = self.form().scale.device
+        self._made = None
+        if fn(torch.empty(0, dtype=torch.int8, device=device)).device == device:
+            super()._apply(fn, recurse)
+            self._made = self.form()
+            return self
+        # On another device another form may be the best.
+        self._hold(Words.of(self.form()))
+        super()._apply(fn, recurse)
+        self.prepack(self.compute, self.offered)
+        return self
+
+    # Copies and pickles hold the canonical form. Whoever reads one takes the form that suits its own CPU.
+    def __getstate__(self) -> dict[str, Any]:
+        canonical = PackedWeight(self.value()).__dict__
+        return self.__dict__ | {
+            "_form": canonical["_form"],
+            "_buffers": canonical["_buffers"],
+            "kernels": (),
+            "description": None,
+            "_made": None,
+            "_given": ("", None),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.prepack(self.compute, self.offered)
 
 
 class CastWeight(StoredWeight):
@@ -225,7 +322,7 @@ class CastWeight(StoredWeight):
         """The weight, cast to `dtype` if it has another."""
         return self.narrow.to(dtype)
 
-    def steps(self) -> tuple[Tensor, Tensor]:
+    def steps(self) -> Tensor:
         """Never asked for: a cast has no whole numbers.
 
         Raises:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.numerics.dtypes import compute_dtype
+from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import QuantSpec
 
 
@@ -29,10 +30,12 @@ def broadcast(params: Tensor) -> Tensor:
     return params.reshape(1, 1, 1) if params.dim() == 1 else params.unsqueeze(-1)
 
 
-def in_steps(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+def in_steps(x: Tensor, scale: Tensor, spec: QuantSpec, scratch: Scratch | None = None) -> Tensor:
     """Elements in units of their scale, grouped, in the dtype that codes are computed in."""
     dtype = torch.promote_types(compute_dtype(x.dtype), compute_dtype(scale.dtype))
-    return grouped(x.to(dtype), spec) / broadcast(scale.to(dtype))
+    groups = grouped(x.to(dtype), spec)
+    out = None if scratch is None else scratch.take("steps", groups.shape, dtype, x.device)
+    return torch.div(groups, broadcast(scale.to(dtype)), out=out)
 
 
 def ends(spec: QuantSpec) -> tuple[float, float]:

@@ -114,26 +114,33 @@ class WeightMatrix:
     def device(self) -> torch.device:
         return self.tensor.device
 
-    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (first row, row after the last, the rows between as a 2-D tensor in the tensor's dtype)."""
-        step = block_rows(self.columns)
-        for start in range(0, self.rows, step):
-            stop = min(start + step, self.rows)
-            yield start, stop, self.read(start, stop)
+    def blocks(self, size: int = 1) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (first row, row after the last, the rows between as a 2-D tensor in the tensor's dtype).
+
+        Args:
+            size: how many times as many rows as `block_rows` gives make one block.
+        """
+        rows, columns = self.layout.matrix_shape
+        step, permuted = size * block_rows(columns), self.layout.permuted(self.tensor)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield start, stop, self._rows_of(permuted, start, stop).reshape(stop - start, columns)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` as a (stop - start, columns) tensor; a view where the strides allow it."""
-        permuted = self.layout.permuted(self.tensor)
+        rows = self._rows_of(self.layout.permuted(self.tensor), start, stop)
+        return rows.reshape(stop - start, self.columns)
+
+    def _rows_of(self, permuted: Tensor, start: int, stop: int) -> Tensor:
+        """Some rows, their columns not yet flattened."""
         shape = permuted.shape[: self.layout.row_axes]
         if len(shape) == 1:
-            rows = permuted[start:stop]
-        elif permuted.is_contiguous():
-            rows = permuted.view(self.rows, self.columns)[start:stop]
-        else:
-            # Rows that several axes span: gather the asked ones, so that only they are copied.
-            index = torch.arange(start, stop, device=permuted.device)
-            rows = permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)[start:stop]
-        return rows.reshape(stop - start, self.columns)
+            return permuted[start:stop]
+        if permuted.is_contiguous():
+            return permuted.view(self.rows, self.columns)[start:stop]
+        # Rows that several axes span: gather the asked ones, so that only they are copied.
+        index = torch.arange(start, stop, device=permuted.device)
+        return permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)[start:stop]
 
     def whole(self) -> Tensor:
         """The whole matrix; a copy where the strides demand one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,12 +13,17 @@ from fewbits.numerics.affine import check_params, choose_params, encode, extreme
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout, WeightMatrix, block_rows
 from fewbits.numerics.packing import pack, packed_words
+from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
 
 #: Shown some whole rows of a weight's matrix and the spec, returns scale and zero point for them. The rows come in
 #: float32 or float64, a block at a time; where one scale serves the whole tensor, all of them in the weight's dtype.
 ChooseParams = Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
+
+#: How many of the usual blocks are quantized at a time: fewer results are made of them than elsewhere, and each block
+#: costs some fifty calls of torch, however large it is.
+_BLOCKS_AT_ONCE = 2
 
 
 def min_max(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -62,19 +68,20 @@ def quantize(
     # One allocation for all scales: pieces that outlive each block would keep the blocks' memory from being reused.
     scale = torch.empty(spec.scale_shape(rows, columns), dtype=spec.scale_dtype, device=matrix.device)
     zero_point = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.int32, device=matrix.device)
+    scratch = Scratch()
     per_tensor = spec.granularity == "tensor"
     if per_tensor:
         check_finite(matrix.tensor)
         _fill(slice(None), scale, zero_point, _chosen(choose, matrix.whole(), spec))
-    for start, stop, values in matrix.blocks():
-        block = values.to(compute_dtype(matrix.dtype))
+    for start, stop, values in matrix.blocks(_BLOCKS_AT_ONCE):
+        block = _row_after_row(values, compute_dtype(matrix.dtype))
         where = slice(None) if per_tensor else slice(start, stop)
         if not per_tensor:
             if not _is_finite(block):
                 check_finite(matrix.tensor)
             _fill(where, scale, zero_point, _chosen(choose, block, spec))
-        codes = encode(block, scale[where], None if zero_point is None else zero_point[where], spec)
-        packed[start:stop] = pack(codes, spec.bits)
+        codes = encode(block, scale[where], None if zero_point is None else zero_point[where], spec, scratch)
+        pack(codes, spec.bits, packed[start:stop], scratch)
     return QuantizedTensor(packed, scale, pack_zero_point(zero_point, spec), spec, matrix.layout, matrix.dtype)
 
 
@@ -95,6 +102,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result.reshape(tensor.shape)
 
 
+@torch.no_grad()
 def check_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
     """Refuse NaN, Inf, and, if `dtype` is given, numbers that become Inf in it.
 
@@ -106,20 +114,21 @@ def check_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
     step = block_rows(tensor[:1].numel())
     for start in range(0, tensor.shape[0], step):
         values = tensor[start : start + step]
-        bad = ~torch.isfinite(values if dtype is None else values.to(dtype))
-        if bad.any():
-            first = bad.nonzero()[0]
-            value = float(values[tuple(first)])
-            index = (start + int(first[0]), *(int(i) for i in first[1:]))
-            if dtype is None:
-                raise NonFiniteError(
-                    f"the element at index {index} is {value}; only finite numbers can be quantized: "
-                    "repair the tensor, or exclude it"
-                )
-            raise RangeError(
-                f"the element at index {index} is {value:.6g}, beyond the largest {dtype_name(dtype)} "
-                f"({torch.finfo(dtype).max:.6g}); exclude this tensor, or choose another scheme for it"
+        result = values if dtype is None else values.to(dtype)
+        if _is_finite(result):
+            continue
+        first = (~torch.isfinite(result)).nonzero()[0]
+        value = float(values[tuple(first)])
+        index = (start + int(first[0]), *(int(i) for i in first[1:]))
+        if dtype is None:
+            raise NonFiniteError(
+                f"the element at index {index} is {value}; only finite numbers can be quantized: "
+                "repair the tensor, or exclude it"
             )
+        raise RangeError(
+            f"the element at index {index} is {value:.6g}, beyond the largest {dtype_name(dtype)} "
+            f"({torch.finfo(dtype).max:.6g}); exclude this tensor, or choose another scheme for it"
+        )
 
 
 def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -144,5 +153,14 @@ def _fill(where: slice, scale: Tensor, zero_point: Tensor | None, chosen: tuple[
         zero_point[where] = chosen[1]
 
 
+def _row_after_row(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows in another dtype, contiguous; not a copy where they are both already."""
+    # What lies far apart in memory is first brought together in the order it lies in, then put into the order of rows,
+    # within the cache: both in one step take several times as long.
+    return values.to(dtype, copy=not values.is_contiguous()).contiguous()
+
+
 def _is_finite(block: Tensor) -> bool:
-    return bool(torch.isfinite(block).all())
+    """Whether a block holds neither NaN nor Inf."""
+    # A sum with such a term is not finite. One without may overflow: then it takes a closer look, which is slow.
+    return math.isfinite(float(block.sum())) or bool(torch.isfinite(block).all())

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, final, get_args
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits import calibration
 from fewbits._events import emit
@@ -18,6 +18,9 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CalibrationError, NumericsError, StateError, ValidationError
+from fewbits.kernels.base import Compute
+from fewbits.kernels.choose import check_compute
+from fewbits.nn.compute import prepack
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.quantize import cast, check_finite, quantize
@@ -125,6 +128,9 @@ class Quantizer(ABC):
             spec: how the codes shall look, with its `scale_dtype` settled and without activations, which are no
                 matter of the weight.
             observer: this layer's own copy, after it has seen its data.
+
+        Returns:
+            a value that nobody else holds: its memory becomes the layer's.
         """
         return quantize(weight, spec, observer.observe_weight)
 
@@ -227,6 +233,7 @@ class Quantizer(ABC):
         *,
         output: str | os.PathLike[str] | None = None,
         measure: bool | None = None,
+        compute: Compute = "auto",
         progress: Progress = no_progress,
     ) -> Any:
         """Quantize, a tensor at a time. The weights are read now.
@@ -235,6 +242,7 @@ class Quantizer(ABC):
             output: where to write the result, if the source is a path; required then.
             measure: compare every element with the source, while it is there. None does so where `validate` could
                 not do it later (in place) or the file shall carry the figures (a path).
+            compute: what the layers of a model may do to be fast; see `fewbits.set_compute`.
             progress: told about every tensor, before and after it.
 
         Returns:
@@ -242,7 +250,7 @@ class Quantizer(ABC):
 
         Raises:
             StateError: in any state but PREPARED and OBSERVED.
-            ArgumentError: if `output` is missing, or does not go with the source.
+            ArgumentError: if `output` is missing, or it or `compute` does not go with the source.
             CalibrationError: if an observer needs data and has seen none.
             SourceError: if the source has changed since it was prepared, or would go on using a float weight.
             CheckpointError: if a file cannot be written.
@@ -250,9 +258,14 @@ class Quantizer(ABC):
                 returned or published then; in place, the model is usable, and `convert` can be called again.
         """
         job = self._guarded("convert")
+        check_compute(compute)
+        if compute != "auto" and job.source.module() is None:
+            raise ArgumentError(f"compute={compute!r} goes with a model; a state dict or a file has no layers")
         if measure is None:
             measure = job.source.inplace or isinstance(job.source, FileSource)
         result = job.convert(self._convert_tensor, self.serializer, output=output, measuring=measure, progress=progress)
+        if isinstance(result, nn.Module):
+            prepack(result, compute, over=True)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result
 

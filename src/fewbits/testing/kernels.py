@@ -2,98 +2,70 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-import attrs
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.reference import Reference, rounds_inputs
-from fewbits.nn.stored import StoredWeight, store
+from fewbits.kernels.forms import Form, Words
+from fewbits.kernels.reference import Reference
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.layout import Layout
 from fewbits.numerics.metrics import sqnr_db
-from fewbits.numerics.quantize import cast, quantize
-from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
-from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.tensor import same_bits
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, for_all
+from fewbits.testing.kernel_setup import (
+    INPUTS,
+    PAIRS,
+    ROWS,
+    KernelSetup,
+    as_dynamic,
+    bound,
+    exact,
+    extreme_inputs,
+    generator,
+    of_extremes,
+    of_whole_numbers,
+    words,
+)
 from fewbits.testing.strategies import FLOATS
 from fewbits.testing.surroundings import snapshot
 
-_WHY = Contract("fewbits.Kernel.supports", "Why this kernel cannot compute with this weight and this input")
-_OUTPUT = Contract("fewbits.Kernel.linear", "The layer's output, in the dtype of `x`.")
-_UNCHANGED = Contract("fewbits.Kernel.linear", "Neither argument is changed.")
+_WHY = Contract("fewbits.Kernel.supports", "Why this kernel cannot compute with this weight")
+_FORMS = Contract("fewbits.Kernel.supports", "in whatever form it is now")
+_TAKES = Contract("fewbits.Kernel.takes", "Why this kernel does not compute with this input of so many rows")
+_FORM = Contract("fewbits.Kernel.prepack", "The weight in the form that this kernel reads")
+_OUTPUT = Contract("fewbits.Kernel.linear", "(rows, outputs), in float32")
+_UNCHANGED = Contract("fewbits.Kernel.linear", "Neither argument is changed")
+_ROUND_TRIP = Contract("fewbits.testing.check_kernel", "gives the canonical form back, bit for bit")
 _ACCURATE = Contract("fewbits.testing.check_kernel", "an SQNR of at least 50 dB")
 _NEAR = Contract("fewbits.testing.check_kernel", "times the sum of the magnitudes that are added up")
+_WHOLE = Contract("fewbits.testing.check_kernel", "the output is exact")
 _EXACT = Contract("fewbits.testing.check_kernel", "the bits of `fewbits.kernels.reference.Reference`")
-_SOME = Contract("fewbits.testing.check_kernel", "It supports at least one of these weights.")
+_SOME = Contract("fewbits.testing.check_kernel", "It computes with at least one of these weights.")
 _SAME = Contract("fewbits.testing.check_kernel", "The same input gives the same bits")
 
-LEVELS = (-1.0, -0.7, -0.5, -0.35, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
-#: The specs of the weights that a kernel is tried on.
-SPECS: tuple[Spec, ...] = (
-    QuantSpec(bits=8, granularity="tensor"),
-    QuantSpec(bits=8, granularity="channel"),
-    QuantSpec(bits=8, granularity="channel", symmetric=False),
-    QuantSpec(bits=4, granularity="group", group_size=32),
-    QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False),
-    QuantSpec(bits=6, granularity="group", group_size=64),
-    QuantSpec(bits=4, granularity="group", group_size=64, levels=LEVELS),
-    QuantSpec(bits=8, granularity="channel", activations="dynamic"),
-    QuantSpec(bits=8, granularity="tensor", activations="dynamic"),
-    QuantSpec(bits=8, granularity="channel", symmetric=False, activations="dynamic"),
-    QuantSpec(bits=8, granularity="channel", activations="static"),
-    CastSpec(torch.float16),
-    CastSpec(torch.bfloat16),
-)
-
-#: Of an input without its last axis.
-BATCHES = ((), (1,), (5,), (0,), (2, 3), (1, 2, 1, 3))
-
-
-@attrs.frozen
-class _Setup:
-    recipe: Kernel
-    device: torch.device
-    examples: int
-
-    def make(self) -> Kernel:
-        return copy.deepcopy(self.recipe)
-
-    def weight(self, spec: Spec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> StoredWeight:
-        """A stored weight with normally distributed values."""
-        return _stored(_normal((outputs, inputs), dtype, seed), spec).to(self.device)
-
-    def input(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> Tensor:
-        return _normal(shape, dtype, seed).to(self.device)
-
-    def supported(
-        self, outputs: int, inputs: int, batch: tuple[int, ...]
-    ) -> Iterator[tuple[Spec, StoredWeight, Tensor]]:
-        """Every weight and input of these sizes that the kernel can compute with."""
-        for spec in SPECS:
-            for dtype in FLOATS:
-                weight, x = self.weight(spec, outputs, inputs, dtype), self.input((*batch, inputs), dtype)
-                if self.make().supports(weight, x) is None:
-                    yield spec, weight, x
-
-
-def check_kernel(kernel: Kernel, *, device: str | torch.device = "cpu", max_examples: int = EXAMPLES) -> list[Check]:
+def check_kernel(
+    kernel: Kernel[Any], *, device: str | torch.device = "cpu", max_examples: int = EXAMPLES
+) -> list[Check]:
     """The checks of a kernel.
 
-    What is asked beyond the docstrings of `Kernel`, of the weights and inputs that it supports:
+    What is asked beyond the docstrings of `Kernel`, of the weights and inputs that it computes with:
 
-    - It supports at least one of these weights.
-    - With weights and inputs from a normal distribution, 64 outputs of 256 inputs, the output has an SQNR of at least
-      50 dB against float64 and the same codes.
-    - Of any size and strides, each element of the output is off by at most ``(4 * eps + inputs * min(eps, 2**-24))``
-      times the sum of the magnitudes that are added up, with `eps` of the input's dtype.
-    - If the layer rounds its inputs to int8, the output has the bits of `fewbits.kernels.reference.Reference`.
+    - It computes with at least one of these weights.
+    - A prepacked weight gives the canonical form back, bit for bit, and whoever reads codes, rows or numbers out of it
+      gets those of the canonical form.
+    - With weights and inputs from a normal distribution, 256 outputs of 256 inputs, the output has an SQNR of at least
+      50 dB against float64 and the same codes; 10 dB more than the codes have themselves is enough.
+    - Of any size and strides, each element of the output is off by at most ``(1 + 2**-8) ** 4 - 1 + inputs * 2**-23``
+      times the sum of the magnitudes that are added up: as many roundings to bfloat16, and sums in float32.
+    - Where a row of the input is a power of two and zeros, and scales are powers of two, the output is exact.
+    - If it rounds inputs to int8, the output has the bits of `fewbits.kernels.reference.Reference` with a spec whose
+      `activations` say so. Where a weight has groups, whole numbers are added up exactly, and scaled sums in float32.
     - The same input gives the same bits.
 
     Args:
@@ -104,162 +76,206 @@ def check_kernel(kernel: Kernel, *, device: str | torch.device = "cpu", max_exam
     Raises:
         ArgumentError: if it is no instance of `Kernel`.
     """
-    setup = _Setup(copy_of(kernel, Kernel, "check_kernel"), torch.device(device), max_examples)
+    setup = KernelSetup(copy_of(kernel, Kernel, "check_kernel"), torch.device(device), max_examples)
     return checks(kernel, _CHECKS, setup)
 
 
-def supports_says_why_not(setup: _Setup) -> None:
-    """`supports` gives None or a reason in words, of every weight and input, and None at least once."""
+def it_says_why_not(setup: KernelSetup) -> None:
+    """`supports` and `takes` give None or a reason in words, of every weight and input, and None at least once."""
     can = 0
-    for spec in SPECS:
-        for dtype in FLOATS:
-            for outputs, inputs in ((1, 1), (3, 33), (64, 256)):
-                weight = setup.weight(spec, outputs, inputs, dtype)
-                why = setup.make().supports(weight, setup.input((2, inputs), dtype))
-                words = why is None or (isinstance(why, str) and why.strip() != "")
-                expect(words, f"of {spec} in {dtype_name(dtype)} it says {why!r}, neither None nor words", _WHY)
-                can += why is None
-    expect(can > 0, "it supports none of the weights that it is tried on", _SOME)
+    for weight in _weights(setup, [(1, 1), (3, 33), (64, 256)]):
+        kernel, why = setup.make(), setup.make().supports(weight)
+        expect(_is_reason(why), f"of {weight.spec} it says {why!r}, neither None nor words", _WHY)
+        if why is not None:
+            continue
+        again = kernel.supports(kernel.prepack(weight))
+        expect(again is None, f"of {weight.spec} it says {again!r} once it has prepacked it", _FORMS)
+        for x in _inputs(setup, weight.layout.columns):
+            why = kernel.takes(x, x.shape[0])
+            expect(_is_reason(why), f"of {words(weight, x)} it says {why!r}, neither None nor words", _TAKES)
+            can += why is None
+    expect(can > 0, "it computes with none of the weights and inputs that it is tried on", _SOME)
 
 
-def outputs_are_accurate(setup: _Setup) -> None:
-    """At least 50 dB against float64."""
-    for _, weight, x in setup.supported(64, 256, (16,)):
-        found, expected = setup.make().linear(x, weight, None).double(), _expected(x, weight, None)
-        noise = sqnr_db(float(expected.square().sum()), float((found - expected).square().sum()))
-        expect(noise >= 50, f"{_words(weight, x)}: {noise:.1f} dB against float64", _ACCURATE)
+def prepacking_loses_nothing(setup: KernelSetup) -> None:
+    """A weight in the kernel's form reads as it did, and gives the canonical form back; the given one is unchanged."""
+    for weight in _weights(setup, [(1, 1), (7, 33), (70, 130), (64, 256)]):
+        before = snapshot(weight.tensors())
+        packed = setup.packed(weight)
+        expect(snapshot(weight.tensors()) == before, f"{weight.spec}: prepacking changed the given weight", _FORM)
+        if packed is not None:
+            kernel, form = packed
+            fits = isinstance(form, kernel.form)
+            expect(fits, f"{weight.spec}: prepacked as {type(form).__name__}, not {kernel.form.__name__}", _FORM)
+            _check_form(weight, form)
+            _check_form(weight, kernel.prepack(form))
 
 
-def any_size_is_computed(setup: _Setup) -> None:
-    """Odd sizes, one row, none, more axes, with and without bias: shape, dtype and every element are right."""
+def outputs_are_accurate(setup: KernelSetup) -> None:
+    """At least 50 dB against float64, or 10 dB more than the codes have."""
+    for spec in setup.specs():
+        for dtype, kind in PAIRS:
+            weight, own = setup.measured(spec, 256, 256, dtype)
+            for rows in ROWS:
+                x = setup.normal((max(rows, 32), 256), kind, 1)
+                _check_accuracy(setup, weight, _by(rows, x), min(50.0, own + 10))
+
+
+def any_size_is_computed(setup: KernelSetup) -> None:
+    """Odd sizes, one row and many: shape, dtype and every element are right."""
 
     def right(
-        spec: Spec, dtype: torch.dtype, sizes: tuple[int, int], batch: tuple[int, ...], biased: bool, seed: int
+        spec: QuantSpec, dtype: torch.dtype, kind: torch.dtype, sizes: tuple[int, int], rows: int, seed: int
     ) -> None:
-        outputs, inputs = sizes
-        weight, x = setup.weight(spec, outputs, inputs, dtype, seed), setup.input((*batch, inputs), dtype, seed + 1)
-        if setup.make().supports(weight, x) is None:
-            _check_output(setup, x, weight, setup.input((outputs,), dtype, seed + 2) if biased else None)
+        weight = setup.weight(spec, *sizes, dtype, seed)
+        _check_outputs(setup, weight, [setup.normal((rows, sizes[1]), kind, seed + 1)])
 
-    size = st.sampled_from([1, 2, 3, 7, 8, 31, 33, 64, 65, 129])
-    strategies = st.sampled_from(FLOATS), st.tuples(size, size), st.sampled_from(BATCHES), st.booleans()
-    for spec in dict.fromkeys(spec for spec, _, _ in setup.supported(64, 256, (2,))):
-        for_all(setup.examples, right, st.just(spec), *strategies, st.integers(0, 99))
+    size = st.sampled_from([1, 7, 33, 40, 64, 65, 129, 160, 200])
+    drawn = st.sampled_from(FLOATS), st.sampled_from(INPUTS), st.tuples(size, size), st.sampled_from(ROWS)
+    for spec in setup.specs():
+        for_all(setup.examples, right, st.just(spec), *drawn, st.integers(0, 99))
 
 
-def integer_sums_are_exact(setup: _Setup) -> None:
+def every_code_is_read_right(setup: KernelSetup) -> None:
+    """An input that is zero but for one power of two picks out codes; each is there, exactly."""
+    for spec in setup.specs():
+        for outputs, inputs in ((5, 33), (70, 160)):
+            if spec.levels is None:
+                weight = of_whole_numbers(setup, spec, outputs, inputs)
+                if not setup.rounds(weight):
+                    _check_picked(setup, weight)
+
+
+def integer_sums_are_exact(setup: KernelSetup) -> None:
     """With int8 inputs, codes at both ends of their range and everywhere else give the bits of the reference."""
-    for spec in SPECS:
-        if isinstance(spec, QuantSpec) and spec.activations is not None:
-            for inputs in (1, 33, 4096):
-                for dtype in FLOATS:
-                    for sign in (-1, 1):
-                        _check_extremes(setup, spec, inputs, dtype, sign)
+    for spec in setup.specs():
+        for inputs in (1, 33, 1025, 4096):
+            for dtype, kind in PAIRS:
+                weight = of_extremes(setup, spec, inputs, dtype)
+                if setup.rounds(weight):
+                    _check_outputs(setup, weight, (extreme_inputs(setup, r, inputs).to(kind) for r in (3, 200)))
 
 
-def arguments_stay(setup: _Setup) -> None:
-    """Neither input nor weight nor bias is changed, and asking changes nothing either."""
-    for _, weight, x in setup.supported(8, 64, (3,)):
-        bias = setup.input((8,), x.dtype)
-        held = {"x": x, "bias": bias} | {f"weight{name}": part for name, part in weight.parts().items()}
+def arguments_stay(setup: KernelSetup) -> None:
+    """Neither input nor weight is changed, and asking changes nothing either."""
+    for kernel, form, x in _computed(setup, 8, 64):
+        held = {"x": x} | {f"weight.{name}": tensor for name, tensor in form.tensors().items()}
         before = snapshot(held)
-        setup.make().supports(weight, x)
-        setup.make().linear(x, weight, bias)
-        expect(snapshot(held) == before, f"{_words(weight, x)}: an argument has changed", _UNCHANGED)
+        kernel.supports(form)
+        kernel.linear(x, form)
+        expect(snapshot(held) == before, f"{words(form, x)}: an argument has changed", _UNCHANGED)
 
 
-def outputs_are_reproducible(setup: _Setup) -> None:
+def outputs_are_reproducible(setup: KernelSetup) -> None:
     """Two calls, of one kernel or of two, give the same bits; an input of other strides is computed too."""
-    for _, weight, x in setup.supported(64, 256, (16,)):
-        kernel = setup.make()
-        first = kernel.linear(x, weight, None)
+    for kernel, form, x in _computed(setup, 64, 256):
+        first = kernel.linear(x, form)
         for other in (kernel, setup.make()):
-            expect(torch.equal(other.linear(x, weight, None), first), f"{_words(weight, x)}: other bits", _SAME)
-        strided = x.t().contiguous().t()
-        if kernel.supports(weight, strided) is None:
-            _check_output(setup, strided, weight, None)
+            expect(same_bits(other.linear(x, form), first), f"{words(form, x)}: other bits", _SAME)
+        for strided in (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2], x[:1].expand_as(x)):
+            if kernel.takes(strided, x.shape[0]) is None:
+                _check_result(setup, form, strided, kernel.linear(strided, form))
 
 
-def _check_output(setup: _Setup, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> None:
-    found, expected = setup.make().linear(x, weight, bias), _expected(x, weight, bias)
-    what = f"{_words(weight, x)}{'' if bias is None else ', with bias'}"
-    same = found.dtype == x.dtype and found.shape == expected.shape and found.device == x.device
-    expect(same, f"{what}: the output has shape {tuple(found.shape)} in {dtype_name(found.dtype)}", _OUTPUT)
-    if rounds_inputs(weight):
-        exact = torch.equal(found, Reference().linear(x, weight, bias))
-        expect(exact, f"{what}: the output has other bits than the reference", _EXACT)
+def _weights(setup: KernelSetup, sizes: list[tuple[int, int]]) -> Iterator[Words]:
+    """Weights of all specs and dtypes, of these sizes."""
+    for spec in setup.specs():
+        for dtype in FLOATS:
+            yield from (setup.weight(spec, outputs, inputs, dtype) for outputs, inputs in sizes)
+
+
+def _inputs(setup: KernelSetup, inputs: int) -> Iterator[Tensor]:
+    return (setup.normal((rows, inputs), dtype, 1) for dtype in INPUTS for rows in ROWS)
+
+
+def _computed(setup: KernelSetup, outputs: int, inputs: int) -> Iterator[tuple[Kernel[Any], Form, Tensor]]:
+    """Every weight and input of these sizes that the kernel computes with."""
+    for spec in setup.specs():
+        for dtype, kind in PAIRS:
+            packed = setup.packed(setup.weight(spec, outputs, inputs, dtype))
+            for rows in ROWS if packed is not None else ():
+                x = setup.normal((rows, inputs), kind, 1)
+                if packed is not None and packed[0].takes(x, rows) is None:
+                    yield *packed, x
+
+
+def _is_reason(why: object) -> bool:
+    return why is None or (isinstance(why, str) and why.strip() != "")
+
+
+def _check_form(weight: Words, form: Form) -> None:
+    what, rows, dtype = f"{weight.spec}, {weight.layout.shape}", weight.layout.rows, weight.scale.dtype
+    same = form.value(dtype).equal(weight.value(dtype))
+    expect(same, f"{what}: it gives another value back", _ROUND_TRIP)
+    some = torch.randint(rows, (5,), generator=generator(5)).to(weight.scale.device)
+    for where in (slice(None), slice(rows // 3, rows // 3 + 2), some):
+        expect(same_bits(form.codes(where), weight.codes(where)), f"{what}: other codes of rows {where}", _ROUND_TRIP)
+        alike = same_bits(form.decoded(where), weight.decoded(where))
+        expect(alike, f"{what}: rows {where} stand for something else", _ROUND_TRIP)
+    alike = same_bits(form.dequantize(dtype), weight.dequantize(dtype))
+    alike &= all(map(same_bits, form.steps(), weight.steps()))
+    expect(alike, f"{what}: it dequantizes to something else", _ROUND_TRIP)
+
+
+def _by(rows: int, x: Tensor) -> list[Tensor]:
+    """An input in parts of that many rows; the last is filled up with zeros."""
+    parts = [x[start : start + rows] for start in range(0, x.shape[0], rows)]
+    return [*parts[:-1], torch.cat([parts[-1], x.new_zeros(rows - parts[-1].shape[0], x.shape[1])])]
+
+
+def _check_accuracy(setup: KernelSetup, weight: Words, inputs: Iterable[Tensor], least: float) -> None:
+    """Over many rows, however few at a time, so that chance plays no part."""
+    found = list(setup.computed(weight, inputs))
+    if not found:
         return
-    # What is added up, all of it positive. Sums are taken in float32 at least, and may round at every step.
-    size = F.linear(
-        x.double().abs(), weight.operand(torch.float64).abs(), None if bias is None else bias.double().abs()
+    x, output = (torch.cat(parts) for parts in zip(*found, strict=True))
+    expected, _ = exact(weight, x, rounds=setup.rounds(weight))
+    noise = sqnr_db(float(expected.square().sum()), float((output.double() - expected).square().sum()))
+    what = f"{words(weight, found[0][0])} and others"
+    expect(noise >= least, f"{what}: {noise:.1f} dB against float64, not {least:.1f}", _ACCURATE)
+
+
+def _check_outputs(setup: KernelSetup, weight: Words, inputs: Iterable[Tensor]) -> None:
+    for x, found in setup.computed(weight, inputs):
+        _check_result(setup, weight, x, found)
+
+
+def _check_result(setup: KernelSetup, weight: Form, x: Tensor, found: Tensor) -> None:
+    """Shape, dtype, and every element."""
+    what, shape = words(weight, x), (x.shape[0], weight.layout.rows)
+    right = found.dtype in (torch.float32, x.dtype, torch.bfloat16) and found.device == x.device
+    expect(
+        right and tuple(found.shape) == shape,
+        f"{what}: the output has shape {tuple(found.shape)} in {dtype_name(found.dtype)}",
+        _OUTPUT,
     )
-    bound = (4 * _eps(x) + x.shape[-1] * min(_eps(x), 2.0**-24)) * size
-    worst = float(((found.double() - expected).abs() - bound).amax()) if found.numel() else 0.0
+    rounds = setup.rounds(weight)
+    if rounds and weight.spec.granularity != "group" and weight.spec.levels is None:
+        reference = Reference().linear(x, as_dynamic(Words.of(weight)))
+        same = torch.equal(found.to(x.dtype), reference)
+        expect(same, f"{what}: the output has other bits than the reference", _EXACT)
+        return
+    expected, size = exact(weight, x, rounds=rounds)
+    worst = float(((found.double() - expected).abs() - bound(size, x.shape[1], found.dtype, rounds=rounds)).amax())
     expect(worst <= 0, f"{what}: an element is off by {worst:.3g} more than rounding allows", _NEAR)
 
 
-def _check_extremes(setup: _Setup, spec: QuantSpec, inputs: int, dtype: torch.dtype, sign: int) -> None:
-    """All codes at one end of their range, then each row a mixture."""
-    codes = torch.full((5, inputs), spec.code_min, dtype=torch.int16)
-    codes[1:3] = spec.code_max
-    codes[3:] = torch.randint(spec.code_min, spec.code_max + 1, (2, inputs), generator=_generator(3))
-    weight = store(_with_codes(codes, spec, dtype), dtype).to(setup.device)
-    x = torch.full((3, inputs), 2.0 * sign)
-    x[1] = -x[1]
-    x[2] = torch.randn(inputs, generator=_generator(4))
-    x = x.to(dtype).to(setup.device)
-    if setup.make().supports(weight, x) is None:
-        _check_output(setup, x, weight, None)
+def _check_picked(setup: KernelSetup, weight: Words) -> None:
+    columns = weight.layout.columns
+    powers = 2.0 ** torch.arange(-3, 4, device=setup.device).repeat(columns)[:columns]
+    inputs = (x for rows in ROWS for x in _by(rows, torch.diag(powers)))
+    for x, found in setup.computed(weight, inputs):
+        expected, _ = exact(weight, x, rounds=False)
+        same = torch.equal(found.double(), expected)
+        expect(same, f"{words(weight, x)}: a code is taken for another", _WHOLE)
 
 
-def _with_codes(codes: Tensor, spec: QuantSpec, dtype: torch.dtype) -> QuantizedTensor:
-    layout = Layout.of(codes.shape)
-    scale = torch.full(spec.scale_shape(*layout.matrix_shape), 2.0**-7, dtype=dtype)
-    zero_point = None if spec.symmetric else torch.full(scale.shape, spec.code_max, dtype=torch.int32)
-    weight_only = spec.weight_only()
-    value = QuantizedTensor.from_codes(codes, scale, zero_point, spec=weight_only, layout=layout, dtype=dtype)
-    return _with_inputs(value, spec)
-
-
-def _stored(weight: Tensor, spec: Spec) -> StoredWeight:
-    if isinstance(spec, CastSpec):
-        return store(cast(weight, spec.dtype), weight.dtype)
-    return store(_with_inputs(quantize(weight, spec.weight_only()), spec), weight.dtype)
-
-
-def _with_inputs(value: QuantizedTensor, spec: QuantSpec) -> QuantizedTensor:
-    """The same codes for a layer that rounds its inputs as `spec` says."""
-    scale = torch.tensor([0.02]) if spec.activations == "static" else None
-    return attrs.evolve(value, spec=attrs.evolve(value.spec, activations=spec.activations), input_scale=scale)
-
-
-def _expected(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
-    """The output in float64; of a layer that rounds its inputs, the reference's."""
-    if rounds_inputs(weight):
-        return Reference().linear(x, weight, bias).double()
-    return F.linear(x.double(), weight.operand(torch.float64), None if bias is None else bias.double())
-
-
-def _normal(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=_generator(seed)).to(dtype)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _eps(x: Tensor) -> float:
-    return torch.finfo(x.dtype).eps
-
-
-def _words(weight: StoredWeight, x: Tensor) -> str:
-    return f"{weight.spec}, input {tuple(x.shape)} in {dtype_name(x.dtype)}"
-
-
-_CHECKS: tuple[Callable[[_Setup], None], ...] = (
-    supports_says_why_not,
+_CHECKS: tuple[Callable[[KernelSetup], None], ...] = (
+    it_says_why_not,
+    prepacking_loses_nothing,
     outputs_are_accurate,
     any_size_is_computed,
+    every_code_is_read_right,
     integer_sums_are_exact,
     arguments_stay,
     outputs_are_reproducible,

@@ -1,0 +1,101 @@
+"""fewbits as a contender, and what it says about the kernels it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import fewbits
+from benchmarks.contender import Contender, Layer, short
+from benchmarks.timing import Call, reason
+
+
+@attrs.frozen
+class Scheme:
+    """A quantizer, and how its layers may compute.
+
+    Attributes:
+        quantizer: makes it, for a group size.
+        bits: of a code.
+        grouped: whether the group size matters.
+        compute: the argument of `convert`; None leaves it at its default, ``"auto"``.
+    """
+
+    quantizer: Callable[[int], fewbits.Quantizer]
+    bits: int
+    grouped: bool = False
+    compute: str | None = None
+
+
+def _int8(group_size: int) -> fewbits.Quantizer:
+    return fewbits.Int8PerChannel()
+
+
+def _int8_dynamic(group_size: int) -> fewbits.Quantizer:
+    return fewbits.Int8PerChannel(activations="dynamic")
+
+
+def _int4(group_size: int) -> fewbits.Quantizer:
+    return fewbits.Int4Grouped(group_size=group_size)
+
+
+#: What ``--scheme`` may name.
+SCHEMES: Mapping[str, Scheme] = {
+    "int8": Scheme(_int8, 8),
+    "int4": Scheme(_int4, 4, grouped=True),
+    "int8-dynamic": Scheme(_int8_dynamic, 8),
+    "int4-compute-int8": Scheme(_int4, 4, grouped=True, compute="int8"),
+    "int8-compute-int8": Scheme(_int8, 8, compute="int8"),
+    "int8-exact": Scheme(_int8, 8, compute="exact"),
+    "int4-exact": Scheme(_int4, 4, grouped=True, compute="exact"),
+}
+#: What is measured unless asked otherwise.
+USUAL = ("int8", "int4", "int8-dynamic", "int4-compute-int8")
+
+
+def contenders(schemes: Sequence[str], dtypes: Sequence[torch.dtype], group_size: int) -> list[Contender]:
+    """Every scheme with inputs of every dtype."""
+    return [_contender(name, SCHEMES[name], dtype, group_size) for name in schemes for dtype in dtypes]
+
+
+def label(scheme: str, dtype: torch.dtype) -> str:
+    """What tables call it."""
+    suffix = "" if dtype == torch.float32 else f", {short(dtype)}"
+    return f"fewbits {scheme}{suffix}"
+
+
+def _contender(name: str, scheme: Scheme, dtype: torch.dtype, group_size: int) -> Contender:
+    start = partial(_start, scheme, group_size)
+    return Contender(
+        label(name, dtype), "fewbits", dtype, scheme.bits, build=lambda layer: _built(start(layer)), start=start
+    )
+
+
+def _start(scheme: Scheme, group_size: int, layer: nn.Linear) -> Call:
+    """Settle everything that does not touch the weight; what is left is `convert`, which does not validate."""
+    quantizer = scheme.quantizer(group_size)
+    quantizer.prepare(layer)
+    options: dict[str, Any] = {} if scheme.compute is None else {"compute": scheme.compute}
+    return partial(quantizer.convert, **options)
+
+
+def _built(convert: Callable[[], Any]) -> Layer:
+    layer: Layer = convert().eval()
+    return layer
+
+
+def explained(layer: Layer, x: Tensor) -> dict[str, Any]:
+    """Which kernel runs for this input, and why not the others; nothing for what is not ours."""
+    explain = getattr(fewbits, "explain", None)
+    if explain is None or not isinstance(layer, nn.Module):
+        return {}
+    try:
+        row = explain(layer, x).rows[0]
+        return {"kernel": row.kernel, "refused": dict(row.refused)}
+    except Exception as error:  # said in the table, in the kernel's place
+        return {"kernel": f"explain failed: {reason(error)}"}

@@ -1,0 +1,123 @@
+"""What `benchmarks.linear` measures: cases that are asked for often, by name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+
+from benchmarks import ours
+from benchmarks.contender import short
+
+GROUP_SIZE = 128
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@attrs.frozen
+class Case:
+    """A weight of (outputs, inputs), and the group size of what is grouped."""
+
+    outputs: int
+    inputs: int
+    group_size: int = GROUP_SIZE
+
+    @property
+    def shape(self) -> str:
+        """For tables."""
+        return f"{self.outputs}x{self.inputs}"
+
+    def __str__(self) -> str:
+        return f"{self.shape} g{self.group_size}"
+
+
+@attrs.frozen
+class Preset:
+    """Cases, each with inputs of so many rows and of these dtypes.
+
+    Attributes:
+        about: what it is for.
+        cases: weights.
+        rows: of the inputs.
+        dtypes: of the inputs of quantized layers.
+        dense: the float layers' dtypes, besides float32 and `dtypes`.
+        schemes: of fewbits.
+        peers: whether other libraries take part.
+    """
+
+    about: str
+    cases: Sequence[Case] = (Case(4096, 4096),)
+    rows: Sequence[int] = (1, 4, 32, 256)
+    dtypes: Sequence[torch.dtype] = (torch.float32,)
+    dense: Sequence[torch.dtype] = ()
+    schemes: Sequence[str] = ours.USUAL
+    peers: bool = False
+
+    def floats(self) -> list[torch.dtype]:
+        """The dtypes of the dense layers, float32 first: it is what all are compared with."""
+        return list(dict.fromkeys([torch.float32, *self.dtypes, *self.dense]))
+
+
+ODD_SHAPES = (
+    Case(4096, 4096, 32),
+    Case(4096, 4096, 64),
+    Case(4096, 4096, 256),
+    Case(4095, 4097),
+    Case(4096, 4160),
+    Case(576, 1536),
+    Case(1536, 576),
+    Case(1536, 576, 64),
+)
+
+PRESETS: Mapping[str, Preset] = {
+    "table": Preset("the table of the results page", dense=FLOATS, peers=True),
+    "cliffs": Preset("rows between those of the table", rows=(2, 8, 16, 24, 64, 128, 1024), schemes=("int8", "int4")),
+    "dtypes": Preset("inputs in bfloat16 and float16", dtypes=FLOATS, schemes=("int8", "int4"), peers=True),
+    "shapes": Preset("shapes and groups that kernels refuse", ODD_SHAPES, rows=(1, 32, 256), schemes=("int8", "int4")),
+}
+
+
+def settled(arguments: argparse.Namespace) -> Preset:
+    """The preset, with whatever the command line says instead."""
+    preset = PRESETS[arguments.preset]
+    given = {
+        "cases": _cases(arguments, preset),
+        "rows": arguments.rows,
+        "dtypes": arguments.dtype,
+        "schemes": arguments.scheme,
+        "peers": arguments.peers,
+    }
+    return attrs.evolve(preset, **{key: value for key, value in given.items() if value is not None})
+
+
+def _cases(arguments: argparse.Namespace, preset: Preset) -> list[Case] | None:
+    if arguments.shape is None and arguments.group_size is None:
+        return None
+    shapes = arguments.shape or list(dict.fromkeys((case.outputs, case.inputs) for case in preset.cases))
+    groups = arguments.group_size or [GROUP_SIZE]
+    return [Case(*shape, group) for shape in shapes for group in groups]
+
+
+def shape(text: str) -> tuple[int, int]:
+    """An argument such as ``4096x4096``: outputs by inputs."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is not OUTPUTSxINPUTS")
+    return int(parts[0]), int(parts[1])
+
+
+def scheme(text: str) -> str:
+    """The name of one of our schemes."""
+    if text not in ours.SCHEMES:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(ours.SCHEMES)}")
+    return text
+
+
+def listing() -> str:
+    """All presets, for ``--help``."""
+    return "presets:\n" + "\n".join(
+        f"  {name:8} {p.about}: {', '.join(map(str, p.cases))}; rows {', '.join(map(str, p.rows))}; "
+        f"{', '.join(short(d) for d in p.dtypes)}"
+        for name, p in PRESETS.items()
+    )

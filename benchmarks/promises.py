@@ -1,0 +1,158 @@
+"""The ratios that fewbits is built to reach, and whether a run reached them.
+
+A promise is that one contender is at least so many times as fast as another, in the same run, on a 4096x4096 layer
+unless it says otherwise. They differ between processors with VNNI and without.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from benchmarks.dense import BASELINE
+from benchmarks.machine import has_vnni
+from benchmarks.presets import ODD_SHAPES
+from benchmarks.report import Cell, aligned
+
+USUAL = "4096x4096 g128"
+ODD = {str(case) for case in ODD_SHAPES}
+ROWS = (1, 4, 32, 256)
+
+#: Contender -> times faster than dense at each of `ROWS`; None where nothing is promised.
+WITH_VNNI = {
+    "fewbits int8": (2.7, 2.5, 0.75, 0.85),
+    "fewbits int4": (4.3, 3.0, 0.60, 0.75),
+    "fewbits int8-dynamic": (3.0, 2.5, 2.5, 2.5),
+    "fewbits int4-compute-int8": (None, None, None, 1.2),
+}
+WITHOUT_VNNI = {
+    "fewbits int8": (2.0, 2.5, 0.70, 0.75),
+    "fewbits int4": (2.2, 2.5, 0.60, 0.70),
+    "fewbits int8-dynamic": (None, None, 1.6, 1.6),
+}
+#: At any other number of rows.
+NO_CLIFF = {"fewbits int8": 0.6, "fewbits int4": 0.5}
+
+#: One row, float32: ours against those that store as many bits, by what their names begin with.
+PYTHON_PEERS = {
+    "fewbits int8": ("torchao int8, fp32", "quanto qint8, fp32", "bitsandbytes int8, fp32"),
+    "fewbits int4": ("torchao intx int4", "quanto qint4, fp32", "bitsandbytes nf4, fp32", "hqq 4 bit g64, fp32"),
+    "fewbits int8-dynamic": ("torchao int8 dynamic, fp32",),
+}
+FAST_PEERS = {
+    "fewbits int8": ("onnxruntime 8 bit",),
+    "fewbits int4": ("onnxruntime 4 bit",),
+    "fewbits int8, bf16": ("quanto qint8, bf16",),
+    "fewbits int4, bf16": ("quanto qint4, bf16",),
+}
+
+
+@attrs.frozen
+class Promise:
+    """What was promised, and what came of it.
+
+    Attributes:
+        case: of which cells.
+        rows: of their inputs.
+        own: who.
+        others: (whom it is compared with, times faster at least); one of them is enough.
+        got: times faster than each of these.
+    """
+
+    case: str
+    rows: int
+    own: str
+    others: Sequence[tuple[str, float]]
+    got: Sequence[float]
+
+    @property
+    def held(self) -> bool:
+        """Whether one of the comparisons came out as promised."""
+        return any(got >= least for got, (_, least) in zip(self.got, self.others, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return attrs.asdict(self) | {"held": self.held}
+
+
+def checked(cells: Sequence[Cell]) -> list[Promise]:
+    """All promises that these cells can show."""
+    at = {(cell.case["case"], cell.case["M"], cell.contender): cell for cell in cells}
+    found = []
+    for (case, rows, own), cell in at.items():
+        for others in _promised(case, rows, own, [name for c, r, name in at if (c, r) == (case, rows)]):
+            pairs = [(other, least) for other, least in others if (case, rows, other) in at]
+            if pairs:
+                got = [_times(cell, at[case, rows, other]) for other, _ in pairs]
+                found.append(Promise(case, rows, own, pairs, got))
+    return found
+
+
+def _times(own: Cell, other: Cell) -> float:
+    """How many times faster than another, within a round."""
+    return statistics.median([theirs / mine for mine, theirs in zip(own.seconds, other.seconds, strict=True)])
+
+
+Others = list[tuple[str, float]]
+
+
+def _promised(case: str, rows: int, own: str, present: Sequence[str]) -> Iterator[Others]:
+    """Alternatives of whom this contender is faster than, and how much."""
+    if case == USUAL:
+        if (least := _least(own, rows)) is not None:
+            yield [(BASELINE, least)]
+        if rows == 1:
+            yield from _against_peers(own, present)
+    elif case in ODD and (least := _odd(own, rows)) is not None:
+        yield [(BASELINE, least)]
+    if narrow := re.fullmatch(r"(fewbits int[48]), (bf16|fp16)", own):
+        yield [(narrow[1], 1 / 1.1), (f"dense {narrow[2]}", 1.0)]
+
+
+def _least(own: str, rows: int) -> float | None:
+    if rows not in ROWS:
+        return NO_CLIFF.get(own)
+    table = WITH_VNNI if has_vnni() else WITHOUT_VNNI
+    return table.get(own, (None,) * len(ROWS))[ROWS.index(rows)]
+
+
+def _odd(own: str, rows: int) -> float | None:
+    """Shapes and groups that kernels refuse."""
+    if own == "fewbits int8" and rows >= 32:
+        return 1 / 1.5
+    if own == "fewbits int4" and rows >= 32:
+        return 1 / (1.5 if rows >= 256 else 2.2)
+    return None
+
+
+def _against_peers(own: str, present: Sequence[str]) -> Iterator[Others]:
+    least = 10.0 if has_vnni() else 5.0
+    for table, times in ((PYTHON_PEERS, least), (FAST_PEERS, 1 / 1.1)):
+        for start in table.get(own, ()):
+            yield from ([(name, times)] for name in present if name.startswith(start))
+
+
+def table(promises: Sequence[Promise]) -> str:
+    """One line each: who, against whom, promised and found."""
+    if not promises:
+        return ""
+    heading = ("promised", "case", "M", "times faster than", "at least", "found", "")
+    lines = [heading, *map(_line, promises)]
+    broken = sum(not promise.held for promise in promises)
+    return f"{aligned(lines)}\n{len(promises) - broken} of {len(promises)} promises held"
+
+
+def _line(promise: Promise) -> tuple[str, ...]:
+    return (
+        promise.own,
+        promise.case,
+        str(promise.rows),
+        " or ".join(other for other, _ in promise.others),
+        " or ".join(f"{least:.2f}" for _, least in promise.others),
+        " or ".join(f"{got:.2f}" for got in promise.got),
+        "" if promise.held else "NOT HELD",
+    )

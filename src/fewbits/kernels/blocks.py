@@ -1,0 +1,175 @@
+"""Dequantize as many rows of a weight as fit a cache, multiply, and go on with the next.
+
+The float weight is never in memory as a whole. Where the CPU has instructions for bfloat16 products they are used:
+codes of 8 bits are exact in it, and the output reads 50 dB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels import features
+from fewbits.kernels.base import Kernel
+from fewbits.kernels.forms import Bytes, Form, Tiles, Words
+from fewbits.kernels.packed_mm import filled, refuses_bf16
+
+_F = TypeVar("_F", bound=Form)
+
+#: Elements of a block: 4 MiB in bfloat16.
+BLOCK = 1 << 21
+
+
+class Blocks(Kernel[_F]):
+    """What all of them share: any number of rows, of any dtype but float64."""
+
+    def takes(self, x: Tensor, rows: int) -> str | None:
+        """Any input but float64."""
+        return "inputs in float64 ask for float64 products" if x.dtype == torch.float64 else None
+
+
+class ByteBlocks(Blocks[Bytes]):
+    """Of `Bytes`; where a row has one scale, it is multiplied in after the product."""
+
+    name: ClassVar[str] = "byte_blocks"
+    form = Bytes
+
+    def supports(self, weight: Form) -> str | None:
+        """What `Bytes` can hold."""
+        return Bytes.refuses(weight)
+
+    def linear(self, x: Tensor, weight: Bytes) -> Tensor:
+        """Block by block."""
+        if weight.spec.granularity == "group":
+            return decoded_blocks(x, weight)
+        rows, wide = weight.signed.shape
+        zero_point = weight.params(slice(None))[1]
+        x = filled(x.to(product_dtype(weight)), wide)
+        output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
+        for where in steps_of(rows, len(block)):
+            part = block[: where.stop - where.start].copy_(weight.signed[where])
+            if zero_point is not None:
+                part -= zero_point if zero_point.dim() == 1 else zero_point[where]
+            torch.mm(x, part.t(), out=output[:, where])
+        return output * weight.row_scale
+
+
+class TileBlocks(Blocks[Tiles]):
+    """Of `Tiles`."""
+
+    name: ClassVar[str] = "tile_blocks"
+    form = Tiles
+
+    def supports(self, weight: Form) -> str | None:
+        """What `Tiles` can hold."""
+        return Tiles.refuses(weight)
+
+    def linear(self, x: Tensor, weight: Tiles) -> Tensor:
+        """A few tiles at a time."""
+        x = filled(x.to(product_dtype(weight)), weight.tiles.shape[1])
+        output = self._turned(x, weight) if x.dtype == torch.bfloat16 else self._as_they_lie(x, weight)
+        return output.view(x.shape[0], -1)[:, : weight.layout.rows]
+
+    @staticmethod
+    def _turned(x: Tensor, weight: Tiles) -> Tensor:
+        """Inputs run fastest in a block, as a product in bfloat16 wants it."""
+        count, wide, half = weight.tiles.shape
+        scales, zeros = _params(weight, x.dtype, (2, 3, 4, 0, 1))
+        output = x.new_empty(x.shape[0], count * 2 * half)
+        block = x.new_empty(min(count, block_step(wide * 2 * half)), 2, half, weight.table.shape[0], weight.group)
+        for where in steps_of(count, len(block)):
+            part = _expanded(weight.tiles[where].transpose(1, 2), scales, zeros, where, block)
+            torch.mm(x, part.view(-1, wide).t(), out=output[:, where.start * 2 * half : where.stop * 2 * half])
+        return output
+
+    @staticmethod
+    def _as_they_lie(x: Tensor, weight: Tiles) -> Tensor:
+        """Outputs run fastest in a block, and every half tile is multiplied by itself."""
+        count, wide, half = weight.tiles.shape
+        scales, zeros = _params(weight, x.dtype, (2, 3, 0, 1, 4))
+        output = x.new_empty(x.shape[0], count, 2, half)
+        block = x.new_empty(min(count, block_step(wide * 4 * half)), 2, weight.table.shape[0], weight.group, half)
+        for where in steps_of(count, len(block)):
+            part = _expanded(weight.tiles[where], scales, zeros, where, block)
+            product = torch.matmul(x, part.view(-1, wide, half))
+            output[:, where] = product.view(-1, 2, x.shape[0], half).permute(2, 0, 1, 3)
+        return output
+
+
+class WordBlocks(Blocks[Words]):
+    """Of `Words`: codes of any width, with or without levels."""
+
+    name: ClassVar[str] = "word_blocks"
+    form = Words
+
+    def supports(self, weight: Form) -> str | None:
+        """Matrices, on the CPU."""
+        if weight.scale.device.type != "cpu":
+            return f"the weight is on {weight.scale.device}, not on the CPU"
+        if len(weight.layout.shape) != 2 or weight.layout.permutation != (0, 1) or not weight.layout.columns:
+            return f"it is no matrix of outputs by inputs, but of shape {weight.layout.shape}"
+        return "it has float64 scales, which ask for float64 products" if weight.scale.dtype == torch.float64 else None
+
+    def linear(self, x: Tensor, weight: Words) -> Tensor:
+        """Block by block."""
+        return decoded_blocks(x, weight)
+
+
+def decoded_blocks(x: Tensor, weight: Form) -> Tensor:
+    """The product with a weight in any form, whose blocks are decoded as it is defined."""
+    x = x.to(product_dtype(weight))
+    rows, columns = weight.layout.matrix_shape
+    output = x.new_empty(x.shape[0], rows)
+    for where in steps_of(rows, block_step(columns)):
+        torch.mm(x, weight.decoded(where).to(x.dtype).t(), out=output[:, where])
+    return output
+
+
+def product_dtype(weight: Form) -> torch.dtype:
+    """The dtype in which blocks are multiplied."""
+    exact = weight.spec.bits > 4 and refuses_bf16(weight)
+    return torch.bfloat16 if features.has_bf16() and not exact else torch.float32
+
+
+def block_step(elements: int) -> int:
+    """How many rows of so many elements a block has."""
+    return max(1, BLOCK // elements)
+
+
+def steps_of(count: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step`, up to `count`."""
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _params(weight: Tiles, dtype: torch.dtype, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points for codes that are 16 times too large: (groups, 1, tiles, 2, half a tile), permuted."""
+    scale, zero_point = weight.params(slice(None))
+    count, _, half = weight.tiles.shape
+
+    def of_tiles(params: Tensor) -> Tensor:
+        return weight.of_groups(params).to(dtype).view(-1, 1, count, 2, half).permute(axes).contiguous()
+
+    return of_tiles(scale) / 16, None if zero_point is None else of_tiles(zero_point) * 16
+
+
+def _expanded(tiles: Tensor, scales: Tensor, zeros: Tensor | None, where: slice, block: Tensor) -> Tensor:
+    """Some tiles as floats, in the block.
+
+    Args:
+        tiles: uint8, in either order of its last two axes.
+        scales: those of `_params`, of all tiles, in that order.
+        zeros: likewise, or None.
+        where: which tiles they are.
+        block: (tiles, 2, ...): low and high halves of bytes apart.
+    """
+    part = block[: where.stop - where.start]
+    # As signed bytes, codes less 8 and times 16: so neither half needs a shift to the right.
+    signed = (tiles ^ 0x88).contiguous().view(part.shape[0], *part.shape[2:])
+    part[:, 0].copy_((signed << 4).view(torch.int8))
+    part[:, 1].copy_((signed & 0xF0).view(torch.int8))
+    if zeros is not None:
+        part -= zeros[where]
+    return part.mul_(scales[where])

@@ -1,0 +1,78 @@
+"""Which form a weight takes, and which kernel computes a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from torch import Tensor
+
+from fewbits.errors import ArgumentError
+from fewbits.kernels.base import Compute, Kernel
+from fewbits.kernels.blocks import ByteBlocks, TileBlocks, WordBlocks
+from fewbits.kernels.forms import Form, Words
+from fewbits.kernels.integers import FloatSums, GroupedIntMM, IntMM
+from fewbits.kernels.packed_mm import Int4PackMM, Int8PackMM
+from fewbits.kernels.reference import REFERENCE
+
+#: All kernels, the most preferred first. The last computes everything, and is what the others are measured against.
+KERNELS: tuple[Kernel[Any], ...] = (
+    Int8PackMM(),
+    IntMM(),
+    FloatSums(),
+    ByteBlocks(),
+    Int4PackMM(),
+    GroupedIntMM(),
+    TileBlocks(),
+    WordBlocks(),
+    REFERENCE,
+)
+
+
+def check_compute(compute: object) -> None:
+    """Refuse what is no setting.
+
+    Raises:
+        ArgumentError: for anything but "auto", "exact" and "int8".
+    """
+    if compute not in get_args(Compute):
+        raise ArgumentError(f"compute must be 'auto', 'exact' or 'int8', not {compute!r}")
+
+
+def refusal(kernel: Kernel[Any], weight: Form, compute: Compute) -> str | None:
+    """Why this kernel may not, or cannot, compute with this weight; None if it does."""
+    activations = weight.spec.activations
+    if kernel is not REFERENCE:
+        if compute == "exact":
+            return "compute is 'exact'"
+        if activations and not kernel.rounds_inputs:
+            return f"the scheme has {activations} int8 inputs"
+        if kernel.rounds_inputs and not activations and compute != "int8":
+            return f"compute is {compute!r}, and the scheme leaves inputs as they are"
+    return kernel.supports(weight)
+
+
+def kernels_for(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]] = KERNELS) -> tuple[Kernel[Any], ...]:
+    """The kernels that compute with this weight once the first of them has prepacked it, the most preferred first."""
+    able = [kernel for kernel in dict.fromkeys([*kernels, REFERENCE]) if refusal(kernel, weight, compute) is None]
+    form = Words if able[0] is REFERENCE else able[0].form
+    return tuple(kernel for kernel in able if issubclass(form, kernel.form))
+
+
+def kernels_reading(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]]) -> tuple[Kernel[Any], ...]:
+    """The kernels that compute with this weight in the form it has, wherever it was made."""
+    return tuple(
+        kernel
+        for kernel in dict.fromkeys([*kernels, REFERENCE])
+        if isinstance(weight, kernel.form) and refusal(kernel, weight, compute) is None
+    )
+
+
+def choose(kernels: Sequence[Kernel[Any]], x: Tensor, rows: int) -> Kernel[Any]:
+    """The kernel that computes this call; the reference, where there is nothing to compute."""
+    if not rows:
+        return REFERENCE
+    for kernel in kernels:
+        if kernel.takes(x, rows) is None:
+            return kernel
+    return REFERENCE

@@ -1,0 +1,93 @@
+"""What this torch and this CPU can do, found out by trying: neither names nor versions tell."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Rows in a tile of four-bit codes: with AVX512, and without.
+WIDTHS = (64, 32)
+
+NO_TILES = "this torch has no _weight_int4pack_mm_for_cpu, or one that reads codes in another order"
+NO_BYTES = "this torch has no _weight_int8pack_mm for the CPU, or one that computes something else"
+INEXACT = "_int_mm is not exact on this CPU"
+
+
+def _tried(probe: Callable[[], Any]) -> Callable[[], Any]:
+    """Ask once; what torch refuses to do it cannot."""
+
+    @functools.cache
+    def answer() -> Any:
+        # Outside of whatever is traced, differentiated or measured just now.
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                return probe()
+            except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+                return None
+
+    return answer
+
+
+@_tried
+def tile_width() -> int | None:
+    """How many rows a tile of ``_weight_int4pack_mm_for_cpu`` has; None if its order is none that is known."""
+    columns = 64
+    codes = (torch.arange(max(WIDTHS) * columns, dtype=torch.int32) * 7 // 3 % 16).reshape(-1, columns)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for width in WIDTHS:
+        low, high = codes.to(torch.uint8).reshape(-1, 2, width // 2, columns).unbind(1)
+        tiles = (low | high << 4).transpose(1, 2)
+        if torch.equal(packed.reshape(-1), tiles.reshape(-1)) and _multiplies(codes, tiles):
+            return width
+    return None
+
+
+def _multiplies(codes: Tensor, tiles: Tensor) -> bool:
+    rows, columns = codes.shape
+    table = torch.ones(columns // 32, rows, 2, dtype=torch.bfloat16)
+    table[..., 1] = 0
+    one = torch.eye(columns, dtype=torch.bfloat16)
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu(one, tiles.reshape(rows, -1).contiguous(), 32, table)
+    return torch.equal(product.t().int(), codes - 8)
+
+
+@_tried
+def has_int8pack() -> bool | None:
+    """Whether ``_weight_int8pack_mm`` computes on the CPU, for one row and for several."""
+    codes = (torch.arange(48 * 80) * 37 % 255 - 127).to(torch.int8).reshape(48, 80)
+    one, ones = torch.eye(80, dtype=torch.bfloat16), torch.ones(48, dtype=torch.bfloat16)
+    every = torch._weight_int8pack_mm(one, codes, ones)
+    each = torch.cat([torch._weight_int8pack_mm(row.unsqueeze(0), codes, ones) for row in one])
+    return torch.equal(every.t().to(torch.int8), codes) and torch.equal(each, every)
+
+
+@_tried
+def int_mm_is_exact() -> bool | None:
+    """Whether ``_int_mm`` is exact for codes at their extremes: without VNNI, pairs of products may saturate."""
+    for rows, inputs, outputs in ((1, 256, 64), (5, 64, 65), (64, 512, 32), (33, 1024, 16)):
+        x = torch.full((rows, inputs), 127, dtype=torch.int8)
+        x[::2] = -128
+        weight = torch.full((outputs, inputs), -128, dtype=torch.int8)
+        weight[1::3] = 127
+        exact = (x.double() @ weight.double().t()).to(torch.int32)
+        if not torch.equal(torch._int_mm(x, weight.t()), exact):
+            return False
+    return True
+
+
+def has_vnni() -> bool:
+    """Whether the CPU multiplies bytes with VNNI, as torch sees it; other products of bytes are slow."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") or capabilities.get("amx_int8"))
+
+
+@functools.cache
+def has_bf16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products, two or three times as fast as float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    named = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return bool(named) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")

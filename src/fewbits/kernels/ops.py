@@ -1,0 +1,128 @@
+"""``torch.ops.fewbits.linear``: one layer as one operation, for torch.compile and torch.export.
+
+Which kernel runs is settled when it runs, by the number of rows then. The tensors are those of one form; what else
+there is to know is in a string, so that an exported program carries it. A program that was exported on another kind of
+CPU is right here too: where its form is not what this torch's kernels read, codes are decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.errors import ArgumentError
+from fewbits.kernels.base import Compute, Kernel
+from fewbits.kernels.choose import KERNELS, choose, kernels_reading
+from fewbits.kernels.forms import FORMS, Form
+from fewbits.numerics.affine import clip_input
+from fewbits.numerics.layout import Layout
+from fewbits.numerics.spec import QuantSpec, spec_from_dict
+
+#: Kernels that are not of this library, by name, as far as this process has used them.
+_others: dict[str, Kernel[Any]] = {}
+
+
+def describe(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
+    """What the operation needs to know beside the tensors of a weight."""
+    others = [kernel for kernel in kernels if kernel not in KERNELS]
+    _others.update((kernel.name, kernel) for kernel in others)
+    fields = {
+        "form": weight.name,
+        "tensors": list(weight.tensors()),
+        "spec": weight.spec.to_dict(),
+        "layout": weight.layout.to_dict(),
+        "compute": compute,
+        "others": [kernel.name for kernel in others],
+    }
+    return json.dumps(fields)
+
+
+@attrs.frozen
+class _Description:
+    form: type[Form]
+    names: tuple[str, ...]
+    spec: QuantSpec
+    layout: Layout
+    compute: Compute
+    kernels: tuple[Kernel[Any], ...]
+
+    def weight(self, tensors: Sequence[Tensor]) -> Form:
+        held: dict[str, Any] = {"zero_point": None, "input_scale": None}
+        held.update(zip(self.names, tensors, strict=True))
+        return self.form(**held, spec=self.spec, layout=self.layout)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(description: str) -> _Description:
+    fields = json.loads(description)
+    spec, layout = spec_from_dict(fields["spec"]), Layout(**fields["layout"])
+    others = [_others[name] for name in fields["others"] if name in _others]
+    if not isinstance(spec, QuantSpec):
+        raise ArgumentError(f"only codes have a form, not {spec}")
+    form, names = FORMS[fields["form"]], tuple(fields["tensors"])
+    return _Description(form, names, spec, layout, fields["compute"], (*others, *KERNELS))
+
+
+@torch.library.custom_op("fewbits::linear", mutates_args=())
+def linear(x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
+    """``x @ weight.T`` in the dtype of `x`."""
+    read = _read(description)
+    weight = read.weight(tensors)
+    return product(x, weight, kernels_reading(weight, read.compute, read.kernels))
+
+
+def product(x: Tensor, weight: Form, kernels: Sequence[Kernel[Any]]) -> Tensor:
+    """The same, called directly.
+
+    Args:
+        x: (..., inputs).
+        weight: of (outputs, inputs).
+        kernels: that compute with it, the most preferred first, and the reference last.
+    """
+    # Each line is paid at every call of a layer that may take no longer than ten of them.
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
+    output = choose(kernels, rows, rows.shape[0]).linear(rows, weight)
+    if output.dtype != x.dtype:
+        output = output.to(x.dtype)
+    return output if flat else output.reshape(*x.shape[:-1], output.shape[1])
+
+
+@linear.register_fake
+def _(x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _read(description).layout.rows)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tensors, ctx.description = inputs
+    ctx.save_for_backward(x, *tensors)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
+    """That of the product with the dequantized weight; straight through the rounding of inputs."""
+    x, *tensors = ctx.saved_tensors
+    return torch.ops.fewbits.linear_gradient(grad, x, tensors, ctx.description), [None] * len(tensors), None
+
+
+@torch.library.custom_op("fewbits::linear_gradient", mutates_args=())
+def linear_gradient(grad: Tensor, x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
+    """The gradient with respect to `x`."""
+    weight = _read(description).weight(tensors)
+    slope = torch.matmul(grad, weight.dequantize(grad.dtype))
+    if weight.input_scale is not None:
+        slope = slope * (clip_input(x, weight.input_scale) == x)
+    return slope
+
+
+@linear_gradient.register_fake
+def _(grad: Tensor, x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+linear.register_autograd(_gradient, setup_context=_keep)

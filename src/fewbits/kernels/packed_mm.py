@@ -1,0 +1,98 @@
+"""Torch's own products with packed weights, for few rows: bound by how fast the codes can be read.
+
+They are fast for bfloat16 inputs only, to which inputs are cast. The output reads 50 dB against float64, 10 dB more
+than what rounding a weight to 8 bits leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbits.kernels import features
+from fewbits.kernels.base import Kernel
+from fewbits.kernels.forms import Bytes, Form, Tiles
+
+
+class Int8PackMM(Kernel[Bytes]):
+    """``torch._weight_int8pack_mm``; scales are multiplied in afterwards, in float32."""
+
+    name = "int8pack_mm"
+    form = Bytes
+
+    def supports(self, weight: Form) -> str | None:
+        """Symmetric codes with one scale a row, or one for all."""
+        if reason := Bytes.refuses(weight):
+            return reason
+        if weight.spec.granularity == "group":
+            return "it has no scales for groups"
+        if not weight.spec.symmetric:
+            return "it has no zero points"
+        return refuses_bf16(weight) or (None if features.has_int8pack() else features.NO_BYTES)
+
+    def takes(self, x: Tensor, rows: int) -> str | None:
+        """A few rows."""
+        return few_rows(x, rows, 12 if features.has_bf16() else 32)
+
+    def linear(self, x: Tensor, weight: Bytes) -> Tensor:
+        """One call, and one multiplication."""
+        signed = weight.signed
+        sums = torch._weight_int8pack_mm(filled(x.to(torch.bfloat16), signed.shape[1]), signed, _ones(signed.shape[0]))
+        return sums * weight.row_scale
+
+
+class Int4PackMM(Kernel[Tiles]):
+    """``torch.ops.aten._weight_int4pack_mm_for_cpu``."""
+
+    name = "int4pack_mm"
+    form = Tiles
+
+    def supports(self, weight: Form) -> str | None:
+        """What `Tiles` can hold, in tiles of this CPU: an exported program may have been made on another."""
+        if isinstance(weight, Tiles) and weight.width != features.tile_width():
+            return f"its tiles of {weight.width} rows are those of another instruction set"
+        return Tiles.refuses(weight)
+
+    def takes(self, x: Tensor, rows: int) -> str | None:
+        """A few rows."""
+        return few_rows(x, rows, 48)
+
+    def linear(self, x: Tensor, weight: Tiles) -> Tensor:
+        """One call."""
+        tiles = weight.tiles
+        count, wide, half = tiles.shape
+        output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            filled(x.to(torch.bfloat16), wide), tiles.view(count * half * 2, wide // 2), weight.group, weight.table
+        )
+        return output[:, : weight.layout.rows]
+
+
+#: Where there are fewer outputs, rounding them to bfloat16 leaves 50 dB on the average only.
+FEW_OUTPUTS = 32
+
+
+def refuses_bf16(weight: Form) -> str | None:
+    """Why products of 8-bit codes are not to be rounded to bfloat16."""
+    rows = weight.layout.rows
+    return f"{rows} outputs are too few for 50 dB in bfloat16" if rows < FEW_OUTPUTS else None
+
+
+def few_rows(x: Tensor, rows: int, most: int) -> str | None:
+    """Why an input does not suit a kernel that is bound by the weight's bytes."""
+    if x.dtype == torch.float64:
+        return "inputs in float64 ask for float64 products"
+    return f"{rows} rows are more than {most}" if rows > most else None
+
+
+def filled(x: Tensor, columns: int) -> Tensor:
+    """Rows filled up with zeros, and contiguous: torch's kernels do not look at strides."""
+    return x.contiguous() if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(outputs: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(outputs, dtype=torch.bfloat16)

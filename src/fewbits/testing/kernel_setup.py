@@ -1,0 +1,220 @@
+"""What `check_kernel` tries a kernel on: weights, inputs, and what is to come out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.kernels.base import Kernel
+from fewbits.kernels.forms import Form, Words
+from fewbits.kernels.reference import Reference
+from fewbits.numerics.affine import decode, dynamic_scale, encode_input
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import Layout
+from fewbits.numerics.metrics import measure
+from fewbits.numerics.quantize import quantize
+from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor
+
+LEVELS = (-1.0, -0.7, -0.5, -0.35, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
+
+#: The specs of the weights that a kernel is tried on.
+SPECS: tuple[QuantSpec, ...] = (
+    QuantSpec(bits=8, granularity="tensor"),
+    QuantSpec(bits=8, granularity="channel"),
+    QuantSpec(bits=8, granularity="channel", symmetric=False),
+    QuantSpec(bits=8, granularity="group", group_size=64),
+    QuantSpec(bits=4, granularity="channel"),
+    QuantSpec(bits=4, granularity="group", group_size=32),
+    QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False),
+    QuantSpec(bits=6, granularity="group", group_size=64),
+    QuantSpec(bits=4, granularity="group", group_size=64, levels=LEVELS),
+    QuantSpec(bits=8, granularity="channel", activations="dynamic"),
+    QuantSpec(bits=8, granularity="tensor", activations="dynamic"),
+    QuantSpec(bits=8, granularity="channel", symmetric=False, activations="dynamic"),
+    QuantSpec(bits=4, granularity="channel", activations="dynamic"),
+    QuantSpec(bits=8, granularity="channel", activations="static"),
+)
+
+#: What an input can be.
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+
+#: Dtypes of a weight and of an input.
+PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float32),
+)
+
+#: How many rows a kernel is asked to compute at a time: many kernels are made for few, or for many.
+ROWS = (1, 7, 40, 200)
+
+#: What a rounding to bfloat16 takes away at most, as a share of a number.
+_BF16 = torch.finfo(torch.bfloat16).eps / 2
+
+
+@attrs.frozen
+class KernelSetup:
+    """A kernel to check.
+
+    Attributes:
+        recipe: the kernel that was given; never used itself.
+        device: where weights and inputs are.
+        examples: how many a check that draws them looks at.
+    """
+
+    recipe: Kernel[Any]
+    device: torch.device
+    examples: int
+
+    def make(self) -> Kernel[Any]:
+        """A kernel."""
+        return copy.deepcopy(self.recipe)
+
+    def specs(self) -> Iterator[QuantSpec]:
+        """Those that a layer would ask this kernel about: of layers with int8 inputs, only if it rounds them."""
+        follows = self.recipe.rounds_inputs or isinstance(self.recipe, Reference)
+        return (spec for spec in SPECS if follows or spec.activations is None)
+
+    def rounds(self, weight: Form) -> bool:
+        """Whether it rounds inputs of a layer with this weight."""
+        return self.recipe.rounds_inputs or weight.spec.activations is not None
+
+    def weight(self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> Words:
+        """A weight with normally distributed values, in the canonical form."""
+        return self.measured(spec, outputs, inputs, dtype, seed)[0]
+
+    def measured(
+        self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0
+    ) -> tuple[Words, float]:
+        """The same, with the SQNR of its codes in dB."""
+        weight = self.normal((outputs, inputs), dtype, seed)
+        value = quantize(weight, spec.weight_only())
+        return Words.of_value(with_inputs(value, spec)), measure(weight, value).sqnr_db
+
+    def with_codes(self, codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Words:
+        """A weight with these codes."""
+        codes, scale = codes.to(self.device), scale.to(self.device)
+        zero_point = None if zero_point is None else zero_point.to(self.device)
+        layout, settled = Layout.of(codes.shape), spec.weight_only()
+        value = QuantizedTensor.from_codes(codes, scale, zero_point, spec=settled, layout=layout, dtype=scale.dtype)
+        return Words.of_value(with_inputs(value, spec))
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+        """Numbers from a normal distribution."""
+        return torch.randn(shape, generator=generator(seed)).to(dtype).to(self.device)
+
+    def packed(self, weight: Words) -> tuple[Kernel[Any], Form] | None:
+        """A kernel, and the weight in its form; None if it cannot compute with it."""
+        kernel = self.make()
+        return (kernel, kernel.prepack(weight)) if kernel.supports(weight) is None else None
+
+    def computed(self, weight: Words, inputs: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every input that a kernel computes with, and what it makes of it."""
+        packed = self.packed(weight)
+        for x in inputs if packed is not None else ():
+            if packed is not None and packed[0].takes(x, x.shape[0]) is None:
+                yield x, packed[0].linear(x, packed[1])
+
+
+def with_inputs(value: QuantizedTensor, spec: QuantSpec) -> QuantizedTensor:
+    """The same codes for a layer that rounds its inputs as `spec` says."""
+    scale = torch.tensor([0.02], device=value.scale.device) if spec.activations == "static" else None
+    return attrs.evolve(value, spec=attrs.evolve(value.spec, activations=spec.activations), input_scale=scale)
+
+
+def as_dynamic(weight: Words) -> Words:
+    """The same codes for a layer that rounds its inputs, if it did not anyway."""
+    if weight.spec.activations is not None:
+        return weight
+    return attrs.evolve(weight, spec=attrs.evolve(weight.spec, activations="dynamic"))
+
+
+def decoded(weight: Form, codes: Tensor | None = None) -> Tensor:
+    """What the codes of a weight, or others in their place, stand for: float64."""
+    scale, zero_point = weight.params(slice(None))
+    codes = weight.codes(slice(None)) if codes is None else codes
+    return decode(codes, scale, zero_point, weight.spec, torch.float64)
+
+
+def exact(weight: Form, x: Tensor, *, rounds: bool) -> tuple[Tensor, Tensor]:
+    """The product in float64, and the sum of the magnitudes that are added up.
+
+    Codes and zero points count as added up each for itself: a kernel may sum over them apart.
+    """
+    if rounds:
+        wide = x.float()
+        scale = dynamic_scale(wide, (-1,)) if weight.input_scale is None else weight.input_scale
+        wide = encode_input(wide, scale).double() * scale.double()
+    else:
+        wide = x.double()
+    dense = decoded(weight)
+    none = torch.full_like(weight.codes(slice(None)), -weight.spec.code_min)
+    offset = torch.zeros_like(dense) if weight.zero_point is None else decoded(weight, none)
+    magnitudes = (dense - offset).abs() + offset.abs()
+    return wide @ dense.t(), wide.abs() @ magnitudes.t()
+
+
+def bound(size: Tensor, inputs: int, dtype: torch.dtype, *, rounds: bool) -> Tensor:
+    """How far an element may be off: see `fewbits.testing.check_kernel`.
+
+    Args:
+        size: the sums of magnitudes.
+        inputs: how many of them were added up.
+        dtype: of the output.
+        rounds: whether inputs were rounded to int8: their sums are exact then, for 16 inputs at least.
+    """
+    if rounds:
+        share = torch.finfo(dtype).eps / 2 + (4 + inputs / 16) * 2.0**-24
+    else:
+        share = (1 + _BF16) ** 4 - 1 + inputs * 2.0**-23
+    return size * share + torch.finfo(dtype).tiny
+
+
+def of_whole_numbers(setup: KernelSetup, spec: QuantSpec, outputs: int, inputs: int) -> Words:
+    """Any codes, with scales that are powers of two, of both signs, and any zero points."""
+    shape, draws = spec.scale_shape(outputs, inputs), generator(2)
+    scale = 2.0 ** torch.randint(-7, 3, shape, generator=draws) * (1 - 2 * torch.randint(2, shape, generator=draws))
+    codes = any_codes((outputs, inputs), spec, draws)
+    zero_point = None if spec.symmetric else any_codes(shape, spec, draws)
+    return setup.with_codes(codes, spec, scale, zero_point)
+
+
+def of_extremes(setup: KernelSetup, spec: QuantSpec, inputs: int, dtype: torch.dtype) -> Words:
+    """Rows with all codes at one end of their range, at the other, and any; zero points at the far end."""
+    codes = any_codes((40, inputs), spec, generator(3))
+    codes[::4], codes[1::4] = spec.code_min, spec.code_max
+    shape = spec.scale_shape(*codes.shape)
+    scale = torch.rand(shape, generator=generator(4)).add_(0.1).to(dtype)
+    zero_point = None if spec.symmetric else torch.full(shape, spec.code_max, dtype=torch.int32)
+    return setup.with_codes(codes, spec, scale, zero_point)
+
+
+def extreme_inputs(setup: KernelSetup, rows: int, inputs: int) -> Tensor:
+    """Rows at one end of the range of int8, at the other, and anything."""
+    x = setup.normal((rows, inputs), torch.float32, 4)
+    x[0], x[1] = 2.0, -2.0
+    x[rows // 2 + 1] = -3.0
+    return x
+
+
+def any_codes(shape: tuple[int, ...], spec: QuantSpec, draws: torch.Generator) -> Tensor:
+    """Codes of the whole range."""
+    return torch.randint(spec.code_min, spec.code_max + 1, shape, generator=draws, dtype=torch.int16)
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of the same numbers everywhere."""
+    return torch.Generator().manual_seed(seed)
+
+
+def words(weight: Form, x: Tensor) -> str:
+    """A weight and an input, for messages."""
+    return f"{weight.spec}, {weight.layout.shape}, input {tuple(x.shape)} in {dtype_name(x.dtype)}"

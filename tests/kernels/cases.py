@@ -1,0 +1,79 @@
+"""Weights with any codes, layers that are quantized, and what both must compute."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fewbits
+from fewbits import Layout, QuantSpec
+from fewbits.kernels import choose, forms
+from fewbits.kernels.base import Kernel
+from fewbits.numerics.metrics import sqnr_db
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.testing.kernel_setup import any_codes, generator, with_inputs
+
+INT8 = QuantSpec(bits=8, granularity="channel")
+INT4 = QuantSpec(bits=4, granularity="group", group_size=64)
+BY_NAME: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in choose.KERNELS}
+
+
+def any_words(
+    spec: QuantSpec, rows: int, columns: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> forms.Words:
+    """Any codes, scales of both signs and any zero points, in the canonical form."""
+    draws, shape = generator(seed), spec.scale_shape(rows, columns)
+    scale = torch.rand(shape, generator=draws).add_(0.1) * (1 - 2 * torch.randint(2, shape, generator=draws))
+    return with_codes(
+        any_codes((rows, columns), spec, draws),
+        spec,
+        scale=scale.to(spec.scale_dtype or dtype),
+        zero_point=None if spec.symmetric else any_codes(shape, spec, draws),
+    )
+
+
+def with_codes(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None = None) -> forms.Words:
+    value = QuantizedTensor.from_codes(
+        codes, scale, zero_point, spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
+    )
+    return forms.Words.of_value(with_inputs(value, spec))
+
+
+def linear(outputs: int, inputs: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(outputs * 10_000 + inputs)
+    return nn.Linear(inputs, outputs, bias=bias).to(dtype)
+
+
+class Of(fewbits.Quantizer):
+    """One spec for every tensor, however small."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        self.spec = spec
+        super().__init__(selector=fewbits.LayerSelector(min_elements=1))
+
+
+def quantized(module: nn.Module, spec: QuantSpec, compute: Any = "auto", data: Any = None) -> Any:
+    """A quantized copy of a module."""
+    if data is None and spec.activations == "static":
+        data = [torch.randn(64, module.in_features, generator=generator(8))]
+    return fewbits.quantize(module, Of(spec), validate=False, compute=compute, data=data).model
+
+
+def exactly(module: Any) -> Any:
+    """A copy that computes as the reference does."""
+    module = copy.deepcopy(module)
+    fewbits.set_compute(module, "exact")
+    return module
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=generator(seed)).to(dtype)
+
+
+def noise_db(found: Tensor, expected: Tensor) -> float:
+    """SQNR in dB."""
+    expected = expected.double()
+    return sqnr_db(float(expected.square().sum()), float((found.double() - expected).square().sum()))

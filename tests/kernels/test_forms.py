@@ -1,0 +1,201 @@
+"""Forms give back what they were made of, whatever the sizes, and hold it as torch's kernels read it."""
+
+import attrs
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fewbits import Layout, QuantSpec
+from fewbits.kernels import features, forms
+from fewbits.kernels.forms import TABLE_GROUPS, Bytes, Tiles, Words, table_group
+from fewbits.numerics.quantize import quantize
+from fewbits.numerics.tensor import same_bits
+from fewbits.testing.kernel_setup import decoded
+from kernels.cases import any_words
+
+SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 130, 257])
+GROUPS = st.sampled_from([32, 33, 40, 64, 128, 256, 1000])
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+@st.composite
+def weights(draw, bits):
+    """A weight in the canonical form, of any size and with any codes."""
+    granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
+    spec = QuantSpec(
+        bits=bits,
+        granularity=granularity,
+        group_size=draw(GROUPS) if granularity == "group" else None,
+        symmetric=draw(st.booleans()),
+        scale_dtype=draw(DTYPES),
+    )
+    return any_words(spec, draw(SIZES), draw(SIZES), seed=draw(st.integers(0, 1000)))
+
+
+@pytest.fixture(params=features.WIDTHS)
+def tile_width(request, monkeypatch):
+    """Tiles of both widths, whatever this CPU has."""
+    monkeypatch.setattr(features, "tile_width", lambda: request.param)
+    return request.param
+
+
+def read_alike(form, words):
+    rows, dtype = words.layout.rows, words.scale.dtype
+    assert form.value(dtype).equal(words.value(dtype))
+    assert same_bits(form.words(), words.words())
+    wheres = [slice(None), slice(rows // 3, rows // 2 + 1), slice(rows - 1, rows), torch.arange(rows).flip(0)]
+    for where in [*wheres, torch.tensor([0, rows - 1, 0]), torch.tensor([], dtype=torch.long)]:
+        assert same_bits(form.codes(where), words.codes(where))
+        assert same_bits(form.decoded(where), words.decoded(where))
+    for target in (torch.float32, torch.float16, torch.float64):
+        assert same_bits(form.dequantize(target), words.dequantize(target))
+    assert same_bits(form.steps(), words.steps())
+
+
+@given(weights(8))
+def test_bytes_give_back_what_they_were_made_of(words):
+    form = Bytes.of(words)
+    read_alike(form, words)
+    read_alike(Words.of(form), words)
+
+
+@given(weights(4))
+def test_tiles_give_back_what_they_were_made_of(words):
+    assume(Tiles.refuses(words) is None)
+    form = Tiles.of(words)
+    read_alike(form, words)
+    read_alike(Words.of(form), words)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (65, 96), (129, 257), (40, 40), (33, 33), (200, 130)], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tiles_of_both_widths_give_back_what_they_were_made_of(sizes, symmetric, tile_width):
+    spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=symmetric)
+    words = any_words(spec, *sizes)
+    form = Tiles.of(words)
+    assert form.width == tile_width
+    read_alike(form, words)
+
+
+@given(weights(8))
+def test_bytes_are_signed_codes_filled_up_with_zeros(words):
+    form, columns = Bytes.of(words), words.layout.columns
+    assert form.signed.dtype == torch.int8
+    assert form.signed.shape == (words.layout.rows, -(-columns // 16) * 16)
+    assert torch.equal(form.signed[:, :columns], words.value(torch.float32).codes())
+    assert not form.signed[:, columns:].any()
+    assert form.signed.is_contiguous()
+
+
+@given(weights(4))
+def test_tiles_lie_as_torch_packs_them(words):
+    assume(Tiles.refuses(words) is None)
+    form = Tiles.of(words)
+    count, wide, half = form.tiles.shape
+    rows, columns = words.layout.matrix_shape
+    codes = torch.full((count * 2 * half, wide), 8, dtype=torch.int32)
+    codes[:rows, :columns] = words.codes(slice(None)).int()
+    if half * 2 == features.tile_width():
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        assert torch.equal(form.tiles.flatten(), packed.flatten())
+    low, high = (form.tiles & 15).int(), (form.tiles >> 4).int()
+    assert torch.equal(torch.stack([low, high], 1).permute(0, 1, 3, 2).reshape(codes.shape), codes)
+
+
+@given(weights(4))
+def test_the_table_of_tiles_holds_scales_and_what_code_8_stands_for(words):
+    assume(Tiles.refuses(words) is None)
+    form = Tiles.of(words)
+    rows, columns = words.layout.matrix_shape
+    groups, tall, _ = form.table.shape
+    assert form.group in TABLE_GROUPS
+    assert not form.table[:, rows:].any()
+    middle = decoded(words, torch.full((rows, columns), 8, dtype=torch.uint8))
+    above = decoded(words, torch.full((rows, columns), 9, dtype=torch.uint8))
+    for group in range(groups):
+        column = min(group * form.group, columns - 1)
+        scales = (above - middle)[:, column]
+        torch.testing.assert_close(form.table[group, :rows, 0].double(), scales, rtol=2**-8, atol=0)
+        torch.testing.assert_close(form.table[group, :rows, 1].double(), middle[:, column], rtol=2**-8, atol=0)
+        last = min((group + 1) * form.group, columns) - 1
+        # Columns that share an entry of the table share a scale.
+        assert torch.equal(above[:, column], above[:, last])
+
+
+@given(weights(4))
+def test_tiles_take_at_most_twice_the_memory_of_their_codes(words):
+    assume(Tiles.refuses(words) is None)
+    assert Tiles.of(words).tiles.numel() <= words.layout.rows * words.layout.columns
+
+
+@pytest.mark.parametrize(
+    ("width", "columns", "group"),
+    [(128, 4096, 128), (64, 4096, 64), (32, 4096, 32), (256, 4096, 256), (512, 4096, 256), (96, 960, 32)],
+)
+def test_groups_of_the_table_are_the_widest_that_fit(width, columns, group):
+    spec = QuantSpec(bits=4, granularity="group", group_size=width)
+    assert table_group(spec, columns) == group
+
+
+def test_a_form_that_is_there_is_not_made_again():
+    words = any_words(QuantSpec(bits=8, granularity="channel"), 20, 30)
+    assert Words.of(words).packed is words.packed
+    assert all(Words.of_value(words.value(torch.float32)).tensors()[name] is t for name, t in words.tensors().items())
+    form = Bytes.of(words)
+    assert form.scale is words.scale
+
+
+def other_device(spec):
+    words = any_words(spec, 64, 64)
+    return attrs.evolve(words, **{name: tensor.to("meta") for name, tensor in words.tensors().items()})
+
+
+def of_another_cut(spec):
+    value = quantize(torch.ones(64, 64), spec, layout=Layout.of((64, 64), inputs=(0,)))
+    return Words.of_value(value)
+
+
+LEVELS = tuple((code - 8) / 8 for code in range(16))
+CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4, 8))
+
+
+@pytest.mark.parametrize(
+    ("form", "words", "why"),
+    [
+        (Bytes, any_words(CHANNEL4, 64, 64), "codes of 4 bits, not 8"),
+        (Tiles, any_words(CHANNEL8, 64, 64), "codes of 8 bits, not 4"),
+        (Bytes, other_device(CHANNEL8), "on meta, not on the CPU"),
+        (Tiles, other_device(CHANNEL4), "on meta, not on the CPU"),
+        (Bytes, of_another_cut(CHANNEL8), "no matrix of outputs by inputs"),
+        (Tiles, of_another_cut(CHANNEL4), "no matrix of outputs by inputs"),
+        (Bytes, any_words(CHANNEL8, 64, 64, dtype=torch.float64), "float64 scales"),
+        (Tiles, any_words(CHANNEL4, 64, 64, dtype=torch.float64), "float64 scales"),
+        (Tiles, any_words(QuantSpec(bits=4, granularity="channel", levels=LEVELS), 64, 64), "levels"),
+        (Tiles, any_words(QuantSpec(bits=4, granularity="group", group_size=40), 64, 80), "no multiple of 32"),
+        (Tiles, any_words(CHANNEL4, 3, 3), "more than twice the memory"),
+    ],
+)
+def test_what_a_form_cannot_hold_is_refused_with_a_reason(form, words, why):
+    assert why in form.refuses(words)
+    assert Words.refuses(words) is None
+
+
+def test_without_torch_s_kernel_there_are_no_tiles(monkeypatch):
+    monkeypatch.setattr(features, "tile_width", lambda: None)
+    assert Tiles.refuses(any_words(CHANNEL4, 64, 64)) == features.NO_TILES
+
+
+@pytest.mark.parametrize(("form", "bits"), [(Words, 8), (Words, 4), (Bytes, 8), (Tiles, 4)])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("row", [-1, 100, 110, 127, 128, 1000])
+def test_a_row_that_is_not_there_is_not_read(form, bits, granularity, row):
+    words = any_words(QuantSpec(bits=bits, granularity=granularity), 100, 64)
+    with pytest.raises(IndexError):
+        form.of(words).decoded(torch.tensor([3, row]))
+
+
+def test_every_form_has_a_name_and_says_what_it_holds():
+    assert set(forms.FORMS) == {"words", "bytes", "tiles"}
+    for form in forms.FORMS.values():
+        assert set(form.data) <= {field.name for field in attrs.fields(form)}
