@@ -108,7 +108,7 @@ def test_the_table_of_tiles_holds_scales_and_what_code_8_stands_for(words):
     assume(Tiles.refuses(words) is None)
     form = Tiles.of(words)
     rows, columns = words.layout.matrix_shape
-    groups, tall, _ = form.table.shape
+    groups = form.table.shape[0]
     assert form.group in TABLE_GROUPS
     assert not form.table[:, rows:].any()
     middle = decoded(words, torch.full((rows, columns), 8, dtype=torch.uint8))
@@ -136,6 +136,23 @@ def test_tiles_take_at_most_twice_the_memory_of_their_codes(words):
 def test_groups_of_the_table_are_the_widest_that_fit(width, columns, group):
     spec = QuantSpec(bits=4, granularity="group", group_size=width)
     assert table_group(spec, columns) == group
+
+
+@pytest.mark.parametrize(("form", "bits"), [(Bytes, 8), (Tiles, 4)])
+@pytest.mark.parametrize("sizes", [(128, 128), (64, 256), (192, 64), (128, 130), (100, 128), (65, 96)], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_words_that_nobody_else_has_may_be_written_over(form, bits, sizes, symmetric):
+    spec = QuantSpec(bits=bits, granularity="group", group_size=64, symmetric=symmetric)
+    words = any_words(spec, *sizes)
+    own = attrs.evolve(words, packed=words.packed.clone())
+    where = own.packed.data_ptr()
+    made = form.of(own, over=True)
+    read_alike(made, words)
+    held = made.tensors()[form.data[0]]
+    assert (held.data_ptr() == where) == (held.nbytes == words.packed.nbytes)
+    kept = form.of(words)
+    assert kept.tensors()[form.data[0]].data_ptr() != words.packed.data_ptr()
+    read_alike(kept, words)
 
 
 def test_a_form_that_is_there_is_not_made_again():

@@ -21,6 +21,7 @@ STAGES = (
         "tests/selection",
         "tests/checkpoint",
         "tests/observers",
+        "tests/kernels",
         "tests/nn/test_swap.py",
         "tests/test_hidden_references.py",
     ),

@@ -59,27 +59,36 @@ class WantsWords(OnBytes):
 
 
 class PrepacksNothing(OnBytes):
-    def prepack(self, weight):
+    def prepack(self, weight, *, over=False):
         return weight
 
 
 class NoLowestCode(OnBytes):
     """Takes -127 for -128, as symmetric int8 often does."""
 
-    def prepack(self, weight):
-        form = super().prepack(weight)
+    def prepack(self, weight, *, over=False):
+        form = super().prepack(weight, over=over)
         return attrs.evolve(form, signed=form.signed.clamp(min=-127))
 
 
 class LosesTheScale(OnBytes):
-    def prepack(self, weight):
-        form = super().prepack(weight)
+    def prepack(self, weight, *, over=False):
+        form = super().prepack(weight, over=over)
         return attrs.evolve(form, scale=form.scale / 2)
 
 
 class PrepacksInPlace(OnBytes):
-    def prepack(self, weight):
+    def prepack(self, weight, *, over=False):
         weight.scale.mul_(2).div_(4)
+        return super().prepack(weight, over=over)
+
+
+class WritesOverTooMuch(OnBytes):
+    """Right unless it may write over the words."""
+
+    def prepack(self, weight, *, over=False):
+        if over:
+            weight.packed.zero_()
         return super().prepack(weight)
 
 
@@ -161,6 +170,7 @@ CASES = [
     pytest.param(NoLowestCode, "prepacking_loses_nothing", "gives another value back", id="lost-code"),
     pytest.param(LosesTheScale, "prepacking_loses_nothing", "gives another value back", id="lost-scale"),
     pytest.param(PrepacksInPlace, "prepacking_loses_nothing", "changed the given weight", id="prepacks-in-place"),
+    pytest.param(WritesOverTooMuch, "prepacking_loses_nothing", "gives another value back", id="written-over"),
     pytest.param(RoundsWeightsAgain, "outputs_are_accurate", "dB against float64", id="rounds-again"),
     pytest.param(AlwaysFloat64, "any_size_is_computed", "has shape .* in float64", id="float64"),
     pytest.param(Flattens, "any_size_is_computed", "the output has shape", id="flattens"),

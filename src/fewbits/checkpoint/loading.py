@@ -99,9 +99,19 @@ def _let_go(model: nn.Module, values: Sequence[Value]) -> None:
         return
     parts = [value.parts().values() if isinstance(value, QuantizedTensor) else [value] for value in values]
     mapped = {tensor.untyped_storage().data_ptr() for tensors in parts for tensor in tensors}
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in mapped else tensor
+
+    for module in model.modules():
+        if isinstance(module, StoredWeight):
+            module._apply(own)
+    copies: dict[int, Tensor] = {}
     for slot in slots(model):
-        if slot.tensor.untyped_storage().data_ptr() in mapped:
-            slot.tensor.data = slot.tensor.data.clone()
+        if slot.is_parameter:
+            slot.tensor.data = own(slot.tensor.data)
+        elif not isinstance(slot.module, StoredWeight):
+            slot.module._buffers[slot.local] = copies.setdefault(id(slot.tensor), own(slot.tensor))
 
 
 def _places(checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str]) -> dict[str, list[Slot]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: Rows in a tile of four-bit codes: with AVX512, and without.
 WIDTHS = (64, 32)
@@ -23,7 +24,13 @@ def _tried(probe: Callable[[], Any]) -> Callable[[], Any]:
     @functools.cache
     def answer() -> Any:
         # Outside of whatever is traced, differentiated or measured just now.
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            _disable_current_modes(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             try:
                 return probe()
             except (RuntimeError, AttributeError, NotImplementedError, TypeError):

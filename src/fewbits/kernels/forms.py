@@ -90,10 +90,6 @@ class Form(ABC):
         held = {name: getattr(self, name) for name in (*self.data, "scale", "zero_point", "input_scale")}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    def is_of(self, tensors: Mapping[str, Tensor | None]) -> bool:
-        """Whether these are its tensors, by field: the very objects."""
-        return all(getattr(self, name) is tensor for name, tensor in tensors.items())
-
     def decoded(self, where: Rows) -> Tensor:
         """What some rows stand for: (rows, columns), in float32 (float64 for float64 scales)."""
         scale, zero_point = self.params(where)
@@ -172,12 +168,16 @@ class Bytes(Form):
     MULTIPLE: ClassVar[int] = 16
 
     signed: Tensor
+    #: A view of the scales, which a layer asks for at every call.
+    _turned: Tensor = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._turned = self.scale.t()
 
     @property
     def row_scale(self) -> Tensor:
-        """The scales, where a row has one: float32, (rows,) or (1,)."""
-        scale = self.scale.view(-1)
-        return scale if scale.dtype == torch.float32 else scale.float()
+        """The scales, where a row has one: float32, (1, rows) or (1,)."""
+        return self._turned if self._turned.dtype == torch.float32 else self._turned.float()
 
     @classmethod
     def refuses(cls, weight: Form) -> str | None:
@@ -214,6 +214,8 @@ class Tiles(Form):
     Attributes:
         tiles: uint8, (tiles, columns filled up, width / 2), unsigned codes.
         table: bfloat16, (groups, rows filled up, 2): scales, and what code 8 stands for.
+        flat: the tiles, as torch's kernel takes them: (rows filled up, columns filled up / 2).
+        group: how many columns share an entry of the table.
     """
 
     name = "tiles"
@@ -221,16 +223,18 @@ class Tiles(Form):
 
     tiles: Tensor
     table: Tensor
+    flat: Tensor = attrs.field(init=False)
+    group: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # A layer asks for them at every call.
+        count, wide, half = self.tiles.shape
+        self.flat, self.group = self.tiles.view(count * half * 2, wide // 2), wide // self.table.shape[0]
 
     @property
     def width(self) -> int:
         """How many rows a tile has."""
         return 2 * self.tiles.shape[2]
-
-    @property
-    def group(self) -> int:
-        """How many columns share an entry of the table."""
-        return self.tiles.shape[1] // self.table.shape[0]
 
     @classmethod
     def refuses(cls, weight: Form) -> str | None:

@@ -85,7 +85,7 @@ class FloatSums(Integers[Bytes]):
         rows, wide = weight.signed.shape
         codes, x_scale = rounded(x, weight, wide)
         inputs, (_, zero_point) = codes.float(), weight.params(slice(None))
-        sums = torch.zeros(x.shape[0], rows, dtype=torch.int32)
+        sums = codes.new_zeros((x.shape[0], rows), dtype=torch.int32)
         step = max(1, BLOCK // EXACT_IN_FLOAT)
         for start in range(0, rows, step):
             where = slice(start, min(start + step, rows))
@@ -109,6 +109,8 @@ class GroupedIntMM(Integers[Tiles]):
         """What `Tiles` can hold, symmetric."""
         if not weight.spec.symmetric:
             return "it has no zero points"
+        if weight.spec.activations:
+            return "it scales the sums of groups, and the scheme has one scale a row"
         return super().supports(weight) or refuses_int_mm()
 
     def takes(self, x: Tensor, rows: int) -> str | None:
@@ -124,7 +126,7 @@ class GroupedIntMM(Integers[Tiles]):
         codes, x_scale = rounded(x, weight, wide)
         parts = codes.view(x.shape[0], -1, group).transpose(0, 1).contiguous()
         scales = weight.of_groups(weight.scale)
-        output = torch.zeros(x.shape[0], count * 2 * half)
+        output = x_scale.new_zeros(x.shape[0], count * 2 * half)
         step = max(1, OUTPUTS // (2 * half))
         for first in range(0, count, step):
             where = slice(first, min(first + step, count))

@@ -20,25 +20,25 @@ from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import KERNELS, choose, kernels_reading
 from fewbits.kernels.forms import FORMS, Form
+from fewbits.kernels.reference import REFERENCE
 from fewbits.numerics.affine import clip_input
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec, spec_from_dict
 
-#: Kernels that are not of this library, by name, as far as this process has used them.
-_others: dict[str, Kernel[Any]] = {}
+#: The kernels that this process knows, by name: those of this library, and others that it has used.
+_known: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in KERNELS}
 
 
 def describe(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
     """What the operation needs to know beside the tensors of a weight."""
-    others = [kernel for kernel in kernels if kernel not in KERNELS]
-    _others.update((kernel.name, kernel) for kernel in others)
+    _known.update((kernel.name, kernel) for kernel in kernels)
     fields = {
         "form": weight.name,
         "tensors": list(weight.tensors()),
         "spec": weight.spec.to_dict(),
         "layout": weight.layout.to_dict(),
         "compute": compute,
-        "others": [kernel.name for kernel in others],
+        "kernels": [kernel.name for kernel in kernels],
     }
     return json.dumps(fields)
 
@@ -62,19 +62,20 @@ class _Description:
 def _read(description: str) -> _Description:
     fields = json.loads(description)
     spec, layout = spec_from_dict(fields["spec"]), Layout(**fields["layout"])
-    others = [_others[name] for name in fields["others"] if name in _others]
+    kernels = [_known[name] for name in fields["kernels"] if name in _known]
     if not isinstance(spec, QuantSpec):
         raise ArgumentError(f"only codes have a form, not {spec}")
     form, names = FORMS[fields["form"]], tuple(fields["tensors"])
-    return _Description(form, names, spec, layout, fields["compute"], (*others, *KERNELS))
+    return _Description(form, names, spec, layout, fields["compute"], tuple(kernels))
 
 
 @torch.library.custom_op("fewbits::linear", mutates_args=())
 def linear(x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
-    """``x @ weight.T`` in the dtype of `x`."""
+    """``x @ weight.T`` in float32."""
     read = _read(description)
     weight = read.weight(tensors)
-    return product(x, weight, kernels_reading(weight, read.compute, read.kernels))
+    with torch.autocast("cpu", enabled=False):
+        return product(x, weight, kernels_reading(weight, read.compute, read.kernels))
 
 
 def product(x: Tensor, weight: Form, kernels: Sequence[Kernel[Any]]) -> Tensor:
@@ -88,15 +89,16 @@ def product(x: Tensor, weight: Form, kernels: Sequence[Kernel[Any]]) -> Tensor:
     # Each line is paid at every call of a layer that may take no longer than ten of them.
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
-    output = choose(kernels, rows, rows.shape[0]).linear(rows, weight)
-    if output.dtype != x.dtype:
-        output = output.to(x.dtype)
-    return output if flat else output.reshape(*x.shape[:-1], output.shape[1])
+    kernel = choose(kernels, rows, rows.shape[0])
+    if not isinstance(weight, kernel.form):  # another thread is just changing it
+        kernel = REFERENCE
+    output = kernel.linear(rows, weight).float().contiguous()
+    return output if flat else output.view(*x.shape[:-1], output.shape[1])
 
 
 @linear.register_fake
 def _(x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _read(description).layout.rows)
+    return x.new_empty(*x.shape[:-1], _read(description).layout.rows, dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,10 +116,8 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
 def linear_gradient(grad: Tensor, x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
     """The gradient with respect to `x`."""
     weight = _read(description).weight(tensors)
-    slope = torch.matmul(grad, weight.dequantize(grad.dtype))
-    if weight.input_scale is not None:
-        slope = slope * (clip_input(x, weight.input_scale) == x)
-    return slope
+    slope = torch.matmul(grad, weight.dequantize(grad.dtype)).to(x.dtype)
+    return slope if weight.input_scale is None else slope * _unclipped(x, weight.input_scale)
 
 
 @linear_gradient.register_fake
@@ -125,4 +125,23 @@ def _(grad: Tensor, x: Tensor, tensors: list[Tensor], description: str) -> Tenso
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _unclipped(x: Tensor, scale: Tensor) -> Tensor:
+    return clip_input(x, scale) == x
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, tensors, ctx.description = inputs
+    ctx.save_for_backward(x, *tensors)
+
+
+def _gradient_of_gradient(ctx: Any, slope: Tensor) -> tuple[Tensor, None, list[None], None]:
+    """The gradient is linear in that of the output, and does not depend on `x`."""
+    x, *tensors = ctx.saved_tensors
+    weight = _read(ctx.description).weight(tensors)
+    if weight.input_scale is not None:
+        slope = slope * _unclipped(x, weight.input_scale)
+    return torch.matmul(slope.float(), weight.dequantize(torch.float32).t()), None, [None] * len(tensors), None
+
+
 linear.register_autograd(_gradient, setup_context=_keep)
+linear_gradient.register_autograd(_gradient_of_gradient, setup_context=_keep_gradient)

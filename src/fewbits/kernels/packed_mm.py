@@ -33,6 +33,11 @@ class Int8PackMM(Kernel[Bytes]):
             return "it has no zero points"
         return refuses_bf16(weight) or (None if features.has_int8pack() else features.NO_BYTES)
 
+    def prepack(self, weight: Form, *, over: bool = False) -> Bytes:
+        """As bytes, and a vector of ones for so many outputs, which is made now and not in a forward."""
+        _ones(weight.layout.rows)
+        return super().prepack(weight, over=over)
+
     def takes(self, x: Tensor, rows: int) -> str | None:
         """A few rows."""
         return few_rows(x, rows, 12 if features.has_bf16() else 32)
@@ -62,10 +67,8 @@ class Int4PackMM(Kernel[Tiles]):
 
     def linear(self, x: Tensor, weight: Tiles) -> Tensor:
         """One call."""
-        tiles = weight.tiles
-        count, wide, half = tiles.shape
         output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            filled(x.to(torch.bfloat16), wide), tiles.view(count * half * 2, wide // 2), weight.group, weight.table
+            filled(x.to(torch.bfloat16), weight.tiles.shape[1]), weight.flat, weight.group, weight.table
         )
         return output[:, : weight.layout.rows]
 
@@ -92,7 +95,7 @@ def filled(x: Tensor, columns: int) -> Tensor:
     return x.contiguous() if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _ones(outputs: int) -> Tensor:
     with torch.inference_mode(False):
-        return torch.ones(outputs, dtype=torch.bfloat16)
+        return torch.ones(outputs, dtype=torch.bfloat16, device="cpu")

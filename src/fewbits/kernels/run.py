@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fewbits.kernels import reference
 from fewbits.kernels.base import Kernel, Operand
@@ -46,20 +47,28 @@ def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
     """
     if not _fits(x, weight):
         return reference.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu") and weight.spec.activations is None:
-        x = x.to(torch.get_autocast_dtype("cpu"))
-    # Transforms of torch.func know the reference's operations, not the kernels'.
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+    if torch.is_autocast_enabled("cpu"):
+        # Its dtype is that of inputs and output; what a kernel does in between is the kernel's.
+        x = x if weight.spec.activations else x.to(torch.get_autocast_dtype("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return linear(x, weight, bias)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (type(x) is not Tensor or _is_transformed(x)):
+        return reference.linear(x, weight, bias)
+    if compiling or (x.requires_grad and torch.is_grad_enabled()):
         if weight.description is None:
             return reference.linear(x, weight, bias)
         output: Tensor = torch.ops.fewbits.linear(x, weight.form_tensors(), weight.description)
-    elif type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x):
-        output = product(x, weight.form(), weight.kernels)
     else:
-        return reference.linear(x, weight, bias)
-    if bias is None:
-        return output
-    return output + (bias if bias.dtype == output.dtype else bias.to(output.dtype))
+        output = product(x, weight.form(), weight.kernels)
+    if bias is not None:
+        output = output + bias
+    return output if output.dtype == x.dtype else output.to(x.dtype)
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func, or forward mode, is at work: they know no kernel's operations."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
 
 
 def chosen(x: Tensor, weight: Prepacked) -> Kernel[Any]:

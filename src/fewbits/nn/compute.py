@@ -35,6 +35,8 @@ def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any
     check_compute(compute)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"set_compute takes a model, not a {type(model).__name__}")
+    if kernels is not None and not (isinstance(kernels, Sequence) and all(isinstance(k, Kernel) for k in kernels)):
+        raise ArgumentError(f"kernels must be a sequence of Kernel instances, or None, not {kernels!r}")
     prepack(model, compute, kernels)
 
 

@@ -75,8 +75,10 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
         rows for programs, and a table as text.
 
     Raises:
-        ArgumentError: if nothing in the model is quantized.
+        ArgumentError: if it is no model, or nothing in it is quantized.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"explain takes a model, not a {type(model).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
     if not layers:
         raise ArgumentError("no layer of this model is quantized")
@@ -126,6 +128,9 @@ def _computed(name: str, module: nn.Module, inputs: Sequence[Any]) -> Iterator[C
 def _chosen(x: Tensor, weight: PackedWeight, rows: int) -> tuple[str, dict[str, str]]:
     """The kernel of one call, and what the ones before it in the tuple say."""
     kernel, form = chosen(x, weight), weight.form()
-    preferred = itertools.takewhile(lambda other: other is not kernel, weight.offered or KERNELS)
+    preferred = itertools.takewhile(
+        lambda other: other is not kernel, KERNELS if weight.offered is None else weight.offered
+    )
     reasons = {other: refusal(other, form, weight.compute) or other.takes(x, rows) for other in preferred}
-    return kernel.name, {other.name: why or f"the weight lies in {form.name}" for other, why in reasons.items()}
+    otherwise = f"the weight lies in {form.name}" if rows else "there are no rows"
+    return kernel.name, {other.name: why or otherwise for other, why in reasons.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import KERNELS, kernels_for
-from fewbits.kernels.forms import Form, Words
+from fewbits.kernels.forms import FORMS, Form, Words
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE
 from fewbits.numerics.dtypes import dtype_name
@@ -139,7 +139,8 @@ class PackedWeight(StoredWeight):
         columns: how many inputs a row has.
     """
 
-    _made: Form | None = None
+    #: The ids of the buffers, and the form that they were made into.
+    _made: tuple[tuple[int, ...], Form]
     #: The key under which a state dict was given the words last, and the words.
     _given: tuple[str, weakref.ref[Tensor] | None] = ("", None)
 
@@ -162,11 +163,17 @@ class PackedWeight(StoredWeight):
     def form(self) -> Form:
         """The weight as it lies in memory now; it shares the buffers."""
         tensors: dict[str, Any] = self._buffers
-        made = self._made
         # It is made once, and anew where somebody has put other buffers here; a compiler has to see the buffers.
-        if made is None or torch.compiler.is_compiling() or not made.is_of(tensors):
-            made = self._form(**tensors, spec=self._spec, layout=self.layout)
-        return made
+        if not torch.compiler.is_compiling():
+            objects, made = self._made
+            if objects == tuple(map(id, tensors.values())):
+                return made
+        kind = next(form for form in FORMS.values() if form.data[0] in tensors)
+        return kind(**tensors, spec=self._spec, layout=self.layout)
+
+    def _remember(self, form: Form) -> None:
+        """Keep this form of the buffers, to be found by `form`."""
+        self._made = tuple(map(id, self._buffers.values())), form
 
     def form_tensors(self) -> list[Tensor]:
         """The buffers, in the order of `description`."""
@@ -184,18 +191,18 @@ class PackedWeight(StoredWeight):
         """
         form = self.form()
         self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
-        able = kernels_for(form, compute, kernels or KERNELS) if self.computes else (REFERENCE,)
+        offered = KERNELS if kernels is None else kernels
+        able = kernels_for(form, compute, offered) if self.computes else (REFERENCE,)
         chosen = able[0].prepack(form, over=over)
         self.kernels = () if able[0] is REFERENCE else able
-        self.description = None if isinstance(chosen, Words) else describe(chosen, compute, kernels or KERNELS)
+        self.description = None if isinstance(chosen, Words) else describe(chosen, compute, offered)
         self._hold(chosen)
 
     def _hold(self, form: Form) -> None:
         """Keep the tensors of a form as buffers, in the place of those that were there."""
-        self._form = type(form)
         names = (*form.data, "scale", "zero_point", "input_scale")
         self._buffers = {name: getattr(form, name) for name in names}
-        self._made = form
+        self._remember(form)
 
     def how(self) -> list[Any]:
         """Spec and layout, as plain values: what the parts alone do not tell."""
@@ -230,12 +237,16 @@ class PackedWeight(StoredWeight):
         """Take over codes and scales of the same shapes and spec."""
         loaded = {name.removeprefix("_"): part for name, part in parts.items()}
         value = QuantizedTensor.from_parts(loaded, spec=self.spec, layout=self.layout, dtype=self.dtype)
-        form = Words.of_value(value) if self._form is Words else self._form.of(Words.of_value(value))
+        before = self.form()
+        if assign and before.scale.device != value.scale.device:  # from the meta device, where there is but one form
+            self._hold(Words.of_value(value))
+            self.prepack(self.compute, self.offered)
+            return
+        form = type(before).of(Words.of_value(value))
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = getattr(form, name) if assign else buffer.copy_(getattr(form, name))
-        self._made = None
-        self._made = self.form()
+        self._remember(self.form())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its own shape, computed in float32 (float64 for float64 scales) and cast to `dtype`."""
@@ -253,10 +264,9 @@ class PackedWeight(StoredWeight):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         device = self.form().scale.device
-        self._made = None
         if fn(torch.empty(0, dtype=torch.int8, device=device)).device == device:
             super()._apply(fn, recurse)
-            self._made = self.form()
+            self._remember(self.form())
             return self
         # On another device another form may be the best.
         self._hold(Words.of(self.form()))
@@ -268,11 +278,10 @@ class PackedWeight(StoredWeight):
     def __getstate__(self) -> dict[str, Any]:
         canonical = PackedWeight(self.value()).__dict__
         return self.__dict__ | {
-            "_form": canonical["_form"],
             "_buffers": canonical["_buffers"],
             "kernels": (),
             "description": None,
-            "_made": None,
+            "_made": ((), None),
             "_given": ("", None),
         }
 

@@ -38,7 +38,7 @@ def expected_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     if spec.levels is not None:
         levels, zero = levels_of(spec, steps), spec.levels.index(0.0)
         below, above = spec.levels[zero - 1] / 2, spec.levels[zero + 1] / 2
-        inside = (levels.diff().square() / 12)[torch.bucketize(steps, levels[1:-1])]
+        inside = (levels.diff().square() / 12)[torch.bucketize(steps.contiguous(), levels[1:-1])]
     noise = torch.where(beyond > 0, beyond.square_(), inside)
     return torch.where((steps > below) & (steps < above), steps.square_(), noise)
 

@@ -128,9 +128,6 @@ class Quantizer(ABC):
             spec: how the codes shall look, with its `scale_dtype` settled and without activations, which are no
                 matter of the weight.
             observer: this layer's own copy, after it has seen its data.
-
-        Returns:
-            a value that nobody else holds: its memory becomes the layer's.
         """
         return quantize(weight, spec, observer.observe_weight)
 
@@ -265,7 +262,8 @@ class Quantizer(ABC):
             measure = job.source.inplace or isinstance(job.source, FileSource)
         result = job.convert(self._convert_tensor, self.serializer, output=output, measuring=measure, progress=progress)
         if isinstance(result, nn.Module):
-            prepack(result, compute, over=True)
+            # What a scheme of somebody else's has made may be held elsewhere.
+            prepack(result, compute, over=type(self).quantize_tensor is Quantizer.quantize_tensor)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import attrs
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -109,6 +110,7 @@ def prepacking_loses_nothing(setup: KernelSetup) -> None:
             expect(fits, f"{weight.spec}: prepacked as {type(form).__name__}, not {kernel.form.__name__}", _FORM)
             _check_form(weight, form)
             _check_form(weight, kernel.prepack(form))
+            _check_form(weight, kernel.prepack(attrs.evolve(weight, packed=weight.packed.clone()), over=True))
 
 
 def outputs_are_accurate(setup: KernelSetup) -> None:

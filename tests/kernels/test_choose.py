@@ -1,0 +1,277 @@
+"""The policy: which kernels a layer may use, and how near to the truth what they compute is."""
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import fewbits
+from fewbits import ArgumentError, QuantSpec
+from fewbits.kernels import features
+from fewbits.kernels.base import Kernel
+from fewbits.kernels.choose import KERNELS, check_compute, choose, kernels_for, kernels_reading, refusal
+from fewbits.kernels.forms import Bytes, Words
+from fewbits.kernels.reference import REFERENCE
+from fewbits.numerics.metrics import measure
+from fewbits.numerics.quantize import quantize
+from fewbits.testing.kernel_setup import decoded, exact
+from kernels.cases import BY_NAME, INT4, INT8, any_words, linear, noise_db, normal, quantized
+
+ASYMMETRIC8 = QuantSpec(bits=8, granularity="channel", symmetric=False)
+GROUPS8 = QuantSpec(bits=8, granularity="group", group_size=64)
+GROUPS6 = QuantSpec(bits=6, granularity="group", group_size=64)
+ASYMMETRIC4 = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
+LEVELS = QuantSpec(bits=4, granularity="group", group_size=64, levels=[(code - 8) / 8 for code in range(16)])
+SPECS = [
+    INT8,
+    QuantSpec(bits=8, granularity="tensor"),
+    ASYMMETRIC8,
+    GROUPS8,
+    INT4,
+    ASYMMETRIC4,
+    QuantSpec(bits=4, granularity="channel"),
+    QuantSpec(bits=4, granularity="group", group_size=128),
+    QuantSpec(bits=4, granularity="group", group_size=40),
+    GROUPS6,
+    QuantSpec(bits=3, granularity="group", group_size=32),
+    LEVELS,
+]
+ROWS = (1, 2, 5, 13, 40, 200)
+
+
+@pytest.fixture(params=[True, False], ids=["bf16", "float32"])
+def bf16(request, monkeypatch):
+    """CPUs with instructions for bfloat16, and without."""
+    monkeypatch.setattr(features, "has_bf16", lambda: request.param)
+    return request.param
+
+
+def test_the_reference_is_last():
+    assert KERNELS[-1] is REFERENCE
+    assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("activations", [None, "dynamic", "static"])
+@pytest.mark.parametrize("compute", ["auto", "exact", "int8"])
+def test_inputs_are_rounded_where_the_scheme_or_the_setting_says_so(spec, activations, compute):
+    if activations is not None and (spec.granularity == "group" or spec.levels):
+        return
+    words = any_words(attrs.evolve(spec, activations=activations), 64, 256)
+    kernels = kernels_for(words, compute)
+    assert kernels[-1] is REFERENCE
+    others = kernels[:-1]
+    if compute == "exact":
+        assert not others
+    elif activations is not None:
+        assert all(kernel.rounds_inputs for kernel in others)
+    elif compute == "auto":
+        assert not any(kernel.rounds_inputs for kernel in others)
+    assert all(refusal(kernel, words, compute) is None for kernel in kernels)
+
+
+def test_int8_rounds_inputs_of_schemes_that_leave_them_alone():
+    names = {kernel.name for kernel in kernels_for(any_words(INT8, 64, 256), "int8")}
+    assert "float_sums" in names
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("compute", ["auto", "int8"])
+def test_all_kernels_of_a_layer_read_the_form_that_it_has(spec, compute):
+    words = any_words(spec, 64, 256)
+    kernels = kernels_for(words, compute)
+    form = kernels[0].prepack(words)
+    assert all(isinstance(form, kernel.form) for kernel in kernels)
+    assert kernels_reading(form, compute, KERNELS) == kernels
+    for rows in ROWS:
+        x = normal(rows, 256)
+        assert choose(kernels, x, rows).takes(x, rows) is None
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_some_kernel_besides_the_reference_takes_any_number_of_rows(spec):
+    kernels = kernels_for(any_words(spec, 64, 256), "auto")
+    assert all(choose(kernels, normal(rows, 256), rows) is not REFERENCE for rows in ROWS)
+
+
+def test_nothing_to_compute_is_the_reference_s():
+    assert choose(KERNELS, normal(0, 256), 0) is REFERENCE
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words", "compute", "why"),
+    [
+        ("int8pack_mm", any_words(INT8, 64, 64), "exact", "compute is 'exact'"),
+        ("int8pack_mm", any_words(attrs.evolve(INT8, activations="static"), 64, 64), "auto", "has static int8 inputs"),
+        ("float_sums", any_words(INT8, 64, 64), "auto", "the scheme leaves inputs as they are"),
+        ("int8pack_mm", any_words(ASYMMETRIC8, 64, 64), "auto", "it has no zero points"),
+        ("int8pack_mm", any_words(GROUPS8, 64, 64), "auto", "it has no scales for groups"),
+        ("float_sums", any_words(GROUPS8, 64, 64), "int8", "it has groups"),
+        ("int8pack_mm", any_words(INT8, 31, 64), "auto", "too few for 50 dB"),
+        ("word_blocks", any_words(INT8, 64, 64, dtype=torch.float64), "auto", "float64 scales"),
+    ],
+)
+def test_a_kernel_says_why_not(kernel, words, compute, why):
+    assert why in refusal(BY_NAME[kernel], words, compute)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel is not REFERENCE], ids=lambda k: k.name)
+def test_inputs_in_float64_are_the_reference_s(kernel):
+    assert "float64" in str(kernel.takes(normal(200, 64, dtype=torch.float64), 200)) or "bfloat16" in kernel.takes(
+        normal(200, 64), 200
+    )
+
+
+@pytest.mark.parametrize("value", ["fast", "", None, 8, True, "AUTO", ["auto"], {"auto": 1}])
+def test_what_is_no_setting_is_refused(value):
+    with pytest.raises(ArgumentError, match="compute must be 'auto', 'exact' or 'int8', not"):
+        check_compute(value)
+
+
+class Mine(Kernel):
+    """Somebody else's kernel."""
+
+    name, form = "mine", Words
+
+    def supports(self, weight):
+        return None
+
+    def takes(self, x, rows):
+        return None if rows == 3 else "only three rows"
+
+    def linear(self, x, weight):
+        return x.new_full((x.shape[0], weight.layout.rows), 3.0)
+
+
+def test_kernels_of_others_come_first_if_they_are_put_first():
+    module = quantized(linear(64, 64, bias=False), INT8)
+    fewbits.set_compute(module, "auto", [Mine()])
+    with torch.no_grad():
+        assert bool((module(normal(3, 64)) == 3).all())
+        assert not bool((module(normal(2, 64)) == 3).any())
+    assert kernels_for(any_words(INT8, 64, 64), "auto", [Mine()])[-1] is REFERENCE
+
+
+# Nearness.
+
+
+def inputs(kind, rows, columns, seed):
+    x = normal(rows, columns, seed=seed)
+    if kind == "off zero":
+        return x + 3
+    if kind == "outliers":
+        return x * torch.where(torch.arange(columns) % 97 == 5, 100.0, 1.0)
+    if kind == "one at a time":
+        one = torch.zeros(rows, columns)
+        return one.scatter_(1, torch.arange(rows).unsqueeze(1) * 7 % columns, x[:, :1])
+    if kind == "positive":
+        return x.relu()
+    return x
+
+
+class Pool:
+    """Layers of one shape, as many as have 256 outputs together, so that chance plays no part."""
+
+    def __init__(self, spec, shape, dtype=torch.float32):
+        weights = [normal(*shape, dtype=dtype, seed=seed) for seed in range(-(-256 // shape[0]))]
+        values = [quantize(weight, spec) for weight in weights]
+        self.own = min(measure(*pair).sqnr_db for pair in zip(weights, values, strict=True))
+        self.words = [Words.of_value(value) for value in values]
+        self.kernels = kernels_for(self.words[0], "auto")
+        self.forms = [self.kernels[0].prepack(words) for words in self.words]
+        self.dense = [decoded(words) for words in self.words]
+        self.inputs, self.dtype = shape[1], dtype
+
+    def heard(self, kind, rows):
+        """SQNR of the outputs in dB, so many rows at a time."""
+        found, expected = [], []
+        for seed, (form, dense) in enumerate(zip(self.forms, self.dense, strict=True)):
+            x = inputs(kind, max(16, rows), self.inputs, seed).to(self.dtype)
+            parts = [x[start : start + rows] for start in range(0, len(x) - rows + 1, rows)]
+            found += [choose(self.kernels, part, rows).linear(part, form).double().flatten() for part in parts]
+            expected += [(part.double() @ dense.t()).flatten() for part in parts]
+        return noise_db(torch.cat(found), torch.cat(expected))
+
+
+@pytest.mark.parametrize("spec", [INT8, ASYMMETRIC8, GROUPS8, GROUPS6, INT4, ASYMMETRIC4], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (33, 130), (256, 576), (8, 256)], ids=str)
+@torch.no_grad()
+def test_outputs_read_50_db_or_10_more_than_the_weights(spec, shape, bf16):
+    pool = Pool(spec, shape)
+    for kind in ("plain", "off zero", "outliers", "one at a time", "positive"):
+        for rows in (1, 5, 60):
+            heard = pool.heard(kind, rows)
+            assert heard >= min(50.0, pool.own + 10), f"{kind}, {rows} rows: {heard:.1f} dB, weights {pool.own:.1f}"
+
+
+@pytest.mark.parametrize("spec", [INT8, GROUPS8, INT4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_outputs_of_narrow_inputs_read_50_db_or_10_more_than_the_weights(spec, dtype, bf16):
+    pool = Pool(spec, (128, 256), dtype)
+    for rows in (1, 60):
+        heard = pool.heard("plain", rows)
+        assert heard >= min(50.0, pool.own + 10), f"{rows} rows: {heard:.1f} dB, weights {pool.own:.1f}"
+
+
+@torch.no_grad()
+def test_few_outputs_of_8_bits_are_computed_in_float32(bf16):
+    words = any_words(INT8, 31, 256)
+    kernels, x = kernels_for(words, "auto"), normal(40, 256)
+    found = choose(kernels, x, 40).linear(x, kernels[0].prepack(words))
+    assert noise_db(found, exact(words, x, rounds=False)[0]) > 120
+
+
+@torch.no_grad()
+def test_without_instructions_for_bfloat16_blocks_are_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(features, "has_bf16", lambda: False)
+    for spec, name in ((INT8, "byte_blocks"), (GROUPS8, "byte_blocks"), (INT4, "tile_blocks"), (LEVELS, "word_blocks")):
+        words, x = any_words(spec, 130, 256), normal(40, 256)
+        kernel = BY_NAME[name]
+        assert noise_db(kernel.linear(x, kernel.prepack(words)), exact(words, x, rounds=False)[0]) > 120
+
+
+@pytest.fixture(scope="module")
+def minilm(minilm_path, sentences):
+    """The real model, and what its layers are given."""
+    transformers = pytest.importorskip("transformers")
+    import safetensors.torch
+
+    model = transformers.BertModel(transformers.BertConfig.from_json_file(minilm_path.parent / "config.json")).eval()
+    model.load_state_dict(safetensors.torch.load_file(minilm_path), strict=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(minilm_path.parent / "tokenizer.json"), pad_token="[PAD]"
+    )
+    given = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: given.__setitem__(name, args[0].flatten(0, -2)))
+    tokens = tokenizer(list(sentences[:12]), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    return model, given
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@torch.no_grad()
+def test_layers_of_a_real_model_read_50_db_or_10_more_than_the_weights(minilm, scheme, bf16):
+    model, given = minilm
+    layers = dict(fewbits.quantize(model, scheme, validate=False).model.named_modules())
+    for name, x in given.items():
+        stored = layers[name].weight_stored
+        form, dense = stored.form(), decoded(stored.form())
+        own = measure(model.get_submodule(name).weight, stored.value()).sqnr_db
+        for rows in (1, 8, len(x)):
+            rounds = [part for part in x[: max(64, rows)].split(rows) if len(part) == rows]
+            found = torch.cat([choose(stored.kernels, part, rows).linear(part, form).double() for part in rounds])
+            heard = noise_db(found, torch.cat(rounds).double() @ dense.t())
+            assert heard >= min(50.0, own + 10), f"{name}, {rows} rows: {heard:.1f} dB, weights {own:.1f}"
+    assert len(given) >= 37
+
+
+def test_an_int8_layer_is_in_bytes_and_an_int4_layer_in_tiles_where_torch_has_them():
+    assert isinstance(quantized(linear(64, 64), INT8).weight_stored.form(), Bytes)
+    expected = "tiles" if features.tile_width() else "words"
+    assert quantized(linear(64, 64), INT4).weight_stored.form().name == expected

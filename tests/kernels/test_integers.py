@@ -1,0 +1,223 @@
+"""Products of int8 inputs and integer codes are exact: compared with sums in 64-bit integers."""
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewbits import QuantSpec
+from fewbits.kernels import features, integers
+from fewbits.kernels.forms import Words
+from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm
+from fewbits.kernels.reference import REFERENCE
+from fewbits.testing.kernel_setup import any_codes, as_dynamic, exact, generator
+from kernels.cases import BY_NAME, INT8, any_words, exactly, linear, normal, quantized, with_codes
+
+needs_int_mm = pytest.mark.skipif(bool(refuses_int_mm()), reason=str(refuses_int_mm()))
+WHOLE_ROWS = [
+    pytest.param(BY_NAME["int_mm"], marks=needs_int_mm, id="int_mm"),
+    pytest.param(BY_NAME["float_sums"], id="float_sums"),
+]
+GROUPED = BY_NAME["grouped_int_mm"]
+ASYMMETRIC = QuantSpec(bits=8, granularity="channel", symmetric=False)
+
+
+@pytest.fixture
+def without_bf16(monkeypatch):
+    monkeypatch.setattr(features, "has_bf16", lambda: False)
+
+
+def ends(rows, inputs):
+    """Codes of int8 inputs: rows at either end, rows that alternate, and rows of any."""
+    codes = torch.randint(-128, 128, (rows, inputs), generator=generator(5))
+    codes[0], codes[1 % rows] = -128, 127
+    codes[2 % rows, ::2], codes[2 % rows, 1::2] = 127, -128
+    return codes
+
+
+def weight_at_ends(spec, inputs):
+    codes = any_codes((33, inputs), spec, generator(6))
+    codes[::4], codes[1::4] = spec.code_min, spec.code_max
+    zero_point = None
+    if not spec.symmetric:
+        zero_point = torch.full(spec.scale_shape(33, inputs), spec.code_min, dtype=torch.int32)
+        zero_point[::3] = spec.code_max
+    return with_codes(codes, spec, torch.ones(spec.scale_shape(33, inputs)), zero_point)
+
+
+def sums(words, codes):
+    """In 64-bit integers."""
+    return codes @ words.steps().long().t()
+
+
+def with_static_scale(words):
+    """Inputs that are whole numbers are their own codes."""
+    return attrs.evolve(words, spec=attrs.evolve(words.spec, activations="static"), input_scale=torch.ones(1))
+
+
+@pytest.mark.parametrize("kernel", WHOLE_ROWS)
+@pytest.mark.parametrize("spec", [INT8, QuantSpec(bits=8, granularity="tensor"), ASYMMETRIC], ids=str)
+@pytest.mark.parametrize("inputs", [1, 15, 64, 1023, 1024, 1025, 5000, MOST_INPUTS])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_sums_of_whole_rows_are_those_of_64_bit_integers(kernel, spec, inputs, rows):
+    words, codes = with_static_scale(weight_at_ends(spec, inputs)), ends(rows, inputs)
+    assert kernel.supports(words) is None
+    found = kernel.linear(codes.float(), kernel.prepack(words))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, sums(words, codes).float())
+
+
+@needs_int_mm
+@pytest.mark.parametrize("inputs", [64, 128, 1000, 4096, MOST_INPUTS])
+def test_sums_of_groups_are_those_of_64_bit_integers(inputs, without_bf16):
+    """Scales of one make all sums whole numbers, which float32 holds as long as they are below 2**24."""
+    words = weight_at_ends(QuantSpec(bits=4, granularity="group", group_size=64), inputs)
+    words = attrs.evolve(words, input_scale=torch.ones(1))
+    codes = ends(130, inputs)
+    codes[:, 2**24 // 1024 :] = 0
+    assert GROUPED.supports(words) is None
+    assert GROUPED.takes(codes.float(), 130) is None
+    assert torch.equal(GROUPED.linear(codes.float(), GROUPED.prepack(words)), sums(words, codes).float())
+
+
+@needs_int_mm
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 96, 1000])
+def test_scaled_sums_of_groups_are_added_in_float32(group):
+    words = any_words(QuantSpec(bits=4, granularity="group", group_size=group), 200, 900 // min(group, 32) * 32)
+    x = normal(130, words.layout.columns)
+    found = GROUPED.linear(x, GROUPED.prepack(words))
+    expected, size = exact(words, x, rounds=True)
+    share = (3 + -(-words.layout.columns // 32)) * 2.0**-24
+    assert bool(((found.double() - expected).abs() <= share * size).all())
+
+
+@pytest.mark.parametrize("name", ["int_mm", "float_sums", "grouped_int_mm"])
+def test_more_products_than_fit_int32_are_refused(name):
+    bits, kernel = (4 if name == "grouped_int_mm" else 8), BY_NAME[name]
+    spec = QuantSpec(bits=bits, granularity="channel")
+    assert MOST_INPUTS == 2**16 - 1
+    assert "may not fit int32" in kernel.supports(any_words(spec, 32, MOST_INPUTS + 1))
+    assert "may not fit int32" not in str(kernel.supports(any_words(spec, 32, MOST_INPUTS)))
+
+
+@pytest.mark.parametrize("kernel", WHOLE_ROWS)
+@given(data=st.data())
+def test_whole_rows_have_the_bits_of_the_reference(kernel, data):
+    spec = QuantSpec(
+        bits=8,
+        granularity=data.draw(st.sampled_from(["tensor", "channel"])),
+        symmetric=data.draw(st.booleans()),
+        scale_dtype=data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+        activations=data.draw(st.sampled_from(["dynamic", "static"])),
+    )
+    size = st.sampled_from([1, 2, 16, 17, 33, 64, 100, 1030])
+    words = any_words(spec, data.draw(size), data.draw(size), seed=data.draw(st.integers(0, 99)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    x = normal(data.draw(st.sampled_from([1, 2, 5, 40])), words.layout.columns, dtype=dtype)
+    x = x * data.draw(st.sampled_from([1.0, 0.0, 1e-30, 100.0, 1e4]))
+    assert torch.equal(kernel.linear(x, kernel.prepack(words)).to(dtype), REFERENCE.linear(x, words))
+
+
+@pytest.mark.parametrize("kernel", WHOLE_ROWS)
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_what_is_not_finite_stays_so(kernel, activations, value):
+    words = any_words(attrs.evolve(INT8, activations=activations), 40, 50)
+    x = normal(5, 50)
+    x[1, 7], x[3, 0] = value, -value
+    found, expected = kernel.linear(x, kernel.prepack(words)), REFERENCE.linear(x, words)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_layers_have_the_bits_of_the_reference_under_every_setting(dtype, bias, activations, granularity):
+    spec = QuantSpec(bits=8, granularity=granularity, activations=activations)
+    module = quantized(linear(96, 128, bias=bias), spec)
+    for rows in (1, 5, 300):
+        x = normal(rows, 128, dtype=dtype)
+        with torch.no_grad():
+            assert torch.equal(module(x), exactly(module)(x))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_fewer_bits_with_int8_inputs_have_the_bits_of_the_reference(bits, without_bf16):
+    module = quantized(linear(96, 256), QuantSpec(bits=bits, granularity="channel", activations="dynamic"))
+    for rows in (1, 200):
+        with torch.no_grad():
+            assert torch.equal(module(normal(rows, 256)), exactly(module)(normal(rows, 256)))
+
+
+def int8_layer(kernel, inputs=2048):
+    module = quantized(linear(64, inputs), attrs.evolve(INT8, activations="dynamic"), compute="exact")
+    expected = module(normal(40, inputs)).detach()
+    module.weight_stored.prepack("auto", [kernel])
+    return module, expected
+
+
+@pytest.mark.parametrize("kernel", WHOLE_ROWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_autocast_does_not_round_the_sums(kernel, dtype):
+    module, expected = int8_layer(kernel)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(module(normal(40, 2048)), expected)
+
+
+@torch.no_grad()
+def test_float_sums_step_aside_where_torch_may_round_factors():
+    module, expected = int8_layer(BY_NAME["float_sums"])
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            assert "may round" in BY_NAME["float_sums"].takes(normal(2, 2048), 2)
+            assert torch.equal(module(normal(40, 2048)), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("kernel", [*WHOLE_ROWS, pytest.param(GROUPED, marks=needs_int_mm, id="grouped_int_mm")])
+def test_the_default_dtype_changes_nothing(kernel):
+    spec = QuantSpec(bits=4, granularity="group", group_size=64) if kernel is GROUPED else INT8
+    words, x = any_words(spec, 64, 128), normal(130, 128)
+    form = kernel.prepack(words)
+    expected = kernel.linear(x, form)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = kernel.linear(x, form)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kernel", [*WHOLE_ROWS, pytest.param(GROUPED, marks=needs_int_mm, id="grouped_int_mm")])
+def test_another_default_device_changes_nothing(kernel):
+    spec = QuantSpec(bits=4, granularity="group", group_size=64) if kernel is GROUPED else INT8
+    words, x = any_words(spec, 64, 128), normal(130, 128)
+    expected = kernel.linear(x, kernel.prepack(words))
+    with torch.device("meta"):
+        assert torch.equal(kernel.linear(x, kernel.prepack(words)), expected)
+
+
+def test_rounding_inputs_without_being_asked_to_is_what_dynamic_does():
+    words, x = any_words(INT8, 40, 64), normal(9, 64)
+    kernel = BY_NAME["float_sums"]
+    assert torch.equal(kernel.linear(x, kernel.prepack(words)), REFERENCE.linear(x, as_dynamic(words)))
+
+
+def test_zero_points_and_sums_cannot_overflow_together():
+    assert 2 * 128 * 128 * MOST_INPUTS < 2**31
+    assert integers.EXACT_IN_FLOAT * 128 * 128 <= 2**24
+
+
+@needs_int_mm
+def test_zero_points_are_not_for_groups():
+    spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
+    assert GROUPED.supports(any_words(spec, 64, 64)) == "it has no zero points"
+    assert isinstance(any_words(spec, 64, 64), Words)

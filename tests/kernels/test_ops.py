@@ -1,0 +1,219 @@
+"""One layer as one operation: what compilers are told of it is what it does."""
+
+import json
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import fewbits
+from fewbits import QuantSpec
+from fewbits.kernels import features, ops
+from fewbits.kernels.choose import KERNELS
+from fewbits.kernels.forms import Bytes, Tiles, Words
+from fewbits.testing.kernel_setup import exact
+from kernels.cases import BY_NAME, INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
+
+SPECS = [
+    INT8,
+    QuantSpec(bits=8, granularity="tensor"),
+    QuantSpec(bits=8, granularity="channel", symmetric=False),
+    QuantSpec(bits=8, granularity="group", group_size=64),
+    INT4,
+    QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False),
+    QuantSpec(bits=8, granularity="channel", activations="dynamic"),
+    QuantSpec(bits=8, granularity="channel", activations="static"),
+]
+
+
+def forms_of(words):
+    """The weight in every form that can hold it."""
+    yield from (form.of(words) for form in (Words, Bytes, Tiles) if form.refuses(words) is None)
+
+
+def arguments(form, compute="auto"):
+    return list(form.tensors().values()), ops.describe(form, compute, KERNELS)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(), (1,), (200,), (2, 3)], ids=str)
+def test_the_operation_is_what_it_says(spec, dtype, rows):
+    """Odd sizes: what a kernel fills up must not be seen. Shapes, strides and aliases are compared with the fake's."""
+    for form in forms_of(any_words(spec, 100, 130)):
+        x = normal(*rows, 130, dtype=dtype)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.fewbits.linear.default, (x, *arguments(form)), test_utils=tests)
+
+
+@pytest.mark.parametrize("spec", [INT8, INT4, SPECS[-1]], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_the_operation_can_be_differentiated_and_traced(spec):
+    for form in forms_of(any_words(spec, 100, 130)):
+        x = normal(5, 130).requires_grad_()
+        torch.library.opcheck(torch.ops.fewbits.linear.default, (x, *arguments(form)))
+
+
+@pytest.mark.parametrize("spec", [INT8, INT4, SPECS[-1]], ids=str)
+def test_the_gradient_is_an_operation_too(spec):
+    for form in forms_of(any_words(spec, 100, 130)):
+        x, grad = normal(2, 5, 130), normal(2, 5, 100)
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(torch.ops.fewbits.linear_gradient.default, (grad, x, *arguments(form)), test_utils=tests)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@torch.no_grad()
+def test_the_operation_has_the_bits_of_the_layer(spec):
+    module = quantized(linear(100, 130, bias=False), spec)
+    stored = module.weight_stored
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows in (1, 20, 200):
+            x = normal(rows, 130, dtype=dtype)
+            found = torch.ops.fewbits.linear(x, stored.form_tensors(), stored.description)
+            assert found.dtype == torch.float32
+            assert torch.equal(found.to(dtype), module(x))
+    assert torch.ops.fewbits.linear(normal(0, 130), stored.form_tensors(), stored.description).shape == (0, 100)
+
+
+@pytest.mark.parametrize("names", [["int4pack_mm"], ["tile_blocks"], []], ids=str)
+@torch.no_grad()
+def test_the_operation_chooses_from_the_kernels_that_the_layer_has(names):
+    module = quantized(linear(100, 130, bias=False), INT4)
+    fewbits.set_compute(module, "auto", [BY_NAME[name] for name in names])
+    for rows in (1, 200):
+        expected = module(normal(rows, 130))
+        with torch.enable_grad():
+            found = module(normal(rows, 130).requires_grad_())
+        assert torch.equal(found, expected)
+
+
+def test_a_description_is_plain_text_without_the_weight():
+    form = Bytes.of(any_words(INT8, 100, 130))
+    fields = json.loads(ops.describe(form, "auto", KERNELS))
+    assert fields["form"] == "bytes"
+    assert fields["tensors"] == ["signed", "scale"]
+    assert QuantSpec.__name__ not in json.dumps(fields)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@torch.no_grad()
+def test_tiles_of_another_instruction_set_are_computed_right(symmetric, monkeypatch):
+    """A program that was exported on a CPU with another width of tiles."""
+    own = features.tile_width()
+    words, x = any_words(attrs.evolve(INT4, symmetric=symmetric), 130, 192), normal(200, 192)
+    for width in features.WIDTHS:
+        monkeypatch.setattr(features, "tile_width", lambda width=width: width)
+        form = Tiles.of(words)
+        assert form.width == width
+        monkeypatch.setattr(features, "tile_width", lambda: own)
+        for rows in (1, 3, 200):
+            found = torch.ops.fewbits.linear(x[:rows], *arguments(form))
+            assert noise_db(found, exact(words, x[:rows], rounds=False)[0]) > 45
+            if width != own:
+                assert BY_NAME["int4pack_mm"].supports(form) is not None
+
+
+@torch.no_grad()
+def test_forms_that_this_cpu_would_not_choose_are_computed_right(monkeypatch):
+    """Of a program that was exported where kernels were others."""
+    for spec in (INT8, INT4):
+        words, x = any_words(spec, 130, 192), normal(60, 192)
+        described = [(form, arguments(form)) for form in forms_of(words)]
+        for name in ("has_bf16", "has_int8pack", "tile_width", "int_mm_is_exact", "has_vnni"):
+            monkeypatch.setattr(features, name, lambda: None)
+        for form, given in described:
+            found = torch.ops.fewbits.linear(x, *given)
+            assert noise_db(found, exact(words, x, rounds=False)[0]) > 45, form.name
+        monkeypatch.undo()
+
+
+# Whole models; compilers are slow.
+
+
+class Block(nn.Module):
+    """Layers in several forms, with a residual and a reshape between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = linear(96, 64), linear(64, 96, bias=False), linear(70, 64)
+
+    def forward(self, x):
+        x = x + self.down(torch.relu(self.up(x)))
+        return self.head(x).unflatten(-1, (7, 10)).flatten(-2)
+
+
+@pytest.fixture(params=[INT8, INT4, SPECS[-2]], ids=str)
+def block(request):
+    torch._dynamo.reset()
+    yield quantized(Block(), request.param)
+    torch._dynamo.reset()
+
+
+compiler = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@compiler
+@torch.no_grad()
+def test_a_graph_holds_one_operation_for_a_layer(block):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (2, 3, 60, 200):
+        x = normal(rows, 64)
+        assert torch.equal(compiled(x), block(x))
+    assert len(graphs) == 1
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("fewbits" in name for name in called) == 3
+
+
+@pytest.mark.slow
+@compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_layers_compute_the_same(block, dtype):
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    block.to(dtype)
+    with torch.no_grad():
+        for rows in (2, 3, 60, 200):
+            x = normal(rows, 64, dtype=dtype)
+            assert noise_db(compiled(x), block(x)) > (100 if dtype == torch.float32 else 40)
+    x, y = (normal(5, 64, dtype=dtype).requires_grad_() for _ in range(2))
+    compiled(x).square().sum().backward()
+    block(y).square().sum().backward()
+    assert noise_db(x.grad, y.grad) > (80 if dtype == torch.float32 else 30)
+
+
+@compiler
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@torch.no_grad()
+def test_exported_programs_compute_the_same_when_they_are_loaded_again(block, strict, tmp_path):
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    program = torch.export.export(block, (normal(8, 64),), dynamic_shapes=({0: rows},), strict=strict)
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    for count in (2, 60, 200):
+        x = normal(count, 64)
+        assert torch.equal(loaded(x), block(x))
+        assert noise_db(loaded(x), exactly(block)(x)) > 30
+
+
+@compiler
+@torch.no_grad()
+def test_exported_programs_do_not_hold_float_weights(tmp_path):
+    module = quantized(linear(512, 512, bias=False), INT8)
+    torch.export.save(torch.export.export(module, (normal(8, 512),)), tmp_path / "program.pt2")
+    assert (tmp_path / "program.pt2").stat().st_size < 1.5 * 512 * 512
+
+
+@compiler
+@torch.no_grad()
+def test_what_was_exported_in_the_exact_setting_is_the_reference(block, tmp_path):
+    plain = exactly(block)
+    program = torch.export.export(plain, (normal(8, 64),))
+    assert "fewbits" not in str(program.graph)
+    assert torch.equal(program.module()(normal(8, 64)), plain(normal(8, 64)))
