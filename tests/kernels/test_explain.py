@@ -7,7 +7,7 @@ from torch import nn
 import fewbits
 from fewbits import ArgumentError
 from fewbits.kernels.choose import KERNELS
-from kernels.cases import INT4, INT8, Of, linear, normal, quantized
+from kernels.kernel_cases import INT4, INT8, Of, linear, normal, quantized
 
 
 @pytest.fixture

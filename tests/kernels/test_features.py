@@ -12,7 +12,7 @@ import torch
 
 from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
-from kernels.cases import BY_NAME, INT4, INT8, any_words
+from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words
 
 PROBES = [features.tile_width, features.has_int8pack, features.int_mm_is_exact, features.has_bf16, features.has_vnni]
 TESTS = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ sys.path.insert(0, {tests!r})
 from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
 from fewbits.testing import check_kernel
-from kernels.cases import INT4, INT8, any_words
+from kernels.kernel_cases import INT4, INT8, any_words
 
 codes = torch.full((16, 256), -128, dtype=torch.int8)
 x = torch.full((4, 256), 127, dtype=torch.int8)

@@ -12,7 +12,7 @@ from fewbits.kernels.forms import TABLE_GROUPS, Bytes, Tiles, Words, table_group
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits
 from fewbits.testing.kernel_setup import decoded
-from kernels.cases import any_words
+from kernels.kernel_cases import any_words
 
 SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 130, 257])
 GROUPS = st.sampled_from([32, 33, 40, 64, 128, 256, 1000])

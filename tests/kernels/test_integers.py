@@ -12,7 +12,7 @@ from fewbits.kernels.forms import Words
 from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm
 from fewbits.kernels.reference import REFERENCE
 from fewbits.testing.kernel_setup import any_codes, as_dynamic, exact, generator
-from kernels.cases import BY_NAME, INT8, any_words, exactly, linear, normal, quantized, with_codes
+from kernels.kernel_cases import BY_NAME, INT8, any_words, exactly, linear, normal, quantized, with_codes
 
 needs_int_mm = pytest.mark.skipif(bool(refuses_int_mm()), reason=str(refuses_int_mm()))
 WHOLE_ROWS = [
@@ -58,7 +58,7 @@ def with_static_scale(words):
 
 @pytest.mark.parametrize("kernel", WHOLE_ROWS)
 @pytest.mark.parametrize("spec", [INT8, QuantSpec(bits=8, granularity="tensor"), ASYMMETRIC], ids=str)
-@pytest.mark.parametrize("inputs", [1, 15, 64, 1023, 1024, 1025, 5000, MOST_INPUTS])
+@pytest.mark.parametrize("inputs", [9, 15, 64, 1023, 1024, 1025, 5000, MOST_INPUTS])
 @pytest.mark.parametrize("rows", [1, 3, 17])
 def test_sums_of_whole_rows_are_those_of_64_bit_integers(kernel, spec, inputs, rows):
     words, codes = with_static_scale(weight_at_ends(spec, inputs)), ends(rows, inputs)
@@ -94,8 +94,9 @@ def test_scaled_sums_of_groups_are_added_in_float32(group):
 
 @pytest.mark.parametrize("name", ["int_mm", "float_sums", "grouped_int_mm"])
 def test_more_products_than_fit_int32_are_refused(name):
-    bits, kernel = (4 if name == "grouped_int_mm" else 8), BY_NAME[name]
-    spec = QuantSpec(bits=bits, granularity="channel")
+    kernel, spec = BY_NAME[name], INT8
+    if name == "grouped_int_mm":
+        spec = QuantSpec(bits=4, granularity="group", group_size=64)
     assert MOST_INPUTS == 2**16 - 1
     assert "may not fit int32" in kernel.supports(any_words(spec, 32, MOST_INPUTS + 1))
     assert "may not fit int32" not in str(kernel.supports(any_words(spec, 32, MOST_INPUTS)))

@@ -13,7 +13,7 @@ from fewbits.kernels import features, ops
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.forms import Bytes, Tiles, Words
 from fewbits.testing.kernel_setup import exact
-from kernels.cases import BY_NAME, INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
+from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
 
 SPECS = [
     INT8,

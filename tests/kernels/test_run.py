@@ -8,7 +8,7 @@ from torch import nn
 
 import fewbits
 from fewbits.kernels.run import chosen
-from kernels.cases import INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
+from kernels.kernel_cases import INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
 
 INPUTS = 128
 SPECS = [

@@ -11,7 +11,7 @@ from fewbits import ArgumentError
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.forms import Words
 from fewbits.numerics.tensor import same_bits
-from kernels.cases import BY_NAME, INT4, INT8, Of, exactly, linear, normal, quantized
+from kernels.kernel_cases import BY_NAME, INT4, INT8, Of, exactly, linear, normal, quantized
 
 WRONG = ["fast", "", None, 8, True, "AUTO", ["auto"]]
 

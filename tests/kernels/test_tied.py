@@ -11,7 +11,7 @@ import fewbits
 from fewbits import QuantSpec
 from fewbits.kernels import features
 from fewbits.numerics.tensor import same_bits
-from kernels.cases import INT8, Of, exactly, noise_db, normal
+from kernels.kernel_cases import INT8, Of, exactly, noise_db, normal
 
 SPECS = [
     INT8,

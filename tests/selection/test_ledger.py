@@ -54,7 +54,8 @@ def test_bytes_before_are_those_of_the_distinct_storages(model, quantizer, inpla
 @given(random_models(), SCHEMES, st.booleans())
 def test_bytes_after_are_those_of_the_result_and_of_the_file(model, quantizer, inplace):
     quantizer.prepare(model, inplace=inplace)
-    held = distinct_bytes(named_tensors(quantizer.convert()).values())
+    # The forms that kernels read are filled up to whole rows of bytes and tiles.
+    held = distinct_bytes(named_tensors(quantizer.convert(compute="exact")).values())
     shapes = sum(8 * len(row.shape) for row in quantizer.ledger if row.fate == "quantized")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

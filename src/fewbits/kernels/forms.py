@@ -181,8 +181,15 @@ class Bytes(Form):
 
     @classmethod
     def refuses(cls, weight: Form) -> str | None:
-        """Why not: it has codes of 8 bits, of a matrix."""
-        return refuses_any(weight) or (None if weight.spec.bits == 8 else f"codes of {weight.spec.bits} bits, not 8")
+        """Why not: it has codes of 8 bits, of a matrix whose rows are not too short."""
+        rows, columns = weight.layout.matrix_shape
+        if reason := refuses_any(weight):
+            return reason
+        if weight.spec.bits != 8:
+            return f"codes of {weight.spec.bits} bits, not 8"
+        if filled_up(columns, cls.MULTIPLE) > 2 * columns:
+            return f"filled up to {cls.MULTIPLE}, {rows} rows of {columns} would take more than twice the memory"
+        return None
 
     @classmethod
     def of(cls, weight: Form, *, over: bool = False) -> Bytes:

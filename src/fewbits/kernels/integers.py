@@ -109,8 +109,8 @@ class GroupedIntMM(Integers[Tiles]):
         """What `Tiles` can hold, symmetric."""
         if not weight.spec.symmetric:
             return "it has no zero points"
-        if weight.spec.activations:
-            return "it scales the sums of groups, and the scheme has one scale a row"
+        if weight.spec.granularity != "group":
+            return "it scales the sums of groups, and a row has one scale"
         return super().supports(weight) or refuses_int_mm()
 
     def takes(self, x: Tensor, rows: int) -> str | None:

@@ -122,7 +122,7 @@ class QuantizedModule(nn.Module):
     ) -> None:
         others = dict(state_dict)
         for name, stored in stored_weights(self).items():
-            keys = {suffix: prefix + name + suffix for suffix in stored.parts()}
+            keys = {suffix: prefix + name + suffix for suffix in stored.suffixes}
             missing = [key for key in keys.values() if key not in others]
             parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
             if missing:

@@ -68,6 +68,11 @@ class StoredWeight(nn.Module, ABC):
     def parts(self) -> dict[str, Tensor]:
         """The tensors a state dict holds, by what follows the parameter's name in their keys."""
 
+    @property
+    @abstractmethod
+    def suffixes(self) -> list[str]:
+        """What follows the parameter's name in the keys of `parts`."""
+
     def parts_in(self, destination: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
         """The same, detached, to be put under this key."""
         return {suffix: part.detach() for suffix, part in self.parts().items()}
@@ -200,8 +205,7 @@ class PackedWeight(StoredWeight):
 
     def _hold(self, form: Form) -> None:
         """Keep the tensors of a form as buffers, in the place of those that were there."""
-        names = (*form.data, "scale", "zero_point", "input_scale")
-        self._buffers = {name: getattr(form, name) for name in names}
+        self._buffers = _buffers_of(form)
         self._remember(form)
 
     def how(self) -> list[Any]:
@@ -218,7 +222,7 @@ class PackedWeight(StoredWeight):
 
     @property
     def suffixes(self) -> list[str]:
-        """What follows the parameter's name in the keys of a state dict."""
+        """What follows the parameter's name in the keys of `parts`."""
         return [f"_{name}" for name in part_shapes(self.layout, self.spec, self.dtype)]
 
     def parts_in(self, destination: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
@@ -276,9 +280,8 @@ class PackedWeight(StoredWeight):
 
     # Copies and pickles hold the canonical form. Whoever reads one takes the form that suits its own CPU.
     def __getstate__(self) -> dict[str, Any]:
-        canonical = PackedWeight(self.value()).__dict__
         return self.__dict__ | {
-            "_buffers": canonical["_buffers"],
+            "_buffers": _buffers_of(Words.of(self.form())),
             "kernels": (),
             "description": None,
             "_made": ((), None),
@@ -312,6 +315,11 @@ class CastWeight(StoredWeight):
     def parts(self) -> dict[str, Tensor]:
         """The narrow tensor, under the parameter's own name."""
         return {"": self.narrow}
+
+    @property
+    def suffixes(self) -> list[str]:
+        """None: the key is the parameter's own name."""
+        return [""]
 
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
         """Take over another tensor of the same shape and dtype."""
@@ -347,3 +355,7 @@ class CastWeight(StoredWeight):
 def store(value: QuantizedTensor | Tensor, dtype: torch.dtype) -> StoredWeight:
     """The module that holds this value in the place of a weight of `dtype`."""
     return PackedWeight(value) if isinstance(value, QuantizedTensor) else CastWeight(value, dtype)
+
+
+def _buffers_of(form: Form) -> dict[str, Tensor | None]:
+    return {name: getattr(form, name) for name in (*form.data, "scale", "zero_point", "input_scale")}
