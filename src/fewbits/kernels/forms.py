@@ -266,24 +266,25 @@ class Tiles(Form):
         rows, columns = weight.layout.matrix_shape
         group, width = table_group(weight.spec, columns), features.tile_width() or max(features.WIDTHS)
         tall, wide = filled_up(rows, width) // width, filled_up(columns, group)
+        # What stays is allocated first, and what is only needed meanwhile lies behind it: no holes between the layers.
         tiles = _memory(weight, over, tall, wide, width // 2)
+        table = tiles.new_zeros((wide // group, tall * width, 2), dtype=torch.bfloat16)
+        scale, zero_point = weight.params(slice(None))
+        spread(scale, weight, group, table[..., 0])
+        if zero_point is not None:
+            spread(-zero_point * scale.float(), weight, group, table[..., 1])
         for first in range(0, tall, step := max(1, block_rows(wide) // width)):
             count = min(step, tall - first)
             even, odd = _joined(weight, first * width, count, width, wide)
             columns_in_pairs = tiles[first : first + count].view(count, wide // 2, 2, width // 2)
             columns_in_pairs[:, :, 0] = even.transpose(1, 2)
             columns_in_pairs[:, :, 1] = odd.transpose(1, 2)
-        scale, zero_point = weight.params(slice(None))
-        table = tiles.new_zeros((wide // group, tall * width, 2), dtype=torch.bfloat16)
-        table[..., 0] = spread(scale, weight, wide // group, group, tall * width)
-        if zero_point is not None:
-            table[..., 1] = spread(-zero_point * scale.float(), weight, wide // group, group, tall * width)
         return cls(tiles=tiles, table=table, **shared(weight))
 
     def of_groups(self, params: Tensor) -> Tensor:
         """Scales or the like, (rows, groups) or (1,), for the groups of the table: float32, (groups, rows filled)."""
         groups, tall, _ = self.table.shape
-        return spread(params, self, groups, self.group, tall)
+        return spread(params, self, self.group, params.new_zeros((groups, tall), dtype=torch.float32))
 
     def codes(self, where: Rows) -> Tensor:
         """Unsigned codes of some rows."""
@@ -325,14 +326,15 @@ def table_group(spec: QuantSpec, columns: int) -> int:
     return min(fitting, key=lambda g: -(-columns // g) * (g // 2 + 4))
 
 
-def spread(params: Tensor, weight: Form, groups: int, group: int, tall: int) -> Tensor:
-    """Scales or the like, (rows, groups) or (1,), for the groups of a table: float32, (groups, rows filled up)."""
+def spread(params: Tensor, weight: Form, group: int, out: Tensor) -> Tensor:
+    """Write scales or the like, (rows, groups) or (1,), of each `group` columns to `out`: (groups, rows filled up)."""
     rows, columns = weight.layout.matrix_shape
-    first = torch.arange(groups, device=params.device) * group
-    of_table = first.clamp(max=columns - 1) // weight.spec.width(columns)
-    filled = params.new_zeros((groups, tall), dtype=torch.float32)
-    filled[:, :rows] = params.expand(rows, -1)[:, of_table].t()
-    return filled
+    params = params.expand(rows, -1)
+    if params.shape[1] != out.shape[0]:
+        first = torch.arange(out.shape[0], device=params.device) * group
+        params = params[:, first.clamp(max=columns - 1) // weight.spec.width(columns)]
+    out[:, :rows] = params.t()
+    return out
 
 
 def refuses_any(weight: Form) -> str | None:
