@@ -75,7 +75,7 @@ def has_int8pack() -> bool | None:
 @_tried
 def int_mm_is_exact() -> bool | None:
     """Whether ``_int_mm`` is exact for codes at their extremes: without VNNI, pairs of products may saturate."""
-    for rows, inputs, outputs in ((1, 256, 64), (5, 64, 65), (64, 512, 32), (33, 1024, 16)):
+    for rows, inputs, outputs in ((1, 256, 64), (5, 64, 65), (64, 512, 32), (33, 1024, 16), (64, 256, 1), (65, 64, 5)):
         x = torch.full((rows, inputs), 127, dtype=torch.int8)
         x[::2] = -128
         weight = torch.full((outputs, inputs), -128, dtype=torch.int8)

@@ -22,6 +22,8 @@ _F = TypeVar("_F", bound=Form)
 MOST_INPUTS = (2**31 - 1) // (2 * 128 * 128)
 #: So many products of two bytes add up to a whole number that float32 holds, in whatever order they are added.
 EXACT_IN_FLOAT = 2**24 // (128 * 128)
+#: Up to so many rows of inputs, turning the sums round takes less than laying out the weight.
+FEW_ROWS = 64
 #: Outputs whose groups are summed together: their sums stay in a cache.
 OUTPUTS = 512
 #: Elements of a block of weights that is summed at a time.
@@ -62,7 +64,7 @@ class IntMM(Integers[Bytes]):
     def linear(self, x: Tensor, weight: Bytes) -> Tensor:
         """One integer product."""
         codes, x_scale = rounded(x, weight, weight.signed.shape[1])
-        sums = torch._int_mm(codes, weight.signed.t())
+        sums = product(codes, weight.signed)
         if (zero_point := weight.params(slice(None))[1]) is not None:
             sums -= codes.sum(1, dtype=torch.int32, keepdim=True) * zero_point.flatten()
         return sums.float().mul_(x_scale).mul_(weight.row_scale)
@@ -138,6 +140,14 @@ class GroupedIntMM(Integers[Tiles]):
                 sums = torch._int_mm(part, steps[:, index * group : (index + 1) * group].t())
                 output[:, columns].addcmul_(sums, scales[index, columns])
         return output[:, : weight.layout.rows].mul_(x_scale)
+
+
+def product(codes: Tensor, signed: Tensor) -> Tensor:
+    """Sums of products of int8 inputs, (rows, columns), and codes, (outputs, columns): int32, (rows, outputs)."""
+    if codes.shape[0] > FEW_ROWS:
+        return torch._int_mm(codes, signed.t())
+    # The second factor is laid out anew at every call: better the inputs than the weight.
+    return torch._int_mm(signed, codes.t()).t().contiguous()
 
 
 def refuses_int_mm() -> str | None:
