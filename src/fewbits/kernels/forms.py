@@ -273,12 +273,12 @@ class Tiles(Form):
         spread(scale, weight, group, table[..., 0])
         if zero_point is not None:
             spread(-zero_point * scale.float(), weight, group, table[..., 1])
-        for first in range(0, tall, step := max(1, block_rows(wide) // width)):
+        for first in range(0, tall, step := _BLOCKS_AT_ONCE * max(1, block_rows(wide) // width)):
             count = min(step, tall - first)
             even, odd = _joined(weight, first * width, count, width, wide)
             columns_in_pairs = tiles[first : first + count].view(count, wide // 2, 2, width // 2)
-            columns_in_pairs[:, :, 0] = even.transpose(1, 2)
-            columns_in_pairs[:, :, 1] = odd.transpose(1, 2)
+            _turn(even, columns_in_pairs[:, :, 0])
+            _turn(odd, columns_in_pairs[:, :, 1])
         return cls(tiles=tiles, table=table, **shared(weight))
 
     def of_groups(self, params: Tensor) -> Tensor:
@@ -303,6 +303,9 @@ class Tiles(Form):
 
 #: The groups that ``_weight_int4pack_mm_for_cpu`` knows, the widest first.
 TABLE_GROUPS = (256, 128, 64, 32)
+
+#: How many of the usual blocks are laid out as tiles at a time: they are halves of bytes, and calls cost too.
+_BLOCKS_AT_ONCE = 8
 
 FORMS: Mapping[str, type[Form]] = {form.name: form for form in (Words, Bytes, Tiles)}
 
@@ -369,6 +372,14 @@ def _joined(weight: Form, first: int, tiles: int, width: int, wide: int) -> tupl
     low, high = codes.reshape(tiles, 2, width // 2, wide).unbind(1)
     both = low | high << 4
     return both[..., ::2], both[..., 1::2]
+
+
+def _turn(x: Tensor, out: Tensor) -> None:
+    """Write (tiles, rows, columns) of bytes to `out`, (tiles, columns, rows); the columns are a multiple of 8."""
+    # Eight bytes at a time, then within those eight: less than half the time that single bytes take.
+    tiles, rows, columns = x.shape
+    eights = x.contiguous().view(torch.int64).transpose(1, 2).contiguous().view(torch.uint8)
+    out.unflatten(1, (columns // 8, 8)).copy_(eights.view(tiles, columns // 8, rows, 8).transpose(2, 3))
 
 
 def _memory(weight: Form, over: bool, *shape: int) -> Tensor:

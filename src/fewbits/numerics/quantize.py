@@ -23,7 +23,7 @@ ChooseParams = Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
 
 #: How many of the usual blocks are quantized at a time: fewer results are made of them than elsewhere, and each block
 #: costs some fifty calls of torch, however large it is.
-_BLOCKS_AT_ONCE = 2
+_BLOCKS_AT_ONCE = 4
 
 
 def min_max(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
