@@ -379,7 +379,7 @@ def _turn(x: Tensor, out: Tensor) -> None:
     # Eight bytes at a time, then within those eight: less than half the time that single bytes take.
     tiles, rows, columns = x.shape
     eights = x.contiguous().view(torch.int64).transpose(1, 2).contiguous().view(torch.uint8)
-    out.unflatten(1, (columns // 8, 8)).copy_(eights.view(tiles, columns // 8, rows, 8).transpose(2, 3))
+    out.view(tiles, columns // 8, 8, rows).copy_(eights.view(tiles, columns // 8, rows, 8).transpose(2, 3))
 
 
 def _memory(weight: Form, over: bool, *shape: int) -> Tensor:
