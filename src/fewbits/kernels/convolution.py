@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.kernels.forms import Form
-from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm
+from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm, sums_of_products
 
 
 def refuses_patches(module: Any, weight: Form) -> str | None:
@@ -43,8 +43,8 @@ def sums_of_patches(codes: Tensor, module: Any, weight: Form) -> Tensor:
     signed = (weight.codes(slice(None)) ^ 0x80).view(torch.int8).view(weight.layout.shape).movedim(1, -1)
     # A view in which rows overlap is multiplied wrongly.
     rows = patches.reshape(math.prod(outputs), -1).contiguous()
-    product = torch._int_mm(rows, signed.reshape(len(signed), -1).t())
-    return product.view(*outputs, -1).movedim(-1, 1)
+    sums = sums_of_products(rows, signed.reshape(len(signed), -1))
+    return sums.view(*outputs, -1).movedim(-1, 1)
 
 
 def _patches(x: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

@@ -64,7 +64,7 @@ class IntMM(Integers[Bytes]):
     def linear(self, x: Tensor, weight: Bytes) -> Tensor:
         """One integer product."""
         codes, x_scale = rounded(x, weight, weight.signed.shape[1])
-        sums = product(codes, weight.signed)
+        sums = sums_of_products(codes, weight.signed)
         if (zero_point := weight.params(slice(None))[1]) is not None:
             sums -= codes.sum(1, dtype=torch.int32, keepdim=True) * zero_point.flatten()
         return sums.float().mul_(x_scale).mul_(weight.row_scale)
@@ -142,7 +142,7 @@ class GroupedIntMM(Integers[Tiles]):
         return output[:, : weight.layout.rows].mul_(x_scale)
 
 
-def product(codes: Tensor, signed: Tensor) -> Tensor:
+def sums_of_products(codes: Tensor, signed: Tensor) -> Tensor:
     """Sums of products of int8 inputs, (rows, columns), and codes, (outputs, columns): int32, (rows, outputs)."""
     if codes.shape[0] > FEW_ROWS:
         return torch._int_mm(codes, signed.t())
