@@ -103,7 +103,7 @@ def test_every_kernel_before_it_has_a_reason(compute):
 
 
 def test_reasons_are_what_kernels_say():
-    module = quantized(linear(100, 130), INT8)
+    module = quantized(linear(200, 130), INT8)
     (row,) = fewbits.explain(module, normal(500, 130)).rows
     assert "500 rows are more than" in row.refused["int8pack_mm"]
     assert row.refused["float_sums"] == "compute is 'auto', and the scheme leaves inputs as they are"
@@ -120,7 +120,7 @@ def test_an_input_without_rows_is_no_refusal_of_a_form():
 
 
 def test_it_prints_a_table_and_notes():
-    model = nn.Sequential(quantized(linear(100, 130), INT8), quantized(linear(64, 100), INT4))
+    model = nn.Sequential(quantized(linear(200, 130), INT8), quantized(linear(64, 200), INT4))
     text = str(fewbits.explain(model, normal(500, 130)))
     assert "0.weight" in text
     assert "1.weight" in text

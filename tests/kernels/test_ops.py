@@ -71,10 +71,10 @@ def test_the_operation_has_the_bits_of_the_layer(spec):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows in (1, 20, 200):
             x = normal(rows, 130, dtype=dtype)
-            found = torch.ops.fewbits.linear(x, stored.form_tensors(), stored.description)
+            found = torch.ops.fewbits.linear(x, stored.laid().tensors, stored.laid().description)
             assert found.dtype == torch.float32
             assert torch.equal(found.to(dtype), module(x))
-    assert torch.ops.fewbits.linear(normal(0, 130), stored.form_tensors(), stored.description).shape == (0, 100)
+    assert torch.ops.fewbits.linear(normal(0, 130), stored.laid().tensors, stored.laid().description).shape == (0, 100)
 
 
 @pytest.mark.parametrize("names", [["int4pack_mm"], ["tile_blocks"], []], ids=str)

@@ -127,7 +127,8 @@ def test_the_bound_is_that_of_fractions(problem):
     for (w, _, s), bound in zip(elements(weight, q), bounds, strict=True):
         expected = bound_of(w, s, spec.levels) + abs(w) / 2**23
         # On a level itself, as far as a quotient in float64 can tell, it is the distance to either neighbour.
-        steps, near = [Fraction(level) * s for level in spec.levels], abs(w) / 2**50
+        # A quotient below the smallest subnormal number tells nothing.
+        steps, near = [Fraction(level) * s for level in spec.levels], abs(w) / 2**50 + s * Fraction(2) ** -1074
         around = [high - low for low, high in pairwise(steps) if low - near <= w <= high + near]
         least, most = (min(around) / 2, max(around) / 2 + abs(w) / 2**23) if around[1:] else (expected, expected)
         assert float(least) * (1 - 1e-9) <= bound <= float(most) * (1 + 1e-9)

@@ -15,11 +15,12 @@ from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
+from fewbits.kernels.forms import Words
 from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.compute import set_compute
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
-from fewbits.nn.stored import StoredWeight, store
+from fewbits.nn.stored import PackedWeight, StoredWeight, store
 from fewbits.nn.swap import attach, refuse_quantized
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
@@ -95,7 +96,8 @@ def load(
 
 def _let_go(model: nn.Module, values: Sequence[Value]) -> None:
     """Copy what still aliases the file if some weights do not any more: the whole file would stay in memory for it."""
-    if not any(isinstance(module, StoredWeight) and module.description for module in model.modules()):
+    weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    if all(isinstance(weight.form(), Words) for weight in weights):
         return
     parts = [value.parts().values() if isinstance(value, QuantizedTensor) else [value] for value in values]
     mapped = {tensor.untyped_storage().data_ptr() for tensors in parts for tensor in tensors}

@@ -130,7 +130,7 @@ def decoded_blocks(x: Tensor, weight: Form) -> Tensor:
 
 def product_dtype(weight: Form) -> torch.dtype:
     """The dtype in which blocks are multiplied."""
-    exact = weight.spec.bits > 4 and refuses_bf16(weight)
+    exact = weight.spec.bits == 8 and refuses_bf16(weight)
     return torch.bfloat16 if features.has_bf16() and not exact else torch.float32
 
 

@@ -135,14 +135,7 @@ class Words(Form):
     @classmethod
     def of_value(cls, value: QuantizedTensor) -> Words:
         """A value as a form; it shares the tensors."""
-        return cls(
-            packed=value.packed,
-            scale=value.scale,
-            zero_point=value.zero_point,
-            input_scale=value.input_scale,
-            spec=value.spec,
-            layout=value.layout,
-        )
+        return cls(packed=value.packed, **shared(value))
 
     def words(self) -> Tensor:
         """The words themselves."""
@@ -290,7 +283,7 @@ class Tiles(Form):
         """Unsigned codes of some rows."""
         half, columns = self.tiles.shape[2], self.layout.columns
         if isinstance(where, Tensor):
-            row = taken(torch.arange(self.layout.rows), where)
+            row = taken(torch.arange(self.layout.rows, device=where.device), where)
             lane = row % self.width
             byte = self.tiles.transpose(1, 2)[row // self.width, lane % half, :columns]
             return (byte >> (4 * (lane >= half)).to(torch.uint8).unsqueeze(1)) & 15
@@ -364,7 +357,7 @@ def _joined(weight: Form, first: int, tiles: int, width: int, wide: int) -> tupl
     rows = slice(first, first + tiles * width)
     if isinstance(weight, Words) and weight.layout.columns == wide and rows.stop <= weight.layout.rows:
         # Words hold an even column and the next odd one in a byte.
-        low, high = weight.packed[rows].view(-1).view(torch.uint8).view(tiles, 2, width // 2, -1).unbind(1)
+        low, high = weight.packed[rows].contiguous().view(-1).view(torch.uint8).view(tiles, 2, width // 2, -1).unbind(1)
         return low & 15 | high << 4, low >> 4 | high & 0xF0
     codes = weight.codes(rows)
     filler = tiles * width - codes.shape[0]
@@ -385,12 +378,12 @@ def _turn(x: Tensor, out: Tensor) -> None:
 def _memory(weight: Form, over: bool, *shape: int) -> Tensor:
     """Bytes of this shape, not initialized: those of the weight's words, if there are as many."""
     words = weight.packed if over and isinstance(weight, Words) else None
-    if words is not None and words.is_contiguous() and words.nbytes == math.prod(shape):
+    if words is not None and words.is_contiguous() and words.nbytes == math.prod(shape) and not words.is_inference():
         return words.view(-1).view(torch.uint8).view(shape)
     return weight.scale.new_empty(shape, dtype=torch.uint8)
 
 
-def shared(weight: Form) -> dict[str, Any]:
+def shared(weight: Form | QuantizedTensor) -> dict[str, Any]:
     """What all forms of one weight have in common."""
     fields = ("scale", "zero_point", "input_scale", "spec", "layout")
     return {field: getattr(weight, field) for field in fields}

@@ -8,6 +8,7 @@ CPU is right here too: where its form is not what this torch's kernels read, cod
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -25,20 +26,25 @@ from fewbits.numerics.affine import clip_input
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec, spec_from_dict
 
-#: The kernels that this process knows, by name: those of this library, and others that it has used.
+#: The kernels that this process knows: those of this library by name, others that it has used by name and number.
 _known: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in KERNELS}
+
+
+def _key(kernel: Kernel[Any]) -> str:
+    """What a kernel is known by: two may have one name, and differ."""
+    keys = (f"{kernel.name}#{number}" if number else kernel.name for number in itertools.count())
+    return next(key for key in keys if _known.setdefault(key, kernel) is kernel)
 
 
 def describe(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
     """What the operation needs to know beside the tensors of a weight."""
-    _known.update((kernel.name, kernel) for kernel in kernels)
     fields = {
         "form": weight.name,
         "tensors": list(weight.tensors()),
         "spec": weight.spec.to_dict(),
         "layout": weight.layout.to_dict(),
         "compute": compute,
-        "kernels": [kernel.name for kernel in kernels],
+        "kernels": [_key(kernel) for kernel in kernels],
     }
     return json.dumps(fields)
 

@@ -73,14 +73,18 @@ class Int4PackMM(Kernel[Tiles]):
         return output[:, : weight.layout.rows]
 
 
-#: Where there are fewer outputs, rounding them to bfloat16 leaves 50 dB on the average only.
-FEW_OUTPUTS = 32
+#: Where there are fewer outputs or inputs, rounding them to bfloat16 leaves 50 dB on the average only.
+FEW_OUTPUTS, FEW_INPUTS = 128, 64
 
 
 def refuses_bf16(weight: Form) -> str | None:
     """Why products of 8-bit codes are not to be rounded to bfloat16."""
-    rows = weight.layout.rows
-    return f"{rows} outputs are too few for 50 dB in bfloat16" if rows < FEW_OUTPUTS else None
+    if weight.spec.granularity == "group":
+        return "weights of groups would be rounded too, which leaves less than 50 dB"
+    rows, columns = weight.layout.matrix_shape
+    if rows >= FEW_OUTPUTS and columns >= FEW_INPUTS:
+        return None
+    return f"{rows} outputs of {columns} inputs are too few for 50 dB in bfloat16"
 
 
 def few_rows(x: Tensor, rows: int, most: int) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewbits.kernels.base import Kernel, Operand
 from fewbits.kernels.forms import Form, Words
+from fewbits.kernels.transforms import is_transformed, is_transforming
 from fewbits.numerics.affine import clip_input, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import compute_dtype
 
@@ -26,6 +27,10 @@ class Reference(Kernel[Form]):
 
     name = "reference"
     form = Form
+
+    def __reduce__(self) -> str:
+        """The one there is."""
+        return "REFERENCE"
 
     def prepack(self, weight: Form, *, over: bool = False) -> Form:
         """The canonical form."""
@@ -87,20 +92,27 @@ def integer_product(
         return values.to(dtype).reshape(-1, *[1] * (-1 - channel_dim))
 
     with torch.no_grad():
-        x_scale = dynamic_scale(wide, sample_dims) if weight.input_scale is None else weight.input_scale.to(dtype)
-        codes = encode_input(wide, x_scale)
-        # NaN has no integer code: what holds some goes the way that keeps it.
-        if sums is None or codes.sum().isnan():
+        still = wide.detach()  # forward mode does not heed `no_grad`
+        x_scale = dynamic_scale(still, sample_dims) if weight.input_scale is None else weight.input_scale.to(dtype)
+        codes = encode_input(still, x_scale)
+        # NaN has no integer code: what holds some goes the way that keeps it. A transform lets nobody look.
+        if sums is None or is_transformed(x) or codes.sum().isnan():
             summed = product(codes.double(), weight.steps())
         else:
             summed = sums(codes.to(torch.int8))
         output = summed.to(dtype) * x_scale * per_channel(weight.scale.flatten())
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _has_slope(x):
         # Rounding has no slope: gradients go straight through it, to the inputs that were not clipped.
         unclipped = wide if weight.input_scale is None else clip_input(wide, x_scale)
         smooth = product(unclipped, weight.operand(dtype))
         output = output + (smooth - smooth.detach())
     return (output if bias is None else output + per_channel(bias)).to(x.dtype)
+
+
+def _has_slope(x: Tensor) -> bool:
+    """Whether something asks how the output changes with `x`; what a transform asks cannot be seen from outside."""
+    compiling = torch.compiler.is_compiling()
+    return (torch.is_grad_enabled() and x.requires_grad) or (is_transforming() if compiling else is_transformed(x))
 
 
 REFERENCE = Reference()

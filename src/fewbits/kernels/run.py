@@ -6,38 +6,23 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fewbits.kernels import reference
 from fewbits.kernels.base import Kernel, Operand
 from fewbits.kernels.choose import choose
-from fewbits.kernels.forms import Form
+from fewbits.kernels.laid import Laid
 from fewbits.kernels.ops import product
 from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.transforms import is_transformed, is_transforming
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 class Prepacked(Operand, Protocol):
-    """A stored weight with its kernels. `StoredWeight` is one.
+    """A stored weight with its kernels. `StoredWeight` is one."""
 
-    Attributes:
-        kernels: that compute with it, the most preferred first; none where the reference does.
-        description: see `fewbits.kernels.ops`; None where its form is the canonical one.
-    """
-
-    kernels: tuple[Kernel[Any], ...]
-    description: str | None
-
-    @property
-    def columns(self) -> int:
-        """How many inputs a row of the weight has."""
-
-    def form(self) -> Form:
-        """The weight, as kernels see it."""
-
-    def form_tensors(self) -> list[Tensor]:
-        """Its tensors, in the order of the description."""
+    def laid(self) -> Laid | None:
+        """The weight as it lies in memory now; None if no kernel ever computes with it."""
 
 
 def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
@@ -45,36 +30,39 @@ def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
 
     What no kernel takes, inputs that do not fit included, is the reference's.
     """
-    if not _fits(x, weight):
+    laid = weight.laid()
+    if laid is None:
         return reference.linear(x, weight, bias)
+    return _linear(x, laid, bias) if _suits(x, laid) else reference.linear(x, laid.form, bias)
+
+
+def _linear(x: Tensor, laid: Laid, bias: Tensor | None) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         # Its dtype is that of inputs and output; what a kernel does in between is the kernel's.
-        x = x if weight.spec.activations else x.to(torch.get_autocast_dtype("cpu"))
+        x = x if laid.form.spec.activations else x.to(torch.get_autocast_dtype("cpu"))
         with torch.autocast("cpu", enabled=False):
-            return linear(x, weight, bias)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (type(x) is not Tensor or _is_transformed(x)):
-        return reference.linear(x, weight, bias)
-    if compiling or (x.requires_grad and torch.is_grad_enabled()):
-        if weight.description is None:
-            return reference.linear(x, weight, bias)
-        output: Tensor = torch.ops.fewbits.linear(x, weight.form_tensors(), weight.description)
+            return _linear(x, laid, bias)
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        if laid.description is None:
+            return reference.linear(x, laid.form, bias)
+        output: Tensor = torch.ops.fewbits.linear(x, laid.tensors, laid.description)
     else:
-        output = product(x, weight.form(), weight.kernels)
+        output = product(x, laid.form, laid.kernels)
     if bias is not None:
         output = output + bias
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
-def _is_transformed(x: Tensor) -> bool:
-    """Whether a transform of torch.func, or forward mode, is at work: they know no kernel's operations."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
-
-
-def chosen(x: Tensor, weight: Prepacked) -> Kernel[Any]:
+def chosen(x: Tensor, laid: Laid) -> Kernel[Any]:
     """The kernel that computes this call."""
-    return choose(weight.kernels, x, x.numel() // weight.columns) if _fits(x, weight) else REFERENCE
+    return choose(laid.kernels, x, x.numel() // laid.form.layout.columns) if _suits(x, laid) else REFERENCE
 
 
-def _fits(x: Tensor, weight: Prepacked) -> bool:
-    return bool(weight.kernels) and x.dim() > 0 and x.shape[-1] == weight.columns and x.dtype in _DTYPES
+def _suits(x: Tensor, laid: Laid) -> bool:
+    """Whether kernels compute with such an input: a plain one that fits, and no transform at work."""
+    if not laid.kernels or x.dtype not in _DTYPES or not x.dim() or x.shape[-1] != laid.form.layout.columns:
+        return False
+    if torch.compiler.is_compiling():
+        return not is_transforming()
+    plain = type(x) is Tensor and x.layout is torch.strided and x.device == laid.form.scale.device
+    return plain and not is_transformed(x)

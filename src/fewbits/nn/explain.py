@@ -127,7 +127,8 @@ def _computed(name: str, module: nn.Module, inputs: Sequence[Any]) -> Iterator[C
 
 def _chosen(x: Tensor, weight: PackedWeight, rows: int) -> tuple[str, dict[str, str]]:
     """The kernel of one call, and what the ones before it in the tuple say."""
-    kernel, form = chosen(x, weight), weight.form()
+    laid = weight.laid()
+    kernel, form = chosen(x, laid), laid.form
     preferred = itertools.takewhile(
         lambda other: other is not kernel, KERNELS if weight.offered is None else weight.offered
     )

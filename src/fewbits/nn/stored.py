@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.kernels.base import Compute, Kernel
-from fewbits.kernels.choose import KERNELS, kernels_for
+from fewbits.kernels.choose import KERNELS, kernels_for, kernels_reading
 from fewbits.kernels.forms import FORMS, Form, Words
+from fewbits.kernels.laid import Laid
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.transforms import is_wrapped
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
@@ -37,18 +39,14 @@ class StoredWeight(nn.Module, ABC):
         trainable: whether the parameter in its place required gradients.
         computes: whether a linear layer computes with it, rather than reading it as a float tensor.
         compute: what that layer may do to be fast; see `fewbits.set_compute`.
-        kernels: that compute with it, the most preferred first; none where the reference does.
-        offered: what they were chosen from; None stands for `fewbits.kernels.choose.KERNELS`.
-        description: what ``torch.ops.fewbits.linear`` needs to know; None in the canonical form.
+        offered: what kernels are chosen from; None stands for `fewbits.kernels.choose.KERNELS`.
     """
 
     dtype: torch.dtype
     trainable: bool = True
     computes: bool = False
     compute: Compute = "exact"
-    kernels: tuple[Kernel[Any], ...] = ()
     offered: tuple[Kernel[Any], ...] | None = None
-    description: str | None = None
 
     @property
     @abstractmethod
@@ -58,6 +56,10 @@ class StoredWeight(nn.Module, ABC):
     @property
     def input_scale(self) -> Tensor | None:
         """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
+        return None
+
+    def laid(self) -> Laid | None:
+        """The weight as it lies in memory, with its kernels; None if no kernel ever computes with it."""
         return None
 
     @abstractmethod
@@ -108,14 +110,19 @@ class StoredWeight(nn.Module, ABC):
         return f"{self.spec}, reads as {dtype_name(self.dtype)}"
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        for name, buffer in list(self.named_buffers(recurse=False)):
+        buffers = dict(self._buffers)
+        for name, buffer in buffers.items():
+            if buffer is None:
+                continue
             # As integers, so that a change of dtype cannot reach them; changes of device and memory do.
             integers = buffer.view(_INTEGERS[buffer.element_size()])
             moved = fn(integers)
             if moved.dtype != integers.dtype:
                 moved = integers.to(moved.device)
-            self._buffers[name] = moved.view(buffer.dtype)
+            buffers[name] = moved.view(buffer.dtype)
             self.dtype = fn(torch.empty(0, dtype=self.dtype, device=buffer.device)).dtype
+        # All at once: another thread may be reading.
+        self._buffers = buffers
         return self
 
     # Keys are written and read by the layer that holds this weight, under the parameter's own name.
@@ -141,17 +148,16 @@ class PackedWeight(StoredWeight):
 
     Attributes:
         layout: how the weight was cut.
-        columns: how many inputs a row has.
     """
 
-    #: The ids of the buffers, and the form that they were made into.
-    _made: tuple[tuple[int, ...], Form]
-    #: The key under which a state dict was given the words last, and the words.
-    _given: tuple[str, weakref.ref[Tensor] | None] = ("", None)
+    #: The ids of the buffers, and what was made of them.
+    _made: tuple[tuple[int, ...], Laid]
+    #: What a state dict was given the words of last, the key there, and the words.
+    _given: tuple[Laid | None, str, weakref.ref[Tensor] | None] = (None, "", None)
 
     def __init__(self, value: QuantizedTensor) -> None:
         super().__init__()
-        self.dtype, self._spec, self.layout, self.columns = value.dtype, value.spec, value.layout, value.layout.columns
+        self.dtype, self._spec, self.layout = value.dtype, value.spec, value.layout
         self._rows_are_first = value.layout == Layout.of(value.shape)
         self._hold(Words.of_value(value))
 
@@ -167,22 +173,34 @@ class PackedWeight(StoredWeight):
 
     def form(self) -> Form:
         """The weight as it lies in memory now; it shares the buffers."""
-        tensors: dict[str, Any] = self._buffers
+        return self.laid().form
+
+    @property
+    def kernels(self) -> tuple[Kernel[Any], ...]:
+        """Those that compute with it, the most preferred first; none where the reference does."""
+        return self.laid().kernels
+
+    def laid(self) -> Laid:
+        """The weight as it lies in memory now, with its kernels."""
         # It is made once, and anew where somebody has put other buffers here; a compiler has to see the buffers.
-        if not torch.compiler.is_compiling():
-            objects, made = self._made
-            if objects == tuple(map(id, tensors.values())):
-                return made
-        kind = next(form for form in FORMS.values() if form.data[0] in tensors)
-        return kind(**tensors, spec=self._spec, layout=self.layout)
+        (objects, made), buffers = self._made, self._buffers
+        if torch.compiler.is_compiling():
+            return Laid(self._as_form(buffers), made.kernels, made.description)
+        return made if objects == tuple(map(id, buffers.values())) else self._lay(self._as_form(buffers))
 
-    def _remember(self, form: Form) -> None:
-        """Keep this form of the buffers, to be found by `form`."""
-        self._made = tuple(map(id, self._buffers.values())), form
+    def _as_form(self, buffers: Mapping[str, Any]) -> Form:
+        kind = next(form for form in FORMS.values() if form.data[0] in buffers)
+        return kind(**buffers, spec=self._spec, layout=self.layout)
 
-    def form_tensors(self) -> list[Tensor]:
-        """The buffers, in the order of `description`."""
-        return [buffer for buffer in self._buffers.values() if buffer is not None]
+    def _lay(self, form: Form) -> Laid:
+        """A form with the kernels that compute with it."""
+        if not self.computes or any(map(is_wrapped, form.tensors().values())):
+            return Laid(form)
+        offered = KERNELS if self.offered is None else self.offered
+        kernels = kernels_reading(form, self.compute, offered)
+        if kernels[0] is REFERENCE:
+            return Laid(form)
+        return Laid(form, kernels, None if isinstance(form, Words) else describe(form, self.compute, offered))
 
     def prepack(self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, over: bool = False) -> None:
         """Take the form of the most preferred kernel that can compute with this weight.
@@ -196,17 +214,16 @@ class PackedWeight(StoredWeight):
         """
         form = self.form()
         self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
-        offered = KERNELS if kernels is None else kernels
-        able = kernels_for(form, compute, offered) if self.computes else (REFERENCE,)
-        chosen = able[0].prepack(form, over=over)
-        self.kernels = () if able[0] is REFERENCE else able
-        self.description = None if isinstance(chosen, Words) else describe(chosen, compute, offered)
-        self._hold(chosen)
+        able = kernels_for(form, compute, KERNELS if kernels is None else kernels) if self.computes else (REFERENCE,)
+        # What is made in inference mode could not be differentiated with later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._hold(able[0].prepack(form, over=over))
 
     def _hold(self, form: Form) -> None:
         """Keep the tensors of a form as buffers, in the place of those that were there."""
-        self._buffers = _buffers_of(form)
-        self._remember(form)
+        buffers = _buffers_of(form)
+        self._made = tuple(map(id, buffers.values())), self._lay(form)
+        self._buffers = buffers
 
     def how(self) -> list[Any]:
         """Spec and layout, as plain values: what the parts alone do not tell."""
@@ -230,11 +247,12 @@ class PackedWeight(StoredWeight):
 
         The canonical form is made anew for every state dict; layers with tied weights are to have one between them.
         """
-        before, words = self._given
-        if words is not None and (there := words()) is not None and destination.get(f"{before}_packed") is there:
+        laid, (of, before, words) = self.laid(), self._given
+        there = words() if words is not None and of is laid else None
+        if there is not None and destination.get(f"{before}_packed") is there:
             return {suffix: destination[before + suffix] for suffix in self.suffixes}
         parts = super().parts_in(destination, key)
-        self._given = key, weakref.ref(parts["_packed"])
+        self._given = laid, key, weakref.ref(parts["_packed"])
         return parts
 
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
@@ -247,10 +265,11 @@ class PackedWeight(StoredWeight):
             self.prepack(self.compute, self.offered)
             return
         form = type(before).of(Words.of_value(value))
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                self._buffers[name] = getattr(form, name) if assign else buffer.copy_(getattr(form, name))
-        self._remember(self.form())
+        if not assign:
+            for name, tensor in form.tensors().items():
+                getattr(before, name).copy_(tensor)
+            form = self._as_form(self._buffers)
+        self._hold(form)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its own shape, computed in float32 (float64 for float64 scales) and cast to `dtype`."""
@@ -270,7 +289,7 @@ class PackedWeight(StoredWeight):
         device = self.form().scale.device
         if fn(torch.empty(0, dtype=torch.int8, device=device)).device == device:
             super()._apply(fn, recurse)
-            self._remember(self.form())
+            self._hold(self._as_form(self._buffers))
             return self
         # On another device another form may be the best.
         self._hold(Words.of(self.form()))
@@ -282,10 +301,8 @@ class PackedWeight(StoredWeight):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {
             "_buffers": _buffers_of(Words.of(self.form())),
-            "kernels": (),
-            "description": None,
             "_made": ((), None),
-            "_given": ("", None),
+            "_given": (None, "", None),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

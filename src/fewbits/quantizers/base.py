@@ -262,8 +262,9 @@ class Quantizer(ABC):
             measure = job.source.inplace or isinstance(job.source, FileSource)
         result = job.convert(self._convert_tensor, self.serializer, output=output, measuring=measure, progress=progress)
         if isinstance(result, nn.Module):
-            # What a scheme of somebody else's has made may be held elsewhere.
-            prepack(result, compute, over=type(self).quantize_tensor is Quantizer.quantize_tensor)
+            # What a scheme of somebody else's has made may be held elsewhere, and so may what is in a model of theirs.
+            own = getattr(self.quantize_tensor, "__func__", None) is Quantizer.quantize_tensor
+            prepack(result, compute, over=own and not job.source.inplace)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result
 

@@ -84,7 +84,7 @@ def check_kernel(
 def it_says_why_not(setup: KernelSetup) -> None:
     """`supports` and `takes` give None or a reason in words, of every weight and input, and None at least once."""
     can = 0
-    for weight in _weights(setup, [(1, 1), (3, 33), (64, 256)]):
+    for weight in _weights(setup, [(1, 1), (3, 33), (128, 256)]):
         kernel, why = setup.make(), setup.make().supports(weight)
         expect(_is_reason(why), f"of {weight.spec} it says {why!r}, neither None nor words", _WHY)
         if why is not None:
@@ -100,7 +100,7 @@ def it_says_why_not(setup: KernelSetup) -> None:
 
 def prepacking_loses_nothing(setup: KernelSetup) -> None:
     """A weight in the kernel's form reads as it did, and gives the canonical form back; the given one is unchanged."""
-    for weight in _weights(setup, [(1, 1), (7, 33), (70, 130), (64, 256)]):
+    for weight in _weights(setup, [(1, 1), (7, 33), (70, 130), (128, 256)]):
         before = snapshot(weight.tensors())
         packed = setup.packed(weight)
         expect(snapshot(weight.tensors()) == before, f"{weight.spec}: prepacking changed the given weight", _FORM)

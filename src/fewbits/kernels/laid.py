@@ -1,0 +1,31 @@
+"""A weight as it lies in memory, together with what computes with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from fewbits.kernels.base import Kernel
+from fewbits.kernels.forms import Form
+
+
+@attrs.define(eq=False)
+class Laid:
+    """Exchanged as one, so that no thread ever meets the kernels of one form with the tensors of another.
+
+    Attributes:
+        form: the weight.
+        kernels: that compute with it, the most preferred first; none where the reference does.
+        description: what ``torch.ops.fewbits.linear`` needs to know; None where only the reference is traced.
+    """
+
+    form: Form
+    kernels: tuple[Kernel[Any], ...] = ()
+    description: str | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of the form, in the order of the description."""
+        return list(self.form.tensors().values())
