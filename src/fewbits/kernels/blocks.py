@@ -15,7 +15,7 @@ from torch import Tensor
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.forms import Bytes, Form, Tiles, Words
-from fewbits.kernels.packed_mm import filled, refuses_bf16
+from fewbits.kernels.packed_mm import filled, suits_bf16
 
 _F = TypeVar("_F", bound=Form)
 
@@ -46,8 +46,10 @@ class ByteBlocks(Blocks[Bytes]):
         if weight.spec.granularity == "group":
             return decoded_blocks(x, weight)
         rows, wide = weight.signed.shape
-        zero_point = weight.params(slice(None))[1]
         x = filled(x.to(product_dtype(weight)), wide)
+        if weight.zero_point is None and weight.signed.numel() <= BLOCK:
+            return torch.mm(x, weight.signed.to(x.dtype).t()) * weight.row_scale
+        zero_point = weight.params(slice(None))[1]
         output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
         for where in steps_of(rows, len(block)):
             part = block[: where.stop - where.start].copy_(weight.signed[where])
@@ -130,8 +132,8 @@ def decoded_blocks(x: Tensor, weight: Form) -> Tensor:
 
 def product_dtype(weight: Form) -> torch.dtype:
     """The dtype in which blocks are multiplied."""
-    exact = weight.spec.bits == 8 and refuses_bf16(weight)
-    return torch.bfloat16 if features.has_bf16() and not exact else torch.float32
+    exact = weight.spec.bits == 8 and not suits_bf16(weight)
+    return torch.float32 if exact or not features.has_bf16() else torch.bfloat16
 
 
 def block_step(elements: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel
@@ -19,11 +20,19 @@ class Laid:
         form: the weight.
         kernels: that compute with it, the most preferred first; none where the reference does.
         description: what ``torch.ops.fewbits.linear`` needs to know; None where only the reference is traced.
+        columns: how many inputs a row of the weight has.
+        device: where it is.
     """
 
     form: Form
     kernels: tuple[Kernel[Any], ...] = ()
     description: str | None = None
+    columns: int = attrs.field(init=False)
+    device: torch.device = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # A layer asks for them at every call.
+        self.columns, self.device = self.form.layout.columns, self.form.scale.device
 
     @property
     def tensors(self) -> list[Tensor]:

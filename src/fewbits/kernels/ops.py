@@ -21,7 +21,6 @@ from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import KERNELS, choose, kernels_reading
 from fewbits.kernels.forms import FORMS, Form
-from fewbits.kernels.reference import REFERENCE
 from fewbits.numerics.affine import clip_input
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec, spec_from_dict
@@ -96,8 +95,6 @@ def product(x: Tensor, weight: Form, kernels: Sequence[Kernel[Any]]) -> Tensor:
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     kernel = choose(kernels, rows, rows.shape[0])
-    if not isinstance(weight, kernel.form):  # another thread is just changing it
-        kernel = REFERENCE
     output = kernel.linear(rows, weight).float().contiguous()
     return output if flat else output.view(*x.shape[:-1], output.shape[1])
 

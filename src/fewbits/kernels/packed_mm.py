@@ -31,7 +31,10 @@ class Int8PackMM(Kernel[Bytes]):
             return "it has no scales for groups"
         if not weight.spec.symmetric:
             return "it has no zero points"
-        return refuses_bf16(weight) or (None if features.has_int8pack() else features.NO_BYTES)
+        if not suits_bf16(weight):
+            rows, columns = weight.layout.matrix_shape
+            return f"{rows} outputs of {columns} inputs are too few for 50 dB in bfloat16"
+        return None if features.has_int8pack() else features.NO_BYTES
 
     def prepack(self, weight: Form, *, over: bool = False) -> Bytes:
         """As bytes, and a vector of ones for so many outputs, which is made now and not in a forward."""
@@ -77,14 +80,10 @@ class Int4PackMM(Kernel[Tiles]):
 FEW_OUTPUTS, FEW_INPUTS = 128, 64
 
 
-def refuses_bf16(weight: Form) -> str | None:
-    """Why products of 8-bit codes are not to be rounded to bfloat16."""
-    if weight.spec.granularity == "group":
-        return "weights of groups would be rounded too, which leaves less than 50 dB"
-    rows, columns = weight.layout.matrix_shape
-    if rows >= FEW_OUTPUTS and columns >= FEW_INPUTS:
-        return None
-    return f"{rows} outputs of {columns} inputs are too few for 50 dB in bfloat16"
+def suits_bf16(weight: Form) -> bool:
+    """Whether products of 8-bit codes, of a matrix, may be rounded to bfloat16; weights in groups would be too."""
+    rows, columns = weight.layout.shape
+    return rows >= FEW_OUTPUTS and columns >= FEW_INPUTS and weight.spec.granularity != "group"
 
 
 def few_rows(x: Tensor, rows: int, most: int) -> str | None:

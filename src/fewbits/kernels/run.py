@@ -33,16 +33,14 @@ def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
     laid = weight.laid()
     if laid is None:
         return reference.linear(x, weight, bias)
-    return _linear(x, laid, bias) if _suits(x, laid) else reference.linear(x, laid.form, bias)
-
-
-def _linear(x: Tensor, laid: Laid, bias: Tensor | None) -> Tensor:
+    if not _suits(x, laid):
+        return reference.linear(x, laid.form, bias)
     if torch.is_autocast_enabled("cpu"):
         # Its dtype is that of inputs and output; what a kernel does in between is the kernel's.
         x = x if laid.form.spec.activations else x.to(torch.get_autocast_dtype("cpu"))
         with torch.autocast("cpu", enabled=False):
-            return _linear(x, laid, bias)
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return linear(x, weight, bias)
+    if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         if laid.description is None:
             return reference.linear(x, laid.form, bias)
         output: Tensor = torch.ops.fewbits.linear(x, laid.tensors, laid.description)
@@ -55,14 +53,15 @@ def _linear(x: Tensor, laid: Laid, bias: Tensor | None) -> Tensor:
 
 def chosen(x: Tensor, laid: Laid) -> Kernel[Any]:
     """The kernel that computes this call."""
-    return choose(laid.kernels, x, x.numel() // laid.form.layout.columns) if _suits(x, laid) else REFERENCE
+    return choose(laid.kernels, x, x.numel() // laid.columns) if _suits(x, laid) else REFERENCE
 
 
 def _suits(x: Tensor, laid: Laid) -> bool:
     """Whether kernels compute with such an input: a plain one that fits, and no transform at work."""
-    if not laid.kernels or x.dtype not in _DTYPES or not x.dim() or x.shape[-1] != laid.form.layout.columns:
+    # Each line is paid at every call of a layer that may take no longer than ten of them.
+    if not laid.kernels or x.dtype not in _DTYPES or not x.dim() or x.shape[-1] != laid.columns:
         return False
     if torch.compiler.is_compiling():
         return not is_transforming()
-    plain = type(x) is Tensor and x.layout is torch.strided and x.device == laid.form.scale.device
+    plain = type(x) is Tensor and x.device == laid.device and x.layout is torch.strided
     return plain and not is_transformed(x)

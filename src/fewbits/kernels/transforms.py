@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-
-def is_wrapped(x: Tensor) -> bool:
-    """Whether a transform of torch.func stands behind this tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+#: Whether a transform of torch.func stands behind a tensor.
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_transformed(x: Tensor) -> bool:
