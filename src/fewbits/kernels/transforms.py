@@ -17,7 +17,10 @@ def is_transformed(x: Tensor) -> bool:
     return is_wrapped(x) or forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_transforming() -> bool:
     """Whether a compiler traces something that is transformed."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+# What `torch.compiler.assume_constant_result` does; that would import the compiler, with every `import fewbits`.
+is_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
