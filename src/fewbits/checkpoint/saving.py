@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fewbits.checkpoint.metadata import Metadata, Metrics, part_name, row_entries, stored_entries
-from fewbits.checkpoint.safetensors import tensor_bytes
+from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.serializer import Header, Reader, Serializer
 from fewbits.errors import DigestError, FormatError
 from fewbits.numerics.metrics import Measurement

@@ -21,9 +21,14 @@ class Entry:
     dtype: torch.dtype
 
     @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 @attrs.frozen
@@ -67,6 +72,14 @@ class Writer(ABC):
         self.abort()
 
 
+class PartWriter(Writer):
+    """A writer that also takes a tensor in parts. With any other, a tensor is held until all of it is there."""
+
+    @abstractmethod
+    def append(self, name: str, part: Tensor) -> None:
+        """Write the next elements of one of the header's tensors, in the order they lie in, of any shape."""
+
+
 class Reader(ABC):
     """Reads one file.
 
@@ -81,6 +94,13 @@ class Reader(ABC):
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """One tensor; where the format allows it, an alias of the mapped file."""
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out`, contiguous and in CPU memory, with the elements of a tensor from `start` on, as they lie.
+
+        A format that can be read by position reads no more of the file for that than these.
+        """
+        out.view(-1).copy_(self.read(name).reshape(-1)[start : start + out.numel()])
 
 
 class Serializer(ABC):

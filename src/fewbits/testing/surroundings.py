@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewbits.checkpoint.safetensors import tensor_bytes
+from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.saving import Value, value_tensors
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError

@@ -1,0 +1,91 @@
+"""The bytes of a file by position, and the bytes of a tensor: files are read into memory that is there, not mapped."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+from torch import Tensor
+
+from fewbits.errors import CheckpointError, FewbitsError
+
+#: What tells one state of a file from another: device, inode, size, time of the last change in nanoseconds.
+Identity = tuple[int, int, int, int]
+
+
+class FileBytes:
+    """A file that is read in pieces, perhaps by several threads, and that must stay as it is meanwhile.
+
+    It is opened anew for each piece: a checkpoint can have more files than a process may hold open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self.opened() as file:
+            self.identity = identity(file)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[FileIO]:
+        """The file, open for reading.
+
+        Raises:
+            CheckpointError: if it cannot be opened or read.
+        """
+        with as_checkpoint_error(f"{self.path} cannot be read"), open(self.path, "rb", buffering=0) as file:
+            yield file
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the file's bytes from `offset` on.
+
+        Raises:
+            CheckpointError: if they cannot be read, or the file is not what it was.
+        """
+        with self.opened() as file:
+            self._check(identity(file))
+            file.seek(offset)
+            while buffer:
+                count = file.readinto(buffer)
+                if not count:
+                    raise CheckpointError(f"{self.path} ends at byte {file.tell():,}, before all of it was read")
+                buffer = buffer[count:]
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that is not what it was when this was made.
+
+        Raises:
+            CheckpointError: if it has changed, or is gone.
+        """
+        with self.opened() as file:
+            self._check(identity(file))
+
+    def _check(self, found: Identity) -> None:
+        if found != self.identity:
+            raise CheckpointError(f"{self.path} has changed since it was opened; what was read of it is of two files")
+
+
+def identity(file: FileIO) -> Identity:
+    """What tells this state of an open file from another."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in CPU memory, not copied; they live as long as the tensor does."""
+    if not tensor.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+@contextlib.contextmanager
+def as_checkpoint_error(what: str) -> Iterator[None]:
+    """Wrap an error of the system once, with what was being done. A path with a NUL in it is a ValueError."""
+    try:
+        yield
+    except FewbitsError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
