@@ -20,6 +20,7 @@ ROOMS = [
     "_version",
     "_events",
     "_table",
+    "_sizes",
     "numerics",
     "selection",
     "observers",

@@ -10,7 +10,7 @@ from fewbits._version import __version__
 from fewbits.api import Result, quantize, verify
 from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.serializer import Entry, Header, PartWriter, Reader, Serializer, Writer
+from fewbits.checkpoint.serializer import Entry, Header, PartReader, PartWriter, Reader, Serializer, Writer
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import (
     ArgumentError,
@@ -84,6 +84,7 @@ __all__ = [
     "Observer",
     "Operand",
     "Override",
+    "PartReader",
     "PartWriter",
     "PercentileObserver",
     "Progress",

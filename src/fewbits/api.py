@@ -41,9 +41,9 @@ class Result:
     report: Report | None
     quantizer: Quantizer
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result to a file; see `Quantizer.save`."""
-        self.quantizer.save(path)
+    def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
+        """Write the result to a file, or a directory of several; see `Quantizer.save`."""
+        self.quantizer.save(path, max_shard_size=max_shard_size)
 
     def __repr__(self) -> str:
         return f"Result({type(self.model).__name__}, {self.ledger!r}, {self.report!r})"

@@ -88,7 +88,7 @@ def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileH
         _refuse(where, f"of its {size:,} bytes the header should take {length:,}, after {PREFIX} that say so")
     if length > limit:
         _refuse(where, f"its header has {length:,} bytes, more than {limit:,}")
-    fields = _parsed(file.read(length), where)
+    fields = parse_object(file.read(length), where, "header")
     metadata = _metadata(fields.pop(_METADATA, {}), where)
     payload = PREFIX + length
     spans = {name: _span(name, described, payload, where) for name, described in fields.items()}
@@ -123,21 +123,32 @@ def dump_header(metadata: Mapping[str, str], entries: Mapping[str, Entry], where
         raise FormatError(f"{where}: a name cannot be written as UTF-8: {error}") from None
 
 
-def _parsed(text: bytes, where: object) -> dict[str, Any]:
+def parse_object(text: bytes, where: object, what: str) -> dict[str, Any]:
+    """A JSON object out of a file that may hold anything.
+
+    Args:
+        text: in UTF-8.
+        where: names the file in errors.
+        what: names the text in errors.
+
+    Raises:
+        FormatError: if it is none, is nested too deep, or has a key twice.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
             twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            _refuse(where, f"{twice!r} is in its header twice")
+            raise FormatError(f"{where}: {twice!r} is in its {what} twice")
         return fields
 
     if not text.startswith(b"{"):
-        _refuse(where, "its header does not begin with {")
+        raise FormatError(f"{where}: its {what} does not begin with {{")
     try:
-        fields = json.loads(text.decode(), object_pairs_hook=unique)
+        fields: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits, nested too deep
-        _refuse(where, f"its header is no JSON: {error}")
-    return fields  # type: ignore[no-any-return]  # it begins with a brace
+        raise FormatError(f"{where}: its {what} is no JSON: {error}") from None
+    return fields
 
 
 def _metadata(value: object, where: object) -> dict[str, str]:

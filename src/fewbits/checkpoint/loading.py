@@ -51,12 +51,12 @@ def load(
     serializer: Serializer | None = None,
     compute: Compute = "auto",
 ) -> dict[str, Value] | nn.Module:
-    """Load a file that fewbits wrote. Nothing is ever unpickled.
+    """Load what fewbits wrote. Nothing is ever unpickled.
 
     Codes alias the mapped file until a layer's kernels ask for another form; where any does, the file is let go of.
 
     Args:
-        path: the file.
+        path: the file, or the directory of several, or the index in it.
         into: a float model of the same architecture, which may live on the meta device; its layers become quantized
             in place. None loads a mapping from name to `QuantizedTensor` or `torch.Tensor`.
         check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` trusts the payload.

@@ -23,8 +23,9 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 #: The version of the format that is written, and the only one that is read so far.
 FORMAT_VERSION = 1
 
-_VERSION_KEY = "fewbits.format_version"
-_HEADER_DIGEST_KEY = "fewbits.header_digest"
+#: The keys of the two strings that are no JSON.
+VERSION_KEY, HEADER_DIGEST_KEY = "fewbits.format_version", "fewbits.header_digest"
+
 _PLACEHOLDER_DIGEST = "0" * 64
 #: No float is longer in JSON.
 _LONGEST_FLOAT = -2.2250738585072014e-308
@@ -98,14 +99,14 @@ class Metadata:
         """The header's strings, with a digest of the header itself."""
         strings = dict(self.extra) | {
             "format": "pt",
-            _VERSION_KEY: str(FORMAT_VERSION),
+            VERSION_KEY: str(FORMAT_VERSION),
             "fewbits.ledger": _dump([row.to_dict() for row in self.ledger]),
             "fewbits.architecture": _dump(self.architecture),
             "fewbits.versions": _dump(dict(self.versions)),
             "fewbits.metrics": _dump({name: metrics.to_dict() for name, metrics in self.metrics.items()}),
             "fewbits.digests": _dump(dict(self.digests)),
         }
-        return strings | {_HEADER_DIGEST_KEY: header_digest(strings, entries)}
+        return strings | {HEADER_DIGEST_KEY: header_digest(strings, entries)}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], entries: Mapping[str, Entry], where: object) -> Metadata:
@@ -116,12 +117,12 @@ class Metadata:
                 parts contradict one another.
             DigestError: if the header is not the one that was written.
         """
-        version = strings.get(_VERSION_KEY)
+        version = strings.get(VERSION_KEY)
         if version is None:
             raise FormatError(f"{where} was not written by fewbits; quantize it first")
         if version != str(FORMAT_VERSION):
             raise FormatError(f"{where} has format version {version}; this release of fewbits reads {FORMAT_VERSION}")
-        if strings.get(_HEADER_DIGEST_KEY) != header_digest(strings, entries):
+        if strings.get(HEADER_DIGEST_KEY) != header_digest(strings, entries):
             raise DigestError(f"{where}: the header is not the one that was written; the file is damaged")
         try:
             metadata = cls._parse(strings)
@@ -167,7 +168,7 @@ def is_own_key(key: str) -> bool:
 
 def is_fewbits_file(strings: Mapping[str, str]) -> bool:
     """Whether these header strings are those of a file that fewbits wrote."""
-    return _VERSION_KEY in strings
+    return VERSION_KEY in strings
 
 
 def part_name(name: str, part: str) -> str:
@@ -205,7 +206,7 @@ def stored_entries(ledger: Ledger) -> dict[str, Entry]:
 def header_digest(strings: Mapping[str, str], entries: Mapping[str, Entry]) -> str:
     """SHA-256 of everything else in the header, in one canonical form."""
     described = {name: [dtype_name(entry.dtype), *entry.shape] for name, entry in entries.items()}
-    others = {key: value for key, value in strings.items() if key != _HEADER_DIGEST_KEY}
+    others = {key: value for key, value in strings.items() if key != HEADER_DIGEST_KEY}
     return hashlib.sha256(json.dumps([others, described], sort_keys=True).encode()).hexdigest()
 
 

@@ -80,6 +80,28 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file, and wait until it is on the disk.
+
+    Raises:
+        CheckpointError: if it exists, or cannot be written.
+    """
+    with as_checkpoint_error(f"{path} cannot be written"), open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in a directory durable, where the system lets directories be opened."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(path, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def as_checkpoint_error(what: str) -> Iterator[None]:
     """Wrap an error of the system once, with what was being done. A path with a NUL in it is a ValueError."""

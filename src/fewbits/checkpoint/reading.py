@@ -1,52 +1,74 @@
-"""`Checkpoint`: a fewbits file, opened and checked."""
+"""`Checkpoint`: what fewbits wrote, opened and checked."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
-from fewbits.checkpoint.metadata import Metadata, part_name
+import attrs
+from torch import Tensor
+
+from fewbits.checkpoint.folder import CheckpointFiles, find_files
+from fewbits.checkpoint.metadata import HEADER_DIGEST_KEY, Metadata, part_name
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value, check_digests, wrong_digests
-from fewbits.checkpoint.serializer import Serializer
-from fewbits.errors import ArgumentError
+from fewbits.checkpoint.saving import Value, digest_in, refuse_damaged
+from fewbits.checkpoint.serializer import Reader, Serializer
+from fewbits.checkpoint.shards import SHARDS_KEY
+from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, part_shapes
+from fewbits.selection.ledger import Ledger
 
 Check = Literal["digests", "header"]
 
 
 class Checkpoint:
-    """A file that fewbits wrote, opened. Structure is checked at once, digests when asked.
+    """What fewbits wrote, opened: a file, or a directory of several. Structure is checked at once, digests when asked.
 
     Args:
-        path: the file.
+        path: the file, the directory, or the index in it.
         serializer: reads it; None stands for safetensors.
 
+    Attributes:
+        metadata: what the files say about themselves, as one.
+        ledger: the fate of every tensor of the source.
+
     Raises:
-        FormatError: if it is not a fewbits file, or its parts contradict one another.
-        DigestError: if its header is not the one that was written.
+        FormatError: if it is not what fewbits wrote, or its parts contradict one another.
+        DigestError: if a header is not the one that was written.
         CheckpointError: if it cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], serializer: Serializer | None = None) -> None:
         self.path = path
-        self._reader = (serializer or SafetensorsSerializer()).reader(path)
-        self.metadata = Metadata.from_strings(self._reader.metadata, self._reader.entries, path)
+        serializer = serializer or SafetensorsSerializer()
+        files = find_files(Path(path), (serializer.suffix,))
+        shards = [_Shard.opened(file, serializer) for file in files.paths]
+        if files.weight_map is not None:
+            _check_index(files, shards)
+        self.metadata = _united([shard.metadata for shard in shards], path)
         self.ledger = self.metadata.ledger
+        self._readers = {name: shard.reader for shard in shards for name in shard.reader.entries}
 
     def value(self, name: str) -> Value:
         """The stored form of one tensor of the source, by its name there; it aliases the mapped file."""
         row = self.ledger[self.ledger[name].holder]
         if isinstance(row.spec, QuantSpec) and row.layout is not None:
             names = part_shapes(row.layout, row.spec, row.dtype)
-            parts = {part: self._reader.read(part_name(row.name, part)) for part in names}
+            parts = {part: self._read(part_name(row.name, part)) for part in names}
             return QuantizedTensor.from_parts(parts, spec=row.spec, layout=row.layout, dtype=row.dtype)
-        return self._reader.read(row.name)
+        return self._read(row.name)
+
+    def _read(self, name: str) -> Tensor:
+        return self._readers[name].read(name)
 
     def damaged(self) -> list[str]:
-        """The names, in the file, of all tensors whose bytes do not have their digest."""
-        return list(wrong_digests(self._reader, self.metadata.digests))
+        """The names, in the files, of all tensors whose bytes do not have their digest."""
+        return [
+            name for name, digest in self.metadata.digests.items() if digest_in(self._readers[name], name) != digest
+        ]
 
     def check(self, check: Check) -> None:
         """Check every digest, or, with ``"header"``, nothing more than was checked on opening.
@@ -58,9 +80,54 @@ class Checkpoint:
         if check not in ("digests", "header"):
             raise ArgumentError(f"check must be 'digests' or 'header', not {check!r}")
         if check == "digests":
-            check_digests(self._reader, self.metadata.digests, self.path)
+            refuse_damaged(self.damaged(), self.path)
 
     def values(self) -> dict[str, Value]:
         """The stored form of every tensor of the source; tied names share one object."""
         stored = {row.name: self.value(row.name) for row in self.ledger.stored}
         return {row.name: stored[row.holder] for row in self.ledger}
+
+
+@attrs.frozen
+class _Shard:
+    file: str
+    reader: Reader
+    metadata: Metadata
+
+    @classmethod
+    def opened(cls, path: Path, serializer: Serializer) -> _Shard:
+        reader = serializer.reader(path)
+        return cls(path.name, reader, Metadata.from_strings(reader.metadata, reader.entries, path))
+
+
+def _check_index(files: CheckpointFiles, shards: Sequence[_Shard]) -> None:
+    """Refuse files that do not belong together.
+
+    Raises:
+        FormatError: if a tensor is not where the index says, or a file is not the one that it was written for.
+    """
+    where = files.folder
+    digests = {shard.file: shard.reader.metadata[HEADER_DIGEST_KEY] for shard in shards}
+    if files.metadata.get(SHARDS_KEY) != digests:
+        raise FormatError(f"{where}: the files are not those that the index was written for; fetch all of them again")
+    found = {name: shard.file for shard in shards for name in shard.reader.entries}
+    if found != files.weight_map:
+        odd = sorted(found.items() ^ dict(files.weight_map or {}).items())
+        raise FormatError(f"{where}: {odd[0][0]} is not in the file that the index names")
+
+
+def _united(all_metadata: Sequence[Metadata], where: object) -> Metadata:
+    """What several files say about themselves, as one."""
+    first = all_metadata[0]
+    if len(all_metadata) == 1:
+        return first
+    try:
+        ledger = Ledger(row for metadata in all_metadata for row in metadata.ledger)
+    except ArgumentError as error:
+        raise FormatError(f"{where}: its files contradict one another: {error}") from None
+    return attrs.evolve(
+        first,
+        ledger=ledger,
+        metrics={name: metrics for metadata in all_metadata for name, metrics in metadata.metrics.items()},
+        digests={name: digest for metadata in all_metadata for name, digest in metadata.digests.items()},
+    )

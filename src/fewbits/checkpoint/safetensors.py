@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, Span, dump_header, read_header
-from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, tensor_bytes
-from fewbits.checkpoint.serializer import Header, PartWriter, Reader, Serializer
+from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
+from fewbits.checkpoint.serializer import Header, PartReader, PartWriter, Serializer
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import in_memory
@@ -31,7 +31,7 @@ class SafetensorsSerializer(Serializer):
         """Begin a file beside `path`; it takes its name when it is closed."""
         return _SafetensorsWriter(Path(path), header)
 
-    def reader(self, path: str | os.PathLike[str]) -> Reader:
+    def reader(self, path: str | os.PathLike[str]) -> PartReader:
         """Open a file. It is mapped when a whole tensor is read, not before."""
         return _SafetensorsReader(Path(path))
 
@@ -93,7 +93,7 @@ class _SafetensorsWriter(PartWriter):
             self._put(tensor_bytes(part), self._starts[name] + done * entry.dtype.itemsize)
         self._written[name] = done + part.numel()
 
-    def seal(self, metadata: Mapping[str, str]) -> Reader:
+    def seal(self, metadata: Mapping[str, str]) -> PartReader:
         """Write the header and make everything durable; the file still has its temporary name."""
         missing = [name for name, entry in self._entries.items() if self._written.get(name) != entry.numel]
         if missing:
@@ -112,7 +112,7 @@ class _SafetensorsWriter(PartWriter):
         self._file.close()
         with as_checkpoint_error(f"{self._path} cannot be written"):
             os.replace(self._temporary, self._path)
-            _sync_directory(self._path.parent)
+            sync_directory(self._path.parent)
 
     def _put(self, data: memoryview, position: int) -> None:
         self._file.seek(position)
@@ -126,7 +126,7 @@ class _SafetensorsWriter(PartWriter):
             self._temporary.unlink()
 
 
-class _SafetensorsReader(Reader):
+class _SafetensorsReader(PartReader):
     def __init__(self, path: Path) -> None:
         with as_checkpoint_error(f"{path} cannot be read"):
             if not path.is_file():
@@ -171,13 +171,3 @@ class _SafetensorsReader(Reader):
         if name not in self._spans:
             raise ArgumentError(f"{self._bytes.path} has no tensor named {name!r}")
         return self._spans[name]
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename durable, where the system lets directories be opened."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(path, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from fewbits.checkpoint.metadata import Metadata, Metrics, part_name, row_entries, stored_entries
+from fewbits.checkpoint.metadata import (
+    HEADER_DIGEST_KEY,
+    Metadata,
+    Metrics,
+    part_name,
+    row_entries,
+    stored_entries,
+)
+from fewbits.checkpoint.publishing import NewFolder
 from fewbits.checkpoint.raw import tensor_bytes
-from fewbits.checkpoint.serializer import Header, Reader, Serializer
+from fewbits.checkpoint.serializer import Header, PartReader, Reader, Serializer
+from fewbits.checkpoint.shards import plan_shards, write_index
 from fewbits.errors import DigestError, FormatError
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import QuantizedTensor, in_memory
 from fewbits.selection.ledger import Ledger, LedgerRow
+
+#: Bytes of a file that are looked at together.
+_PIECE = 1 << 20
 
 #: The stored form of one tensor.
 Value = QuantizedTensor | Tensor
@@ -73,8 +86,11 @@ class CheckpointWriter:
         if measurement is not None:
             self._metrics[row.name] = Metrics.of(measurement)
 
-    def close(self) -> None:
+    def close(self) -> str:
         """Finish the file, read it back, check every digest, and publish it.
+
+        Returns:
+            the digest of its header.
 
         Raises:
             DigestError: if what is read is not what was written. Nothing is published then.
@@ -82,10 +98,12 @@ class CheckpointWriter:
         digests = {name: self._digests[name] for name in self._entries}
         metrics = {row.name: self._metrics[row.name] for row in self._ledger if row.name in self._metrics}
         metadata = Metadata(self._ledger, self._architecture, metrics, digests, extra=self._extra)
-        reader = self._writer.seal(metadata.to_strings(self._entries))
+        strings = metadata.to_strings(self._entries)
+        reader = self._writer.seal(strings)
         Metadata.from_strings(reader.metadata, reader.entries, self._path)
-        check_digests(reader, digests, self._path)
+        refuse_damaged([name for name in digests if digest_in(reader, name) != digests[name]], self._path)
         self._writer.close()
+        return strings[HEADER_DIGEST_KEY]
 
 
 def save(
@@ -97,22 +115,35 @@ def save(
     measurements: Mapping[str, Measurement],
     architecture: str | None = None,
     extra: Mapping[str, str] | None = None,
+    max_shard_size: int | None = None,
 ) -> None:
-    """Write a whole result to a file.
+    """Write a whole result to a file, or to a directory of several.
 
     Args:
-        serializer: writes the file.
-        path: where; an existing file is replaced, at once, when the new one is complete.
+        serializer: writes the files.
+        path: where. An existing file is replaced, at once, when the new one is complete; a directory must be new.
         ledger: its rows decide what is written.
         value_of: gives the stored form of a tensor by its name.
         measurements: by tensor name; may be empty.
         architecture: the class of the model.
         extra: further strings for the header.
+        max_shard_size: the most bytes of tensors in one file of a directory; None writes a single file.
     """
-    with CheckpointWriter(serializer, path, ledger, architecture=architecture, extra=extra) as writer:
-        for row in ledger.stored:
-            writer.put(row, value_of(row.name), measurements.get(row.name))
-        writer.close()
+
+    def write(path: str | os.PathLike[str], ledger: Ledger) -> str:
+        with CheckpointWriter(serializer, path, ledger, architecture=architecture, extra=extra) as writer:
+            for row in ledger.stored:
+                writer.put(row, value_of(row.name), measurements.get(row.name))
+            return writer.close()
+
+    if max_shard_size is None:
+        write(path, ledger)
+        return
+    shards = plan_shards(ledger, max_shard_size, serializer.suffix)
+    with NewFolder(path) as folder:
+        digests = {shard.file: write(folder.work / shard.file, shard.ledger) for shard in shards}
+        write_index(folder.work, shards, digests, serializer.suffix)
+        folder.publish()
 
 
 def value_tensors(name: str, value: Value) -> dict[str, Tensor]:
@@ -133,22 +164,27 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-def wrong_digests(reader: Reader, digests: Mapping[str, str]) -> Iterator[str]:
-    """The names of the tensors whose bytes do not have their digest."""
-    for name, expected in digests.items():
-        if digest(reader.read(name)) != expected:
-            yield name
+def digest_in(reader: Reader, name: str) -> str:
+    """SHA-256 of the bytes of a tensor in a file, read a piece at a time where the format allows it."""
+    if not isinstance(reader, PartReader):
+        return digest(reader.read(name))
+    entry, found = reader.entries[name], hashlib.sha256()
+    piece = torch.empty(min(entry.numel, max(1, _PIECE // entry.dtype.itemsize)), dtype=entry.dtype)
+    for start in range(0, entry.numel, max(1, len(piece))):
+        part = piece[: entry.numel - start]
+        reader.read_into(name, start, part)
+        found.update(tensor_bytes(part))
+    return found.hexdigest()
 
 
-def check_digests(reader: Reader, digests: Mapping[str, str], where: object) -> None:
+def refuse_damaged(names: Sequence[str], where: object) -> None:
     """Refuse a file with damaged tensors.
 
     Raises:
         DigestError: naming every one of them.
     """
-    wrong = list(wrong_digests(reader, digests))
-    if wrong:
+    if names:
         raise DigestError(
-            f"{where}: the bytes of {', '.join(wrong)} are not the bytes that were written; the file is damaged: "
+            f"{where}: the bytes of {', '.join(names)} are not the bytes that were written; the file is damaged: "
             "quantize again, or fetch it again"
         )

@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
+from typing import ClassVar
 
 import attrs
 import torch
@@ -95,16 +96,23 @@ class Reader(ABC):
     def read(self, name: str) -> Tensor:
         """One tensor; where the format allows it, an alias of the mapped file."""
 
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out`, contiguous and in CPU memory, with the elements of a tensor from `start` on, as they lie.
 
-        A format that can be read by position reads no more of the file for that than these.
-        """
-        out.view(-1).copy_(self.read(name).reshape(-1)[start : start + out.numel()])
+class PartReader(Reader):
+    """A reader that also reads a part of a tensor, and no more of the file for it. Any other reads whole tensors."""
+
+    @abstractmethod
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out`, contiguous and in CPU memory, with the elements of a tensor from `start` on, as they lie."""
 
 
 class Serializer(ABC):
-    """Writes and reads the result of a quantization."""
+    """Writes and reads the result of a quantization.
+
+    Attributes:
+        suffix: how the names of its files end where they are several, in a directory.
+    """
+
+    suffix: ClassVar[str] = ".safetensors"
 
     @abstractmethod
     def writer(self, path: str | os.PathLike[str], header: Header) -> Writer:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewbits import calibration
 from fewbits._events import emit
+from fewbits._sizes import parse_size
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
@@ -301,15 +302,21 @@ class Quantizer(ABC):
         return report
 
     @final
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result to a file, atomically, and read it back. An existing file is replaced.
+    def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
+        """Write the result to a file, or a directory of several, atomically, and read it back.
+
+        Args:
+            path: the file, which is replaced if it exists; or the directory, which must be new.
+            max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as
+                ``"5GB"``; a larger tensor has a file of its own. None writes a single file.
 
         Raises:
             StateError: before `convert`.
-            ArgumentError: if the path is that of the float source.
+            ArgumentError: if the path is that of the float source, or of a directory with files in it.
             CheckpointError: if it cannot be written, or what is read back is not what was written.
         """
-        self._guarded("save").save(self.serializer, path)
+        size = None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size")
+        self._guarded("save").save(self.serializer, path, size)
         self._advance("save", path=os.fspath(path))
 
     @final

@@ -159,7 +159,7 @@ class Job:
             if value_digest(target.value(name)) != digest
         }
 
-    def save(self, serializer: Serializer, path: str | os.PathLike[str]) -> None:
+    def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
         """Write the result, with every figure that was measured.
 
         Raises:
@@ -179,6 +179,7 @@ class Job:
             measurements=self._measured | found,
             architecture=self.source.architecture,
             extra=self.source.extra,
+            max_shard_size=max_shard_size,
         )
 
     def drop(self) -> None:

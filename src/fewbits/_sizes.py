@@ -1,0 +1,30 @@
+"""Amounts of bytes, as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from fewbits.errors import ArgumentError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(size: str | int, name: str) -> int:
+    """Bytes out of a number of them, or of a text such as ``"512MB"``, ``"1.5 GiB"`` or ``"5GB"``.
+
+    Args:
+        size: GB and the like are powers of 1000, GiB of 1024.
+        name: of the argument, for the error.
+
+    Raises:
+        ArgumentError: if it is neither, or less than a byte.
+
+    >>> parse_size("1.5 GiB", "size"), parse_size("512MB", "size"), parse_size(7, "size")
+    (1610612736, 512000000, 7)
+    """
+    count = size if type(size) is int else 0
+    if isinstance(size, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", size.lower())):
+        count = int(float(found[1]) * _UNITS[found[2] or ""])
+    if count < 1:
+        raise ArgumentError(f"{name} must be a number of bytes, or a text such as '512MB' or '1.5GiB', not {size!r}")
+    return count

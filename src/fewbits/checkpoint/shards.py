@@ -1,0 +1,86 @@
+"""A result in several files: which tensor goes where, and the index that says so.
+
+The names and the index are those of transformers: ``model-00001-of-00003.safetensors`` and so on, and
+``model.safetensors.index.json`` with a ``weight_map`` from tensor to file. Every shard is a file of ours in its own
+right, with a ledger of its tensors; the index holds their header digests, so that shards of two results do not mix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import attrs
+
+from fewbits.checkpoint.metadata import FORMAT_VERSION, VERSION_KEY, stored_entries
+from fewbits.checkpoint.raw import write_durably
+from fewbits.selection.ledger import Ledger, LedgerRow
+
+#: What a directory with one file of tensors calls it, and how the names of several begin.
+STEM = "model"
+
+#: The key of the index's metadata that maps each file to the digest of its header.
+SHARDS_KEY = "fewbits.shards"
+
+
+@attrs.frozen
+class Shard:
+    """One file of a result.
+
+    Attributes:
+        file: its name.
+        ledger: what is in it: rows of the whole ledger in their order, aliases with the row that holds their tensor.
+    """
+
+    file: str
+    ledger: Ledger
+
+
+def plan_shards(ledger: Ledger, max_shard_size: int, suffix: str) -> tuple[Shard, ...]:
+    """Cut a result into files, of at most so many bytes each unless one tensor alone has more.
+
+    It depends on nothing else: the same ledger gives the same files, wherever its tensors come from.
+    """
+    number: dict[str, int] = {}
+    count, size = 1, 0
+    for row in ledger.stored:
+        if size and size + row.bytes_after > max_shard_size:
+            count, size = count + 1, 0
+        number[row.name] = count - 1
+        size += row.bytes_after
+    rows: list[list[LedgerRow]] = [[] for _ in range(count)]
+    for row in ledger:
+        rows[number[row.holder]].append(row)
+    return tuple(Shard(_file(index, count, suffix), Ledger(rows[index])) for index in range(count))
+
+
+def _file(index: int, count: int, suffix: str) -> str:
+    return f"{STEM}-{index + 1:05d}-of-{count:05d}{suffix}" if count > 1 else f"{STEM}{suffix}"
+
+
+def index_file(suffix: str) -> str:
+    """The name of the index beside the shards."""
+    return f"{STEM}{suffix}.index.json"
+
+
+def write_index(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str], suffix: str) -> None:
+    """Write the index of several shards; a single file needs none.
+
+    Args:
+        folder: where the shards are.
+        shards: all of them.
+        digests: the digest in each file's header, by file.
+        suffix: how the names of the files end.
+    """
+    if len(shards) == 1:
+        return
+    index = {
+        "metadata": {
+            "total_size": sum(shard.ledger.bytes_after for shard in shards),
+            VERSION_KEY: str(FORMAT_VERSION),
+            SHARDS_KEY: {shard.file: digests[shard.file] for shard in shards},
+        },
+        "weight_map": {name: shard.file for shard in shards for name in stored_entries(shard.ledger)},
+    }
+    write_durably(folder / index_file(suffix), (json.dumps(index, indent=2) + "\n").encode())
