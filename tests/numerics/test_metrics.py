@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fewbits import ArgumentError, Layout, Measurement, QuantSpec, measure
-from fewbits.numerics.metrics import pooled_sqnr_db, sqnr_db
+from fewbits.numerics.layout import block_rows
+from fewbits.numerics.metrics import Tally, pooled_sqnr_db, sqnr_db, unit_of
 from fewbits.numerics.quantize import cast, quantize
 from strategies import as_matrix, fractions, numbers, per_element, problems, restrided, weights
 
@@ -268,3 +269,42 @@ def test_the_first_broken_place_is_found_in_a_later_block():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 8)
         assert measure(weight, q).broken_at == (6, 1)
+
+
+@given(problems(), st.data())
+def test_parts_give_the_figures_of_the_whole_to_the_last_bit(problem, data):
+    weight, spec, layout = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", data.draw(st.integers(1, 40)))
+        stored = quantize(weight, spec, layout=layout)
+        step = data.draw(st.integers(1, 2)) * math.lcm(block_rows(layout.columns), 32)
+        matrix, whole = as_matrix(weight, layout), Tally(unit_of([weight]))
+        for start in range(0, layout.rows, step):
+            part = Tally(unit_of([weight]))
+            part.add(matrix[start : start + step], stored.rows(start, min(start + step, layout.rows)))
+            whole.join(part)
+        assert whole.measurement(layout.columns) == measure(weight, stored)
+
+
+@given(weights(dtypes=(torch.float32, torch.float64), min_dims=1), st.integers(1, 10), st.integers(1, 40))
+def test_parts_of_a_cast_give_the_figures_of_the_whole(weight, blocks, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", block)
+        stored = weight.to(torch.bfloat16)
+        whole, step = Tally(unit_of([weight])), blocks * block
+        for start in range(0, weight.numel(), step):
+            part = Tally(unit_of([weight]))
+            part.add(weight.reshape(-1)[start : start + step], stored.reshape(-1)[start : start + step])
+            whole.join(part)
+        assert whole.measurement(weight.shape[-1]) == measure(weight, stored)
+
+
+@given(problems(), st.data())
+def test_some_rows_of_a_quantized_tensor_are_what_these_rows_decode_to(problem, data):
+    weight, spec, layout = problem
+    stored = quantize(weight, spec, layout=layout)
+    start = 32 * data.draw(st.integers(0, (layout.rows - 1) // 32))
+    stop = data.draw(st.integers(start + 1, layout.rows))
+    part = stored.rows(start, stop)
+    assert torch.equal(part.codes(), stored.codes()[start:stop])
+    assert torch.equal(part.dequantize(torch.float64), as_matrix(stored.dequantize(torch.float64), layout)[start:stop])

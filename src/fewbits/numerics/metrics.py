@@ -108,21 +108,115 @@ def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
     Raises:
         ArgumentError: if the shapes differ, or there is no element to compare.
     """
-    if tuple(original.shape) != tuple(stored.shape) or not original.numel():
-        raise ArgumentError(f"a tensor of shape {tuple(original.shape)} cannot be compared with {tuple(stored.shape)}")
-    unit = _unit(original)
-    if not isinstance(stored, QuantizedTensor):
-        return _compare(_cast_blocks(original, stored), unit)
-    scale = stored.scale.abs()
-    measured = _compare(_quantized_blocks(original, stored), unit)
-    return attrs.evolve(measured, scale_min=float(scale.min()), scale_max=float(scale.max()))
+    tally = Tally(unit_of([original]))
+    tally.add(original, stored)
+    columns = stored.layout.columns if isinstance(stored, QuantizedTensor) else Layout.of(stored.shape).columns
+    return tally.measurement(columns)
+
+
+def unit_of(parts: Iterable[Tensor]) -> float:
+    """What to take sums of squares in: a power of two near the largest magnitude of a float64 tensor, else 1."""
+    largest = 0.0
+    for part in parts:
+        if part.dtype != torch.float64:
+            return 1.0
+        blocks = WeightMatrix(part, Layout.of(part.shape)).blocks()
+        largest = max([largest, *(_largest(rows.abs()) for _, _, rows in blocks)])
+    return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000) if math.isfinite(largest) else 1.0
+
+
+class Tally:
+    """What has been found out about one stored tensor so far, a part after the other.
+
+    Parts are whole rows of its matrix, or some elements of a cast tensor as they lie. Where each part but the last is a
+    multiple of a block, the figures are those of the whole tensor, to the last bit.
+
+    Args:
+        unit: see `unit_of`.
+    """
+
+    def __init__(self, unit: float = 1.0) -> None:
+        self._unit = unit
+        self._elements = self._clipped = 0
+        self._largest_error = self._worst_ratio = 0.0
+        self._broken: int | None = None
+        self._codes: list[int] = []
+        self._scales: list[float] = []
+        self._sums: list[list[float]] = []
+
+    @torch.no_grad()
+    def add(self, original: Tensor, stored: QuantizedTensor | Tensor) -> None:
+        """Compare the next part.
+
+        Raises:
+            ArgumentError: if the shapes differ, or there is no element to compare.
+        """
+        if tuple(original.shape) != tuple(stored.shape) or not original.numel():
+            raise ArgumentError(
+                f"a tensor of shape {tuple(original.shape)} cannot be compared with {tuple(stored.shape)}"
+            )
+        if isinstance(stored, QuantizedTensor):
+            scale = stored.scale.abs()
+            self._scales += float(scale.min()), float(scale.max())
+            blocks = _quantized_blocks(original, stored)
+        else:
+            blocks = _cast_blocks(original, stored)
+        for block in blocks:
+            self._add_block(block)
+
+    def join(self, later: Tally) -> None:
+        """Take in what was found out about the parts that come next."""
+        if later._broken is not None and self._broken is None:
+            self._broken = self._elements + later._broken
+        self._elements += later._elements
+        self._clipped += later._clipped
+        self._largest_error = max(self._largest_error, later._largest_error)
+        self._worst_ratio = max(self._worst_ratio, later._worst_ratio)
+        self._codes += later._codes
+        self._scales += later._scales
+        self._sums += later._sums
+
+    def measurement(self, columns: int) -> Measurement:
+        """What was found out about the whole tensor, whose matrix has so many columns."""
+        signal, noise, dot, power = (_fsum(terms) for terms in zip(*self._sums, strict=True))
+        return Measurement(
+            elements=self._elements,
+            signal=signal,
+            noise=noise,
+            dot=dot,
+            decoded=power,
+            max_abs_error=self._largest_error,
+            worst_bound_ratio=self._worst_ratio,
+            broken_at=None if self._broken is None else divmod(self._broken, columns),
+            clipped=self._clipped,
+            code_min=min(self._codes, default=None),
+            code_max=max(self._codes, default=None),
+            scale_min=min(self._scales, default=None),
+            scale_max=max(self._scales, default=None),
+            unit=self._unit,
+        )
+
+    def _add_block(self, block: _Block) -> None:
+        x, decoded = block.original, block.decoded
+        error = (x - decoded).abs_()
+        # NaN and Inf out of a damaged scale must count as broken, not vanish in a comparison.
+        held = (error <= block.bound) & torch.isfinite(error)
+        if self._broken is None and not held.all():
+            self._broken = self._elements + int((~held).reshape(-1).to(torch.int8).argmax())
+        if block.codes is not None:
+            self._codes += map(int, torch.aminmax(block.codes))
+        self._elements += x.numel()
+        self._clipped += block.clipped
+        self._largest_error = max(self._largest_error, _largest(error))
+        self._worst_ratio = max(self._worst_ratio, _largest(torch.where(error == 0, 0.0, error / block.bound)))
+        x, decoded, error = x / self._unit, decoded / self._unit, error / self._unit
+        self._sums.append([_sum(t) for t in (x * x, error.square_(), x * decoded, decoded.square_())])
 
 
 @attrs.frozen(eq=False)
 class _Block:
-    """Some rows of the matrix: before, after, and how far apart they may be, all in float64."""
+    """Some rows: before, after, and how far apart they may be, all in float64."""
 
-    start: int
     original: Tensor
     decoded: Tensor
     bound: Tensor
@@ -140,7 +234,7 @@ def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Bl
         decoded = _as_read(decode(codes, scale, zero_point, spec, torch.float64), compute_dtype(scale.dtype))
         signed = codes.to(torch.int16) + spec.code_min
         outside = int(clipped(x, scale, zero_point, spec).sum())
-        yield _Block(start, x, decoded, error_bound(x, scale, zero_point, spec), signed, outside)
+        yield _Block(x, decoded, error_bound(x, scale, zero_point, spec), signed, outside)
 
 
 def _as_read(decoded: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,59 +243,15 @@ def _as_read(decoded: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:
-    layout, limits = Layout.of(original.shape), torch.finfo(stored.dtype)
+    limits = torch.finfo(stored.dtype)
+    # A row an element, so that a part of a tensor gives the blocks that the whole one gives.
+    layout = Layout.of(original.shape, inputs=())
     decoded = WeightMatrix(stored, layout)
-    for start, stop, rows in WeightMatrix(original, layout).blocks():
-        x = rows.double()
+    for start, stop, elements in WeightMatrix(original, layout).blocks():
+        x = elements.reshape(1, -1).double()
         # Half a unit in the last place, of a normal and of a subnormal number.
         bound = x.abs() * (limits.eps / 2) + limits.tiny * limits.eps / 2
-        yield _Block(start, x, decoded.read(start, stop).double(), bound)
-
-
-def _unit(original: Tensor) -> float:
-    """A power of two near the largest magnitude of a float64 tensor; 1 for the other dtypes."""
-    if original.dtype != torch.float64:
-        return 1.0
-    blocks = WeightMatrix(original, Layout.of(original.shape)).blocks()
-    largest = max(_largest(rows.abs()) for _, _, rows in blocks)
-    return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000) if math.isfinite(largest) else 1.0
-
-
-def _compare(blocks: Iterable[_Block], unit: float) -> Measurement:
-    sums: list[list[float]] = []
-    codes: list[int] = []
-    elements, outside, worst_error, worst_ratio, broken = 0, 0, 0.0, 0.0, None
-    for block in blocks:
-        x, decoded = block.original, block.decoded
-        error = (x - decoded).abs_()
-        # NaN and Inf out of a damaged scale must count as broken, not vanish in a comparison.
-        held = (error <= block.bound) & torch.isfinite(error)
-        if broken is None and not held.all():
-            row, column = (~held).nonzero()[0].tolist()
-            broken = (block.start + row, column)
-        if block.codes is not None:
-            codes += map(int, torch.aminmax(block.codes))
-        elements += x.numel()
-        outside += block.clipped
-        worst_error = max(worst_error, _largest(error))
-        worst_ratio = max(worst_ratio, _largest(torch.where(error == 0, 0.0, error / block.bound)))
-        x, decoded, error = x / unit, decoded / unit, error / unit
-        sums.append([_sum(t) for t in (x * x, error.square_(), x * decoded, decoded.square_())])
-    signal, noise, dot, power = (_fsum(terms) for terms in zip(*sums, strict=True))
-    return Measurement(
-        elements=elements,
-        signal=signal,
-        noise=noise,
-        dot=dot,
-        decoded=power,
-        max_abs_error=worst_error,
-        worst_bound_ratio=worst_ratio,
-        broken_at=broken,
-        clipped=outside,
-        code_min=min(codes, default=None),
-        code_max=max(codes, default=None),
-        unit=unit,
-    )
+        yield _Block(x, decoded.read(start, stop).reshape(1, -1).double(), bound)
 
 
 def _largest(values: Tensor) -> float:

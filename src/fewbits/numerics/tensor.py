@@ -156,6 +156,26 @@ class QuantizedTensor:
         matrix = decode_packed(self.packed, self.scale, self.zero_points(), self.spec, self.layout.columns)
         return self.layout.from_matrix(narrow(matrix, dtype or self.dtype))
 
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Some rows of its matrix, as a quantized tensor of two dimensions over the same memory.
+
+        Args:
+            start: the first; with zero points a multiple of 32, where a word of packed zero points begins.
+            stop: the one after the last.
+        """
+        rows, spec = slice(start, stop), self.spec
+        per_row = spec.granularity != "tensor"
+        zero_point = self.zero_point
+        if zero_point is not None and per_row:
+            zero_point = zero_point[start * spec.bits // 32 : packed_words(stop, spec.bits)]
+        return attrs.evolve(
+            self,
+            packed=self.packed[rows],
+            scale=self.scale[rows] if per_row else self.scale,
+            zero_point=zero_point,
+            layout=Layout.of((len(self.packed[rows]), self.layout.columns)),
+        )
+
     def equal(self, other: QuantizedTensor) -> bool:
         """Whether the other one is the same, bit for bit."""
         mine, theirs = self.parts(), other.parts()
@@ -217,7 +237,8 @@ def unpack_zero_point(zero_point: Tensor | None, scale: Tensor, spec: QuantSpec)
     """Undo `pack_zero_point`: int32, the shape of `scale`; None stays None."""
     if zero_point is None:
         return None
-    columns = zero_point.reshape(zero_point.shape[0], -1).T
+    # A clone, not `contiguous`: that leaves a single word with the stride it has, and it could not be viewed as bytes.
+    columns = zero_point.reshape(zero_point.shape[0], -1).T.clone(memory_format=torch.contiguous_format)
     return (unpack(columns, spec.bits, scale.shape[0]).T.to(torch.int32) + spec.code_min).reshape(scale.shape)
 
 
