@@ -21,6 +21,7 @@ ROOMS = [
     "_events",
     "_table",
     "_sizes",
+    "_heap",
     "numerics",
     "selection",
     "observers",

@@ -5,6 +5,7 @@ And, marked slow, the two whose figures are promises on any machine: those of me
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from benchmarks import (
     contender,
     decoding,
     dense,
+    importing,
     linear,
     machine,
     memory,
@@ -286,6 +288,12 @@ def test_overhead_compares_with_the_same_calls(tmp_path, capsys):
     assert names == [f"{name}{suffix}" for name in overhead.PAIRS for suffix in ("", " inline")]
     assert found["cells"][0]["aten"] == found["cells"][1]["aten"] != []
     assert "dense fp32" in capsys.readouterr().out
+
+
+def test_importing_says_what_fewbits_adds_to_torch(capsys):
+    assert importing.main(["--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"fewbits +0\.\d+ s\nshare \d+\.\d%", printed)
 
 
 def test_only_what_moves_data_counts_as_a_call():

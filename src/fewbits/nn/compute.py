@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbits._heap import trim
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import check_compute
@@ -48,3 +49,4 @@ def prepack(
     for module in model.modules():
         if isinstance(module, PackedWeight):
             module.prepack(compute, kernels, over=over)
+    trim()

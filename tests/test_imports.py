@@ -1,30 +1,14 @@
-"""What `import fewbits` costs beyond torch and safetensors, and what it leaves alone."""
+"""What `import fewbits` brings in beyond torch and safetensors, and what it leaves alone."""
 
 import json
 import subprocess
 import sys
 
-BUDGET_SECONDS = 0.3
-RUNS = 3
 
-
-def python(code, *options):
-    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=120)
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def import_seconds():
-    """The cumulative time of the entry `fewbits`; what was imported before it does not count."""
-    lines = python(
-        "import torch, safetensors, safetensors.torch; import fewbits", "-X", "importtime"
-    ).stderr.splitlines()
-    fields = [line.removeprefix("import time:").split("|") for line in lines if line.startswith("import time:")]
-    return next(int(cumulative) / 1e6 for _, cumulative, name in fields if name == " fewbits")
-
-
-def test_importing_fewbits_adds_little_to_torch():
-    assert any(import_seconds() < BUDGET_SECONDS for _ in range(RUNS))
 
 
 def test_importing_fewbits_brings_in_no_optional_package_and_none_of_torch_ao():
@@ -39,7 +23,9 @@ def test_importing_fewbits_brings_in_no_optional_package_and_none_of_torch_ao():
     optional = {"click", "rich", "transformers", "jsonschema", "numpy", "compressed_tensors", "hypothesis", "pytest"}
     assert "fewbits" in added
     assert {name.partition(".")[0] for name in added} & optional == set()
-    assert [name for name in added if name.startswith("torch.ao")] == []
+    # The compiler takes longer to import than all of fewbits; it is imported by what compiles.
+    slow = ("torch.ao", "torch._dynamo", "torch._inductor", "torch.export", "torch.distributed", "sympy", "asyncio")
+    assert [name for name in added if name.startswith(slow)] == []
 
 
 def test_importing_fewbits_registers_nothing_but_its_operations_and_changes_no_setting():
