@@ -7,10 +7,12 @@
 """
 
 from fewbits._version import __version__
-from fewbits.api import Result, quantize, verify
+from fewbits.api import Plan, Result, plan, quantize, verify
 from fewbits.checkpoint.loading import load
+from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.serializer import Entry, Header, PartReader, PartWriter, Reader, Serializer, Writer
+from fewbits.checkpoint.serializer import ChunkReader, ChunkWriter, Entry, Header, Reader, Serializer, Writer
+from fewbits.checkpoint.shards import Shard
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import (
     ArgumentError,
@@ -58,6 +60,8 @@ __all__ = [
     "CalibrationError",
     "CastSpec",
     "CheckpointError",
+    "ChunkReader",
+    "ChunkWriter",
     "Decision",
     "DigestError",
     "Entry",
@@ -83,10 +87,10 @@ __all__ = [
     "NumericsError",
     "Observer",
     "Operand",
+    "Output",
     "Override",
-    "PartReader",
-    "PartWriter",
     "PercentileObserver",
+    "Plan",
     "Progress",
     "QuantSpec",
     "QuantizationConfig",
@@ -101,6 +105,7 @@ __all__ = [
     "SelectionError",
     "Selector",
     "Serializer",
+    "Shard",
     "SourceError",
     "Spec",
     "State",
@@ -116,6 +121,7 @@ __all__ = [
     "explain",
     "load",
     "measure",
+    "plan",
     "quantize",
     "set_compute",
     "verify",

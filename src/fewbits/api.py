@@ -10,7 +10,9 @@ from typing import Any
 import attrs
 
 from fewbits.calibration import Forward
+from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
+from fewbits.checkpoint.shards import Shard
 from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
@@ -54,7 +56,7 @@ def quantize(
     scheme: str | Quantizer | None = None,
     *,
     config: QuantizationConfig | None = None,
-    output: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | Output | None = None,
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     inplace: bool = False,
@@ -72,11 +74,11 @@ def quantize(
     What is given here outranks `config`, and that the defaults.
 
     Args:
-        source: an `nn.Module`, a state dict, or the path of a safetensors checkpoint.
+        source: an `nn.Module`, a state dict, or the path of a safetensors checkpoint: a file, or a directory.
         scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a `Quantizer` of your own, newly made, which
             brings its own settings. It can be left out if there is a `config`.
         config: settings; those given here replace them one by one, each as a whole.
-        output: where to write the result, if `source` is a path.
+        output: where to write the result, if `source` is a path; an `Output` says how, too.
         data: calibration batches, for observers that need them.
         forward: runs one batch, ``forward(model, batch)``.
         inplace: quantize the model or mapping itself.
@@ -116,6 +118,57 @@ def quantize(
     return Result(model, quantizer.ledger, report, quantizer)
 
 
+@attrs.frozen(eq=False, repr=False)
+class Plan:
+    """What `quantize` would do, known from names, shapes and dtypes alone.
+
+    Attributes:
+        ledger: the fate of every tensor, with its bytes before and after, exactly.
+        shards: the files of the result, with the ledger of each; none if the source is in memory.
+        left_behind: files of a source directory that look like weights and would not be part of the result.
+    """
+
+    ledger: Ledger
+    shards: tuple[Shard, ...]
+    left_behind: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Plan({self.ledger!r}, {len(self.shards)} files)"
+
+
+def plan(
+    source: object,
+    scheme: str | Quantizer | None = None,
+    *,
+    config: QuantizationConfig | None = None,
+    output: str | os.PathLike[str] | Output | None = None,
+    selector: Selector | None = None,
+    serializer: Serializer | None = None,
+    **settings: Any,
+) -> Plan:
+    """See what `quantize` would make of a source, before anything is spent. Of a checkpoint only headers are read.
+
+    Args:
+        source: as in `quantize`.
+        scheme: likewise; a `Quantizer` is back in the state CREATED afterwards.
+        config: likewise.
+        output: where the result of a path would go; None stands for a file, or directory, of the source's own name.
+        selector: as in `quantize`.
+        serializer: likewise.
+        settings: likewise.
+
+    Raises:
+        FewbitsError: what `quantize` would raise before it looks at a number.
+    """
+    _, quantizer = _settled(scheme, config, {"selector": selector, "serializer": serializer}, settings)
+    quantizer.prepare(source)
+    try:
+        name = output if output is not None else source if isinstance(source, (str, os.PathLike)) else "model"
+        return Plan(quantizer.ledger, quantizer.shards(name), quantizer.left_behind)
+    finally:
+        quantizer.reset()
+
+
 def verify(
     path: str | os.PathLike[str],
     against: object = None,
@@ -124,12 +177,12 @@ def verify(
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
-    """Re-read a file that fewbits wrote, and check it: digests, structure, and every element against its source.
+    """Re-read what fewbits wrote, and check it: digests, structure, and every element against its source.
 
     Codes are decoded by the layout that the file states, not through any module.
 
     Args:
-        path: the file.
+        path: the file, or the directory of several.
         against: what it was made from: a model, a state dict, or the path of a checkpoint. None checks the file alone.
         serializer: reads the file; None stands for safetensors.
         fail_under: SQNR in dB below which a tensor fails.

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 import fewbits
-from checkpoints import state
+from checkpoints import split, state
 from fewbits.cli.commands import run as run_cli
 from fewbits.config.config import QuantizationConfig
 
@@ -490,3 +490,52 @@ def test_without_the_extra_it_says_what_to_install(package):
     done = subprocess.run([sys.executable, "-c", BLOCKED, package], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"fewbits: the command line needs {package}: pip install 'fewbits[cli]'\n"
+
+
+def test_a_dry_run_says_what_a_run_does_and_writes_nothing(cli, folder):
+    options = ["quantize", "in", "--scheme", "int4", "--group-size", 48, "--max-shard-size", "3kB"]
+    code, out, err = cli(*options, "--dry-run", "--json")
+    planned = json.loads(out)
+    assert (code, err) == (0, "")
+    assert sorted(os.listdir(folder)) == ["in"]
+    done = json.loads(cli(*options, "-o", "out", "--json")[1])
+    assert planned["ledger"] == done["ledger"]
+    for shard in planned["shards"]:
+        payload = split((folder / "out" / shard["file"]).read_bytes())[1]
+        assert len(payload) == shard["bytes"]
+    assert sum(shard["bytes"] for shard in planned["shards"]) == done["ledger"]["bytes_after"]
+
+
+def test_a_dry_run_prints_every_tensor_and_every_file(cli, folder):
+    code, out, err = cli("quantize", "in", "--scheme", "int8", "--max-shard-size", "3kB", "--dry-run")
+    assert (code, err) == (0, "")
+    assert all(name in out for name in state())
+    assert "model-00001-of-" in out
+    assert "nothing was written" in out
+    assert "in: " in cli("quantize", "in", "--scheme", "int8", "--dry-run")[1]
+
+
+def test_a_directory_becomes_a_directory(cli, folder):
+    (folder / "model").mkdir()
+    (folder / "in").rename(folder / "model" / "model.safetensors")
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "training_args.bin").write_text("pickled")
+    code, out, err = cli(
+        "quantize", "model", "-o", "out", "--scheme", "int8", "--max-shard-size", "3kB", "--threads", 2
+    )
+    assert (code, err) == (0, "")
+    assert "left behind: training_args.bin" in out
+    assert (folder / "out" / "config.json").read_text() == "{}"
+    assert cli("verify", "out", "--against", "model")[0] == 0
+    assert "written by fewbits" in cli("inspect", "out")[1]
+    code, _, err = cli("quantize", "model", "-o", "out", "--scheme", "int8")
+    assert (code, "--force" in err) == (2, True)
+    assert cli("quantize", "model", "-o", "out", "--scheme", "int8", "--force")[0] == 0
+    assert sorted(os.listdir(folder / "out")) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max-shard-size", "lots"), ("--threads", "0")])
+def test_an_option_that_makes_no_sense_is_an_error_of_usage(cli, folder, option, value):
+    code, _, err = cli("quantize", "in", "-o", "out", "--scheme", "int8", option, value)
+    assert (code, os.listdir(folder)) == (2, ["in"])
+    assert option.strip("-").replace("-", "_") in err

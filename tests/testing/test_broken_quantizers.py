@@ -96,7 +96,15 @@ class LosesABit(SafetensorsSerializer):
     def reader(self, path):
         reader = super().reader(path)
         read = reader.read
+        read_into = reader.read_into
         reader.read = lambda name: read(name) ^ 1 if name.endswith("_packed") else read(name)
+
+        def other_bits_into(name, start, out):
+            read_into(name, start, out)
+            if name.endswith("_packed"):
+                out ^= 1
+
+        reader.read_into = other_bits_into
         return reader
 
 

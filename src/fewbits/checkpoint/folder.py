@@ -5,6 +5,7 @@ What an index says is not believed either: it names files in its own directory, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from fewbits.checkpoint.header import MAX_HEADER, parse_object
 from fewbits.checkpoint.raw import as_checkpoint_error
 from fewbits.errors import CheckpointError, FormatError
 
+#: How names of files end that hold tensors, of ours and of many other tools.
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
+    ".npy", ".pkl", ".tflite", ".engine",
+)  # fmt: skip
+
 
 @attrs.frozen
 class CheckpointFiles:
@@ -23,12 +30,14 @@ class CheckpointFiles:
     Attributes:
         paths: the files, in the order of their names.
         folder: the directory, if a whole one was asked for; None for a single file.
+        index: the file that says where each tensor is; None without one.
         weight_map: the file's name for every tensor, as the index has it; None without an index.
         metadata: what else the index says.
     """
 
     paths: tuple[Path, ...]
     folder: Path | None = None
+    index: Path | None = None
     weight_map: Mapping[str, str] | None = None
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
 
@@ -46,7 +55,7 @@ def find_files(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
         CheckpointError: if something cannot be read, or a file that the index names is missing.
     """
     with as_checkpoint_error(f"{path} cannot be read"):
-        if path.name.endswith(".json") and path.is_file():
+        if ".index." in path.name and path.name.endswith(".json") and path.is_file():
             return _indexed(path, suffixes)
         if not path.is_dir():
             return CheckpointFiles((path,))
@@ -82,23 +91,62 @@ def _indexed(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
             )
     if missing := [file for file in files if not (path.parent / file).exists()]:
         raise CheckpointError(f"{path} names files that are missing: {', '.join(missing)}; fetch them again")
-    return CheckpointFiles(tuple(_inside(path.parent, file) for file in files), path.parent, weight_map, metadata)
+    paths = tuple(_inside(path.parent, file) for file in files)
+    return CheckpointFiles(paths, path.parent, path, weight_map, metadata)
+
+
+def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What else is in a checkpoint's directory, by paths in it.
+
+    Returns:
+        the files that go with any form of its tensors: configuration, tokenizer and the like, in its subdirectories
+        too; and what stays where it is: files of tensors that are not the checkpoint's, what is hidden, and links to
+        elsewhere.
+    """
+    if files.folder is None:
+        return (), ()
+    own = {path.name for path in files.paths} | ({files.index.name} if files.index is not None else set())
+    along: list[str] = []
+    behind: list[str] = []
+    for at, folders, names in os.walk(files.folder):
+        here = Path(at)
+        for name in [*folders]:
+            if name.startswith(".") or (here / name).is_symlink():
+                folders.remove(name)
+                behind.append(f"{(here / name).relative_to(files.folder)}/")
+        for name in names:
+            if here == files.folder and name in own:
+                continue
+            (along if _goes_along(here, name) else behind).append(str((here / name).relative_to(files.folder)))
+    return tuple(sorted(along)), tuple(sorted(behind))
+
+
+def _goes_along(folder: Path, name: str) -> bool:
+    path = folder / name
+    weights = path.suffix.lower() in WEIGHT_SUFFIXES or any(f"{suffix}.index." in name for suffix in WEIGHT_SUFFIXES)
+    return not name.startswith(".") and not weights and path.is_file() and _stays_inside(path)
 
 
 def _inside(folder: Path, name: str) -> Path:
     """A file in a directory.
 
-    Links may point to files beside them, and, as in the cache of the Hugging Face hub, from ``snapshots/<revision>`` to
-    the ``blobs`` beside ``snapshots``.
-
     Raises:
-        FormatError: if it is a link to anywhere else.
+        FormatError: if it is a link to somewhere else.
     """
-    path, home = folder / name, folder.resolve()
-    target = path.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if target.parent not in allowed:
+    path = folder / name
+    if not _stays_inside(path):
         raise FormatError(
-            f"{path} is a link to {target}, outside of its directory; copy the file, or give its own path"
+            f"{path} is a link to {path.resolve()}, outside of its directory; copy the file, or give its own path"
         )
     return path
+
+
+def _stays_inside(path: Path) -> bool:
+    """Whether a path is a file, or a link to one, in its own directory.
+
+    In the cache of the Hugging Face hub, links in ``snapshots/<revision>`` and below go to the ``blobs`` beside
+    ``snapshots``; these count too.
+    """
+    home, target = path.parent.resolve(), path.resolve()
+    hub = next((parent.parent for parent in home.parents if parent.name == "snapshots"), None)
+    return target.parent == home or (hub is not None and target.parent == hub / "blobs")

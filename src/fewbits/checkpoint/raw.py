@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -90,6 +91,20 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy the bytes of a file to a new one, in a directory that is made for it, and wait until they are on the disk.
+
+    Raises:
+        CheckpointError: if one cannot be read, or the other exists or cannot be written.
+    """
+    with as_checkpoint_error(f"{source} cannot be copied to {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as read, open(target, "xb") as written:
+            shutil.copyfileobj(read, written)
+            written.flush()
+            os.fsync(written.fileno())
 
 
 def sync_directory(path: Path) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import attrs
+import torch
 from torch import Tensor
 
+from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.folder import CheckpointFiles, find_files
-from fewbits.checkpoint.metadata import HEADER_DIGEST_KEY, Metadata, part_name
+from fewbits.checkpoint.metadata import HEADER_DIGEST_KEY, Metadata, part_name, row_entries
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value, digest_in, refuse_damaged
-from fewbits.checkpoint.serializer import Reader, Serializer
+from fewbits.checkpoint.saving import Value, refuse_damaged, wrong_digests
+from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, part_shapes
+from fewbits.numerics.tensor import QuantizedTensor, part_shapes, shape_part
 from fewbits.selection.ledger import Ledger
 
 Check = Literal["digests", "header"]
@@ -45,12 +48,17 @@ class Checkpoint:
         self.path = path
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        shards = [_Shard.opened(file, serializer) for file in files.paths]
+        self._shards = [_Shard.opened(file, serializer) for file in files.paths]
         if files.weight_map is not None:
-            _check_index(files, shards)
-        self.metadata = _united([shard.metadata for shard in shards], path)
+            _check_index(files, self._shards)
+        self.metadata = _united([shard.metadata for shard in self._shards], path)
         self.ledger = self.metadata.ledger
-        self._readers = {name: shard.reader for shard in shards for name in shard.reader.entries}
+        self._readers = {name: shard.reader for shard in self._shards for name in shard.reader.entries}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers aside."""
+        return sum(reader.entries[name].nbytes for name, reader in self._readers.items())
 
     def value(self, name: str) -> Value:
         """The stored form of one tensor of the source, by its name there; it aliases the mapped file."""
@@ -61,14 +69,39 @@ class Checkpoint:
             return QuantizedTensor.from_parts(parts, spec=row.spec, layout=row.layout, dtype=row.dtype)
         return self._read(row.name)
 
+    def chunk(self, chunk: Chunk) -> Value:
+        """The stored form of some of a tensor, in memory of its own, read by position where the format allows it.
+
+        Args:
+            chunk: of a row of this ledger that is no alias.
+        """
+        row, described = chunk.row, chunk.described()
+        if not isinstance(row.spec, QuantSpec) or described.layout is None:
+            return self._read_chunk(row.name, chunk.start, row_entries(described)[row.name])
+        first, per_tensor = chunk.rows[0], row.spec.granularity == "tensor"
+        parts = {}
+        for part, (shape, dtype) in part_shapes(described.layout, row.spec, row.dtype).items():
+            rows = first * row.spec.bits // 32 if part == "zero_point" else first
+            start = 0 if per_tensor and part != "packed" else rows * math.prod(shape[1:])
+            if part != "shape":
+                parts[part] = self._read_chunk(part_name(row.name, part), start, Entry(shape, dtype))
+        parts["shape"] = shape_part(described.shape)
+        return QuantizedTensor.from_parts(parts, spec=row.spec, layout=described.layout, dtype=row.dtype)
+
     def _read(self, name: str) -> Tensor:
         return self._readers[name].read(name)
 
+    def _read_chunk(self, name: str, start: int, entry: Entry) -> Tensor:
+        reader = self._readers[name]
+        if isinstance(reader, ChunkReader):
+            out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+            reader.read_into(name, start, out)
+            return out
+        return reader.read(name).reshape(-1)[start : start + entry.numel].reshape(entry.shape)
+
     def damaged(self) -> list[str]:
         """The names, in the files, of all tensors whose bytes do not have their digest."""
-        return [
-            name for name, digest in self.metadata.digests.items() if digest_in(self._readers[name], name) != digest
-        ]
+        return [name for shard in self._shards for name in wrong_digests(shard.reader, shard.metadata.digests)]
 
     def check(self, check: Check) -> None:
         """Check every digest, or, with ``"header"``, nothing more than was checked on opening.

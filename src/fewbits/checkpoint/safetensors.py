@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, Span, dump_header, read_header
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
-from fewbits.checkpoint.serializer import Header, PartReader, PartWriter, Serializer
+from fewbits.checkpoint.serializer import ChunkReader, ChunkWriter, Header, Serializer
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import in_memory
@@ -27,16 +27,16 @@ from fewbits.numerics.tensor import in_memory
 class SafetensorsSerializer(Serializer):
     """Writes and reads safetensors files."""
 
-    def writer(self, path: str | os.PathLike[str], header: Header) -> PartWriter:
+    def writer(self, path: str | os.PathLike[str], header: Header) -> ChunkWriter:
         """Begin a file beside `path`; it takes its name when it is closed."""
         return _SafetensorsWriter(Path(path), header)
 
-    def reader(self, path: str | os.PathLike[str]) -> PartReader:
+    def reader(self, path: str | os.PathLike[str]) -> ChunkReader:
         """Open a file. It is mapped when a whole tensor is read, not before."""
         return _SafetensorsReader(Path(path))
 
 
-class _SafetensorsWriter(PartWriter):
+class _SafetensorsWriter(ChunkWriter):
     def __init__(self, path: Path, header: Header) -> None:
         with as_checkpoint_error(f"{path} cannot be written"):
             # A link stays one: the file that it points to is replaced.
@@ -80,20 +80,20 @@ class _SafetensorsWriter(PartWriter):
             )
         self.append(name, tensor)
 
-    def append(self, name: str, part: Tensor) -> None:
+    def append(self, name: str, chunk: Tensor) -> None:
         """Write the next bytes of a tensor at their place."""
         entry, done = self._entries.get(name), self._written.get(name, 0)
-        if entry is None or part.dtype != entry.dtype or done + part.numel() > entry.numel:
+        if entry is None or chunk.dtype != entry.dtype or done + chunk.numel() > entry.numel:
             raise ArgumentError(
-                f"{name!r}: {part.numel()} elements in {dtype_name(part.dtype)} after {done} are not what the header "
+                f"{name!r}: {chunk.numel()} elements in {dtype_name(chunk.dtype)} after {done} are not what the header "
                 f"of {self._path} announces: {entry}"
             )
-        part = in_memory(part)
+        chunk = in_memory(chunk)
         with as_checkpoint_error(f"{self._path}: writing {name} failed"):
-            self._put(tensor_bytes(part), self._starts[name] + done * entry.dtype.itemsize)
-        self._written[name] = done + part.numel()
+            self._put(tensor_bytes(chunk), self._starts[name] + done * entry.dtype.itemsize)
+        self._written[name] = done + chunk.numel()
 
-    def seal(self, metadata: Mapping[str, str]) -> PartReader:
+    def seal(self, metadata: Mapping[str, str]) -> ChunkReader:
         """Write the header and make everything durable; the file still has its temporary name."""
         missing = [name for name, entry in self._entries.items() if self._written.get(name) != entry.numel]
         if missing:
@@ -126,7 +126,7 @@ class _SafetensorsWriter(PartWriter):
             self._temporary.unlink()
 
 
-class _SafetensorsReader(PartReader):
+class _SafetensorsReader(ChunkReader):
     def __init__(self, path: Path) -> None:
         with as_checkpoint_error(f"{path} cannot be read"):
             if not path.is_file():

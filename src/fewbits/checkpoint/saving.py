@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.metadata import (
     HEADER_DIGEST_KEY,
     Metadata,
@@ -20,22 +21,26 @@ from fewbits.checkpoint.metadata import (
 )
 from fewbits.checkpoint.publishing import NewFolder
 from fewbits.checkpoint.raw import tensor_bytes
-from fewbits.checkpoint.serializer import Header, PartReader, Reader, Serializer
+from fewbits.checkpoint.serializer import ChunkReader, ChunkWriter, Header, Reader, Serializer
 from fewbits.checkpoint.shards import plan_shards, write_index
 from fewbits.errors import DigestError, FormatError
 from fewbits.numerics.metrics import Measurement
-from fewbits.numerics.tensor import QuantizedTensor, in_memory
+from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor, in_memory, shape_part
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 #: Bytes of a file that are looked at together.
 _PIECE = 1 << 20
+
+#: The parts of which a tensor has one, and not one a row, where one scale serves all of it.
+_SHARED = ("scale", "zero_point")
 
 #: The stored form of one tensor.
 Value = QuantizedTensor | Tensor
 
 
 class CheckpointWriter:
-    """Writes one file, a row of the ledger at a time. As a context manager it removes the file if left early."""
+    """Writes one file, a chunk at a time. As a context manager it removes the file if left early."""
 
     def __init__(
         self,
@@ -48,8 +53,9 @@ class CheckpointWriter:
     ) -> None:
         self._ledger, self._path = ledger, Path(path)
         self._entries = stored_entries(ledger)
-        self._digests: dict[str, str] = {}
+        self._hashes = {name: hashlib.sha256() for name in self._entries}
         self._metrics: dict[str, Metrics] = {}
+        self._held: dict[str, list[Tensor]] = {}
         self._architecture, self._extra = architecture, dict(extra or {})
         placeholder = Metadata.placeholder(ledger, architecture, self._extra)
         self._writer = serializer.writer(path, Header(self._entries, placeholder.to_strings(self._entries)))
@@ -70,8 +76,17 @@ class CheckpointWriter:
         Raises:
             FormatError: if it is not what the ledger announced.
         """
-        announced = row_entries(row)
-        for name, tensor in value_tensors(row.name, value).items():
+        self.append(Chunk.whole(row), value)
+        self.set_measurement(row, measurement)
+
+    def append(self, chunk: Chunk, value: Value) -> None:
+        """Write the stored form of the next chunk of a row.
+
+        Raises:
+            FormatError: if it is not what the ledger announced.
+        """
+        announced = row_entries(chunk.described())
+        for name, tensor in value_tensors(chunk.row.name, value).items():
             if name not in announced or (tuple(tensor.shape), tensor.dtype) != (
                 announced[name].shape,
                 announced[name].dtype,
@@ -80,11 +95,26 @@ class CheckpointWriter:
                     f"{name} has shape {tuple(tensor.shape)} in {tensor.dtype}, the ledger announced "
                     f"{announced.get(name)}; the model has changed since it was quantized"
                 )
+        for name, tensor in _own_tensors(chunk, value).items():
             tensor = in_memory(tensor)
-            self._digests[name] = digest(tensor)
-            self._writer.write(name, tensor)
+            self._hashes[name].update(tensor_bytes(tensor))
+            self._write(chunk, name, tensor)
+
+    def set_measurement(self, row: LedgerRow, measurement: Measurement | None) -> None:
+        """Note what was measured about a row, for the header."""
         if measurement is not None:
             self._metrics[row.name] = Metrics.of(measurement)
+
+    def _write(self, chunk: Chunk, name: str, tensor: Tensor) -> None:
+        entry = self._entries[name]
+        if tensor.numel() == entry.numel:
+            self._writer.write(name, tensor.reshape(entry.shape))
+        elif isinstance(self._writer, ChunkWriter):
+            self._writer.append(name, tensor)
+        else:
+            self._held.setdefault(name, []).append(tensor.reshape(-1))
+            if chunk.is_last:
+                self._writer.write(name, torch.cat(self._held.pop(name)).reshape(entry.shape))
 
     def close(self) -> str:
         """Finish the file, read it back, check every digest, and publish it.
@@ -95,13 +125,13 @@ class CheckpointWriter:
         Raises:
             DigestError: if what is read is not what was written. Nothing is published then.
         """
-        digests = {name: self._digests[name] for name in self._entries}
+        digests = {name: found.hexdigest() for name, found in self._hashes.items()}
         metrics = {row.name: self._metrics[row.name] for row in self._ledger if row.name in self._metrics}
         metadata = Metadata(self._ledger, self._architecture, metrics, digests, extra=self._extra)
         strings = metadata.to_strings(self._entries)
         reader = self._writer.seal(strings)
         Metadata.from_strings(reader.metadata, reader.entries, self._path)
-        refuse_damaged([name for name in digests if digest_in(reader, name) != digests[name]], self._path)
+        refuse_damaged(wrong_digests(reader, digests), self._path)
         self._writer.close()
         return strings[HEADER_DIGEST_KEY]
 
@@ -153,6 +183,23 @@ def value_tensors(name: str, value: Value) -> dict[str, Tensor]:
     return {name: value}
 
 
+def _own_tensors(chunk: Chunk, value: Value) -> dict[str, Tensor]:
+    """What a file holds for one chunk alone: what there is once for a whole tensor comes with its first."""
+    row = chunk.row
+    tensors = value_tensors(row.name, value)
+    if chunk.is_whole or not isinstance(row.spec, QuantSpec) or row.layout is None:
+        return tensors
+    once = {"shape": shape_part(row.shape)}
+    if row.spec.granularity == "tensor":
+        once |= {part: tensors[part_name(row.name, part)] for part in _SHARED if part_name(row.name, part) in tensors}
+    for part, tensor in once.items():
+        if chunk.is_first:
+            tensors[part_name(row.name, part)] = tensor
+        else:
+            del tensors[part_name(row.name, part)]
+    return tensors
+
+
 def value_digest(value: Value) -> str:
     """One SHA-256 over all tensors of a value, in hexadecimal."""
     return hashlib.sha256("".join(map(digest, value_tensors("", value).values())).encode()).hexdigest()
@@ -164,12 +211,17 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
+def wrong_digests(reader: Reader, digests: Mapping[str, str]) -> list[str]:
+    """The names of the tensors whose bytes do not have their digest."""
+    return [name for name, expected in digests.items() if digest_in(reader, name) != expected]
+
+
 def digest_in(reader: Reader, name: str) -> str:
     """SHA-256 of the bytes of a tensor in a file, read a piece at a time where the format allows it."""
-    if not isinstance(reader, PartReader):
+    if not isinstance(reader, ChunkReader):
         return digest(reader.read(name))
     entry, found = reader.entries[name], hashlib.sha256()
-    piece = torch.empty(min(entry.numel, max(1, _PIECE // entry.dtype.itemsize)), dtype=entry.dtype)
+    piece = torch.empty(min(entry.numel, max(1, _PIECE // entry.dtype.itemsize)), dtype=entry.dtype, device="cpu")
     for start in range(0, entry.numel, max(1, len(piece))):
         part = piece[: entry.numel - start]
         reader.read_into(name, start, part)

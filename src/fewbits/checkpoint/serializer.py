@@ -73,11 +73,11 @@ class Writer(ABC):
         self.abort()
 
 
-class PartWriter(Writer):
-    """A writer that also takes a tensor in parts. With any other, a tensor is held until all of it is there."""
+class ChunkWriter(Writer):
+    """A writer that also takes a tensor in chunks. With any other, a tensor is held until all of it is there."""
 
     @abstractmethod
-    def append(self, name: str, part: Tensor) -> None:
+    def append(self, name: str, chunk: Tensor) -> None:
         """Write the next elements of one of the header's tensors, in the order they lie in, of any shape."""
 
 
@@ -97,8 +97,8 @@ class Reader(ABC):
         """One tensor; where the format allows it, an alias of the mapped file."""
 
 
-class PartReader(Reader):
-    """A reader that also reads a part of a tensor, and no more of the file for it. Any other reads whole tensors."""
+class ChunkReader(Reader):
+    """A reader that also reads a chunk of a tensor, and no more of the file for it. Any other reads whole tensors."""
 
     @abstractmethod
     def read_into(self, name: str, start: int, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""``fewbits quantize | inspect | verify``, on safetensors checkpoints."""
+"""``fewbits quantize | inspect | verify``, on safetensors checkpoints, in one file or many."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any, get_args
 import click
 
 from fewbits._version import __version__
+from fewbits.api import Plan, plan
 from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
+from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.progress import progress_bar
 from fewbits.config.config import QuantizationConfig
@@ -38,7 +40,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("source", metavar="IN", type=_path)
-@click.option("-o", "--output", required=True, metavar="OUT", type=_path, help="The file to write.")
+@click.option("-o", "--output", metavar="OUT", type=_path, help="The file to write; a directory, if IN is one.")
 @click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON. An option replaces its setting.")
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How weights are stored. Required without --config.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only what these patterns name. Repeatable.")
@@ -56,29 +58,40 @@ def cli() -> None:
 @click.option("--ragged", type=click.Choice(get_args(Ragged)), help="What to do with rows that groups do not divide.")
 @click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
 @click.option("--embeddings", is_flag=True, help="Quantize embeddings too, where the scheme would keep them.")
+@click.option("--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory; 5GB.")
+@click.option("--threads", type=int, metavar="N", help="How many tensors, or pieces of large ones, at a time.")
+@click.option("--dry-run", is_flag=True, help="Print what would become of every tensor, and write nothing.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--fail-under", show_default=f"{CRITICAL_DB:g}", **_FAIL_UNDER)
 @_json
 def quantize(
     source: Path,
-    output: Path,
+    output: Path | None,
     config: Path | None,
     embeddings: bool,
+    max_shard_size: str | None,
+    threads: int | None,
+    dry_run: bool,
     no_verify: bool,
     force: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Quantize the safetensors checkpoint IN."""
-    if output.exists() and not force:
-        raise ArgumentError(f"{output} exists; pass --force to replace it, or choose another OUT")
+    """Quantize the safetensors checkpoint IN: a file, or a directory with an index."""
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     settings = _settings(config, embeddings, options)
+    target = Output(output or source, max_shard_size=max_shard_size, replace=force, threads=threads)
+    if dry_run:
+        return _show_plan(plan(source, config=settings, output=target), settings, as_json)
+    if target.path.exists() and not force:
+        raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
     with progress_bar() as progress:
         result = quantize_source(
             source,
             config=settings,
-            output=output,
+            output=target,
             validate=not no_verify,
             on_failure="ignore",  # the summary and the exit code tell
             progress=progress,
@@ -86,11 +99,13 @@ def quantize(
     if as_json:
         report = None if result.report is None else result.report.to_dict()
         ledger = result.ledger.to_dict()
-        _print_json({"output": str(output), "config": settings.to_dict(), "ledger": ledger, "report": report})
+        about = {"output": str(target.path), "config": settings.to_dict(), "left_behind": result.quantizer.left_behind}
+        _print_json({**about, "ledger": ledger, "report": report})
     else:
         click.echo(result.ledger.summary())
+        _tell_left_behind(result.quantizer.left_behind)
         click.echo("not verified: --no-verify" if result.report is None else result.report.summary())
-        click.echo(f"written{'' if result.report is None or result.report.ok else ', though it failed'}: {output}")
+        click.echo(f"written{'' if result.report is None or result.report.ok else ', though it failed'}: {target.path}")
     return SUCCESS if result.report is None or result.report.ok else FAILED
 
 
@@ -148,6 +163,26 @@ def run() -> int:
     except FewbitsError as error:
         code = _complain(str(error))
     return code
+
+
+def _show_plan(planned: Plan, settings: QuantizationConfig, as_json: bool) -> int:
+    """Print the whole ledger: here it is what was asked for."""
+    shards = [{"file": shard.file, "bytes": shard.ledger.bytes_after} for shard in planned.shards]
+    if as_json:
+        about = {"config": settings.to_dict(), "shards": shards, "left_behind": planned.left_behind}
+        _print_json({**about, "ledger": planned.ledger.to_dict()})
+    else:
+        click.echo(str(planned.ledger))
+        for shard in shards:
+            click.echo(f"{shard['file']}: {shard['bytes']:,} bytes of tensors")
+        _tell_left_behind(planned.left_behind)
+        click.echo("nothing was written: --dry-run")
+    return SUCCESS
+
+
+def _tell_left_behind(files: Sequence[str]) -> None:
+    if files:
+        click.echo(f"left behind: {', '.join(files)}")
 
 
 def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:

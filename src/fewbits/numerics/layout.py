@@ -75,6 +75,11 @@ class Layout:
         """(rows, columns)."""
         return self.rows, self.columns
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the elements of the matrix, row after row, come in the order of those of the tensor."""
+        return self.permutation == tuple(range(len(self.view)))
+
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Put a (rows, columns) matrix back into the tensor's own shape."""
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)

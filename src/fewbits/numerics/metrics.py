@@ -114,21 +114,21 @@ def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
     return tally.measurement(columns)
 
 
-def unit_of(parts: Iterable[Tensor]) -> float:
+def unit_of(chunks: Iterable[Tensor]) -> float:
     """What to take sums of squares in: a power of two near the largest magnitude of a float64 tensor, else 1."""
     largest = 0.0
-    for part in parts:
-        if part.dtype != torch.float64:
+    for chunk in chunks:
+        if chunk.dtype != torch.float64:
             return 1.0
-        blocks = WeightMatrix(part, Layout.of(part.shape)).blocks()
+        blocks = WeightMatrix(chunk, Layout.of(chunk.shape)).blocks()
         largest = max([largest, *(_largest(rows.abs()) for _, _, rows in blocks)])
     return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000) if math.isfinite(largest) else 1.0
 
 
 class Tally:
-    """What has been found out about one stored tensor so far, a part after the other.
+    """What has been found out about one stored tensor so far, a chunk after the other.
 
-    Parts are whole rows of its matrix, or some elements of a cast tensor as they lie. Where each part but the last is a
+    Chunks are whole rows of its matrix, or some elements of a cast tensor as they lie. Where each but the last is a
     multiple of a block, the figures are those of the whole tensor, to the last bit.
 
     Args:
@@ -146,7 +146,7 @@ class Tally:
 
     @torch.no_grad()
     def add(self, original: Tensor, stored: QuantizedTensor | Tensor) -> None:
-        """Compare the next part.
+        """Compare the next chunk.
 
         Raises:
             ArgumentError: if the shapes differ, or there is no element to compare.
@@ -165,7 +165,7 @@ class Tally:
             self._add_block(block)
 
     def join(self, later: Tally) -> None:
-        """Take in what was found out about the parts that come next."""
+        """Take in what was found out about the chunks that come next."""
         if later._broken is not None and self._broken is None:
             self._broken = self._elements + later._broken
         self._elements += later._elements
@@ -244,7 +244,7 @@ def _as_read(decoded: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:
     limits = torch.finfo(stored.dtype)
-    # A row an element, so that a part of a tensor gives the blocks that the whole one gives.
+    # A row an element, so that a chunk of a tensor gives the blocks that the whole one gives.
     layout = Layout.of(original.shape, inputs=())
     decoded = WeightMatrix(stored, layout)
     for start, stop, elements in WeightMatrix(original, layout).blocks():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -103,8 +104,16 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def check_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+def check_finite(
+    tensor: Tensor, dtype: torch.dtype | None = None, *, first: int = 0, shape: Sequence[int] | None = None
+) -> None:
     """Refuse NaN, Inf, and, if `dtype` is given, numbers that become Inf in it.
+
+    Args:
+        tensor: a whole one, or some elements of one as they lie.
+        dtype: floating.
+        first: which element of the whole tensor the first one is.
+        shape: of the whole tensor; None stands for that of `tensor`.
 
     Raises:
         NonFiniteError: for NaN and Inf.
@@ -117,9 +126,11 @@ def check_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
         result = values if dtype is None else values.to(dtype)
         if _is_finite(result):
             continue
-        first = (~torch.isfinite(result)).nonzero()[0]
-        value = float(values[tuple(first)])
-        index = (start + int(first[0]), *(int(i) for i in first[1:]))
+        at = (~torch.isfinite(result)).nonzero()[0]
+        value = float(values[tuple(at)])
+        index = (start + int(at[0]), *(int(i) for i in at[1:]))
+        if shape is not None:
+            index = _index(first + _position(index, tensor.shape), shape)
         if dtype is None:
             raise NonFiniteError(
                 f"the element at index {index} is {value}; only finite numbers can be quantized: "
@@ -129,6 +140,20 @@ def check_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> None:
             f"the element at index {index} is {value:.6g}, beyond the largest {dtype_name(dtype)} "
             f"({torch.finfo(dtype).max:.6g}); exclude this tensor, or choose another scheme for it"
         )
+
+
+def _position(index: Sequence[int], shape: Sequence[int]) -> int:
+    """Which element of a tensor, as they lie, has this index."""
+    return functools.reduce(lambda position, axis: position * axis[1] + axis[0], zip(index, shape, strict=True), 0)
+
+
+def _index(position: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The index of an element of a tensor."""
+    index: list[int] = []
+    for size in reversed(shape):
+        position, at = divmod(position, size)
+        index.append(at)
+    return tuple(reversed(index))
 
 
 def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

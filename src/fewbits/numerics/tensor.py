@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -114,7 +114,7 @@ class QuantizedTensor:
         if not {"packed", "scale", "shape"} <= set(parts) <= PARTS:
             wanted = sorted(part_shapes(layout, spec, dtype))
             raise FormatError(f"a tensor in {spec} has the parts {wanted}, not {sorted(parts)}")
-        if not same_bits(parts["shape"], _shape_part(layout)):
+        if not same_bits(parts["shape"], shape_part(layout.shape)):
             raise FormatError(
                 f"the part 'shape' says {tuple(parts['shape'].flatten().tolist())}, the layout {layout.shape}"
             )
@@ -126,7 +126,7 @@ class QuantizedTensor:
         optional = {"zero_point": self.zero_point, "input_scale": self.input_scale}
         parts = {"packed": self.packed, "scale": self.scale}
         parts |= {name: part for name, part in optional.items() if part is not None}
-        return parts | {"shape": _shape_part(self.layout)}
+        return parts | {"shape": shape_part(self.layout.shape)}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -220,8 +220,9 @@ def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str
     return parts
 
 
-def _shape_part(layout: Layout) -> Tensor:
-    return torch.tensor(layout.shape, dtype=torch.int64, device="cpu")
+def shape_part(shape: Sequence[int]) -> Tensor:
+    """A shape as files hold it: int64, one number an axis."""
+    return torch.tensor(tuple(shape), dtype=torch.int64, device="cpu")
 
 
 def pack_zero_point(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from fewbits.errors import CalibrationError
@@ -40,6 +42,17 @@ class Observer(ABC):
             scale, of shape ``spec.scale_shape(rows, columns)`` and dtype ``spec.scale_dtype``, finite and not zero;
             and zero point, integer, of the same shape, in the code range (None if the spec is symmetric).
         """
+
+    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """Pick the one scale and zero point of a weight that comes in chunks, because it may be larger than memory.
+
+        An observer that needs no more than a summary of them should override this, which brings them together.
+
+        Args:
+            chunks: some whole rows each, in order, in the weight's own dtype.
+            spec: of granularity "tensor", with ``spec.scale_dtype`` settled.
+        """
+        return self.observe_weight(torch.cat(list(chunks)), spec)
 
     def observe_input(self, x: Tensor) -> None:  # noqa: B027  (an optional part of the interface)
         """Look at one input of the layer, floating and with elements.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
-from fewbits.numerics.affine import choose_params
+from fewbits.numerics.affine import choose_params, extremes
 from fewbits.numerics.quantize import min_max
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.accumulating import AccumulatingObserver
@@ -21,6 +24,11 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
+
+    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point from the extremes of all chunks."""
+        lows, highs = zip(*(extremes(chunk, spec) for chunk in chunks), strict=True)
+        return choose_params(torch.stack(lows).amin(0), torch.stack(highs).amax(0), spec)
 
     def _statistics(self, x: Tensor) -> Extremes | None:
         return Extremes.of(x)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from fewbits import calibration
 from fewbits._events import emit
 from fewbits._sizes import parse_size
+from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
+from fewbits.checkpoint.shards import Shard
 from fewbits.errors import ArgumentError, CalibrationError, NumericsError, StateError, ValidationError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
@@ -29,15 +31,18 @@ from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
+from fewbits.quantizers.file_job import FileJob
 from fewbits.quantizers.fitting import Ragged, check_ragged, fitted, refuse_ragged
-from fewbits.quantizers.job import Job
+from fewbits.quantizers.job import Conversion, Job
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
+from fewbits.quantizers.live_job import LiveJob
 from fewbits.quantizers.plan import plan
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.selection.rules import TypeRule, check_types, is_of_type, type_name
 from fewbits.selection.selector import Decision, LayerSelector, Selector
+from fewbits.sources.base import LiveSource, Source
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
 from fewbits.validation.report import CRITICAL_DB, Report
@@ -161,6 +166,21 @@ class Quantizer(ABC):
             raise StateError(f"there is no report in state {self._state.name}; call validate() first")
         return self._job.report
 
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """Files of a source directory that look like weights and are not part of the result; known as the ledger is."""
+        return () if self._job is None else tuple(self._job.left_behind)
+
+    def shards(self, output: str | os.PathLike[str] | Output) -> tuple[Shard, ...]:
+        """The files that `convert` would write there, with the ledger of each; none if the source is in memory.
+
+        Raises:
+            StateError: before `prepare`.
+        """
+        if self._job is None:
+            raise StateError(f"there is nothing planned in state {self._state.name}; call prepare(path) first")
+        return self._job.shards(Output.of(output), self.serializer)
+
     # The lifecycle.
 
     @final
@@ -193,7 +213,8 @@ class Quantizer(ABC):
         coded = {row.name: row.spec for row in ledger if isinstance(row.spec, QuantSpec)}
         observers = {name: self.observer.fresh() for name in coded}
         static = [name for name, spec in coded.items() if spec.activations == "static"]
-        self._job = Job(opened, ledger, observers, {name: self.activation_observer.fresh() for name in static})
+        input_observers = {name: self.activation_observer.fresh() for name in static}
+        self._job = _job_of(opened)(opened, ledger, observers, input_observers)
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
         return opened.prepared()
 
@@ -229,7 +250,7 @@ class Quantizer(ABC):
     def convert(
         self,
         *,
-        output: str | os.PathLike[str] | None = None,
+        output: str | os.PathLike[str] | Output | None = None,
         measure: bool | None = None,
         compute: Compute = "auto",
         progress: Progress = no_progress,
@@ -237,7 +258,8 @@ class Quantizer(ABC):
         """Quantize, a tensor at a time. The weights are read now.
 
         Args:
-            output: where to write the result, if the source is a path; required then.
+            output: where to write the result, if the source is a path; required then. A path, or an `Output` that says
+                how, too.
             measure: compare every element with the source, while it is there. None does so where `validate` could
                 not do it later (in place) or the file shall carry the figures (a path).
             compute: what the layers of a model may do to be fast; see `fewbits.set_compute`.
@@ -259,13 +281,19 @@ class Quantizer(ABC):
         check_compute(compute)
         if compute != "auto" and job.source.module() is None:
             raise ArgumentError(f"compute={compute!r} goes with a model; a state dict or a file has no layers")
-        if measure is None:
-            measure = job.source.inplace or isinstance(job.source, FileSource)
-        result = job.convert(self._convert_tensor, self.serializer, output=output, measuring=measure, progress=progress)
+        inplace = isinstance(job.source, LiveSource) and job.source.inplace
+        # What a scheme of somebody else's has made may be held elsewhere, or depend on all rows of a weight.
+        own = getattr(self.quantize_tensor, "__func__", None) is Quantizer.quantize_tensor
+        result = job.convert(
+            Conversion(self._convert_tensor, by_rows=own),
+            self.serializer,
+            output=output,
+            measuring=job.measures if measure is None else measure,
+            progress=progress,
+        )
         if isinstance(result, nn.Module):
-            # What a scheme of somebody else's has made may be held elsewhere, and so may what is in a model of theirs.
-            own = getattr(self.quantize_tensor, "__func__", None) is Quantizer.quantize_tensor
-            prepack(result, compute, over=own and not job.source.inplace)
+            # So may what is in a model of theirs.
+            prepack(result, compute, over=own and not inplace)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result
 
@@ -390,6 +418,10 @@ class Quantizer(ABC):
                 f"{dtype_name(value.dtype)}; it must keep the spec, layout and dtype it was given"
             )
         return value
+
+
+def _job_of(source: Source) -> Callable[..., Job]:
+    return FileJob if isinstance(source, FileSource) else LiveJob
 
 
 def check_on_failure(on_failure: str) -> None:

@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import attrs
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewbits.calibration import InputWatch
-from fewbits.checkpoint.saving import Value, save, value_digest
+from fewbits.checkpoint.output import Output
+from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
-from fewbits.nn.classes import rounds_inputs
-from fewbits.nn.walk import parent_of
-from fewbits.numerics.affine import check_params
+from fewbits.checkpoint.shards import Shard
+from fewbits.errors import CalibrationError, NumericsError
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.metrics import Measurement, measure
-from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
-from fewbits.selection.progress import Progress, followed
-from fewbits.sources.base import Source, Target
-from fewbits.sources.module import ModuleSource
-from fewbits.validation.checks import check_reload, examine
+from fewbits.selection.progress import Progress
+from fewbits.sources.base import Source
 from fewbits.validation.report import Report
-from fewbits.validation.verify import verify
-
-#: Makes the stored form of one tensor, with its observer if it is to have codes.
-Convert = Callable[[LedgerRow, Tensor, Observer | None], Value]
 
 _Made = TypeVar("_Made")
 
 
-class Job:
+@attrs.frozen
+class Conversion:
+    """How a scheme makes the stored form of a tensor.
+
+    Attributes:
+        make: of one tensor, by its row, with its observer if it is to have codes.
+        by_rows: whether it makes of some rows of a tensor what it makes of them in the whole one.
+    """
+
+    make: Callable[[LedgerRow, Tensor, Observer | None], Value]
+    by_rows: bool
+
+
+class Job(ABC):
     """What is done with one source.
 
     Attributes:
@@ -44,8 +46,13 @@ class Job:
         ledger: their fates.
         observers: by tensor name, one for each quantized tensor.
         input_observers: likewise, one for each tensor whose layer has static int8 activations.
+        measures: whether `convert` compares the result with the source unless asked not to.
+        left_behind: files of the source that look like weights and are not part of the result.
         report: what the last validation found.
     """
+
+    measures: bool
+    left_behind: Sequence[str] = ()
 
     def __init__(
         self,
@@ -56,109 +63,54 @@ class Job:
     ) -> None:
         self.source, self.ledger, self.observers, self.input_observers = source, ledger, observers, input_observers
         self.report: Report | None = None
-        wanting = {name: observer for name, observer in observers.items() if observer.needs_data}
-        self._watch = InputWatch(_watched(source, ledger, wanting, input_observers))
-        self._target: Target | None = None
-        self._done: set[str] = set()
-        self._measured: dict[str, Measurement] = {}
-        self._digests: dict[str, str] = {}
 
+    @property
+    def wanting(self) -> dict[str, Observer]:
+        """The observers of weights that need data."""
+        return {name: observer for name, observer in self.observers.items() if observer.needs_data}
+
+    def refuse_calibration(self) -> None:
+        """Refuse observers that need data, for a source that has none.
+
+        Raises:
+            CalibrationError: naming one.
+        """
+        for observer in [*self.wanting.values(), *self.input_observers.values()]:
+            raise CalibrationError(
+                f"{type(observer).__name__} needs data, and a state dict or a file has no forward to see any; prepare "
+                "the model itself, or choose another observer, or other activations"
+            )
+
+    def shards(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
+        """The files that a result has there, planned from the ledger alone; none for a result in memory."""
+        return ()
+
+    @abstractmethod
     def convert(
         self,
-        convert: Convert,
+        conversion: Conversion,
         serializer: Serializer,
         *,
-        output: str | os.PathLike[str] | None,
+        output: str | os.PathLike[str] | Output | None,
         measuring: bool,
         progress: Progress,
     ) -> object:
-        """Take every row from source to target.
-
-        In place, what a call has done before it failed stays done, and the next one goes on from there.
+        """Take every row from source to result.
 
         Returns:
             the result, of the kind that the source is.
 
         Raises:
+            ArgumentError: if `output` is missing, or does not go with this kind of source.
             CalibrationError: if an observer needs data and has seen none.
-            NumericsError: naming the tensor that cannot be converted. A file that was begun is gone then.
+            NumericsError: naming the tensor that cannot be converted.
         """
-        if unseen := self._watch.unseen():
-            raise CalibrationError(
-                f"no data for {', '.join(unseen)}, whose observers need some; call observe(batches) with inputs that "
-                "reach these layers, or exclude them"
-            )
-        if not self.source.inplace:
-            self._target, self._done, self._measured = None, set(), {}
-        with self._watch.detached():
-            target = self._target = self._target or self.source.target(self.ledger, serializer, output)
-            try:
-                for row in followed("convert", self.ledger.stored, progress):
-                    if row.name not in self._done:
-                        self._convert_row(row, target, convert, measuring)
-                return target.finish()
-            except BaseException:
-                target.abort()
-                raise
 
-    def _convert_row(self, row: LedgerRow, target: Target, convert: Convert, measuring: bool) -> None:
-        tensor = self.source.read(row.name)
-        if (tuple(tensor.shape), tensor.dtype) != (row.shape, row.dtype):
-            raise SourceError(
-                f"{row.name} was {dtype_name(row.dtype)} of shape {row.shape} when it was prepared, now it is "
-                f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}; prepare it again"
-            )
-        value: Value = tensor
-        if row.spec is not None:
-            value = _named(row, lambda: convert(row, tensor, self.observers.get(row.name)))
-        if isinstance(row.spec, QuantSpec) and row.spec.activations and isinstance(value, QuantizedTensor):
-            value = attrs.evolve(
-                value, spec=row.spec.for_dtype(row.dtype), input_scale=self._input_scale(row, tensor.device)
-            )
-        if measuring and row.spec is not None:
-            self._measured[row.name] = measure(tensor, value)
-            if self.source.inplace:
-                self._digests[row.name] = value_digest(value)
-        target.put(row, value, self._measured.get(row.name))
-        self._done.add(row.name)
-
-    def _input_scale(self, row: LedgerRow, device: torch.device) -> Tensor | None:
-        observer = self.input_observers.get(row.name)
-        return None if observer is None else _named(row, lambda: static_scale(observer).to(device))
-
+    @abstractmethod
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
-        """Check the result against the source, the ledger, and itself after a save and a load."""
-        target = self._result()
-        if target.output is not None:
-            self.report = verify(
-                target.output,
-                self.source,
-                serializer=serializer,
-                measured=self._measured if target.is_as_written() else {},
-                fail_under=fail_under,
-                progress=progress,
-            )
-        else:
-            report = examine(
-                self.ledger,
-                target.value,
-                None if self.source.inplace else self.source.read,
-                measured=self._measured if self.source.inplace else {},
-                damaged=self._changed(target) if self.source.inplace else {},
-                fail_under=fail_under,
-                progress=progress,
-            )
-            self.report = check_reload(report, self.ledger, target.value, serializer)
-        return self.report
+        """Check the result against the source, the ledger, and what was written."""
 
-    def _changed(self, target: Target) -> dict[str, str]:
-        """What has changed since it was measured in `convert`, when the source was still there."""
-        return {
-            name: "it is not what was measured when it was converted"
-            for name, digest in self._digests.items()
-            if value_digest(target.value(name)) != digest
-        }
-
+    @abstractmethod
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
         """Write the result, with every figure that was measured.
 
@@ -166,82 +118,12 @@ class Job:
             CheckpointError: if the source holds something that no file can.
             ArgumentError: if the path is that of the float source.
         """
-        if self.source.unstorable:
-            raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
-        if self.source.is_file(path):
-            raise ArgumentError(f"{path} is the float source itself; give another path to write to")
-        found = {t.name: t.measurement for t in self.report.tensors if t.measurement} if self.report else {}
-        save(
-            serializer,
-            path,
-            self.ledger,
-            self._result().value,
-            measurements=self._measured | found,
-            architecture=self.source.architecture,
-            extra=self.source.extra,
-            max_shard_size=max_shard_size,
-        )
 
-    def drop(self) -> None:
+    def drop(self) -> None:  # noqa: B027  (only a model has anything to let go of)
         """Take the hooks off the prepared model."""
-        self._watch.remove()
-
-    def _result(self) -> Target:
-        if self._target is None:
-            raise StateError("there is no result; call convert() first")
-        return self._target
 
 
-def _watched(
-    source: Source, ledger: Ledger, wanting: Mapping[str, Observer], static: Mapping[str, Observer]
-) -> list[tuple[str, nn.Module, Observer]]:
-    """(weight, module that uses it, an observer of its inputs), for all observers that need data.
-
-    Of modules with tied weights any will do for an observer of the weight; where inputs are rounded, all are watched
-    that round them, each under its own name.
-
-    Raises:
-        CalibrationError: if there is one, and the source has no forward that would show it any.
-    """
-    if not wanting and not static:
-        return []
-    if not isinstance(source, ModuleSource):
-        first = next(iter([*wanting.values(), *static.values()]))
-        raise CalibrationError(
-            f"{type(first).__name__} needs data, and a state dict or a file has no forward to see any; prepare the "
-            "model itself, or choose another observer, or other activations"
-        )
-    holder = {row.name: row.holder for row in ledger}
-    watched = []
-    # A module at two paths is watched once.
-    for slot in {slot.key: slot for slot in source.slots}.values():
-        name = holder[slot.name]
-        if name in wanting:
-            watched.append((name, slot.module, wanting[name]))
-        if name in static and rounds_inputs(slot.module, slot.local, parent_of(source.module(), slot)):
-            watched.append((slot.name, slot.module, static[name]))
-    return watched
-
-
-def static_scale(observer: Observer) -> Tensor:
-    """The scale of a layer's int8 inputs that its observer chooses.
-
-    Raises:
-        NumericsError: if it is negative, zero or not finite.
-        CalibrationError: if the observer has seen nothing, or nothing but zeros, or does not look at inputs.
-    """
-    scale, _ = check_params(*observer.input_params(INPUT_SPEC), INPUT_SPEC, (1, 1))
-    if float(scale) < 0:
-        raise NumericsError(f"{type(observer).__name__} chose {float(scale)} as a scale of inputs; it must be positive")
-    if float(scale) <= torch.finfo(torch.float32).tiny:
-        raise CalibrationError(
-            f"{type(observer).__name__} has seen nothing but zeros, or numbers next to them; observe other inputs, or "
-            "override the activations of this layer with None"
-        )
-    return scale
-
-
-def _named(row: LedgerRow, act: Callable[[], _Made]) -> _Made:
+def named(row: LedgerRow, act: Callable[[], _Made]) -> _Made:
     """Do something for a row; an error of the numbers gets the tensor's name."""
     try:
         return act()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.saving import Value
-from fewbits.checkpoint.serializer import Serializer
+from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -26,23 +26,11 @@ class Target(ABC):
 
     @abstractmethod
     def finish(self) -> object:
-        """The result: a module, a mapping, or the path of a file."""
+        """The result: a module, or a mapping."""
 
     @abstractmethod
     def value(self, name: str) -> Value:
         """The stored form of one tensor of the finished result."""
-
-    @property
-    def output(self) -> Path | None:
-        """The path of the result, if it is a file."""
-        return None
-
-    def is_as_written(self) -> bool:
-        """Whether the result still is what was put in; only a file can be another one."""
-        return True
-
-    def abort(self) -> None:  # noqa: B027  (only files have anything to undo)
-        """Give up; leave nothing half-made behind."""
 
 
 class Source(ABC):
@@ -50,17 +38,13 @@ class Source(ABC):
 
     Attributes:
         infos: one for every tensor in it, in its own order.
-        inplace: whether the result replaces it.
         architecture: the class of the model; None if unknown.
         extra: strings to carry over into the result's file.
-        unstorable: what the source holds and no file of ours can, in words.
     """
 
     infos: tuple[TensorInfo, ...]
-    inplace: bool = False
     architecture: str | None = None
     extra: Mapping[str, str] = MappingProxyType({})
-    unstorable: Sequence[str] = ()
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -70,13 +54,13 @@ class Source(ABC):
     def prepared(self) -> object:
         """What `Quantizer.prepare` returns."""
 
-    @abstractmethod
-    def target(self, ledger: Ledger, serializer: Serializer, output: str | os.PathLike[str] | None) -> Target:
-        """Begin a result.
-
-        Raises:
-            ArgumentError: if `output` is missing, or does not go with this kind of source.
-        """
+    def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
+        """Some elements of one of its tensors, in the shape that `Chunk.described` gives them."""
+        tensor = self.read(name)
+        if chunk.is_whole:
+            return tensor
+        matrix = WeightMatrix(tensor, chunk.row.layout or Layout.of(tensor.shape, inputs=()))
+        return matrix.read(*chunk.rows).reshape(chunk.described().shape)
 
     def is_file(self, path: str | os.PathLike[str]) -> bool:
         """Whether the source is the file at this path."""
@@ -85,3 +69,19 @@ class Source(ABC):
     def module(self) -> nn.Module | None:
         """The model that can be run for calibration; None if there is none."""
         return None
+
+
+class LiveSource(Source):
+    """A model or a state dict: it is in memory, and so is its result.
+
+    Attributes:
+        inplace: whether the result replaces it.
+        unstorable: what the source holds and no file of ours can, in words.
+    """
+
+    inplace: bool = False
+    unstorable: Sequence[str] = ()
+
+    @abstractmethod
+    def target(self, ledger: Ledger) -> Target:
+        """Begin a result."""

@@ -1,95 +1,100 @@
-"""A checkpoint on disk as source, a file as result; tensors stream from one to the other."""
+"""A checkpoint on disk as source: one file of tensors, or a directory with an index of several."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from fewbits.checkpoint.chunks import Chunk
+from fewbits.checkpoint.folder import companions, find_files
 from fewbits.checkpoint.metadata import is_fewbits_file, is_own_key
-from fewbits.checkpoint.reading import Checkpoint
+from fewbits.checkpoint.raw import copy_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import CheckpointWriter, Value
-from fewbits.checkpoint.serializer import Serializer
-from fewbits.errors import ArgumentError, SourceError
-from fewbits.numerics.metrics import Measurement
-from fewbits.selection.ledger import Ledger, LedgerRow
-from fewbits.sources.base import Source, Target
+from fewbits.checkpoint.serializer import ChunkReader
+from fewbits.errors import FormatError, SourceError
+from fewbits.sources.base import Source
 from fewbits.sources.mapping import entry_info, refuse_quantized_entries
+
+SUFFIX = SafetensorsSerializer.suffix
 
 
 class FileSource(Source):
-    """A safetensors checkpoint.
+    """A safetensors checkpoint. Nothing but headers is read before a tensor is asked for.
+
+    Attributes:
+        path: what was given: a file, an index, or a directory.
+        folder: the directory, if a whole one was asked for.
+        companions: the files of the directory that go with its tensors: configuration, tokenizer and the like.
+        left_behind: files of the directory that look like weights and are not those that the tensors are taken from.
 
     Raises:
         CheckpointError: if it cannot be opened.
-        FormatError: if it is not a safetensors file.
-        SourceError: if fewbits wrote it.
+        FormatError: if it is not a safetensors checkpoint, or its index and its files contradict one another.
+        SourceError: if fewbits wrote it, or another tool has quantized it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._reader = SafetensorsSerializer().reader(path)
-        metadata = self._reader.metadata
-        if is_fewbits_file(metadata):
-            raise SourceError(f"{path} was written by fewbits and is quantized already; give the float checkpoint")
-        self.extra = {key: value for key, value in metadata.items() if not is_own_key(key) and key != "format"}
-        self.infos = tuple(entry_info(name, e.shape, e.dtype) for name, e in sorted(self._reader.entries.items()))
+        files = find_files(self.path, (SUFFIX,))
+        self.folder = files.folder
+        self.companions, self.left_behind = companions(files)
+        self._readers: dict[str, ChunkReader] = {}
+        self._files = files
+        self.extra = {}
+        for file in files.paths:
+            self._add(file)
+        if lost := sorted((files.weight_map or {}).keys() - self._readers.keys()):
+            raise FormatError(f"{files.index} names {', '.join(lost)}, which none of its files holds")
+        entries = {name: reader.entries[name] for name, reader in sorted(self._readers.items())}
+        self.infos = tuple(entry_info(name, entry.shape, entry.dtype) for name, entry in entries.items())
         refuse_quantized_entries(self.infos)
 
+    def _add(self, file: Path) -> None:
+        reader = SafetensorsSerializer().reader(file)
+        if is_fewbits_file(reader.metadata):
+            raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
+        if twice := sorted(self._readers.keys() & reader.entries.keys()):
+            raise FormatError(f"{self.path}: {', '.join(twice)} in more than one of its files, {file.name} among them")
+        own = {key: value for key, value in reader.metadata.items() if not is_own_key(key) and key != "format"}
+        self.extra = {**self.extra, **own}
+        self._readers |= dict.fromkeys(reader.entries, reader)
+
     def read(self, name: str) -> Tensor:
-        """One of its tensors, an alias of the mapped file."""
-        return self._reader.read(name)
+        """One of its tensors, in memory of its own."""
+        entry = self._readers[name].entries[name]
+        return self._read(name, 0, entry.shape, entry.dtype)
+
+    def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
+        """Some elements of one of its tensors, read by position."""
+        row = chunk.described()
+        return self._read(name, chunk.start, row.shape, row.dtype)
+
+    def _read(self, name: str, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        reader = self._readers[name]
+        out = torch.empty(shape, dtype=dtype, device="cpu")
+        reader.read_into(name, start, out)
+        return out
+
+    def copy_companions(self, folder: Path) -> None:
+        """Copy what goes with the tensors to another directory.
+
+        Raises:
+            CheckpointError: if it cannot be read or written.
+        """
+        if self.folder is None:
+            return
+        for name in self.companions:
+            copy_durably(self.folder / name, folder / name)
 
     def prepared(self) -> Path:
         """The path: there is nothing to run."""
         return self.path
 
     def is_file(self, path: str | os.PathLike[str]) -> bool:
-        """Whether this is the file at that path, under any of its names."""
-        return os.path.exists(path) and os.path.samefile(path, self.path)
-
-    def target(self, ledger: Ledger, serializer: Serializer, output: str | os.PathLike[str] | None) -> Target:
-        """A file that appears at `output` when it is complete."""
-        if output is None:
-            raise ArgumentError(f"quantizing the file {self.path} needs output=, the path of the file to write")
-        if self.is_file(output):
-            raise ArgumentError(f"{output} is the source itself; give another path to write to")
-        return FileTarget(output, CheckpointWriter(serializer, output, ledger, extra=self.extra), serializer)
-
-
-class FileTarget(Target):
-    """A file that is being written, and the finished file."""
-
-    def __init__(self, output: str | os.PathLike[str], writer: CheckpointWriter, serializer: Serializer) -> None:
-        self._output, self._writer, self._serializer = Path(output), writer, serializer
-        self._checkpoint: Checkpoint | None = None
-        self._written: dict[str, str] = {}
-
-    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
-        self._writer.put(row, value, measurement)
-
-    @property
-    def output(self) -> Path:
-        """Where it is, or will be."""
-        return self._output
-
-    def finish(self) -> Path:
-        self._writer.close()
-        self._written = dict(self._opened().metadata.digests)
-        return self._output
-
-    def is_as_written(self) -> bool:
-        return dict(Checkpoint(self._output, self._serializer).metadata.digests) == self._written
-
-    def abort(self) -> None:
-        self._writer.abort()
-
-    def value(self, name: str) -> Value:
-        return self._opened().value(name)
-
-    def _opened(self) -> Checkpoint:
-        if self._checkpoint is None:
-            self._checkpoint = Checkpoint(self._output, self._serializer)
-        return self._checkpoint
+        """Whether something at that path belongs to it, under any of its names."""
+        if not os.path.exists(path):
+            return False
+        return any(os.path.samefile(path, mine) for mine in (self.path, *self._files.paths))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, MutableMapping, Sequence
 
 import attrs
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.saving import Value
-from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.nn.storage import overlaps, storage_key
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
@@ -18,10 +16,10 @@ from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
-from fewbits.sources.base import Source, Target
+from fewbits.sources.base import LiveSource, Target
 
 
-class MappingSource(Source):
+class MappingSource(LiveSource):
     """A state dict, or any mapping from name to tensor. By name, so that a file of the same tensors gives the same."""
 
     def __init__(self, tensors: Mapping[str, object], *, inplace: bool) -> None:
@@ -52,10 +50,8 @@ class MappingSource(Source):
         """The mapping that was handed in: there is nothing to run."""
         return self._given
 
-    def target(self, ledger: Ledger, serializer: Serializer, output: str | os.PathLike[str] | None) -> Target:
+    def target(self, ledger: Ledger) -> Target:
         """A new dict, or the mapping itself."""
-        if output is not None:
-            raise ArgumentError("output= goes with a path; a quantized mapping is returned, and written by save(path)")
         added = sorted(map(str, self._given.keys() - {row.name for row in ledger}))
         if added:
             raise SourceError(f"the mapping has gained {', '.join(added)} since it was prepared; prepare it again")

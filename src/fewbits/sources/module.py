@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterable
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint.saving import Value
-from fewbits.checkpoint.serializer import Serializer
-from fewbits.errors import ArgumentError, SourceError
+from fewbits.errors import SourceError
 from fewbits.nn.base import stored_weights
 from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.copying import structural_copy
@@ -24,10 +22,10 @@ from fewbits.nn.walk import Slot, find, parent_of, slots
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
-from fewbits.sources.base import Source, Target
+from fewbits.sources.base import LiveSource, Target
 
 
-class ModuleSource(Source):
+class ModuleSource(LiveSource):
     """A model. Not in place, what is prepared is a copy of its structure over the same storage."""
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
@@ -61,10 +59,8 @@ class ModuleSource(Source):
         """Every tensor of the model, with its place."""
         return slots(self._model)
 
-    def target(self, ledger: Ledger, serializer: Serializer, output: str | os.PathLike[str] | None) -> Target:
+    def target(self, ledger: Ledger) -> Target:
         """The model itself, or another structural copy of it."""
-        if output is not None:
-            raise ArgumentError("output= goes with a path; a quantized model is returned, and written by save(path)")
         return _ModuleTarget(self._model if self.inplace else structural_copy(self._model), ledger, self.inplace)
 
     @staticmethod

@@ -17,7 +17,9 @@ from fewbits.testing.models import SmallModel, ids
 from fewbits.testing.quantizer_setup import QuantizerSetup, folder
 from fewbits.testing.surroundings import not_importable, snapshot, undetected_damage
 
-_BITS = Contract("fewbits.Quantizer.save", "Write the result to a file, atomically, and read it back.")
+_BITS = Contract(
+    "fewbits.Quantizer.save", "Write the result to a file, or a directory of several, atomically, and read it back."
+)
 _BYTES = Contract("fewbits.Ledger.bytes_after", "the bytes of the file, its header aside.")
 _DIGESTS = Contract("fewbits.verify", "digests, structure, and every element against its source")
 _INTO = Contract("fewbits.load", "a float model of the same architecture, which may live on the meta device")

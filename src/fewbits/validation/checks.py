@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import attrs
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint.chunks import columns_of
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.checkpoint.saving import Value, save, value_tensors
+from fewbits.checkpoint.saving import Value, save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
-from fewbits.numerics.metrics import Measurement, measure
+from fewbits.numerics.metrics import Measurement, Tally, unit_of
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed, no_progress
 from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
 
-#: Gives the tensor that a stored one was made from, by its name in the ledger; None if the source has none.
-ReadSource = Callable[[str], Tensor | None]
+#: The stored form of a row and what it was made from, a chunk after the other; None for a source that is not there, or
+#: is not asked for.
+Pairs = Callable[[LedgerRow, bool], Iterator[tuple[Value, Tensor | None]]]
 
 
 def examine(
     ledger: Ledger,
-    value_of: Callable[[str], Value],
-    read_source: ReadSource | None = None,
+    pairs: Pairs,
+    bytes_after: int,
     *,
     measured: Mapping[str, Measurement] | None = None,
     damaged: Mapping[str, str] | None = None,
@@ -39,8 +41,8 @@ def examine(
 
     Args:
         ledger: what was promised.
-        value_of: gives the stored form of a tensor.
-        read_source: gives the tensor it was made from; None if that is gone.
+        pairs: gives every stored tensor and, where asked for and there, what it was made from.
+        bytes_after: bytes of the result's tensors, counted from them.
         measured: measurements taken while the source was there, by name; these are not taken again.
         damaged: what is wrong with tensors that must not be read, by name.
         fail_under: SQNR in dB below which a tensor is critical, which is a failure.
@@ -52,25 +54,21 @@ def examine(
     if not isinstance(fail_under, (int, float)) or math.isnan(fail_under):
         raise ArgumentError(f"fail_under must be a number of dB, not {fail_under!r}")
     measured, damaged = measured or {}, damaged or {}
-    tensors, total = [], 0
+    tensors = []
     for row in followed("validate", ledger.stored, progress):
         if row.name in damaged:
             tensors.append(TensorReport(row.name, row.fate, row.scheme, None, None, (damaged[row.name],)))
-            total += row.bytes_after
-            continue
-        value = value_of(row.name)
-        total += sum(tensor.nbytes for tensor in value_tensors(row.name, value).values())
-        source = read_source(row.name) if read_source is not None and row.name not in measured else None
-        tensors.append(_examine_tensor(row, value, source, measured.get(row.name), fail_under))
+        else:
+            tensors.append(_examine_tensor(row, pairs, measured.get(row.name), fail_under))
     failures = []
-    if total != ledger.bytes_after:
-        failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, the result has {total:,}")
+    if bytes_after != ledger.bytes_after:
+        failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, the result has {bytes_after:,}")
     checked, unchecked = _coverage(tensors)
     return Report(
         tensors=tuple(tensors),
         checks=("size", "scales", *checked),
         bytes_before=ledger.bytes_before,
-        bytes_after=total,
+        bytes_after=bytes_after,
         unchecked=unchecked,
         general=tuple(failures),
     )
@@ -87,23 +85,36 @@ def _coverage(tensors: list[TensorReport]) -> tuple[tuple[str, ...], tuple[str, 
     return ("SQNR and error bound of the others",), (f"errors of {', '.join(blind)}: no source to compare with",)
 
 
-def _examine_tensor(
-    row: LedgerRow, value: Value, source: Tensor | None, measurement: Measurement | None, fail_under: float
-) -> TensorReport:
+def _examine_tensor(row: LedgerRow, pairs: Pairs, measurement: Measurement | None, fail_under: float) -> TensorReport:
     failures = []
     if row.spec is None:
-        if source is not None and not same_bits(source, value):
+        if not all(source is None or same_bits(source, value) for value, source in pairs(row, True)):
             failures.append("kept, but not equal to the source")
         return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(failures))
-    if measurement is None and source is not None:
-        measurement = measure(source, value)
-    if isinstance(value, QuantizedTensor) and not bool((torch.isfinite(value.scale) & (value.scale != 0)).all()):
+    tally = Tally(_unit(row, pairs) if measurement is None else 1.0)
+    compared, sound = False, True
+    for value, source in pairs(row, measurement is None):
+        if source is not None:
+            tally.add(source, value)
+            compared = True
+        if isinstance(value, QuantizedTensor):
+            sound &= bool((torch.isfinite(value.scale) & (value.scale != 0)).all())
+    if compared:
+        measurement = tally.measurement(columns_of(row))
+    if not sound:
         failures.append("a scale is zero, NaN or Inf")
     verdict = None
     if measurement is not None:
         verdict = verdict_of(measurement.sqnr_db, fail_under)
         failures += _measured_failures(measurement, fail_under)
     return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures))
+
+
+def _unit(row: LedgerRow, pairs: Pairs) -> float:
+    """What to take sums of squares in; only of float64 tensors this takes a look at the source."""
+    if row.dtype != torch.float64:
+        return 1.0
+    return unit_of(source for _, source in pairs(row, True) if source is not None)
 
 
 def _measured_failures(measurement: Measurement, fail_under: float) -> list[str]:

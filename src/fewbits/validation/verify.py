@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import attrs
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint.chunks import chunks
 from fewbits.checkpoint.metadata import row_entries
 from fewbits.checkpoint.reading import Checkpoint
+from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import same_bits
-from fewbits.selection.ledger import Ledger
+from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.base import Source
 from fewbits.validation.checks import examine
@@ -55,16 +56,21 @@ def verify(
         bad = sorted(wrong & row_entries(row).keys())
         if bad:
             damaged[row.name] = f"the bytes of {', '.join(bad)} are not the bytes that were written"
-    read = None
     differences: list[str] = []
+    names: dict[str, str] = {}
     if source is not None:
         differences, names = _match(checkpoint.ledger, source)
-        if not differences:
-            read = functools.partial(_read, source, names)
+
+    def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
+        # A buffer that no state dict holds has no name in the source.
+        compared = with_source and source is not None and not differences and row.name in names
+        for chunk in chunks(row):
+            yield checkpoint.chunk(chunk), source.read_chunk(names[row.name], chunk) if compared else None  # type: ignore[union-attr]
+
     report = examine(
         checkpoint.ledger,
-        checkpoint.value,
-        read,
+        pairs,
+        checkpoint.nbytes,
         measured=measured,
         damaged=damaged,
         fail_under=fail_under,
@@ -112,8 +118,3 @@ def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{dtype_name(dtype)} of shape {shape}"
-
-
-def _read(source: Source, names: Mapping[str, str], name: str) -> Tensor | None:
-    """The source's tensor; None for a buffer that no state dict holds."""
-    return source.read(names[name]) if name in names else None

@@ -1,0 +1,107 @@
+"""Chunks: as much of a tensor as is read, converted, compared and written at a time, however large it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import attrs
+
+from fewbits.numerics.layout import Layout, block_rows
+from fewbits.numerics.spec import QuantSpec
+from fewbits.selection.ledger import LedgerRow
+
+#: Elements of a chunk: enough that what a chunk costs apart from its elements does not matter.
+CHUNK_ELEMENTS = 1 << 22
+
+#: Packed zero points begin a new word at a multiple of so many rows, whatever their bits.
+_ZERO_POINT_ROWS = 32
+
+
+@attrs.frozen
+class Chunk:
+    """Some elements of one tensor, as they lie in a file; of a quantized one, whole rows of its matrix.
+
+    Attributes:
+        row: of the whole tensor.
+        start: the first element.
+        stop: the one after the last.
+    """
+
+    row: LedgerRow
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, row: LedgerRow) -> Chunk:
+        """A tensor as one chunk."""
+        return cls(row, 0, math.prod(row.shape))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first of its tensor."""
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the last of its tensor."""
+        return self.stop == math.prod(self.row.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its tensor."""
+        return self.is_first and self.is_last
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the source."""
+        return (self.stop - self.start) * self.row.dtype.itemsize
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The first row of a quantized tensor's matrix that is in it, and the one after the last."""
+        columns = self.row.layout.columns if self.row.layout is not None else 1
+        return self.start // columns, self.stop // columns
+
+    def described(self) -> LedgerRow:
+        """A row of the ledger for a tensor that is no more than this chunk; the tensor's own if it is all of it."""
+        if self.is_whole:
+            return self.row
+        shape: tuple[int, ...] = (self.stop - self.start,)
+        layout = None
+        if self.row.layout is not None:
+            first, after = self.rows
+            layout = Layout.of((after - first, self.row.layout.columns))
+            shape = layout.shape
+        return attrs.evolve(self.row, shape=shape, layout=layout)
+
+
+def columns_of(row: LedgerRow) -> int:
+    """Columns of the matrix that a tensor is measured as: that of its codes, else of its last axis."""
+    return (row.layout or Layout.of(row.shape)).columns
+
+
+def chunks(row: LedgerRow) -> Iterator[Chunk]:
+    """The chunks of one tensor, in order.
+
+    A tensor whose rows do not lie one after the other is one chunk, and so is an empty one.
+    """
+    total = math.prod(row.shape)
+    step = _elements(row)
+    for start in range(0, max(total, 1), step):
+        yield Chunk(row, start, min(start + step, total))
+
+
+def _elements(row: LedgerRow) -> int:
+    """How many elements each chunk of a tensor has, but the last."""
+    total = max(1, math.prod(row.shape))
+    if row.layout is None:
+        return min(total, CHUNK_ELEMENTS)
+    if not row.layout.in_order:
+        return total
+    # Whole blocks, so that what is summed over a chunk is summed as over the whole tensor.
+    rows = block_rows(row.layout.columns)
+    if isinstance(row.spec, QuantSpec) and not row.spec.symmetric:
+        rows = math.lcm(rows, _ZERO_POINT_ROWS)
+    step = rows * row.layout.columns
+    return min(total, step * max(1, CHUNK_ELEMENTS // step))

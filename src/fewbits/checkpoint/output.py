@@ -1,0 +1,50 @@
+"""`Output`: where the result of a file goes, and how."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import attrs
+
+from fewbits._sizes import parse_size
+from fewbits.errors import ArgumentError
+
+#: Bytes of tensors in one file of a directory, unless something else is asked for; that of transformers.
+MAX_SHARD_SIZE = 5 * 10**9
+
+
+def _shard_size(size: int | str | None) -> int | None:
+    return None if size is None else parse_size(size, "max_shard_size")
+
+
+def _is_count(_: object, __: attrs.Attribute[int | None], value: object) -> None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ArgumentError(f"threads must be a number from 1 up, not {value!r}")
+
+
+@attrs.frozen
+class Output:
+    """Where the result of a checkpoint on disk is written, and how.
+
+    Attributes:
+        path: of the file, or of the directory, if the source is one or `max_shard_size` is given.
+        max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
+            which is the default; a larger tensor has a file of its own.
+        replace: whether a directory that is there already, with files in it, is replaced. A file always is.
+        threads: how many tensors, or pieces of large ones, are worked on at a time; None stands for as many as torch
+            has threads. They change nothing in the result.
+
+    Raises:
+        ArgumentError: for a size that is none, or less than one thread.
+    """
+
+    path: Path = attrs.field(converter=Path)
+    max_shard_size: int | None = attrs.field(default=None, converter=_shard_size, kw_only=True)
+    replace: bool = attrs.field(default=False, kw_only=True)
+    threads: int | None = attrs.field(default=None, validator=_is_count, kw_only=True)
+
+    @classmethod
+    def of(cls, output: str | os.PathLike[str] | Output) -> Output:
+        """The output itself, or the one for a path alone."""
+        return output if isinstance(output, Output) else cls(output)

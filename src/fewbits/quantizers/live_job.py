@@ -1,0 +1,198 @@
+"""`LiveJob`: a model or a state dict on its way to a quantized one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fewbits.calibration import InputWatch
+from fewbits.checkpoint.output import Output
+from fewbits.checkpoint.saving import Value, save, value_digest, value_tensors
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
+from fewbits.nn.classes import rounds_inputs
+from fewbits.nn.walk import parent_of
+from fewbits.numerics.affine import check_params
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.metrics import Measurement, measure
+from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.observers.base import Observer
+from fewbits.quantizers.job import Conversion, Job, named
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.progress import Progress, followed
+from fewbits.sources.base import LiveSource, Target
+from fewbits.sources.module import ModuleSource
+from fewbits.validation.checks import check_reload, examine
+from fewbits.validation.report import Report
+
+
+class LiveJob(Job):
+    """What is done with a source in memory. In place, what a call has done before it failed stays done."""
+
+    source: LiveSource
+
+    def __init__(
+        self,
+        source: LiveSource,
+        ledger: Ledger,
+        observers: Mapping[str, Observer],
+        input_observers: Mapping[str, Observer],
+    ) -> None:
+        super().__init__(source, ledger, observers, input_observers)
+        self.measures = source.inplace
+        if not isinstance(source, ModuleSource):
+            self.refuse_calibration()
+        self._watch = InputWatch(_watched(source, ledger, self.wanting, input_observers))
+        self._target: Target | None = None
+        self._done: set[str] = set()
+        self._measured: dict[str, Measurement] = {}
+        self._digests: dict[str, str] = {}
+
+    def convert(
+        self,
+        conversion: Conversion,
+        serializer: Serializer,
+        *,
+        output: str | os.PathLike[str] | Output | None,
+        measuring: bool,
+        progress: Progress,
+    ) -> object:
+        """Take every row from source to target; where the last call stopped, if it was in place."""
+        if output is not None:
+            raise ArgumentError("output= goes with a path; a result in memory is returned, and written by save(path)")
+        if unseen := self._watch.unseen():
+            raise CalibrationError(
+                f"no data for {', '.join(unseen)}, whose observers need some; call observe(batches) with inputs that "
+                "reach these layers, or exclude them"
+            )
+        if not self.source.inplace:
+            self._target, self._done, self._measured = None, set(), {}
+        with self._watch.detached():
+            target = self._target = self._target or self.source.target(self.ledger)
+            for row in followed("convert", self.ledger.stored, progress):
+                if row.name not in self._done:
+                    self._convert_row(row, target, conversion, measuring)
+            return target.finish()
+
+    def _convert_row(self, row: LedgerRow, target: Target, conversion: Conversion, measuring: bool) -> None:
+        tensor = self.source.read(row.name)
+        if (tuple(tensor.shape), tensor.dtype) != (row.shape, row.dtype):
+            raise SourceError(
+                f"{row.name} was {dtype_name(row.dtype)} of shape {row.shape} when it was prepared, now it is "
+                f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}; prepare it again"
+            )
+        value: Value = tensor
+        if row.spec is not None:
+            value = named(row, lambda: conversion.make(row, tensor, self.observers.get(row.name)))
+        if isinstance(row.spec, QuantSpec) and row.spec.activations and isinstance(value, QuantizedTensor):
+            value = attrs.evolve(
+                value, spec=row.spec.for_dtype(row.dtype), input_scale=self._input_scale(row, tensor.device)
+            )
+        if measuring and row.spec is not None:
+            self._measured[row.name] = measure(tensor, value)
+            if self.source.inplace:
+                self._digests[row.name] = value_digest(value)
+        target.put(row, value, self._measured.get(row.name))
+        self._done.add(row.name)
+
+    def _input_scale(self, row: LedgerRow, device: torch.device) -> Tensor | None:
+        observer = self.input_observers.get(row.name)
+        return None if observer is None else named(row, lambda: static_scale(observer).to(device))
+
+    def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
+        """Check the result against the source, the ledger, and itself after a save and a load."""
+        target, inplace = self._result(), self.source.inplace
+
+        def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
+            yield target.value(row.name), self.source.read(row.name) if with_source and not inplace else None
+
+        stored = (value_tensors(row.name, target.value(row.name)) for row in self.ledger.stored)
+        report = examine(
+            self.ledger,
+            pairs,
+            sum(tensor.nbytes for tensors in stored for tensor in tensors.values()),
+            measured=self._measured if inplace else {},
+            damaged=self._changed(target) if inplace else {},
+            fail_under=fail_under,
+            progress=progress,
+        )
+        self.report = check_reload(report, self.ledger, target.value, serializer)
+        return self.report
+
+    def _changed(self, target: Target) -> dict[str, str]:
+        """What has changed since it was measured in `convert`, when the source was still there."""
+        return {
+            name: "it is not what was measured when it was converted"
+            for name, digest in self._digests.items()
+            if value_digest(target.value(name)) != digest
+        }
+
+    def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
+        """Write the result, with every figure that was measured."""
+        if self.source.unstorable:
+            raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
+        found = {t.name: t.measurement for t in self.report.tensors if t.measurement} if self.report else {}
+        save(
+            serializer,
+            path,
+            self.ledger,
+            self._result().value,
+            measurements=self._measured | found,
+            architecture=self.source.architecture,
+            extra=self.source.extra,
+            max_shard_size=max_shard_size,
+        )
+
+    def drop(self) -> None:
+        """Take the hooks off the prepared model."""
+        self._watch.remove()
+
+    def _result(self) -> Target:
+        if self._target is None:
+            raise StateError("there is no result; call convert() first")
+        return self._target
+
+
+def _watched(
+    source: LiveSource, ledger: Ledger, wanting: Mapping[str, Observer], static: Mapping[str, Observer]
+) -> list[tuple[str, nn.Module, Observer]]:
+    """(weight, module that uses it, an observer of its inputs), for all observers that need data.
+
+    Of modules with tied weights any will do for an observer of the weight; where inputs are rounded, all are watched
+    that round them, each under its own name.
+    """
+    if not isinstance(source, ModuleSource):
+        return []
+    holder = {row.name: row.holder for row in ledger}
+    watched = []
+    # A module at two paths is watched once.
+    for slot in {slot.key: slot for slot in source.slots}.values():
+        name = holder[slot.name]
+        if name in wanting:
+            watched.append((name, slot.module, wanting[name]))
+        if name in static and rounds_inputs(slot.module, slot.local, parent_of(source.module(), slot)):
+            watched.append((slot.name, slot.module, static[name]))
+    return watched
+
+
+def static_scale(observer: Observer) -> Tensor:
+    """The scale of a layer's int8 inputs that its observer chooses.
+
+    Raises:
+        NumericsError: if it is negative, zero or not finite.
+        CalibrationError: if the observer has seen nothing, or nothing but zeros, or does not look at inputs.
+    """
+    scale, _ = check_params(*observer.input_params(INPUT_SPEC), INPUT_SPEC, (1, 1))
+    if float(scale) < 0:
+        raise NumericsError(f"{type(observer).__name__} chose {float(scale)} as a scale of inputs; it must be positive")
+    if float(scale) <= torch.finfo(torch.float32).tiny:
+        raise CalibrationError(
+            f"{type(observer).__name__} has seen nothing but zeros, or numbers next to them; observe other inputs, or "
+            "override the activations of this layer with None"
+        )
+    return scale

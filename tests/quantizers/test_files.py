@@ -1,0 +1,347 @@
+"""From file to file: the bytes of the result in memory, whatever the chunks, threads and files of the source."""
+
+import json
+import math
+import threading
+import time
+from functools import partial
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fewbits
+from checkpoints import AnyScheme
+from fewbits.quantizers.pool import in_order
+from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small
+
+INDEX = "model.safetensors.index.json"
+
+
+class WithOneScale(fewbits.Int8PerChannel):
+    """A scheme that makes something else of some rows of a weight than of them in the whole one."""
+
+    name = "one scale"
+
+    def quantize_tensor(self, weight, spec, observer):
+        scale = torch.full((weight.rows, 1), float(weight.whole().abs().max() / 127), dtype=spec.scale_dtype)
+        codes = (weight.whole() / scale).round().clamp(-128, 127).to(torch.int8)
+        return fewbits.QuantizedTensor.from_codes(
+            codes, scale, None, spec=spec, layout=weight.layout, dtype=weight.dtype
+        )
+
+
+SCHEMES = {
+    "int8": small,
+    "int8-tensor": partial(small, fewbits.Int8PerTensor),
+    "int8-tensor-mse": partial(small, fewbits.Int8PerTensor, observer=fewbits.MSEObserver()),
+    "int4": partial(small, fewbits.Int4Grouped, group_size=8),
+    "int4-mse": partial(small, fewbits.Int4Grouped, group_size=8, observer=fewbits.MSEObserver()),
+    "int4-asymmetric": partial(small, fewbits.Int4Grouped, group_size=7, symmetric=False),
+    "int3-tensor": lambda: AnyScheme(fewbits.QuantSpec(3, "tensor", symmetric=False)),
+    "int8-scales": partial(small, scale_dtype=torch.float32),
+    "fp16": partial(small, fewbits.FP16Cast),
+    "custom": partial(small, WithOneScale),
+    "stack": partial(small, fewbits.Int4Grouped, group_size=8, input_axes={"experts.weight": 1}),
+}
+
+
+def checkpoint():
+    """Tensors of many shapes, among them ones of a hundred chunks where chunks are small."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return {
+        "a.weight": normal(330, 24),
+        "b.weight": normal(3, 700, dtype=torch.bfloat16),
+        "conv.weight": normal(40, 6, 3, 3),
+        "experts.weight": normal(5, 64, 40),
+        "wide.weight": normal(1, 900).double(),
+        "half.weight": normal(70, 31, dtype=torch.float16),
+        "norm.weight": normal(999),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(3.0),
+        "ids": torch.arange(3000).reshape(3, 1000),
+    }
+
+
+def write_shards(folder, tensors, count):
+    """A checkpoint of several files, as other tools write them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, weight_map = list(tensors), {}
+    for index in range(count):
+        file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        shard = {name: tensors[name].contiguous() for name in names[index::count]}
+        safetensors.torch.save_file(shard, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    safetensors.torch.save_file(checkpoint(), folder / "one.safetensors")
+    return {"one": folder / "one.safetensors", "many": write_shards(folder / "many", checkpoint(), 3)}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What the state dict in memory gives, saved in one file and in many, by scheme and size of blocks."""
+    made = {}
+
+    def make(scheme, block):
+        if (scheme, block) not in made:
+            folder = tmp_path_factory.mktemp("expected")
+            result = fewbits.quantize(checkpoint(), SCHEMES[scheme](), on_failure="ignore")
+            result.save(folder / "one.safetensors")
+            result.save(folder / "many", max_shard_size=12_000)
+            made[scheme, block] = (folder / "one.safetensors").read_bytes(), files_in(folder / "many")
+        return made[scheme, block]
+
+    return make
+
+
+@FEWER_EXAMPLES
+@given(
+    scheme=st.sampled_from(list(SCHEMES)),
+    source=st.sampled_from(["one", "many"]),
+    threads=st.integers(1, 3),
+    chunk=st.integers(1, 40),
+    block=st.sampled_from([1 << 18, 100]),
+)
+def test_the_files_are_those_of_the_result_in_memory(
+    tmp_path_factory, sources, expected, scheme, source, threads, chunk, block
+):
+    folder = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", block)
+        patch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", chunk * block)
+        one, many = expected(scheme, block)
+        output = fewbits.Output(folder / "many", max_shard_size=12_000, threads=threads)
+        report = fewbits.quantize(sources[source], SCHEMES[scheme](), output=output, on_failure="ignore").report
+        again = fewbits.verify(folder / "many", sources[source])
+        if source == "one":
+            output = fewbits.Output(folder / "one.safetensors", threads=threads)
+            fewbits.quantize(sources[source], SCHEMES[scheme](), output=output, on_failure="ignore")
+            assert (folder / "one.safetensors").read_bytes() == one
+    assert report.to_dict() == again.to_dict()
+    assert files_in(folder / "many").keys() == many.keys()
+    assert fewbits.load(folder / "many").keys() == checkpoint().keys()
+    for name, data in files_in(folder / "many").items():
+        assert data == many[name], name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A directory as people publish it: shards, configuration, and what does not belong to them."""
+    folder = write_shards(tmp_path / "model", checkpoint(), 3)
+    for name in ("config.json", "tokenizer.json", "1_Pooling/config.json", "README.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"this is {name}")
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "pytorch_model.bin.index.json",
+                 ".gitattributes", ".cache/refs"):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("weights in another form")
+    return folder
+
+
+def test_what_goes_with_the_tensors_is_carried_over_and_the_rest_is_named(folder, tmp_path, caplog):
+    (tmp_path / "secret").write_text("secret")
+    (folder / "link.json").symlink_to(tmp_path / "secret")
+    (folder / "elsewhere").symlink_to(tmp_path)
+    (folder / "alias.md").symlink_to("README.md")
+    with caplog.at_level("WARNING", "fewbits"):
+        quantize_small(folder, "int8", output=tmp_path / "out")
+    found = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    carried = {"config.json", "tokenizer.json", "1_Pooling/config.json", "README.md", "alias.md"}
+    assert found.keys() == carried | {"model.safetensors"}
+    assert all(found[name].read_text() == (folder / name).read_text() for name in carried)
+    assert not any(path.is_symlink() for path in found.values())
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", ".gitattributes", ".cache/",
+                 "link.json", "elsewhere/", "pytorch_model.bin.index.json"):  # fmt: skip
+        assert name in caplog.text
+
+
+def test_a_directory_is_the_same_checkpoint_by_its_index(folder, tmp_path):
+    quantize_small(folder, "int8", output=tmp_path / "by folder")
+    quantize_small(folder / INDEX, "int8", output=tmp_path / "by index")
+    assert files_in(tmp_path / "by folder") == files_in(tmp_path / "by index")
+
+
+def test_a_tensor_that_the_index_does_not_know_is_carried_through(folder, tmp_path):
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"]["norm.weight"]
+    (folder / INDEX).write_text(json.dumps(index))
+    ledger = quantize_small(folder, "int8", output=tmp_path / "out").ledger
+    assert len(ledger) == len(checkpoint())
+    assert torch.equal(fewbits.load(tmp_path / "out")["norm.weight"], checkpoint()["norm.weight"])
+
+
+def more(folder, **tensors):
+    path = folder / "model-00002-of-00003.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | tensors, path)
+
+
+def expect_lost(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["lost.weight"] = "model-00001-of-00003.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def of_ours(folder):
+    result = quantize_small({"b.weight": torch.rand(32, 32)}, "int8")
+    result.save(folder / "model-00002-of-00003.safetensors")
+
+
+BAD = {
+    "one name in two files": (lambda f: more(f, **{"a.weight": torch.ones(2)}), fewbits.FormatError,
+                              r"a\.weight in more than one"),
+    "a name in no file": (expect_lost, fewbits.FormatError, r"names lost\.weight, which none"),
+    "a quantized shard": (of_ours, fewbits.SourceError, "00002-of-00003.safetensors was written by fewbits"),
+    "scales of another tool": (lambda f: more(f, **{"a.weight_scale_inv": torch.ones(2)}), fewbits.SourceError,
+                               r"a\.weight .* quantized already"),
+    "a shard that is missing": (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), fewbits.CheckpointError,
+                                "missing: model-00002"),
+    "a shard that is none": (lambda f: (f / "model-00002-of-00003.safetensors").write_text("x"), fewbits.FormatError,
+                             "00002-of-00003.safetensors is not a valid"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_checkpoint_that_contradicts_itself_is_refused_before_anything_is_written(folder, tmp_path, how):
+    damage, error, message = BAD[how]
+    damage(folder)
+    with pytest.raises(error, match=message):
+        quantize_small(folder, "int8", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4", "fp16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_number_in_any_chunk_is_named_by_its_place_in_the_tensor(tmp_path, monkeypatch, scheme, dtype, value):
+    monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 300)
+    weight = torch.rand(6, 50, 20).to(dtype)
+    weight[4, 31, 7] = value
+    safetensors.torch.save_file({"m.weight": weight}, tmp_path / "in")
+    for source in (tmp_path / "in", {"m.weight": weight}):
+        output = {"output": tmp_path / "out"} if source == tmp_path / "in" else {}
+        with pytest.raises(fewbits.NonFiniteError, match=r"m\.weight.*index \(4, 31, 7\)"):
+            quantize_small(source, scheme, **output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_that_a_cast_cannot_hold_is_named_by_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 100)
+    weight = torch.rand(70, 20)
+    weight[61, 3] = 1e6
+    safetensors.torch.save_file({"m.weight": weight}, tmp_path / "in")
+    with pytest.raises(fewbits.RangeError, match=r"m\.weight.*index \(61, 3\) is 1e\+06"):
+        quantize_small(tmp_path / "in", "fp16", output=tmp_path / "out")
+
+
+def test_a_scale_that_no_dtype_can_hold_is_refused_in_any_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 100)
+    weight = torch.rand(70, 20)
+    weight[61, 3] = 1e38
+    safetensors.torch.save_file({"m.weight": weight}, tmp_path / "in")
+    with pytest.raises(fewbits.RangeError, match=r"m\.weight, shape \(70, 20\).*scale"):
+        quantize_small(tmp_path / "in", "int8", scale_dtype="float16", output=tmp_path / "out")
+
+
+def test_a_source_that_changes_meanwhile_leaves_nothing(folder, tmp_path):
+    def change(step):
+        if step.done:
+            path = folder / "model-00003-of-00003.safetensors"
+            path.write_bytes(path.read_bytes())
+
+    with pytest.raises(fewbits.CheckpointError, match="has changed since it was opened"):
+        quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", threads=1), progress=change)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_progress_is_told_of_every_byte_once(folder, tmp_path, threads):
+    steps = []
+    output = fewbits.Output(tmp_path / "out", threads=threads)
+    ledger = quantize_small(folder, "int4", output=output, progress=steps.append).ledger
+    steps = [step for step in steps if step.activity == "convert"]
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert steps[-1].done == steps[-1].total == ledger.bytes_before
+    assert {step.name for step in steps} == {row.name for row in ledger}
+
+
+def test_a_directory_that_exists_is_replaced_only_if_asked(folder, tmp_path):
+    quantize_small(folder, "int8", output=tmp_path / "out")
+    before = files_in(tmp_path / "out")
+    with pytest.raises(fewbits.ArgumentError, match="a directory with files in it"):
+        quantize_small(folder, "int4", output=tmp_path / "out")
+    assert files_in(tmp_path / "out") == before
+    quantize_small(folder, "int4", output=fewbits.Output(tmp_path / "out", replace=True))
+    assert files_in(tmp_path / "out").keys() == before.keys()
+    assert files_in(tmp_path / "out") != before
+
+
+def test_the_source_is_never_overwritten(folder, tmp_path):
+    for output in (folder, folder / "model-00001-of-00003.safetensors", folder / INDEX):
+        with pytest.raises(fewbits.ArgumentError):
+            quantize_small(folder, "int8", output=fewbits.Output(output, replace=True))
+    assert len(files_in(folder)) > 5
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": "2"}, {"threads": True}, {"max_shard_size": "many"}])
+def test_an_output_that_makes_no_sense_is_refused(tmp_path, options):
+    with pytest.raises(fewbits.ArgumentError, match=next(iter(options))):
+        fewbits.Output(tmp_path, **options)
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 4))
+def test_results_come_in_order_and_no_more_of_them_wait_than_are_asked_for(delays, threads):
+    running, most = [], []
+
+    def task(index):
+        time.sleep(delays[index] / 10_000)
+        return index
+
+    def tasks():
+        for index in range(len(delays)):
+            running.append(index)
+            most.append(len(running))
+            yield partial(task, index)
+
+    found = []
+    for index in in_order(tasks(), threads):
+        running.remove(index)
+        found.append(index)
+    assert found == list(range(len(delays)))
+    assert max(most, default=0) <= threads + 1
+
+
+def test_an_error_on_a_thread_is_that_of_the_caller_and_threads_are_as_before():
+    before, seen = torch.get_num_threads(), set()
+
+    def task(index):
+        seen.add((threading.get_ident() == caller, torch.get_num_threads()))
+        if index == 3:
+            raise InterruptedError("the third")
+        return index
+
+    caller, torch_before = threading.get_ident(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(InterruptedError, match="the third"):
+            list(in_order((partial(task, index) for index in range(100)), 2))
+        assert seen == {(False, 1)}
+        assert torch.get_num_threads() == 2
+        assert list(in_order((torch.get_num_threads for _ in range(3)), 1)) == [2, 2, 2]
+    finally:
+        torch.set_num_threads(torch_before)
+    assert torch.get_num_threads() == before
