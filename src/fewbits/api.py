@@ -74,7 +74,8 @@ def quantize(
     What is given here outranks `config`, and that the defaults.
 
     Args:
-        source: an `nn.Module`, a state dict, or the path of a safetensors checkpoint: a file, or a directory.
+        source: an `nn.Module`, a state dict, or the path of a checkpoint: a safetensors file, one of `torch.save`, or a
+            directory of either.
         scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a `Quantizer` of your own, newly made, which
             brings its own settings. It can be left out if there is a `config`.
         config: settings; those given here replace them one by one, each as a whole.

@@ -12,7 +12,7 @@ from torch import nn
 
 import fewbits
 from fewbits import ArgumentError, QuantizedTensor, SourceError
-from fewbits.nn.storage import overlaps, storage_key
+from fewbits.nn.storage import View, overlaps, storage_key
 from lifecycle_helpers import (
     TiedLM,
     as_bytes,
@@ -51,7 +51,7 @@ def test_views_overlap_if_their_extents_do_and_they_are_not_the_same_view(views)
         return storage_key(views[a]) != storage_key(views[b]) and low <= other_high and other_low <= high
 
     expected = {a for a in extents if any(differ_and_overlap(a, b) for b in extents)}
-    found = set(overlaps(views))
+    found = set(overlaps({name: View.of(view) for name, view in views.items()}))
     assert found <= expected
     # One name of each view is enough: all names of a storage share one fate.
     assert {storage_key(views[name]) for name in found} == {storage_key(views[name]) for name in expected}

@@ -78,7 +78,7 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Quantize the safetensors checkpoint IN: a file, or a directory with an index."""
+    """Quantize the checkpoint IN: a file of safetensors or of torch.save, or a directory with an index of several."""
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     settings = _settings(config, embeddings, options)

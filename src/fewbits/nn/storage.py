@@ -4,37 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
+import attrs
+import torch
 from torch import Tensor
+
+
+@attrs.frozen
+class View:
+    """What of some memory a tensor shows. Two tensors are the same view of the same memory if these are equal.
+
+    Attributes:
+        memory: tells memory from other memory: a device, a file.
+        start: its first byte there.
+        shape: of the tensor.
+        stride: likewise, in elements.
+        dtype: likewise.
+        other: whatever else tells it from others.
+    """
+
+    memory: str
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    other: Hashable = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> View:
+        """The view that a tensor is. Of one without elements there is no other."""
+        pending = tensor.is_conj(), tensor.is_neg()
+        other = pending if tensor.numel() else id(tensor)
+        return cls(
+            str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, other
+        )
+
+    @property
+    def stop(self) -> int:
+        """The byte after its last element; `start` if it has none."""
+        if 0 in self.shape:
+            return self.start
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return self.start + (last + 1) * self.dtype.itemsize
 
 
 def storage_key(tensor: Tensor) -> Hashable:
     """Equal for two tensors exactly if they are the same view of the same memory."""
-    if not tensor.numel():
-        return id(tensor)
-    pending = tensor.is_conj(), tensor.is_neg()
-    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, pending
+    return View.of(tensor)
 
 
-def overlaps(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def overlaps(views: Mapping[str, View]) -> dict[str, str]:
     """A reason for each tensor whose memory overlaps another's without being the same view.
 
     The extent of a view is taken from its first to its last element, so that two interleaved views count as
     overlapping.
     """
-    spans = []
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.data_ptr()
-            spans.append((str(tensor.device), start, start + (last + 1) * tensor.element_size(), name))
+    spans = sorted((view.memory, view.start, view.stop, name) for name, view in views.items() if view.stop > view.start)
     reasons: dict[str, str] = {}
     reach: tuple[str, int, str] | None = None
-    for device, start, stop, name in sorted(spans):
-        if reach is not None and reach[0] == device and start < reach[1]:
+    for memory, start, stop, name in spans:
+        if reach is not None and reach[0] == memory and start < reach[1]:
             other = reach[2]
-            if storage_key(tensors[other]) != storage_key(tensors[name]):
+            if views[other] != views[name]:
                 reasons[name] = f"its memory overlaps that of {other}"
                 reasons.setdefault(other, f"its memory overlaps that of {name}")
-        if reach is None or reach[0] != device or stop > reach[1]:
-            reach = (device, stop, name)
+        if reach is None or reach[0] != memory or stop > reach[1]:
+            reach = (memory, stop, name)
     return reasons

@@ -188,7 +188,8 @@ class Quantizer(ABC):
         """Take a source and settle the fate of every tensor in it.
 
         Args:
-            source: an `nn.Module`, a state dict, or the path of a safetensors checkpoint. It is not modified.
+            source: an `nn.Module`, a state dict, or the path of a checkpoint: a safetensors file, one of
+                `torch.save`, or a directory of either. It is not modified.
             inplace: quantize the model or mapping itself; `convert` replaces its weights one by one.
 
         Returns:

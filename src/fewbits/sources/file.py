@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint import torch_file
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.folder import companions, find_files
 from fewbits.checkpoint.metadata import is_fewbits_file, is_own_key
 from fewbits.checkpoint.raw import copy_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import ChunkReader
+from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import FormatError, SourceError
+from fewbits.nn.storage import overlaps
+from fewbits.selection.info import TensorInfo
 from fewbits.sources.base import Source
 from fewbits.sources.mapping import entry_info, refuse_quantized_entries
 
-SUFFIX = SafetensorsSerializer.suffix
+#: How the names of files of tensors may end, in a directory; of two kinds the first is taken.
+SUFFIXES = (SafetensorsSerializer.suffix, *torch_file.SUFFIXES)
 
 
 class FileSource(Source):
-    """A safetensors checkpoint. Nothing but headers is read before a tensor is asked for.
+    """A checkpoint of safetensors files, or of PyTorch's own. Nothing but headers is read before a tensor is asked for.
 
     Attributes:
         path: what was given: a file, an index, or a directory.
@@ -32,13 +38,13 @@ class FileSource(Source):
 
     Raises:
         CheckpointError: if it cannot be opened.
-        FormatError: if it is not a safetensors checkpoint, or its index and its files contradict one another.
+        FormatError: if it is neither, or its index and its files contradict one another.
         SourceError: if fewbits wrote it, or another tool has quantized it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        files = find_files(self.path, (SUFFIX,))
+        files = find_files(self.path, SUFFIXES)
         self.folder = files.folder
         self.companions, self.left_behind = companions(files)
         self._readers: dict[str, ChunkReader] = {}
@@ -48,12 +54,11 @@ class FileSource(Source):
             self._add(file)
         if lost := sorted((files.weight_map or {}).keys() - self._readers.keys()):
             raise FormatError(f"{files.index} names {', '.join(lost)}, which none of its files holds")
-        entries = {name: reader.entries[name] for name, reader in sorted(self._readers.items())}
-        self.infos = tuple(entry_info(name, entry.shape, entry.dtype) for name, entry in entries.items())
+        self.infos = tuple(_infos(self._readers))
         refuse_quantized_entries(self.infos)
 
     def _add(self, file: Path) -> None:
-        reader = SafetensorsSerializer().reader(file)
+        reader = TorchFile(file) if is_torch_file(file) else SafetensorsSerializer().reader(file)
         if is_fewbits_file(reader.metadata):
             raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
         if twice := sorted(self._readers.keys() & reader.entries.keys()):
@@ -98,3 +103,13 @@ class FileSource(Source):
         if not os.path.exists(path):
             return False
         return any(os.path.samefile(path, mine) for mine in (self.path, *self._files.paths))
+
+
+def _infos(readers: Mapping[str, ChunkReader]) -> Iterator[TensorInfo]:
+    """What is known of every tensor, by name; tied ones of a file of PyTorch's have one storage."""
+    views = {name: reader.views[name] for name, reader in readers.items() if isinstance(reader, TorchFile)}
+    overlapping = overlaps(views)
+    for name, reader in sorted(readers.items()):
+        entry = reader.entries[name]
+        obstacle = overlapping.get(name)
+        yield entry_info(name, entry.shape, entry.dtype, storage=views.get(name), obstacle=obstacle)

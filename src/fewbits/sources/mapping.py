@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbits.checkpoint.saving import Value
 from fewbits.errors import ArgumentError, SourceError
-from fewbits.nn.storage import overlaps, storage_key
+from fewbits.nn.storage import View, overlaps, storage_key
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import QuantizedTensor
@@ -28,7 +28,7 @@ class MappingSource(LiveSource):
         self.inplace = inplace
         self._given = tensors
         checked = _checked(tensors)
-        overlapping = overlaps(checked)
+        overlapping = overlaps({name: View.of(tensor) for name, tensor in checked.items()})
         self.infos = tuple(
             entry_info(name, tuple(t.shape), t.dtype, storage=storage_key(t), obstacle=overlapping.get(name))
             for name, t in sorted(checked.items())

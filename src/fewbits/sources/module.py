@@ -15,7 +15,7 @@ from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.copying import structural_copy
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
-from fewbits.nn.storage import overlaps, storage_key
+from fewbits.nn.storage import View, overlaps, storage_key
 from fewbits.nn.stored import store
 from fewbits.nn.swap import attach, refuse_quantized
 from fewbits.nn.walk import Slot, find, parent_of, slots
@@ -33,7 +33,7 @@ class ModuleSource(LiveSource):
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
         # Ties are those of the given model: in a copy, buffers have memory of their own.
-        shared = overlaps({slot.name: slot.tensor for slot in slots(model)}) | held_beside(model)
+        shared = overlaps({slot.name: View.of(slot.tensor) for slot in slots(model)}) | held_beside(model)
         self.infos = tuple(self._describe(model, slot, shared.get(slot.name)) for slot in slots(model))
         self.unstorable = [
             f"{name or 'the root module'} has extra state (get_extra_state)"

@@ -1,0 +1,180 @@
+"""Files of torch.save: read by position, in any strides, tied or not, and never executed."""
+
+import io
+import os
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fewbits
+from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
+from lifecycle_helpers import FEWER_EXAMPLES, TiedLM, files_in, quantize_small
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+@st.composite
+def state_dicts(draw):
+    """Tensors and views of them: transposed, strided, tied, interleaved, expanded, empty, scalars."""
+    tensors = {}
+    for index in range(draw(st.integers(1, 5))):
+        name = f"{draw(st.text(min_size=1, max_size=3))}{index}"
+        if tensors and draw(st.booleans()):
+            other = draw(st.sampled_from(list(tensors.values())))
+            views = [other, other.t() if other.dim() == 2 else other, other[1:] if other.dim() else other]
+            views += [other[..., ::2]] if other.dim() else [other.expand(3)]
+            tensors[name] = draw(st.sampled_from(views))
+            continue
+        shape = draw(st.lists(st.integers(0, 5), max_size=3))
+        dtype = draw(st.sampled_from(DTYPES))
+        count = torch.Size(shape).numel()
+        tensors[name] = torch.arange(count).reshape(shape).to(dtype)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("torch") / "model.bin"
+
+
+@given(state_dicts(), st.data())
+def test_every_tensor_and_any_elements_of_it_are_read_as_torch_reads_them(scratch, tensors, data):
+    torch.save(tensors, scratch)
+    expected = torch.load(scratch, weights_only=True)
+    file = TorchFile(scratch)
+    assert file.entries == {name: fewbits.Entry(tuple(t.shape), t.dtype) for name, t in expected.items()}
+    for name, tensor in expected.items():
+        assert torch.equal(file.read(name), tensor)
+        start = data.draw(st.integers(0, tensor.numel()))
+        stop = data.draw(st.integers(start, tensor.numel()))
+        out = torch.empty(stop - start, dtype=tensor.dtype)
+        file.read_into(name, start, out)
+        assert torch.equal(out, tensor.reshape(-1)[start:stop])
+
+
+@given(state_dicts())
+def test_names_have_one_view_exactly_if_they_have_in_memory(scratch, tensors):
+    torch.save(tensors, scratch)
+    loaded, views = torch.load(scratch, weights_only=True), TorchFile(scratch).views
+    tied = fewbits.nn.storage.storage_key
+    for a in loaded:
+        for b in loaded:
+            same = a == b if not loaded[a].numel() else tied(loaded[a]) == tied(loaded[b])
+            assert (views[a] == views[b]) == same
+
+
+@FEWER_EXAMPLES
+@given(state_dicts(), st.sampled_from(["int8", "int4", "fp16"]))
+def test_the_result_is_that_of_the_state_dict_in_memory(tmp_path_factory, tensors, scheme):
+    folder = tmp_path_factory.mktemp("model")
+    torch.save(tensors, folder / "model.bin")
+    try:
+        expected = quantize_small(torch.load(folder / "model.bin", weights_only=True), scheme, on_failure="ignore")
+    except fewbits.FewbitsError as error:
+        with pytest.raises(type(error)):
+            quantize_small(folder / "model.bin", scheme, output=folder / "out", on_failure="ignore")
+        return
+    expected.save(folder / "expected")
+    quantize_small(folder / "model.bin", scheme, output=folder / "out", on_failure="ignore")
+    assert (folder / "out").read_bytes() == (folder / "expected").read_bytes()
+
+
+def test_a_directory_of_them_is_quantized_and_tied_tensors_stay_tied(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save(TiedLM().state_dict(), folder / "pytorch_model.bin")
+    torch.save({"lr": 1}, folder / "training_args.bin")
+    (folder / "config.json").write_text("{}")
+    result = quantize_small(folder, "int8", output=tmp_path / "out")
+    assert files_in(tmp_path / "out").keys() == {"config.json", "model.safetensors"}
+    assert result.quantizer.left_behind == ("training_args.bin",)
+    loaded = fewbits.load(tmp_path / "out", into=TiedLM())
+    assert loaded.lm_head.weight_stored is loaded.embed_tokens.weight_stored
+    assert fewbits.verify(tmp_path / "out", folder).ok
+
+
+def test_parameters_and_files_without_an_ending_are_read(tmp_path):
+    torch.save(dict(nn.Linear(32, 32).named_parameters()), tmp_path / "weights")
+    assert quantize_small(tmp_path / "weights", "int8", output=tmp_path / "out").ledger.count("quantized") == 1
+
+
+class Malicious:
+    """Pickled, it says: call this."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def old_format(path):
+    torch.save({"a": torch.ones(3, 3)}, path, _use_new_zipfile_serialization=False)
+
+
+def rewritten(path, change):
+    """The archive with its records changed: `change` gets name and bytes, and returns bytes, or None for none."""
+    torch.save({"a": torch.arange(9.0).view(3, 3)}, path)
+    made = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w") as new:
+        for record in old.infolist():
+            data = change(record.filename, old.read(record))
+            if data is not None:
+                new.writestr(record.filename, data)
+    path.write_bytes(made.getvalue())
+
+
+def compressed(path):
+    torch.save({"a": torch.zeros(30, 30)}, path)
+    data = {}
+    with zipfile.ZipFile(path) as old:
+        data = {record.filename: old.read(record) for record in old.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in data.items():
+            new.writestr(name, content)
+
+
+BAD = {
+    "the old format": (old_format, "before torch 1.6"),
+    "an object that is executed": (lambda p: torch.save({"a": Malicious()}, p), "weights_only=True"),
+    "an archive of something else": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "weights_only=True"),
+    "a list": (lambda p: torch.save([torch.ones(2)], p), "holds a list"),
+    "a tensor": (lambda p: torch.save(torch.ones(2), p), "holds a Tensor"),
+    "a state dict inside of another": (lambda p: torch.save({"model": {"a": torch.ones(2)}}, p),
+                                       r"'model' is a dict; .* Is it the state dict\?"),
+    "a number": (lambda p: torch.save({"a": torch.ones(2), "step": 3}, p), "'step' is a int"),
+    "a number for a name": (lambda p: torch.save({3: torch.ones(2)}, p), "the entry 3"),
+    "a sparse tensor": (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), "a is not a plain dense tensor"),
+    "a storage cut short": (lambda p: rewritten(p, lambda name, data: data[:8] if "/data/" in name else data),
+                            "a shows bytes that its storage does not have"),
+    "a storage that is missing": (lambda p: rewritten(p, lambda name, data: None if "/data/" in name else data),
+                                  "weights_only=True"),
+    "another order of bytes": (lambda p: rewritten(p, lambda name, data: b"big" if "byteorder" in name else data),
+                               "big-endian numbers"),
+    "compressed bytes": (compressed, "is compressed"),
+    "no pickle": (lambda p: rewritten(p, lambda name, data: b"x" if "pkl" in name else data), "weights_only=True"),
+    "half a file": (lambda p: (old_format(p), p.write_bytes(p.read_bytes()[:100])), "before torch 1.6"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_what_is_no_state_dict_is_refused_and_nothing_is_executed(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    write, message = BAD[how]
+    write(tmp_path / "model.bin")
+    with pytest.raises(fewbits.FormatError, match=message) as refused:
+        quantize_small(tmp_path / "model.bin", "int8", output=tmp_path / "out")
+    assert "model.bin" in str(refused.value)
+    assert os.listdir(tmp_path) == ["model.bin"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    assert not is_torch_file(tmp_path / "missing.bin")
+    torch.save({"a": torch.ones(3, 3)}, tmp_path / "model.bin")
+    file, out = TorchFile(tmp_path / "model.bin"), torch.empty(2)
+    for name, start, into in [("b", 0, out), ("a", 8, out), ("a", 0, out.double())]:
+        with pytest.raises(fewbits.ArgumentError, match=rf"{name}"):
+            file.read_into(name, start, into)
+    with pytest.raises(fewbits.CheckpointError, match="does not exist"):
+        fewbits.quantize(tmp_path / "missing.bin", "int8", output=tmp_path / "out")
