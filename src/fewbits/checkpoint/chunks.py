@@ -81,22 +81,22 @@ def columns_of(row: LedgerRow) -> int:
     return (row.layout or Layout.of(row.shape)).columns
 
 
-def chunks(row: LedgerRow) -> Iterator[Chunk]:
-    """The chunks of one tensor, in order.
+def chunks(row: LedgerRow, elements: int | None = None) -> Iterator[Chunk]:
+    """The chunks of one tensor, in order, of about so many elements; None stands for `CHUNK_ELEMENTS`.
 
     A tensor whose rows do not lie one after the other is one chunk, and so is an empty one.
     """
     total = math.prod(row.shape)
-    step = _elements(row)
+    step = chunk_elements(row, CHUNK_ELEMENTS if elements is None else elements)
     for start in range(0, max(total, 1), step):
         yield Chunk(row, start, min(start + step, total))
 
 
-def _elements(row: LedgerRow) -> int:
-    """How many elements each chunk of a tensor has, but the last."""
+def chunk_elements(row: LedgerRow, elements: int) -> int:
+    """How many elements each chunk of a tensor has, but the last, if they are to be about so many."""
     total = max(1, math.prod(row.shape))
     if row.layout is None:
-        return min(total, CHUNK_ELEMENTS)
+        return min(total, elements)
     if not row.layout.in_order:
         return total
     # Whole blocks, so that what is summed over a chunk is summed as over the whole tensor.
@@ -104,4 +104,4 @@ def _elements(row: LedgerRow) -> int:
     if isinstance(row.spec, QuantSpec) and not row.spec.symmetric:
         rows = math.lcm(rows, _ZERO_POINT_ROWS)
     step = rows * row.layout.columns
-    return min(total, step * max(1, CHUNK_ELEMENTS // step))
+    return min(total, step * max(1, elements // step))

@@ -18,6 +18,10 @@ def _shard_size(size: int | str | None) -> int | None:
     return None if size is None else parse_size(size, "max_shard_size")
 
 
+def _max_memory(size: int | str | None) -> int | None:
+    return None if size is None else parse_size(size, "max_memory")
+
+
 def _is_count(_: object, __: attrs.Attribute[int | None], value: object) -> None:
     if value is not None and (type(value) is not int or value < 1):
         raise ArgumentError(f"threads must be a number from 1 up, not {value!r}")
@@ -32,6 +36,9 @@ class Output:
         max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
             which is the default; a larger tensor has a file of its own.
         replace: whether a directory that is there already, with files in it, is replaced. A file always is.
+        max_memory: the most resident memory that the process may take beyond what it has when fewbits is imported, as a
+            number of bytes or a text such as ``"512MB"``. Chunks become smaller and threads fewer to stay within it;
+            what cannot be done within it is refused before anything is written. None sets no limit.
         threads: how many tensors, or pieces of large ones, are worked on at a time; None stands for as many as torch
             has threads. They change nothing in the result.
 
@@ -42,6 +49,7 @@ class Output:
     path: Path = attrs.field(converter=Path)
     max_shard_size: int | None = attrs.field(default=None, converter=_shard_size, kw_only=True)
     replace: bool = attrs.field(default=False, kw_only=True)
+    max_memory: int | None = attrs.field(default=None, converter=_max_memory, kw_only=True)
     threads: int | None = attrs.field(default=None, validator=_is_count, kw_only=True)
 
     @classmethod

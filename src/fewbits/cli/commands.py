@@ -59,6 +59,7 @@ def cli() -> None:
 @click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
 @click.option("--embeddings", is_flag=True, help="Quantize embeddings too, where the scheme would keep them.")
 @click.option("--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory; 5GB.")
+@click.option("--max-memory", metavar="SIZE", help="Resident memory to stay within, beyond that of the bare program.")
 @click.option("--threads", type=int, metavar="N", help="How many tensors, or pieces of large ones, at a time.")
 @click.option("--dry-run", is_flag=True, help="Print what would become of every tensor, and write nothing.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
@@ -71,6 +72,7 @@ def quantize(
     config: Path | None,
     embeddings: bool,
     max_shard_size: str | None,
+    max_memory: str | None,
     threads: int | None,
     dry_run: bool,
     no_verify: bool,
@@ -82,7 +84,8 @@ def quantize(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     settings = _settings(config, embeddings, options)
-    target = Output(output or source, max_shard_size=max_shard_size, replace=force, threads=threads)
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
+    target = Output(output or source, replace=force, **how)
     if dry_run:
         return _show_plan(plan(source, config=settings, output=target), settings, as_json)
     if target.path.exists() and not force:

@@ -24,6 +24,7 @@ from fewbits.numerics.metrics import Measurement, Tally, unit_of
 from fewbits.numerics.quantize import check_finite
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.observers.base import Observer
+from fewbits.quantizers.budget import Budget, Demand, settle
 from fewbits.quantizers.job import Conversion, Job, named
 from fewbits.quantizers.pool import in_order
 from fewbits.quantizers.settled import SettledObserver
@@ -60,6 +61,7 @@ class FileJob(Job):
         self.refuse_calibration()
         self.left_behind = source.left_behind
         self._output: Path | None = None
+        self._budget: Budget | None = None
         self._measured: dict[str, Measurement] = {}
         self._written: dict[str, str] = {}
 
@@ -79,7 +81,9 @@ class FileJob(Job):
         if self.source.is_file(output.path):
             raise ArgumentError(f"{output.path} is the source itself; give another path to write to")
         self._output, self._measured = None, {}
-        run = _Run(self.source, self.observers, conversion, serializer, output.threads, measuring, self._measured)
+        demand = Demand(self.ledger, self.observers, conversion.by_rows, measuring)
+        self._budget = settle(demand, output, output.threads or torch.get_num_threads())
+        run = _Run(self.source, demand, conversion, serializer, self._budget, self._measured)
         told = _Told(self.ledger, progress)
         shards = self.shards(output, serializer)
         if self._is_folder(output):
@@ -117,6 +121,7 @@ class FileJob(Job):
             self.source,
             serializer=serializer,
             measured=self._measured if as_written else {},
+            chunk_elements=None if self._budget is None else self._budget.chunk_elements,
             fail_under=fail_under,
             progress=progress,
         )
@@ -163,18 +168,17 @@ class _Run:
     """One conversion: everything that every file of the result needs."""
 
     source: FileSource
-    observers: Mapping[str, Observer]
+    demand: Demand
     conversion: Conversion
     serializer: Serializer
-    threads: int | None
-    measuring: bool
+    budget: Budget
     measured: dict[str, Measurement]
 
     def write(self, ledger: Ledger, path: Path, told: _Told) -> str:
         """Write one file of the result, read it back, and return the digest of its header."""
         with CheckpointWriter(self.serializer, path, ledger, extra=self.source.extra) as writer:
             tally: Tally | None = None
-            for done in in_order(self._tasks(ledger), self.threads or torch.get_num_threads()):
+            for done in in_order(self._tasks(ledger), self.budget.threads):
                 chunk, row = done.chunk, done.chunk.row
                 told.begin(chunk)
                 writer.append(chunk, done.value)
@@ -198,11 +202,12 @@ class _Run:
 
     def _chunks(self, row: LedgerRow) -> Iterator[Chunk]:
         """A scheme of somebody else's may need to see all of a weight."""
-        return chunks(row) if self.conversion.by_rows or row.layout is None else iter([Chunk.whole(row)])
+        by_rows = self.conversion.by_rows or row.layout is None
+        return chunks(row, self.budget.chunk_elements) if by_rows else iter([Chunk.whole(row)])
 
     def _observer(self, row: LedgerRow, pieces: Sequence[Chunk]) -> Observer | None:
         """The observer of a row, which has chosen already if one scale serves chunks that it will not see together."""
-        observer = self.observers.get(row.name)
+        observer = self.demand.observers.get(row.name)
         if observer is None or len(pieces) == 1 or not isinstance(row.spec, QuantSpec):
             return observer
         if row.spec.granularity != "tensor":
@@ -218,7 +223,7 @@ class _Run:
 
     def _unit(self, row: LedgerRow, pieces: Sequence[Chunk]) -> float:
         """What to take sums of squares in; only of float64 tensors this reads the source."""
-        if not self.measuring or row.spec is None or row.dtype != torch.float64:
+        if not self.demand.measuring or row.spec is None or row.dtype != torch.float64:
             return 1.0
         return unit_of(self.source.read_chunk(row.name, chunk) for chunk in pieces)
 
@@ -229,7 +234,7 @@ class _Run:
             return _Converted(chunk, tensor, None)
         value = named(row, lambda: self._make(chunk, tensor, observer))
         tally = None
-        if self.measuring:
+        if self.demand.measuring:
             tally = Tally(unit)
             tally.add(tensor, value)
         return _Converted(chunk, value, tally)

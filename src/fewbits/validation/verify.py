@@ -30,6 +30,7 @@ def verify(
     *,
     serializer: Serializer | None = None,
     measured: Mapping[str, Measurement] | None = None,
+    chunk_elements: int | None = None,
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
@@ -42,6 +43,7 @@ def verify(
         source: what it was made from; None checks structure and digests only.
         serializer: reads the file; None stands for safetensors.
         measured: measurements taken when these same bytes were written, by name; these are not taken again.
+        chunk_elements: how many elements are compared at a time, about; see `fewbits.checkpoint.chunks.chunks`.
         fail_under: SQNR in dB below which a tensor fails.
         progress: told about every tensor, before and after it.
 
@@ -64,7 +66,7 @@ def verify(
     def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
         # A buffer that no state dict holds has no name in the source.
         compared = with_source and source is not None and not differences and row.name in names
-        for chunk in chunks(row):
+        for chunk in chunks(row, chunk_elements):
             yield checkpoint.chunk(chunk), source.read_chunk(names[row.name], chunk) if compared else None  # type: ignore[union-attr]
 
     report = examine(
