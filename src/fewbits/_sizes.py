@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from fewbits.errors import ArgumentError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+_SIZE = r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([kmgt]i?)?b)?\s*"
 
 
 def parse_size(size: str | int, name: str) -> int:
@@ -23,8 +26,8 @@ def parse_size(size: str | int, name: str) -> int:
     (1610612736, 512000000, 7)
     """
     count = size if type(size) is int else 0
-    if isinstance(size, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", size.lower())):
-        count = int(float(found[1]) * _UNITS[found[2] or ""])
+    if isinstance(size, str) and (found := re.fullmatch(_SIZE, size.lower())):
+        count = int(Fraction(found[1]) * _UNITS[found[2] or ""])
     if count < 1:
         raise ArgumentError(f"{name} must be a number of bytes, or a text such as '512MB' or '1.5GiB', not {size!r}")
     return count

@@ -153,7 +153,7 @@ def plan(
         source: as in `quantize`.
         scheme: likewise; a `Quantizer` is back in the state CREATED afterwards.
         config: likewise.
-        output: where the result of a path would go; None stands for a file, or directory, of the source's own name.
+        output: where the result of a path would go; None stands for a place beside the source.
         selector: as in `quantize`.
         serializer: likewise.
         settings: likewise.
@@ -164,8 +164,10 @@ def plan(
     _, quantizer = _settled(scheme, config, {"selector": selector, "serializer": serializer}, settings)
     quantizer.prepare(source)
     try:
-        name = output if output is not None else source if isinstance(source, (str, os.PathLike)) else "model"
-        return Plan(quantizer.ledger, quantizer.shards(name), quantizer.left_behind)
+        if output is None and isinstance(source, (str, os.PathLike)):
+            output = Output.beside(source)
+        shards = () if output is None else quantizer.shards(output)
+        return Plan(quantizer.ledger, shards, quantizer.left_behind)
     finally:
         quantizer.reset()
 

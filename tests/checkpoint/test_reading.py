@@ -1,6 +1,7 @@
 """Reading: what was saved comes back, and everything that is not one of our files is refused with a reason."""
 
 import os
+import pickle
 
 import pytest
 import safetensors.torch
@@ -151,7 +152,7 @@ def test_a_plain_safetensors_file_is_said_not_to_be_ours(scratch, metadata):
         pytest.param(lambda path: path.symlink_to(path), id="a link to itself"),
         pytest.param(lambda path: path.symlink_to("nowhere"), id="a dangling link"),
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
-        pytest.param(lambda path: torch.save({"w": torch.ones(2)}, path), id="a pickle"),
+        pytest.param(lambda path: path.write_bytes(pickle.dumps({"w": [1.0]})), id="a pickle"),
         pytest.param(
             lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), id="a git-lfs pointer"
         ),

@@ -212,7 +212,7 @@ BROKEN = {
     "a tensor too few": (lambda d: edit_index(d, lambda i: i["weight_map"].pop(first(i))), "is not in the file"),
     "no map": (lambda d: edit_index(d, lambda i: i.pop("weight_map")), "no weight_map"),
     "an empty map": (lambda d: edit_index(d, lambda i: i["weight_map"].clear()), "no weight_map"),
-    "no metadata": (lambda d: edit_index(d, lambda i: i.pop("metadata")), "not those that the index was written for"),
+    "no metadata": (lambda d: edit_index(d, lambda i: i.pop("metadata")), "has format version None"),
     "metadata of another kind": (lambda d: edit_index(d, lambda i: i.update(metadata=[1])), "no weight_map"),
     "a number for a file": (lambda d: edit_index(d, lambda i: i["weight_map"].update(x=3)), "names '3'"),
     "no JSON": (lambda d: (d / INDEX).write_text("{"), "no JSON"),
@@ -222,6 +222,33 @@ BROKEN = {
     "two indexes": (lambda d: shutil.copy(d / INDEX, d / "other.safetensors.index.json"), "has 2 indexes"),
     "no index": (lambda d: (d / INDEX).unlink(), "files of tensors and no index"),
 }  # fmt: skip
+
+
+BROKEN |= {
+    "another version": (
+        lambda d: edit_index(d, lambda i: i["metadata"].update({"fewbits.format_version": "99"})),
+        "has format version 99",
+    ),
+    "another size": (
+        lambda d: edit_index(d, lambda i: i["metadata"].update(total_size=-5)),
+        "not those that the index was written for",
+    ),
+    "a directory for an index": (lambda d: ((d / INDEX).unlink(), (d / INDEX).mkdir()), "it is no index"),
+    "a link to nothing": (lambda d: ((d / INDEX).unlink(), (d / INDEX).symlink_to(d / "nothing")), "it is no index"),
+    "a link in a circle": (
+        lambda d: ((d / INDEX).unlink(), (d / INDEX).symlink_to(d / INDEX)),
+        "it is no index|cannot be read",
+    ),
+    "a link to elsewhere": (
+        lambda d: ((d / INDEX).rename(d.parent / INDEX), (d / INDEX).symlink_to(d.parent / INDEX)),
+        "is a link to",
+    ),
+    "a pipe for an index": (lambda d: ((d / INDEX).unlink(), os.mkfifo(d / INDEX)), "it is no index"),
+    "a name that no file can have": (
+        lambda d: edit_index(d, lambda i: i["weight_map"].update(x=300 * "a" + ".safetensors")),
+        "missing|cannot be read",
+    ),
+}
 
 
 @pytest.mark.parametrize("how", BROKEN)

@@ -178,3 +178,11 @@ def test_what_cannot_be_read_is_named(tmp_path):
             file.read_into(name, start, into)
     with pytest.raises(fewbits.CheckpointError, match="does not exist"):
         fewbits.quantize(tmp_path / "missing.bin", "int8", output=tmp_path / "out")
+
+
+def test_a_safetensors_file_whose_header_has_the_length_of_a_pickle_is_none(tmp_path):
+    """The first byte of a file is the lowest of its header's length, and that of a pickle is 128."""
+    text = b'{"m.weight":{"dtype":"F32","shape":[32,32],"data_offsets":[0,4096]}}'.ljust(0x280)
+    (tmp_path / "in").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4096))
+    assert (tmp_path / "in").read_bytes().startswith(b"\x80\x02")
+    assert quantize_small(tmp_path / "in", "int8", output=tmp_path / "out").ledger.count("quantized") == 1

@@ -512,7 +512,7 @@ def test_a_dry_run_prints_every_tensor_and_every_file(cli, folder):
     assert all(name in out for name in state())
     assert "model-00001-of-" in out
     assert "nothing was written" in out
-    assert "in: " in cli("quantize", "in", "--scheme", "int8", "--dry-run")[1]
+    assert "in-quantized.safetensors: " in cli("quantize", "in", "--scheme", "int8", "--dry-run")[1]
 
 
 def test_a_directory_becomes_a_directory(cli, folder):
@@ -539,3 +539,17 @@ def test_an_option_that_makes_no_sense_is_an_error_of_usage(cli, folder, option,
     code, _, err = cli("quantize", "in", "-o", "out", "--scheme", "int8", option, value)
     assert (code, os.listdir(folder)) == (2, ["in"])
     assert option.strip("-").replace("-", "_") in err
+
+
+def test_names_that_no_markup_and_no_encoding_can_hold_are_shown(folder):
+    safetensors.torch.save_file({"[/x].weight": torch.rand(32, 32)}, folder / "in")
+    environment = {**os.environ, "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "fewbits", "quantize", "in", "-o", "caf\xe9", "--scheme", "int8"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "written: caf" in done.stdout) == (0, True), done.stderr
+
+
+def test_an_output_with_a_name_that_no_file_can_have_is_an_error_of_usage(cli):
+    code, out, err = cli("quantize", "in", "-o", "x" * 300, "--scheme", "int8")
+    assert (code, out) == (2, "")
+    assert "cannot be written" in err

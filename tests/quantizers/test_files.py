@@ -290,11 +290,125 @@ def test_a_directory_that_exists_is_replaced_only_if_asked(folder, tmp_path):
     assert files_in(tmp_path / "out") != before
 
 
-def test_the_source_is_never_overwritten(folder, tmp_path):
-    for output in (folder, folder / "model-00001-of-00003.safetensors", folder / INDEX):
-        with pytest.raises(fewbits.ArgumentError):
-            quantize_small(folder, "int8", output=fewbits.Output(output, replace=True))
-    assert len(files_in(folder)) > 5
+@pytest.mark.parametrize("given", ["folder", "index", "file"])
+@pytest.mark.parametrize("shard_size", [None, "1GB"])
+def test_the_source_is_never_replaced_nor_written_into(folder, tmp_path, given, shard_size):
+    (tmp_path / "by another name").symlink_to(folder)
+    file = folder / "model-00001-of-00003.safetensors"
+    source = {"folder": folder, "index": folder / INDEX, "file": file}[given]
+    before = files_in(tmp_path)
+    places = [folder, tmp_path, tmp_path / "by another name", file]
+    for place in [*places, folder / "out", folder / INDEX] if given != "file" else places:
+        for read in (fewbits.plan, fewbits.quantize):
+            with pytest.raises(fewbits.ArgumentError):
+                read(source, "int8", output=fewbits.Output(place, replace=True, max_shard_size=shard_size))
+    assert files_in(tmp_path) == before
+
+
+def test_what_appears_at_the_output_meanwhile_is_not_removed(folder, tmp_path):
+    def intrude(step):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("precious")
+
+    with pytest.raises(fewbits.CheckpointError, match="out cannot be written"):
+        quantize_small(folder, "int8", output=tmp_path / "out", progress=intrude)
+    assert files_in(tmp_path / "out") == {"theirs": b"precious"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_an_interrupt_while_a_directory_is_replaced_gives_the_old_one_back(folder, tmp_path, monkeypatch):
+    quantize_small(folder, "int8", output=tmp_path / "out")
+    before, rename = files_in(tmp_path / "out"), type(tmp_path).rename
+
+    def interrupted(self, target):
+        if target == tmp_path / "out" and files_in(self) != before:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_small(folder, "int4", output=fewbits.Output(tmp_path / "out", replace=True))
+    assert files_in(tmp_path / "out") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_an_error_names_the_output_and_not_the_name_it_has_meanwhile(folder, tmp_path, monkeypatch):
+    def full(self, data, position):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fewbits.checkpoint.safetensors._SafetensorsWriter._put", full)
+    with pytest.raises(fewbits.CheckpointError, match=r"/out/model\.safetensors.*No space left") as refused:
+        quantize_small(folder, "int8", output=tmp_path / "out")
+    assert ".tmp" not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "another result"])
+def test_what_was_damaged_since_is_not_saved_again_as_sound(folder, tmp_path, damage):
+    quantizer = small()
+    quantizer.prepare(folder)
+    quantizer.convert(output=tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    if damage == "another result":
+        quantize_small({"other.weight": torch.rand(32, 32)}, "int8").save(file)
+    else:
+        data = bytearray(file.read_bytes())
+        data[-100] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(fewbits.CheckpointError, match=r"not what convert|not the bytes"):
+        quantizer.save(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+class Halves(fewbits.MinMaxObserver):
+    """Picks otherwise than the class whose `observe_chunks` it inherits."""
+
+    def observe_weight(self, weight, spec):
+        scale, zero_point = super().observe_weight(weight, spec)
+        return scale / 2, zero_point
+
+
+def test_an_observer_that_picks_otherwise_does_so_of_chunks_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 100)
+    tensors = {"m.weight": torch.rand(90, 30)}
+    safetensors.torch.save_file(tensors, tmp_path / "in")
+    expected = fewbits.quantize(tensors, small(fewbits.Int8PerTensor, observer=Halves()), fail_under=0)
+    expected.save(tmp_path / "expected")
+    scheme = small(fewbits.Int8PerTensor, observer=Halves())
+    fewbits.quantize(tmp_path / "in", scheme, fail_under=0, output=tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+@pytest.mark.parametrize("chosen", [None, (1, 2, 3), (torch.ones(2), None), (torch.tensor([math.nan]), None)])
+def test_what_an_observer_chooses_for_chunks_is_checked(tmp_path, monkeypatch, chosen):
+    class Odd(fewbits.MinMaxObserver):
+        def observe_weight(self, weight, spec):
+            return chosen
+
+    monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 100)
+    safetensors.torch.save_file({"m.weight": torch.rand(90, 30)}, tmp_path / "in")
+    with pytest.raises(fewbits.NumericsError, match=r"m\.weight, shape \(90, 30\)"):
+        fewbits.quantize(tmp_path / "in", small(fewbits.Int8PerTensor, observer=Odd()), output=tmp_path / "out")
+
+
+def test_an_index_that_contradicts_its_files_is_refused(folder, tmp_path):
+    index = json.loads((folder / INDEX).read_text())
+    first, second = sorted(index["weight_map"])[:2]
+    index["weight_map"][first] = index["weight_map"][second]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(fewbits.FormatError, match=r"says that .* is in model-0000.*; it is in another file"):
+        quantize_small(folder, "int8", output=tmp_path / "out")
+
+
+def test_one_file_of_several_without_an_index_is_not_taken_for_all(folder):
+    for name in (INDEX, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors",
+                 "consolidated.safetensors", "pytorch_model.bin.index.json"):  # fmt: skip
+        (folder / name).unlink()
+    for read in (lambda: fewbits.plan(folder, "int8"), lambda: fewbits.load(folder)):
+        with pytest.raises(fewbits.FormatError, match=r"model-00002-of-00003\.safetensors and no index"):
+            read()
 
 
 @pytest.mark.parametrize("options", [{"threads": 0}, {"threads": "2"}, {"threads": True}, {"max_shard_size": "many"}])

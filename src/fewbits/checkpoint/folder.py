@@ -6,6 +6,7 @@ What an index says is not believed either: it names files in its own directory, 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
     ".npy", ".pkl", ".tflite", ".engine",
 )  # fmt: skip
+
+
+#: One of several files, by its name.
+_SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 
 
 @attrs.frozen
@@ -59,26 +64,32 @@ def find_files(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
             return _indexed(path, suffixes)
         if not path.is_dir():
             return CheckpointFiles((path,))
-        names = sorted(entry.name for entry in path.iterdir())
+        return _in_folder(path, suffixes)
+
+
+def _in_folder(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
+    names = sorted(entry.name for entry in path.iterdir())
     for suffix in suffixes:
         indexes = [name for name in names if f"{suffix}.index." in name and name.endswith(".json")]
         files = [name for name in names if name.endswith(suffix)]
         files = [name for name in files if name in (f"model{suffix}", f"pytorch_model{suffix}")] or files
         if len(indexes) == 1:
-            return _indexed(path / indexes[0], suffixes)
+            return _indexed(_inside(path, indexes[0]), suffixes)
         if len(indexes or files) > 1:
             raise FormatError(
                 f"{path} has {len(indexes or files)} {'indexes' if indexes else 'files of tensors and no index'}: "
                 f"{', '.join(indexes or files)}; give the path of one of them"
             )
+        if files and _SHARD.search(files[0]):
+            raise FormatError(f"{path} has {files[0]} and no index: the other files are missing; fetch them again")
         if files:
             return CheckpointFiles((_inside(path, files[0]),), path)
     raise FormatError(f"{path} is a directory without a file whose name ends in {' or '.join(suffixes)}")
 
 
 def _indexed(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
-    if path.stat().st_size > MAX_HEADER:
-        raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes; it is no index")
+    if not path.is_file() or path.stat().st_size > MAX_HEADER:
+        raise FormatError(f"{path} is not a file of at most {MAX_HEADER:,} bytes; it is no index")
     index = parse_object(path.read_bytes(), path, "index")
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
@@ -108,7 +119,7 @@ def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]
     own = {path.name for path in files.paths} | ({files.index.name} if files.index is not None else set())
     along: list[str] = []
     behind: list[str] = []
-    for at, folders, names in os.walk(files.folder):
+    for at, folders, names in os.walk(files.folder, onerror=_raise):
         here = Path(at)
         for name in [*folders]:
             if name.startswith(".") or (here / name).is_symlink():
@@ -119,6 +130,11 @@ def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]
                 continue
             (along if _goes_along(here, name) else behind).append(str((here / name).relative_to(files.folder)))
     return tuple(sorted(along)), tuple(sorted(behind))
+
+
+def _raise(error: OSError) -> None:
+    with as_checkpoint_error(f"{error.filename} cannot be read"):
+        raise error
 
 
 def _goes_along(folder: Path, name: str) -> bool:
@@ -136,7 +152,8 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not _stays_inside(path):
         raise FormatError(
-            f"{path} is a link to {path.resolve()}, outside of its directory; copy the file, or give its own path"
+            f"{path} is a link to {os.path.realpath(path)}, outside of its directory; copy the file, or give the path "
+            "of the file itself"
         )
     return path
 
@@ -147,6 +164,7 @@ def _stays_inside(path: Path) -> bool:
     In the cache of the Hugging Face hub, links in ``snapshots/<revision>`` and below go to the ``blobs`` beside
     ``snapshots``; these count too.
     """
-    home, target = path.parent.resolve(), path.resolve()
+    # Not `Path.resolve`, which raises an error of its own for links in a circle.
+    home, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     hub = next((parent.parent for parent in home.parents if parent.name == "snapshots"), None)
     return target.parent == home or (hub is not None and target.parent == hub / "blobs")

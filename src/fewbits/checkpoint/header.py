@@ -8,6 +8,7 @@ all of it has been checked, and no tensor is touched for that.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NoReturn
@@ -90,6 +91,8 @@ def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileH
         _refuse(where, f"its header has {length:,} bytes, more than {limit:,}")
     fields = parse_object(file.read(length), where, "header")
     metadata = _metadata(fields.pop(_METADATA, {}), where)
+    if odd := [text for text in [*fields, *metadata, *metadata.values()] if not _is_text(text)]:
+        _refuse(where, f"{odd[0]!r} is no text that UTF-8 can hold")
     payload = PREFIX + length
     spans = {name: _span(name, described, payload, where) for name, described in fields.items()}
     spans = dict(sorted(spans.items(), key=lambda item: (item[1].start, item[1].start + item[1].entry.nbytes)))
@@ -166,9 +169,17 @@ def _span(name: str, described: object, payload: int, where: object) -> Span:
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         _refuse(where, f"{name!r} has a shape or offsets that are no lists of sizes")
     entry = Entry(tuple(shape), _TO_TORCH[code])
+    # Strides of a tensor without elements are computed all the same.
+    if math.prod(max(1, size) for size in shape) * entry.dtype.itemsize >= 1 << 63 and not entry.numel:
+        _refuse(where, f"{name!r} has shape {entry.shape}, which no tensor can have")
     if offsets[1] - offsets[0] != entry.nbytes:
         _refuse(where, f"{name!r} needs {entry.nbytes:,} bytes, and has those from {offsets[0]:,} to {offsets[1]:,}")
     return Span(entry, payload + offsets[0])
+
+
+def _is_text(text: str) -> bool:
+    """Whether a string is one that UTF-8 can hold: JSON can spell halves of characters."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _are_sizes(values: object) -> bool:

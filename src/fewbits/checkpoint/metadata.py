@@ -30,6 +30,9 @@ _PLACEHOLDER_DIGEST = "0" * 64
 #: No float is longer in JSON.
 _LONGEST_FLOAT = -2.2250738585072014e-308
 
+#: What comes of JSON that is not of the form it should have.
+_UNREADABLE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError, FewbitsError)
+
 _is = attrs.validators.instance_of
 _maps_strings = attrs.validators.deep_mapping(_is(str), _is(str), _is(dict))
 
@@ -126,7 +129,7 @@ class Metadata:
             raise DigestError(f"{where}: the header is not the one that was written; the file is damaged")
         try:
             metadata = cls._parse(strings)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, FewbitsError) as error:
+        except _UNREADABLE as error:
             raise FormatError(f"{where}: the metadata cannot be read: {error}") from error
         metadata._check(entries, where)
         return metadata

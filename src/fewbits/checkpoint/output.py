@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -12,6 +13,17 @@ from fewbits.errors import ArgumentError
 
 #: Bytes of tensors in one file of a directory, unless something else is asked for; that of transformers.
 MAX_SHARD_SIZE = 5 * 10**9
+
+
+def _path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(f"output must be a path, or an Output, not {path!r}")
+    return Path(path)
+
+
+def _is_bool(_: object, __: attrs.Attribute[bool], value: object) -> None:
+    if type(value) is not bool:
+        raise ArgumentError(f"replace must be True or False, not {value!r}")
 
 
 def _shard_size(size: int | str | None) -> int | None:
@@ -46,11 +58,17 @@ class Output:
         ArgumentError: for a size that is none, or less than one thread.
     """
 
-    path: Path = attrs.field(converter=Path)
+    path: Path = attrs.field(converter=_path)
     max_shard_size: int | None = attrs.field(default=None, converter=_shard_size, kw_only=True)
-    replace: bool = attrs.field(default=False, kw_only=True)
+    replace: bool = attrs.field(default=False, validator=_is_bool, kw_only=True)
     max_memory: int | None = attrs.field(default=None, converter=_max_memory, kw_only=True)
     threads: int | None = attrs.field(default=None, validator=_is_count, kw_only=True)
+
+    @classmethod
+    def beside(cls, source: str | os.PathLike[str], **how: Any) -> Output:
+        """Where a result could go of which nothing is said: beside its source."""
+        path = Path(os.path.abspath(source))
+        return cls(path.with_name(f"{path.stem}-quantized{'' if path.is_dir() else '.safetensors'}"), **how)
 
     @classmethod
     def of(cls, output: str | os.PathLike[str] | Output) -> Output:

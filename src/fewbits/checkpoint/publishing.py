@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
+from fewbits._events import emit
 from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory
-from fewbits.errors import ArgumentError
+from fewbits.errors import ArgumentError, CheckpointError
 
 
 class NewFolder:
@@ -34,7 +35,7 @@ class NewFolder:
                 raise ArgumentError(f"{path} is a file; several files go into a directory: give the path of a new one")
             if self._path.is_dir() and any(self._path.iterdir()) and not replace:
                 raise ArgumentError(f"{path} is a directory with files in it; give the path of a new one")
-            self._path = self._path.resolve()
+            self._path, self._replace = Path(os.path.realpath(path)), replace
             self.work = self._beside()
             self.work.mkdir()
 
@@ -46,19 +47,29 @@ class NewFolder:
         """
         with as_checkpoint_error(f"{self._path} cannot be written"):
             sync_directory(self.work)
-            old = None
-            if self._path.exists():
-                old = self._beside()
-                self._path.rename(old)
+            old = self._set_aside()
             try:
                 self.work.rename(self._path)
-            except OSError:
+            except BaseException:
                 if old is not None:
                     old.rename(self._path)
                 raise
             sync_directory(self._path.parent)
-            if old is not None:
-                shutil.rmtree(old)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():
+                emit("warning", "left_over", folder=str(old), reason="what was replaced cannot be removed")
+
+    def _set_aside(self) -> Path | None:
+        """Move what is there out of the way; None if nothing is, any more."""
+        if not self._path.exists():
+            return None
+        if not self._replace:
+            self._path.rmdir()  # which fails if there is something in it by now
+            return None
+        old = self._beside()
+        self._path.rename(old)
+        return old
 
     def abort(self) -> None:
         """Give up and leave nothing behind. Does nothing after `publish`."""
@@ -74,3 +85,6 @@ class NewFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+        if isinstance(error, CheckpointError) and str(self.work) in str(error):
+            # The name it has meanwhile means nothing to anybody.
+            raise type(error)(str(error).replace(str(self.work), str(self._path))) from error

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.folder import CheckpointFiles, find_files
-from fewbits.checkpoint.metadata import HEADER_DIGEST_KEY, Metadata, part_name, row_entries
+from fewbits.checkpoint.metadata import (
+    FORMAT_VERSION,
+    HEADER_DIGEST_KEY,
+    VERSION_KEY,
+    Metadata,
+    part_name,
+    row_entries,
+)
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import Value, refuse_damaged, wrong_digests
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
@@ -141,7 +148,11 @@ def _check_index(files: CheckpointFiles, shards: Sequence[_Shard]) -> None:
     """
     where = files.folder
     digests = {shard.file: shard.reader.metadata[HEADER_DIGEST_KEY] for shard in shards}
-    if files.metadata.get(SHARDS_KEY) != digests:
+    if files.metadata.get(VERSION_KEY) != str(FORMAT_VERSION):
+        version = files.metadata.get(VERSION_KEY)
+        raise FormatError(f"{where} has format version {version}; this release of fewbits reads {FORMAT_VERSION}")
+    total = sum(entry.nbytes for shard in shards for entry in shard.reader.entries.values())
+    if files.metadata.get(SHARDS_KEY) != digests or files.metadata.get("total_size") != total:
         raise FormatError(f"{where}: the files are not those that the index was written for; fetch all of them again")
     found = {name: shard.file for shard in shards for name in shard.reader.entries}
     if found != files.weight_map:

@@ -40,7 +40,7 @@ class _SafetensorsWriter(ChunkWriter):
     def __init__(self, path: Path, header: Header) -> None:
         with as_checkpoint_error(f"{path} cannot be written"):
             # A link stays one: the file that it points to is replaced.
-            self._path = path = path.resolve() if path.is_symlink() else path
+            self._path = path = Path(os.path.realpath(path) if path.is_symlink() else os.path.abspath(path))
         # Widest dtypes first: every tensor then starts at a multiple of its element's size.
         self._entries = dict(sorted(header.entries.items(), key=lambda item: -item[1].dtype.itemsize))
         self._written: dict[str, int] = {}

@@ -27,8 +27,8 @@ from fewbits.numerics.dtypes import dtype_name
 #: How the names of such files commonly end.
 SUFFIXES = (".bin", ".pt", ".pth")
 
-#: How a pickle begins, which is what `torch.save` wrote before there was the zip format.
-_PICKLE = b"\x80"
+#: How a file begins that `torch.save` wrote before there was the zip format: a pickle of its magic number.
+_OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 #: The bytes of a record's own header in the archive, without the two parts of any length that follow.
 _LOCAL_HEADER = 30
@@ -101,7 +101,7 @@ def is_torch_file(path: Path) -> bool:
         if not path.is_file():
             return False
         with open(path, "rb") as file:
-            return file.read(1) == _PICKLE or zipfile.is_zipfile(file)
+            return file.read(len(_OLD_FORMAT)) == _OLD_FORMAT or zipfile.is_zipfile(file)
 
 
 def _records(source: FileBytes) -> Iterator[tuple[int, int]]:

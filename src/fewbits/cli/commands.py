@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -85,10 +88,10 @@ def quantize(
         raise click.UsageError("Missing option '-o' / '--output'.")
     settings = _settings(config, embeddings, options)
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
-    target = Output(output or source, replace=force, **how)
+    target = Output.beside(source, **how) if output is None else Output(output, replace=force, **how)
     if dry_run:
         return _show_plan(plan(source, config=settings, output=target), settings, as_json)
-    if target.path.exists() and not force:
+    if os.path.exists(target.path) and not force:
         raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
     with progress_bar() as progress:
         result = quantize_source(
@@ -154,6 +157,9 @@ def run() -> int:
     Returns:
         the exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of tensors and files can be what no encoding holds
+            stream.reconfigure(errors="backslashreplace")
     try:
         code: int = cli(standalone_mode=False)
     except click.exceptions.Abort:

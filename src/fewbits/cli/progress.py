@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fewbits.selection.progress import Progress as Tell
@@ -26,6 +27,6 @@ def progress_bar() -> Iterator[Tell]:
         def show(step: Step) -> None:
             if step.activity not in tasks:
                 tasks[step.activity] = bar.add_task(step.activity, total=step.total)
-            bar.update(tasks[step.activity], completed=step.done, description=f"{step.activity} {step.name}")
+            bar.update(tasks[step.activity], completed=step.done, description=f"{step.activity} {escape(step.name)}")
 
         yield show

@@ -157,16 +157,20 @@ def _index(position: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """What an observer chooses for these rows, if codes can be made with it.
+    """What an observer chooses for these rows, checked."""
+    return check_chosen(choose(rows, spec), spec, (rows.shape[0], rows.shape[1]))
+
+
+def check_chosen(chosen: object, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """What an observer has chosen for some rows, if codes can be made with it.
 
     Raises:
         NumericsError: if they cannot.
     """
-    chosen = choose(rows, spec)
     if not isinstance(chosen, tuple) or len(chosen) != 2:
         raise NumericsError(f"an observer must return (scale, zero point or None), not {type(chosen).__name__}")
     try:
-        return check_params(*chosen, spec, (rows.shape[0], rows.shape[1]))
+        return check_params(*chosen, spec, shape)
     except NumericsError as error:
         raise NumericsError(f"what an observer chose cannot be used: {error}") from None
 

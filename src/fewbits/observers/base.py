@@ -32,16 +32,24 @@ class Observer(ABC):
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """Pick scale and zero point for some rows of a weight.
 
+        What is picked for a row depends on this row, and on inputs that were observed, and on nothing else: of a
+        checkpoint on disk, blocks of one weight come on several threads, in any order.
+
         Args:
             weight: (rows, columns), finite, not to be written to; whole rows of the matrix it is cut into. They come in
-                float32 or float64 and a block at a time, in order; where one scale serves the whole tensor
-                (granularity "tensor"), all at once and in the weight's own dtype.
+                float32 or float64 and a block at a time; where one scale serves the whole tensor (granularity
+                "tensor"), all at once and in the weight's own dtype.
             spec: how the codes shall look, with ``spec.scale_dtype`` settled.
 
         Returns:
             scale, of shape ``spec.scale_shape(rows, columns)`` and dtype ``spec.scale_dtype``, finite and not zero;
             and zero point, integer, of the same shape, in the code range (None if the spec is symmetric).
         """
+
+    @property
+    def gathers_chunks(self) -> bool:
+        """Whether `observe_chunks` holds the whole weight."""
+        return True
 
     def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """Pick the one scale and zero point of a weight that comes in chunks, because it may be larger than memory.

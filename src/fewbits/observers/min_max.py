@@ -25,8 +25,15 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
         """Scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
 
+    @property
+    def gathers_chunks(self) -> bool:
+        """Not unless a subclass picks otherwise than from the extremes."""
+        return type(self).observe_weight is not MinMaxObserver.observe_weight
+
     def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point from the extremes of all chunks."""
+        if self.gathers_chunks:
+            return super().observe_chunks(chunks, spec)
         lows, highs = zip(*(extremes(chunk, spec) for chunk in chunks), strict=True)
         return choose_params(torch.stack(lows).amin(0), torch.stack(highs).amax(0), spec)
 

@@ -21,7 +21,7 @@ from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 #: Bytes that a process takes for more threads, buffers of files, and what torch sets up when it is first used.
-_FIXED = 48 << 20
+_FIXED = 64 << 20
 #: Bytes of everything that is known of one tensor: its rows in ledger and header, as objects and as JSON.
 _PER_TENSOR = 20 << 10
 #: Bytes for each element of the blocks that are quantized at a time, in float32, as codes, and in between.
@@ -65,7 +65,7 @@ class Demand:
         """Whether a weight has to be in memory as a whole."""
         if row.layout is None or not isinstance(row.spec, QuantSpec):
             return False
-        gathers = type(self.observers[row.name]).observe_chunks is Observer.observe_chunks
+        gathers = self.observers[row.name].gathers_chunks
         return not self.by_rows or not row.layout.in_order or (row.spec.granularity == "tensor" and gathers)
 
     def needed(self, row: LedgerRow, budget: Budget) -> int:

@@ -19,9 +19,9 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import CheckpointWriter, Value, save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard, plan_shards, write_index
-from fewbits.errors import ArgumentError, NumericsError, StateError
+from fewbits.errors import ArgumentError, CheckpointError, NumericsError, StateError
 from fewbits.numerics.metrics import Measurement, Tally, unit_of
-from fewbits.numerics.quantize import check_finite
+from fewbits.numerics.quantize import check_chosen, check_finite
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.observers.base import Observer
 from fewbits.quantizers.budget import Budget, Demand, settle
@@ -78,14 +78,12 @@ class FileJob(Job):
         if output is None:
             raise ArgumentError(f"quantizing the file {self.source.path} needs output=, the path to write to")
         output = Output.of(output)
-        if self.source.is_file(output.path):
-            raise ArgumentError(f"{output.path} is the source itself; give another path to write to")
+        shards = self.shards(output, serializer)
         self._output, self._measured = None, {}
         demand = Demand(self.ledger, self.observers, conversion.by_rows, measuring)
         self._budget = settle(demand, output, output.threads or torch.get_num_threads())
         run = _Run(self.source, demand, conversion, serializer, self._budget, self._measured)
         told = _Told(self.ledger, progress)
-        shards = self.shards(output, serializer)
         if self._is_folder(output):
             self._write_folder(run, shards, serializer.suffix, output, told)
         else:
@@ -96,6 +94,7 @@ class FileJob(Job):
 
     def shards(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
         """The files that the result has there, planned from the ledger alone."""
+        self.source.refuse_output(output.path, folder=self._is_folder(output))
         if not self._is_folder(output):
             return (Shard(output.path.name, self.ledger),)
         return plan_shards(self.ledger, output.max_shard_size or MAX_SHARD_SIZE, serializer.suffix)
@@ -131,12 +130,16 @@ class FileJob(Job):
         """Write the result once more."""
         if self.source.is_file(path):
             raise ArgumentError(f"{path} is the float source itself; give another path to write to")
+        result = Checkpoint(self._result(), serializer)
+        if dict(result.metadata.digests) != self._written:
+            raise CheckpointError(f"{self._output} is not what convert() wrote; call convert() again")
+        result.check("digests")
         found = {t.name: t.measurement for t in self.report.tensors if t.measurement} if self.report else {}
         save(
             serializer,
             path,
             self.ledger,
-            Checkpoint(self._result(), serializer).value,
+            result.value,
             measurements=self._measured | found,
             extra=self.source.extra,
             max_shard_size=max_shard_size,
@@ -210,11 +213,12 @@ class _Run:
         observer = self.demand.observers.get(row.name)
         if observer is None or len(pieces) == 1 or not isinstance(row.spec, QuantSpec):
             return observer
-        if row.spec.granularity != "tensor":
+        if row.spec.granularity != "tensor" or row.layout is None:
             return observer
         spec = row.spec.for_dtype(row.dtype).weight_only()
+        shape = (row.layout.rows, row.layout.columns)
         seen = (self._finite(chunk) for chunk in pieces)
-        return SettledObserver(*named(row, lambda: observer.observe_chunks(seen, spec)))
+        return SettledObserver(*named(row, lambda: check_chosen(observer.observe_chunks(seen, spec), spec, shape)))
 
     def _finite(self, chunk: Chunk) -> Tensor:
         tensor = self.source.read_chunk(chunk.row.name, chunk)

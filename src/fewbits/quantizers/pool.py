@@ -26,18 +26,23 @@ def in_order(tasks: Iterable[Callable[[], _Made]], threads: int) -> Iterator[_Ma
         for task in tasks:
             yield task()
         return
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, "fewbits", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[_Made]] = deque()
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(task))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    before, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    waiting: deque[Future[_Made]] = deque()
+    pool = ThreadPoolExecutor(threads, "fewbits", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_with_grad, task, grad))
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            # What a thread sets for itself becomes the start value of threads that come later.
-            torch.set_num_threads(before)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # What a thread sets for itself becomes the start value of threads that come later.
+        torch.set_num_threads(before)
+
+
+def _with_grad(task: Callable[[], _Made], grad: bool) -> _Made:
+    """Do a task as the calling thread would: whether gradients are recorded is a matter of each thread."""
+    with torch.set_grad_enabled(grad):
+        return task()

@@ -13,11 +13,11 @@ from fewbits.checkpoint import torch_file
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.folder import companions, find_files
 from fewbits.checkpoint.metadata import is_fewbits_file, is_own_key
-from fewbits.checkpoint.raw import copy_durably
+from fewbits.checkpoint.raw import as_checkpoint_error, copy_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import ChunkReader
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
-from fewbits.errors import FormatError, SourceError
+from fewbits.errors import ArgumentError, FormatError, SourceError
 from fewbits.nn.storage import overlaps
 from fewbits.selection.info import TensorInfo
 from fewbits.sources.base import Source
@@ -48,12 +48,12 @@ class FileSource(Source):
         self.folder = files.folder
         self.companions, self.left_behind = companions(files)
         self._readers: dict[str, ChunkReader] = {}
+        self._readers_by_file: dict[str, ChunkReader] = {}
         self._files = files
         self.extra = {}
         for file in files.paths:
             self._add(file)
-        if lost := sorted((files.weight_map or {}).keys() - self._readers.keys()):
-            raise FormatError(f"{files.index} names {', '.join(lost)}, which none of its files holds")
+        self._check_index()
         self.infos = tuple(_infos(self._readers))
         refuse_quantized_entries(self.infos)
 
@@ -66,6 +66,15 @@ class FileSource(Source):
         own = {key: value for key, value in reader.metadata.items() if not is_own_key(key) and key != "format"}
         self.extra = {**self.extra, **own}
         self._readers |= dict.fromkeys(reader.entries, reader)
+        self._readers_by_file[file.name] = reader
+
+    def _check_index(self) -> None:
+        """Refuse an index that says otherwise than its files; what it does not mention is carried through."""
+        for name, file in (self._files.weight_map or {}).items():
+            if name not in self._readers:
+                raise FormatError(f"{self._files.index} names {name}, which none of its files holds")
+            if name not in self._readers_by_file[file].entries:
+                raise FormatError(f"{self._files.index} says that {name} is in {file}; it is in another file")
 
     def read(self, name: str) -> Tensor:
         """One of its tensors, in memory of its own."""
@@ -97,6 +106,28 @@ class FileSource(Source):
     def prepared(self) -> Path:
         """The path: there is nothing to run."""
         return self.path
+
+    def refuse_output(self, path: Path, *, folder: bool) -> None:
+        """Refuse a place for the result where it would replace the source, or become a part of it.
+
+        Args:
+            path: where it would be written.
+            folder: whether as a directory.
+
+        Raises:
+            ArgumentError: saying what is there.
+        """
+        with as_checkpoint_error(f"{path} cannot be written"):
+            target = Path(os.path.realpath(path))
+        if self.is_file(target):
+            raise ArgumentError(f"{path} is the source itself; give another path to write to")
+        if not folder and os.path.isdir(target):
+            raise ArgumentError(f"{path} is a directory; give the path of the file to write")
+        own = [Path(os.path.realpath(mine)) for mine in (self.path, *self._files.paths)]
+        if folder and any(target in mine.parents for mine in own):
+            raise ArgumentError(f"{path} holds the source, which would be gone; give another path to write to")
+        if self.folder is not None and Path(os.path.realpath(self.folder)) in (target, *target.parents):
+            raise ArgumentError(f"{path} is inside of the source directory; give a path outside of it")
 
     def is_file(self, path: str | os.PathLike[str]) -> bool:
         """Whether something at that path belongs to it, under any of its names."""
