@@ -186,7 +186,7 @@ def test_saving_over_the_float_source_is_refused(tmp_path):
     quantizer = fewbits.Int8PerChannel()
     quantizer.prepare(tmp_path / "source")
     quantizer.convert(output=tmp_path / "out")
-    with pytest.raises(fewbits.ArgumentError, match="the float source itself"):
+    with pytest.raises(fewbits.ArgumentError, match="the source itself"):
         quantizer.save(tmp_path / "source")
 
 

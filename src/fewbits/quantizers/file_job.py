@@ -128,8 +128,7 @@ class FileJob(Job):
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
         """Write the result once more."""
-        if self.source.is_file(path):
-            raise ArgumentError(f"{path} is the float source itself; give another path to write to")
+        self.source.refuse_output(Path(path), folder=max_shard_size is not None)
         result = Checkpoint(self._result(), serializer)
         if dict(result.metadata.digests) != self._written:
             raise CheckpointError(f"{self._output} is not what convert() wrote; call convert() again")
