@@ -62,8 +62,10 @@ class Lifecycle(RuleBasedStateMachine):
             return mlp()
         if "mapping" in kind:
             return dict(mlp().state_dict())
-        save_file(mlp().state_dict(), self.folder / "source.safetensors")
-        return self.folder / "source.safetensors"
+        path = self.folder / "source.safetensors"
+        if not path.exists():  # written once: a file that changes after it was prepared is refused
+            save_file(mlp().state_dict(), path)
+        return path
 
     def bits_of(self, thing):
         if thing is None:
