@@ -9,6 +9,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from fewbits._heap import trim
 from fewbits.checkpoint.reading import Check, Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
@@ -91,6 +92,7 @@ def load(
             _put(row, value, taken, held_elsewhere=any(slot.name in beside for slot in taken))
     set_compute(into, compute)
     _let_go(into, [value for _, value in values])
+    trim(holes=0)
     return into
 
 
