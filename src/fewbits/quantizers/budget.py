@@ -1,7 +1,8 @@
 """How much memory a conversion from disk to disk takes, and how it is cut to stay within a limit.
 
-The figures are bounds, taken from what `/proc` said of conversions with a fixed chunk: what is said here was always
-more than what a process used. A test holds a process to them.
+The figures were set above what `/proc` said of conversions with fixed chunks. They are no proof: slow tests hold
+processes to limits that are settled with them. Not counted is a tensor of one of PyTorch's own files that does not lie
+in order, such as a transposed one, which is read as a whole.
 """
 
 from __future__ import annotations
