@@ -89,6 +89,11 @@ def files_in(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
+def visible(folder):
+    """The names in a folder, without the hidden directory in which an unfinished result waits to be gone on with."""
+    return sorted(path.name for path in Path(folder).iterdir() if not path.name.endswith(".work"))
+
+
 def read_header(path):
     """(entries, metadata, bytes of payload) of a safetensors file, read by its specification."""
     data = Path(path).read_bytes()

@@ -25,6 +25,7 @@ from fewbits.errors import (
     NonFiniteError,
     NumericsError,
     RangeError,
+    RankError,
     ReadOnlyWeightError,
     SelectionError,
     SourceError,
@@ -46,6 +47,7 @@ from fewbits.observers.moving_average import MovingAverageMinMaxObserver
 from fewbits.observers.mse import MSEObserver
 from fewbits.observers.percentile import PercentileObserver
 from fewbits.quantizers.base import Quantizer
+from fewbits.quantizers.job import Share
 from fewbits.quantizers.lifecycle import State
 from fewbits.quantizers.schemes import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
 from fewbits.selection.info import TensorInfo
@@ -97,6 +99,7 @@ __all__ = [
     "QuantizedTensor",
     "Quantizer",
     "RangeError",
+    "RankError",
     "ReadOnlyWeightError",
     "Reader",
     "Report",
@@ -106,6 +109,7 @@ __all__ = [
     "Selector",
     "Serializer",
     "Shard",
+    "Share",
     "SourceError",
     "Spec",
     "State",

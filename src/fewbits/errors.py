@@ -16,6 +16,7 @@
     │   ├── FormatError                          not a file of ours, or a damaged one
     │   ├── DigestError                          bytes that are not the bytes that were written
     │   └── MismatchError                        a file and a model that do not fit each other
+    ├── RankError              (RuntimeError)    another process of the same run has failed
     └── ValidationError        (RuntimeError)    the result is not what was promised; carries the report
 """
 
@@ -78,6 +79,10 @@ class DigestError(CheckpointError):
 
 class MismatchError(CheckpointError):
     """A checkpoint and the model it is loaded into do not fit each other."""
+
+
+class RankError(FewbitsError, RuntimeError):
+    """Another process that works on the same result has failed, and said why."""
 
 
 class ValidationError(FewbitsError, RuntimeError):

@@ -395,7 +395,7 @@ def test_a_full_disk_is_said_in_one_paragraph(cli, folder, monkeypatch):
     code, out, err = cli(*QUANTIZE)
     assert (code, out) == (2, "")
     assert "No space left on device" in err
-    assert os.listdir(folder) == ["in"]
+    assert os.listdir(folder) == ["in"]  # nothing had been done by then
 
 
 def test_an_interruption_is_said_and_leaves_nothing(cli, folder, monkeypatch):

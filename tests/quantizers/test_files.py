@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fewbits
 from checkpoints import AnyScheme
 from fewbits.quantizers.pool import in_order
-from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small
+from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small, visible
 
 INDEX = "model.safetensors.index.json"
 
@@ -257,7 +257,7 @@ def test_a_scale_that_no_dtype_can_hold_is_refused_in_any_chunk(tmp_path, monkey
         quantize_small(tmp_path / "in", "int8", scale_dtype="float16", output=tmp_path / "out")
 
 
-def test_a_source_that_changes_meanwhile_leaves_nothing(folder, tmp_path):
+def test_a_source_that_changes_meanwhile_leaves_nothing_that_could_be_gone_on_with(folder, tmp_path):
     def change(step):
         if step.done:
             path = folder / "model-00003-of-00003.safetensors"
@@ -265,7 +265,11 @@ def test_a_source_that_changes_meanwhile_leaves_nothing(folder, tmp_path):
 
     with pytest.raises(fewbits.CheckpointError, match="has changed since it was opened"):
         quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", threads=1), progress=change)
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert visible(tmp_path) == ["model"]
+    with pytest.raises(fewbits.ArgumentError, match=r"source: model-00003-of-00003\.safetensors changed"):
+        quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", resume=True))
+    quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", replace=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -313,7 +317,9 @@ def test_what_appears_at_the_output_meanwhile_is_not_removed(folder, tmp_path):
     with pytest.raises(fewbits.CheckpointError, match="out cannot be written"):
         quantize_small(folder, "int8", output=tmp_path / "out", progress=intrude)
     assert files_in(tmp_path / "out") == {"theirs": b"precious"}
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+    (tmp_path / "out" / "theirs").rename(tmp_path / "theirs")
+    quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", resume=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "theirs"}
 
 
 def test_an_interrupt_while_a_directory_is_replaced_gives_the_old_one_back(folder, tmp_path, monkeypatch):
@@ -329,6 +335,9 @@ def test_an_interrupt_while_a_directory_is_replaced_gives_the_old_one_back(folde
     with pytest.raises(KeyboardInterrupt):
         quantize_small(folder, "int4", output=fewbits.Output(tmp_path / "out", replace=True))
     assert files_in(tmp_path / "out") == before
+    monkeypatch.undo()
+    quantize_small(folder, "int4", output=fewbits.Output(tmp_path / "out", replace=True, resume=True))
+    assert files_in(tmp_path / "out") != before
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 

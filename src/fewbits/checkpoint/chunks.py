@@ -81,15 +81,20 @@ def columns_of(row: LedgerRow) -> int:
     return (row.layout or Layout.of(row.shape)).columns
 
 
-def chunks(row: LedgerRow, elements: int | None = None) -> Iterator[Chunk]:
+def chunks(row: LedgerRow, elements: int | None = None, *, start: int = 0) -> Iterator[Chunk]:
     """The chunks of one tensor, in order, of about so many elements; None stands for `CHUNK_ELEMENTS`.
 
     A tensor whose rows do not lie one after the other is one chunk, and so is an empty one.
+
+    Args:
+        row: of the tensor.
+        elements: of a chunk.
+        start: the first element that is wanted; one that a chunk of any size begins with.
     """
     total = math.prod(row.shape)
     step = chunk_elements(row, CHUNK_ELEMENTS if elements is None else elements)
-    for start in range(0, max(total, 1), step):
-        yield Chunk(row, start, min(start + step, total))
+    for first in range(start, max(total, 1), step):
+        yield Chunk(row, first, min(first + step, total))
 
 
 def chunk_elements(row: LedgerRow, elements: int) -> int:

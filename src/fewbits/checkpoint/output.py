@@ -21,9 +21,9 @@ def _path(path: object) -> Path:
     return Path(path)
 
 
-def _is_bool(_: object, __: attrs.Attribute[bool], value: object) -> None:
+def _is_bool(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
     if type(value) is not bool:
-        raise ArgumentError(f"replace must be True or False, not {value!r}")
+        raise ArgumentError(f"{attribute.name} must be True or False, not {value!r}")
 
 
 def _shard_size(size: int | str | None) -> int | None:
@@ -47,7 +47,14 @@ class Output:
         path: of the file, or of the directory, if the source is one or `max_shard_size` is given.
         max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
             which is the default; a larger tensor has a file of its own.
-        replace: whether a directory that is there already, with files in it, is replaced. A file always is.
+        replace: whether a directory that is there already, with files in it, is replaced, and an unfinished run begun
+            anew. A file always is replaced.
+        resume: whether a run that did not come to its end is gone on with, if there is one. It is refused if anything
+            that the result depends on has changed since. A result that is there already is compared with its source.
+        paranoid: whether what an earlier run has read of the source is read again, to see that it is still the same;
+            otherwise size, time of change and header of each file tell.
+        distributed: whether every process of `torch.distributed`'s default group makes this call alike, each writes
+            some of the files of a directory, and the first publishes them.
         max_memory: the most resident memory that the process may take beyond what it has when fewbits is imported, as a
             number of bytes or a text such as ``"512MB"``. Chunks become smaller and threads fewer to stay within it;
             what cannot be done within it is refused before anything is written. None sets no limit.
@@ -63,6 +70,9 @@ class Output:
     replace: bool = attrs.field(default=False, validator=_is_bool, kw_only=True)
     max_memory: int | None = attrs.field(default=None, converter=_max_memory, kw_only=True)
     threads: int | None = attrs.field(default=None, validator=_is_count, kw_only=True)
+    resume: bool = attrs.field(default=False, validator=_is_bool, kw_only=True)
+    paranoid: bool = attrs.field(default=False, validator=_is_bool, kw_only=True)
+    distributed: bool = attrs.field(default=False, validator=_is_bool, kw_only=True)
 
     @classmethod
     def beside(cls, source: str | os.PathLike[str], **how: Any) -> Output:

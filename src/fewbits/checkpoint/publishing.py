@@ -29,14 +29,9 @@ class NewFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
-        self._path = Path(path)
+        self._path, self._replace = check_place(Path(path), folder=True, replace=replace), replace
         with as_checkpoint_error(f"{path} cannot be written"):
-            if self._path.exists() and not self._path.is_dir():
-                raise ArgumentError(f"{path} is a file; several files go into a directory: give the path of a new one")
-            if self._path.is_dir() and any(self._path.iterdir()) and not replace:
-                raise ArgumentError(f"{path} is a directory with files in it; give the path of a new one")
-            self._path, self._replace = Path(os.path.realpath(path)), replace
-            self.work = self._beside()
+            self.work = _beside(self._path)
             self.work.mkdir()
 
     def publish(self) -> None:
@@ -45,38 +40,11 @@ class NewFolder:
         Raises:
             CheckpointError: if that cannot be done.
         """
-        with as_checkpoint_error(f"{self._path} cannot be written"):
-            sync_directory(self.work)
-            old = self._set_aside()
-            try:
-                self.work.rename(self._path)
-            except BaseException:
-                if old is not None:
-                    old.rename(self._path)
-                raise
-            sync_directory(self._path.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-            if old.exists():
-                emit("warning", "left_over", folder=str(old), reason="what was replaced cannot be removed")
-
-    def _set_aside(self) -> Path | None:
-        """Move what is there out of the way; None if nothing is, any more."""
-        if not self._path.exists():
-            return None
-        if not self._replace:
-            self._path.rmdir()  # which fails if there is something in it by now
-            return None
-        old = self._beside()
-        self._path.rename(old)
-        return old
+        move_into_place(self.work, self._path, replace=self._replace)
 
     def abort(self) -> None:
         """Give up and leave nothing behind. Does nothing after `publish`."""
         shutil.rmtree(self.work, ignore_errors=True)
-
-    def _beside(self) -> Path:
-        return self._path.parent / f".fewbits-{secrets.token_hex(8)}.tmp"
 
     def __enter__(self) -> NewFolder:
         return self
@@ -88,3 +56,71 @@ class NewFolder:
         if isinstance(error, CheckpointError) and str(self.work) in str(error):
             # The name it has meanwhile means nothing to anybody.
             raise type(error)(str(error).replace(str(self.work), str(self._path))) from error
+
+
+def check_place(path: Path, *, folder: bool, replace: bool) -> Path:
+    """Where a result really goes: what a link points to, if it is one.
+
+    Args:
+        path: of the result.
+        folder: whether it is a directory.
+        replace: whether a directory that is there already, with something in it, is replaced. A file always is.
+
+    Raises:
+        ArgumentError: if something is there that will not be replaced.
+        CheckpointError: if that cannot be told.
+    """
+    with as_checkpoint_error(f"{path} cannot be written"):
+        if not folder:
+            if path.is_dir():
+                raise ArgumentError(f"{path} is a directory; give the path of the file to write")
+            if path.exists() and not path.is_file():
+                raise ArgumentError(f"{path} is not a regular file, and would be replaced by one; give another path")
+        elif path.exists() and not path.is_dir():
+            raise ArgumentError(f"{path} is a file; several files go into a directory: give the path of a new one")
+        elif path.is_dir() and any(path.iterdir()) and not replace:
+            raise ArgumentError(f"{path} is a directory with files in it; give the path of a new one")
+        return Path(os.path.realpath(path))
+
+
+def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
+    """Give a finished directory its name. What was there before is gone then.
+
+    Raises:
+        CheckpointError: if that cannot be done.
+    """
+    with as_checkpoint_error(f"{path} cannot be written"):
+        sync_directory(work)
+        old = _set_aside(path, replace=replace)
+        try:
+            work.rename(path)
+        except BaseException:
+            if old is not None:
+                old.rename(path)
+            raise
+        sync_directory(path.parent)
+    if old is not None:
+        remove_tree(old, "what was replaced cannot be removed")
+
+
+def remove_tree(folder: Path, complaint: str) -> None:
+    """Remove a directory with all that is in it; where that cannot be done, somebody is told."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        emit("warning", "left_over", folder=str(folder), reason=complaint)
+
+
+def _set_aside(path: Path, *, replace: bool) -> Path | None:
+    """Move what is there out of the way; None if nothing is, any more."""
+    if not path.exists():
+        return None
+    if not replace:
+        path.rmdir()  # which fails if there is something in it by now
+        return None
+    old = _beside(path)
+    path.rename(old)
+    return old
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".fewbits-{secrets.token_hex(8)}.tmp"

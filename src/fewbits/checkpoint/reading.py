@@ -67,6 +67,11 @@ class Checkpoint:
         """Bytes of all tensors, headers aside."""
         return sum(reader.entries[name].nbytes for name, reader in self._readers.items())
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """The digest in each file's header, by the name of the file."""
+        return {shard.file: shard.reader.metadata[HEADER_DIGEST_KEY] for shard in self._shards}
+
     def value(self, name: str) -> Value:
         """The stored form of one tensor of the source, by its name there; it aliases the mapped file."""
         row = self.ledger[self.ledger[name].holder]

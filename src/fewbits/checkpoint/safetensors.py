@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, Span, dump_header, read_header
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
-from fewbits.checkpoint.serializer import ChunkReader, ChunkWriter, Header, Serializer
+from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import in_memory
@@ -27,20 +27,29 @@ from fewbits.numerics.tensor import in_memory
 class SafetensorsSerializer(Serializer):
     """Writes and reads safetensors files."""
 
-    def writer(self, path: str | os.PathLike[str], header: Header) -> ChunkWriter:
+    def writer(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter:
         """Begin a file beside `path`; it takes its name when it is closed."""
-        return _SafetensorsWriter(Path(path), header)
+        path = Path(path)
+        with as_checkpoint_error(f"{path} cannot be written"):
+            # A link stays one: the file that it points to is replaced.
+            path = Path(os.path.realpath(path) if path.is_symlink() else os.path.abspath(path))
+        return _SafetensorsWriter(path, header, at=path.parent / f".fewbits-{secrets.token_hex(8)}.tmp")
+
+    def resumable(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter:
+        """Begin a file at its path; its header is empty until it is sealed."""
+        path = Path(os.path.abspath(path))
+        return _SafetensorsWriter(path, header, at=path)
 
     def reader(self, path: str | os.PathLike[str]) -> ChunkReader:
         """Open a file. It is mapped when a whole tensor is read, not before."""
         return _SafetensorsReader(Path(path))
 
 
-class _SafetensorsWriter(ChunkWriter):
-    def __init__(self, path: Path, header: Header) -> None:
-        with as_checkpoint_error(f"{path} cannot be written"):
-            # A link stays one: the file that it points to is replaced.
-            self._path = path = Path(os.path.realpath(path) if path.is_symlink() else os.path.abspath(path))
+class _SafetensorsWriter(ResumableWriter):
+    """Writes a file at one path, until it is closed, for another."""
+
+    def __init__(self, path: Path, header: Header, *, at: Path) -> None:
+        self._path, self._at, self._closed = path, at, False
         # Widest dtypes first: every tensor then starts at a multiple of its element's size.
         self._entries = dict(sorted(header.entries.items(), key=lambda item: -item[1].dtype.itemsize))
         self._written: dict[str, int] = {}
@@ -55,18 +64,22 @@ class _SafetensorsWriter(ChunkWriter):
         for name, entry in self._entries.items():
             self._starts[name] = end
             end += entry.nbytes
-        self._temporary = path.parent / f".fewbits-{secrets.token_hex(8)}.tmp"
         with as_checkpoint_error(f"{path} cannot be written"):
             if path.is_dir():
                 raise ArgumentError(f"{path} is a directory; give the path of the file to write")
             if path.exists() and not path.is_file():
                 raise ArgumentError(f"{path} is not a regular file, and would be replaced by one; give another path")
-            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115  (closed by close or abort)
+            self._file = open(at, "r+b" if at == path and path.exists() else "x+b", buffering=0)  # noqa: SIM115
             try:
-                os.truncate(self._file.fileno(), end)
+                self._begin(end)
             except OSError:
                 self.abort()
                 raise
+
+    def _begin(self, size: int) -> None:
+        """Make the file as long as it will be, with no header: one that an earlier writer has sealed loses its own."""
+        os.truncate(self._file.fileno(), size)
+        self._put(memoryview(bytes(PREFIX)), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor's bytes at its place."""
@@ -82,16 +95,39 @@ class _SafetensorsWriter(ChunkWriter):
 
     def append(self, name: str, chunk: Tensor) -> None:
         """Write the next bytes of a tensor at their place."""
-        entry, done = self._entries.get(name), self._written.get(name, 0)
-        if entry is None or chunk.dtype != entry.dtype or done + chunk.numel() > entry.numel:
-            raise ArgumentError(
-                f"{name!r}: {chunk.numel()} elements in {dtype_name(chunk.dtype)} after {done} are not what the header "
-                f"of {self._path} announces: {entry}"
-            )
+        done = self._written.get(name, 0)
+        entry = self._entry(name, done, chunk)
         chunk = in_memory(chunk)
         with as_checkpoint_error(f"{self._path}: writing {name} failed"):
             self._put(tensor_bytes(chunk), self._starts[name] + done * entry.dtype.itemsize)
         self._written[name] = done + chunk.numel()
+
+    def read_back(self, name: str, start: int, out: Tensor) -> None:
+        """Read what is there by position."""
+        entry = self._entry(name, start, out)
+        with as_checkpoint_error(f"{self._path} cannot be read"):
+            self._file.seek(self._starts[name] + start * entry.dtype.itemsize)
+            buffer = tensor_bytes(out)
+            while buffer and (count := self._file.readinto(buffer)):
+                buffer = buffer[count:]
+
+    def take_over(self, name: str, elements: int) -> None:
+        """The next chunk goes behind them."""
+        self._written[name] = elements
+
+    def _entry(self, name: str, start: int, chunk: Tensor) -> Entry:
+        """What the header announces of a tensor.
+
+        Raises:
+            ArgumentError: if it has no such chunk from `start` on.
+        """
+        entry = self._entries.get(name)
+        if entry is None or chunk.dtype != entry.dtype or start + chunk.numel() > entry.numel:
+            raise ArgumentError(
+                f"{name!r}: {chunk.numel()} elements in {dtype_name(chunk.dtype)} after {start} are not what the "
+                f"header of {self._path} announces: {entry}"
+            )
+        return entry
 
     def seal(self, metadata: Mapping[str, str]) -> ChunkReader:
         """Write the header and make everything durable; the file still has its temporary name."""
@@ -105,25 +141,32 @@ class _SafetensorsWriter(ChunkWriter):
         with as_checkpoint_error(f"{self._path} cannot be written"):
             self._put(memoryview(room.to_bytes(PREFIX, "little") + header.ljust(room)), 0)
             os.fsync(self._file.fileno())
-        return _SafetensorsReader(self._temporary)
+        return _SafetensorsReader(self._at)
 
     def close(self) -> None:
         """Give the file its name."""
         self._file.close()
         with as_checkpoint_error(f"{self._path} cannot be written"):
-            os.replace(self._temporary, self._path)
+            if self._at != self._path:
+                os.replace(self._at, self._path)
             sync_directory(self._path.parent)
+        self._closed = True
 
     def _put(self, data: memoryview, position: int) -> None:
         self._file.seek(position)
         while data:
             data = data[self._file.write(data) :]
 
+    def leave(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def abort(self) -> None:
         """Remove the unfinished file."""
         self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            self._temporary.unlink()
+        if not self._closed:
+            with contextlib.suppress(FileNotFoundError):
+                self._at.unlink()
 
 
 class _SafetensorsReader(ChunkReader):

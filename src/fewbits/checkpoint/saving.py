@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import attrs
 import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
+from fewbits.checkpoint.journal import Note
 from fewbits.checkpoint.metadata import (
     HEADER_DIGEST_KEY,
     Metadata,
@@ -21,7 +23,15 @@ from fewbits.checkpoint.metadata import (
 )
 from fewbits.checkpoint.publishing import NewFolder
 from fewbits.checkpoint.raw import tensor_bytes
-from fewbits.checkpoint.serializer import ChunkReader, ChunkWriter, Header, Reader, Serializer
+from fewbits.checkpoint.serializer import (
+    ChunkReader,
+    ChunkWriter,
+    Entry,
+    Header,
+    Reader,
+    ResumableWriter,
+    Serializer,
+)
 from fewbits.checkpoint.shards import plan_shards, write_index
 from fewbits.errors import DigestError, FormatError
 from fewbits.numerics.metrics import Measurement
@@ -40,7 +50,17 @@ Value = QuantizedTensor | Tensor
 
 
 class CheckpointWriter:
-    """Writes one file, a chunk at a time. As a context manager it removes the file if left early."""
+    """Writes one file, a chunk at a time. As a context manager it gives up if left early.
+
+    Args:
+        serializer: writes it.
+        path: where.
+        ledger: what is in it.
+        architecture: the class of the model.
+        extra: further strings for the header.
+        resumable: whether the unfinished file is left at `path` when this gives up, where the serializer can go on with
+            it; otherwise nothing is.
+    """
 
     def __init__(
         self,
@@ -50,15 +70,20 @@ class CheckpointWriter:
         *,
         architecture: str | None = None,
         extra: Mapping[str, str] | None = None,
+        resumable: bool = False,
     ) -> None:
         self._ledger, self._path = ledger, Path(path)
         self._entries = stored_entries(ledger)
+        self._rows = {row.name: row for row in ledger.stored}
         self._hashes = {name: hashlib.sha256() for name in self._entries}
+        self._counts: dict[str, int] = {}
         self._metrics: dict[str, Metrics] = {}
         self._held: dict[str, list[Tensor]] = {}
         self._architecture, self._extra = architecture, dict(extra or {})
         placeholder = Metadata.placeholder(ledger, architecture, self._extra)
-        self._writer = serializer.writer(path, Header(self._entries, placeholder.to_strings(self._entries)))
+        header = Header(self._entries, placeholder.to_strings(self._entries))
+        self._resumed = serializer.resumable(path, header) if resumable else None
+        self._writer = self._resumed or serializer.writer(path, header)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -67,8 +92,52 @@ class CheckpointWriter:
         self.abort()
 
     def abort(self) -> None:
-        """Give up and leave nothing behind. Does nothing after `close`."""
-        self._writer.abort()
+        """Give up. Does nothing after `close`."""
+        if self._resumed is not None:
+            self._resumed.leave()
+        else:
+            self._writer.abort()
+
+    def take_over(self, notes: Iterable[Note]) -> list[Note]:
+        """Go on where an earlier process stopped: believe as much of its journal as the bytes in the file agree with.
+
+        Returns:
+            the notes of what need not be written again; those of each tensor follow one another from its beginning.
+        """
+        if self._resumed is None:
+            return []
+        stops: dict[str, int] = {}
+        taken = []
+        for note in notes:
+            if note.start == stops.get(note.tensor, 0) and self._take_over(self._resumed, note):
+                stops[note.tensor] = note.stop
+                taken.append(note)
+        return taken
+
+    def _take_over(self, writer: ResumableWriter, note: Note) -> bool:
+        """Whether the file holds what a note says it does; if so, it counts as written."""
+        row = self._rows.get(note.tensor)
+        if row is None or note.written.keys() != row_entries(row).keys() or not note.start <= note.stop:
+            return False
+        hashes = {}
+        for name, (elements, expected) in note.written.items():
+            before = self._counts.get(name, 0)
+            if not before <= elements <= self._entries[name].numel:
+                return False
+            hashes[name] = found = self._hashes[name].copy()
+            for part in pieces(self._entries[name], before, elements):
+                writer.read_back(name, part.start, part.out)
+                found.update(tensor_bytes(part.out))
+            if found.hexdigest() != expected:
+                return False
+        for name, found in hashes.items():
+            self._hashes[name], self._counts[name] = found, note.written[name][0]
+            writer.take_over(name, self._counts[name])
+        return True
+
+    def written(self, row: LedgerRow) -> dict[str, tuple[int, str]]:
+        """How many elements of each tensor that the file holds for a row are written, and their SHA-256."""
+        return {name: (self._counts.get(name, 0), self._hashes[name].copy().hexdigest()) for name in row_entries(row)}
 
     def put(self, row: LedgerRow, value: Value, measurement: Measurement | None = None) -> None:
         """Write the stored form of one row, which is not an alias.
@@ -99,6 +168,7 @@ class CheckpointWriter:
             tensor = in_memory(tensor)
             self._hashes[name].update(tensor_bytes(tensor))
             self._write(chunk, name, tensor)
+            self._counts[name] = self._counts.get(name, 0) + tensor.numel()
 
     def set_measurement(self, row: LedgerRow, measurement: Measurement | None) -> None:
         """Note what was measured about a row, for the header."""
@@ -220,13 +290,28 @@ def digest_in(reader: Reader, name: str) -> str:
     """SHA-256 of the bytes of a tensor in a file, read a piece at a time where the format allows it."""
     if not isinstance(reader, ChunkReader):
         return digest(reader.read(name))
-    entry, found = reader.entries[name], hashlib.sha256()
-    piece = torch.empty(min(entry.numel, max(1, _PIECE // entry.dtype.itemsize)), dtype=entry.dtype, device="cpu")
-    for start in range(0, entry.numel, max(1, len(piece))):
-        part = piece[: entry.numel - start]
-        reader.read_into(name, start, part)
-        found.update(tensor_bytes(part))
+    found = hashlib.sha256()
+    for part in pieces(reader.entries[name]):
+        reader.read_into(name, part.start, part.out)
+        found.update(tensor_bytes(part.out))
     return found.hexdigest()
+
+
+@attrs.frozen(eq=False)
+class Piece:
+    """Some elements of a tensor in a file, and memory for them, which the next piece uses again."""
+
+    start: int
+    out: Tensor
+
+
+def pieces(entry: Entry, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
+    """The pieces of a tensor from one element up to another, in order; by default all of it."""
+    stop = entry.numel if stop is None else stop
+    step = max(1, _PIECE // entry.dtype.itemsize)
+    memory = torch.empty(min(max(stop - start, 0), step), dtype=entry.dtype, device="cpu")
+    for first in range(start, stop, step):
+        yield Piece(first, memory[: stop - first])
 
 
 def refuse_damaged(names: Sequence[str], where: object) -> None:

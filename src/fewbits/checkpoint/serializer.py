@@ -81,6 +81,22 @@ class ChunkWriter(Writer):
         """Write the next elements of one of the header's tensors, in the order they lie in, of any shape."""
 
 
+class ResumableWriter(ChunkWriter):
+    """A chunk writer whose unfinished file another process can go on with."""
+
+    @abstractmethod
+    def read_back(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out`, contiguous and in CPU memory, with elements of a tensor as they are in the unfinished file."""
+
+    @abstractmethod
+    def take_over(self, name: str, elements: int) -> None:
+        """Count so many elements of a tensor, which an earlier writer has written, as written."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Give up and leave the unfinished file as it is. Does nothing after `close`."""
+
+
 class Reader(ABC):
     """Reads one file.
 
@@ -130,3 +146,16 @@ class Serializer(ABC):
             FormatError: if it is not in this serializer's format.
             CheckpointError: if it cannot be opened.
         """
+
+    def resumable(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter | None:
+        """Begin a file at its path itself, or go on with what an earlier writer has left there.
+
+        No reader takes it for a file before it is sealed.
+
+        Returns:
+            None if files of this format cannot be gone on with; they are written anew then.
+
+        Raises:
+            CheckpointError: if it cannot be begun.
+        """
+        return None

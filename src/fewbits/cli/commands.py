@@ -19,9 +19,11 @@ from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.progress import progress_bar
+from fewbits.cli.ranks import join_group
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.quantizers.fitting import Ragged
+from fewbits.quantizers.job import Share
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.validation.report import CRITICAL_DB
 
@@ -66,7 +68,9 @@ def cli() -> None:
 @click.option("--threads", type=int, metavar="N", help="How many tensors, or pieces of large ones, at a time.")
 @click.option("--dry-run", is_flag=True, help="Print what would become of every tensor, and write nothing.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--resume", is_flag=True, help="Go on with a run that did not come to its end, if there is one.")
+@click.option("--paranoid", is_flag=True, help="With --resume: read what was read of IN again, to see it is the same.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists, and begin an unfinished run anew.")
 @click.option("--fail-under", show_default=f"{CRITICAL_DB:g}", **_FAIL_UNDER)
 @_json
 def quantize(
@@ -79,19 +83,26 @@ def quantize(
     threads: int | None,
     dry_run: bool,
     no_verify: bool,
+    resume: bool,
+    paranoid: bool,
     force: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Quantize the checkpoint IN: a file of safetensors or of torch.save, or a directory with an index of several."""
+    """Quantize the checkpoint IN: a file of safetensors or of torch.save, or a directory with an index of several.
+
+    Under torchrun every process writes some of the files of a directory.
+    """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     settings = _settings(config, embeddings, options)
+    rank = join_group()
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
+    how |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
     target = Output.beside(source, **how) if output is None else Output(output, replace=force, **how)
     if dry_run:
         return _show_plan(plan(source, config=settings, output=target), settings, as_json)
-    if os.path.exists(target.path) and not force:
+    if os.path.exists(target.path) and not force and not resume:
         raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
     with progress_bar() as progress:
         result = quantize_source(
@@ -102,14 +113,17 @@ def quantize(
             on_failure="ignore",  # the summary and the exit code tell
             progress=progress,
         )
-    if as_json:
+    if rank:
+        pass  # the first tells
+    elif as_json:
         report = None if result.report is None else result.report.to_dict()
         ledger = result.ledger.to_dict()
         about = {"output": str(target.path), "config": settings.to_dict(), "left_behind": result.quantizer.left_behind}
-        _print_json({**about, "ledger": ledger, "report": report})
+        _print_json({**about, **_work(result.quantizer.shares), "ledger": ledger, "report": report})
     else:
         click.echo(result.ledger.summary())
         _tell_left_behind(result.quantizer.left_behind)
+        _tell_work(result.quantizer.shares)
         click.echo("not verified: --no-verify" if result.report is None else result.report.summary())
         click.echo(f"written{'' if result.report is None or result.report.ok else ', though it failed'}: {target.path}")
     return SUCCESS if result.report is None or result.report.ok else FAILED
@@ -192,6 +206,23 @@ def _show_plan(planned: Plan, settings: QuantizationConfig, as_json: bool) -> in
 def _tell_left_behind(files: Sequence[str]) -> None:
     if files:
         click.echo(f"left behind: {', '.join(files)}")
+
+
+def _work(shares: Sequence[Share]) -> dict[str, Any]:
+    """How much of the source was converted, by whom."""
+    converted = {"bytes": sum(s.converted for s in shares), "resumed_bytes": sum(s.resumed for s in shares)}
+    ranks = [
+        {"rank": rank, "bytes": share.converted + share.resumed, "converted": share.converted, "files": share.files}
+        for rank, share in enumerate(shares)
+    ]
+    return {"converted": converted, "ranks": ranks}
+
+
+def _tell_work(shares: Sequence[Share]) -> None:
+    if resumed := sum(share.resumed for share in shares):
+        click.echo(f"resumed: {resumed:,} bytes of IN had been converted by an earlier run")
+    for rank, share in enumerate(shares if len(shares) > 1 else ()):
+        click.echo(f"rank {rank}: {share.converted + share.resumed:,} bytes of IN in {len(share.files)} files")
 
 
 def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:

@@ -7,7 +7,8 @@ and elementwise, so that thread count and instruction set change nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -20,6 +21,8 @@ from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.packing import unpack
 from fewbits.numerics.sums import group_sums
 from fewbits.numerics.tensor import QuantizedTensor
+
+_Number = TypeVar("_Number", int, float)
 
 
 @attrs.frozen
@@ -176,6 +179,30 @@ class Tally:
         self._scales += later._scales
         self._sums += later._sums
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON, to the last bit."""
+        return {
+            "unit": self._unit,
+            "elements": self._elements,
+            "clipped": self._clipped,
+            "largest_error": self._largest_error,
+            "worst_ratio": self._worst_ratio,
+            "broken": self._broken,
+            "codes": _extremes(self._codes),
+            "scales": _extremes(self._scales),
+            "sums": self._sums,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Tally:
+        """What `to_dict` gave."""
+        tally = cls(state["unit"])
+        tally._elements, tally._clipped = state["elements"], state["clipped"]
+        tally._largest_error, tally._worst_ratio = state["largest_error"], state["worst_ratio"]
+        tally._broken, tally._codes, tally._scales = state["broken"], [*state["codes"]], [*state["scales"]]
+        tally._sums = [[*sums] for sums in state["sums"]]
+        return tally
+
     def measurement(self, columns: int) -> Measurement:
         """What was found out about the whole tensor, whose matrix has so many columns."""
         signal, noise, dot, power = (_fsum(terms) for terms in zip(*self._sums, strict=True))
@@ -252,6 +279,11 @@ def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:
         # Half a unit in the last place, of a normal and of a subnormal number.
         bound = x.abs() * (limits.eps / 2) + limits.tiny * limits.eps / 2
         yield _Block(x, decoded.read(start, stop).reshape(1, -1).double(), bound)
+
+
+def _extremes(values: Sequence[_Number]) -> list[_Number]:
+    """The smallest and the largest; nothing of nothing."""
+    return [min(values), max(values)] if values else []
 
 
 def _largest(values: Tensor) -> float:

@@ -33,7 +33,7 @@ from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
 from fewbits.quantizers.file_job import FileJob
 from fewbits.quantizers.fitting import Ragged, check_ragged, fitted, refuse_ragged
-from fewbits.quantizers.job import Conversion, Job
+from fewbits.quantizers.job import Conversion, Job, Share
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
 from fewbits.quantizers.live_job import LiveJob
 from fewbits.quantizers.plan import plan
@@ -171,6 +171,11 @@ class Quantizer(ABC):
         """Files of a source directory that look like weights and are not part of the result; known as the ledger is."""
         return () if self._job is None else tuple(self._job.left_behind)
 
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """What each process did when the result was written: one, or all ranks; empty if the result is in memory."""
+        return () if self._job is None else tuple(self._job.shares)
+
     def shards(self, output: str | os.PathLike[str] | Output) -> tuple[Shard, ...]:
         """The files that `convert` would write there, with the ledger of each; none if the source is in memory.
 
@@ -283,18 +288,16 @@ class Quantizer(ABC):
         if compute != "auto" and job.source.module() is None:
             raise ArgumentError(f"compute={compute!r} goes with a model; a state dict or a file has no layers")
         inplace = isinstance(job.source, LiveSource) and job.source.inplace
-        # What a scheme of somebody else's has made may be held elsewhere, or depend on all rows of a weight.
-        own = getattr(self.quantize_tensor, "__func__", None) is Quantizer.quantize_tensor
         result = job.convert(
-            Conversion(self._convert_tensor, by_rows=own),
+            self._conversion(),
             self.serializer,
             output=output,
             measuring=job.measures if measure is None else measure,
             progress=progress,
         )
         if isinstance(result, nn.Module):
-            # So may what is in a model of theirs.
-            prepack(result, compute, over=own and not inplace)
+            # What a scheme of somebody else's has made may be held elsewhere, and so may what is in a model of theirs.
+            prepack(result, compute, over=self._rounds_itself and not inplace)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result
 
@@ -398,6 +401,21 @@ class Quantizer(ABC):
         if self.scale_dtype is not None and (decision.override is None or spec.scale_dtype is None):
             spec = attrs.evolve(spec, scale_dtype=self.scale_dtype)
         return fitted(spec, info, self.ragged, reason)
+
+    @property
+    def _rounds_itself(self) -> bool:
+        """Whether `quantize_tensor` is the one of this class: codes of a row depend on nothing else then."""
+        return getattr(self.quantize_tensor, "__func__", None) is Quantizer.quantize_tensor
+
+    def _conversion(self) -> Conversion:
+        return Conversion(self._convert_tensor, by_rows=self._rounds_itself, recipe=self._recipe)
+
+    def _recipe(self) -> object:
+        """What decides on codes besides the ledger, which holds what the selector and `spec_for` have decided."""
+        if self._rounds_itself:
+            return self.observer
+        apart = {"selector", "serializer", "activation_observer", "_state", "_job"}
+        return [type(self), {name: value for name, value in vars(self).items() if name not in apart}]
 
     def _convert_tensor(self, row: LedgerRow, tensor: Tensor, observer: Observer | None) -> Value:
         if isinstance(row.spec, CastSpec):

@@ -26,16 +26,33 @@ _Made = TypeVar("_Made")
 
 
 @attrs.frozen
+class Share:
+    """What one process has done of a result on disk.
+
+    Attributes:
+        files: those that it wrote, or found complete.
+        converted: bytes of the source that it converted.
+        resumed: bytes of the source that an earlier run had converted, and that it took over.
+    """
+
+    files: tuple[str, ...] = ()
+    converted: int = 0
+    resumed: int = 0
+
+
+@attrs.frozen
 class Conversion:
     """How a scheme makes the stored form of a tensor.
 
     Attributes:
         make: of one tensor, by its row, with its observer if it is to have codes.
         by_rows: whether it makes of some rows of a tensor what it makes of them in the whole one.
+        recipe: what else than ledger and tensors decides on the codes; see `fewbits.quantizers.recipe.described`.
     """
 
     make: Callable[[LedgerRow, Tensor, Observer | None], Value]
     by_rows: bool
+    recipe: Callable[[], object]
 
 
 class Job(ABC):
@@ -48,11 +65,13 @@ class Job(ABC):
         input_observers: likewise, one for each tensor whose layer has static int8 activations.
         measures: whether `convert` compares the result with the source unless asked not to.
         left_behind: files of the source that look like weights and are not part of the result.
+        shares: what each process has done of a result on disk.
         report: what the last validation found.
     """
 
     measures: bool
     left_behind: Sequence[str] = ()
+    shares: Sequence[Share] = ()
 
     def __init__(
         self,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from fewbits.checkpoint.serializer import ChunkReader
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import ArgumentError, FormatError, SourceError
 from fewbits.nn.storage import overlaps
+from fewbits.numerics.dtypes import dtype_name
 from fewbits.selection.info import TensorInfo
 from fewbits.sources.base import Source
 from fewbits.sources.mapping import entry_info, refuse_quantized_entries
@@ -103,6 +107,17 @@ class FileSource(Source):
         for name in self.companions:
             copy_durably(self.folder / name, folder / name)
 
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """What tells this state of it from another, without reading more than headers.
+
+        Returns:
+            for each file that a result is made from: its size, the time of its last change in nanoseconds, and, of one
+            that holds tensors, a digest of their names, shapes and dtypes.
+        """
+        folder = self.folder or Path()
+        prints = {path.name: [*_state(path), _outline(self._readers_by_file[path.name])] for path in self._files.paths}
+        return prints | {name: _state(folder / name) for name in self.companions}
+
     def prepared(self) -> Path:
         """The path: there is nothing to run."""
         return self.path
@@ -134,6 +149,17 @@ class FileSource(Source):
         if not os.path.exists(path):
             return False
         return any(os.path.samefile(path, mine) for mine in (self.path, *self._files.paths))
+
+
+def _state(path: Path) -> list[Any]:
+    with as_checkpoint_error(f"{path} cannot be read"):
+        status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _outline(reader: ChunkReader) -> str:
+    entries = sorted((name, entry.shape, dtype_name(entry.dtype)) for name, entry in reader.entries.items())
+    return hashlib.sha256(json.dumps([entries, sorted(reader.metadata.items())]).encode()).hexdigest()
 
 
 def _infos(readers: Mapping[str, ChunkReader]) -> Iterator[TensorInfo]:

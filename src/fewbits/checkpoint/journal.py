@@ -1,0 +1,159 @@
+"""`Journal`: how far one file of an unfinished result is, a line of JSON for every chunk.
+
+It is a claim, not a proof: whoever goes on with the file reads back what was written, and believes as much of the
+journal as the bytes agree with. Nothing has to reach the disk in any order for that, so nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from fewbits.checkpoint.raw import as_checkpoint_error
+from fewbits.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+_is = attrs.validators.instance_of
+_Prefixes = Mapping[str, tuple[int, str]]
+
+
+def _prefixes(prefixes: Mapping[str, Any]) -> _Prefixes:
+    return {name: (int(elements), str(digest)) for name, (elements, digest) in prefixes.items()}
+
+
+@attrs.frozen
+class Note:
+    """One chunk that has been written.
+
+    Attributes:
+        tensor: its name in the source.
+        start: the first element of the chunk.
+        stop: the one after the last.
+        source: SHA-256 of the chunk's bytes as they were read.
+        written: of everything in the file that belongs to the tensor: how many elements are written by now, from the
+            first on, and the SHA-256 of their bytes.
+        tally: what was found out when the chunk was compared with its source; see `Tally.to_dict`.
+    """
+
+    tensor: str = attrs.field(validator=_is(str))
+    start: int = attrs.field(validator=_is(int))
+    stop: int = attrs.field(validator=_is(int))
+    source: str = attrs.field(validator=_is(str))
+    written: _Prefixes = attrs.field(converter=_prefixes)
+    tally: Mapping[str, Any] | None = attrs.field(validator=_is((dict, type(None))))
+
+
+@attrs.frozen
+class Seal:
+    """The end of a file.
+
+    Attributes:
+        header: the digest in its header.
+        measured: what `Measurement` holds, by tensor.
+    """
+
+    header: str = attrs.field(validator=_is(str))
+    measured: Mapping[str, Mapping[str, Any]] = attrs.field(validator=_is(dict))
+
+
+class Journal:
+    """How far one file is. Open while somebody writes the file; nobody else can, meanwhile.
+
+    Args:
+        path: of the journal, which is made if there is none.
+
+    Attributes:
+        notes: what earlier processes have written, in order.
+        seal: the end of the file; None before that.
+
+    Raises:
+        CheckpointError: if it cannot be opened, or another process writes the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with as_checkpoint_error(f"{path} cannot be written"):
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+            try:
+                lock(self._file.fileno(), path)
+                self.notes, self.seal, good = _read(path)
+                # Off with a line that a process did not come to the end of.
+                os.truncate(self._file.fileno(), good)
+            except BaseException:
+                self._file.close()
+                raise
+
+    def add(self, line: Note | Seal) -> None:
+        """Write one more line."""
+        data = (json.dumps(attrs.asdict(line), separators=(",", ":")) + "\n").encode()
+        with as_checkpoint_error(f"{self._path} cannot be written"):
+            while data:
+                data = data[self._file.write(data) :]
+
+    def restart(self) -> None:
+        """Forget everything: the file begins anew."""
+        self.notes, self.seal = [], None
+        with as_checkpoint_error(f"{self._path} cannot be written"):
+            os.truncate(self._file.fileno(), 0)
+
+    def close(self) -> None:
+        """Let others write the file."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_journal(path: Path) -> tuple[list[Note], Seal | None]:
+    """What a journal says, also while somebody writes to it; nothing if there is none."""
+    with as_checkpoint_error(f"{path} cannot be read"):
+        return _read(path)[:2] if path.exists() else ([], None)
+
+
+def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
+    """Everything up to the first line that is none, and how many bytes that is."""
+    notes: list[Note] = []
+    seal: Seal | None = None
+    good = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                fields = json.loads(line)
+                if not line.endswith(b"\n"):
+                    break
+                if "header" in fields:
+                    seal = Seal(**fields)
+                else:
+                    notes.append(Note(**fields))
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                break
+            good += len(line)
+    return notes, seal, good
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Keep other processes out of an open file, until it is closed.
+
+    Raises:
+        CheckpointError: if one of them is in there.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{path}: another process is at work on it; wait for it, or end it") from None
+    except OSError:
+        return  # some network file systems have no locks

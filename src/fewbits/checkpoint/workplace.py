@@ -1,0 +1,237 @@
+"""`Workplace`: the hidden directory beside a result in which it is made, so that an interrupted run can go on.
+
+::
+
+    .fewbits-<digest of the result's name>.work/
+        run.json                what the run depends on
+        files/                  what will be the result: complete files, and unfinished ones, which no reader takes
+        journal/<file>.jsonl    how far each of them is; see `fewbits.checkpoint.journal`
+
+It is gone when the result is published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fewbits.checkpoint.header import parse_object
+from fewbits.checkpoint.journal import Journal, Seal, lock, read_journal
+from fewbits.checkpoint.output import Output
+from fewbits.checkpoint.publishing import check_place, move_into_place, remove_tree
+from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory, write_durably
+from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
+
+#: What a run depends on, by what it is called in messages; JSON.
+Terms = Mapping[str, Any]
+
+
+class Workplace:
+    """Where a result is made.
+
+    Args:
+        output: where the result goes, and whether an earlier run is gone on with, or replaced.
+        folder: whether it is a directory.
+        names: the files of the result.
+
+    Attributes:
+        files: where they are written.
+        folder: whether the result is a directory.
+    """
+
+    def __init__(self, output: Output, *, folder: bool, names: Sequence[str]) -> None:
+        self._output, self.folder, self._names = output, folder, tuple(names)
+        with as_checkpoint_error(f"{output.path} cannot be written"):
+            self._target = Path(os.path.realpath(output.path))
+        name = hashlib.sha256(os.fsencode(self._target.name)).hexdigest()[:16]
+        self.path = self._target.parent / f".fewbits-{name}.work"
+        self.files = self.path / "files"
+        self._lock: int | None = None
+
+    # For the one process that begins and finishes.
+
+    def begin(self, terms: Terms) -> bool:
+        """Make the workplace, or go on with the one that is there. No other process can begin before this is through.
+
+        Returns:
+            whether there is anything to do; False if there is a result already, and no unfinished one, and the output
+            says to go on.
+
+        Raises:
+            ArgumentError: if the output is in the way, or an unfinished run is, or one that cannot be gone on with.
+            CheckpointError: if it cannot be made, or another process is at work there.
+        """
+        resume, there = self._output.resume, self._unfinished()
+        if resume and not there and not self._output.replace and self._is_published():
+            return False
+        check_place(self._output.path, folder=self.folder, replace=self._output.replace)
+        with as_checkpoint_error(f"{self._output.path} cannot be written"):
+            self.path.mkdir(exist_ok=True)
+            self._take()
+            try:
+                if there and resume:
+                    self._check(terms)
+                else:
+                    self._begin_anew(terms, there=there)
+            except BaseException:
+                # Nothing of an earlier run is lost for an error of this one.
+                (self.release if there else self.discard)()
+                raise
+        return True
+
+    def _begin_anew(self, terms: Terms, *, there: bool) -> None:
+        if there and not self._output.replace:
+            raise ArgumentError(
+                f"{self._output.path} was begun by an earlier run that did not come to its end. Go on with it "
+                "(--resume, Output(resume=True)) or begin anew (--force, Output(replace=True)); what it has done is in "
+                f"{self.path}"
+            )
+        for entry in self.path.iterdir():
+            _remove(entry)
+        self.files.mkdir()
+        self._journals.mkdir()
+        write_durably(self._run, json.dumps(terms).encode())
+
+    def clear(self) -> None:
+        """Remove everything but the files of the result: what an earlier try has left of what goes beside them."""
+        with as_checkpoint_error(f"{self._output.path} cannot be written"):
+            for entry in self.files.iterdir():
+                if entry.name not in self._names:
+                    _remove(entry)
+
+    def publish(self) -> None:
+        """Give the finished files their place, and remove all else.
+
+        Raises:
+            CheckpointError: if that cannot be done.
+        """
+        if self.folder:
+            move_into_place(self.files, self._target, replace=self._output.replace)
+        else:
+            with as_checkpoint_error(f"{self._output.path} cannot be written"):
+                os.replace(self.files / self._names[0], self._target)
+                sync_directory(self._target.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove everything."""
+        remove_tree(self.path, "what a run has left cannot be removed")
+        self.release()
+
+    def release(self) -> None:
+        """Let other processes begin."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # For every process that writes.
+
+    def join(self, terms: Terms) -> None:
+        """Take part in what another process has begun.
+
+        Raises:
+            CheckpointError: if there is nothing of the kind.
+            ArgumentError: if it depends on something else.
+        """
+        if not self._unfinished():
+            raise CheckpointError(f"{self._output.path} has not been begun, or is complete; there is nothing to write")
+        self._check(terms)
+
+    def journal(self, file: str) -> Journal:
+        """The journal of one file, to write it."""
+        return Journal(self._journal_path(file))
+
+    def seals(self) -> dict[str, Seal]:
+        """The files that are complete, as their journals say."""
+        seals = {file: read_journal(self._journal_path(file))[1] for file in self._names}
+        return {file: seal for file, seal in seals.items() if seal is not None}
+
+    def has_progress(self) -> bool:
+        """Whether anything has been done that is worth going on with."""
+        return any(notes or seal for notes, seal in (read_journal(self._journal_path(file)) for file in self._names))
+
+    @contextmanager
+    def in_place(self, hint: str = "") -> Iterator[None]:
+        """Name, in errors, files as they will be called: what they are called meanwhile means nothing to anybody.
+
+        Args:
+            hint: goes behind the message.
+        """
+        try:
+            yield
+        except CheckpointError as error:
+            message = str(error).replace(str(self._run), str(self._output.path))
+            for name in self._names:
+                final = self._output.path / name if self.folder else self._output.path
+                for meanwhile in (self.files / name, self._journal_path(name)):
+                    message = message.replace(str(meanwhile), str(final))
+            raise type(error)(message.replace(str(self.files), str(self._output.path)) + hint) from error
+
+    @property
+    def _run(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def _journals(self) -> Path:
+        return self.path / "journal"
+
+    def _journal_path(self, file: str) -> Path:
+        return self._journals / f"{file}.jsonl"
+
+    def _unfinished(self) -> bool:
+        """Whether a run was begun and not published; of one that was published just the remains may be there."""
+        return self._run.is_file() and (self.files.is_dir() if self.folder else not self._was_moved())
+
+    def _was_moved(self) -> bool:
+        seal = read_journal(self._journal_path(self._names[0]))[1]
+        return seal is not None and not (self.files / self._names[0]).exists()
+
+    def _is_published(self) -> bool:
+        path = self._output.path
+        return any(path.iterdir()) if self.folder and path.is_dir() else path.is_file()
+
+    def _take(self) -> None:
+        if hasattr(os, "O_DIRECTORY"):
+            self._lock = os.open(self.path, os.O_DIRECTORY)
+            try:
+                lock(self._lock, self.path)
+            except CheckpointError:
+                self.release()
+                raise
+
+    def _check(self, terms: Terms) -> None:
+        try:
+            found = parse_object(self._run.read_bytes(), self._run, "record of a run")
+        except FewbitsError:
+            found = {}
+        if changed := list(_differences(found, json.loads(json.dumps(terms)))):
+            raise ArgumentError(
+                f"{self._output.path} was begun with something else, and cannot be gone on with: {'; '.join(changed)}. "
+                "Bring back what it was begun with, or begin anew (--force, Output(replace=True))"
+            )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _differences(before: Terms, now: Terms) -> Iterator[str]:
+    """What has changed, in words."""
+    for name in [*now, *(name for name in before if name not in now)]:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            yield f"{name}: {', '.join(keys)} changed"
+        else:
+            yield f"{name} changed" if isinstance(new or old, (dict, list)) else f"{name} was {old}, is {new}"

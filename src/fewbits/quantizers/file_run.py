@@ -1,0 +1,264 @@
+"""`FileRun`: one conversion from disk to disk, file by file, by one process or by many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+
+from fewbits._events import emit
+from fewbits._version import __version__
+from fewbits.checkpoint.chunks import Chunk, columns_of
+from fewbits.checkpoint.journal import Journal, Note, Seal
+from fewbits.checkpoint.reading import Checkpoint
+from fewbits.checkpoint.saving import CheckpointWriter
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.checkpoint.shards import Shard, write_index
+from fewbits.checkpoint.workplace import Terms, Workplace
+from fewbits.errors import CheckpointError, FewbitsError
+from fewbits.numerics.metrics import Measurement, Tally
+from fewbits.quantizers.job import Share
+from fewbits.quantizers.recipe import described, fingerprint
+from fewbits.quantizers.streaming import Converted, Streaming
+from fewbits.selection.progress import Progress, Step
+
+_RESUME = "; what is done is kept: --resume, or Output(resume=True), goes on with it"
+
+
+@attrs.frozen
+class Finished:
+    """A result that is complete.
+
+    Attributes:
+        headers: the digest in the header of each file, by its name.
+        measured: how each tensor compares with its source, if it was compared.
+    """
+
+    headers: Mapping[str, str]
+    measured: Mapping[str, Measurement]
+
+
+class FileRun:
+    """One conversion from disk to disk.
+
+    Args:
+        streaming: converts chunks.
+        serializer: writes files.
+        shards: the files of the result.
+        workplace: where they are made.
+        paranoid: whether what was read earlier is read again.
+        shared: whether other processes write files of it, too.
+        progress: told about every chunk.
+    """
+
+    def __init__(
+        self,
+        streaming: Streaming,
+        serializer: Serializer,
+        shards: Sequence[Shard],
+        workplace: Workplace,
+        *,
+        paranoid: bool,
+        shared: bool,
+        progress: Progress,
+    ) -> None:
+        self._streaming, self._serializer, self._workplace = streaming, serializer, workplace
+        self._shards = {shard.file: shard for shard in shards}
+        self._paranoid, self._shared, self._progress = paranoid, shared, progress
+        self.share = Share()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the source in each file of the result."""
+        return {file: shard.ledger.bytes_before for file, shard in self._shards.items()}
+
+    def begin(self) -> bool:
+        """Make the place, or take over what is there; see `Workplace.begin`."""
+        with self._workplace.in_place():
+            return self._workplace.begin(self._terms())
+
+    def join(self) -> None:
+        """Take part in what another process has begun; see `Workplace.join`."""
+        self._workplace.join(self._terms())
+
+    def _terms(self) -> Terms:
+        """Everything that the bytes of the result depend on."""
+        streaming = self._streaming
+        return {
+            "fewbits": __version__,
+            "torch": str(torch.__version__),
+            "recipe": {
+                "fates of tensors": fingerprint([row.to_dict() for row in streaming.demand.ledger]),
+                "scheme": described(streaming.conversion.recipe()),
+                "comparison with the source": streaming.demand.measuring,
+                "serializer": described(type(self._serializer)),
+            },
+            "files": sorted(self._shards),
+            "source": streaming.source.fingerprint(),
+        }
+
+    def write(self, files: Sequence[str]) -> None:
+        """Write some files of the result: what is missing of them. Each is read back before it counts as complete.
+
+        Raises:
+            CheckpointError: if one cannot be written. What has been written stays for another run.
+            NumericsError: if a tensor cannot be converted.
+        """
+        told = _Told(self._progress, sum(self.sizes[file] for file in files))
+        with self._keeping():
+            for file in files:
+                self._write(self._shards[file], told)
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Leave what is done to another run, if one could go on with it; otherwise remove it."""
+        try:
+            yield
+        except BaseException as error:
+            passing = isinstance(error, CheckpointError) or not isinstance(error, FewbitsError)
+            kept = self._shared or (passing and self._workplace.has_progress())
+            if kept:
+                self._workplace.release()
+            else:
+                self._workplace.discard()
+            with self._workplace.in_place(_RESUME if kept else ""):
+                raise
+
+    def release(self) -> None:
+        """Let other processes begin. What is not published stays."""
+        self._workplace.release()
+
+    def _write(self, shard: Shard, told: _Told) -> None:
+        with self._workplace.journal(shard.file) as journal:
+            if journal.seal is not None and self._is_sound(shard, journal.seal):
+                self._check_source(shard, journal.notes)
+                self._count(shard, 0, shard.ledger.bytes_before)
+                told.skip(shard.ledger.bytes_before)
+                return
+            path = self._workplace.files / shard.file
+            extra = self._streaming.source.extra
+            with CheckpointWriter(self._serializer, path, shard.ledger, extra=extra, resumable=True) as writer:
+                taken = writer.take_over(journal.notes)
+                self._check_source(shard, taken)
+                if not taken:
+                    journal.restart()
+                measured = self._fill(shard, writer, journal, taken, told)
+                seal = Seal(writer.close(), {name: attrs.asdict(found) for name, found in measured.items()})
+            journal.add(seal)
+
+    def _fill(
+        self, shard: Shard, writer: CheckpointWriter, journal: Journal, taken: Sequence[Note], told: _Told
+    ) -> dict[str, Measurement]:
+        """Write all that is missing of a file."""
+        done = {note.tensor: note.stop for note in taken}
+        tallies: dict[str, Tally] = {}
+        for note in taken:
+            if note.tally is not None:
+                _join(tallies, note.tensor, Tally.from_dict(note.tally))
+        converted, resumed = 0, sum(_nbytes(shard, note) for note in taken)
+        told.skip(resumed)
+        for ready in self._streaming.convert(shard.ledger, done):
+            told.begin(ready.chunk)
+            self._put(ready, writer, journal, tallies)
+            converted += ready.chunk.nbytes
+            told.end(ready.chunk)
+        self._count(shard, converted, resumed)
+        rows = [row for row in shard.ledger.stored if row.name in tallies]
+        measured = {row.name: tallies[row.name].measurement(columns_of(row)) for row in rows}
+        for row in rows:
+            writer.set_measurement(row, measured[row.name])
+        return measured
+
+    def _put(self, ready: Converted, writer: CheckpointWriter, journal: Journal, tallies: dict[str, Tally]) -> None:
+        chunk, row = ready.chunk, ready.chunk.row
+        writer.append(chunk, ready.value)
+        tally = None if ready.tally is None else ready.tally.to_dict()
+        journal.add(Note(row.name, chunk.start, chunk.stop, ready.source, writer.written(row), tally))
+        if ready.tally is not None:
+            _join(tallies, row.name, ready.tally)
+
+    def _count(self, shard: Shard, converted: int, resumed: int) -> None:
+        share = self.share
+        self.share = Share((*share.files, shard.file), share.converted + converted, share.resumed + resumed)
+
+    def _is_sound(self, shard: Shard, seal: Seal) -> bool:
+        """Whether a file that was complete still is what it was."""
+        try:
+            found = Checkpoint(self._workplace.files / shard.file, self._serializer)
+            return found.headers == {shard.file: seal.header} and not found.damaged()
+        except CheckpointError:
+            return False
+
+    def _check_source(self, shard: Shard, notes: Sequence[Note]) -> None:
+        """Read the source again, as far as it has been read.
+
+        Raises:
+            CheckpointError: naming what has changed.
+        """
+        for note in notes if self._paranoid else ():
+            row = shard.ledger[note.tensor]
+            if self._streaming.source_digest(Chunk(row, note.start, note.stop)) != note.source:
+                raise CheckpointError(
+                    f"{self._streaming.source.path}: {row.name} has changed since it was read, between elements "
+                    f"{note.start:,} and {note.stop:,}; begin anew (--force, Output(replace=True))"
+                )
+
+    def finish(self) -> Finished:
+        """Write the index, copy what goes with the tensors, and publish the result.
+
+        Raises:
+            CheckpointError: if a file is missing, or that cannot be done.
+        """
+        source = self._streaming.source
+        with self._keeping():
+            seals = self._workplace.seals()
+            if missing := sorted(self._shards.keys() - seals.keys()):
+                raise CheckpointError(f"{', '.join(missing)}: not complete")
+            self._workplace.clear()
+            headers = {file: seal.header for file, seal in seals.items()}
+            if self._workplace.folder:
+                write_index(self._workplace.files, [*self._shards.values()], headers, self._serializer.suffix)
+                source.copy_companions(self._workplace.files)
+            self._workplace.publish()
+        if source.left_behind:
+            emit("warning", "left_behind", folder=str(source.folder), files=list(source.left_behind))
+        return Finished(
+            headers,
+            {name: _measurement(found) for seal in seals.values() for name, found in seal.measured.items()},
+        )
+
+
+def _join(tallies: dict[str, Tally], name: str, tally: Tally) -> None:
+    if name in tallies:
+        tallies[name].join(tally)
+    else:
+        tallies[name] = tally
+
+
+def _nbytes(shard: Shard, note: Note) -> int:
+    return (note.stop - note.start) * shard.ledger[note.tensor].dtype.itemsize
+
+
+def _measurement(fields: Mapping[str, Any]) -> Measurement:
+    broken = fields["broken_at"]
+    return Measurement(**{**fields, "broken_at": None if broken is None else (broken[0], broken[1])})
+
+
+class _Told:
+    """Tells how far a conversion is, over all its files."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+
+    def skip(self, nbytes: int) -> None:
+        self._done += nbytes
+
+    def begin(self, chunk: Chunk) -> None:
+        self._progress(Step("convert", chunk.row.name, self._done, self._total))
+
+    def end(self, chunk: Chunk) -> None:
+        self._done += chunk.nbytes
+        self._progress(Step("convert", chunk.row.name, self._done, self._total))
