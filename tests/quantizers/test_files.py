@@ -9,77 +9,13 @@ from functools import partial
 import pytest
 import safetensors.torch
 import torch
+from file_cases import INDEX, SCHEMES, checkpoint, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from checkpoints import AnyScheme
 from fewbits.quantizers.pool import in_order
 from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small, visible
-
-INDEX = "model.safetensors.index.json"
-
-
-class WithOneScale(fewbits.Int8PerChannel):
-    """A scheme that makes something else of some rows of a weight than of them in the whole one."""
-
-    name = "one scale"
-
-    def quantize_tensor(self, weight, spec, observer):
-        scale = torch.full((weight.rows, 1), float(weight.whole().abs().max() / 127), dtype=spec.scale_dtype)
-        codes = (weight.whole() / scale).round().clamp(-128, 127).to(torch.int8)
-        return fewbits.QuantizedTensor.from_codes(
-            codes, scale, None, spec=spec, layout=weight.layout, dtype=weight.dtype
-        )
-
-
-SCHEMES = {
-    "int8": small,
-    "int8-tensor": partial(small, fewbits.Int8PerTensor),
-    "int8-tensor-mse": partial(small, fewbits.Int8PerTensor, observer=fewbits.MSEObserver()),
-    "int4": partial(small, fewbits.Int4Grouped, group_size=8),
-    "int4-mse": partial(small, fewbits.Int4Grouped, group_size=8, observer=fewbits.MSEObserver()),
-    "int4-asymmetric": partial(small, fewbits.Int4Grouped, group_size=7, symmetric=False),
-    "int3-tensor": lambda: AnyScheme(fewbits.QuantSpec(3, "tensor", symmetric=False)),
-    "int8-scales": partial(small, scale_dtype=torch.float32),
-    "fp16": partial(small, fewbits.FP16Cast),
-    "custom": partial(small, WithOneScale),
-    "stack": partial(small, fewbits.Int4Grouped, group_size=8, input_axes={"experts.weight": 1}),
-}
-
-
-def checkpoint():
-    """Tensors of many shapes, among them ones of a hundred chunks where chunks are small."""
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    return {
-        "a.weight": normal(330, 24),
-        "b.weight": normal(3, 700, dtype=torch.bfloat16),
-        "conv.weight": normal(40, 6, 3, 3),
-        "experts.weight": normal(5, 64, 40),
-        "wide.weight": normal(1, 900).double(),
-        "half.weight": normal(70, 31, dtype=torch.float16),
-        "norm.weight": normal(999),
-        "empty": torch.empty(0, 3),
-        "scalar": torch.tensor(3.0),
-        "ids": torch.arange(3000).reshape(3, 1000),
-    }
-
-
-def write_shards(folder, tensors, count):
-    """A checkpoint of several files, as other tools write them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names, weight_map = list(tensors), {}
-    for index in range(count):
-        file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-        shard = {name: tensors[name].contiguous() for name in names[index::count]}
-        safetensors.torch.save_file(shard, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ journal as the bytes agree with. Nothing has to reach the disk in any order for 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ try:
     import fcntl
 except ImportError:  # not on Windows, where nobody is kept out
     fcntl = None  # type: ignore[assignment]
+
+#: The field of a line that holds a digest of the others.
+_CHECK = "check"
 
 _is = attrs.validators.instance_of
 _Prefixes = Mapping[str, tuple[int, str]]
@@ -94,7 +98,7 @@ class Journal:
 
     def add(self, line: Note | Seal) -> None:
         """Write one more line."""
-        data = (json.dumps(attrs.asdict(line), separators=(",", ":")) + "\n").encode()
+        data = _line(attrs.asdict(line))
         with as_checkpoint_error(f"{self._path} cannot be written"):
             while data:
                 data = data[self._file.write(data) :]
@@ -131,16 +135,24 @@ def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
         for line in file:
             try:
                 fields = json.loads(line)
-                if not line.endswith(b"\n"):
+                if line != _line({name: value for name, value in fields.items() if name != _CHECK}):
                     break
+                del fields[_CHECK]
                 if "header" in fields:
                     seal = Seal(**fields)
                 else:
                     notes.append(Note(**fields))
-            except (ValueError, TypeError, AttributeError, RecursionError):
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
                 break
             good += len(line)
     return notes, seal, good
+
+
+def _line(fields: Mapping[str, Any]) -> bytes:
+    """Fields as a line, with a digest of them: a figure in which a bit has changed is still a figure."""
+    text = json.dumps(fields, separators=(",", ":"))
+    check = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f'{text[:-1]},"{_CHECK}":"{check}"}}\n'.encode()
 
 
 def lock(descriptor: int, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,11 +112,19 @@ class FileJob(Job):
         Raises:
             ArgumentError: if it is not what this conversion would make.
         """
-        report = verify(output.path, self.source, serializer=serializer, chunk_elements=self._chunk_elements)
-        if list(Checkpoint(output.path, serializer).ledger.stored) != self.ledger.stored or report.failures:
+        found = verify(
+            output.path,
+            self.source,
+            serializer=serializer,
+            chunk_elements=self._chunk_elements,
+            fail_under=-math.inf,
+        ).failures
+        if Checkpoint(output.path, serializer).ledger != self.ledger:
+            found = ["the fates of its tensors are others", *found]
+        if found:
             raise ArgumentError(
-                f"{output.path} is there already, and is not what this would make of {self.source.path}; give another "
-                "path, or replace it (--force, Output(replace=True))"
+                f"{output.path} is there already, and is not what this would make of {self.source.path}: {found[0]}. "
+                "Give another path, or replace it (--force, Output(replace=True))"
             )
         files = tuple(shard.file for shard in self.shards(output, serializer))
         self.shares = [Share(files, 0, self.ledger.bytes_before)]

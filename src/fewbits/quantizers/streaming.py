@@ -64,7 +64,8 @@ class Streaming:
 
     def source_digest(self, chunk: Chunk) -> str:
         """SHA-256 of a chunk's bytes as they are now."""
-        flat = attrs.evolve(chunk.row, spec=None, layout=None)
+        # Bytes are read as they lie, however they are quantized.
+        flat = attrs.evolve(chunk.row, fate="kept", spec=None, layout=None)
         found = hashlib.sha256()
         for start in range(chunk.start, chunk.stop, self.budget.chunk_elements):
             part = Chunk(flat, start, min(start + self.budget.chunk_elements, chunk.stop))

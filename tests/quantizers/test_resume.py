@@ -1,0 +1,393 @@
+"""A run that did not come to its end, and another that goes on with it: the same bytes, whatever happened."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+
+import pytest
+import safetensors.torch
+import torch
+from file_cases import INDEX, SCHEMES, checkpoint, write_shards
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fewbits
+from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, read_header, small, visible
+
+
+class Stopped(BaseException):
+    """As a process is by a signal: whatever comes, nobody catches it."""
+
+
+def stop_at(moment):
+    """A progress that ends the run at a step of the conversion."""
+    steps = []
+
+    def stop(step):
+        if step.activity == "convert":
+            steps.append(step)
+            if len(steps) > moment:
+                raise Stopped
+
+    return stop
+
+
+@contextlib.contextmanager
+def cut(chunk, block=100):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", block)
+        patch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", chunk * block)
+        yield
+
+
+def workplace(folder):
+    (found,) = [path for path in folder.iterdir() if path.name.endswith(".work")]
+    return found
+
+
+def notes(folder):
+    """Every chunk that the journals say is done."""
+    lines = [
+        line for path in sorted((workplace(folder) / "journal").iterdir()) for line in path.read_text().splitlines()
+    ]
+    return [note for note in map(json.loads, lines) if "tensor" in note]
+
+
+def nbytes(done):
+    return sum((note["stop"] - note["start"]) * checkpoint()[note["tensor"]].element_size() for note in done)
+
+
+def run(source, target, scheme="int8", progress=None, **how):
+    quantizer = SCHEMES[scheme]()
+    how.setdefault("max_shard_size", 12_000)
+    output = fewbits.Output(target, **how)
+    with contextlib.suppress(Stopped):
+        fewbits.quantize(
+            source, quantizer, output=output, on_failure="ignore", **({"progress": progress} if progress else {})
+        )
+        return quantizer.shares
+    return None
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("source") / "model", checkpoint(), 3)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, source):
+    """The files of a run that nothing disturbed, by scheme."""
+    made = {}
+
+    def make(scheme):
+        if scheme not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            with cut(7):
+                run(source, folder / "out", scheme)
+            made[scheme] = files_in(folder / "out")
+        return made[scheme]
+
+    return make
+
+
+DAMAGE = {
+    "nothing": lambda folder, dice: None,
+    "a line that is torn": lambda folder, dice: _shorten(_any(folder / "journal", dice), dice),
+    "a file that is too short": lambda folder, dice: _shorten(_any(folder / "files", dice), dice),
+    "a flipped bit": lambda folder, dice: _flip(_any(folder / "files", dice), dice),
+    "a flipped bit in a journal": lambda folder, dice: _flip(_any(folder / "journal", dice), dice),
+    "a file that is gone": lambda folder, dice: _any(folder / "files", dice).unlink(),
+    "a journal that is gone": lambda folder, dice: _any(folder / "journal", dice).unlink(),
+    "something in between": lambda folder, dice: (folder / "files" / "config.json").write_text("half of it"),
+}
+
+
+def _any(folder, dice):
+    return dice.choice(sorted(folder.iterdir()))
+
+
+def _shorten(path, dice):
+    os.truncate(path, dice.randint(0, path.stat().st_size))
+
+
+def _flip(path, dice):
+    data = bytearray(path.read_bytes())
+    if data:
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    path.write_bytes(data)
+
+
+@FEWER_EXAMPLES
+@given(
+    scheme=st.sampled_from(list(SCHEMES)),
+    moments=st.lists(st.integers(0, 400), min_size=1, max_size=3),
+    threads=st.integers(1, 3),
+    chunks=st.lists(st.integers(1, 40), min_size=4, max_size=4),
+    damage=st.sampled_from(list(DAMAGE)),
+    seed=st.integers(0, 10),
+)
+def test_what_is_gone_on_with_ends_as_if_nothing_had_happened(
+    tmp_path_factory, source, whole, scheme, moments, threads, chunks, damage, seed
+):
+    folder = tmp_path_factory.mktemp("out")
+    for moment, chunk in zip(moments, chunks, strict=False):
+        with cut(chunk):
+            shares = run(source, folder / "out", scheme, stop_at(moment), resume=True, threads=threads)
+        if shares is not None:
+            break
+        if list(folder.glob(".*.work")):
+            DAMAGE[damage](workplace(folder), random.Random(seed))
+    else:
+        with cut(chunks[-1]):
+            run(source, folder / "out", scheme, resume=True, threads=threads)
+    assert os.listdir(folder) == ["out"]
+    assert files_in(folder / "out") == whole(scheme)
+
+
+@FEWER_EXAMPLES
+@given(scheme=st.sampled_from(["int8", "int8-tensor", "int4-mse", "custom"]), moment=st.integers(0, 250))
+def test_nothing_is_converted_twice(tmp_path_factory, source, scheme, moment):
+    folder = tmp_path_factory.mktemp("out")
+    with cut(3):
+        if run(source, folder / "out", scheme, stop_at(moment), threads=2) is None and list(folder.glob(".*.work")):
+            done = nbytes(notes(folder))
+            (share,) = run(source, folder / "out", scheme, resume=True, threads=2)
+            assert share.resumed == done
+            assert share.converted == sum(tensor.nbytes for tensor in checkpoint().values()) - done
+
+
+@pytest.mark.parametrize("moment", range(3, 75, 6))
+def test_until_all_is_complete_there_is_nothing_that_a_loader_takes_for_a_model(tmp_path, source, moment):
+    with cut(10):
+        run(source, tmp_path / "out", "int8", stop_at(moment))
+    assert visible(tmp_path) == []
+    files = workplace(tmp_path) / "files"
+    for path in (tmp_path / "out", tmp_path, workplace(tmp_path), files):
+        with pytest.raises(fewbits.CheckpointError):
+            fewbits.load(path)
+    sealed = {path.stem for path in (workplace(tmp_path) / "journal").iterdir() if '"header"' in path.read_text()}
+    for path in files.iterdir():
+        if path.name not in sealed:
+            with pytest.raises(fewbits.FormatError):
+                fewbits.load(path)
+            with pytest.raises(safetensors.SafetensorError):
+                safetensors.torch.load_file(path)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A source that may be changed, and a run of it that was stopped half-way."""
+    source = write_shards(tmp_path / "model", checkpoint(), 2)
+    (source / "config.json").write_text("{}")
+    with cut(10):
+        assert run(source, tmp_path / "out", "int8", stop_at(60)) is None
+    return source
+
+
+def retouch(path, data=None):
+    """Change a file, and its time too if the system's clock is too coarse to."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes() if data is None else data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+CHANGES = {
+    "source: model-00002-of-00002.safetensors": lambda source: retouch(source / "model-00002-of-00002.safetensors"),
+    "source: config.json": lambda source: retouch(source / "config.json"),
+    "source: added.json": lambda source: (source / "added.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_has_changed_is_refused(tmp_path, begun, change):
+    CHANGES[change](begun)
+    before = files_in(tmp_path)
+    with pytest.raises(fewbits.ArgumentError, match=f"{change} changed"):
+        run(begun, tmp_path / "out", resume=True)
+    assert files_in(tmp_path) == before
+    run(begun, tmp_path / "out", replace=True)
+    assert visible(tmp_path) == ["model", "out"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ({"scheme": "int4"}, "fates of tensors"),
+        ({"scheme": "int8-scales"}, "fates of tensors"),
+        ({"scheme": "int8", "max_shard_size": 30_000}, "files"),
+    ],
+)
+def test_another_recipe_is_refused(tmp_path, begun, recipe, why):
+    with pytest.raises(fewbits.ArgumentError, match=f"begun with something else.*{why}"):
+        run(begun, tmp_path / "out", resume=True, **recipe)
+
+
+class Scaled(fewbits.Int8PerChannel):
+    """A scheme with a setting that no ledger shows."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def quantize_tensor(self, weight, spec, observer):
+        return super().quantize_tensor(weight, spec, observer)
+
+
+@pytest.mark.parametrize(("factor", "alike"), [(1.0, True), (1.5, False), (lambda: 1.0, False)])
+def test_another_setting_of_a_scheme_is_refused(tmp_path, source, factor, alike):
+    """Of a function nobody can tell whether it is the same."""
+    first = factor if callable(factor) else 1.0
+    with pytest.raises(Stopped):
+        fewbits.quantize(source, Scaled(first), output=tmp_path / "out", progress=stop_at(10))
+    refused = contextlib.nullcontext() if alike else pytest.raises(fewbits.ArgumentError, match="scheme")
+    with refused:
+        fewbits.quantize(source, Scaled(factor), output=fewbits.Output(tmp_path / "out", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        (fewbits.MSEObserver(), fewbits.MSEObserver(), True),
+        (fewbits.MinMaxObserver(), fewbits.MSEObserver(), False),
+        (fewbits.PercentileObserver(99.0), fewbits.PercentileObserver(99.5), False),
+    ],
+    ids=["alike", "another class", "another setting"],
+)
+def test_another_observer_is_refused(tmp_path, source, first, second, alike):
+    with pytest.raises(Stopped):
+        fewbits.quantize(source, "int8", observer=first, output=tmp_path / "out", min_elements=1, progress=stop_at(10))
+    again = fewbits.Output(tmp_path / "out", resume=True)
+    if alike:
+        fewbits.quantize(source, "int8", observer=second, output=again, min_elements=1)
+    else:
+        with pytest.raises(fewbits.ArgumentError, match="scheme"):
+            fewbits.quantize(source, "int8", observer=second, output=again, min_elements=1)
+
+
+def test_another_release_is_refused(tmp_path, begun, monkeypatch):
+    monkeypatch.setattr("fewbits.quantizers.file_run.__version__", "99.0")
+    with pytest.raises(fewbits.ArgumentError, match=r"fewbits was .*, is 99\.0"):
+        run(begun, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("paranoid", [True, False])
+def test_a_paranoid_run_reads_the_source_again(tmp_path, begun, paranoid):
+    """A change that size, time and header do not tell."""
+    path = begun / "model-00001-of-00002.safetensors"
+    status, data = path.stat(), bytearray(path.read_bytes())
+    entries, _, payload = read_header(path)
+    read = next(note["tensor"] for note in notes(tmp_path) if note["tensor"] in entries)
+    data[len(data) - payload + entries[read]["data_offsets"][0]] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if paranoid:
+        with pytest.raises(fewbits.CheckpointError, match=f"{read} has changed since it was read, between elements 0"):
+            run(begun, tmp_path / "out", resume=True, paranoid=True)
+    else:
+        run(begun, tmp_path / "out", resume=True)
+
+
+def test_a_paranoid_run_is_content_with_a_source_that_is_the_same(tmp_path, begun, source):
+    run(begun, tmp_path / "out", resume=True, paranoid=True)
+    assert visible(tmp_path) == ["model", "out"]
+
+
+def test_what_was_begun_is_neither_lost_nor_gone_on_with_unasked(tmp_path, begun):
+    before = files_in(tmp_path)
+    with pytest.raises(fewbits.ArgumentError, match=r"--resume.*--force"):
+        run(begun, tmp_path / "out")
+    assert files_in(tmp_path) == before
+    (share,) = run(begun, tmp_path / "out", replace=True)
+    assert share.resumed == 0
+
+
+def test_a_result_that_is_complete_is_compared_with_its_source(tmp_path, source):
+    (first,) = run(source, tmp_path / "out")
+    before = files_in(tmp_path / "out")
+    (share,) = run(source, tmp_path / "out", resume=True)
+    assert (share.converted, share.resumed) == (0, first.converted)
+    assert files_in(tmp_path) == {f"out/{name}": data for name, data in before.items()}
+
+
+@pytest.mark.parametrize("other", ["another source", "another scheme", "damage", "nothing of ours"])
+def test_a_result_that_is_not_what_this_would_make_is_refused(tmp_path, source, other):
+    run(source, tmp_path / "out")
+    scheme = "int8"
+    if other == "another source":
+        tensors = {name: tensor if name == "ids" else -tensor for name, tensor in checkpoint().items()}
+        source = write_shards(tmp_path / "other", tensors, 3)
+    elif other == "another scheme":
+        scheme = "int4"
+    else:
+        path = next(path for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors")
+        path.write_bytes(path.read_bytes()[:-1] + b"x" if other == "damage" else b"{}")
+    with pytest.raises(fewbits.FewbitsError):
+        run(source, tmp_path / "out", scheme, resume=True)
+
+
+def test_without_an_earlier_run_there_is_nothing_to_go_on_with(tmp_path, source, whole):
+    (share,) = run(source, tmp_path / "out", resume=True)
+    assert share.resumed == 0
+
+
+def test_numbers_that_cannot_be_quantized_leave_nothing_to_go_on_with(tmp_path):
+    tensors = checkpoint()
+    tensors["wide.weight"][0, 5] = float("nan")
+    source = write_shards(tmp_path / "model", tensors, 2)
+    with pytest.raises(fewbits.NonFiniteError):
+        run(source, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_format_that_cannot_be_gone_on_with_keeps_its_complete_files(tmp_path, source):
+    def convert(serializer, progress=None, **how):
+        quantizer = small(serializer=serializer)
+        quantizer.prepare(source)
+        how = {"progress": progress} if progress else {}
+        quantizer.convert(output=fewbits.Output(tmp_path / "out", max_shard_size=12_000, resume=True), **how)
+        return quantizer.shares
+
+    first, second = JsonSerializer(), JsonSerializer()
+    with cut(10), pytest.raises(Stopped):
+        convert(first, stop_at(60))
+    assert first.written
+    (share,) = convert(second)
+    assert set(first.written).isdisjoint(second.written)
+    assert len(first.written) + len(second.written) == len(share.files)
+    assert 0 < share.resumed < share.converted + share.resumed
+
+
+def _hold(source, target, ready, leave):
+    def wait(step):
+        ready.set()
+        leave.wait(60)
+
+    fewbits.quantize(source, "int8", output=target, progress=wait)
+
+
+def test_two_processes_do_not_write_the_same_result(tmp_path, source):
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(source, tmp_path / "out", ready, leave))
+    process.start()
+    try:
+        assert ready.wait(60)
+        for how in ({"resume": True}, {"replace": True}):
+            with pytest.raises(fewbits.CheckpointError, match="another process is at work"):
+                fewbits.quantize(source, "int8", output=fewbits.Output(tmp_path / "out", **how))
+    finally:
+        leave.set()
+        process.join(60)
+    assert process.exitcode == 0
+    assert fewbits.verify(tmp_path / "out", source).ok
+
+
+def test_a_single_file_is_gone_on_with_too(tmp_path, source):
+    with cut(10):
+        assert run(source / INDEX, tmp_path / "one.safetensors", "int4", stop_at(50), max_shard_size=None) is None
+    before = torch.random.get_rng_state()
+    (share,) = run(source / INDEX, tmp_path / "one.safetensors", "int4", resume=True, max_shard_size=None)
+    assert share.resumed > 0
+    assert torch.equal(before, torch.random.get_rng_state())
