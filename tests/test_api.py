@@ -460,3 +460,16 @@ def test_progress_is_told_before_and_after_every_tensor_of_each_activity():
         assert [step.done for step in steps] == sorted(step.done for step in steps)
         assert (steps[0].done, steps[-1].done) == (0, ledger.bytes_before)
         assert {step.total for step in steps} == {ledger.bytes_before}
+
+
+@pytest.mark.parametrize("source", ["module", "mapping", "file"])
+@pytest.mark.parametrize("activity", ["convert", "validate"])
+def test_an_error_in_progress_comes_through(checkpoint, source, activity):
+    def fail(step):
+        if step.activity == activity:
+            raise ZeroDivisionError
+
+    made = {"module": mlp, "mapping": lambda: mlp().state_dict(), "file": lambda: checkpoint}[source]()
+    output = checkpoint.with_name("out") if source == "file" else None
+    with pytest.raises(ZeroDivisionError):
+        fewbits.quantize(made, "int8", output=output, progress=fail)

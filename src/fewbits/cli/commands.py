@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,8 +19,9 @@ from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.cli.progress import progress_bar
+from fewbits.cli.progress import shown_progress
 from fewbits.cli.ranks import join_group
+from fewbits.cli.stderr import Stderr, complain, is_json_asked_for, warnings_as_events
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.quantizers.fitting import Ragged
@@ -29,12 +31,21 @@ from fewbits.validation.report import CRITICAL_DB
 
 SUCCESS, FAILED, BAD_USAGE = 0, 1, 2
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables, and events.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Do not tell how far it is.")
 _path = click.Path(path_type=Path)
 _FAIL_UNDER: dict[str, Any] = {"type": float, "metavar": "DB", "help": "SQNR below which a tensor fails."}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None  # click itself would write an empty line, which is no event
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fewbits")
 def cli() -> None:
     """Make PyTorch checkpoints smaller, account for every tensor, and check what was written.
@@ -72,6 +83,7 @@ def cli() -> None:
 @click.option("--paranoid", is_flag=True, help="With --resume: read what was read of IN again, to see it is the same.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, and begin an unfinished run anew.")
 @click.option("--fail-under", show_default=f"{CRITICAL_DB:g}", **_FAIL_UNDER)
+@_quiet
 @_json
 def quantize(
     source: Path,
@@ -86,6 +98,7 @@ def quantize(
     resume: bool,
     paranoid: bool,
     force: bool,
+    quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -104,7 +117,7 @@ def quantize(
         return _show_plan(plan(source, config=settings, output=target), settings, as_json)
     if os.path.exists(target.path) and not force and not resume:
         raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
-    with progress_bar() as progress:
+    with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
         result = quantize_source(
             source,
             config=settings,
@@ -153,10 +166,11 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 @click.option("--against", type=_path, metavar="SOURCE", help="The checkpoint it was made from.")
 @click.option("--tensors", is_flag=True, help="Print every tensor, not only a summary.")
 @click.option("--fail-under", default=CRITICAL_DB, show_default=True, **_FAIL_UNDER)
+@_quiet
 @_json
-def verify(file: Path, against: Path | None, tensors: bool, fail_under: float, as_json: bool) -> int:
+def verify(file: Path, against: Path | None, tensors: bool, fail_under: float, quiet: bool, as_json: bool) -> int:
     """Check digests and structure of a fewbits FILE, and every element against its SOURCE."""
-    with progress_bar() as progress:
+    with shown_progress(as_json=as_json, quiet=quiet) as progress:
         report = verify_file(file, against, fail_under=fail_under, progress=progress)
     if as_json:
         _print_json(report.to_dict())
@@ -174,17 +188,13 @@ def run() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of tensors and files can be what no encoding holds
             stream.reconfigure(errors="backslashreplace")
-    try:
-        code: int = cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = _complain("interrupted")
-    except click.ClickException as error:
-        error.show()
-        code = BAD_USAGE
-    except DigestError as error:
-        code = _complain(str(error), FAILED)
-    except FewbitsError as error:
-        code = _complain(str(error))
+    stderr, as_json = Stderr(), is_json_asked_for(sys.argv[1:])
+    with warnings_as_events(stderr) if as_json else nullcontext():
+        try:
+            code: int = cli(standalone_mode=False)
+        except (click.exceptions.Abort, click.ClickException, FewbitsError) as error:
+            code = FAILED if isinstance(error, DigestError) else BAD_USAGE
+            complain(stderr, error, code, as_json=as_json)
     return code
 
 
@@ -257,11 +267,6 @@ def _override(option: str) -> tuple[str, str | dict[str, Any]]:
             f"--override {option}: write PATTERN=SCHEME, such as lm_head=int8, lm_head=int4:64 or lm_head=keep"
         )
     return pattern, {"scheme": scheme, "group_size": int(size)} if colon else scheme
-
-
-def _complain(message: str, code: int = BAD_USAGE) -> int:
-    click.echo(f"fewbits: {message}", err=True)
-    return code
 
 
 def _print_json(value: dict[str, Any]) -> None:

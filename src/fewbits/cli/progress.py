@@ -1,32 +1,96 @@
-"""A progress bar on a terminal, none in a pipe."""
+"""Progress on standard error: a bar on a terminal, now and then a line elsewhere, and events for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
+from typing import TextIO, cast
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+import attrs
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
 
-from fewbits.selection.progress import Progress as Tell
-from fewbits.selection.progress import Step, no_progress
+from fewbits.cli.meter import Meter, Pace, Reading
+from fewbits.cli.stderr import Stderr
+from fewbits.cli.wording import bar_line, log_line
+from fewbits.selection.progress import Progress, Step, no_progress
 
 
 @contextmanager
-def progress_bar() -> Iterator[Tell]:
-    """A `fewbits.selection.progress.Progress` that draws on standard error, if that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+def shown_progress(*, as_json: bool, quiet: bool) -> Iterator[Progress]:
+    """A `fewbits.selection.progress.Progress` that tells people, or a program, on standard error.
+
+    Args:
+        as_json: write events, one JSON object a line, on a terminal too.
+        quiet: tell nobody.
+    """
+    stderr = Stderr()
+    # rich would take a pipe for a terminal where FORCE_COLOR is set, as it is in many a CI.
+    console = Console(file=cast(TextIO, stderr), force_terminal=stderr.isatty())
+    if quiet:
         yield no_progress
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, transient=True) as bar:
+    elif as_json:
+        yield _Told(Pace(first=0, every=0.5), lambda reading: _write_event(stderr, reading))
+    elif console.is_interactive:
+        yield from _drawn(console)
+    else:
+        yield _Told(Pace(first=3, every=10), lambda reading: stderr.write(f"fewbits: {log_line(reading)}\n"))
 
-        def show(step: Step) -> None:
-            if step.activity not in tasks:
-                tasks[step.activity] = bar.add_task(step.activity, total=step.total)
-            bar.update(tasks[step.activity], completed=step.done, description=f"{step.activity} {escape(step.name)}")
 
+class _Told:
+    """Tells about steps, at a pace."""
+
+    def __init__(self, pace: Pace, tell: Callable[[Reading], object]) -> None:
+        self._meter, self._pace, self._tell = Meter(), pace, tell
+
+    def __call__(self, step: Step) -> None:
+        now = monotonic()
+        reading = self._meter.read(step, now)
+        if self._pace.is_due(reading, now):
+            self._tell(reading)
+
+
+def _write_event(stderr: Stderr, reading: Reading) -> None:
+    stderr.event(
+        "progress",
+        activity=reading.activity,
+        tensor=reading.name,
+        done=reading.done,
+        total=reading.total,
+        unit=reading.unit,
+        **{f"{reading.unit}_per_second": _rounded(reading.rate)},
+        seconds_left=_rounded(reading.seconds_left),
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+@attrs.frozen
+class _Bar:
+    """A reading, drawn on one line of whatever width the terminal has by then."""
+
+    reading: Reading
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        before, done, rest, after = bar_line(self.reading, options.max_width, ascii_only=options.ascii_only)
+        line = Text(before, no_wrap=True, overflow="crop")  # a name may have characters of two columns
+        yield line.append(done, "bar.complete").append(rest, "bar.back").append(after)
+
+
+def _drawn(console: Console) -> Iterator[Progress]:
+    """A line that is drawn again four times a second, from the first step on, and vanishes in the end."""
+    meter = Meter()
+    live = Live(console=console, transient=True, redirect_stdout=False)
+
+    def show(step: Step) -> None:
+        live.update(_Bar(meter.read(step, monotonic())))
+        live.start(refresh=True)  # once; it does nothing after that
+
+    try:
         yield show
+    finally:
+        live.stop()

@@ -16,7 +16,8 @@ class Step:
     Attributes:
         activity: ``"convert"``, ``"validate"`` or ``"observe"``.
         name: the tensor it is at, or the batch.
-        done: what it is through with: bytes of the source, or samples of the data if it observes.
+        done: what it is through with: bytes of the source, or samples of the data if it observes. It never decreases
+            during an activity, and begins with what was there if the activity takes up where another run stopped.
         total: what it goes through, likewise; 0 while that is not known.
     """
 
@@ -24,6 +25,11 @@ class Step:
     name: str
     done: int
     total: int
+
+    @property
+    def unit(self) -> str:
+        """What `done` and `total` count: ``"bytes"`` or ``"samples"``."""
+        return "samples" if self.activity == "observe" else "bytes"
 
 
 #: Told about every tensor before and after it is worked on, and about every batch.

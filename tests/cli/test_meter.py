@@ -1,0 +1,241 @@
+"""Rates, times left, when to tell, and how it is worded: all of it without a clock and without a terminal."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fewbits.cli.meter import Meter, Pace, Reading
+from fewbits.cli.wording import NAME_WIDTH, bar_line, duration, elided, log_line, printable
+from fewbits.selection.progress import Step
+
+MILLISECONDS = 1000
+SLACK = 1 + 1e-9
+
+#: Milliseconds that pass before a step, and what is done meanwhile.
+strides = st.tuples(st.integers(0, 100_000), st.integers(0, 10**12))
+
+
+@st.composite
+def runs(draw, activity="convert", known=None):
+    """An activity as steps with their times: it ends with everything done."""
+    done, now = draw(st.integers(0, 10**12)), draw(st.integers(0, 10**9))
+    at = [(now, done)]
+    for passed, more in draw(st.lists(strides, max_size=30)):
+        now, done = now + passed, done + more
+        at.append((now, done))
+    total = done if draw(st.booleans() if known is None else st.just(known)) else 0
+    return [(Step(activity, f"t{i}", d, total), t / MILLISECONDS) for i, (t, d) in enumerate(at)]
+
+
+def readings(run):
+    meter = Meter()
+    return [meter.read(step, now) for step, now in run]
+
+
+def told(run, first, every):
+    """The readings of a run that are told, with their times."""
+    meter, pace = Meter(), Pace(first, every)
+    found = []
+    for step, now in run:
+        reading = meter.read(step, now)
+        if pace.is_due(reading, now):
+            found.append((reading, now))
+    return found
+
+
+@given(runs())
+def test_readings_never_go_back_are_never_negative_and_end_with_everything_done(run):
+    found = readings(run)
+    assert all(a.done <= b.done <= (b.total or math.inf) for a, b in pairwise(found))
+    assert all(reading.rate is None or reading.rate > 0 for reading in found)
+    assert all(reading.seconds_left is None or reading.seconds_left >= 0 for reading in found)
+    last = found[-1]
+    if run[-1][0].total:
+        assert (last.done, last.is_finished, last.seconds_left) == (last.total, True, 0)
+    else:
+        assert {(reading.seconds_left, reading.is_finished) for reading in found} == {(None, False)}
+
+
+@given(runs())
+def test_the_rate_is_between_the_least_and_the_greatest_that_there_was(run):
+    marks = [(run[0][1], run[0][0].done)]
+    for step, now in run:  # from one time at which something has been done to the next
+        if step.done > marks[-1][1] and now > marks[-1][0]:
+            marks.append((now, step.done))
+    rates = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(marks)]
+    rate = readings(run)[-1].rate
+    assert (rate is None) == (not rates)
+    assert rate is None or min(rates) / SLACK <= rate <= max(rates) * SLACK
+
+
+@given(st.lists(st.integers(1, 100_000), min_size=1, max_size=30), st.integers(1, 10**9))
+def test_a_steady_speed_is_the_rate_however_the_steps_fall(times, speed):
+    steps, now = [(Step("convert", "t", 0, 10**18), 0.0)], 0
+    for passed in times:
+        now += passed
+        steps.append((Step("convert", "t", now * speed, 10**18), now / MILLISECONDS))
+    assert readings(steps)[-1].rate == pytest.approx(speed * MILLISECONDS)
+
+
+@given(runs(known=True), st.integers(0, 10**12))
+def test_what_was_there_when_a_run_was_taken_up_again_does_not_count(run, before):
+    resumed = [(Step("convert", step.name, step.done + before, step.total + before), now) for step, now in run]
+    assert [reading.rate for reading in readings(resumed)] == [reading.rate for reading in readings(run)]
+
+
+@given(runs("convert"), runs("validate"))
+def test_every_activity_is_measured_afresh(first, second):
+    moved = [(step, now + first[-1][1]) for step, now in second]
+    assert readings(first + moved)[len(first) :] == readings(moved)
+
+
+def test_recent_speed_counts_more_than_what_is_long_ago():
+    slow = [(Step("convert", "t", second, 10**9), float(second)) for second in range(60)]
+    fast = [(Step("convert", "t", 60 + 100 * second, 10**9), 60.0 + second) for second in range(60)]
+    assert 90 < readings(slow + fast)[-1].rate < 100
+
+
+def test_steps_that_go_back_or_beyond_the_total_are_put_right():
+    meter = Meter()
+    done = [meter.read(Step("convert", "t", done, 10), 0.0) for done in (4, 2, 12)]
+    assert [(reading.done, reading.total) for reading in done] == [(4, 10), (4, 10), (12, 12)]
+
+
+@pytest.mark.parametrize(("activity", "unit"), [("convert", "bytes"), ("validate", "bytes"), ("observe", "samples")])
+def test_an_observation_counts_samples_and_all_else_bytes(activity, unit):
+    assert Step(activity, "t", 0, 1).unit == Meter().read(Step(activity, "t", 0, 1), 0.0).unit == unit
+
+
+# When to tell.
+
+
+@given(runs(), st.integers(0, 20), st.integers(1, 20))
+def test_what_is_told_comes_neither_early_nor_often_and_the_end_at_most_once(run, first, every):
+    found = told(run, first, every)
+    assert all(now >= run[0][1] + first for _, now in found)
+    assert all(b - a >= every or reading.is_finished for (_, a), (reading, b) in pairwise(found))
+    assert sum(reading.is_finished for reading, _ in found) <= 1
+    if found and run[-1][0].total:
+        assert found[-1][0].is_finished
+
+
+@given(runs(known=True))
+def test_without_a_delay_the_first_and_the_last_are_told(run):
+    found = [reading for reading, _ in told(run, 0, 5)]
+    assert found[0].name == "t0"
+    assert found[-1].done == run[-1][0].done
+
+
+@given(runs())
+def test_an_activity_that_is_over_before_the_first_time_is_not_told_of(run):
+    longer = run[-1][1] - run[0][1] + 0.001
+    assert told(run, longer, 1) == []
+
+
+# In words.
+
+names = st.text(max_size=300) | st.text("ab.[]\x1b\n\r\u202e\ud800é漢", max_size=300)
+amounts = st.integers(0, 10**15)
+
+
+@st.composite
+def any_reading(draw):
+    total = draw(st.just(0) | st.integers(1, 10**15))
+    done = draw(st.integers(0, total) if total else amounts)
+    rate = draw(st.none() | st.floats(1e-3, 1e12))
+    activity, unit = draw(st.sampled_from([("convert", "bytes"), ("validate", "bytes"), ("observe", "samples")]))
+    return Reading(activity, draw(names), done, total, unit, rate)
+
+
+@given(any_reading(), st.integers(1, 250), st.booleans())
+def test_a_line_with_a_bar_fits_the_terminal_and_is_one_line(reading, width, ascii_only):
+    line = "".join(bar_line(reading, width, ascii_only=ascii_only))
+    assert len(line) <= width
+    assert line.isprintable()
+    assert ("100 %" in bar_line(reading, 80).before) == reading.is_finished
+
+
+@given(any_reading(), st.integers(8, 300))
+def test_a_bar_is_as_full_as_it_should_be(reading, width):
+    _, done, rest, _ = bar_line(reading, width)
+    length = len(done) + len(rest)
+    assert length == 0 or (reading.total and len(done) == length * reading.done // reading.total)
+
+
+@given(any_reading())
+def test_a_line_of_a_log_is_one_line(reading):
+    line = log_line(reading)
+    assert line.isprintable()
+    assert len(line) < NAME_WIDTH + 100
+    assert line.startswith(reading.activity)
+
+
+@given(names, st.integers(0, 400))
+@example("a.b.c", 4)
+def test_a_name_that_is_too_long_keeps_both_its_ends(name, width):
+    short = elided(name, width)
+    assert len(short) == min(len(name), width)
+    if len(name) <= width:
+        assert short == name
+    elif width > 5:
+        head, tail = short[: (width - 3) // 2], short[-((width - 3) // 2) :]
+        assert name.startswith(head)
+        assert name.endswith(tail)
+
+
+@given(st.text())
+def test_a_printable_name_encodes_and_tells_what_was_there(name):
+    shown = printable(name)
+    assert shown.isprintable()
+    shown.encode()
+    assert (shown == name) == name.isprintable()
+
+
+def test_the_lines_read_as_people_write_them():
+    reading = Reading("convert", "model.layers.7.mlp.up_proj.weight", 2_100_000_000, 5_600_000_000, "bytes", 310e6)
+    assert log_line(reading) == "convert 37 %, 2.1 of 5.6 GB, 310 MB/s, 12 s left, model.layers.7.mlp.up_proj.weight"
+    assert "".join(bar_line(reading, 40)) == "convert  37 %  2.1 of 5.6 GB  12 s left"
+    assert "".join(bar_line(reading, 80)) == (
+        "convert  37 %  ━━━─────  2.1 of 5.6 GB  310 MB/s  12 s left  model.la...j.weight"
+    )
+    ascii_only = bar_line(reading, 100, ascii_only=True)
+    assert "".join(ascii_only) == (
+        "convert  37 %  ###.......  2.1 of 5.6 GB  310 MB/s  12 s left  model.layers.7.mlp.up_proj.weight"
+    )
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "unit", "rate", "said"),
+    [
+        (0, 0, "bytes", None, "convert, 0 B, t"),
+        (0, 900, "bytes", None, "convert 0 %, 0 of 900 B, t"),
+        (999_999, 10**6, "bytes", 5.0, "convert 99 %, 1.0 of 1.0 MB, 5.0 B/s, 1 s left, t"),
+        (10**6, 10**6, "bytes", 4321.0, "convert 100 %, 1.0 of 1.0 MB, 4.3 kB/s, t"),
+        (3 * 10**11, 10**12, "bytes", 10**6, "convert 30 %, 0.3 of 1.0 TB, 1.0 MB/s, 8 d 2 h left, t"),
+        (168 * 10**6, 520 * 10**6, "bytes", 10**6, "convert 32 %, 168 of 520 MB, 1.0 MB/s, 5 min 52 s left, t"),
+        (70, 150, "samples", 3.25, "convert 46 %, 70 of 150 samples, 3.2 samples/s, 25 s left, t"),
+        (70, 0, "samples", 30.0, "convert, 70 samples, 30 samples/s, t"),
+    ],
+)
+def test_amounts_rates_and_times_have_units(done, total, unit, rate, said):
+    assert log_line(Reading("convert", "t", done, total, unit, rate)) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "1 s"),
+        (59, "59 s"),
+        (60, "1 min 00 s"),
+        (599, "9 min 59 s"),
+        (600, "10 min"),
+        (3599, "59 min"),
+        (9600, "2 h 40 min"),
+        (86400 * 3 + 4 * 3600, "3 d 4 h"),
+    ],
+)
+def test_times_left_are_said_in_two_units_at_most(seconds, said):
+    assert duration(seconds) == said
