@@ -141,7 +141,10 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 @click.option("--fail-under", default=CRITICAL_DB, show_default=True, **_FAIL_UNDER)
 @_json
 def verify(file: Path, against: Path | None, tensors: bool, fail_under: float, as_json: bool) -> int:
-    """Check digests and structure of a fewbits FILE, and every element against its SOURCE."""
+    """Check digests and structure of a fewbits FILE, and every element against its SOURCE.
+
+    FILE may be a checkpoint, or a directory, that another tool wrote as compressed-tensors does; that has no digests.
+    """
     with progress_bar() as progress:
         report = verify_file(file, against, fail_under=fail_under, progress=progress)
     if as_json:
