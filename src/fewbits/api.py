@@ -180,9 +180,10 @@ def verify(
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
-    """Re-read what fewbits wrote, and check it: digests, structure, and every element against its source.
+    """Re-read what was written, and check it: digests, structure, and every element against its source.
 
-    Codes are decoded by the layout that the file states, not through any module.
+    Codes are decoded by the layout that the file states, not through any module. Other tools' checkpoints in the
+    formats of compressed-tensors are read too: they have no digests, and an error beyond half a step is a note there.
 
     Args:
         path: the file, or the directory of several.
@@ -192,7 +193,7 @@ def verify(
         progress: told about every tensor, before and after it.
 
     Raises:
-        FormatError: if it is not a fewbits file, or its parts contradict one another.
+        FormatError: if it is neither fewbits' nor compressed-tensors', or its parts contradict one another.
         DigestError: if its header is damaged. Damaged tensors are failures in the report.
         CheckpointError: if a file cannot be read.
     """

@@ -14,6 +14,8 @@ import torch
 
 import fewbits
 from checkpoints import split, state
+from compressed import Recipe, config, write
+from compressed import quantized as quantized_by_hand
 from fewbits.cli.commands import run as run_cli
 from fewbits.config.config import QuantizationConfig
 
@@ -292,6 +294,20 @@ def test_another_source_fails_verification(quantized, folder):
     code, out, _ = quantized("verify", "out", "--against", "in")
     assert code == 1
     assert "FAILED" in out
+
+
+def test_what_another_tool_wrote_is_verified(cli, folder):
+    original, recipe = {name: tensor.clone() for name, tensor in state().items()}, Recipe(8, None)
+    tensors = quantized_by_hand(original, recipe, ("layers.0.weight",))
+    write(folder / "model", tensors, config(recipe))
+    code, out, _ = cli("verify", "model", "--against", "in")
+    assert code == 0
+    assert "not checked: digests" in out
+    tensors["layers.0.weight_packed"].zero_()
+    write(folder / "model", tensors, config(recipe))
+    code, out, _ = cli("verify", "model", "--against", "in")
+    assert code == 1
+    assert "failure: layers.0.weight: all of its codes are -128" in out
 
 
 def test_fail_under_moves_the_line(quantized):

@@ -70,6 +70,42 @@ def test_scales_that_are_all_no_numbers_are_found(quantizer, scale):
     assert_found(quantizer, "0.weight")
 
 
+@pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8, symmetric=False)])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda packed: packed.fill_(0), "all of its codes are "),
+        (lambda packed: packed[3:5].fill_(0), "one code throughout in 2 of its rows"),
+        (lambda packed: packed.copy_(packed[:1].clone().expand_as(packed)), "all of its rows have the same codes"),
+    ],
+)
+def test_constant_patterns_are_named(quantizer, damage, said):
+    quantizer, result = converted(mlp(), small(quantizer))
+    damage(result[0].weight_stored.packed)
+    with pytest.raises(ValidationError, match=said):
+        quantizer.validate()
+
+
+@pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8)])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(8, 16),
+        torch.zeros(8, 16),
+        torch.arange(1.0, 9.0).unsqueeze(1).expand(8, 16),
+        torch.arange(1.0, 17.0).expand(8, 16),
+        torch.arange(1.0, 9.0).unsqueeze(1) * torch.arange(1.0, 17.0),
+        torch.cat([torch.full((1, 16), 1e4), torch.arange(1.0, 17.0).expand(7, 16) * 1e-3]),
+        torch.tensor([[1.0, 1.0001]]),
+        torch.tensor([[3.0], [4.0]]),
+        torch.tensor([[5.0]]),
+    ],
+    ids=["ones", "zeros", "constant rows", "equal rows", "multiples", "small rows", "a row", "a column", "an element"],
+)
+def test_a_source_that_is_constant_itself_passes(quantizer, weight):
+    assert quantize_small({"w": weight.contiguous()}, small(quantizer), fail_under=-1000).report.ok
+
+
 def test_a_scale_that_is_a_little_larger_is_found():
     quantizer, result = converted(mlp())
     result[0].weight_stored.scale.mul_(1.1)
@@ -160,6 +196,7 @@ def test_what_was_checked_is_named():
         "scales",
         "SQNR",
         "error bound of every element",
+        "constant rows",
         "reload, bit for bit",
     )
 

@@ -132,6 +132,18 @@ def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]
     return tuple(sorted(along)), tuple(sorted(behind))
 
 
+def file_beside(files: CheckpointFiles, name: str) -> Path | None:
+    """The file of that name beside those of a checkpoint; None if there is none.
+
+    Raises:
+        FormatError: if it is a link to somewhere else.
+        CheckpointError: if that cannot be told.
+    """
+    folder = files.folder or files.paths[0].parent
+    with as_checkpoint_error(f"{folder / name} cannot be read"):
+        return _inside(folder, name) if (folder / name).is_file() else None
+
+
 def _raise(error: OSError) -> None:
     with as_checkpoint_error(f"{error.filename} cannot be read"):
         raise error

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import click
 
 from fewbits._version import __version__
-from fewbits.api import Plan, plan
+from fewbits.api import Plan, Result, plan
 from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
@@ -114,7 +114,8 @@ def quantize(
     how |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
     target = Output.beside(source, **how) if output is None else Output(output, replace=force, **how)
     if dry_run:
-        return _show_plan(plan(source, config=settings, output=target), settings, as_json)
+        planned = plan(source, config=settings, output=target)
+        return SUCCESS if rank else _show_plan(planned, settings, as_json)
     if os.path.exists(target.path) and not force and not resume:
         raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
@@ -126,19 +127,8 @@ def quantize(
             on_failure="ignore",  # the summary and the exit code tell
             progress=progress,
         )
-    if rank:
-        pass  # the first tells
-    elif as_json:
-        report = None if result.report is None else result.report.to_dict()
-        ledger = result.ledger.to_dict()
-        about = {"output": str(target.path), "config": settings.to_dict(), "left_behind": result.quantizer.left_behind}
-        _print_json({**about, **_work(result.quantizer.shares), "ledger": ledger, "report": report})
-    else:
-        click.echo(result.ledger.summary())
-        _tell_left_behind(result.quantizer.left_behind)
-        _tell_work(result.quantizer.shares)
-        click.echo("not verified: --no-verify" if result.report is None else result.report.summary())
-        click.echo(f"written{'' if result.report is None or result.report.ok else ', though it failed'}: {target.path}")
+    if not rank:
+        _show_result(result, target.path, settings, as_json)
     return SUCCESS if result.report is None or result.report.ok else FAILED
 
 
@@ -169,7 +159,10 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 @_quiet
 @_json
 def verify(file: Path, against: Path | None, tensors: bool, fail_under: float, quiet: bool, as_json: bool) -> int:
-    """Check digests and structure of a fewbits FILE, and every element against its SOURCE."""
+    """Check digests and structure of a fewbits FILE, and every element against its SOURCE.
+
+    FILE may be a checkpoint, or a directory, that another tool wrote as compressed-tensors does; that has no digests.
+    """
     with shown_progress(as_json=as_json, quiet=quiet) as progress:
         report = verify_file(file, against, fail_under=fail_under, progress=progress)
     if as_json:
@@ -211,6 +204,19 @@ def _show_plan(planned: Plan, settings: QuantizationConfig, as_json: bool) -> in
         _tell_left_behind(planned.left_behind)
         click.echo("nothing was written: --dry-run")
     return SUCCESS
+
+
+def _show_result(result: Result, path: Path, settings: QuantizationConfig, as_json: bool) -> None:
+    report, left_behind, shares = result.report, result.quantizer.left_behind, result.quantizer.shares
+    if as_json:
+        about = {"output": str(path), "config": settings.to_dict(), "left_behind": left_behind, **_work(shares)}
+        _print_json({**about, "ledger": result.ledger.to_dict(), "report": report and report.to_dict()})
+    else:
+        click.echo(result.ledger.summary())
+        _tell_left_behind(left_behind)
+        _tell_work(shares)
+        click.echo("not verified: --no-verify" if report is None else report.summary())
+        click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")
 
 
 def _tell_left_behind(files: Sequence[str]) -> None:

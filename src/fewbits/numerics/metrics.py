@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import clipped, decode, error_bound
+from fewbits.numerics.constant import SameRows, constant_rows
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.packing import unpack
@@ -43,6 +44,8 @@ class Measurement:
         code_max: the largest.
         scale_min: the smallest magnitude of a scale; None for a cast.
         scale_max: the largest.
+        constant_rows: how many rows have one code throughout that rounding would not give, and read less than 10 dB.
+        same_rows: whether there are several rows, and all have the same codes.
         unit: what signal, noise, dot and decoded are sums of squares in: a power of two, 1 for all but float64
             tensors, whose squares can leave the range of float64.
     """
@@ -60,6 +63,8 @@ class Measurement:
     code_max: int | None = None
     scale_min: float | None = None
     scale_max: float | None = None
+    constant_rows: int = 0
+    same_rows: bool = False
     unit: float = 1.0
 
     @property
@@ -140,12 +145,13 @@ class Tally:
 
     def __init__(self, unit: float = 1.0) -> None:
         self._unit = unit
-        self._elements = self._clipped = 0
+        self._elements = self._clipped = self._constant_rows = 0
         self._largest_error = self._worst_ratio = 0.0
         self._broken: int | None = None
         self._codes: list[int] = []
         self._scales: list[float] = []
         self._sums: list[list[float]] = []
+        self._same_rows = SameRows()
 
     @torch.no_grad()
     def add(self, original: Tensor, stored: QuantizedTensor | Tensor) -> None:
@@ -178,6 +184,8 @@ class Tally:
         self._codes += later._codes
         self._scales += later._scales
         self._sums += later._sums
+        self._constant_rows += later._constant_rows
+        self._same_rows.join(later._same_rows)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON, to the last bit."""
@@ -220,6 +228,8 @@ class Tally:
             code_max=max(self._codes, default=None),
             scale_min=min(self._scales, default=None),
             scale_max=max(self._scales, default=None),
+            constant_rows=self._constant_rows,
+            same_rows=bool(self._same_rows),
             unit=self._unit,
         )
 
@@ -232,8 +242,10 @@ class Tally:
             self._broken = self._elements + int((~held).reshape(-1).to(torch.int8).argmax())
         if block.codes is not None:
             self._codes += map(int, torch.aminmax(block.codes))
+            self._same_rows.add(block.codes)
         self._elements += x.numel()
         self._clipped += block.clipped
+        self._constant_rows += block.constant_rows
         self._largest_error = max(self._largest_error, _largest(error))
         self._worst_ratio = max(self._worst_ratio, _largest(torch.where(error == 0, 0.0, error / block.bound)))
         x, decoded, error = x / self._unit, decoded / self._unit, error / self._unit
@@ -249,6 +261,7 @@ class _Block:
     bound: Tensor
     codes: Tensor | None = None
     clipped: int = 0
+    constant_rows: int = 0
 
 
 def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Block]:
@@ -261,7 +274,8 @@ def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Bl
         decoded = _as_read(decode(codes, scale, zero_point, spec, torch.float64), compute_dtype(scale.dtype))
         signed = codes.to(torch.int16) + spec.code_min
         outside = int(clipped(x, scale, zero_point, spec).sum())
-        yield _Block(x, decoded, error_bound(x, scale, zero_point, spec), signed, outside)
+        constant = constant_rows(x, decoded, codes, scale, zero_point, spec)
+        yield _Block(x, decoded, error_bound(x, scale, zero_point, spec), signed, outside, constant)
 
 
 def _as_read(decoded: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,9 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed, no_progress
 from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
 
+#: Of a tensor that another tool quantized.
+NOT_NEAREST = "errors beyond half a step, as clipping, error feedback or rounding in a narrower dtype leave"
+
 #: The stored form of a row and what it was made from, a chunk after the other; None for a source that is not there, or
 #: is not asked for.
 Pairs = Callable[[LedgerRow, bool], Iterator[tuple[Value, Tensor | None]]]
@@ -51,15 +54,14 @@ def examine(
     Raises:
         ArgumentError: if `fail_under` is no number of decibels.
     """
-    if not isinstance(fail_under, (int, float)) or math.isnan(fail_under):
-        raise ArgumentError(f"fail_under must be a number of dB, not {fail_under!r}")
+    check_fail_under(fail_under)
     measured, damaged = measured or {}, damaged or {}
     tensors = []
     for row in followed("validate", ledger.stored, progress):
         if row.name in damaged:
             tensors.append(TensorReport(row.name, row.fate, row.scheme, None, None, (damaged[row.name],)))
         else:
-            tensors.append(_examine_tensor(row, pairs, measured.get(row.name), fail_under))
+            tensors.append(examine_tensor(row, pairs, measured.get(row.name), fail_under))
     failures = []
     if bytes_after != ledger.bytes_after:
         failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, the result has {bytes_after:,}")
@@ -79,24 +81,48 @@ def _coverage(tensors: list[TensorReport]) -> tuple[tuple[str, ...], tuple[str, 
     lossy = [t for t in tensors if t.fate != "kept"]
     blind = [t.name for t in lossy if t.measurement is None]
     if not blind:
-        return ("SQNR", "error bound of every element"), ()
+        return ("SQNR", "error bound of every element", "constant rows"), ()
     if len(blind) == len(lossy):
         return (), ("errors: no source to compare with",)
-    return ("SQNR and error bound of the others",), (f"errors of {', '.join(blind)}: no source to compare with",)
+    seen = "SQNR, error bound and constant rows of the others"
+    return (seen,), (f"errors of {', '.join(blind)}: no source to compare with",)
 
 
-def _examine_tensor(row: LedgerRow, pairs: Pairs, measurement: Measurement | None, fail_under: float) -> TensorReport:
-    failures = []
+def check_fail_under(fail_under: object) -> None:
+    """Refuse a limit that no SQNR can be compared with.
+
+    Raises:
+        ArgumentError: if it is no number of decibels.
+    """
+    if not isinstance(fail_under, (int, float)) or math.isnan(fail_under):
+        raise ArgumentError(f"fail_under must be a number of dB, not {fail_under!r}")
+
+
+def examine_tensor(
+    row: LedgerRow, pairs: Pairs, measurement: Measurement | None, fail_under: float, *, bounded: bool = True
+) -> TensorReport:
+    """Compare one stored tensor with its source.
+
+    Args:
+        row: of the ledger.
+        pairs: as for `examine`.
+        measurement: taken while the source was there; None takes it now, if the source is there.
+        fail_under: SQNR in dB below which it is a failure.
+        bounded: whether an error beyond its bound is a failure, and not a note.
+    """
     if row.spec is None:
-        if not all(source is None or same_bits(source, value) for value, source in pairs(row, True)):
-            failures.append("kept, but not equal to the source")
+        kept = all(source is None or same_bits(source, value) for value, source in pairs(row, True))
+        failures = [] if kept else ["kept, but not equal to the source"]
         return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(failures))
-    tally = Tally(_unit(row, pairs) if measurement is None else 1.0)
+    failures, notes = [], []
+    tally, blind = Tally(_unit(row, pairs) if measurement is None else 1.0), _Blind()
     compared, sound = False, True
     for value, source in pairs(row, measurement is None):
         if source is not None:
             tally.add(source, value)
             compared = True
+        elif measurement is None:
+            blind.add(value)
         if isinstance(value, QuantizedTensor):
             sound &= bool((torch.isfinite(value.scale) & (value.scale != 0)).all())
     if compared:
@@ -104,10 +130,32 @@ def _examine_tensor(row: LedgerRow, pairs: Pairs, measurement: Measurement | Non
     if not sound:
         failures.append("a scale is zero, NaN or Inf")
     verdict = None
-    if measurement is not None:
+    if measurement is None:
+        notes += blind.notes()
+    else:
         verdict = verdict_of(measurement.sqnr_db, fail_under)
-        failures += _measured_failures(measurement, fail_under)
-    return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures))
+        if measurement.broken_at is not None:
+            (failures if bounded else notes).append(_broken(measurement) if bounded else NOT_NEAREST)
+        failures += [*_patterns(measurement), *_sqnr_failures(measurement, fail_under)]
+    return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures), tuple(notes))
+
+
+class _Blind:
+    """What codes tell without a source."""
+
+    def __init__(self) -> None:
+        self._codes: set[int] = set()
+        self._elements = 0
+
+    def add(self, value: Value) -> None:
+        if isinstance(value, QuantizedTensor) and len(self._codes) < 2 and value.layout.rows * value.layout.columns:
+            self._elements += value.layout.rows * value.layout.columns
+            self._codes |= {int(end) for end in torch.aminmax(value.codes())}
+
+    def notes(self) -> list[str]:
+        same = len(self._codes) == 1 and self._elements > 1
+        return [f"all of its codes are {code}; without its source nobody can tell whether they should be"
+                for code in self._codes if same]  # fmt: skip
 
 
 def _unit(row: LedgerRow, pairs: Pairs) -> float:
@@ -117,16 +165,29 @@ def _unit(row: LedgerRow, pairs: Pairs) -> float:
     return unit_of(source for _, source in pairs(row, True) if source is not None)
 
 
-def _measured_failures(measurement: Measurement, fail_under: float) -> list[str]:
-    failures = []
-    if measurement.broken_at is not None:
-        failures.append(
-            f"the error bound is broken, first at row {measurement.broken_at[0]}, column {measurement.broken_at[1]} "
-            f"(up to {measurement.worst_bound_ratio:.4g} times the bound)"
-        )
-    if math.isnan(measurement.sqnr_db) or measurement.sqnr_db < fail_under:
-        failures.append(f"SQNR {measurement.sqnr_db:.2f} dB is below {fail_under:g} dB")
-    return failures
+def _broken(measurement: Measurement) -> str:
+    row, column = measurement.broken_at or (0, 0)
+    return (
+        f"the error bound is broken, first at row {row}, column {column} "
+        f"(up to {measurement.worst_bound_ratio:.4g} times the bound)"
+    )
+
+
+def _patterns(measurement: Measurement) -> list[str]:
+    """What codes look like that were lost, or never written."""
+    if measurement.constant_rows and measurement.code_min == measurement.code_max:
+        return [f"all of its codes are {measurement.code_min}, and not those of the source"]
+    if measurement.constant_rows:
+        return [f"one code throughout in {measurement.constant_rows:,} of its rows, and not in those of the source"]
+    if measurement.same_rows and measurement.sqnr_db < CRITICAL_DB and measurement.broken_at is not None:
+        return ["all of its rows have the same codes, and not those of the source"]
+    return []
+
+
+def _sqnr_failures(measurement: Measurement, fail_under: float) -> list[str]:
+    if not math.isnan(measurement.sqnr_db) and measurement.sqnr_db >= fail_under:
+        return []
+    return [f"SQNR {measurement.sqnr_db:.2f} dB is below {fail_under:g} dB"]
 
 
 def check_reload(

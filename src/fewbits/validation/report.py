@@ -44,6 +44,7 @@ class TensorReport:
         measurement: how it compares with the source; None if that was not compared.
         verdict: on its SQNR; None without a measurement.
         failures: what is wrong, in words; empty if nothing is.
+        notes: what else there is to know, in words; nothing that fails it.
     """
 
     name: str
@@ -52,12 +53,13 @@ class TensorReport:
     measurement: Measurement | None
     verdict: Verdict | None
     failures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description; an infinite SQNR is null with ``"exact": true``."""
         found: dict[str, Any] = {
             "name": self.name, "fate": self.fate, "scheme": self.scheme, "verdict": self.verdict,
-            "failures": list(self.failures),
+            "failures": list(self.failures), "notes": list(self.notes),
         }  # fmt: skip
         if (m := self.measurement) is not None:
             found |= {
@@ -83,6 +85,7 @@ class Report:
         checks: what was checked, in words.
         unchecked: what could not be checked, and why.
         general: what is wrong with the result as a whole, in words.
+        about: what else there is to know of the result as a whole, in words.
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the result's tensors, counted from the tensors.
     """
@@ -93,6 +96,7 @@ class Report:
     bytes_after: int
     unchecked: tuple[str, ...] = ()
     general: tuple[str, ...] = ()
+    about: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -111,6 +115,15 @@ class Report:
                 if t.verdict == "warning" and t.measurement is not None]  # fmt: skip
 
     @property
+    def notes(self) -> list[str]:
+        """What else there is to know: of the result, and, each with the first tensor it is about, of tensors."""
+        names: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            for note in tensor.notes:
+                names.setdefault(note, []).append(tensor.name)
+        return [*self.about, *(f"{note} ({_counted(found)})" for note, found in names.items())]
+
+    @property
     def sqnr_db(self) -> float | None:
         """SQNR pooled over all quantized and cast tensors; None if none was measured."""
         measured = [t.measurement for t in self.tensors if t.measurement is not None]
@@ -122,6 +135,7 @@ class Report:
             "ok": self.ok,
             "failures": self.failures,
             "warnings": self.warnings,
+            "notes": self.notes,
             "checks": list(self.checks),
             "unchecked": list(self.unchecked),
             "sqnr_db": None if self.sqnr_db is None else _finite(self.sqnr_db),
@@ -153,6 +167,7 @@ class Report:
                 lines.append(f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider")
         lines.append(f"checked: {', '.join(self.checks)}")
         lines += [f"not checked: {reason}" for reason in self.unchecked]
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"failure: {failure}" for failure in self.failures]
         lines += [f"warning: {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]]
         if len(self.warnings) > _SHOWN_WARNINGS:
@@ -177,6 +192,10 @@ class Report:
                 )
             table.append((t.name, t.fate, t.scheme, *figures, t.verdict or "", "; ".join(t.failures)))
         return render_table(table, right=(3, 4, 5, 6)) + "\n" + self.summary()
+
+
+def _counted(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} the first"
 
 
 def _finite(figure: float | None) -> float | None:

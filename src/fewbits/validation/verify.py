@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import chunks
+from fewbits.checkpoint.compressed_tensors import is_compressed_tensors
 from fewbits.checkpoint.metadata import row_entries
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import Value
@@ -21,6 +22,7 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.base import Source
 from fewbits.validation.checks import examine
+from fewbits.validation.foreign import verify_compressed_tensors
 from fewbits.validation.report import CRITICAL_DB, Report
 
 
@@ -34,12 +36,12 @@ def verify(
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
-    """Re-read a fewbits file and check it.
+    """Re-read a fewbits file, or one of compressed-tensors, and check it.
 
     Codes are decoded by the layout that the file states, not through any module.
 
     Args:
-        path: the file.
+        path: the file, or the directory of several.
         source: what it was made from; None checks structure and digests only.
         serializer: reads the file; None stands for safetensors.
         measured: measurements taken when these same bytes were written, by name; these are not taken again.
@@ -48,9 +50,18 @@ def verify(
         progress: told about every tensor, before and after it.
 
     Raises:
-        FormatError: if it is not a fewbits file, or its parts contradict one another.
+        FormatError: if it is neither fewbits' nor compressed-tensors', or its parts contradict one another.
         DigestError: if its header is damaged.
     """
+    if is_compressed_tensors(path, serializer):
+        return verify_compressed_tensors(
+            path,
+            source,
+            serializer=serializer,
+            chunk_elements=chunk_elements,
+            fail_under=fail_under,
+            progress=progress,
+        )
     checkpoint = Checkpoint(path, serializer)
     wrong = set(checkpoint.damaged())
     damaged = {}

@@ -1,0 +1,154 @@
+"""What ``config.json`` says about a checkpoint of compressed-tensors; nothing of it is believed unchecked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import attrs
+
+from fewbits.checkpoint.folder import CheckpointFiles, file_beside
+from fewbits.checkpoint.header import MAX_HEADER, parse_object
+from fewbits.checkpoint.raw import as_checkpoint_error
+from fewbits.errors import FormatError
+
+CONFIG_FILE = "config.json"
+QUANT_METHOD = "compressed-tensors"
+
+#: The formats whose tensors are read.
+READABLE_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision", "dense")
+
+
+@attrs.frozen
+class WeightScheme:
+    """How the weights of one of the config's groups are quantized.
+
+    Attributes:
+        bits: of a code.
+        kind: ``"int"`` or ``"float"``.
+        strategy: what shares a scale: ``"tensor"``, ``"channel"``, ``"group"``, ``"block"``, or something not read.
+        group_size: columns that share one, for ``"group"``.
+        block: rows and columns that share one, for ``"block"``.
+        symmetric: whether there are no zero points.
+    """
+
+    bits: int
+    kind: str
+    strategy: str
+    group_size: int | None
+    block: tuple[int, int] | None
+    symmetric: bool
+
+    def __str__(self) -> str:
+        of = f" {self.group_size}" if self.strategy == "group" else f" {self.block}" if self.block else ""
+        return f"{self.kind}{self.bits} {self.strategy}{of}" + ("" if self.symmetric else " asymmetric")
+
+
+@attrs.frozen
+class CompressionConfig:
+    """What a config says about all weights.
+
+    Attributes:
+        schemes: of its groups, each once.
+        formats: of it and its groups.
+        ignore: modules that are not quantized, by their full names; regular expressions of the config are not run.
+        compressed: whether it says that weights are compressed, without which other loaders pass over them.
+        transforms: whether weights were multiplied by other matrices before they were quantized.
+    """
+
+    schemes: tuple[WeightScheme, ...]
+    formats: frozenset[str]
+    ignore: frozenset[str]
+    compressed: bool
+    transforms: bool
+
+
+def read_config(files: CheckpointFiles) -> CompressionConfig | None:
+    """The config beside the files of a checkpoint; None without one, or if it does not speak of quantization.
+
+    Raises:
+        FormatError: if it is no JSON, names another tool, or has a value of the wrong type.
+        CheckpointError: if it cannot be read.
+    """
+    path = file_beside(files, CONFIG_FILE)
+    if path is None:
+        return None
+    with as_checkpoint_error(f"{path} cannot be read"):
+        if path.stat().st_size > MAX_HEADER:
+            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes; it is no config")
+        text = path.read_bytes().strip()
+    fields = parse_object(text, path, "config")
+    # `compression_config` is what older versions of compressed-tensors wrote.
+    found = next((fields[key] for key in ("quantization_config", "compression_config") if fields.get(key)), None)
+    return None if found is None else _Fields(found, f"{path}: quantization_config").config()
+
+
+class _Fields:
+    """A JSON object whose values must have the types they should have."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise FormatError(f"{where} must be an object, not {value!r:.100}")
+        self._fields: Mapping[str, Any] = value
+        self._where = where
+
+    def get(self, name: str, kind: type, default: Any) -> Any:
+        value = self._fields.get(name)
+        if value is None:
+            return default
+        if type(value) is not kind:
+            self._refuse(name, f"must be of type {kind.__name__}, not {value!r:.100}")
+        return value
+
+    def config(self) -> CompressionConfig:
+        method = self.get("quant_method", str, QUANT_METHOD)
+        if method != QUANT_METHOD:
+            self._refuse("quant_method", f"is {method!r}; of other tools' results only {QUANT_METHOD} is read")
+        groups = self.get("config_groups", dict, {})
+        # A group may be a list of targets under the name of a preset; then the tensors tell how they are quantized.
+        described = [_Fields(group, f"{self._where}.config_groups.{name}") for name, group in groups.items()
+                     if not isinstance(group, list)]  # fmt: skip
+        formats = {fields.get("format", str, None) for fields in (self, *described)}
+        schemes = [scheme for fields in described if (scheme := fields.scheme()) is not None]
+        return CompressionConfig(
+            schemes=tuple(dict.fromkeys(schemes)),
+            formats=frozenset(filter(None, formats)),
+            ignore=frozenset(name for name in self.get("ignore", list, []) if isinstance(name, str)),
+            compressed=self.get("quantization_status", str, None) == "compressed",
+            transforms=bool(self.get("transform_config", dict, {})),
+        )
+
+    def scheme(self) -> WeightScheme | None:
+        weights = self.get("weights", dict, None)
+        return None if weights is None else _Fields(weights, f"{self._where}.weights")._weights()
+
+    def _weights(self) -> WeightScheme:
+        group_size = self.get("group_size", int, None)
+        usual = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+        scheme = WeightScheme(
+            bits=self.get("num_bits", int, 8),
+            kind=self.get("type", str, "int").lower(),
+            strategy=self.get("strategy", str, usual).lower(),
+            group_size=group_size,
+            block=self._block(),
+            symmetric=self.get("symmetric", bool, True),
+        )
+        if scheme.strategy == "group" and (group_size is None or group_size < 1):
+            self._refuse("group_size", f"must be positive where the strategy is 'group', not {group_size}")
+        if scheme.strategy == "block" and scheme.block is None:
+            self._refuse("block_structure", "must be given where the strategy is 'block'")
+        return scheme
+
+    def _block(self) -> tuple[int, int] | None:
+        value = self._fields.get("block_structure")
+        if value is None:
+            return None
+        sides: Any = value
+        if isinstance(value, str):
+            sides = [int(side) for side in value.split("x") if side.isdecimal() and len(side) < 10]
+        if not isinstance(sides, list) or len(sides) != 2 or not all(type(s) is int and s > 0 for s in sides):
+            self._refuse("block_structure", f"must be two positive integers, not {value!r:.100}")
+        return sides[0], sides[1]
+
+    def _refuse(self, name: str, what: str) -> NoReturn:
+        raise FormatError(f"{self._where}.{name} {what}")

@@ -1,0 +1,242 @@
+"""`CompressedTensors`: a checkpoint that another tool wrote in the formats of compressed-tensors, opened.
+
+Its tensors become values of ours: codes are packed as `fewbits.numerics.packing` packs them, so that one copy of the
+maths decodes them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint.chunks import Chunk
+from fewbits.checkpoint.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
+from fewbits.checkpoint.compressed_parts import (
+    StoredTensors,
+    column_order,
+    packed_codes,
+    scale_and_zero_point,
+    stated_shape,
+)
+from fewbits.checkpoint.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
+from fewbits.checkpoint.folder import find_files
+from fewbits.checkpoint.metadata import VERSION_KEY, is_fewbits_file
+from fewbits.checkpoint.safetensors import SafetensorsSerializer
+from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.serializer import Entry, Serializer
+from fewbits.errors import FormatError
+from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
+from fewbits.numerics.tensor import QuantizedTensor, shape_part
+from fewbits.selection.ledger import Fate, Ledger, LedgerRow
+
+#: What belongs to the inputs and outputs of a layer, or to an attention's cache, by the last component of its name.
+_OF_ACTIVATIONS = {
+    f"{what}_{part}"
+    for what in ("input", "output", "q", "k", "v")
+    for part in ("scale", "zero_point", "global_scale")
+}  # fmt: skip
+
+#: What is of no use alone.
+_OF_WEIGHTS = {f"weight_{part}" for part in ("packed", *COMPANIONS)}
+
+
+class CompressedTensors:
+    """A checkpoint of compressed-tensors: a file, or a directory of several with its ``config.json``.
+
+    Args:
+        path: the file, the directory, or the index in it.
+        serializer: reads it; None stands for safetensors.
+        originals: what the source has, by name; None if there is no source to compare with.
+
+    Attributes:
+        ledger: every tensor that can be read, weights by the names of what they were made from.
+        problems: what would have become of each of the others, and why it cannot be read or compared, by name.
+        unknown: tensors of the files that are no part of a weight, and not in the source.
+        of_activations: scales and zero points of what is not a weight.
+        weights: how each weight of the ledger is stored.
+        about: how it was read, in words.
+
+    Raises:
+        FormatError: if it is not such a checkpoint, or its index or config has something that it cannot have.
+        CheckpointError: if it cannot be opened.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        serializer: Serializer | None = None,
+        originals: Mapping[str, Entry] | None = None,
+    ) -> None:
+        serializer = serializer or SafetensorsSerializer()
+        files = find_files(Path(path), (serializer.suffix,))
+        self._tensors = StoredTensors(files, serializer)
+        self._entries, self._originals, self._config = self._tensors.entries, originals, read_config(files)
+        self.problems: dict[str, tuple[Fate, str]] = {}
+        self.weights: dict[str, CompressedWeight] = {}
+        self.unknown: list[str] = []
+        self.of_activations: list[str] = []
+        self._orders: dict[str, Tensor] = {}
+        rows, parts = self._weight_rows()
+        rows += [row for name in self._entries if name not in parts and (row := self._kept_row(name)) is not None]
+        self.ledger = Ledger(sorted(rows, key=lambda row: row.name))
+        self.about = tuple(self._describe())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers aside."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def chunk(self, chunk: Chunk) -> Value:
+        """The stored form of some of a tensor, in memory of its own; a weight's columns in the order of their groups.
+
+        Args:
+            chunk: of a row of this ledger.
+
+        Raises:
+            FormatError: if it holds what none of its codes can be.
+        """
+        row, described = chunk.row, chunk.described()
+        weight = self.weights.get(row.name)
+        if weight is None or described.layout is None:
+            return self._tensors.read(row.name, chunk.start, described.shape)
+        rows = slice(*chunk.rows)
+        scale, zero_point = scale_and_zero_point(self._tensors, weight, rows)
+        packed = packed_codes(self._tensors, weight, self._orders.get(row.name), rows)
+        parts = {"packed": packed, "scale": scale, "shape": shape_part(described.shape)}
+        if zero_point is not None:
+            parts["zero_point"] = zero_point
+        return QuantizedTensor.from_parts(parts, spec=weight.spec, layout=described.layout, dtype=row.dtype)
+
+    def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
+        """A chunk of the source with its columns in the order that `chunk` gives those of the stored form."""
+        order = self._orders.get(row.name)
+        return source if order is None else source[..., order]
+
+    def read(self, name: str) -> Tensor:
+        """One of the files' tensors."""
+        return self._tensors.read(name)
+
+    def _weight_rows(self) -> tuple[list[LedgerRow], set[str]]:
+        """The rows of the weights that can be read, and the names of all tensors that weights consist of."""
+        rows: list[LedgerRow] = []
+        parts: set[str] = set()
+        for name, codes in codes_names(self._entries).items():
+            parts.update(parts_of(name, codes, self._entries))
+            try:
+                rows.append(self._weight_row(name, codes))
+            except FormatError as error:
+                self.problems[name] = "quantized", str(error)
+        return rows, parts
+
+    def _weight_row(self, name: str, codes: str) -> LedgerRow:
+        """The row of a weight.
+
+        Raises:
+            FormatError: if it cannot be read, or is not that of the source.
+        """
+        self._check_config(name)
+        weight = describe(name, codes, self._entries, stated_shape(self._tensors, name), self._config)
+        original = Entry(weight.layout.shape, self._entries[weight.part("scale")].dtype)
+        if self._originals is not None:
+            original = self._original(name, original)
+        if weight.ordered:
+            self._orders[name] = column_order(self._tensors, weight)
+        self.weights[name] = weight
+        parts = parts_of(name, codes, self._entries)
+        return LedgerRow(
+            name=name,
+            shape=original.shape,
+            dtype=original.dtype,
+            fate="quantized",
+            reason=f"quantized as {QUANT_METHOD} does",
+            bytes_before=original.nbytes,
+            bytes_after=sum(self._entries[part].nbytes for part in parts),
+            spec=weight.spec,
+            layout=weight.layout,
+        )
+
+    def _check_config(self, name: str) -> None:
+        if self._config is None:
+            return
+        if odd := sorted(self._config.formats - set(READABLE_FORMATS)):
+            raise FormatError(
+                f"{name} cannot be told: config.json names the format {', '.join(odd)}, which is not read"
+            )
+        if name.rpartition(".")[0] in self._config.ignore:
+            raise FormatError(f"{name} is quantized, and config.json says that its module is not")
+
+    def _original(self, name: str, found: Entry) -> Entry:
+        original = (self._originals or {}).get(name)
+        if original is None:
+            raise FormatError(f"{name} is in the result, and not in the source")
+        if original.shape != found.shape or original.dtype not in FLOAT_DTYPES:
+            raise FormatError(
+                f"{name} has shape {found.shape}; in the source it is {dtype_name(original.dtype)} of shape "
+                f"{original.shape}"
+            )
+        return original
+
+    def _kept_row(self, name: str) -> LedgerRow | None:
+        """The row of a tensor that is no part of a weight; None if it is not to be compared."""
+        entry, last = self._entries[name], name.rpartition(".")[2]
+        alone = self._originals is None
+        original = entry if self._originals is None else self._originals.get(name)
+        if last in _OF_ACTIVATIONS and (alone or original is None):
+            self.of_activations.append(name)
+        elif original is None or (alone and last in _OF_WEIGHTS):
+            self.unknown.append(name)
+        elif original.shape != entry.shape or not _is_cast(original.dtype, entry.dtype):
+            self.problems[name] = (
+                "kept",
+                f"{dtype_name(entry.dtype)} of shape {entry.shape}; in the source it is "
+                f"{dtype_name(original.dtype)} of shape {original.shape}",
+            )
+        else:
+            return LedgerRow(
+                name=name,
+                shape=original.shape,
+                dtype=original.dtype,
+                fate="kept",
+                reason="not quantized",
+                bytes_before=original.nbytes,
+                bytes_after=entry.nbytes,
+            )
+        return None
+
+    def _describe(self) -> list[str]:
+        about = [f"read as {QUANT_METHOD}: {len(self.weights):,} weights"]
+        if any(weight.inferred for weight in self.weights.values()):
+            schemes = sorted({weight.scheme for weight in self.weights.values() if weight.inferred})
+            about.append(f"no config.json says how weights are quantized; their shapes do: {', '.join(schemes)}")
+        if self._config is not None and not self._config.compressed:
+            about.append(
+                "config.json does not say that its quantization_status is compressed: loaders may ignore codes"
+            )
+        if self._config is not None and self._config.transforms:
+            about.append("config.json names transforms: weights were multiplied before they were quantized")
+        return about
+
+
+def is_compressed_tensors(path: str | os.PathLike[str], serializer: Serializer | None = None) -> bool:
+    """Whether this is to be read as a checkpoint of compressed-tensors: not ours, and with weights as that stores them.
+
+    Raises:
+        FormatError: if it cannot be told, or a config beside it names another tool.
+        CheckpointError: if it cannot be opened.
+    """
+    serializer = serializer or SafetensorsSerializer()
+    files = find_files(Path(path), (serializer.suffix,))
+    if VERSION_KEY in files.metadata:
+        return False
+    first = serializer.reader(files.paths[0])
+    if is_fewbits_file(first.metadata):
+        return False
+    return bool(codes_names(StoredTensors(files, serializer).entries)) or read_config(files) is not None
+
+
+def _is_cast(before: torch.dtype, after: torch.dtype) -> bool:
+    return before == after or (before in FLOAT_DTYPES and after in FLOAT_DTYPES)

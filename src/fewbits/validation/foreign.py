@@ -1,0 +1,144 @@
+"""Verifying what another tool wrote, in the formats of compressed-tensors, against its source.
+
+Nobody promised a bound for such a file: its tool may have clipped, fed errors forward, or rounded in a narrower dtype.
+An error beyond half a step is a note, therefore; what fails is what no way of rounding explains.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint.chunks import chunks
+from fewbits.checkpoint.compressed_tensors import CompressedTensors
+from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.serializer import Entry, Serializer
+from fewbits.errors import FormatError
+from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
+from fewbits.numerics.tensor import same_bits
+from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.progress import Progress, followed
+from fewbits.sources.base import Source
+from fewbits.validation.checks import check_fail_under, examine_tensor
+from fewbits.validation.report import Report, TensorReport
+
+
+def verify_compressed_tensors(
+    path: str | os.PathLike[str],
+    source: Source | None,
+    *,
+    serializer: Serializer | None,
+    chunk_elements: int | None,
+    fail_under: float,
+    progress: Progress,
+) -> Report:
+    """Read every tensor of a compressed-tensors checkpoint, and compare it with its source.
+
+    Args:
+        path: the file, the directory, or the index in it.
+        source: what it was made from; None checks what can be told without.
+        serializer: reads it; None stands for safetensors.
+        chunk_elements: how many elements are compared at a time, about; see `fewbits.checkpoint.chunks.chunks`.
+        fail_under: SQNR in dB below which a tensor fails.
+        progress: told about every tensor, before and after it.
+
+    Raises:
+        FormatError: if its index or config has something that it cannot have. A tensor that cannot be read is a
+            failure in the report.
+        ArgumentError: if `fail_under` is no number of decibels.
+    """
+    check_fail_under(fail_under)
+    originals = None
+    if source is not None:
+        originals = {info.name: Entry(info.shape, info.dtype) for info in source.infos}
+    checkpoint = CompressedTensors(path, serializer, originals)
+    comparison = _Comparison(checkpoint, source, chunk_elements, fail_under)
+    tensors = [comparison.report(row) for row in followed("validate", checkpoint.ledger.stored, progress)]
+    tensors += [
+        TensorReport(name, fate, "", None, None, (problem,)) for name, (fate, problem) in checkpoint.problems.items()
+    ]
+    failures = [*_unexplained(checkpoint), *([] if source is None else _missing(checkpoint, source))]
+    compared = () if source is None else ("SQNR", "constant rows", "kept tensors")
+    return Report(
+        tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name)),
+        checks=("structure", "scales", *compared),
+        bytes_before=checkpoint.ledger.bytes_before if source is None else _bytes_of(source),
+        bytes_after=checkpoint.nbytes,
+        unchecked=tuple(_unchecked(checkpoint, source)),
+        general=tuple(failures),
+        about=checkpoint.about,
+    )
+
+
+@attrs.frozen
+class _Comparison:
+    checkpoint: CompressedTensors
+    source: Source | None
+    chunk_elements: int | None
+    fail_under: float
+
+    def report(self, row: LedgerRow) -> TensorReport:
+        try:
+            if row.spec is None:
+                return self._kept(row)
+            found = examine_tensor(row, self._pairs, None, self.fail_under, bounded=False)
+        except FormatError as error:
+            return TensorReport(row.name, row.fate, row.scheme, None, None, (str(error),))
+        return attrs.evolve(found, scheme=self.checkpoint.weights[row.name].scheme)
+
+    def _pairs(self, row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
+        for chunk in chunks(row, self.chunk_elements):
+            source = self.source.read_chunk(row.name, chunk) if with_source and self.source is not None else None
+            value = self.checkpoint.chunk(chunk)
+            yield value, None if source is None else self.checkpoint.in_order(row, source)
+
+    def _kept(self, row: LedgerRow) -> TensorReport:
+        failures, notes = set[str](), set[str]()
+        for value, source in self._pairs(row, True):
+            if source is None or not isinstance(value, Tensor):
+                continue
+            cast, narrow = source.to(value.dtype), dtype_name(value.dtype)
+            if not same_bits(cast, value):
+                failures.add("not quantized, but not equal to the source")
+            if source.dtype != value.dtype:
+                notes.add(f"{dtype_name(source.dtype)} in the source, compared after a cast to {narrow}")
+                if not torch.equal(torch.isfinite(cast), torch.isfinite(source)):
+                    failures.add(f"some of its numbers are beyond {narrow}")
+        return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(sorted(failures)), tuple(notes))
+
+
+def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:
+    """What is wrong with tensors that are neither weights nor kept."""
+    for name in checkpoint.unknown:
+        yield f"{name} is in the result; it is no part of a weight there, and not in the source"
+    for name in checkpoint.of_activations:
+        values = checkpoint.read(name)
+        if values.dtype in FLOAT_DTYPES and not bool((torch.isfinite(values) & (values != 0)).all()):
+            yield f"{name} is zero, NaN or Inf"
+
+
+def _missing(checkpoint: CompressedTensors, source: Source) -> Iterator[str]:
+    """Tensors of the source that the result lacks, under any of the names of their storage."""
+    there = {row.name for row in checkpoint.ledger} | checkpoint.problems.keys()
+    storages = {info.storage for info in source.infos if info.name in there}
+    for info in source.infos:
+        if info.name not in there and info.storage not in storages and info.persistent:
+            yield f"{info.name} is in the source, not in the result"
+
+
+def _unchecked(checkpoint: CompressedTensors, source: Source | None) -> Iterator[str]:
+    yield "digests: a checkpoint of compressed-tensors has none"
+    if source is None:
+        yield "errors and kept tensors: no source to compare with"
+    if checkpoint.problems:
+        yield f"{len(checkpoint.problems)} tensors that cannot be read or compared, each a failure"
+    if checkpoint.of_activations:
+        yield f"{len(checkpoint.of_activations)} scales and zero points of activations: the source has none"
+
+
+def _bytes_of(source: Source) -> int:
+    return sum({info.storage: info.nbytes for info in source.infos}.values())

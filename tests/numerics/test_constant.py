@@ -1,0 +1,71 @@
+"""Codes that stay the same: which rows count as lost, and that a block after the other gives what the whole gives."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewbits import QuantizedTensor, QuantSpec, measure
+from fewbits.numerics.constant import SameRows
+from fewbits.numerics.layout import Layout
+
+CODES = st.lists(st.lists(st.integers(-2, 1), min_size=3, max_size=3), max_size=5)
+
+
+def same(rows):
+    found = SameRows()
+    if rows:
+        found.add(torch.tensor(rows, dtype=torch.int16))
+    return found
+
+
+@given(st.lists(CODES, max_size=4))
+def test_rows_are_the_same_exactly_if_there_are_several_and_all_equal(parts):
+    rows = [row for part in parts for row in part]
+    joined = SameRows()
+    for part in parts:
+        joined.join(same(part))
+    assert bool(joined) is bool(same(rows)) is (len(rows) > 1 and all(row == rows[0] for row in rows))
+
+
+def stored(codes, scale, **fields):
+    spec = QuantSpec(8, **({"granularity": "channel"} | fields))
+    codes = torch.tensor(codes)
+    return QuantizedTensor.from_codes(
+        codes, torch.tensor(scale), None, spec=spec, layout=Layout.of(codes.shape), dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "free"])
+@pytest.mark.parametrize("columns", [2, 15, 16, 17, 100])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_row_with_one_code_is_lost_only_without_another_one(rounding, columns, place):
+    x = torch.linspace(-10, 20, 3 * columns).reshape(3, columns)
+    codes = x.round().int()
+    codes[1] = 5
+    assert measure(x, stored(codes.tolist(), [[1.0]] * 3, rounding=rounding)).constant_rows == 1
+    codes[1, place] = 6
+    assert measure(x, stored(codes.tolist(), [[1.0]] * 3, rounding=rounding)).constant_rows == 0
+
+
+def test_a_row_that_one_code_serves_well_is_not_lost():
+    x = torch.tensor([[10.0, 10.8, 11.6], [1.0, 2.0, 3.0]])
+    found = measure(x, stored([[10, 10, 10], [1, 2, 3]], [[1.0], [1.0]]))
+    assert found.broken_at == (0, 1)
+    assert found.constant_rows == 0
+
+
+def test_rows_within_half_a_step_are_not_lost():
+    x = torch.tensor([[100.0, -100.0], [0.3, -0.4]])
+    found = measure(x, stored([[100, -100], [0, 0]], [1.0], granularity="tensor"))
+    assert (found.broken_at, found.constant_rows, found.same_rows) == (None, 0, False)
+
+
+@pytest.mark.parametrize("magnitude", [1e-300, 1e300])
+def test_rows_of_any_magnitude_are_told_apart(magnitude):
+    x = torch.tensor([[1.0, -2.0], [3.0, 4.0]], dtype=torch.float64) * magnitude
+    spec, layout = QuantSpec(8, "channel"), Layout.of((2, 2))
+    scale = torch.full((2, 1), magnitude, dtype=torch.float64)
+    codes = torch.tensor([[1, -2], [-5, -5]])
+    lost = QuantizedTensor.from_codes(codes, scale, None, spec=spec, layout=layout, dtype=torch.float64)
+    assert measure(x, lost).constant_rows == 1
