@@ -86,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheme, threads = arguments.scheme, arguments.threads
     with tempfile.TemporaryDirectory(dir=arguments.out) as work:
         large, small = Path(work).absolute() / "large", Path(work).absolute() / "small"
-        shape = synthetic.shape_of(arguments.size)
+        shape = synthetic.shape_of(arguments.size, shards=arguments.shards)
         synthetic.write(large, shape, shards=arguments.shards, sparse=True)
-        synthetic.write(small, synthetic.shape_of(SMALL), shards=SMALL_SHARDS, seed=arguments.seed)
+        synthetic.write(small, synthetic.shape_of(SMALL, shards=SMALL_SHARDS), shards=SMALL_SHARDS, seed=arguments.seed)
         taken = dry_run(large, scheme, threads)[0]
         lines = checks(taken, dry_run(small, scheme, threads)[0], large)
         lines.append(predicted(small, scheme, threads, Path(work).absolute()))

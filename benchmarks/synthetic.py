@@ -33,7 +33,7 @@ BLOCK = 1 << 22
 ITEM = torch.bfloat16.itemsize
 #: Layers that there are at least.
 LAYERS = 4
-#: The largest tensor, unless another size is asked for, and the most of all bytes that it takes then.
+#: The largest tensor, unless another size is asked for, and the part of all bytes that is its most then.
 LARGEST, SHARE = 1_500_000_000, 4
 
 
@@ -103,13 +103,18 @@ def nbytes(shape: tuple[int, ...]) -> int:
     return math.prod(shape) * ITEM
 
 
-def shape_of(size: int, largest: int | None = None) -> Shape:
+def shape_of(size: int, largest: int | None = None, *, shards: int = 1) -> Shape:
     """The widest model with some layers and a largest tensor of these sizes in bytes, to a row more or less.
+
+    Args:
+        size: of all tensors.
+        largest: of the largest; None stands for what is usual, and goes into one of so many files.
+        shards: files that it will be cut into.
 
     Raises:
         ValueError: if that leaves no room for layers.
     """
-    largest = min(LARGEST, size // SHARE) if largest is None else largest
+    largest = min(LARGEST, size // max(SHARE, shards)) if largest is None else largest
     hidden = _widest(size - largest, largest)
     head, each = -(-largest // (hidden * ITEM)), layer_size(hidden)
     left = size - head * hidden * ITEM
@@ -210,7 +215,7 @@ def add_shape(made: argparse.ArgumentParser, size: str, shards: int) -> None:
     """The options that say what is made."""
     made.add_argument("--size", type=disk.size, default=disk.size(size), help=f"of all tensors; {size}")
     made.add_argument("--shards", type=cli.positive, default=shards, metavar="N", help=f"files; {shards}")
-    made.add_argument("--largest", type=disk.size, metavar="SIZE", help="of the largest tensor; 1.5GB, or a quarter")
+    made.add_argument("--largest", type=disk.size, metavar="SIZE", help="of the largest tensor; 1.5GB, or less")
     made.add_argument("--seed", type=int, default=0, help="of the values")
 
 
@@ -224,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = made.parse_args(argv)
     size, shards = arguments.size, arguments.shards
     try:
-        shape = equal_shape(size, shards) if arguments.equal else shape_of(size, arguments.largest)
+        shape = equal_shape(size, shards) if arguments.equal else shape_of(size, arguments.largest, shards=shards)
         cut(shape, shards)
     except ValueError as error:
         made.error(str(error))

@@ -61,6 +61,7 @@ def test_files_are_of_about_one_size_or_of_exactly_one(size, shards):
     assert len({sum(map(synthetic.nbytes, part.values())) for part in equal}) == 1
     shape = synthetic.shape_of(size, size // 64)
     parts = synthetic.cut(shape, shards)
+    assert all(synthetic.cut(synthetic.shape_of(size, shards=shards), shards))
     largest = max(synthetic.nbytes(each) for _, each in shape.tensors())
     for part in parts:
         assert abs(sum(map(synthetic.nbytes, part.values())) - size / shards) <= largest + shape.hidden * synthetic.ITEM
@@ -103,7 +104,7 @@ def test_synthetic_writes_what_the_command_line_asks_for(tmp_path, capsys):
     for bad in (
         asked,
         [str(tmp_path / "new"), "--size", "1kB"],
-        [str(tmp_path / "new"), "--size", "2MB", "--shards", "99"],
+        [str(tmp_path / "new"), "--size", "2MB", "--largest", "1MB", "--shards", "99"],
     ):
         with pytest.raises(SystemExit) as refused:
             synthetic.main(bad)
@@ -290,9 +291,9 @@ def test_a_conversion_that_is_killed_is_gone_on_with(tmp_path, capsys):
     source, out = tmp_path / "source", tmp_path / "out"
     synthetic.write(source, synthetic.shape_of(100 * MB), shards=2)
     out.mkdir()
-    asked = [str(source), "--out", str(out), "--moments", "6", "--max-shard-size", "10MB", "--threads", "2", "--check"]
+    asked = [str(source), "--out", str(out), "--moments", "4", "--max-shard-size", "10MB", "--threads", "2", "--check"]
     assert killing.main(asked) == 0, capsys.readouterr().out
-    assert re.search(r"held: 6 runs of [\d.]+ s killed and gone on with", capsys.readouterr().out)
+    assert re.search(r"held: 4 runs of [\d.]+ s killed and gone on with", capsys.readouterr().out)
     assert list(out.iterdir()) == []
 
 
