@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
@@ -186,3 +187,14 @@ def test_a_safetensors_file_whose_header_has_the_length_of_a_pickle_is_none(tmp_
     (tmp_path / "in").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4096))
     assert (tmp_path / "in").read_bytes().startswith(b"\x80\x02")
     assert quantize_small(tmp_path / "in", "int8", output=tmp_path / "out").ledger.count("quantized") == 1
+
+
+def test_a_safetensors_file_whose_last_tensor_is_an_archive_is_none(tmp_path):
+    """An archive is known by its end, and the end of a safetensors file is whatever its last tensor holds."""
+    torch.save({"a": torch.ones(3, 3)}, tmp_path / "inner.bin")
+    inner = torch.frombuffer(bytearray((tmp_path / "inner.bin").read_bytes()), dtype=torch.uint8)
+    save_file({"m.weight": torch.randn(32, 32), "z": inner}, tmp_path / "in")
+    assert zipfile.is_zipfile(tmp_path / "in")
+    assert not is_torch_file(tmp_path / "in")
+    quantize_small(tmp_path / "in", "int8", output=tmp_path / "out")
+    assert torch.equal(fewbits.load(tmp_path / "out")["z"], inner)

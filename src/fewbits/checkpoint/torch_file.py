@@ -30,6 +30,9 @@ SUFFIXES = (".bin", ".pt", ".pth")
 #: How a file begins that `torch.save` wrote before there was the zip format: a pickle of its magic number.
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
+#: How a record of an archive begins, and so the archive.
+_ARCHIVE = b"PK\x03\x04"
+
 #: The bytes of a record's own header in the archive, without the two parts of any length that follow.
 _LOCAL_HEADER = 30
 
@@ -101,7 +104,9 @@ def is_torch_file(path: Path) -> bool:
         if not path.is_file():
             return False
         with open(path, "rb") as file:
-            return file.read(len(_OLD_FORMAT)) == _OLD_FORMAT or zipfile.is_zipfile(file)
+            start = file.read(len(_OLD_FORMAT))
+            # An archive is known by its end; what does not begin as one is not read there: it may be a tensor's bytes.
+            return start == _OLD_FORMAT or (start.startswith(_ARCHIVE) and zipfile.is_zipfile(file))
 
 
 def _records(source: FileBytes) -> Iterator[tuple[int, int]]:

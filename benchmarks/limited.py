@@ -1,0 +1,94 @@
+"""A checkpoint on disk, quantized by a process that the system holds to a limit on memory.
+
+The process runs the command line with ``--max-memory``. It may have no more data (RLIMIT_DATA) than when fewbits was
+imported, and the limit: one allocation too many ends it. What resident memory (VmHWM) rose by is measured as well. With
+``--twin``, a checkpoint small enough for memory is quantized in the same way, and the files compared, byte by byte,
+with those of the same tensors quantized as a state dict. Exits with 1 if ``--check`` finds a promise broken. Linux
+only.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+import fewbits
+from benchmarks import cli, disk
+from benchmarks.measured import Measured, measure
+from benchmarks.report import broken, said
+from fewbits.checkpoint.output import MAX_SHARD_SIZE
+from fewbits.quantizers.schemes import SCHEMES
+
+#: A twin's result is cut into files of this share of the twin, so that there are several to compare.
+TWIN_FILES = 8
+
+
+def quantize(
+    source: Path, output: Path, scheme: str, limit: int, threads: int, shard: int = MAX_SHARD_SIZE
+) -> Measured:
+    """Run the command line under the limit, into files of at most so many bytes."""
+    options = ["--scheme", scheme, "--max-memory", limit, "--threads", threads, "--max-shard-size", shard]
+    return measure("quantize", source, "-o", output, *options, threads=threads, limit=limit)
+
+
+def checked(found: Measured, limit: int) -> list[str]:
+    """What came of it, in words."""
+    if found.code or not found.figures:
+        return [said(f"exit code 0, found {found.code}: {found.complaint}", False)]
+    rise, seconds = found.figures["rise"], found.figures["seconds"]
+    held = rise <= limit
+    return [
+        said(f"at most {limit / disk.MB:.0f} MB, found {rise / disk.MB:.1f}, in {seconds:.1f} s, exit code 0", held)
+    ]
+
+
+def same_as_in_memory(twin: Path, output: Path, scheme: str, shard: int) -> str:
+    """Whether what was made of a checkpoint is what its tensors give as a state dict; a line that says so."""
+    tensors = {name: tensor for path in twin.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    expected = output.with_name("in-memory")
+    fewbits.quantize(tensors, scheme, on_failure="ignore").save(expected, max_shard_size=shard)
+    made, known = disk.digests(output), disk.digests(expected)
+    different = [name for name in known if made.get(name) != known[name]]
+    return said(f"{len(known)} files of the twin as in memory, different: {different or 'none'}", not different)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
+    made = cli.parser(__doc__, rounds=None)
+    made.add_argument("source", type=Path, metavar="DIR", help="the checkpoint, such as of benchmarks.synthetic")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where results are put meanwhile")
+    made.add_argument("--scheme", choices=[*SCHEMES], default="int4", help="int4")
+    made.add_argument("--max-memory", type=disk.size, default=512 * disk.MB, metavar="SIZE", help="512MB")
+    made.add_argument("--twin", type=Path, metavar="DIR", help="a smaller checkpoint, to be compared with memory")
+    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
+    arguments = made.parse_args(argv)
+    limit, threads, scheme = arguments.max_memory, arguments.threads, arguments.scheme
+    twin = None if arguments.twin is None else arguments.twin.absolute()
+    disk.need_room(made, arguments.out, disk.folder_size(arguments.source))
+    report = cli.begin("limited", arguments)
+    logging.getLogger("fewbits").addHandler(logging.NullHandler())  # how good the codes are is no matter here
+    lines = []
+    with tempfile.TemporaryDirectory(dir=arguments.out) as work:
+        output = Path(work) / "out"
+        found = quantize(arguments.source.absolute(), output, scheme, limit, threads)
+        lines += checked(found, limit)
+        report.extra["figures"] = found.figures
+    if twin is not None:
+        disk.need_room(made, arguments.out, 2 * disk.folder_size(twin))
+        with tempfile.TemporaryDirectory(dir=arguments.out) as work:
+            output = Path(work) / "out"
+            shard = disk.folder_size(twin) // TWIN_FILES
+            small = quantize(twin, output, scheme, limit, threads, shard)
+            lines += checked(small, limit) if small.code else [same_as_in_memory(twin, output, scheme, shard)]
+    report.extra["promises"] = lines
+    cli.finish(report, "\n".join(lines), arguments)
+    return int(arguments.check and broken(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

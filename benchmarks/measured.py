@@ -1,0 +1,106 @@
+"""The command line of fewbits in this process, and what it took, above what the process had after ``import fewbits``.
+
+Run by `benchmarks.limited` and `benchmarks.dryrun`, in a process of its own, because a peak cannot be reset.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+import fewbits  # what it takes is not counted: it is here before the first figure is read
+from benchmarks import disk
+from fewbits.cli import main as command_line
+
+
+@attrs.frozen
+class Measured:
+    """What one run of the command line took.
+
+    Attributes:
+        code: the exit code; negative for a signal.
+        output: what it printed.
+        complaint: the last line that it wrote to stderr.
+        wall: seconds of the whole process, imports included.
+        figures: `seconds`, `rise` of resident memory in bytes, `read` and `written` in bytes by calls of the system;
+            empty if the process did not live to tell.
+    """
+
+    code: int
+    output: str
+    complaint: str
+    wall: float
+    figures: dict[str, Any]
+
+
+def measure(*arguments: object, threads: int, limit: int | None = None) -> Measured:
+    """Run the command line in a new process.
+
+    Args:
+        arguments: of ``fewbits``.
+        threads: of torch.
+        limit: bytes of data that the process may have beyond what it has when fewbits is imported; the system refuses
+            it more. None for no limit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        start = time.perf_counter()
+        ran = disk.run(
+            [sys.executable, "-m", "benchmarks.measured", str(file), str(limit or 0), *map(str, arguments)], threads
+        )
+        wall = time.perf_counter() - start
+        figures = json.loads(file.read_text()) if file.exists() else {}
+    return Measured(ran.returncode, ran.stdout, disk.last_line(ran.stderr), wall, figures)
+
+
+def sizes() -> dict[str, int]:
+    """Bytes of memory of this process, by the names of Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
+
+
+def transferred() -> dict[str, int]:
+    """Bytes that this process has read and written so far, from a cache or not."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
+
+
+def run(limit: int, arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """The exit code of the command line, and what it took; in this process."""
+    memory, done, start = sizes(), transferred(), time.perf_counter()
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory["VmData"] + limit,) * 2)
+    sys.argv = ["fewbits", *arguments]
+    try:
+        command_line()
+        code = 0
+    except SystemExit as left:
+        code = int(left.code or 0)
+    seconds, now = time.perf_counter() - start, transferred()
+    return code, {
+        "version": fewbits.__version__,
+        "seconds": seconds,
+        "rise": sizes()["VmHWM"] - memory["VmRSS"],
+        "read": now["rchar"] - done["rchar"],
+        "written": now["wchar"] - done["wchar"],
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure one run, and write the figures as JSON to a file: the output is that of the command line."""
+    file, limit, *arguments = argv
+    code, figures = run(int(limit), arguments)
+    Path(file).write_text(json.dumps(figures))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""A checkpoint quantized by several processes, which torchrun starts, beside one.
+
+The checkpoint is made here: files of equal size, with the same number of layers in each, and as many files in the
+result. With 1, 2 and 4 ranks the files must be those of one process, byte by byte, and the ranks have about as much
+to do as each other. Then a rank is killed with SIGKILL in the middle: torchrun has to end with an exit code that is not
+0, and a message, and one process that goes on with ``--resume`` to give the same files. Exits with 1 if ``--check``
+finds a promise broken. Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fewbits
+from benchmarks import cli, disk, synthetic
+from benchmarks.killing import remove, resumed
+from benchmarks.report import Report, aligned, broken, said
+from benchmarks.unfinished import Job
+
+#: What the rank with most to do may have, in parts of the one with least.
+UNEVEN = 1.5
+#: Where a rank is killed: when so much of the source is done.
+MIDDLE = 0.4
+#: Seconds that no run takes.
+PATIENCE = 3600.0
+#: Between two looks at the journals, in seconds.
+LOOK = 0.01
+
+
+def torchrun(ranks: int, arguments: Sequence[str]) -> list[str]:
+    """The command that runs fewbits on so many ranks."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launch, "-m", "fewbits", *arguments]
+
+
+def even(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Run on so many ranks: what came of it in words, and what each rank has done."""
+    start = time.perf_counter()
+    ran = disk.run(torchrun(ranks, job.arguments(output)), 1, PATIENCE)
+    seconds = time.perf_counter() - start
+    if ran.returncode:
+        return [said(f"{ranks} ranks: exit code 0, found {ran.returncode}: {disk.last_line(ran.stderr)}", False)], []
+    same = disk.digests(output) == expected
+    remove(output)
+    told = json.loads(ran.stdout)["ranks"]
+    sizes = [rank["bytes"] for rank in told]
+    uneven = max(sizes) / max(1, min(sizes))
+    held = len(sizes) == ranks and uneven <= UNEVEN
+    return [
+        said(f"{ranks} ranks: the files of one process, in {seconds:.1f} s", same),
+        said(f"{ranks} ranks: the largest share at most {UNEVEN:g} times the smallest, found {uneven:.2f}", held),
+    ], told
+
+
+def killed(ranks: int, job: Job, output: Path) -> tuple[int, str]:
+    """Kill the last rank in the middle: the exit code of torchrun, and what was said.
+
+    Raises:
+        RuntimeError: if it ended before, or no rank can be found.
+    """
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(
+            torchrun(ranks, job.arguments(output)), env=disk.environment(1), stdout=subprocess.DEVNULL, stderr=told
+        )
+        while job.recorded(output) < MIDDLE * job.total:
+            if process.poll() is not None:
+                told.seek(0)
+                raise RuntimeError(f"it ended with {process.returncode} before a rank was killed: {told.read()[-300:]}")
+            time.sleep(LOOK)
+        victims = sorted(workers(process.pid))
+        if not victims:
+            raise RuntimeError("no rank was found that could be killed")
+        os.kill(victims[-1], signal.SIGKILL)
+        code = process.wait(PATIENCE)
+        told.seek(0)
+        return code, told.read()
+
+
+def workers(parent: int) -> Iterator[int]:
+    """The processes that a process has started and that run fewbits."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            # After the name, which is in brackets and may hold anything: the state, and the parent.
+            started_by = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            arguments = (path / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        if started_by == parent and b"fewbits" in arguments:
+            yield int(path.name)
+
+
+def interrupted(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> list[str]:
+    """Kill a rank, go on with one process: what came of it in words."""
+    try:
+        code, message = killed(ranks, job, output)
+    except RuntimeError as error:
+        return [said(f"a rank of {ranks} killed: {error}", False)]
+    reason = next((line.strip() for line in message.splitlines() if "fewbits: " in line or "SIGKILL" in line), "")
+    told_why = f"a rank of {ranks} killed: exit code not 0, found {code}, and a message, found: {reason}"
+    lines = [said(told_why, code != 0 and bool(reason))]
+    told, failed = resumed(job, output, 1, PATIENCE)
+    same = output.exists() and disk.digests(output) == expected
+    lines.append(said(f"gone on with by one process to the same files, {told or failed}", same))
+    remove(output)
+    return lines
+
+
+def table(told: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """What each rank has done."""
+    lines = [("ranks", "rank", "MB", "files")]
+    for ranks in told:
+        for each in ranks:
+            size = f"{each['bytes'] / disk.MB:.1f}"
+            lines.append((str(len(ranks)), str(each["rank"]), size, str(len(each["files"]))))
+    return aligned(lines)
+
+
+def prepared(work: Path, scheme: str, size: int, shards: int, seed: int) -> Job:
+    """A checkpoint of so many equal files, to be quantized into as many."""
+    source = work / "source"
+    synthetic.write(source, synthetic.equal_shape(size, shards), shards=shards, seed=seed)
+    each = -(-fewbits.plan(source, scheme).ledger.bytes_after // shards)
+    return Job.of(source, scheme, "--threads", 1, "--max-shard-size", each)
+
+
+def measure(report: Report, job: Job, work: Path, counts: Sequence[int]) -> list[str]:
+    """Every number of ranks, then the one that is killed: all promises, in words."""
+    output = work / "out"
+    ran = disk.run(disk.command(*job.arguments(output)), 1)
+    if ran.returncode:
+        return [said(f"one process: exit code 0, found {ran.returncode}: {disk.last_line(ran.stderr)}", False)]
+    expected = disk.digests(output)
+    remove(output)
+    lines: list[str] = []
+    report.extra["ranks"] = []
+    for ranks in counts:
+        found, told = even(ranks, job, output, expected)
+        lines += found
+        report.extra["ranks"].append(told)
+    return lines + interrupted(max(2, *counts), job, output, expected)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
+    made = cli.parser(__doc__, rounds=None)
+    made.add_argument("--size", type=disk.size, default=2 * 10**9, help="of the source; 2GB")
+    made.add_argument("--shards", type=cli.positive, default=16, metavar="N", help="its files; 16")
+    made.add_argument("--ranks", type=cli.listed(cli.positive), default=[1, 2, 4], metavar="N,...", help="1,2,4")
+    made.add_argument("--scheme", default="int4", help="int4")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where everything is put meanwhile")
+    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
+    arguments = made.parse_args(argv)
+    disk.need_room(made, arguments.out, 3 * arguments.size)
+    report = cli.begin("torchrun", arguments)
+    with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
+        work = Path(folder).absolute()
+        job = prepared(work, arguments.scheme, arguments.size, arguments.shards, arguments.seed)
+        lines = measure(report, job, work, arguments.ranks)
+    report.extra["promises"] = lines
+    cli.finish(report, "\n".join([table(report.extra.get("ranks", [])), *lines]), arguments)
+    return int(arguments.check and broken(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
