@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from checkpoints import AnyScheme
+from checkpoints import AnyScheme, write_shards
 from fewbits.quantizers.pool import in_order
 from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small
 
@@ -67,19 +67,6 @@ def checkpoint():
         "scalar": torch.tensor(3.0),
         "ids": torch.arange(3000).reshape(3, 1000),
     }
-
-
-def write_shards(folder, tensors, count):
-    """A checkpoint of several files, as other tools write them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names, weight_map = list(tensors), {}
-    for index in range(count):
-        file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-        shard = {name: tensors[name].contiguous() for name in names[index::count]}
-        safetensors.torch.save_file(shard, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return folder
 
 
 @pytest.fixture(scope="module")
