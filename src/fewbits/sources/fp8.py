@@ -26,7 +26,8 @@ KNOWN_BLOCKS = ((128, 128), (1, 128))
 
 #: The last component of the name of a scale that is no weight's, or what that ends in after an underscore.
 ACTIVATION_SCALES = (
-    "input_scale", "output_scale", "activation_scale", "q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale",
+    "input_scale", "output_scale", "act_scale", "activation_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
+    "prob_scale",
 )  # fmt: skip
 
 #: Reads elements of a tensor by its name, from the first of two positions to the second, in one dimension.
