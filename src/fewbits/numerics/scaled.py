@@ -147,12 +147,8 @@ def dequantize_scaled(
     for start, stop in grid.rectangles(first, first + out.numel()):
         values = decoded(codes(start, stop)).view(-1, min(grid.columns, stop - start))
         scale = grid.expanded(start, stop, scales)
-        if float(scale.min()) == 0 and bool(((scale == 0) & (values != 0)).any()):
-            at = int(((scale == 0) & (values != 0)).flatten().nonzero()[0])
-            raise NumericsError(
-                f"the scale of the element at index {_index(start + at, shape)} is 0, and its code is not: the scales "
-                "have not been written, or are damaged"
-            )
+        if float(scale.min()) == 0:
+            _refuse_lost(values, scale, start, shape)
         products = values * scale
         low, high = map(float, torch.aminmax(products))
         if not -_LARGEST <= low <= high <= _LARGEST:
@@ -180,6 +176,16 @@ def _checked(scales: Elements, start: int, stop: int) -> Tensor:
         kind = NumericsError if math.isfinite(float(found[at])) else NonFiniteError
         raise kind(f"scale {start + at} is {float(found[at])}; scales are finite and not negative")
     return found
+
+
+def _refuse_lost(values: Tensor, scale: Tensor, start: int, shape: Sequence[int]) -> None:
+    """Refuse scales of 0 for codes that are not: a block of zeros may have one."""
+    lost = ((scale == 0) & (values != 0)).flatten().nonzero()
+    if len(lost):
+        raise NumericsError(
+            f"the scale of the element at index {_index(start + int(lost[0]), shape)} is 0, and its code is not: the "
+            "scales have not been written, or are damaged"
+        )
 
 
 def _refuse(values: Tensor, products: Tensor, start: int, shape: Sequence[int]) -> NoReturn:
