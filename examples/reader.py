@@ -34,7 +34,7 @@ def read(path):
     """Every tensor of the source by its name, dequantized."""
     with safe_open(path, framework="pt") as file:
         rows = {row["name"]: row for row in json.loads(file.metadata()["fewbits.ledger"])}
-        holders = {name: rows[row["alias_of"] or name] for name, row in rows.items()}
+        holders = {n: rows[row["alias_of"] or n] for n, row in rows.items() if row["fate"] != "merged"}
         stored = file.get_tensor
         return {n: decode(r, stored) if r["fate"] == "quantized" else stored(r["name"]) for n, r in holders.items()}
 

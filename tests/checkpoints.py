@@ -137,6 +137,21 @@ def state(seed: int = 0) -> dict[str, Tensor]:
     return tensors | {"head.weight": tensors["embeddings.weight"]}
 
 
+def write_shards(folder: Path, tensors: dict[str, Tensor], count: int) -> Path:
+    """A checkpoint of several files, as other tools write them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for index in range(count):
+        file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        shard = {name: tensors[name].contiguous() for name in names[index::count]}
+        safetensors.torch.save_file(shard, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
 def save(path: Path, source: object, scheme: object = "int8", **options: Any) -> fewbits.Result:
     """Quantize something that is not a file, and write it. For schemes given by name no tensor is too small."""
     rules = {"min_elements": 1} if isinstance(scheme, str) and "selector" not in options else {}

@@ -18,13 +18,12 @@ W = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
 @pytest.mark.parametrize(
     "beside",
     [
-        {"l.weight": W.to(torch.float8_e4m3fn), "l.weight_scale_inv": torch.rand(2, 2)},
         {"l.weight": W.to(torch.int8), "l.weight_scale": torch.rand(64, 1)},
         {"l.weight": W.to(torch.int8), "l.SCB": torch.rand(64)},
         {"l.qweight": W.to(torch.int32), "l.scales": torch.rand(2, 32)},
         {"l.weight_packed": W.to(torch.int32), "l.weight_scale": torch.rand(64, 2)},
     ],
-    ids=["fp8 blocks", "int8", "bitsandbytes", "gptq", "packed"],
+    ids=["int8", "bitsandbytes", "gptq", "packed"],
 )
 def test_scales_of_another_tool_are_never_taken_for_weights(beside, tmp_path):
     state = {"o.weight": W} | beside

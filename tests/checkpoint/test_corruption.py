@@ -235,7 +235,8 @@ def test_a_key_of_the_wrong_type_is_refused(scratch, genuine, key):
 
 
 WRONG = [None, -1, 1.5, "x", [], [1], ["x"], {}, {"a": 1}, 10**30, [10**30], [None], [[1]]]
-RIGHT = {"reason": ["x"], "alias_of": [None], "scale_dtype": [None], "levels": [None], "activations": [None]}
+NULLABLE = ("alias_of", "dequantized_from", "merged_into", "scale_dtype", "levels", "activations")
+RIGHT = {"reason": ["x"]} | {field: [None] for field in NULLABLE}
 QUANTIZED, KEPT, ALIAS = "layers.0.weight", "layers.0.bias", "head.weight"
 
 
@@ -254,7 +255,7 @@ def wrong_values_not_refused(scratch, genuine, field, right, find):
     "field",
     [
         "name", "shape", "dtype", "fate", "reason", "bytes_before", "bytes_after", "spec", "layout", "alias_of",
-        "persistent",
+        "persistent", "dequantized_from", "merged_into",
     ],
 )  # fmt: skip
 def test_a_ledger_field_of_the_wrong_type_is_refused(scratch, genuine, row, field):

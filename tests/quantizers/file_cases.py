@@ -1,9 +1,7 @@
 """Checkpoints on disk that are quantized to disk, by every kind of scheme."""
 
-import json
 from functools import partial
 
-import safetensors.torch
 import torch
 
 import fewbits
@@ -60,16 +58,3 @@ def checkpoint():
         "scalar": torch.tensor(3.0),
         "ids": torch.arange(3000).reshape(3, 1000),
     }
-
-
-def write_shards(folder, tensors, count):
-    """A checkpoint of several files, as other tools write them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names, weight_map = list(tensors), {}
-    for index in range(count):
-        file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-        shard = {name: tensors[name].contiguous() for name in names[index::count]}
-        safetensors.torch.save_file(shard, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return folder

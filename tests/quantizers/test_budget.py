@@ -13,6 +13,7 @@ import torch
 import fewbits
 from fewbits import ArgumentError
 from fewbits.quantizers.budget import Budget, Demand, settle
+from fp8 import codes, scales
 from lifecycle_helpers import quantize_small
 
 MB = 10**6
@@ -131,6 +132,21 @@ def test_a_process_stays_within_the_limit(tmp_path, scheme, limit, threads):
     generator = torch.Generator().manual_seed(0)
     tensors = {"large.weight": torch.randn(24_000, 4096, generator=generator).bfloat16()}
     tensors |= {f"layers.{i}.weight": torch.randn(512, 512, generator=generator) for i in range(64)}
+    hold_to_limit(tmp_path, tensors, scheme, limit, threads)
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize(("limit", "threads"), [(160 * MB, 1), (512 * MB, 4)])
+@pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "fp16"])
+def test_a_process_that_dequantizes_stays_within_the_limit(tmp_path, scheme, limit, threads):
+    """Blocks, and the worst there is: rows of two elements, each with a scale."""
+    tensors = {"large.weight": codes((24_000, 4096)), "large.weight_scale_inv": scales((188, 32))}
+    tensors |= {"rows.weight": codes((10_000_000, 2)), "rows.weight_scale": scales((10_000_000, 1))}
+    hold_to_limit(tmp_path, tensors, scheme, limit, threads)
+
+
+def hold_to_limit(tmp_path, tensors, scheme, limit, threads):
     safetensors.torch.save_file(tensors, tmp_path / "in")
     arguments = [str(tmp_path / "in"), str(tmp_path / "out"), scheme, str(limit), str(threads)]
     done = subprocess.run([sys.executable, "-c", HELD, *arguments], capture_output=True, text=True, timeout=600)

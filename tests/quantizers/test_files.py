@@ -9,11 +9,12 @@ from functools import partial
 import pytest
 import safetensors.torch
 import torch
-from file_cases import INDEX, SCHEMES, checkpoint, write_shards
+from file_cases import INDEX, SCHEMES, checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
+from checkpoints import write_shards
 from fewbits.quantizers.pool import in_order
 from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small, visible
 

@@ -9,11 +9,12 @@ import random
 import pytest
 import safetensors.torch
 import torch
-from file_cases import INDEX, SCHEMES, checkpoint, write_shards
+from file_cases import INDEX, SCHEMES, checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
+from checkpoints import write_shards
 from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, read_header, small, visible
 
 

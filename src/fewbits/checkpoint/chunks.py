@@ -55,7 +55,7 @@ class Chunk:
     @property
     def nbytes(self) -> int:
         """Its bytes in the source."""
-        return (self.stop - self.start) * self.row.dtype.itemsize
+        return (self.stop - self.start) * self.row.source_dtype.itemsize
 
     @property
     def rows(self) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def _let_go(model: nn.Module, values: Sequence[Value]) -> None:
 
 def _places(checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str]) -> dict[str, list[Slot]]:
     """Where each stored row goes: the slots of its own name, of its aliases, and of what the model ties to them."""
-    rows = {row.name: row for row in checkpoint.ledger}
+    rows = {row.name: row for row in checkpoint.ledger.present}
     by_name = {slot.name: slot for slot in slots(model)}
     places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.ledger.stored}
     home = {id(by_name[name].tensor): row.holder for name, row in rows.items() if name in by_name}

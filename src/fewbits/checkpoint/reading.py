@@ -73,8 +73,14 @@ class Checkpoint:
         return {shard.file: shard.reader.metadata[HEADER_DIGEST_KEY] for shard in self._shards}
 
     def value(self, name: str) -> Value:
-        """The stored form of one tensor of the source, by its name there; it aliases the mapped file."""
+        """The stored form of one tensor of the source, by its name there; it aliases the mapped file.
+
+        Raises:
+            ArgumentError: if the source had none of that name, or it is merged into another.
+        """
         row = self.ledger[self.ledger[name].holder]
+        if row.merged_into is not None:
+            raise ArgumentError(f"{name} is not in {self.path}: it is merged into {row.merged_into}")
         if isinstance(row.spec, QuantSpec) and row.layout is not None:
             names = part_shapes(row.layout, row.spec, row.dtype)
             parts = {part: self._read(part_name(row.name, part)) for part in names}
@@ -128,9 +134,9 @@ class Checkpoint:
             refuse_damaged(self.damaged(), self.path)
 
     def values(self) -> dict[str, Value]:
-        """The stored form of every tensor of the source; tied names share one object."""
+        """The stored form of every tensor of the source but those merged into others; tied names share one object."""
         stored = {row.name: self.value(row.name) for row in self.ledger.stored}
-        return {row.name: stored[row.holder] for row in self.ledger}
+        return {row.name: stored[row.holder] for row in self.ledger.present}
 
 
 @attrs.frozen

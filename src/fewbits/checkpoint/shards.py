@@ -30,7 +30,8 @@ class Shard:
 
     Attributes:
         file: its name.
-        ledger: what is in it: rows of the whole ledger in their order, aliases with the row that holds their tensor.
+        ledger: what is in it: rows of the whole ledger in their order, aliases with the row that holds their tensor,
+            what is merged with that which it is merged into.
     """
 
     file: str
@@ -51,7 +52,8 @@ def plan_shards(ledger: Ledger, max_shard_size: int, suffix: str) -> tuple[Shard
         size += row.bytes_after
     rows: list[list[LedgerRow]] = [[] for _ in range(count)]
     for row in ledger:
-        rows[number[row.holder]].append(row)
+        at = row if row.merged_into is None else ledger[row.merged_into]
+        rows[number[at.holder]].append(row)
     return tuple(Shard(_file(index, count, suffix), Ledger(rows[index])) for index in range(count))
 
 

@@ -168,7 +168,7 @@ class Quantizer(ABC):
 
     @property
     def left_behind(self) -> tuple[str, ...]:
-        """Files of a source directory that look like weights and are not part of the result; known as the ledger is."""
+        """Files of a source directory that go neither into the result nor with it; known as the ledger is."""
         return () if self._job is None else tuple(self._job.left_behind)
 
     @property

@@ -29,6 +29,8 @@ _PER_TENSOR = 20 << 10
 _PER_ELEMENT = 4 * 24
 #: Bytes for each element of the block that is compared with its source, in float64.
 _PER_COMPARED = 14 * 8
+#: Bytes for each element of the block of an FP8 weight that is dequantized: codes, indices, numbers, scales, products.
+_PER_DEQUANTIZED = 32
 #: Copies in float32 of a weight that has to be seen as a whole.
 _WHOLE_COPIES = 4
 
@@ -75,11 +77,13 @@ class Demand:
         width = row.dtype.itemsize + row.bytes_after / total
         # Those that are worked on or wait for their turn to be written, and the one that is.
         waiting = 1 if budget.threads == 1 else budget.threads + 2
+        reading = _PER_DEQUANTIZED * min(total, BLOCK_ELEMENTS) * (row.dequantized_from is not None)
         if self.sees_whole(row):
-            return int(total * (waiting * width + budget.threads * _WHOLE_COPIES * 4))
+            return int(total * (waiting * width + budget.threads * _WHOLE_COPIES * 4) + budget.threads * reading)
         block = min(total, max(BLOCK_ELEMENTS, row.layout.columns if row.layout is not None else 1))
         working = (_PER_ELEMENT + _PER_COMPARED * self.measuring) * block if row.spec is not None else 0
-        return int(waiting * chunks.chunk_elements(row, budget.chunk_elements) * width + budget.threads * working)
+        pieces = waiting * chunks.chunk_elements(row, budget.chunk_elements) * width
+        return int(pieces + budget.threads * (reading + working))
 
     def largest(self, budget: Budget) -> LedgerRow:
         """The tensor that needs most."""

@@ -75,7 +75,7 @@ class FileJob(Job):
                 self.shares = ranks.gather(run.share)
                 self._finished = ranks.lead(run.finish)
             else:
-                self._accept(output, serializer)
+                self._accept(run, output, serializer)
         finally:
             run.release()
         self._output, self._ranks = output.path, ranks
@@ -106,7 +106,7 @@ class FileJob(Job):
             progress=progress,
         )
 
-    def _accept(self, output: Output, serializer: Serializer) -> None:
+    def _accept(self, run: FileRun, output: Output, serializer: Serializer) -> None:
         """Go on with a result that is complete: all of it is compared with the source.
 
         Raises:
@@ -126,8 +126,8 @@ class FileJob(Job):
                 f"{output.path} is there already, and is not what this would make of {self.source.path}: {found[0]}. "
                 "Give another path, or replace it (--force, Output(replace=True))"
             )
-        files = tuple(shard.file for shard in self.shards(output, serializer))
-        self.shares = [Share(files, 0, self.ledger.bytes_before)]
+        sizes = run.sizes
+        self.shares = [Share(tuple(sizes), 0, sum(sizes.values()))]
 
     def shards(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
         """The files that the result has there, planned from the ledger alone."""

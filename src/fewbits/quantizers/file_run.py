@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -70,10 +71,12 @@ class FileRun:
         self._paranoid, self._shared, self._progress = paranoid, shared, progress
         self.share = Share()
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
-        """Bytes of the source in each file of the result."""
-        return {file: shard.ledger.bytes_before for file, shard in self._shards.items()}
+        """Bytes of the source that are converted for each file of the result: scales that are merged do not count."""
+        return {
+            file: sum(Chunk.whole(row).nbytes for row in shard.ledger.stored) for file, shard in self._shards.items()
+        }
 
     def begin(self) -> bool:
         """Make the place, or take over what is there; see `Workplace.begin`."""
@@ -135,8 +138,8 @@ class FileRun:
         with self._workplace.journal(shard.file) as journal:
             if journal.seal is not None and self._is_sound(shard, journal.seal):
                 self._check_source(shard, journal.notes)
-                self._count(shard, 0, shard.ledger.bytes_before)
-                told.skip(shard.ledger.bytes_before)
+                self._count(shard, 0, self.sizes[shard.file])
+                told.skip(self.sizes[shard.file])
                 return
             path = self._workplace.files / shard.file
             extra = self._streaming.source.extra
@@ -239,7 +242,7 @@ def _join(tallies: dict[str, Tally], name: str, tally: Tally) -> None:
 
 
 def _nbytes(shard: Shard, note: Note) -> int:
-    return (note.stop - note.start) * shard.ledger[note.tensor].dtype.itemsize
+    return Chunk(shard.ledger[note.tensor], note.start, note.stop).nbytes
 
 
 def _measurement(fields: Mapping[str, Any]) -> Measurement:

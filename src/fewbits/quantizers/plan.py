@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import attrs
 
 from fewbits.checkpoint.metadata import row_entries, stored_entries
 from fewbits.errors import ArgumentError, SelectionError, SourceError
+from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, Spec
 from fewbits.selection.info import TensorInfo
@@ -32,8 +33,10 @@ def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Cho
         raise SourceError("two tensors of the source have the same name")
     groups: dict[Hashable, list[tuple[TensorInfo, Decision]]] = {}
     for info, decision in zip(infos, decisions, strict=True):
-        groups.setdefault(info.storage, []).append((info, decision))
+        if info.merged_into is None:
+            groups.setdefault(info.storage, []).append((info, decision))
     rows = {row.name: row for group in groups.values() for row in _group_rows(group, choose)}
+    rows |= {row.name: row for row in _merged_rows(infos)}
     ledger = Ledger(rows[info.name] for info in infos)
     if not any(row.spec is not None for row in ledger):
         raise SelectionError(f"nothing is left to quantize:\n{ledger.summary()}")
@@ -91,6 +94,8 @@ def _as_declared(info: TensorInfo, decision: Decision) -> TensorInfo:
 
 
 def _row(info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None) -> LedgerRow:
+    if info.dequantized_from is not None:
+        reason = f"{reason}; dequantized from {dtype_name(info.dequantized_from)}"
     row = LedgerRow(
         name=info.name,
         shape=info.shape,
@@ -102,6 +107,8 @@ def _row(info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None) ->
         spec=spec,
         layout=info.layout if fate == "quantized" else None,
         persistent=info.persistent,
+        dequantized_from=info.dequantized_from,
+        merged_into=info.merged_into,
     )
     return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in row_entries(row).values()))
 
@@ -117,4 +124,15 @@ def _alias(info: TensorInfo, of: str) -> LedgerRow:
         bytes_after=0,
         alias_of=of,
         persistent=info.persistent,
+        dequantized_from=info.dequantized_from,
     )
+
+
+def _merged_rows(infos: Sequence[TensorInfo]) -> Iterator[LedgerRow]:
+    """The rows of scales that are read together with their weights; a storage that several share is counted once."""
+    counted: set[Hashable] = set()
+    for info in infos:
+        if info.merged_into is not None:
+            row = _row(info, "merged", f"scale of {info.merged_into}, which is dequantized with it")
+            yield attrs.evolve(row, bytes_before=0) if info.storage in counted else row
+            counted.add(info.storage)

@@ -41,6 +41,9 @@ class TensorInfo:
         persistent: whether the source's state dict has it.
         rounds_inputs: whether its layer could round its inputs to int8; without classes, nobody knows before it is
             loaded into a layer.
+        dequantized_from: the dtype of its codes, if the source holds codes with scales that are dequantized on reading;
+            `dtype` is what to. None otherwise.
+        merged_into: the name of the tensor whose scale it is, if that is dequantized on reading; None otherwise.
     """
 
     name: str
@@ -56,6 +59,8 @@ class TensorInfo:
     min_elements: int = 0
     persistent: bool = True
     rounds_inputs: bool = True
+    dequantized_from: torch.dtype | None = None
+    merged_into: str | None = None
 
     @property
     def module(self) -> str:
@@ -69,8 +74,8 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.elements * self.dtype.itemsize
+        """Its size in bytes, in the source."""
+        return self.elements * (self.dequantized_from or self.dtype).itemsize
 
     @property
     def is_embedding_by_name(self) -> bool:

@@ -17,15 +17,19 @@ from fewbits.numerics.dtypes import dtype_from_name, dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec, spec_from_dict
 
-Fate = Literal["quantized", "cast", "kept", "alias"]
+Fate = Literal["quantized", "cast", "kept", "alias", "merged"]
 
-#: fate -> (type of the spec, whether there is a layout, whether it is an alias).
+#: fate -> (type of the spec, whether there is a layout, whether it is an alias, whether it is merged into another).
 _KINDS = {
-    "quantized": (QuantSpec, True, False),
-    "cast": (CastSpec, False, False),
-    "kept": (type(None), False, False),
-    "alias": (type(None), False, True),
+    "quantized": (QuantSpec, True, False, False),
+    "cast": (CastSpec, False, False, False),
+    "kept": (type(None), False, False, False),
+    "alias": (type(None), False, True, False),
+    "merged": (type(None), False, False, True),
 }
+
+#: What stands for the reasons of these fates in a summary, where they would name every tensor.
+_IN_SUMMARY = {"alias": "shares storage", "merged": "scales of weights, dequantized with them"}
 
 _is = attrs.validators.instance_of
 
@@ -42,15 +46,18 @@ class LedgerRow:
     Attributes:
         name: full dotted name.
         shape: its shape.
-        dtype: its dtype before.
-        fate: ``"quantized"``, ``"cast"``, ``"kept"``, or ``"alias"`` of another.
+        dtype: its dtype before; where the source's codes are dequantized on reading, what to.
+        fate: ``"quantized"``, ``"cast"``, ``"kept"``, ``"alias"`` of another, or, of a scale in the source,
+            ``"merged"`` into its weight, which is dequantized.
         reason: why.
-        bytes_before: bytes in the source; 0 for an alias, which shares them.
+        bytes_before: bytes in the source; 0 for what shares them with another.
         bytes_after: bytes in the result, as predicted from shapes and spec.
         spec: how its codes look; None unless quantized or cast.
         layout: how it is cut; None unless quantized.
         alias_of: the name whose storage it shares; None unless an alias.
         persistent: whether the source's state dict has it.
+        dequantized_from: the dtype of the source's codes, if they are dequantized on reading; None otherwise.
+        merged_into: the name of the weight that it is the scale of; None unless merged.
     """
 
     name: str = attrs.field(validator=_is(str))
@@ -64,23 +71,31 @@ class LedgerRow:
     layout: Layout | None = attrs.field(default=None, validator=_is((Layout, type(None))))
     alias_of: str | None = attrs.field(default=None, validator=_is((str, type(None))))
     persistent: bool = attrs.field(default=True, validator=_is(bool))
+    dequantized_from: torch.dtype | None = attrs.field(default=None, validator=_is((torch.dtype, type(None))))
+    merged_into: str | None = attrs.field(default=None, validator=_is((str, type(None))))
 
     def __attrs_post_init__(self) -> None:
         """Refuse a row whose fields contradict one another.
 
         Raises:
-            ArgumentError: if spec, layout or alias do not go with the fate, or the layout is for another shape.
+            ArgumentError: if spec, layout, alias or weight do not go with the fate, or the layout is for another shape.
         """
-        kinds = (type(self.spec), self.layout is not None, self.alias_of is not None)
+        kinds = (type(self.spec), self.layout is not None, self.alias_of is not None, self.merged_into is not None)
         if kinds != _KINDS[self.fate] or (self.layout is not None and self.layout.shape != self.shape):
             raise ArgumentError(
-                f"{self.name}: spec, layout and alias_of do not go with a tensor of {self.shape} that is {self.fate}"
+                f"{self.name}: spec, layout, alias_of and merged_into do not go with a tensor of {self.shape} that is "
+                f"{self.fate}"
             )
 
     @property
     def holder(self) -> str:
         """The name under which the tensor is stored: its own, or that of which it is an alias."""
         return self.alias_of or self.name
+
+    @property
+    def source_dtype(self) -> torch.dtype:
+        """The dtype that the source holds it in."""
+        return self.dequantized_from or self.dtype
 
     @property
     def scheme(self) -> str:
@@ -102,12 +117,16 @@ class LedgerRow:
             "layout": None if self.layout is None else self.layout.to_dict(),
             "alias_of": self.alias_of,
             "persistent": self.persistent,
+            "dequantized_from": None if self.dequantized_from is None else dtype_name(self.dequantized_from),
+            "merged_into": self.merged_into,
         }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LedgerRow:
         """Read back what `to_dict` wrote."""
         fields = {name: value for name, value in fields.items() if name != "scheme"}
+        if fields.get("dequantized_from") is not None:
+            fields["dequantized_from"] = dtype_from_name(fields["dequantized_from"])
         fields["shape"] = tuple(fields["shape"])
         fields["dtype"] = dtype_from_name(fields["dtype"])
         fields["spec"] = None if fields["spec"] is None else spec_from_dict(fields["spec"])
@@ -129,14 +148,19 @@ class Ledger:
         """Refuse rows that contradict one another.
 
         Raises:
-            ArgumentError: if two have one name, or an alias is not of a row that holds a tensor.
+            ArgumentError: if two have one name, an alias is not of a row that holds a tensor, or one is merged into
+                what is not dequantized.
         """
-        holders = {row.name: (row.shape, row.dtype) for row in self.rows if row.alias_of is None}
+        holders = {row.name: (row.shape, row.dtype) for row in self.stored}
         if len({row.name for row in self.rows}) != len(self.rows):
             raise ArgumentError("two rows of the ledger have the same name")
         for row in self.rows:
             if row.alias_of is not None and holders.get(row.alias_of) != (row.shape, row.dtype):
                 raise ArgumentError(f"{row.name} is an alias of {row.alias_of!r}, which holds no such tensor")
+        dequantized = {row.name for row in self.rows if row.dequantized_from is not None}
+        for row in self.rows:
+            if row.merged_into is not None and (row.merged_into not in dequantized or row.name in dequantized):
+                raise ArgumentError(f"{row.name} is merged into {row.merged_into!r}, which is not dequantized")
 
     @cached_property
     def _by_name(self) -> dict[str, LedgerRow]:
@@ -144,13 +168,18 @@ class Ledger:
 
     @property
     def stored(self) -> list[LedgerRow]:
-        """The rows that hold a tensor: all but the aliases."""
-        return [row for row in self.rows if row.fate != "alias"]
+        """The rows that hold a tensor: all but the aliases, and what is merged into another."""
+        return [row for row in self.rows if row.fate not in ("alias", "merged")]
+
+    @property
+    def present(self) -> list[LedgerRow]:
+        """The rows of all names that the result has: all but what is merged into another."""
+        return [row for row in self.rows if row.fate != "merged"]
 
     def names_by_holder(self) -> dict[str, list[str]]:
         """For every row that holds a tensor, all names of that tensor."""
         names: dict[str, list[str]] = {}
-        for row in self.rows:
+        for row in self.present:
             names.setdefault(row.holder, []).append(row.name)
         return names
 
@@ -204,7 +233,7 @@ class Ledger:
         """A few lines: how many tensors met each fate for which reason, and the bytes."""
         groups: dict[tuple[str, str, str], list[LedgerRow]] = {}
         for row in self.rows:
-            reason = "shares storage" if row.fate == "alias" else row.reason
+            reason = _IN_SUMMARY.get(row.fate, row.reason)
             groups.setdefault((row.fate, row.scheme, reason), []).append(row)
         table = [("fate", "scheme", "tensors", "bytes before", "bytes after", "reason")]
         for (fate, scheme, reason), rows in groups.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from fewbits.checkpoint.folder import companions, find_files
 from fewbits.checkpoint.metadata import is_fewbits_file, is_own_key
 from fewbits.checkpoint.raw import as_checkpoint_error, copy_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.serializer import ChunkReader
+from fewbits.checkpoint.serializer import ChunkReader, Entry
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import ArgumentError, FormatError, SourceError
 from fewbits.nn.storage import overlaps
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.selection.info import TensorInfo
+from fewbits.numerics.scaled import FP8_DTYPES
 from fewbits.sources.base import Source
-from fewbits.sources.mapping import entry_info, refuse_quantized_entries
+from fewbits.sources.entries import entry_infos
+from fewbits.sources.foreign import refuse_foreign, refuse_gguf
+from fewbits.sources.fp8 import KNOWN_BLOCKS, scaled_weights
+from fewbits.sources.model_config import CONFIG_FILE, QUANTIZATION_FILES, copy_config, read_block_sizes
 
 #: How the names of files of tensors may end, in a directory; of two kinds the first is taken.
 SUFFIXES = (SafetensorsSerializer.suffix, *torch_file.SUFFIXES)
@@ -38,7 +41,8 @@ class FileSource(Source):
         path: what was given: a file, an index, or a directory.
         folder: the directory, if a whole one was asked for.
         companions: the files of the directory that go with its tensors: configuration, tokenizer and the like.
-        left_behind: files of the directory that look like weights and are not those that the tensors are taken from.
+        left_behind: files of the directory that look like weights and are not those that the tensors are taken from;
+            and of one with FP8 weights, those that say how they are quantized.
 
     Raises:
         CheckpointError: if it cannot be opened.
@@ -58,10 +62,30 @@ class FileSource(Source):
         for file in files.paths:
             self._add(file)
         self._check_index()
-        self.infos = tuple(_infos(self._readers))
-        refuse_quantized_entries(self.infos)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Find FP8 weights and their scales, which may be in another file, and say what is known of every tensor."""
+        entries = {name: reader.entries[name] for name, reader in self._readers.items()}
+        refuse_foreign(entries)
+        self._scaled = scaled_weights(entries, self._stated_blocks(entries) or KNOWN_BLOCKS)
+        if self._scaled:
+            away = [name for name in self.companions if name in QUANTIZATION_FILES]
+            self.companions = tuple(name for name in self.companions if name not in away)
+            self.left_behind = tuple(sorted([*self.left_behind, *away]))
+        # Tied tensors of a file of PyTorch's have one storage.
+        views = {name: reader.views[name] for name, reader in self._readers.items() if isinstance(reader, TorchFile)}
+        self.infos = tuple(entry_infos(entries, self._scaled, views, overlaps(views)))
+
+    def _stated_blocks(self, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], ...]:
+        """The blocks of FP8 weights, if the directory has a configuration that says so."""
+        if self.folder is None or CONFIG_FILE not in self.companions:
+            return ()
+        fp8 = any(entry.dtype in FP8_DTYPES for entry in entries.values())
+        return read_block_sizes(self.folder / CONFIG_FILE) if fp8 else ()
 
     def _add(self, file: Path) -> None:
+        refuse_gguf(file)
         reader = TorchFile(file) if is_torch_file(file) else SafetensorsSerializer().reader(file)
         if is_fewbits_file(reader.metadata):
             raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
@@ -81,23 +105,33 @@ class FileSource(Source):
                 raise FormatError(f"{self._files.index} says that {name} is in {file}; it is in another file")
 
     def read(self, name: str) -> Tensor:
-        """One of its tensors, in memory of its own."""
-        entry = self._readers[name].entries[name]
-        return self._read(name, 0, entry.shape, entry.dtype)
+        """One of its tensors, in memory of its own; an FP8 weight with scales in bfloat16.
+
+        Raises:
+            CheckpointError: if it cannot be read, or the file has changed.
+            NumericsError: if its codes and scales cannot be dequantized.
+        """
+        return self._read(name, 0, self._readers[name].entries[name].shape)
 
     def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
-        """Some elements of one of its tensors, read by position."""
-        row = chunk.described()
-        return self._read(name, chunk.start, row.shape, row.dtype)
+        """Some elements of one of its tensors, read by position; raises what `read` does."""
+        return self._read(name, chunk.start, chunk.described().shape)
 
-    def _read(self, name: str, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _read(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
+        weight = self._scaled.get(name)
+        if weight is not None:
+            return weight.read(lambda part, at, stop: self._stored(part, at, (stop - at,)), start, shape)
+        return self._stored(name, start, shape)
+
+    def _stored(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
+        """Some elements of one of its tensors as they are stored."""
         reader = self._readers[name]
-        out = torch.empty(shape, dtype=dtype, device="cpu")
+        out = torch.empty(shape, dtype=reader.entries[name].dtype, device="cpu")
         reader.read_into(name, start, out)
         return out
 
     def copy_companions(self, folder: Path) -> None:
-        """Copy what goes with the tensors to another directory.
+        """Copy what goes with the tensors to another directory; a configuration without what says that they are FP8.
 
         Raises:
             CheckpointError: if it cannot be read or written.
@@ -105,7 +139,8 @@ class FileSource(Source):
         if self.folder is None:
             return
         for name in self.companions:
-            copy_durably(self.folder / name, folder / name)
+            copy = copy_config if name == CONFIG_FILE and self._scaled else copy_durably
+            copy(self.folder / name, folder / name)
 
     def fingerprint(self) -> dict[str, list[Any]]:
         """What tells this state of it from another, without reading more than headers.
@@ -160,13 +195,3 @@ def _state(path: Path) -> list[Any]:
 def _outline(reader: ChunkReader) -> str:
     entries = sorted((name, entry.shape, dtype_name(entry.dtype)) for name, entry in reader.entries.items())
     return hashlib.sha256(json.dumps([entries, sorted(reader.metadata.items())]).encode()).hexdigest()
-
-
-def _infos(readers: Mapping[str, ChunkReader]) -> Iterator[TensorInfo]:
-    """What is known of every tensor, by name; tied ones of a file of PyTorch's have one storage."""
-    views = {name: reader.views[name] for name, reader in readers.items() if isinstance(reader, TorchFile)}
-    overlapping = overlaps(views)
-    for name, reader in sorted(readers.items()):
-        entry = reader.entries[name]
-        obstacle = overlapping.get(name)
-        yield entry_info(name, entry.shape, entry.dtype, storage=views.get(name), obstacle=obstacle)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 
-import attrs
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.nn.storage import View, overlaps, storage_key
-from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.base import LiveSource, Target
+from fewbits.sources.entries import entry_infos
+from fewbits.sources.foreign import refuse_foreign
+from fewbits.sources.fp8 import ScaledWeight, scaled_weights
 
 
 class MappingSource(LiveSource):
@@ -28,19 +30,41 @@ class MappingSource(LiveSource):
         self.inplace = inplace
         self._given = tensors
         checked = _checked(tensors)
+        entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in checked.items()}
+        refuse_foreign(entries)
+        self._scaled = scaled_weights(entries)
+        storages = {name: storage_key(tensor) for name, tensor in checked.items()}
         overlapping = overlaps({name: View.of(tensor) for name, tensor in checked.items()})
-        self.infos = tuple(
-            entry_info(name, tuple(t.shape), t.dtype, storage=storage_key(t), obstacle=overlapping.get(name))
-            for name, t in sorted(checked.items())
-        )
-        refuse_quantized_entries(self.infos)
+        self.infos = tuple(entry_infos(entries, self._scaled, storages, overlapping))
 
     def read(self, name: str) -> Tensor:
-        """One of its tensors, as the mapping has it now.
+        """One of its tensors, as the mapping has it now; an FP8 weight with scales in bfloat16.
 
         Raises:
             SourceError: if it has none of that name any more.
+            NumericsError: if its codes and scales cannot be dequantized.
         """
+        weight = self._scaled.get(name)
+        return self._tensor(name) if weight is None else self._dequantized(weight, 0, weight.entry.shape)
+
+    def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
+        """Some elements of one of its tensors; of an FP8 weight with scales, no others are dequantized."""
+        weight = self._scaled.get(name)
+        if weight is None:
+            return super().read_chunk(name, chunk)
+        return self._dequantized(weight, chunk.start, chunk.described().shape)
+
+    def _dequantized(self, weight: ScaledWeight, first: int, shape: tuple[int, ...]) -> Tensor:
+        flat = {}
+        for name, entry in ((weight.name, weight.entry), (weight.scale, weight.scale_entry)):
+            tensor = self._tensor(name)
+            if Entry(tuple(tensor.shape), tensor.dtype) != entry:
+                raise SourceError(f"{name} is not what it was when it was prepared; prepare it again")
+            flat[name] = tensor.reshape(-1)
+        device = flat[weight.name].device
+        return weight.read(lambda name, start, stop: flat[name][start:stop].to(device), first, shape, device)
+
+    def _tensor(self, name: str) -> Tensor:
         tensor = self._given.get(name)
         if not isinstance(tensor, Tensor):
             raise SourceError(f"{name} has been removed from the mapping since it was prepared; prepare it again")
@@ -62,26 +86,37 @@ class MappingSource(LiveSource):
         if isinstance(self._given, MutableMapping):
             self._given[name] = value
 
+    def remove(self, name: str) -> None:
+        """Take a tensor out of the source."""
+        if isinstance(self._given, MutableMapping):
+            self._given.pop(name, None)
+
 
 class _MappingTarget(Target):
     def __init__(self, source: MappingSource, ledger: Ledger) -> None:
         self._source = source
         self._values: dict[str, Value] = {}
         self._names = ledger.names_by_holder()
+        self._merged = {row.merged_into: row.name for row in ledger if row.merged_into is not None}
 
     def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
-        if isinstance(value, Tensor) and row.fate == "kept" and not self._source.inplace:
+        as_it_was = row.fate == "kept" and row.dequantized_from is None
+        if isinstance(value, Tensor) and as_it_was and not self._source.inplace:
             value = value.clone()
         for name in self._names[row.name]:
             self._values[name] = value
-            if self._source.inplace and row.fate != "kept":
+            if self._source.inplace and not as_it_was:
                 self._source.replace(name, value)
+            if self._source.inplace and name in self._merged:
+                # Beside anything but its codes, a scale would be taken for what it is not.
+                self._source.remove(self._merged[name])
 
     def finish(self) -> object:
         if self._source.inplace:
             self._values = self._source.prepared()  # type: ignore[assignment]
         else:
-            self._values = {name: self._values[name] for name in self._source.prepared()}
+            gone = set(self._merged.values())
+            self._values = {name: self._values[name] for name in self._source.prepared() if name not in gone}
         return self._values
 
     def value(self, name: str) -> Value:
@@ -89,49 +124,6 @@ class _MappingTarget(Target):
         if not isinstance(value, (QuantizedTensor, Tensor)):
             raise SourceError(f"{name} has been removed from the quantized mapping")
         return value
-
-
-def entry_info(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    storage: object = None,
-    obstacle: str | None = None,
-) -> TensorInfo:
-    """What is known of a tensor that has a name and no class."""
-    obstacle = numeric_obstacle(name, shape, dtype) or obstacle
-    info = TensorInfo(
-        name=name,
-        shape=shape,
-        dtype=dtype,
-        storage=storage or name,
-        layout=None if obstacle else layout_by_shape(shape),
-        declared=len(shape) == 2,
-        obstacle=obstacle,
-    )
-    return attrs.evolve(info, rounds_inputs=not info.is_embedding_by_name)
-
-
-def refuse_quantized_entries(infos: Sequence[TensorInfo]) -> None:
-    """Refuse a checkpoint that another tool (or this one) has quantized: its scales would be taken for weights.
-
-    Raises:
-        SourceError: naming the first such tensor and what lies beside it.
-    """
-    names = {info.name for info in infos}
-    for info in infos:
-        stem = info.name.rpartition(".")[0] + "." if "." in info.name else ""
-        beside = [f"{info.name}_scale_inv"]
-        beside += [] if info.dtype in FLOAT_DTYPES else [f"{info.name}_scale", f"{stem}SCB"]
-        beside += [f"{stem}scales"] if info.name.endswith("qweight") else []
-        beside += [f"{info.name.removesuffix('_packed')}_scale"] if info.name.endswith("_packed") else []
-        found = [name for name in beside if name in names]
-        if found:
-            raise SourceError(
-                f"{info.name} ({dtype_name(info.dtype)}) has {found[0]} beside it, so it is quantized already; "
-                "dequantize the checkpoint first"
-            )
 
 
 def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
 from fewbits.nn.base import stored_weights
 from fewbits.nn.classes import rounds_inputs
@@ -19,10 +20,13 @@ from fewbits.nn.storage import View, overlaps, storage_key
 from fewbits.nn.stored import store
 from fewbits.nn.swap import attach, refuse_quantized
 from fewbits.nn.walk import Slot, find, parent_of, slots
+from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.base import LiveSource, Target
+from fewbits.sources.foreign import refuse_foreign
+from fewbits.sources.fp8 import scaled_weights
 
 
 class ModuleSource(LiveSource):
@@ -73,6 +77,13 @@ class ModuleSource(LiveSource):
                 raise SourceError(f"{slot.name} is on the meta device and has no data; load the model's weights first")
             if slot.tensor.layout != torch.strided:
                 raise SourceError(f"{slot.name} has layout {slot.tensor.layout}; only dense tensors can be stored")
+        entries = {slot.name: Entry(tuple(slot.tensor.shape), slot.tensor.dtype) for slot in slots(model)}
+        refuse_foreign(entries)
+        for weight in scaled_weights(entries).values():
+            raise SourceError(
+                f"{weight.name} is quantized already, in {dtype_name(weight.entry.dtype)} with {weight.scale}, which "
+                "the model multiplies by itself; quantize its checkpoint or state dict and load that into a float model"
+            )
 
     @staticmethod
     def _describe(model: nn.Module, slot: Slot, shared: str | None) -> TensorInfo:

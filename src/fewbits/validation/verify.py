@@ -124,7 +124,7 @@ def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
     problems += [
         f"{row.name} is in the file's ledger, not in the source"
         for row in ledger
-        if row.alias_of is None and row.persistent and row.name not in names
+        if row.fate not in ("alias", "merged") and row.persistent and row.name not in names
     ]
     return problems, names
 

@@ -1,0 +1,204 @@
+"""Floats of 8 bits with scales beside them, as other tools store weights: back to bfloat16, some elements at a time.
+
+A weight is its code times the scale of its block, multiplied in float32 and rounded to bfloat16, as the programs do
+that run such weights. An element depends on nothing but its code and its scale, so any cut gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.errors import NonFiniteError, NumericsError, RangeError
+from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
+from fewbits.numerics.layout import BLOCK_ELEMENTS
+
+
+def _present(*names: str) -> tuple[torch.dtype, ...]:
+    """Those of these dtypes that this release of torch has."""
+    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))
+
+
+#: Dtypes of the codes.
+FP8_DTYPES = _present("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+#: Dtypes of the scales.
+FP8_SCALE_DTYPES = (*FLOAT_DTYPES, *_present("float8_e8m0fnu"))
+
+#: What codes and scales are dequantized to.
+FP8_TARGET = torch.bfloat16
+
+_LARGEST: float = torch.finfo(FP8_TARGET).max
+
+#: Some elements of a tensor as they lie, from the first of these positions up to the second, in one dimension.
+Elements = Callable[[int, int], Tensor]
+
+
+@attrs.frozen
+class ScaleGrid:
+    """Which scale goes with which element of a tensor.
+
+    The tensor is seen as matrices, one below the other. Each is cut into blocks from its first row and column on; the
+    last ones may be smaller. There is one scale for each block, in the order of the blocks, row after row.
+
+    Attributes:
+        rows: of one matrix.
+        columns: likewise.
+        block: rows and columns of a block.
+    """
+
+    rows: int
+    columns: int
+    block: tuple[int, int]
+
+    @classmethod
+    def fit(
+        cls, shape: Sequence[int], scale_shape: Sequence[int], blocks: Sequence[tuple[int, int]]
+    ) -> ScaleGrid | None:
+        """The grid that scales of this shape have over a tensor; None if there is none.
+
+        There may be one scale for all of a tensor; one for each index of its first axis or axes, such as its rows, with
+        or without axes of length 1 for the others; or one for each block of its last two axes.
+
+        Args:
+            shape: of the tensor.
+            scale_shape: of its scales.
+            blocks: rows and columns of the blocks to look for, the first that fits counts.
+
+        >>> ScaleGrid.fit((300, 200), (3, 2), [(128, 128)])
+        ScaleGrid(rows=300, columns=200, block=(128, 128))
+        >>> ScaleGrid.fit((300, 200), (300, 1), [])
+        ScaleGrid(rows=1, columns=200, block=(1, 200))
+        >>> ScaleGrid.fit((300, 200), (200,), [(128, 128)]) is None
+        True
+        """
+        shape, scale_shape = tuple(shape), tuple(scale_shape)
+        for axes in range(max(len(shape), 1)):
+            leading = shape[:axes]
+            if scale_shape in (leading, leading + (1,) * (len(shape) - axes), leading or (1,)):
+                columns = math.prod(shape[axes:])
+                return cls(1, columns, (1, columns))
+        for block in blocks if len(shape) > 1 else ():
+            if scale_shape == (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1])):
+                return cls(shape[-2], shape[-1], block)
+        return None
+
+    def rectangles(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut elements from `start` to `stop`, as they lie, into parts of one row or some whole rows, not too large."""
+        while start < stop:
+            end = min(stop, start + self.columns - start % self.columns, start + BLOCK_ELEMENTS)
+            if start % self.columns == 0 and stop - start >= self.columns <= BLOCK_ELEMENTS:
+                end = start + min(stop - start, BLOCK_ELEMENTS) // self.columns * self.columns
+            yield start, end
+            start = end
+
+    def expanded(self, start: int, stop: int, scales: Elements) -> Tensor:
+        """The scales of a rectangle's elements in float32, checked; of shape (rows or 1, columns or 1).
+
+        Raises:
+            NumericsError: for a scale that is NaN, Inf or negative.
+        """
+        across = -(-self.columns // self.block[1])
+        top, bottom = start // self.columns, -(-stop // self.columns)
+        begin, end = start % self.columns, (stop - 1) % self.columns + 1  # all columns, if there are several rows
+        left, right = begin // self.block[1], -(-end // self.block[1])
+        first, last = self._below(top), self._below(bottom - 1)
+        found = _checked(scales, first * across + left, last * across + right).view(last - first + 1, right - left)
+        if right - left > 1:
+            width = [min(end, (at + 1) * self.block[1]) - max(begin, at * self.block[1]) for at in range(left, right)]
+            found = found.repeat_interleave(torch.tensor(width, device=found.device), 1)
+        if first == last or last - first == bottom - 1 - top:
+            return found
+        return found[(self._below(torch.arange(top, bottom)) - first).to(found.device)]
+
+    def _below(self, row: Any) -> Any:
+        """Which row of blocks a row is in, or some rows are, counted over all matrices."""
+        return row // self.rows * -(-self.rows // self.block[0]) + row % self.rows // self.block[0]
+
+
+@torch.no_grad()
+def dequantize_scaled(
+    codes: Elements, scales: Elements, grid: ScaleGrid, out: Tensor, *, first: int, shape: Sequence[int]
+) -> None:
+    """Fill a tensor with the elements of another that lie from one on.
+
+    Besides it, no more is in memory than some pieces of `fewbits.numerics.layout.BLOCK_ELEMENTS`.
+
+    Args:
+        codes: of `FP8_DTYPES`.
+        scales: of `FP8_SCALE_DTYPES`.
+        grid: which of them goes with which code.
+        out: what to fill, contiguous, in `FP8_TARGET`.
+        first: which element the first of `out` is.
+        shape: of the whole tensor, for errors.
+
+    Raises:
+        NonFiniteError: for a code or a scale that is NaN or Inf.
+        RangeError: for a product beyond the largest bfloat16.
+        NumericsError: for a negative scale, or one of 0 for a code that is not.
+    """
+    flat = out.view(-1)
+    for start, stop in grid.rectangles(first, first + out.numel()):
+        values = decoded(codes(start, stop)).view(-1, min(grid.columns, stop - start))
+        scale = grid.expanded(start, stop, scales)
+        if float(scale.min()) == 0:
+            _refuse_lost(values, scale, start, shape)
+        products = values * scale
+        low, high = map(float, torch.aminmax(products))
+        if not -_LARGEST <= low <= high <= _LARGEST:
+            _refuse(values.flatten(), products.flatten(), start, shape)
+        flat[start - first : stop - first] = products.view(-1)
+
+
+def decoded(codes: Tensor) -> Tensor:
+    """Codes as float32 numbers, exactly."""
+    # A table of all 256: torch converts one by one, which takes several times as long.
+    return _table(codes.dtype, codes.device).index_select(0, codes.view(torch.uint8).int())
+
+
+@functools.cache
+def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32).to(device)
+
+
+def _checked(scales: Elements, start: int, stop: int) -> Tensor:
+    """Some scales in float32, if they are numbers from 0 up."""
+    found = scales(start, stop).to(torch.float32)
+    bad = ~(found >= 0) | found.isinf()
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        kind = NumericsError if math.isfinite(float(found[at])) else NonFiniteError
+        raise kind(f"scale {start + at} is {float(found[at])}; scales are finite and not negative")
+    return found
+
+
+def _refuse_lost(values: Tensor, scale: Tensor, start: int, shape: Sequence[int]) -> None:
+    """Refuse scales of 0 for codes that are not: a block of zeros may have one."""
+    lost = ((scale == 0) & (values != 0)).flatten().nonzero()
+    if len(lost):
+        raise NumericsError(
+            f"the scale of the element at index {_index(start + int(lost[0]), shape)} is 0, and its code is not: the "
+            "scales have not been written, or are damaged"
+        )
+
+
+def _refuse(values: Tensor, products: Tensor, start: int, shape: Sequence[int]) -> NoReturn:
+    """Say which element is the first that cannot be a bfloat16."""
+    at = int((~(products.abs() <= _LARGEST)).nonzero()[0])
+    value, where = float(values[at]), f"the element at index {_index(start + at, shape)}"
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{where} is {value}; only finite numbers can be dequantized: repair the tensor")
+    raise RangeError(
+        f"{where} is {value:g}, times its scale beyond the largest {dtype_name(FP8_TARGET)} ({_LARGEST:g}); the scales "
+        "are damaged, or not meant for this tensor"
+    )
+
+
+def _index(position: int, shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(axis) for axis in torch.unravel_index(torch.tensor(position), tuple(shape))) if shape else ()

@@ -1,0 +1,59 @@
+"""What is known of tensors that have names and no classes: those of a state dict, or of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+
+import attrs
+
+from fewbits.checkpoint.serializer import Entry
+from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
+from fewbits.sources.fp8 import ScaledWeight, is_activation_scale
+
+
+def entry_infos(
+    entries: Mapping[str, Entry],
+    scaled: Mapping[str, ScaledWeight],
+    storages: Mapping[str, Hashable],
+    overlapping: Mapping[str, str],
+) -> Iterator[TensorInfo]:
+    """What is known of every tensor, by name.
+
+    Args:
+        entries: shape and dtype of each.
+        scaled: those that are read together with their scales.
+        storages: equal for two names if they are the same view of the same memory; what is not there shares none.
+        overlapping: why those cannot be quantized whose memory overlaps another's.
+    """
+    weights = {weight.scale: weight for weight in scaled.values()}
+    for name, entry in sorted(entries.items()):
+        storage = storages.get(name, name)
+        if name in weights:
+            of = weights[name].name
+            why = f"it is the scale of {of}"
+            yield TensorInfo(name, entry.shape, entry.dtype, storage=storage, obstacle=why, merged_into=of)
+        elif scaled and is_activation_scale(name):
+            why = "a scale of activations, beside FP8 weights"
+            yield TensorInfo(name, entry.shape, entry.dtype, storage=storage, obstacle=why)
+        elif name in scaled:
+            # Codes that are shared by weights with other scales are other weights.
+            storage = storage, storages.get(scaled[name].scale, scaled[name].scale)
+            info = entry_info(name, scaled[name].described, storage, overlapping.get(name))
+            yield attrs.evolve(info, dequantized_from=entry.dtype)
+        else:
+            yield entry_info(name, entry, storage, overlapping.get(name))
+
+
+def entry_info(name: str, entry: Entry, storage: Hashable, obstacle: str | None = None) -> TensorInfo:
+    """What is known of one tensor."""
+    obstacle = numeric_obstacle(name, entry.shape, entry.dtype) or obstacle
+    info = TensorInfo(
+        name=name,
+        shape=entry.shape,
+        dtype=entry.dtype,
+        storage=storage,
+        layout=None if obstacle else layout_by_shape(entry.shape),
+        declared=len(entry.shape) == 2,
+        obstacle=obstacle,
+    )
+    return attrs.evolve(info, rounds_inputs=not info.is_embedding_by_name)

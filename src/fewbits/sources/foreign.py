@@ -1,0 +1,124 @@
+"""What other tools have quantized, known by names and dtypes: what cannot be read yet is refused, with what it is.
+
+Taken for weights, codes would be carried through as integers and their scales be quantized, in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import attrs
+import torch
+
+from fewbits.checkpoint.raw import as_checkpoint_error
+from fewbits.checkpoint.serializer import Entry
+from fewbits.errors import SourceError
+from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
+from fewbits.numerics.scaled import FP8_DTYPES
+
+_GGUF_MAGIC = b"GGUF"
+
+
+@attrs.frozen
+class ForeignFormat:
+    """How the codes of a format are known.
+
+    Attributes:
+        what: the format, in words.
+        codes: how the name of the codes ends; a whole last component unless it begins with "_" or ".", or is empty.
+        beside: the endings, in place of that one, of names that all lie beside.
+        dtypes: that the codes may have; empty for any but floats.
+    """
+
+    what: str
+    codes: str
+    beside: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    def found_beside(self, name: str, entry: Entry, entries: Mapping[str, Entry]) -> list[str]:
+        """The names that make a tensor one of this format; empty if it is none."""
+        stem = self._stem(name)
+        fits = entry.dtype in self.dtypes if self.dtypes else entry.dtype not in (*FLOAT_DTYPES, *FP8_DTYPES)
+        if stem is None or not fits:
+            return []
+        beside = [stem + ending for ending in self.beside]
+        return beside if all(other in entries for other in beside) else []
+
+    def _stem(self, name: str) -> str | None:
+        if not name.endswith(self.codes):
+            return None
+        stem = name[: len(name) - len(self.codes)]
+        return stem if self.codes[:1] in ("", "_", ".") or stem[-1:] in ("", ".") else None
+
+
+_U8, _I8, _I32 = (torch.uint8,), (torch.int8,), (torch.int32,)
+
+#: What is known, what says more before what says less: the first that fits counts.
+FOREIGN_FORMATS = (
+    ForeignFormat("GPTQ", "qweight", ("qzeros", "scales", "g_idx")),
+    ForeignFormat("AWQ", "qweight", ("qzeros", "scales")),
+    ForeignFormat("GPTQ, AWQ, or a format like these", "qweight", ("scales",)),
+    ForeignFormat("NVFP4 of compressed-tensors", "_packed", ("_scale", "_global_scale"), _U8),
+    ForeignFormat("MXFP4 of compressed-tensors", "_packed", ("_scale",), _U8),
+    ForeignFormat("compressed-tensors' pack-quantized, which fewbits writes too", "_packed", ("_scale",), _I32),
+    ForeignFormat("packed codes with scales", "_packed", ("_scale",)),
+    ForeignFormat("NVFP4 of ModelOpt", "", ("_scale", "_scale_2"), _U8),
+    ForeignFormat("MXFP4, as in gpt-oss", "_blocks", ("_scales",), _U8),
+    ForeignFormat("bitsandbytes, NF4", "", (".quant_state.bitsandbytes__nf4",), _U8),
+    ForeignFormat("bitsandbytes, FP4", "", (".quant_state.bitsandbytes__fp4",), _U8),
+    ForeignFormat("bitsandbytes, 4 bits", "", (".absmax",)),
+    ForeignFormat("bitsandbytes, LLM.int8()", "weight", ("SCB",)),
+    ForeignFormat("HQQ", "W_q", ("scale",)),
+    ForeignFormat("torchao", "_qdata", ("_scale",), (torch.int8, torch.uint8, torch.int32, *FP8_DTYPES)),
+    ForeignFormat("quanto", "._data", ("._scale",), (torch.int8, torch.uint8, *FP8_DTYPES)),
+    ForeignFormat("int8 of compressed-tensors, or a format like it", "", ("_scale",), _I8),
+    ForeignFormat("codes with scales", "", ("_scale",)),
+    ForeignFormat("codes with scales", "", ("_scale_inv",)),
+    ForeignFormat("scales of FP8 codes, though these are none", "", ("_scale_inv",), FLOAT_DTYPES),
+    ForeignFormat("FP8 with scales of scales", "", ("_scale", "_scale_2"), FP8_DTYPES),
+    ForeignFormat("FP8 with zero points", "", ("_scale", "_zero_point"), FP8_DTYPES),
+    ForeignFormat("FP8 with its columns in another order", "", ("_scale", "_g_idx"), FP8_DTYPES),
+)
+
+
+def refuse_foreign(entries: Mapping[str, Entry]) -> None:
+    """Refuse tensors that another tool (or this one) has quantized, other than FP8 weights with their scales.
+
+    Raises:
+        SourceError: naming the first such tensor, its format, and what lies beside it.
+    """
+    for name, format, beside in _foreign(entries):
+        entry = entries[name]
+        raise SourceError(
+            f"{name} ({dtype_name(entry.dtype)}, shape {entry.shape}) is quantized already: with {', '.join(beside)} "
+            f"beside it, it looks like {format.what}, which cannot be read yet; give the float checkpoint it was made "
+            "from, or dequantize it with the tool that wrote it"
+        )
+
+
+def _foreign(entries: Mapping[str, Entry]) -> Iterator[tuple[str, ForeignFormat, list[str]]]:
+    for name, entry in entries.items():
+        for format in FOREIGN_FORMATS:
+            if beside := format.found_beside(name, entry, entries):
+                yield name, format, beside
+                break
+
+
+def refuse_gguf(path: Path) -> None:
+    """Refuse a GGUF file.
+
+    Raises:
+        SourceError: if it is one.
+        CheckpointError: if it cannot be read.
+    """
+    with as_checkpoint_error(f"{path} cannot be read"):
+        if not path.is_file():
+            return
+        with open(path, "rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+    if magic == _GGUF_MAGIC:
+        raise SourceError(
+            f"{path} is a GGUF file, whose tensors are commonly quantized already; it cannot be read yet: give the "
+            "float checkpoint it was made from, as safetensors"
+        )
