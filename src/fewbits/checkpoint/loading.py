@@ -6,26 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar, overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewbits._heap import trim
+from fewbits.checkpoint.filling import Device, Place, fill, move_others, usable
 from fewbits.checkpoint.reading import Check, Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
-from fewbits.kernels.forms import Words
 from fewbits.nn.classes import rounds_inputs
-from fewbits.nn.compute import set_compute
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
-from fewbits.nn.stored import PackedWeight, StoredWeight, store
-from fewbits.nn.swap import attach, refuse_quantized
+from fewbits.nn.swap import refuse_quantized
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import LedgerRow
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -43,6 +39,7 @@ def load(
     check: Check = "digests",
     serializer: Serializer | None = None,
     compute: Compute = "auto",
+    device: Device | None = None,
 ) -> _Model: ...
 def load(
     path: str | os.PathLike[str],
@@ -51,10 +48,18 @@ def load(
     check: Check = "digests",
     serializer: Serializer | None = None,
     compute: Compute = "auto",
+    device: Device | None = None,
 ) -> dict[str, Value] | nn.Module:
     """Load what fewbits wrote. Nothing is ever unpickled.
 
-    Codes alias the mapped file until a layer's kernels ask for another form; where any does, the file is let go of.
+    Tensors alias the mapped file, unless a layer's kernels ask for another form than that of files or a tensor is to be
+    on another device than the CPU. Then all are read one after the other, in the order of the files, and each takes its
+    place before the next one is read. Either way the process never has more in memory than `into` and the result, and
+    beside them one tensor.
+
+    All that can be checked is checked before `into` is changed. If the file is taken away, or memory runs out, while
+    tensors are read one after the other, those that were read are in their places and the others are as they were:
+    build the model anew.
 
     Args:
         path: the file, or the directory of several, or the index in it.
@@ -63,6 +68,8 @@ def load(
         check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` trusts the payload.
         serializer: reads the file; None stands for safetensors.
         compute: what the layers of `into` may do to be fast; see `fewbits.set_compute`.
+        device: where all tensors of `into` are to be, those that are not in the file too, such as ``"cuda"``. None
+            leaves each where it is, and puts those of the meta device on the CPU.
 
     Returns:
         `into`, or the mapping.
@@ -70,11 +77,15 @@ def load(
     Raises:
         FormatError: if the file was not written by fewbits, or its parts contradict one another.
         DigestError: if a byte of it has changed; the message names the tensors.
-        ArgumentError: if `into` is not a model, or `compute` no setting.
+        ArgumentError: if `into` is not a model, `compute` no setting, or `device` none that torch has here.
+        SourceError: if a module of `into` would not read a quantized weight. The model is unchanged then.
         MismatchError: if file and model do not fit; the message names every tensor. The model is unchanged then.
         CheckpointError: if the file cannot be opened.
     """
     check_compute(compute)
+    target = None if device is None else usable(device)
+    if into is None and target is not None:
+        raise ArgumentError("device= says where a model is to be; without into= tensors alias the file, on the CPU")
     checkpoint = Checkpoint(path, serializer)
     if into is None:
         checkpoint.check(check)
@@ -85,37 +96,16 @@ def load(
     checkpoint.check(check)
     beside = held_beside(into)
     places = _places(checkpoint, into, beside)
-    # All are read before the first is put: a file that fails here leaves the model as it was.
-    values = [(row, checkpoint.value(row.name)) for row in checkpoint.ledger.stored]
-    for row, value in values:
-        if taken := places[row.name]:
-            _put(row, value, taken, held_elsewhere=any(slot.name in beside for slot in taken))
-    set_compute(into, compute)
-    _let_go(into, [value for _, value in values])
+    filled = [
+        Place.of(row, taken, target, held_elsewhere=any(slot.name in beside for slot in taken))
+        for row in checkpoint.ledger.stored
+        if (taken := places[row.name])
+    ]
+    fill(checkpoint, filled, compute)
+    if target is not None:
+        move_others(into, target)
     trim(holes=0)
     return into
-
-
-def _let_go(model: nn.Module, values: Sequence[Value]) -> None:
-    """Copy what still aliases the file if some weights do not any more: the whole file would stay in memory for it."""
-    weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
-    if all(isinstance(weight.form(), Words) for weight in weights):
-        return
-    parts = [value.parts().values() if isinstance(value, QuantizedTensor) else [value] for value in values]
-    mapped = {tensor.untyped_storage().data_ptr() for tensors in parts for tensor in tensors}
-
-    def own(tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in mapped else tensor
-
-    for module in model.modules():
-        if isinstance(module, StoredWeight):
-            module._apply(own)
-    copies: dict[int, Tensor] = {}
-    for slot in slots(model):
-        if slot.is_parameter:
-            slot.tensor.data = own(slot.tensor.data)
-        elif not isinstance(slot.module, StoredWeight):
-            slot.module._buffers[slot.local] = copies.setdefault(id(slot.tensor), own(slot.tensor))
 
 
 def _places(checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str]) -> dict[str, list[Slot]]:
@@ -135,7 +125,7 @@ def _places(checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str])
             if first is None:  # a module at two paths is filled once
                 takers[slot.key] = stored
                 places[stored].append(slot)
-            elif first != stored and not same_bits(checkpoint.value(first), checkpoint.value(stored)):
+            elif first != stored and not checkpoint.same(first, stored):
                 problems.append(f"{first} and {name} are one tensor in the model, two different ones in the file")
             problems += _misfits(rows[stored], slot, beside.get(name))
         elif slot.persistent:
@@ -177,26 +167,3 @@ def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list
         f"{row.name} is {row.scheme} in the file, but {type(places[0].module).__name__} {why}: "
         f"quantize it with overrides={{{row.name!r}: {{'activations': None}}}}"
     ]
-
-
-def _put(row: LedgerRow, value: Value, places: Sequence[Slot], *, held_elsewhere: bool) -> None:
-    """Put one value into all its places; they share it from then on."""
-    device = places[0].tensor.device if not places[0].tensor.is_meta else torch.device("cpu")
-    if row.spec is not None:
-        stored = store(value, row.dtype).to(device)
-        for slot in places:
-            attach(slot.module, slot.local, stored)
-    elif isinstance(value, Tensor):
-        value = value.to(device)
-        held = [slot.tensor for slot in places if slot.is_parameter]
-        if held and not held[0].is_meta:
-            # The same object, and where others hold its memory the same memory: they stay true.
-            if held_elsewhere and held[0].dtype == value.dtype:
-                held[0].data.copy_(value)
-            else:
-                held[0].data = value
-            parameter = held[0]
-        else:
-            parameter = nn.Parameter(value, requires_grad=any(tensor.requires_grad for tensor in held))
-        for slot in places:
-            setattr(slot.module, slot.local, parameter if slot.is_parameter else value)

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fewbits.checkpoint.chunks import Chunk
+from fewbits.checkpoint.chunks import Chunk, chunks
 from fewbits.checkpoint.folder import CheckpointFiles, find_files
 from fewbits.checkpoint.metadata import (
     FORMAT_VERSION,
@@ -28,7 +28,7 @@ from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, part_shapes, shape_part
+from fewbits.numerics.tensor import QuantizedTensor, part_shapes, same_bits, shape_part
 from fewbits.selection.ledger import Ledger
 
 Check = Literal["digests", "header"]
@@ -88,7 +88,7 @@ class Checkpoint:
         return self._read(row.name)
 
     def chunk(self, chunk: Chunk) -> Value:
-        """The stored form of some of a tensor, in memory of its own, read by position where the format allows it.
+        """The stored form of some of a tensor, in memory of its own; read by position where the format allows it.
 
         Args:
             chunk: of a row of this ledger that is no alias.
@@ -106,6 +106,13 @@ class Checkpoint:
         parts["shape"] = shape_part(described.shape)
         return QuantizedTensor.from_parts(parts, spec=row.spec, layout=described.layout, dtype=row.dtype)
 
+    def same(self, first: str, second: str) -> bool:
+        """Whether two rows of the ledger, no aliases, are equal bit for bit; a chunk of each is read at a time."""
+        one, other = self.ledger[first], self.ledger[second]
+        described = [(row.shape, row.dtype, row.spec, row.layout) for row in (one, other)]
+        pairs = zip(chunks(one), chunks(other), strict=True)
+        return described[0] == described[1] and all(same_bits(self.chunk(a), self.chunk(b)) for a, b in pairs)
+
     def _read(self, name: str) -> Tensor:
         return self._readers[name].read(name)
 
@@ -115,7 +122,7 @@ class Checkpoint:
             out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
             reader.read_into(name, start, out)
             return out
-        return reader.read(name).reshape(-1)[start : start + entry.numel].reshape(entry.shape)
+        return reader.read(name).reshape(-1)[start : start + entry.numel].reshape(entry.shape).clone()
 
     def damaged(self) -> list[str]:
         """The names, in the files, of all tensors whose bytes do not have their digest."""

@@ -214,10 +214,19 @@ class PackedWeight(StoredWeight):
         """
         form = self.form()
         self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
-        able = kernels_for(form, compute, KERNELS if kernels is None else kernels) if self.computes else (REFERENCE,)
+        able = self._able(form, compute, kernels)
         # What is made in inference mode could not be differentiated with later.
         with torch.inference_mode(False), torch.no_grad():
             self._hold(able[0].prepack(form, over=over))
+
+    def stays(self, compute: Compute) -> bool:
+        """Whether `prepack` would leave the tensors as they are now; it depends on their shapes, not their numbers."""
+        form, first = self.form(), self._able(self.form(), compute, None)[0]
+        return isinstance(form, Words if first is REFERENCE else first.form)
+
+    def _able(self, form: Form, compute: Compute, kernels: Sequence[Kernel[Any]] | None) -> tuple[Kernel[Any], ...]:
+        """The kernels that compute with the weight once it has the form of the first; the reference alone if none."""
+        return kernels_for(form, compute, KERNELS if kernels is None else kernels) if self.computes else (REFERENCE,)
 
     def _hold(self, form: Form) -> None:
         """Keep the tensors of a form as buffers, in the place of those that were there."""

@@ -6,7 +6,8 @@ references held outside the module tree go on meaning what they meant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fewbits.nn.base import SUFFIX, QuantizedModule, reads, stored_weights
 from fewbits.nn.classes import quantized_class
 from fewbits.nn.copying import deep_copy
 from fewbits.nn.stored import StoredWeight
+from fewbits.nn.walk import Slot
 from fewbits.numerics.tensor import QuantizedTensor
 
 #: Where a quantized module keeps the names of its parameters in the order they had, to go back to.
@@ -55,6 +57,25 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
             f"{float_class.__name__} reads its attribute {name} in a way of its own, which would miss a quantized "
             "weight; exclude it"
         )
+
+
+@contextlib.contextmanager
+def attached(places: Sequence[Slot], stored: StoredWeight) -> Iterator[None]:
+    """Put a stored weight in the place of parameters for a while. Afterwards the modules are as they were.
+
+    Raises:
+        SourceError: if a module would not read it.
+    """
+    before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+    try:
+        for slot in places:
+            parameter = slot.module._parameters[slot.local]
+            attach(slot.module, slot.local, stored)
+            before.setdefault(slot.module, {})[slot.local] = parameter
+        yield
+    finally:
+        for module, parameters in before.items():
+            _put_back(module, parameters)
 
 
 def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]) -> None:

@@ -1,0 +1,168 @@
+"""Putting the tensors of a file into a model, one at a time; the model is tried before it is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fewbits.checkpoint.chunks import Chunk
+from fewbits.checkpoint.metadata import row_entries
+from fewbits.checkpoint.reading import Checkpoint
+from fewbits.checkpoint.saving import Value
+from fewbits.errors import ArgumentError
+from fewbits.kernels.base import Compute
+from fewbits.nn.stored import PackedWeight, store
+from fewbits.nn.swap import attach, attached
+from fewbits.nn.walk import Slot, slots
+from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor, part_shapes
+from fewbits.selection.ledger import LedgerRow
+
+#: What names a device, as torch takes it.
+Device = str | torch.device | int
+
+_CPU = torch.device("cpu")
+
+
+@attrs.frozen(eq=False)
+class Place:
+    """Where one tensor of a file goes.
+
+    Attributes:
+        row: of the ledger.
+        slots: all that take it, at least one; they share it from then on.
+        device: where it is to be.
+        in_place: whether it is written into the memory of the parameter there, because others hold that too.
+    """
+
+    row: LedgerRow
+    slots: Sequence[Slot]
+    device: torch.device
+    in_place: bool
+
+    @classmethod
+    def of(cls, row: LedgerRow, taken: Sequence[Slot], device: torch.device | None, *, held_elsewhere: bool) -> Place:
+        """The place of a row.
+
+        Args:
+            row: of the ledger.
+            taken: the slots.
+            device: where it is to be; None stands for that of the first slot, or the CPU if that is the meta device.
+            held_elsewhere: whether others hold the memory of one of the slots.
+        """
+        there = taken[0].tensor.device
+        device = device or (_CPU if there.type == "meta" else there)
+        held = [(slot.tensor.device, slot.tensor.dtype) for slot in taken if slot.is_parameter]
+        return cls(row, taken, device, held_elsewhere and held[:1] == [(device, row.dtype)])
+
+    def may_alias(self, compute: Compute) -> bool:
+        """Whether what is put here may go on aliasing a mapped file: on the CPU, in the order that files have.
+
+        To see what the layers ask for, a weight without memory is put into the slots and taken out again.
+
+        Raises:
+            SourceError: if a module would not read its quantized weight.
+        """
+        if self.row.spec is None:
+            return self.device == _CPU
+        weight = store(_stand_in(self.row), self.row.dtype)
+        with attached(self.slots, weight):
+            return self.device == _CPU and (not isinstance(weight, PackedWeight) or weight.stays(compute))
+
+    def put(self, value: Value, compute: Compute, *, over: bool) -> None:
+        """Put a value into all slots, where they are to be and in the form that they ask for.
+
+        Args:
+            value: in the CPU's memory.
+            compute: what layers may do to be fast.
+            over: whether nobody else has its memory.
+        """
+        if self.row.spec is not None:
+            weight = store(value, self.row.dtype).to(self.device)
+            for slot in self.slots:
+                attach(slot.module, slot.local, weight)
+            if isinstance(weight, PackedWeight):
+                weight.prepack(compute, over=over)
+        elif isinstance(value, Tensor):
+            self._keep(value.to(self.device))
+
+    def _keep(self, tensor: Tensor) -> None:
+        held = [slot.tensor for slot in self.slots if slot.is_parameter]
+        if held and not held[0].is_meta:
+            # The same object, and where others hold its memory the same memory: they stay true.
+            if self.in_place:
+                held[0].data.copy_(tensor)
+            else:
+                held[0].data = tensor
+            parameter = held[0]
+        else:
+            parameter = nn.Parameter(tensor, requires_grad=any(tensor.requires_grad for tensor in held))
+        for slot in self.slots:
+            setattr(slot.module, slot.local, parameter if slot.is_parameter else tensor)
+
+
+def _stand_in(row: LedgerRow) -> Value:
+    """What a weight of this row looks like, apart from its numbers. It takes no memory."""
+    if not isinstance(row.spec, QuantSpec) or row.layout is None:
+        (entry,) = row_entries(row).values()
+        return torch.ones((), dtype=entry.dtype, device=_CPU).expand(entry.shape)
+    shapes = part_shapes(row.layout, row.spec, row.dtype)
+    parts = {name: torch.ones((), dtype=dtype, device=_CPU).expand(shape) for name, (shape, dtype) in shapes.items()}
+    optional = parts.get("zero_point"), parts.get("input_scale")
+    return QuantizedTensor(parts["packed"], parts["scale"], optional[0], row.spec, row.layout, row.dtype, optional[1])
+
+
+def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> None:
+    """Put the tensors of a file into a model.
+
+    All of them alias the mapped file if all may go on doing so. If not, nothing is mapped: each is read by position
+    into memory of its own, in the order of the files, and takes its device and the form that its layer's kernels read
+    before the next one is read.
+
+    Args:
+        checkpoint: the file.
+        places: where each of its tensors goes.
+        compute: what the layers may do to be fast.
+
+    Raises:
+        SourceError: if a module would not read its quantized weight. The model is unchanged then.
+        CheckpointError: if the file cannot be read any more.
+    """
+    # All are tried before the first is put, whatever the first ones say.
+    able = [place.may_alias(compute) for place in places]
+    aliasing = all(able)
+    # What is only copied from is read by position too: looked at in a mapped file, it would stay in memory.
+    mapped = {place.row.name: checkpoint.value(place.row.name) for place in places if aliasing and not place.in_place}
+    for place in places:
+        if (value := mapped.pop(place.row.name, None)) is not None:
+            place.put(value, compute, over=False)
+        else:
+            place.put(checkpoint.chunk(Chunk.whole(place.row)), compute, over=True)
+
+
+def usable(device: object) -> torch.device:
+    """The device of this name, as tensors name it.
+
+    Raises:
+        ArgumentError: if torch knows none of that name, has none here, or it is the meta device.
+    """
+    try:
+        found: torch.device = torch.empty(0, device=device).device  # type: ignore[call-overload]
+    except Exception as error:  # whatever a backend raises that is not there
+        why = str(error).strip().split("\n")[0]
+        raise ArgumentError(f"device={device!r} cannot be used here ({why}); give another, such as 'cpu'") from error
+    if found.type == "meta":
+        raise ArgumentError("device='meta' would hold no numbers; `into` may be there, a loaded model may not")
+    return found
+
+
+def move_others(model: nn.Module, device: torch.device) -> None:
+    """Move to the device what no file has filled: buffers that no state dict holds."""
+    moved: dict[int, Tensor] = {}
+    for slot in slots(model):
+        tensor = slot.tensor
+        if tensor.device != device:
+            slot.module._buffers[slot.local] = moved.setdefault(id(tensor), tensor.to(device))
