@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import attrs
@@ -186,8 +187,11 @@ class CheckpointWriter:
             if chunk.is_last:
                 self._writer.write(name, torch.cat(self._held.pop(name)).reshape(entry.shape))
 
-    def close(self) -> str:
+    def close(self, threads: int | None = None) -> str:
         """Finish the file, read it back, check every digest, and publish it.
+
+        Args:
+            threads: that read it; see `wrong_digests`.
 
         Returns:
             the digest of its header.
@@ -201,7 +205,7 @@ class CheckpointWriter:
         strings = metadata.to_strings(self._entries)
         reader = self._writer.seal(strings)
         Metadata.from_strings(reader.metadata, reader.entries, self._path)
-        refuse_damaged(wrong_digests(reader, digests), self._path)
+        refuse_damaged(wrong_digests(reader, digests, threads), self._path)
         self._writer.close()
         return strings[HEADER_DIGEST_KEY]
 
@@ -281,9 +285,18 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-def wrong_digests(reader: Reader, digests: Mapping[str, str]) -> list[str]:
-    """The names of the tensors whose bytes do not have their digest."""
-    return [name for name, expected in digests.items() if digest_in(reader, name) != expected]
+def wrong_digests(reader: Reader, digests: Mapping[str, str], threads: int | None = None) -> list[str]:
+    """The names of the tensors whose bytes do not have their digest.
+
+    Args:
+        reader: of the file.
+        digests: SHA-256 in hexadecimal, by name.
+        threads: how many tensors are read at a time, where the format allows it; None stands for as many as torch has.
+    """
+    threads = (threads or torch.get_num_threads()) if isinstance(reader, ChunkReader) else 1
+    with ThreadPoolExecutor(threads, "fewbits") as pool:
+        found = pool.map(lambda name: digest_in(reader, name), digests)
+        return [name for name, is_now in zip(digests, found, strict=True) if is_now != digests[name]]
 
 
 def digest_in(reader: Reader, name: str) -> str:

@@ -114,7 +114,10 @@ class Reader(ABC):
 
 
 class ChunkReader(Reader):
-    """A reader that also reads a chunk of a tensor, and no more of the file for it. Any other reads whole tensors."""
+    """A reader that also reads a chunk of a tensor, and no more of the file for it. Any other reads whole tensors.
+
+    Several threads may ask for chunks at the same time.
+    """
 
     @abstractmethod
     def read_into(self, name: str, start: int, out: Tensor) -> None:

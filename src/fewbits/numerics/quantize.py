@@ -14,7 +14,7 @@ from fewbits.numerics.affine import check_params, choose_params, encode, extreme
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout, WeightMatrix, block_rows
 from fewbits.numerics.packing import pack, packed_words
-from fewbits.numerics.scratch import Scratch
+from fewbits.numerics.scratch import Scratch, scratch
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
 
@@ -69,20 +69,20 @@ def quantize(
     # One allocation for all scales: pieces that outlive each block would keep the blocks' memory from being reused.
     scale = torch.empty(spec.scale_shape(rows, columns), dtype=spec.scale_dtype, device=matrix.device)
     zero_point = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.int32, device=matrix.device)
-    scratch = Scratch()
+    memory = scratch()
     per_tensor = spec.granularity == "tensor"
     if per_tensor:
         check_finite(matrix.tensor)
         _fill(slice(None), scale, zero_point, _chosen(choose, matrix.whole(), spec))
     for start, stop, values in matrix.blocks(_BLOCKS_AT_ONCE):
-        block = _row_after_row(values, compute_dtype(matrix.dtype))
+        block = _row_after_row(values, compute_dtype(matrix.dtype), memory)
         where = slice(None) if per_tensor else slice(start, stop)
         if not per_tensor:
             if not _is_finite(block):
                 check_finite(matrix.tensor)
             _fill(where, scale, zero_point, _chosen(choose, block, spec))
-        codes = encode(block, scale[where], None if zero_point is None else zero_point[where], spec, scratch)
-        pack(codes, spec.bits, packed[start:stop], scratch)
+        codes = encode(block, scale[where], None if zero_point is None else zero_point[where], spec, memory)
+        pack(codes, spec.bits, packed[start:stop], memory)
     return QuantizedTensor(packed, scale, pack_zero_point(zero_point, spec), spec, matrix.layout, matrix.dtype)
 
 
@@ -182,11 +182,15 @@ def _fill(where: slice, scale: Tensor, zero_point: Tensor | None, chosen: tuple[
         zero_point[where] = chosen[1]
 
 
-def _row_after_row(values: Tensor, dtype: torch.dtype) -> Tensor:
+def _row_after_row(values: Tensor, dtype: torch.dtype, memory: Scratch) -> Tensor:
     """Rows in another dtype, contiguous; not a copy where they are both already."""
+    if values.is_contiguous():
+        if values.dtype == dtype:
+            return values
+        return memory.take("rows", values.shape, dtype, values.device).copy_(values)
     # What lies far apart in memory is first brought together in the order it lies in, then put into the order of rows,
     # within the cache: both in one step take several times as long.
-    return values.to(dtype, copy=not values.is_contiguous()).contiguous()
+    return values.to(dtype, copy=True).contiguous()
 
 
 def _is_finite(block: Tensor) -> bool:

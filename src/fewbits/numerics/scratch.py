@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,3 +27,22 @@ class Scratch:
         if memory is None or memory.numel() < size or (memory.dtype, memory.device) != (dtype, device):
             memory = self._memory[name] = torch.empty(*shape, dtype=dtype, device=device)
         return memory if memory.shape == shape else memory.view(-1)[:size].view(*shape)
+
+
+_thread = threading.local()
+
+
+def scratch() -> Scratch:
+    """The memory that this thread works in, inside of `working_in`; new memory elsewhere."""
+    kept: Scratch | None = getattr(_thread, "kept", None)
+    return Scratch() if kept is None else kept
+
+
+@contextmanager
+def working_in(kept: Scratch) -> Iterator[None]:
+    """Let everything that this thread quantizes use the same memory, one tensor after the other."""
+    before, _thread.kept = getattr(_thread, "kept", None), kept
+    try:
+        yield
+    finally:
+        _thread.kept = before

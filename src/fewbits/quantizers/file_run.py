@@ -149,7 +149,10 @@ class FileRun:
                 if not taken:
                     journal.restart()
                 measured = self._fill(shard, writer, journal, taken, told)
-                seal = Seal(writer.close(), {name: attrs.asdict(found) for name, found in measured.items()})
+                seal = Seal(
+                    writer.close(self._streaming.budget.threads),
+                    {name: attrs.asdict(found) for name, found in measured.items()},
+                )
             journal.add(seal)
 
     def _fill(
