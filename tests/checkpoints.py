@@ -58,6 +58,17 @@ def forged(data: bytes, edit: Callable[[dict[str, str]], None]) -> bytes:
     return joined(header, payload)
 
 
+def forged_tensor(data: bytes, name: str, content: bytes) -> bytes:
+    """A file in which one tensor has other bytes, and the digests that go with them."""
+    header, payload = split(data)
+    start, stop = header[name]["data_offsets"]
+    digests = json.loads(header["__metadata__"]["fewbits.digests"])
+    digests[name] = hashlib.sha256(content).hexdigest()
+    header["__metadata__"]["fewbits.digests"] = json.dumps(digests)
+    sign(header)
+    return joined(header, payload[:start] + content + payload[stop:])
+
+
 def forged_ledger(data: bytes, edit: Callable[[dict[str, Any]], Any]) -> bytes:
     """A file whose ledger was edited likewise; `edit` gets the rows by name."""
 

@@ -16,6 +16,7 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import Value, save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
+from fewbits.numerics.affine import are_sound
 from fewbits.numerics.metrics import Measurement, Tally, unit_of
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -98,7 +99,7 @@ def _examine_tensor(row: LedgerRow, pairs: Pairs, measurement: Measurement | Non
             tally.add(source, value)
             compared = True
         if isinstance(value, QuantizedTensor):
-            sound &= bool((torch.isfinite(value.scale) & (value.scale != 0)).all())
+            sound &= are_sound(value.scale)
     if compared:
         measurement = tally.measurement(columns_of(row))
     if not sound:
