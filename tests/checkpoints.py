@@ -15,7 +15,10 @@ from torch import Tensor
 
 import fewbits
 
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+DTYPE_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "U8": "uint8", "I8": "int8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "C64": "complex64",
+}  # fmt: skip
 DIGEST_KEY = "fewbits.header_digest"
 
 

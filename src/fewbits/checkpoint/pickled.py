@@ -16,6 +16,7 @@ import torch
 
 from fewbits.errors import FormatError
 from fewbits.numerics.dtypes import dtype_from_name
+from fewbits.numerics.layout import MAX_AXES
 
 #: What comes of opcodes in an order that no pickler writes.
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
@@ -213,8 +214,8 @@ def _made(maker: Name, arguments: tuple[Any, ...]) -> object:
         name = inner.dotted if kind in _TENSORS else kind.dotted
     if name == "collections.OrderedDict" and not arguments:
         return OrderedDict()
-    if name == "torch.Size":
-        return tuple(*arguments)
+    if name == "torch.Size" and isinstance(arguments[0], tuple):
+        return arguments[0]
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return arguments[0]
     if name == "torch._utils._rebuild_tensor_v2":
@@ -252,4 +253,7 @@ def _tensor(
 
 
 def _are_sizes(values: object) -> bool:
-    return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    # Many tensors can have one long shape between them: all of them would be looked at for each.
+    if not isinstance(values, tuple) or len(values) > MAX_AXES:
+        return False
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)

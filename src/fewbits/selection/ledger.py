@@ -69,13 +69,16 @@ class LedgerRow:
         """Refuse a row whose fields contradict one another.
 
         Raises:
-            ArgumentError: if spec, layout or alias do not go with the fate, or the layout is for another shape.
+            ArgumentError: if spec, layout or alias do not go with the fate, the layout is for another shape, or a
+                tensor without elements is quantized.
         """
         kinds = (type(self.spec), self.layout is not None, self.alias_of is not None)
         if kinds != _KINDS[self.fate] or (self.layout is not None and self.layout.shape != self.shape):
             raise ArgumentError(
                 f"{self.name}: spec, layout and alias_of do not go with a tensor of {self.shape} that is {self.fate}"
             )
+        if self.fate == "quantized" and 0 in self.shape:
+            raise ArgumentError(f"{self.name}: a tensor of {self.shape} has no elements, and is never quantized")
 
     @property
     def holder(self) -> str:
