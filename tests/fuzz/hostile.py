@@ -115,6 +115,10 @@ def _forgeries(valid: dict[str, Case]) -> Iterator[tuple[str, Case]]:
             _file(forged(data, lambda strings, key=key: strings.update({f"fewbits.{key}": "3"})), "load"),
         )
     yield "digest-missing", _file(forged(data, lambda strings: strings.update({"fewbits.digests": "{}"})), "load")
+    twice = '{"up.weight_packed":"0",' + split(data)[0]["__metadata__"]["fewbits.digests"][1:]
+    yield "digest-twice", _file(forged(data, lambda strings: strings.update({"fewbits.digests": twice})), "load")
+    figures = '{"up.weight":{"sqnr_db":NaN,"max_abs_error":0,"cosine":1,"worst_bound_ratio":0}}'
+    yield "metric-nan", _file(forged(data, lambda strings: strings.update({"fewbits.metrics": figures})), "load")
     header, payload = split(data)
     header["stowaway"] = {"dtype": "I32", "shape": [1], "data_offsets": [len(payload), len(payload) + 4]}
     sign(header)

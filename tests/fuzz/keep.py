@@ -1,5 +1,6 @@
 """Take over into the corpus that the tests replay what the fuzzer found and reaches more than what is there.
 
+What it begins with is in the corpus too, and stays as it was when it came there, by its name; so is what was a finding.
 More is a step from one line of the reading code to another, or an error of a class that no other input ends in.
 """
 
@@ -22,19 +23,21 @@ FOUND = HERE.parents[1] / "build" / "fuzz" / "corpus"
 
 def main() -> None:
     CORPUS.mkdir(exist_ok=True)
+    for name, case in (seeds() | hostile()).items():
+        if not (CORPUS / name).exists():
+            (CORPUS / name).write_bytes(case.to_bytes())
     known: set[object] = set()
     for path in sorted(CORPUS.iterdir()):
         known |= reached_by(parse(path.read_bytes()))
-    begun = [case.to_bytes() for case in (seeds() | hostile()).values()]
-    found = [path.read_bytes() for path in FOUND.iterdir()] if FOUND.is_dir() else []
+    found = {path.read_bytes() for path in FOUND.iterdir()} if FOUND.is_dir() else set()
     added = 0
-    for data in sorted({*begun, *found}, key=lambda data: (len(data), data)):
+    for data in sorted(found, key=lambda data: (len(data), data)):
         new = reached_by(parse(data)) - known
         if new:
             (CORPUS / hashlib.sha1(data).hexdigest()[:16]).write_bytes(data)
             known |= new
             added += 1
-    print(f"{added} of {len(begun) + len(found)} inputs were added to {CORPUS}", file=sys.stderr)
+    print(f"{added} of {len(found)} inputs were added to {CORPUS}", file=sys.stderr)
 
 
 def reached_by(case: Case | None) -> set[object]:

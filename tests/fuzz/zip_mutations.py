@@ -69,13 +69,13 @@ def _archive(data: bytes, rng: Random) -> bytes:
 
 def _pickle(data: bytes, rng: Random) -> bytes:
     """One opcode dropped, repeated, moved, or given another argument."""
+    if not data:
+        return b"."
     try:
         starts = [position for _, _, position in pickletools.genops(data)]
     except Exception:  # whatever a mutated pickle makes pickletools raise
         starts = [*range(len(data))]
     ops = [data[start:stop] for start, stop in zip(starts, [*starts[1:], len(data)], strict=True)]
-    if not ops:
-        return b"."
     index = rng.randrange(len(ops))
     what = rng.randrange(7)
     if what == 0:
