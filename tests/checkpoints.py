@@ -15,7 +15,10 @@ from torch import Tensor
 
 import fewbits
 
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+DTYPE_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "U8": "uint8", "I8": "int8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "C64": "complex64",
+}  # fmt: skip
 DIGEST_KEY = "fewbits.header_digest"
 
 
@@ -56,6 +59,17 @@ def forged(data: bytes, edit: Callable[[dict[str, str]], None]) -> bytes:
     edit(header["__metadata__"])
     sign(header)
     return joined(header, payload)
+
+
+def forged_tensor(data: bytes, name: str, content: bytes) -> bytes:
+    """A file in which one tensor has other bytes, and the digests that go with them."""
+    header, payload = split(data)
+    start, stop = header[name]["data_offsets"]
+    digests = json.loads(header["__metadata__"]["fewbits.digests"])
+    digests[name] = hashlib.sha256(content).hexdigest()
+    header["__metadata__"]["fewbits.digests"] = json.dumps(digests)
+    sign(header)
+    return joined(header, payload[:start] + content + payload[stop:])
 
 
 def forged_ledger(data: bytes, edit: Callable[[dict[str, Any]], Any]) -> bytes:

@@ -1,6 +1,8 @@
 """Damage and forgery: every file that is not what was written ends in a CheckpointError, at once."""
 
 import json
+import math
+import struct
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from checkpoints import AnyScheme, forged, forged_ledger, joined, save, sign, split, state
+from checkpoints import AnyScheme, forged, forged_ledger, forged_tensor, joined, save, sign, split, state
 from fewbits.sources.open import open_source
 from fewbits.validation.verify import verify
 
@@ -302,6 +304,14 @@ def test_a_layout_field_of_the_wrong_type_is_refused(scratch, genuine, field):
         pytest.param(lambda rows: rows[QUANTIZED]["layout"].update(permutation=[0, 0]), id="no permutation"),
         pytest.param(lambda rows: rows[QUANTIZED]["layout"].update(row_axes=2), id="no columns"),
         pytest.param(lambda rows: rows[QUANTIZED]["layout"].update(view=[4800]), id="another view"),
+        pytest.param(
+            lambda rows: rows[QUANTIZED]["layout"].update(
+                view=[24, 200, *[1] * 63], permutation=[*range(65)], row_axes=1
+            ),
+            id="a view of more axes than torch computes with",
+        ),
+        pytest.param(lambda rows: rows[QUANTIZED]["layout"].update(shape=["24", "200"]), id="sizes as text"),
+        pytest.param(lambda rows: rows[QUANTIZED]["layout"].update(view=[24.5, 200]), id="a fraction for a size"),
         pytest.param(lambda rows: rows[QUANTIZED]["spec"].update(bits=2), id="fewer bits"),
         pytest.param(lambda rows: rows[QUANTIZED]["spec"].update(symmetric=True), id="symmetric after all"),
         pytest.param(lambda rows: rows[QUANTIZED]["spec"].update(group_size=40), id="shorter groups"),
@@ -321,6 +331,51 @@ def test_the_part_that_holds_the_shape_must_agree_with_the_ledger(scratch, genui
     scratch.write_bytes(joined(header, swapped))
     with pytest.raises(fewbits.FormatError, match="shape"):
         fewbits.load(scratch, check="header")
+
+
+def test_verifying_finds_that_too_though_the_digests_fit(scratch, genuine):
+    scratch.write_bytes(forged_tensor(genuine, "layers.0.weight_shape", bytes(16)))
+    for read in (verify, fewbits.load):
+        with pytest.raises(fewbits.FormatError, match=r"the part 'shape' says \(0, 0\), the layout \(24, 200\)"):
+            read(scratch)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, math.nan, math.inf, -math.inf])
+def test_a_scale_that_no_code_can_have_is_refused_though_the_digests_fit(scratch, genuine, scale):
+    header, payload = split(genuine)
+    start, stop = header["layers.0.weight_scale"]["data_offsets"]
+    content = payload[start : stop - 4] + struct.pack("<f", scale)
+    scratch.write_bytes(forged_tensor(genuine, "layers.0.weight_scale", content))
+    with pytest.raises(fewbits.FormatError, match=r"zero, NaN or Inf, of layers\.0\.weight;"):
+        fewbits.load(scratch)
+    assert not verify(scratch).ok
+    assert len(fewbits.load(scratch, check="header")) == len(state())
+
+
+@pytest.mark.parametrize("key", ["ledger", "metrics", "digests", "versions"])
+def test_a_name_that_is_twice_in_the_metadata_is_refused(scratch, genuine, key):
+    """Of two values one reader would believe the one, another reader the other."""
+
+    def edit(strings):
+        text = strings[f"fewbits.{key}"]
+        name = text.removeprefix("[").removeprefix("{").partition(":")[0]
+        strings[f"fewbits.{key}"] = text.replace(f"{name}:", f"{name}:null,{name}:", 1)
+
+    scratch.write_bytes(forged(genuine, edit))
+    with pytest.raises(fewbits.FormatError, match=f"is in its {key} twice"):
+        fewbits.load(scratch)
+
+
+@pytest.mark.parametrize("figure", ["NaN", "Infinity", "1e999", '"x"', "[]"])
+def test_a_metric_that_is_no_finite_number_is_refused(scratch, genuine, figure):
+    def edit(strings):
+        figures = {"max_abs_error": 0, "cosine": 0, "worst_bound_ratio": 0}
+        text = json.dumps({QUANTIZED: {"sqnr_db": "HERE", **figures}}).replace('"HERE"', figure)
+        strings["fewbits.metrics"] = text
+
+    scratch.write_bytes(forged(genuine, edit))
+    with pytest.raises(fewbits.FormatError, match="sqnr_db must be a finite number"):
+        fewbits.load(scratch)
 
 
 @pytest.mark.parametrize("value", [None, 1, "", "0" * 64, ["x"]], ids=repr)

@@ -61,6 +61,7 @@ LIES = {
     "a shape that no tensor can have": (joined({"a": entry(shape=(1 << 62, 4, 0), end=0)}, b""), "which no tensor can"),
     "an empty shape that no tensor can have": (joined({"a": entry(shape=(0, 1 << 62, 1 << 62), end=0)}, b""),
                                                "which no tensor can"),
+    "more axes than torch computes with": (joined({"a": entry(shape=[2, *[1] * 64])}, bytes(8)), "which no tensor can"),
     "offsets the wrong way round": (joined({"a": entry(start=8, end=0)}, bytes(8)), "from 8 to 0"),
     "a tensor that begins late": (joined({"a": entry(start=4, end=12)}, bytes(12)), "without gaps"),
     "a gap between tensors": (joined(GOOD | {"b": entry("U8", (3,), 9, 12)}, bytes(12)), "'b' begins at byte"),

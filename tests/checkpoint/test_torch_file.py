@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 import zipfile
 
 import pytest
@@ -15,7 +16,10 @@ import fewbits
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from lifecycle_helpers import FEWER_EXAMPLES, TiedLM, files_in, quantize_small
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64,
+    torch.uint16,
+]  # fmt: skip
 
 
 @st.composite
@@ -136,25 +140,84 @@ def compressed(path):
             new.writestr(name, content)
 
 
+def moved(path):
+    """The list at the end of the archive says of a record that it begins one byte later."""
+    torch.save({"a": torch.ones(3)}, path)
+    data = bytearray(path.read_bytes())
+    listed = data.index(b"PK\x01\x02")
+    data[listed + 42] += 1
+    path.write_bytes(data)
+
+
+def doubled(path):
+    torch.save({"a": torch.ones(3)}, path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("model/data/0", bytes(12))
+
+
+def pickled(path, value, key=b"X\1\0\0\0a", end=b"s."):
+    """A file whose pickle maps a name to what some opcodes make."""
+    rewritten(path, lambda name, data: b"\x80\2}" + key + value + end if name.endswith("data.pkl") else data)
+
+
+def tensor(*sizes):
+    """The opcodes of a tensor of float32 of that shape, whose strides are 1."""
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\x09tQ"
+    shape, stride = b"(" + b"".join(sizes) + b"t", b"(" + b"K\1" * len(sizes) + b"t"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + shape + stride + b"\x89}tR"
+
+
+#: A tuple of two tuples of two tuples, 48 times: few bytes, and more elements than anyone can look at.
+DOUBLED = b")" + b"".join(b"q%ch%c\x86" % (index, index) for index in range(48))
+
+
+def quantized():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch will lose such tensors
+        return torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)
+
+
 BAD = {
     "the old format": (old_format, "before torch 1.6"),
-    "an object that is executed": (lambda p: torch.save({"a": Malicious()}, p), "weights_only=True"),
-    "an archive of something else": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "weights_only=True"),
+    "an object that is executed": (lambda p: torch.save({"a": Malicious()}, p), r"what posix\.mkdir would make"),
+    "an archive of something else": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "it has 0 data.pkl"),
     "a list": (lambda p: torch.save([torch.ones(2)], p), "holds a list"),
     "a tensor": (lambda p: torch.save(torch.ones(2), p), "holds a Tensor"),
     "a state dict inside of another": (lambda p: torch.save({"model": {"a": torch.ones(2)}}, p),
                                        r"'model' is a dict; .* Is it the state dict\?"),
     "a number": (lambda p: torch.save({"a": torch.ones(2), "step": 3}, p), "'step' is a int"),
+    "a tensor of which something is left to be computed": (
+        lambda p: torch.save({"a": torch.ones(2, dtype=torch.complex64).conj()}, p), "a is not a plain dense tensor"),
+    "a quantized tensor": (lambda p: torch.save({"a": quantized()}, p), "a is not a plain dense tensor"),
     "a number for a name": (lambda p: torch.save({3: torch.ones(2)}, p), "the entry 3"),
     "a sparse tensor": (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), "a is not a plain dense tensor"),
     "a storage cut short": (lambda p: rewritten(p, lambda name, data: data[:8] if "/data/" in name else data),
                             "a shows bytes that its storage does not have"),
     "a storage that is missing": (lambda p: rewritten(p, lambda name, data: None if "/data/" in name else data),
-                                  "weights_only=True"),
+                                  "a shows bytes that its storage does not have"),
     "another order of bytes": (lambda p: rewritten(p, lambda name, data: b"big" if "byteorder" in name else data),
                                "big-endian numbers"),
     "compressed bytes": (compressed, "is compressed"),
-    "no pickle": (lambda p: rewritten(p, lambda name, data: b"x" if "pkl" in name else data), "weights_only=True"),
+    "no pickle": (lambda p: rewritten(p, lambda name, data: b"x" if "pkl" in name else data), "holds no pickle"),
+    "a record that is not where it should be": (moved, "is not where its archive says"),
+    "a record that is there twice": (doubled, "twice there"),
+    "a tensor larger than its file": (lambda p: torch.save({"a": torch.zeros(1).expand(1 << 40)}, p),
+                                      "a has 4,398,046,511,104 bytes, more than its file"),
+    "an empty tensor of any size": (lambda p: pickled(p, tensor(b"\x8a\x08" + bytes(7) + b"\x40", b"K\0")),
+                                    "which no tensor can have"),
+    "sizes that are none": (lambda p: pickled(p, tensor(b"J\xff\xff\xff\xff", b"K\1")), "holds no pickle"),
+    "more axes than torch computes with": (lambda p: pickled(p, tensor(*[b"K\1"] * 65)), "holds no pickle"),
+    "a list for a size, which would be copied": (lambda p: pickled(p, b"ctorch\nSize\n]\x85R"),
+                                                 r"what torch\.Size would make"),
+    "a class that would take any memory": (lambda p: pickled(p, b"cbuiltins\nbytearray\n\x8a\5\0\0\0\0\1\x85R"),
+                                           "what builtins.bytearray would make"),
+    "a name that takes for ever to look up": (lambda p: pickled(p, b"N", key=DOUBLED),
+                                               "a tuple is the name of an entry"),
+    "tuples of tuples without end": (lambda p: pickled(p, DOUBLED), "the entry 'a' is a tuple"),
+    "lists in lists without end": (lambda p: pickled(p, b"]" * 100_000 + b"a" * 99_999), "the entry 'a' is a list"),
+    "a pickle of a later protocol": (lambda p: pickled(p, b"\x8c\1x"), "the opcode SHORT_BINUNICODE"),
+    "a pickle that ends early": (lambda p: pickled(p, b"}", end=b""), "holds no pickle"),
+    "a pickle that takes more than there is": (lambda p: pickled(p, b"\x87"), "holds no pickle"),
     "half a file": (lambda p: (old_format(p), p.write_bytes(p.read_bytes()[:100])), "before torch 1.6"),
 }  # fmt: skip
 
@@ -168,6 +231,15 @@ def test_what_is_no_state_dict_is_refused_and_nothing_is_executed(tmp_path, monk
         quantize_small(tmp_path / "model.bin", "int8", output=tmp_path / "out")
     assert "model.bin" in str(refused.value)
     assert os.listdir(tmp_path) == ["model.bin"]
+
+
+def test_tensors_with_attributes_are_read_without_them(tmp_path):
+    plain, parameter = torch.arange(4.0), nn.Parameter(torch.ones(2, 2))
+    plain.note = parameter.note = "a note"
+    torch.save({"plain": plain, "parameter": parameter}, tmp_path / "model.bin")
+    file = TorchFile(tmp_path / "model.bin")
+    assert torch.equal(file.read("plain"), plain)
+    assert torch.equal(file.read("parameter"), parameter)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

@@ -148,6 +148,14 @@ def test_a_row_that_does_not_exist_is_a_named_error():
         ledger["wieght"]
 
 
+@pytest.mark.parametrize("shape", [(4, 0), (0, 5), (0,)])
+def test_a_tensor_without_elements_is_never_quantized(shape):
+    """Whatever a file says: chunks are cut by columns, and there would be none."""
+    spec, layout = fewbits.QuantSpec(8, "channel"), fewbits.Layout.of(shape)
+    with pytest.raises(fewbits.ArgumentError, match="has no elements, and is never quantized"):
+        LedgerRow("a", shape, torch.float32, "quantized", "why", 0, 0, spec, layout)
+
+
 def test_an_empty_ledger_prints_and_turns_into_json():
     ledger = Ledger(())
     assert "0 tensors" in str(ledger)

@@ -19,6 +19,7 @@ import torch
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import MAX_AXES
 
 #: The payload of a file of ours starts at a multiple of this, so that mapped codes are aligned for any kernel.
 ALIGNMENT = 64
@@ -100,6 +101,12 @@ def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileH
     return FileHeader(metadata, spans)
 
 
+def is_possible(entry: Entry) -> bool:
+    """Whether torch can compute with such a tensor. Strides of one without elements are computed all the same."""
+    strided = math.prod(max(1, size) for size in entry.shape) * entry.dtype.itemsize
+    return len(entry.shape) <= MAX_AXES and strided < 1 << 63
+
+
 def dump_header(metadata: Mapping[str, str], entries: Mapping[str, Entry], where: object) -> bytes:
     """The JSON text of a header, for tensors that lie in the order of `entries`.
 
@@ -137,6 +144,14 @@ def parse_object(text: bytes, where: object, what: str) -> dict[str, Any]:
     Raises:
         FormatError: if it is none, is nested too deep, or has a key twice.
     """
+    if not text.startswith(b"{"):
+        raise FormatError(f"{where}: its {what} does not begin with {{")
+    fields: dict[str, Any] = parse_json(text, where, what)
+    return fields
+
+
+def parse_json(text: bytes | str, where: object, what: str) -> Any:
+    """Any JSON out of a file that may hold anything; `parse_object` describes arguments and errors."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -145,13 +160,10 @@ def parse_object(text: bytes, where: object, what: str) -> dict[str, Any]:
             raise FormatError(f"{where}: {twice!r} is in its {what} twice")
         return fields
 
-    if not text.startswith(b"{"):
-        raise FormatError(f"{where}: its {what} does not begin with {{")
     try:
-        fields: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=unique)
+        return json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits, nested too deep
         raise FormatError(f"{where}: its {what} is no JSON: {error}") from None
-    return fields
 
 
 def _metadata(value: object, where: object) -> dict[str, str]:
@@ -169,11 +181,10 @@ def _span(name: str, described: object, payload: int, where: object) -> Span:
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         _refuse(where, f"{name!r} has a shape or offsets that are no lists of sizes")
     entry = Entry(tuple(shape), _TO_TORCH[code])
-    # Strides of a tensor without elements are computed all the same.
-    if math.prod(max(1, size) for size in shape) * entry.dtype.itemsize >= 1 << 63 and not entry.numel:
-        _refuse(where, f"{name!r} has shape {entry.shape}, which no tensor can have")
     if offsets[1] - offsets[0] != entry.nbytes:
         _refuse(where, f"{name!r} needs {entry.nbytes:,} bytes, and has those from {offsets[0]:,} to {offsets[1]:,}")
+    if not is_possible(entry):
+        _refuse(where, f"{name!r} has shape {entry.shape}, which no tensor can have")
     return Span(entry, payload + offsets[0])
 
 

@@ -12,8 +12,9 @@ import attrs
 import torch
 
 from fewbits._version import __version__
+from fewbits.checkpoint.header import parse_json
 from fewbits.checkpoint.serializer import Entry
-from fewbits.errors import DigestError, FewbitsError, FormatError
+from fewbits.errors import ArgumentError, DigestError, FewbitsError, FormatError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.spec import CastSpec, QuantSpec
@@ -37,6 +38,11 @@ _is = attrs.validators.instance_of
 _maps_strings = attrs.validators.deep_mapping(_is(str), _is(str), _is(dict))
 
 
+def _is_figure(_: object, attribute: attrs.Attribute[float | None], value: object) -> None:
+    if value is not None and not (isinstance(value, (float, int)) and math.isfinite(value)):
+        raise ArgumentError(f"{attribute.name} must be a finite number or None, not {value!r}")
+
+
 @attrs.frozen
 class Metrics:
     """What was measured about one tensor, rounded for the file; None for a figure that is not finite.
@@ -48,10 +54,10 @@ class Metrics:
         worst_bound_ratio: the largest error over its own bound.
     """
 
-    sqnr_db: float | None = attrs.field(validator=_is((float, int, type(None))))
-    max_abs_error: float | None = attrs.field(validator=_is((float, int, type(None))))
-    cosine: float | None = attrs.field(validator=_is((float, int, type(None))))
-    worst_bound_ratio: float | None = attrs.field(validator=_is((float, int, type(None))))
+    sqnr_db: float | None = attrs.field(validator=_is_figure)
+    max_abs_error: float | None = attrs.field(validator=_is_figure)
+    cosine: float | None = attrs.field(validator=_is_figure)
+    worst_bound_ratio: float | None = attrs.field(validator=_is_figure)
 
     @classmethod
     def of(cls, measurement: Measurement) -> Metrics:
@@ -128,15 +134,15 @@ class Metadata:
         if strings.get(HEADER_DIGEST_KEY) != header_digest(strings, entries):
             raise DigestError(f"{where}: the header is not the one that was written; the file is damaged")
         try:
-            metadata = cls._parse(strings)
+            metadata = cls._parse(strings, where)
         except _UNREADABLE as error:
             raise FormatError(f"{where}: the metadata cannot be read: {error}") from error
         metadata._check(entries, where)
         return metadata
 
     @classmethod
-    def _parse(cls, strings: Mapping[str, str]) -> Metadata:
-        fields = {key: json.loads(strings[f"fewbits.{key}"]) for key in
+    def _parse(cls, strings: Mapping[str, str], where: object) -> Metadata:
+        fields = {key: parse_json(strings[f"fewbits.{key}"], where, key) for key in
                   ("ledger", "architecture", "versions", "metrics", "digests")}  # fmt: skip
         return cls(
             ledger=Ledger(LedgerRow.from_dict(row) for row in fields["ledger"]),

@@ -27,11 +27,15 @@ from fewbits.checkpoint.saving import Value, refuse_damaged, wrong_digests
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
+from fewbits.numerics.affine import are_sound
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, part_shapes, same_bits, shape_part
-from fewbits.selection.ledger import Ledger
+from fewbits.numerics.tensor import QuantizedTensor, check_shape_part, part_shapes, same_bits, shape_part
+from fewbits.selection.ledger import Ledger, LedgerRow
 
 Check = Literal["digests", "header"]
+
+#: Scales that are looked at together.
+_PIECE = 1 << 18
 
 
 class Checkpoint:
@@ -92,6 +96,9 @@ class Checkpoint:
 
         Args:
             chunk: of a row of this ledger that is no alias.
+
+        Raises:
+            FormatError: with the first chunk, if the stored shape is not that of the ledger.
         """
         row, described = chunk.row, chunk.described()
         if not isinstance(row.spec, QuantSpec) or described.layout is None:
@@ -101,7 +108,9 @@ class Checkpoint:
         for part, (shape, dtype) in part_shapes(described.layout, row.spec, row.dtype).items():
             rows = first * row.spec.bits // 32 if part == "zero_point" else first
             start = 0 if per_tensor and part != "packed" else rows * math.prod(shape[1:])
-            if part != "shape":
+            if part == "shape":
+                self._check_shape(chunk)
+            else:
                 parts[part] = self._read_chunk(part_name(row.name, part), start, Entry(shape, dtype))
         parts["shape"] = shape_part(described.shape)
         return QuantizedTensor.from_parts(parts, spec=row.spec, layout=described.layout, dtype=row.dtype)
@@ -112,6 +121,11 @@ class Checkpoint:
         described = [(row.shape, row.dtype, row.spec, row.layout) for row in (one, other)]
         pairs = zip(chunks(one), chunks(other), strict=True)
         return described[0] == described[1] and all(same_bits(self.chunk(a), self.chunk(b)) for a, b in pairs)
+
+    def _check_shape(self, chunk: Chunk) -> None:
+        if chunk.is_first:
+            name = part_name(chunk.row.name, "shape")
+            check_shape_part(self._read_chunk(name, 0, self._readers[name].entries[name]), chunk.row.shape)
 
     def _read(self, name: str) -> Tensor:
         return self._readers[name].read(name)
@@ -129,16 +143,30 @@ class Checkpoint:
         return [name for shard in self._shards for name in wrong_digests(shard.reader, shard.metadata.digests)]
 
     def check(self, check: Check) -> None:
-        """Check every digest, or, with ``"header"``, nothing more than was checked on opening.
+        """Check every digest and every scale, or, with ``"header"``, nothing more than was checked on opening.
 
         Raises:
             DigestError: naming the damaged tensors.
+            FormatError: naming the tensors with scales that are zero, NaN or Inf.
             ArgumentError: for another value of `check`.
         """
         if check not in ("digests", "header"):
             raise ArgumentError(f"check must be 'digests' or 'header', not {check!r}")
         if check == "digests":
             refuse_damaged(self.damaged(), self.path)
+            if unsound := [row.name for row in self.ledger.stored if not self._is_sound(row)]:
+                raise FormatError(f"{self.path}: a scale is zero, NaN or Inf, of {', '.join(unsound)}; quantize again")
+
+    def _is_sound(self, row: LedgerRow) -> bool:
+        """Whether there are codes for the scales of a tensor, if it has any."""
+        if not isinstance(row.spec, QuantSpec):
+            return True
+        name = part_name(row.name, "scale")
+        entry = row_entries(row)[name]
+        return all(
+            are_sound(self._read_chunk(name, start, Entry((min(_PIECE, entry.numel - start),), entry.dtype)))
+            for start in range(0, entry.numel, _PIECE)
+        )
 
     def values(self) -> dict[str, Value]:
         """The stored form of every tensor of the source but those merged into others; tied names share one object."""

@@ -173,7 +173,8 @@ class _SafetensorsReader(ChunkReader):
     def __init__(self, path: Path) -> None:
         with as_checkpoint_error(f"{path} cannot be read"):
             if not path.is_file():
-                what = "is a directory" if path.is_dir() else "does not exist"
+                there = "is no regular file" if path.exists() else "does not exist"
+                what = "is a directory" if path.is_dir() else there
                 raise CheckpointError(f"{path} {what}; give the path of a safetensors file")
         self._bytes = FileBytes(path)
         try:

@@ -1,8 +1,8 @@
 """`TorchFile`: a state dict that `torch.save` wrote, read by position. Nothing in it is ever executed.
 
 The format is a zip archive: one record of pickled structure, and one, not compressed, for the bytes of every storage.
-torch reads the structure (with ``weights_only=True``) and tells where storages lie; the bytes are read here, so that a
-file of any size takes no memory.
+Nothing of it is read by torch, which calls what a file names, as long as it takes that for safe: a file of a kilobyte
+can make it take any amount of memory, or of time. Read here, a file of any size takes no memory.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint.header import MAX_HEADER, is_possible
+from fewbits.checkpoint.pickled import Made, SavedTensor, read_pickle
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, tensor_bytes
 from fewbits.checkpoint.serializer import ChunkReader, Entry
 from fewbits.errors import ArgumentError, FormatError
@@ -30,11 +31,14 @@ SUFFIXES = (".bin", ".pt", ".pth")
 #: How a file begins that `torch.save` wrote before there was the zip format: a pickle of its magic number.
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-#: How a record of an archive begins, and so the archive.
+#: How a zip archive begins: with the header of its first record. The ninth byte says how that is compressed.
 _ARCHIVE = b"PK\x03\x04"
 
 #: The bytes of a record's own header in the archive, without the two parts of any length that follow.
 _LOCAL_HEADER = 30
+
+#: The first byte of something in the file, and how many there are.
+_Place = tuple[int, int]
 
 
 class TorchFile(ChunkReader):
@@ -51,13 +55,30 @@ class TorchFile(ChunkReader):
     def __init__(self, path: Path) -> None:
         self._bytes = FileBytes(path)
         self.metadata: Mapping[str, str] = {}
-        # What torch cannot take is found first: of a file with its bytes the other way round it crashes.
-        records = dict(_records(self._bytes))
-        tensors = _structure(path)
-        self.views = {name: _view(path, name, tensor, records) for name, tensor in tensors.items()}
+        records = _records(self._bytes)
+        folder = _folder(path, records)
+        _check_byteorder(self._bytes, records.get(f"{folder}/byteorder"))
+        saved = read_pickle(_content(self._bytes, records[f"{folder}/data.pkl"]), path)
+        self.views = {
+            name: _view(path, name, tensor, records.get(f"{folder}/data/{tensor.storage.key}"))
+            for name, tensor in _tensors(path, saved)
+        }
         self.entries = {name: Entry(view.shape, view.dtype) for name, view in self.views.items()}
+        self._check_entries()
         self._gathered: tuple[str, Tensor] | None = None
         self._lock = threading.Lock()
+
+    def _check_entries(self) -> None:
+        """Refuse shapes that no tensor can have, and tensors that repeat few elements to more than fits anywhere."""
+        size = self._bytes.identity[2]
+        for name, entry in self.entries.items():
+            if not is_possible(entry):
+                raise FormatError(f"{self._bytes.path}: {name} has shape {entry.shape}, which no tensor can have")
+            if entry.nbytes > size:
+                raise FormatError(
+                    f"{self._bytes.path}: {name} has {entry.nbytes:,} bytes, more than its file: it is expanded; "
+                    "save tensor.contiguous()"
+                )
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
@@ -104,73 +125,103 @@ def is_torch_file(path: Path) -> bool:
         if not path.is_file():
             return False
         with open(path, "rb") as file:
-            start = file.read(len(_OLD_FORMAT))
-            # An archive is known by its end; what does not begin as one is not read there: it may be a tensor's bytes.
-            return start == _OLD_FORMAT or (start.startswith(_ARCHIVE) and zipfile.is_zipfile(file))
+            first = file.read(len(_OLD_FORMAT))
+    # A safetensors file begins with a length, which can be any number; its ninth byte is a brace.
+    return first == _OLD_FORMAT or (first.startswith(_ARCHIVE) and first[8:9] != b"{")
 
 
-def _records(source: FileBytes) -> Iterator[tuple[int, int]]:
-    """Where the bytes of each storage begin, and how many there are."""
+def _records(source: FileBytes) -> dict[str, _Place]:
+    """Where the bytes of every record are, by its name."""
+    path, size = source.path, source.identity[2]
     with source.opened() as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                for record in archive.infolist():
-                    if record.compress_type != zipfile.ZIP_STORED:
-                        raise FormatError(f"{source.path} is compressed; write it again with torch.save")
-                    if record.filename.endswith("byteorder") and archive.read(record) != b"little":
-                        raise FormatError(f"{source.path} was written with big-endian numbers; write it again")
-                    yield _data_offset(file, record.header_offset), record.file_size
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+                listed = archive.infolist()
+        except Exception as error:  # whatever zipfile raises of a file that may hold anything
             raise FormatError(
-                f"{source.path} is in the format that torch.save wrote before torch 1.6, or damaged ({error}); load it "
+                f"{path} is in the format that torch.save wrote before torch 1.6, or damaged ({error}); load it "
                 "with torch.load(path, weights_only=True) and save it again"
             ) from None
+        if any(record.compress_type != zipfile.ZIP_STORED for record in listed):
+            raise FormatError(f"{path} is compressed; write it again with torch.save")
+        records: dict[str, _Place] = {}
+        for record in listed:
+            start = _data_offset(file, record.header_offset)
+            if start is None or start + record.file_size > size or record.filename in records:
+                raise FormatError(
+                    f"{path} is damaged: {record.filename!r} is not where its archive says, or twice there"
+                )
+            records[record.filename] = start, record.file_size
+    return records
 
 
-def _data_offset(file: FileIO, record: int) -> int:
+def _data_offset(file: FileIO, record: int) -> int | None:
     """Where the bytes of a record begin: after its own header, whose last two parts have a length each."""
+    if not 0 <= record < 1 << 62:
+        return None
     file.seek(record)
-    name, extra = struct.unpack("<HH", file.read(_LOCAL_HEADER).ljust(_LOCAL_HEADER, b"\0")[-4:])
+    header = file.read(_LOCAL_HEADER)
+    if len(header) != _LOCAL_HEADER or not header.startswith(_ARCHIVE):
+        return None
+    name, extra = struct.unpack("<HH", header[-4:])
     return record + _LOCAL_HEADER + int(name) + int(extra)
 
 
-def _structure(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, without their bytes."""
-    # Imported late: it brings in a good part of the compiler.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        with FakeTensorMode():
-            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch raises of a file that may hold anything
-        first = str(error).strip().partition("\n")[0]
-        raise FormatError(f"{path} is not a state dict that torch.load reads with weights_only=True: {first}") from None
-    if not isinstance(loaded, Mapping):
-        kind = "Tensor" if isinstance(loaded, Tensor) else type(loaded).__name__
-        raise FormatError(f"{path} holds a {kind}, not a state dict that maps names to tensors")
-    return dict(_tensors(path, loaded))
+def _folder(path: Path, records: Mapping[str, _Place]) -> str:
+    """What the names of all records begin with."""
+    found = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")]
+    if len(found) != 1:
+        raise FormatError(f"{path} is a zip archive that torch.save did not write: it has {len(found)} data.pkl")
+    return found[0]
 
 
-def _tensors(path: Path, loaded: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in loaded.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            inner = " Is it the state dict? Save that alone, with torch.save." if isinstance(tensor, Mapping) else ""
+def _content(source: FileBytes, place: _Place) -> bytes:
+    """The bytes of a record."""
+    start, size = place
+    if size > MAX_HEADER:
+        raise FormatError(f"{source.path} describes its tensors in {size:,} bytes, more than {MAX_HEADER:,}")
+    content = bytearray(size)
+    source.read_into(memoryview(content), start)
+    return bytes(content)
+
+
+def _check_byteorder(source: FileBytes, place: _Place | None) -> None:
+    if place is not None and _content(source, place) != b"little":
+        raise FormatError(f"{source.path} was written with big-endian numbers; write it again")
+
+
+def _tensors(path: Path, saved: object) -> Iterator[tuple[str, SavedTensor]]:
+    if not isinstance(saved, Mapping):
+        raise FormatError(f"{path} holds a {_kind(saved)}, not a state dict that maps names to tensors")
+    for name, tensor in saved.items():
+        if isinstance(name, str) and isinstance(tensor, SavedTensor):
+            yield name, tensor
+            continue
+        if isinstance(tensor, Made) and isinstance(name, str):
             raise FormatError(
-                f"{path}: the entry {name!r} is a {type(tensor).__name__}; a state dict maps names to tensors.{inner}"
+                f"{path}: {name} is not a plain dense tensor, but what {tensor.maker} would make, which is not called; "
+                "make it one, and save it again"
             )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-            raise FormatError(f"{path}: {name} is not a plain dense tensor; make it one, and save it again")
-        yield name, tensor
+        inner = " Is it the state dict? Save that alone, with torch.save." if isinstance(tensor, Mapping) else ""
+        raise FormatError(
+            f"{path}: the entry {name!r} is a {_kind(tensor)}; a state dict maps names to tensors.{inner}"
+        )
 
 
-def _view(path: Path, name: str, tensor: Tensor, records: Mapping[int, int]) -> View:
-    start: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", -1)
-    offset = int(tensor.storage_offset()) * tensor.dtype.itemsize
-    shape, stride = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
-    if not tensor.numel():
-        return View(str(path), 0, shape, stride, tensor.dtype, name)
-    view = View(str(path), start + offset, shape, stride, tensor.dtype)
-    if start not in records or view.stop > start + records[start]:
+def _kind(saved: object) -> str:
+    """What something in a file is, in a word."""
+    if isinstance(saved, Made):
+        return saved.maker
+    return "Tensor" if isinstance(saved, SavedTensor) else type(saved).__name__
+
+
+def _view(path: Path, name: str, tensor: SavedTensor, place: _Place | None) -> View:
+    if 0 in tensor.shape:
+        return View(str(path), 0, tensor.shape, tensor.stride, tensor.dtype, name)
+    start, size = place or (0, 0)
+    first = start + tensor.offset * tensor.dtype.itemsize
+    view = View(str(path), first, tensor.shape, tensor.stride, tensor.dtype)
+    if view.stop > start + size:
         raise FormatError(f"{path}: {name} shows bytes that its storage does not have; the file is damaged")
     return view
 

@@ -163,6 +163,12 @@ def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
     return outside.flatten(1)[:, : x.shape[1]]
 
 
+def are_sound(scale: Tensor) -> bool:
+    """Whether codes can be made with these scales: finite numbers, none of them zero."""
+    magnitude = scale.abs()
+    return bool(((magnitude > 0) & (magnitude < math.inf)).all())
+
+
 def check_params(
     scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor | None]:
@@ -180,8 +186,7 @@ def check_params(
             f"scales of shape {tuple(scale.shape)} in {dtype_name(scale.dtype)} for {shape[0]} rows of {shape[1]}; "
             f"{spec} needs shape {expected} in {spec.scale_dtype}"
         )
-    magnitude = scale.abs()
-    if not bool(((magnitude > 0) & (magnitude < math.inf)).all()):
+    if not are_sound(scale):
         raise NumericsError("a scale is zero, NaN or Inf; scales must be finite and not zero")
     if (zero_point is None) != spec.symmetric:
         raise NumericsError(f"there is a zero point exactly where the spec is asymmetric; this is {spec}")

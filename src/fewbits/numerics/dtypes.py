@@ -21,7 +21,8 @@ def dtype_from_name(name: str) -> torch.dtype:
     Raises:
         ArgumentError: if torch has no dtype of that name.
     """
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    # Not `getattr`: it imports modules of torch that are asked for by name.
+    dtype = vars(torch).get(name) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
         raise ArgumentError(f"{name!r} is not the name of a torch dtype (such as 'float32' or 'bfloat16')")
     return dtype

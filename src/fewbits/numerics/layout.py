@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,12 @@ from fewbits.errors import ArgumentError
 #: Elements that are worked on at a time: a block and its intermediate results fit a core's cache.
 BLOCK_ELEMENTS = 1 << 18
 
+#: The most axes of a tensor that torch computes with.
+MAX_AXES = 64
+
 
 def _ints(values: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
+    return tuple(map(operator.index, values))
 
 
 @attrs.frozen
@@ -41,6 +45,8 @@ class Layout:
     def __attrs_post_init__(self) -> None:
         if min(self.shape + self.view, default=0) < 0 or math.prod(self.view) != math.prod(self.shape):
             raise ArgumentError(f"a tensor of shape {self.shape} cannot be viewed as {self.view}")
+        if len(self.view) > MAX_AXES:
+            raise ArgumentError(f"a view has at most {MAX_AXES} axes, not {len(self.view)}")
         if sorted(self.permutation) != list(range(len(self.view))):
             raise ArgumentError(f"{self.permutation} is not a permutation of the axes of {self.view}")
         if not 0 <= self.row_axes <= len(self.view):

@@ -114,10 +114,7 @@ class QuantizedTensor:
         if not {"packed", "scale", "shape"} <= set(parts) <= PARTS:
             wanted = sorted(part_shapes(layout, spec, dtype))
             raise FormatError(f"a tensor in {spec} has the parts {wanted}, not {sorted(parts)}")
-        if not same_bits(parts["shape"], shape_part(layout.shape)):
-            raise FormatError(
-                f"the part 'shape' says {tuple(parts['shape'].flatten().tolist())}, the layout {layout.shape}"
-            )
+        check_shape_part(parts["shape"], layout.shape)
         optional = parts.get("zero_point"), parts.get("input_scale")
         return cls(parts["packed"], parts["scale"], optional[0], spec, layout, dtype, optional[1])
 
@@ -223,6 +220,16 @@ def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str
 def shape_part(shape: Sequence[int]) -> Tensor:
     """A shape as files hold it: int64, one number an axis."""
     return torch.tensor(tuple(shape), dtype=torch.int64, device="cpu")
+
+
+def check_shape_part(part: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a stored shape that is not the one that it should be.
+
+    Raises:
+        FormatError: naming both.
+    """
+    if not same_bits(part, shape_part(shape)):
+        raise FormatError(f"the part 'shape' says {tuple(part.flatten().tolist())}, the layout {tuple(shape)}")
 
 
 def pack_zero_point(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:

@@ -78,7 +78,8 @@ class LedgerRow:
         """Refuse a row whose fields contradict one another.
 
         Raises:
-            ArgumentError: if spec, layout, alias or weight do not go with the fate, or the layout is for another shape.
+            ArgumentError: if spec, layout, alias or weight do not go with the fate, the layout is for another shape, or
+                a tensor without elements is quantized.
         """
         kinds = (type(self.spec), self.layout is not None, self.alias_of is not None, self.merged_into is not None)
         if kinds != _KINDS[self.fate] or (self.layout is not None and self.layout.shape != self.shape):
@@ -86,6 +87,8 @@ class LedgerRow:
                 f"{self.name}: spec, layout, alias_of and merged_into do not go with a tensor of {self.shape} that is "
                 f"{self.fate}"
             )
+        if self.fate == "quantized" and 0 in self.shape:
+            raise ArgumentError(f"{self.name}: a tensor of {self.shape} has no elements, and is never quantized")
 
     @property
     def holder(self) -> str:

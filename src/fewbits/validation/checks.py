@@ -16,6 +16,7 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import Value, save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
+from fewbits.numerics.affine import are_sound
 from fewbits.numerics.metrics import Measurement, Tally, unit_of
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -124,7 +125,7 @@ def examine_tensor(
         elif measurement is None:
             blind.add(value)
         if isinstance(value, QuantizedTensor):
-            sound &= bool((torch.isfinite(value.scale) & (value.scale != 0)).all())
+            sound &= are_sound(value.scale)
     if compared:
         measurement = tally.measurement(columns_of(row))
     if not sound:
