@@ -401,7 +401,8 @@ def test_an_error_on_a_thread_is_that_of_the_caller_and_threads_are_as_before():
             list(in_order((partial(task, index) for index in range(100)), 2))
         assert seen == {(False, 1)}
         assert torch.get_num_threads() == 2
-        assert list(in_order((torch.get_num_threads for _ in range(3)), 1)) == [2, 2, 2]
+        assert list(in_order((torch.get_num_threads for _ in range(3)), 1)) == [1, 1, 1]
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(torch_before)
     assert torch.get_num_threads() == before

@@ -91,7 +91,7 @@ class Early(Changed):
 
         def published(metadata):
             reader = seal(metadata)
-            shutil.copy(writer.inner._temporary, path)
+            shutil.copy(writer.inner._at, path)
             return reader
 
         writer.seal = published

@@ -24,7 +24,7 @@ from fewbits.checkpoint.compressed_parts import (
 )
 from fewbits.checkpoint.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
 from fewbits.checkpoint.folder import find_files
-from fewbits.checkpoint.metadata import VERSION_KEY, is_fewbits_file
+from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Entry, Serializer
@@ -233,7 +233,8 @@ def is_compressed_tensors(path: str | os.PathLike[str], serializer: Serializer |
     if VERSION_KEY in files.metadata:
         return False
     first = serializer.reader(files.paths[0])
-    if is_fewbits_file(first.metadata):
+    # A damaged file of ours is not taken for somebody else's.
+    if any(map(is_own_key, first.metadata)):
         return False
     return bool(codes_names(StoredTensors(files, serializer).entries)) or read_config(files) is not None
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, List  # noqa: UP035  (the schema of an operation: torch 2.6 knows no other list)
 
 import attrs
 import torch
@@ -75,7 +75,7 @@ def _read(description: str) -> _Description:
 
 
 @torch.library.custom_op("fewbits::linear", mutates_args=())
-def linear(x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
+def linear(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
     """``x @ weight.T`` in float32."""
     read = _read(description)
     weight = read.weight(tensors)
@@ -100,7 +100,7 @@ def product(x: Tensor, weight: Form, kernels: Sequence[Kernel[Any]]) -> Tensor:
 
 
 @linear.register_fake
-def _(x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
+def _(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
     return x.new_empty(*x.shape[:-1], _read(description).layout.rows, dtype=torch.float32)
 
 
@@ -116,7 +116,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
 
 
 @torch.library.custom_op("fewbits::linear_gradient", mutates_args=())
-def linear_gradient(grad: Tensor, x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
+def linear_gradient(grad: Tensor, x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
     """The gradient with respect to `x`."""
     weight = _read(description).weight(tensors)
     slope = torch.matmul(grad, weight.dequantize(grad.dtype)).to(x.dtype)
@@ -124,7 +124,7 @@ def linear_gradient(grad: Tensor, x: Tensor, tensors: list[Tensor], description:
 
 
 @linear_gradient.register_fake
-def _(grad: Tensor, x: Tensor, tensors: list[Tensor], description: str) -> Tensor:
+def _(grad: Tensor, x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -36,10 +36,9 @@ class Observer(ABC):
         checkpoint on disk, blocks of one weight come on several threads, in any order.
 
         Args:
-            weight: (rows, columns), finite; whole rows of the matrix it is cut into. They come in float32 or float64
-                and a block at a time; where one scale serves the whole tensor (granularity "tensor"), all at once and
-                in the weight's own dtype. Not to be written to, and not to be held: the next rows come in the same
-                memory.
+            weight: (rows, columns), finite, not to be written to, and not to be held: the next rows come in the same
+                memory. Whole rows of the matrix it is cut into, in float32 or float64 and a block at a time; where one
+                scale serves the whole tensor (granularity "tensor"), all at once and in the weight's own dtype.
             spec: how the codes shall look, with ``spec.scale_dtype`` settled.
 
         Returns:
