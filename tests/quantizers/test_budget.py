@@ -87,6 +87,17 @@ def test_a_weight_that_is_needed_as_a_whole_is_refused_with_the_limit_that_would
     assert settle(needs, fewbits.Output("out", max_memory=least), 4).threads == 1
 
 
+def test_a_tensor_that_does_not_lie_in_order_is_counted_as_a_whole(tmp_path):
+    torch.save({"t.weight": torch.zeros(8000, 4000).t(), "b.weight": torch.zeros(64, 64)}, tmp_path / "in.bin")
+    output = fewbits.Output(tmp_path / "out", max_memory="200MB")
+    for act in (fewbits.plan, fewbits.quantize):
+        with pytest.raises(ArgumentError, match=r"for t\.weight.*needed as a whole") as refused:
+            act(tmp_path / "in.bin", "int8", output=output)
+    least = int(re.search(r"at least ([\d,]+)", str(refused.value))[1].replace(",", ""))
+    assert least > 2 * 4 * 8000 * 4000
+    assert fewbits.plan(tmp_path / "in.bin", "int8", output=fewbits.Output(tmp_path / "out", max_memory=least)).shards
+
+
 def test_a_limit_that_nothing_fits_into_is_refused_before_anything_is_written(source, tmp_path):
     with pytest.raises(ArgumentError, match=r"max_memory is 1,000,000 bytes, and at least [\d,]+ are needed"):
         quantize_small(source, "int8", output=fewbits.Output(tmp_path / "out", max_memory="1MB"))

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class TorchFile(ChunkReader):
         }
         self.entries = {name: Entry(view.shape, view.dtype) for name, view in self.views.items()}
         self._check_entries()
-        self._gathered: tuple[str, Tensor] | None = None
+        self._gathered: _Gathered | None = None
         self._lock = threading.Lock()
 
     def _check_entries(self) -> None:
@@ -98,21 +99,47 @@ class TorchFile(ChunkReader):
         if _in_order(view):
             self._bytes.read_into(tensor_bytes(out), view.start + start * entry.dtype.itemsize)
         else:
-            out.view(-1).copy_(self._whole(name, view).view(-1)[start : start + out.numel()])
+            out.view(-1).copy_(self._whole(name, view, start, out.numel()).view(-1)[start : start + out.numel()])
 
-    def _whole(self, name: str, view: View) -> Tensor:
-        """A tensor put in order; the last one is kept, because its chunks are asked for one after the other."""
+    def gathered_bytes(self, name: str) -> int:
+        """How much memory it takes to read any of a tensor, besides that for what is read: 0 where it lies in order."""
+        view = self._view(name)
+        return 0 if _in_order(view) else view.stop - view.start + self.entries[name].nbytes
+
+    def _whole(self, name: str, view: View, start: int, count: int) -> Tensor:
+        """A tensor put in order. It is kept until all of it from here on has been asked for, in chunks of any order."""
         with self._lock:
-            if self._gathered is None or self._gathered[0] != name:
+            if self._gathered is None or self._gathered.name != name:
+                self._gathered = None  # its memory is free before more is taken
                 memory = torch.empty((view.stop - view.start) // view.dtype.itemsize, dtype=view.dtype, device="cpu")
                 self._bytes.read_into(tensor_bytes(memory), view.start)
-                self._gathered = name, memory.as_strided(view.shape, view.stride).contiguous()
-            return self._gathered[1]
+                tensor = memory.as_strided(view.shape, view.stride).contiguous()
+                self._gathered = _Gathered(name, tensor, tensor.numel() - start)
+            gathered = self._gathered
+            gathered.missing -= count
+            if gathered.missing <= 0:
+                self._gathered = None
+            return gathered.tensor
 
     def _view(self, name: str) -> View:
         if name not in self.views:
             raise ArgumentError(f"{self._bytes.path} has no tensor named {name!r}")
         return self.views[name]
+
+
+@attrs.define(eq=False)
+class _Gathered:
+    """A tensor that does not lie in order, put in order.
+
+    Attributes:
+        name: which.
+        tensor: all of it.
+        missing: how many of its elements have not been asked for.
+    """
+
+    name: str
+    tensor: Tensor
+    missing: int
 
 
 def is_torch_file(path: Path) -> bool:

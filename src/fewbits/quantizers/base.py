@@ -181,10 +181,11 @@ class Quantizer(ABC):
 
         Raises:
             StateError: before `prepare`.
+            ArgumentError: if the result cannot be written there, or not within the limits of the output.
         """
         if self._job is None:
             raise StateError(f"there is nothing planned in state {self._state.name}; call prepare(path) first")
-        return self._job.shards(Output.of(output), self.serializer)
+        return self._job.shards(self._conversion(), self.serializer, Output.of(output))
 
     # The lifecycle.
 

@@ -1,8 +1,7 @@
 """How much memory a conversion from disk to disk takes, and how it is cut to stay within a limit.
 
 The figures were set above what `/proc` said of conversions with fixed chunks. They are no proof: slow tests hold
-processes to limits that are settled with them. Not counted is a tensor of one of PyTorch's own files that does not lie
-in order, such as a transposed one, which is read as a whole.
+processes to limits that are settled with them.
 """
 
 from __future__ import annotations
@@ -57,12 +56,14 @@ class Demand:
         observers: by tensor name.
         by_rows: whether the scheme makes of some rows what it makes of them in the whole weight.
         measuring: whether the result is compared with the source.
+        gathered: bytes that reading any of a tensor takes, by its name, where it does not lie in order in its file.
     """
 
     ledger: Ledger
     observers: Mapping[str, Observer]
     by_rows: bool
     measuring: bool
+    gathered: Mapping[str, int] = attrs.field(factory=dict)
 
     def sees_whole(self, row: LedgerRow) -> bool:
         """Whether a weight has to be in memory as a whole."""
@@ -78,12 +79,13 @@ class Demand:
         # Those that are worked on or wait for their turn to be written, and the one that is.
         waiting = 1 if budget.threads == 1 else budget.threads + 2
         reading = _PER_DEQUANTIZED * min(total, BLOCK_ELEMENTS) * (row.dequantized_from is not None)
+        once = self.gathered.get(row.name, 0)
         if self.sees_whole(row):
-            return int(total * (waiting * width + budget.threads * _WHOLE_COPIES * 4) + budget.threads * reading)
+            return int(once + total * (waiting * width + budget.threads * _WHOLE_COPIES * 4) + budget.threads * reading)
         block = min(total, max(BLOCK_ELEMENTS, row.layout.columns if row.layout is not None else 1))
         working = (_PER_ELEMENT + _PER_COMPARED * self.measuring) * block if row.spec is not None else 0
         pieces = waiting * chunks.chunk_elements(row, budget.chunk_elements) * width
-        return int(pieces + budget.threads * (reading + working))
+        return int(once + pieces + budget.threads * (reading + working))
 
     def largest(self, budget: Budget) -> LedgerRow:
         """The tensor that needs most."""
@@ -110,9 +112,10 @@ def settle(demand: Demand, output: Output, threads: int) -> Budget:
             budget = Budget(budget.threads - 1, chunks.CHUNK_ELEMENTS)
         else:
             row, least = demand.largest(budget), demand.total(budget)
+            whole = ", which is needed as a whole" if demand.sees_whole(row) or row.name in demand.gathered else ""
             raise ArgumentError(
                 f"max_memory is {output.max_memory:,} bytes, and at least {least:,} are needed, of which "
                 f"{demand.needed(row, budget):,} for {row.name}, shape {row.shape}, {dtype_name(row.dtype)}, {row.fate}"
-                f"{', which is needed as a whole' if demand.sees_whole(row) else ''}; raise the limit, or exclude it"
+                f"{whole}; raise the limit, or exclude it"
             )
     return budget

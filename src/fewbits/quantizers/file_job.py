@@ -92,8 +92,10 @@ class FileJob(Job):
         progress: Progress = no_progress,
     ) -> FileRun:
         """The conversion, not begun; `shared` if other processes write files of it, too."""
-        demand = Demand(self.ledger, self.observers, conversion.by_rows, measuring)
-        shards = self.shards(output, serializer)
+        gathered = {row.name: self.source.gathered_bytes(row.name) for row in self.ledger.stored}
+        gathered = {name: nbytes for name, nbytes in gathered.items() if nbytes}
+        demand = Demand(self.ledger, self.observers, conversion.by_rows, measuring, gathered)
+        shards = self._planned(output, serializer)
         self._budget = settle(demand, output, output.threads or torch.get_num_threads())
         folder = self._is_folder(output)
         return FileRun(
@@ -129,8 +131,11 @@ class FileJob(Job):
         sizes = run.sizes
         self.shares = [Share(tuple(sizes), 0, sum(sizes.values()))]
 
-    def shards(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
-        """The files that the result has there, planned from the ledger alone."""
+    def shards(self, conversion: Conversion, serializer: Serializer, output: Output) -> tuple[Shard, ...]:
+        """The files that the result has there, planned from the ledger alone, if that can be done within the limits."""
+        return self.run(conversion, serializer, output, measuring=self.measures, shared=False).shards
+
+    def _planned(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
         self.source.refuse_output(output.path, folder=self._is_folder(output))
         if not self._is_folder(output):
             return (Shard(output.path.name, self.ledger),)

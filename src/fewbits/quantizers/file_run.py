@@ -71,6 +71,11 @@ class FileRun:
         self._paranoid, self._shared, self._progress = paranoid, shared, progress
         self.share = Share()
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of the result."""
+        return tuple(self._shards.values())
+
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of the source that are converted for each file of the result: scales that are merged do not count."""
@@ -226,7 +231,7 @@ class FileRun:
             self._workplace.clear()
             headers = {file: seal.header for file, seal in seals.items()}
             if self._workplace.folder:
-                write_index(self._workplace.files, [*self._shards.values()], headers, self._serializer.suffix)
+                write_index(self._workplace.files, self.shards, headers, self._serializer.suffix)
                 source.copy_companions(self._workplace.files)
             self._workplace.publish()
         if source.left_behind:

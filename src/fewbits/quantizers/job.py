@@ -100,8 +100,12 @@ class Job(ABC):
                 "the model itself, or choose another observer, or other activations"
             )
 
-    def shards(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
-        """The files that a result has there, planned from the ledger alone; none for a result in memory."""
+    def shards(self, conversion: Conversion, serializer: Serializer, output: Output) -> tuple[Shard, ...]:
+        """The files that a result has there, planned from the ledger alone; none for a result in memory.
+
+        Raises:
+            ArgumentError: if the result cannot be written there, or not within the limits of the output.
+        """
         return ()
 
     @abstractmethod

@@ -130,6 +130,11 @@ class FileSource(Source):
         reader.read_into(name, start, out)
         return out
 
+    def gathered_bytes(self, name: str) -> int:
+        """How much memory it takes to read any of a tensor, besides that for what is read."""
+        reader = self._readers[name]
+        return reader.gathered_bytes(name) if isinstance(reader, TorchFile) else 0
+
     def copy_companions(self, folder: Path) -> None:
         """Copy what goes with the tensors to another directory; a configuration without what says that they are FP8.
 
