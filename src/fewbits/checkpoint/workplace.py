@@ -140,7 +140,10 @@ class Workplace:
             ArgumentError: if it depends on something else.
         """
         if not self._unfinished():
-            raise CheckpointError(f"{self._output.path} has not been begun, or is complete; there is nothing to write")
+            raise CheckpointError(
+                f"{self._output.path} has not been begun, is complete, or is not where this process looks (all that "
+                "write must see one file system); there is nothing to write"
+            )
         self._check(terms)
 
     def journal(self, file: str) -> Journal:
