@@ -214,6 +214,21 @@ def test_an_unfinished_run_is_neither_lost_nor_gone_on_with_unasked(source):
     assert again.write(file).resumed == 0
 
 
+def test_going_on_and_replacing_go_together(source, whole):
+    (source.parent / "out").mkdir()
+    (source.parent / "out" / "old.txt").write_text("")
+    run = fleet(source, replace=True)
+    files = run.begin()
+    run.write(files[0])
+    run.release()
+    again = fleet(source, resume=True, replace=True)
+    shares = [again.write(file) for file in again.begin()]
+    assert shares[0].resumed > 0
+    assert (source.parent / "out" / "old.txt").exists()
+    again.finish(shares)
+    assert files_in(source.parent / "out") == whole
+
+
 @pytest.mark.parametrize("change", ["source", "companion", "settings"])
 def test_what_has_changed_since_begin_is_refused(source, change):
     run = fleet(source)
@@ -263,6 +278,28 @@ def test_arguments_that_do_not_go_together_are_refused_at_once(arguments, messag
 
 
 # Other processes.
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_that_were_forked_do_not_keep_out_who_goes_on(source):
+    run = fleet(source)
+    run.begin()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writing)
+        os.read(reading, 1)  # until the parent has closed its end
+        os._exit(0)
+    try:
+        run.release()
+        again = fleet(source, resume=True)
+        again.begin()
+        again.release()
+    finally:
+        os.close(writing)
+        os.close(reading)
+        os.waitpid(child, 0)
 
 
 def _die(run, file):

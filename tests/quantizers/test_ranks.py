@@ -57,12 +57,12 @@ def test_a_process_group_is_asked_for_by_name(tmp_path):
 
 # Under torchrun. Starting it takes some ten seconds; what one start can show is shown by one.
 
-SIZE = "9kB"
+SIZE = "5kB"
 
 
 def tensors(rows=64):
     generator = torch.Generator().manual_seed(5)
-    return {f"layers.{index}.weight": torch.randn(rows + index, 64, generator=generator) for index in range(8)}
+    return {f"layers.{index}.weight": torch.randn(rows + index, 64, generator=generator) ** 3 for index in range(8)}
 
 
 def torchrun(ranks, *arguments):
@@ -87,17 +87,18 @@ def source(tmp_path):
     return write_shards(tmp_path / "model", tensors(), 3)
 
 
-def assert_is_that_of_one_process(source):
+def assert_is_that_of_one_process(source, scheme, **settings):
     """The result, and nothing else is left."""
     assert visible(source.parent) == ["model", "out"]
     assert len(os.listdir(source.parent)) == 2
-    fewbits.quantize(source, "int8", output=fewbits.Output(source.parent / "one", max_shard_size=SIZE))
+    fewbits.quantize(source, scheme, output=fewbits.Output(source.parent / "one", max_shard_size=SIZE), **settings)
     assert files_in(source.parent / "out") == files_in(source.parent / "one")
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_what_one_process_gives(source, ranks):
-    done = run(torchrun(ranks, *quantize(source, "--max-shard-size", SIZE, "--json")))
+    scheme = ["--scheme", "int4", "--group-size", 64]
+    done = run(torchrun(ranks, *quantize(source, *scheme, "--max-shard-size", SIZE, "--json")))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["ranks"]
     assert [share["rank"] for share in told] == list(range(ranks))
@@ -108,7 +109,9 @@ def test_ranks_give_what_one_process_gives(source, ranks):
     assert json.loads(done.stdout)["report"]["ok"]
     events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert {event.get("rank") for event in events} == {0}
-    assert_is_that_of_one_process(source)
+    warnings = [event["message"] for event in events if event["event"] == "warning"]
+    assert len([message for message in warnings if "low_sqnr" in message]) == 1
+    assert_is_that_of_one_process(source, "int4", group_size=64)
 
 
 def last_file_of(source, rank):

@@ -326,7 +326,8 @@ class Quantizer(ABC):
         job = self._guarded("validate")
         check_on_failure(on_failure)
         report = job.examine(self.serializer, fail_under, progress)
-        self._tell(report)
+        if job.leads:
+            self._tell(report)
         if not report.ok and on_failure != "ignore":
             message = f"validation failed:\n{report.summary()}"
             if on_failure == "error":

@@ -73,7 +73,7 @@ class FileJob(Job):
                 self._write(run, serializer, output, ranks)
             finally:
                 run.release()
-        self._output, self._ranks = output.path, ranks
+        self._output, self._ranks, self.leads = output.path, ranks, not ranks.rank
         return output.path
 
     def _write(self, run: FileRun, serializer: Serializer, output: Output, ranks: Ranks) -> None:
