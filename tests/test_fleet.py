@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import cloudpickle
 import pytest
@@ -277,7 +278,34 @@ def test_arguments_that_do_not_go_together_are_refused_at_once(arguments, messag
         fewbits.FleetRun(arguments.pop("source"), arguments.pop("scheme"), **arguments)
 
 
-# Other processes.
+# Other processes, and threads.
+
+
+def test_threads_may_write_at_once(source, whole):
+    run = fleet(source)
+    with ThreadPoolExecutor(4) as pool:
+        shares = list(pool.map(run.write, run.begin()))
+    run.finish(shares)
+    assert files_in(source.parent / "out") == whole
+
+
+def test_a_file_is_written_by_one_at_a_time(source, whole):
+    """A scheduler may have taken a worker for lost that is not."""
+    run = fleet(source)
+    files = run.begin()
+    refused = []
+
+    def write_too(step):
+        with pytest.raises(fewbits.CheckpointError, match=f"out/{files[0]}: another process is at work") as caught:
+            run.write(files[0])
+        refused.append(caught)
+
+    run.write(files[0], progress=write_too)
+    assert refused
+    for file in files:
+        run.write(file)
+    run.finish()
+    assert files_in(source.parent / "out") == whole
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
