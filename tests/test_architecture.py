@@ -34,6 +34,7 @@ ROOMS = [
     "quantizers",
     "config",
     "api",
+    "fleet",
     "testing",
     "integrations",
     "cli",

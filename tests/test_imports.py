@@ -20,7 +20,18 @@ def test_importing_fewbits_brings_in_no_optional_package_and_none_of_torch_ao():
         print(json.dumps(sorted(set(sys.modules) - before)))
     """
     added = json.loads(python(code).stdout)
-    optional = {"click", "rich", "transformers", "jsonschema", "numpy", "compressed_tensors", "hypothesis", "pytest"}
+    optional = {
+        "click",
+        "rich",
+        "dask",
+        "distributed",
+        "transformers",
+        "jsonschema",
+        "numpy",
+        "compressed_tensors",
+        "hypothesis",
+        "pytest",
+    }
     assert "fewbits" in added
     assert {name.partition(".")[0] for name in added} & optional == set()
     # The compiler takes longer to import than all of fewbits; it is imported by what compiles.

@@ -32,6 +32,7 @@ from fewbits.errors import (
     StateError,
     ValidationError,
 )
+from fewbits.fleet import FleetRun
 from fewbits.kernels.base import Kernel, Operand
 from fewbits.nn.compute import set_compute
 from fewbits.nn.explain import explain
@@ -69,6 +70,7 @@ __all__ = [
     "Entry",
     "FP16Cast",
     "FewbitsError",
+    "FleetRun",
     "FormatError",
     "Header",
     "HistogramObserver",

@@ -102,7 +102,7 @@ def quantize(
         "selector": selector,
         "serializer": serializer,
     }
-    config, quantizer = _settled(scheme, config, strategies, settings)
+    config, quantizer = settled(scheme, config, strategies, settings)
     quantizer.prepare(source, inplace=inplace)
     try:
         if data is not None:
@@ -161,7 +161,7 @@ def plan(
     Raises:
         FewbitsError: what `quantize` would raise before it looks at a number.
     """
-    _, quantizer = _settled(scheme, config, {"selector": selector, "serializer": serializer}, settings)
+    _, quantizer = settled(scheme, config, {"selector": selector, "serializer": serializer}, settings)
     quantizer.prepare(source)
     try:
         if output is None and isinstance(source, (str, os.PathLike)):
@@ -201,13 +201,26 @@ def verify(
     return verify_file(path, source, serializer=serializer, fail_under=fail_under, progress=progress)
 
 
-def _settled(
+def settled(
     scheme: str | Quantizer | None,
     config: QuantizationConfig | None,
     strategies: dict[str, Any],
     settings: dict[str, Any],
 ) -> tuple[QuantizationConfig, Quantizer]:
-    """The settings that count, and the quantizer."""
+    """What arguments as those of `quantize` come to.
+
+    Args:
+        scheme: as in `quantize`.
+        config: likewise.
+        strategies: observers, selector and serializer, by the names of the arguments; None for those not given.
+        settings: likewise.
+
+    Returns:
+        the settings that count, and the quantizer.
+
+    Raises:
+        ArgumentError: as `quantize` does.
+    """
     if config is not None and not isinstance(config, QuantizationConfig):
         raise ArgumentError(
             f"config must be a QuantizationConfig, not {config!r}; QuantizationConfig.from_file(path) and "

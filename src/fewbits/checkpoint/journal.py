@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,10 @@ def lock(descriptor: int, path: Path) -> None:
         raise CheckpointError(f"{path}: another process is at work on it; wait for it, or end it") from None
     except OSError:
         return  # some network file systems have no locks
+
+
+def unlock(descriptor: int) -> None:
+    """Let other processes in, also while a child that this one has forked still has the file open."""
+    if fcntl is not None:
+        with suppress(OSError):  # as above
+            fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.checkpoint.header import parse_object
-from fewbits.checkpoint.journal import Journal, Seal, lock, read_journal
+from fewbits.checkpoint.journal import Journal, Seal, lock, read_journal, unlock
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.publishing import check_place, move_into_place, remove_tree
 from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory, write_durably
@@ -127,6 +127,7 @@ class Workplace:
     def release(self) -> None:
         """Let other processes begin."""
         if self._lock is not None:
+            unlock(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -140,7 +141,10 @@ class Workplace:
             ArgumentError: if it depends on something else.
         """
         if not self._unfinished():
-            raise CheckpointError(f"{self._output.path} has not been begun, or is complete; there is nothing to write")
+            raise CheckpointError(
+                f"{self._output.path} has not been begun, is complete, or is not where this process looks (all that "
+                "write must see one file system); there is nothing to write"
+            )
         self._check(terms)
 
     def journal(self, file: str) -> Journal:

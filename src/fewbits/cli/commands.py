@@ -20,7 +20,7 @@ from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.progress import shown_progress
-from fewbits.cli.ranks import join_group
+from fewbits.cli.ranks import join_group, own_rank
 from fewbits.cli.stderr import Stderr, complain, is_json_asked_for, warnings_as_events
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
@@ -181,7 +181,7 @@ def run() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of tensors and files can be what no encoding holds
             stream.reconfigure(errors="backslashreplace")
-    stderr, as_json = Stderr(), is_json_asked_for(sys.argv[1:])
+    stderr, as_json = Stderr(own_rank()), is_json_asked_for(sys.argv[1:])
     with warnings_as_events(stderr) if as_json else nullcontext():
         try:
             code: int = cli(standalone_mode=False)

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fewbits.cli.meter import Meter, Pace, Reading
+from fewbits.cli.ranks import own_rank
 from fewbits.cli.stderr import Stderr
 from fewbits.cli.wording import bar_line, log_line
 from fewbits.selection.progress import Progress, Step, no_progress
@@ -26,7 +27,7 @@ def shown_progress(*, as_json: bool, quiet: bool) -> Iterator[Progress]:
         as_json: write events, one JSON object a line, on a terminal too.
         quiet: tell nobody.
     """
-    stderr = Stderr()
+    stderr = Stderr(own_rank())
     # rich would take a pipe for a terminal where FORCE_COLOR is set, as it is in many a CI.
     console = Console(file=cast(TextIO, stderr), force_terminal=stderr.isatty())
     if quiet:

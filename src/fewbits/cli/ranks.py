@@ -11,6 +11,12 @@ from fewbits.errors import ArgumentError
 _RANK, _COUNT = "RANK", "WORLD_SIZE"
 
 
+def own_rank() -> int | None:
+    """The rank that torchrun has given this process; None if it is alone."""
+    rank, count = os.environ.get(_RANK), os.environ.get(_COUNT, "1")
+    return int(rank) if rank is not None and rank.isdecimal() and count != "1" else None
+
+
 def join_group() -> int | None:
     """Make the process group that torchrun has prepared.
 
@@ -20,8 +26,8 @@ def join_group() -> int | None:
     Raises:
         ArgumentError: if that does not work out.
     """
-    rank, count = os.environ.get(_RANK), os.environ.get(_COUNT, "1")
-    if rank is None or count == "1":
+    rank = own_rank()
+    if rank is None:
         return None
     import torch.distributed as dist
 
@@ -30,6 +36,6 @@ def join_group() -> int | None:
     try:
         dist.init_process_group("gloo")
     except (RuntimeError, ValueError) as error:
-        raise ArgumentError(f"rank {rank} of {count} cannot join the others: {error}") from None
+        raise ArgumentError(f"rank {rank} of {os.environ[_COUNT]} cannot join the others: {error}") from None
     atexit.register(dist.destroy_process_group)
-    return int(rank)
+    return rank

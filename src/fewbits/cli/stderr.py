@@ -14,9 +14,14 @@ import click
 
 
 class Stderr:
-    """Standard error as it was when this was made. What cannot be written is dropped."""
+    """Standard error as it was when this was made. What cannot be written is dropped.
 
-    def __init__(self) -> None:
+    Args:
+        rank: of this process, if there are several; every event and complaint says it.
+    """
+
+    def __init__(self, rank: int | None = None) -> None:
+        self._rank = rank
         self._stream: TextIO | None = sys.stderr  # None where a process has been started without it
 
     @property
@@ -41,7 +46,12 @@ class Stderr:
 
     def event(self, event: str, **fields: str | float | None) -> None:
         """Write one line: a JSON object."""
-        self.write(json.dumps({"event": event, **fields}, allow_nan=False) + "\n")
+        rank = {} if self._rank is None else {"rank": self._rank}
+        self.write(json.dumps({"event": event, **rank, **fields}, allow_nan=False) + "\n")
+
+    def complain(self, message: str) -> None:
+        """Write a paragraph about what is wrong."""
+        self.write(f"fewbits: {'' if self._rank is None else f'rank {self._rank}: '}{message}\n")
 
 
 def is_json_asked_for(arguments: Sequence[str]) -> bool:
@@ -64,7 +74,7 @@ def complain(stderr: Stderr, error: Exception, code: int, *, as_json: bool) -> N
     elif isinstance(error, click.ClickException):
         error.show(cast(TextIO, stderr))
     else:
-        stderr.write(f"fewbits: {message}\n")
+        stderr.complain(message)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import typing
 import warnings
 from abc import ABC
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,7 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
 from fewbits.quantizers.file_job import FileJob
+from fewbits.quantizers.file_run import FileRun
 from fewbits.quantizers.fitting import Ragged, check_ragged, fitted, refuse_ragged
 from fewbits.quantizers.job import Conversion, Job, Share
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
@@ -325,7 +327,8 @@ class Quantizer(ABC):
         job = self._guarded("validate")
         check_on_failure(on_failure)
         report = job.examine(self.serializer, fail_under, progress)
-        self._tell(report)
+        if job.leads:
+            self._tell(report)
         if not report.ok and on_failure != "ignore":
             message = f"validation failed:\n{report.summary()}"
             if on_failure == "error":
@@ -359,6 +362,23 @@ class Quantizer(ABC):
             self._job.drop()
             self._job = None
         self._advance("reset")
+
+    # A path whose result other processes write, too; see `fewbits.fleet`.
+
+    def _shared_run(self, output: Output, *, measuring: bool, progress: Progress) -> FileRun:
+        """The conversion of a prepared path, not begun."""
+        return self._file_job().run(
+            self._conversion(), self.serializer, output, measuring=measuring, shared=True, progress=progress
+        )
+
+    def _conclude(self, run: FileRun, output: Output, shares: Sequence[Share]) -> None:
+        """Publish what was written; from here on it is as if `convert` had done it."""
+        job = self._file_job()
+        job.conclude(run, self.serializer, output, shares)
+        self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
+
+    def _file_job(self) -> FileJob:
+        return typing.cast(FileJob, self._guarded("convert"))
 
     # The work behind it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,20 +66,37 @@ class FileJob(Job):
         output = Output.of(output)
         self._output, self._finished = None, None
         ranks = Group() if output.distributed else Ranks()
-        run = self.run(conversion, serializer, output, measuring=measuring, shared=ranks.count > 1, progress=progress)
-        try:
-            if ranks.lead(run.begin):
-                if ranks.rank:
-                    run.join()
-                run.write(spread(run.sizes, ranks.count)[ranks.rank])
-                self.shares = ranks.gather(run.share)
-                self._finished = ranks.lead(run.finish)
-            else:
-                self._accept(run, output, serializer)
-        finally:
-            run.release()
-        self._output, self._ranks = output.path, ranks
+        shared = ranks.count > 1
+        with ranks:
+            run = self.run(conversion, serializer, output, measuring=measuring, shared=shared, progress=progress)
+            try:
+                self._write(run, serializer, output, ranks)
+            finally:
+                run.release()
+        self._output, self._ranks, self.leads = output.path, ranks, not ranks.rank
         return output.path
+
+    def _write(self, run: FileRun, serializer: Serializer, output: Output, ranks: Ranks) -> None:
+        """Write this rank's share of the result, and see that there is a whole one in the end."""
+        if ranks.lead(run.begin):
+            if ranks.rank:
+                run.join()
+            run.write(spread(run.sizes, ranks.count)[ranks.rank])
+            self.shares = ranks.gather(run.share)
+            self._finished = ranks.lead(run.finish)
+        else:
+            self.shares = ranks.lead(lambda: self._accept(run, output, serializer))
+
+    def conclude(self, run: FileRun, serializer: Serializer, output: Output, shares: Sequence[Share]) -> None:
+        """Publish what processes have written, with the share of each.
+
+        Of a result that was there already, see that it is what they would have written.
+        """
+        if run.begun:
+            self._finished, self.shares = run.finish(), shares
+        else:
+            self._finished, self.shares = None, self._accept(run, output, serializer)
+        self._output = output.path
 
     def run(
         self,
@@ -108,8 +125,11 @@ class FileJob(Job):
             progress=progress,
         )
 
-    def _accept(self, run: FileRun, output: Output, serializer: Serializer) -> None:
+    def _accept(self, run: FileRun, output: Output, serializer: Serializer) -> list[Share]:
         """Go on with a result that is complete: all of it is compared with the source.
+
+        Returns:
+            the share of the one process that found it complete.
 
         Raises:
             ArgumentError: if it is not what this conversion would make.
@@ -129,7 +149,7 @@ class FileJob(Job):
                 "Give another path, or replace it (--force, Output(replace=True))"
             )
         sizes = run.sizes
-        self.shares = [Share(tuple(sizes), 0, sum(sizes.values()))]
+        return [Share(tuple(sizes), 0, sum(sizes.values()))]
 
     def shards(self, conversion: Conversion, serializer: Serializer, output: Output) -> tuple[Shard, ...]:
         """The files that the result has there, planned from the ledger alone, if that can be done within the limits."""

@@ -53,6 +53,10 @@ class FileRun:
         paranoid: whether what was read earlier is read again.
         shared: whether other processes write files of it, too.
         progress: told about every chunk.
+
+    Attributes:
+        share: what this process has done of it.
+        begun: whether `begin` has found anything to do.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class FileRun:
         self._shards = {shard.file: shard for shard in shards}
         self._paranoid, self._shared, self._progress = paranoid, shared, progress
         self.share = Share()
+        self.begun = False
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -86,7 +91,8 @@ class FileRun:
     def begin(self) -> bool:
         """Make the place, or take over what is there; see `Workplace.begin`."""
         with self._workplace.in_place():
-            return self._workplace.begin(self._terms())
+            self.begun = self._workplace.begin(self._terms())
+        return self.begun
 
     def join(self) -> None:
         """Take part in what another process has begun; see `Workplace.join`."""
@@ -217,6 +223,18 @@ class FileRun:
                     f"{note.start:,} and {note.stop:,}; begin anew (--force, Output(replace=True))"
                 )
 
+    def check_complete(self) -> None:
+        """See that every file has been written.
+
+        Raises:
+            CheckpointError: naming those that have not.
+        """
+        with self._workplace.in_place():
+            if missing := sorted(self._shards.keys() - self._workplace.seals().keys()):
+                raise CheckpointError(
+                    f"not complete: {', '.join(missing)}; what is done is kept until they are written"
+                )
+
     def finish(self) -> Finished:
         """Write the index, copy what goes with the tensors, and publish the result.
 
@@ -224,10 +242,9 @@ class FileRun:
             CheckpointError: if a file is missing, or that cannot be done.
         """
         source = self._streaming.source
+        self.check_complete()
         with self._keeping():
             seals = self._workplace.seals()
-            if missing := sorted(self._shards.keys() - seals.keys()):
-                raise CheckpointError(f"{', '.join(missing)}: not complete")
             self._workplace.clear()
             headers = {file: seal.header for file, seal in seals.items()}
             if self._workplace.folder:

@@ -66,12 +66,14 @@ class Job(ABC):
         measures: whether `convert` compares the result with the source unless asked not to.
         left_behind: files of the source that look like weights and are not part of the result.
         shares: what each process has done of a result on disk.
+        leads: whether this process tells what was found, if there are several.
         report: what the last validation found.
     """
 
     measures: bool
     left_behind: Sequence[str] = ()
     shares: Sequence[Share] = ()
+    leads = True
 
     def __init__(
         self,

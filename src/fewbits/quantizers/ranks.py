@@ -27,6 +27,16 @@ class Ranks:
     rank = 0
     count = 1
 
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.leave()
+
+    def leave(self) -> None:
+        """Do no more with the others, who hear of it at once wherever they wait for this one."""
+
     def lead(self, act: Callable[[], _Made]) -> _Made:
         """Let rank 0 do something, and give all of them what it made.
 
@@ -61,7 +71,11 @@ class Group(Ranks):
 
         self._dist = dist
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def leave(self) -> None:
+        self._dist.destroy_process_group(self._group)
+        self._group = None
 
     def lead(self, act: Callable[[], _Made]) -> _Made:
         if self.rank:
@@ -93,9 +107,15 @@ class Group(Ranks):
             raise
         except RuntimeError as error:
             raise RankError(
-                f"rank {self.rank}: another rank has ended before the result was complete, and says why; what is done "
-                f"is kept: --resume goes on with any number of ranks ({str(error).splitlines()[0]})"
+                "another rank has ended before the result was complete, and says why; what is done is kept: --resume "
+                f"goes on with any number of ranks ({_reason(error)})"
             ) from None
+
+
+def _reason(error: RuntimeError) -> str:
+    """What gloo says, without the place in its source before it and the advice behind it."""
+    line = str(error).partition("\n")[0]
+    return (line.partition("] ")[2] or line).partition(". ")[0]
 
 
 def spread(sizes: Mapping[str, int], count: int) -> list[list[str]]:
