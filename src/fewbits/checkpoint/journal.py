@@ -155,8 +155,8 @@ def _line(fields: Mapping[str, Any]) -> bytes:
     return f'{text[:-1]},"{_CHECK}":"{check}"}}\n'.encode()
 
 
-def lock(descriptor: int, path: Path) -> None:
-    """Keep other processes out of an open file, until it is closed.
+def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
+    """Keep other processes out of an open file, until it is closed; with `shared`, those that do not share it.
 
     Raises:
         CheckpointError: if one of them is in there.
@@ -164,7 +164,7 @@ def lock(descriptor: int, path: Path) -> None:
     if fcntl is None:
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise CheckpointError(f"{path}: another process is at work on it; wait for it, or end it") from None
     except OSError:
