@@ -513,16 +513,24 @@ def test_a_source_where_the_result_is_made_is_refused(tmp_path):
     assert files_in(tmp_path) == before
 
 
-def test_a_file_may_have_the_longest_name_there_can_be(tmp_path, source):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A source that is one file, and not a directory: so is its result."""
+    path = tmp_path_factory.mktemp("one") / "model.safetensors"
+    safetensors.torch.save_file(checkpoint(), path)
+    return path
+
+
+def test_a_file_may_have_the_longest_name_there_can_be(tmp_path, one):
     target = tmp_path / ("n" * (255 - len(".safetensors")) + ".safetensors")
     with cut(10):
-        assert run(source / INDEX, target, progress=stop_at(50), max_shard_size=None) is None
-    (share,) = run(source / INDEX, target, resume=True, max_shard_size=None)
+        assert run(one, target, progress=stop_at(50), max_shard_size=None) is None
+    (share,) = run(one, target, resume=True, max_shard_size=None)
     assert share.resumed > 0
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_what_a_published_run_has_left_is_no_run_to_go_on_with(tmp_path, source, single, monkeypatch):
+def test_what_a_published_run_has_left_is_no_run_to_go_on_with(tmp_path, source, one, single, monkeypatch):
     """It was killed between publishing and the last of its tidying up."""
     target = tmp_path / "out.safetensors" if single else tmp_path / "out"
     how = {"max_shard_size": None} if single else {}
@@ -534,9 +542,9 @@ def test_what_a_published_run_has_left_is_no_run_to_go_on_with(tmp_path, source,
 
     with monkeypatch.context() as patch:
         patch.setattr("fewbits.checkpoint.workplace.remove_tree", stop)
-        assert run(source / INDEX if single else source, target, **how) is None
+        assert run(one if single else source, target, **how) is None
     assert workplace(tmp_path)
-    (share,) = run(source / INDEX if single else source, target, resume=True, **how)
+    (share,) = run(one if single else source, target, resume=True, **how)
     assert share.converted == 0
     assert os.listdir(tmp_path) == [target.name]
 
@@ -575,3 +583,39 @@ def test_nobody_begins_anew_while_one_of_many_still_writes(tmp_path, begun):
     finally:
         other.release()
     run(begun, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_file_that_has_come_there_meanwhile_is_not_replaced_unasked(tmp_path, one, earlier):
+    """One that was there when the run was begun was to be replaced."""
+    target = tmp_path / "out.safetensors"
+    how = {"max_shard_size": None}
+    if earlier:
+        target.write_text("earlier")
+    with cut(10):
+        assert run(one, target, progress=stop_at(50), **how) is None
+    if earlier:
+        (share,) = run(one, target, resume=True, **how)
+    else:
+        target.write_text("somebody's")
+        with pytest.raises(fewbits.ArgumentError, match="has come there since the run was begun"):
+            run(one, target, resume=True, **how)
+        assert target.read_text() == "somebody's"
+        (share,) = run(one, target, resume=True, replace=True, **how)
+    assert share.resumed > 0
+
+
+@pytest.mark.parametrize(
+    "forged", [{"written": {"e": [float("inf"), ""]}}, {"tally": {}}, {"tally": {"unit": "no"}}], ids=str
+)
+def test_a_line_that_no_run_has_written_is_the_end_of_a_journal(tmp_path, begun, forged):
+    """With a digest that is right: its fields are what nothing can be made of."""
+    path = next(path for path in (workplace(tmp_path) / "journal").iterdir() if path.stat().st_size)
+    first, *others = path.read_text().splitlines(keepends=True)
+    fields = json.loads(first) | forged
+    del fields["check"]
+    text = json.dumps(fields, separators=(",", ":"))
+    check = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path.write_text(f'{text[:-1]},"check":"{check}"}}\n' + "".join(others))
+    run(begun, tmp_path / "out", resume=True)
+    assert fewbits.verify(tmp_path / "out", begun).ok

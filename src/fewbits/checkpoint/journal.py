@@ -17,6 +17,7 @@ import attrs
 
 from fewbits.checkpoint.raw import as_checkpoint_error
 from fewbits.errors import CheckpointError
+from fewbits.numerics.metrics import Tally
 
 try:
     import fcntl
@@ -32,6 +33,11 @@ _Prefixes = Mapping[str, tuple[int, str]]
 
 def _prefixes(prefixes: Mapping[str, Any]) -> _Prefixes:
     return {name: (int(elements), str(digest)) for name, (elements, digest) in prefixes.items()}
+
+
+def _is_tally(_: object, __: object, fields: Mapping[str, Any] | None) -> None:
+    if fields is not None:
+        Tally.from_dict(fields)
 
 
 @attrs.frozen
@@ -53,7 +59,7 @@ class Note:
     stop: int = attrs.field(validator=_is(int))
     source: str = attrs.field(validator=_is(str))
     written: _Prefixes = attrs.field(converter=_prefixes)
-    tally: Mapping[str, Any] | None = attrs.field(validator=_is((dict, type(None))))
+    tally: Mapping[str, Any] | None = attrs.field(validator=_is_tally)
 
 
 @attrs.frozen
@@ -142,7 +148,7 @@ def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
                     seal = Seal(**fields)
                 else:
                     notes.append(Note(**fields))
-            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
                 break
             good += len(line)
     return notes, seal, good

@@ -3,7 +3,7 @@
 ::
 
     .fewbits-<digest of the result's name>.work/
-        run.json                what the run depends on
+        run.json                what the run depends on, and whether it was begun over an earlier result
         files/                  what will be the result: complete files, and unfinished ones, which no reader takes
         journal/<file>.jsonl    how far each of them is, file.jsonl if it is not a directory; see
                                 `fewbits.checkpoint.journal`
@@ -103,7 +103,8 @@ class Workplace:
             _remove(entry)
         self.files.mkdir()
         self._journals.mkdir()
-        write_durably(self._new_run, json.dumps(terms).encode())
+        record = {"terms": terms, "replaces": self._target.exists()}
+        write_durably(self._new_run, json.dumps(record).encode())
         self._new_run.rename(self._run)
         sync_directory(self.path)
 
@@ -275,10 +276,16 @@ class Workplace:
             found = parse_object(self._run.read_bytes(), self._run, "record of a run")
         except FewbitsError:
             found = {}
-        if changed := list(_differences(found, json.loads(json.dumps(terms)))):
+        before = found.get("terms")
+        if changed := list(_differences(before if isinstance(before, dict) else {}, json.loads(json.dumps(terms)))):
             raise ArgumentError(
                 f"{self._output.path} was begun with something else, and cannot be gone on with: {'; '.join(changed)}. "
                 "Bring back what it was begun with, or begin anew (--force, Output(replace=True))"
+            )
+        if self._target.is_file() and not found.get("replaces") and not self._output.replace:
+            raise ArgumentError(
+                f"{self._output.path} has come there since the run was begun that would replace it; move it away, or "
+                "let it be replaced (--force, Output(replace=True))"
             )
 
 
