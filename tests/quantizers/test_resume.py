@@ -1,10 +1,14 @@
 """A run that did not come to its end, and another that goes on with it: the same bytes, whatever happened."""
 
 import contextlib
+import errno
+import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import random
+import shutil
 
 import pytest
 import safetensors.torch
@@ -392,3 +396,226 @@ def test_a_single_file_is_gone_on_with_too(tmp_path, source):
     (share,) = run(source / INDEX, tmp_path / "one.safetensors", "int4", resume=True, max_shard_size=None)
     assert share.resumed > 0
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_limit_that_gives_as_many_files_cut_elsewhere_is_refused(tmp_path):
+    """Files of the same names that hold other tensors do not go together."""
+    tensors = {f"{name}.weight": torch.randn(64, 64) for name in "abcde"}
+    source = write_shards(tmp_path / "model", tensors, 1)
+    sizes = [
+        [
+            len(shard.ledger)
+            for shard in fewbits.plan(source, "int8", output=fewbits.Output("o", max_shard_size=most)).shards
+        ]
+        for most in (14_000, 17_700)
+    ]
+    assert sizes == [[3, 2], [4, 1]]
+    with pytest.raises(Stopped):
+        fewbits.quantize(
+            source, "int8", output=fewbits.Output(tmp_path / "out", max_shard_size=14_000), progress=stop_at(7)
+        )
+    again = fewbits.Output(tmp_path / "out", max_shard_size=17_700, resume=True)
+    with pytest.raises(fewbits.ArgumentError, match="files changed"):
+        fewbits.quantize(source, "int8", output=again)
+
+
+class Attached(fewbits.Int8PerChannel):
+    """A scheme that holds something, and rounds by itself."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def quantize_tensor(self, weight, spec, observer):
+        return super().quantize_tensor(weight, spec, observer)
+
+
+def _ring():
+    ring = {"also": []}
+    ring["also"] += [ring, (ring,)]
+    return ring
+
+
+@pytest.mark.parametrize(
+    ("held", "alike"),
+    [
+        (_ring, True),
+        (lambda: torch.nn.Linear(2, 2), False),
+        (lambda: logging.getLogger("fewbits.of.somebody"), False),
+        (lambda: torch.empty(3, device="meta"), False),
+        (lambda: torch.eye(3).to_sparse(), False),
+    ],
+    ids=["a ring", "a module", "a logger", "a tensor without bytes", "a sparse tensor"],
+)
+def test_whatever_a_scheme_holds_it_can_be_run(tmp_path, source, held, alike):
+    with pytest.raises(Stopped):
+        fewbits.quantize(source, Attached(held()), output=tmp_path / "out", progress=stop_at(10))
+    refused = contextlib.nullcontext() if alike else pytest.raises(fewbits.ArgumentError, match="scheme")
+    with refused:
+        fewbits.quantize(source, Attached(held()), output=fewbits.Output(tmp_path / "out", resume=True))
+
+
+def _workplace_of(target):
+    return target.parent / f".fewbits-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.work"
+
+
+def _link(path, precious):
+    if path.exists():
+        path.unlink()
+    path.symlink_to(precious)
+
+
+FOREIGN = {
+    "a link to a directory in its place": lambda work, precious: work.symlink_to(precious.parent),
+    "a file of somebody's": lambda work, precious: (work.mkdir(), (work / "mine").write_text("mine")),
+    "a directory of somebody's": lambda work, precious: (work / "mine").mkdir(parents=True),
+}
+FOREIGN_INSIDE = {
+    "a link for a file": lambda work, precious: _link(next((work / "files").iterdir()), precious),
+    "a link for a journal": lambda work, precious: _link(next((work / "journal").iterdir()), precious),
+    "a link for the record": lambda work, precious: _link(work / "run.json", precious),
+    "a link beside the files": lambda work, precious: _link(work / "files" / "config.json", precious),
+    "a directory for a journal": lambda work, precious: _replaced(next((work / "journal").iterdir())).mkdir(),
+    "a directory for a file": lambda work, precious: _replaced(next((work / "files").iterdir())).mkdir(),
+    "a pipe for a journal": lambda work, precious: os.mkfifo(_replaced(next((work / "journal").iterdir()))),
+}
+
+
+def _replaced(path):
+    path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"replace": True}], ids=str)
+@pytest.mark.parametrize("what", [*FOREIGN, *FOREIGN_INSIDE])
+def test_what_no_run_has_put_there_is_neither_removed_nor_written_to(tmp_path, begun, what, how):
+    precious = tmp_path / "precious" / "data"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    work = workplace(tmp_path)
+    if what in FOREIGN:
+        shutil.rmtree(work)
+        FOREIGN[what](work, precious)
+    else:
+        FOREIGN_INSIDE[what](work, precious)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(fewbits.ArgumentError, match=r"out is made in .* is nothing that a run would put there"):
+        run(begun, tmp_path / "out", **how)
+    assert precious.read_text() == "mine"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_source_where_the_result_is_made_is_refused(tmp_path):
+    source = write_shards(_workplace_of(tmp_path / "out") / "files", checkpoint(), 1)
+    before = files_in(tmp_path)
+    with pytest.raises(fewbits.ArgumentError, match="is where the result is made"):
+        run(source, tmp_path / "out")
+    assert files_in(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A source that is one file, and not a directory: so is its result."""
+    path = tmp_path_factory.mktemp("one") / "model.safetensors"
+    safetensors.torch.save_file(checkpoint(), path)
+    return path
+
+
+def test_a_file_may_have_the_longest_name_there_can_be(tmp_path, one):
+    target = tmp_path / ("n" * (255 - len(".safetensors")) + ".safetensors")
+    with cut(10):
+        assert run(one, target, progress=stop_at(50), max_shard_size=None) is None
+    (share,) = run(one, target, resume=True, max_shard_size=None)
+    assert share.resumed > 0
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_what_a_published_run_has_left_is_no_run_to_go_on_with(tmp_path, source, one, single, monkeypatch):
+    """It was killed between publishing and the last of its tidying up."""
+    target = tmp_path / "out.safetensors" if single else tmp_path / "out"
+    how = {"max_shard_size": None} if single else {}
+
+    def stop(path, complaint):
+        if (path / "journal").exists():
+            shutil.rmtree(path / "journal")
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fewbits.checkpoint.workplace.remove_tree", stop)
+        assert run(one if single else source, target, **how) is None
+    assert workplace(tmp_path)
+    (share,) = run(one if single else source, target, resume=True, **how)
+    assert share.converted == 0
+    assert os.listdir(tmp_path) == [target.name]
+
+
+def test_a_file_that_cannot_be_opened_again_is_not_lost(tmp_path, begun, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    done = nbytes(notes(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("fewbits.checkpoint.safetensors._SafetensorsWriter._begin", full)
+        with pytest.raises(fewbits.CheckpointError, match=r"No space left.*--resume"):
+            run(begun, tmp_path / "out", resume=True)
+    (share,) = run(begun, tmp_path / "out", resume=True)
+    assert share.resumed == done
+
+
+def test_a_directory_that_cannot_be_replaced_is_refused_before_anything_is_done(tmp_path, source, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: os.fspath(path) == str(tmp_path / "out"))
+    with pytest.raises(fewbits.ArgumentError, match="is where a file system is mounted"):
+        run(source, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_nobody_begins_anew_while_one_of_many_still_writes(tmp_path, begun):
+    """The first process has failed; another has not noticed yet."""
+    output = fewbits.Output(tmp_path / "out", resume=True, max_shard_size=12_000)
+    quantizer = SCHEMES["int8"]()
+    quantizer.prepare(begun)
+    other = quantizer._job.run(quantizer._conversion(), quantizer.serializer, output, measuring=True, shared=True)
+    other.join()
+    try:
+        with pytest.raises(fewbits.CheckpointError, match="out: another process is at work"):
+            run(begun, tmp_path / "out", replace=True)
+    finally:
+        other.release()
+    run(begun, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_file_that_has_come_there_meanwhile_is_not_replaced_unasked(tmp_path, one, earlier):
+    """One that was there when the run was begun was to be replaced."""
+    target = tmp_path / "out.safetensors"
+    how = {"max_shard_size": None}
+    if earlier:
+        target.write_text("earlier")
+    with cut(10):
+        assert run(one, target, progress=stop_at(50), **how) is None
+    if earlier:
+        (share,) = run(one, target, resume=True, **how)
+    else:
+        target.write_text("somebody's")
+        with pytest.raises(fewbits.ArgumentError, match="has come there since the run was begun"):
+            run(one, target, resume=True, **how)
+        assert target.read_text() == "somebody's"
+        (share,) = run(one, target, resume=True, replace=True, **how)
+    assert share.resumed > 0
+
+
+@pytest.mark.parametrize(
+    "forged", [{"written": {"e": [float("inf"), ""]}}, {"tally": {}}, {"tally": {"unit": "no"}}], ids=str
+)
+def test_a_line_that_no_run_has_written_is_the_end_of_a_journal(tmp_path, begun, forged):
+    """With a digest that is right: its fields are what nothing can be made of."""
+    path = next(path for path in (workplace(tmp_path) / "journal").iterdir() if path.stat().st_size)
+    first, *others = path.read_text().splitlines(keepends=True)
+    fields = json.loads(first) | forged
+    del fields["check"]
+    text = json.dumps(fields, separators=(",", ":"))
+    check = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path.write_text(f'{text[:-1]},"check":"{check}"}}\n' + "".join(others))
+    run(begun, tmp_path / "out", resume=True)
+    assert fewbits.verify(tmp_path / "out", begun).ok

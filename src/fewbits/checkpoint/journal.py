@@ -18,6 +18,7 @@ import attrs
 
 from fewbits.checkpoint.raw import as_checkpoint_error
 from fewbits.errors import CheckpointError
+from fewbits.numerics.metrics import Tally
 
 try:
     import fcntl
@@ -33,6 +34,11 @@ _Prefixes = Mapping[str, tuple[int, str]]
 
 def _prefixes(prefixes: Mapping[str, Any]) -> _Prefixes:
     return {name: (int(elements), str(digest)) for name, (elements, digest) in prefixes.items()}
+
+
+def _is_tally(_: object, __: object, fields: Mapping[str, Any] | None) -> None:
+    if fields is not None:
+        Tally.from_dict(fields)
 
 
 @attrs.frozen
@@ -54,7 +60,7 @@ class Note:
     stop: int = attrs.field(validator=_is(int))
     source: str = attrs.field(validator=_is(str))
     written: _Prefixes = attrs.field(converter=_prefixes)
-    tally: Mapping[str, Any] | None = attrs.field(validator=_is((dict, type(None))))
+    tally: Mapping[str, Any] | None = attrs.field(validator=_is_tally)
 
 
 @attrs.frozen
@@ -143,7 +149,7 @@ def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
                     seal = Seal(**fields)
                 else:
                     notes.append(Note(**fields))
-            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
                 break
             good += len(line)
     return notes, seal, good
@@ -156,8 +162,8 @@ def _line(fields: Mapping[str, Any]) -> bytes:
     return f'{text[:-1]},"{_CHECK}":"{check}"}}\n'.encode()
 
 
-def lock(descriptor: int, path: Path) -> None:
-    """Keep other processes out of an open file, until it is closed.
+def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
+    """Keep other processes out of an open file, until it is closed; with `shared`, those that do not share it.
 
     Raises:
         CheckpointError: if one of them is in there.
@@ -165,7 +171,7 @@ def lock(descriptor: int, path: Path) -> None:
     if fcntl is None:
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise CheckpointError(f"{path}: another process is at work on it; wait for it, or end it") from None
     except OSError:

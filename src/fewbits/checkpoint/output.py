@@ -48,7 +48,7 @@ class Output:
         max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
             which is the default; a larger tensor has a file of its own.
         replace: whether a directory that is there already, with files in it, is replaced, and an unfinished run begun
-            anew. A file always is replaced.
+            anew. A file always is replaced, except one that has come there since a run was begun that is gone on with.
         resume: whether a run that did not come to its end is gone on with, if there is one. It is refused if anything
             that the result depends on has changed since. A result that is there already is compared with its source.
         paranoid: whether what an earlier run has read of the source is read again, to see that it is still the same;

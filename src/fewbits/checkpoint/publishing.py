@@ -80,6 +80,8 @@ def check_place(path: Path, *, folder: bool, replace: bool) -> Path:
             raise ArgumentError(f"{path} is a file; several files go into a directory: give the path of a new one")
         elif path.is_dir() and any(path.iterdir()) and not replace:
             raise ArgumentError(f"{path} is a directory with files in it; give the path of a new one")
+        elif os.path.ismount(path):
+            raise ArgumentError(f"{path} is where a file system is mounted, and cannot be replaced; give a path inside")
         return Path(os.path.realpath(path))
 
 

@@ -73,7 +73,8 @@ class _SafetensorsWriter(ResumableWriter):
             try:
                 self._begin(end)
             except OSError:
-                self.abort()
+                # At its own path it can be what an earlier writer has left.
+                (self.leave if at == path else self.abort)()
                 raise
 
     def _begin(self, size: int) -> None:

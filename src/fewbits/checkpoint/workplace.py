@@ -3,21 +3,23 @@
 ::
 
     .fewbits-<digest of the result's name>.work/
-        run.json                what the run depends on
+        run.json                what the run depends on, and whether it was begun over an earlier result
         files/                  what will be the result: complete files, and unfinished ones, which no reader takes
-        journal/<file>.jsonl    how far each of them is; see `fewbits.checkpoint.journal`
+        journal/<file>.jsonl    how far each of them is, file.jsonl if it is not a directory; see
+                                `fewbits.checkpoint.journal`
 
 It is gone when the result is published.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +66,25 @@ class Workplace:
             says to go on.
 
         Raises:
-            ArgumentError: if the output is in the way, or an unfinished run is, or one that cannot be gone on with.
+            ArgumentError: if the output is in the way, or an unfinished run is, or one that cannot be gone on with, or
+                something that no run has put there.
             CheckpointError: if it cannot be made, or another process is at work there.
         """
-        resume, there = self._output.resume, self._unfinished()
-        if resume and not there and not self._output.replace and self._is_published():
+        resume = self._output.resume
+        if resume and not self._output.replace and not self._unfinished() and self._is_published():
+            self._remove_remains()
             return False
         check_place(self._output.path, folder=self.folder, replace=self._output.replace)
         with as_checkpoint_error(f"{self._output.path} cannot be written"):
-            self.path.mkdir(exist_ok=True)
             self._take()
+            there = self._unfinished()
             try:
                 if there and resume:
                     self._check(terms)
                 else:
                     self._begin_anew(terms, there=there)
+                # From here on others may join, and none begin, until the last of those that write is gone.
+                self._hold(shared=True)
             except BaseException:
                 # Nothing of an earlier run is lost for an error of this one.
                 (self.release if there else self.discard)()
@@ -92,11 +98,15 @@ class Workplace:
                 "(--resume, Output(resume=True)) or begin anew (--force, Output(replace=True)); what it has done is in "
                 f"{self.path}"
             )
+        self._run.unlink(missing_ok=True)  # first: what is left without it is no unfinished run
         for entry in self.path.iterdir():
             _remove(entry)
         self.files.mkdir()
         self._journals.mkdir()
-        write_durably(self._run, json.dumps(terms).encode())
+        record = {"terms": terms, "replaces": self._target.exists()}
+        write_durably(self._new_run, json.dumps(record).encode())
+        self._new_run.rename(self._run)
+        sync_directory(self.path)
 
     def clear(self) -> None:
         """Remove everything but the files of the result: what an earlier try has left of what goes beside them."""
@@ -121,6 +131,8 @@ class Workplace:
 
     def discard(self) -> None:
         """Remove everything."""
+        with contextlib.suppress(OSError):
+            self._run.unlink()  # first, as above
         remove_tree(self.path, "what a run has left cannot be removed")
         self.release()
 
@@ -145,6 +157,8 @@ class Workplace:
                 f"{self._output.path} has not been begun, is complete, or is not where this process looks (all that "
                 "write must see one file system); there is nothing to write"
             )
+        with as_checkpoint_error(f"{self._output.path} cannot be written"):
+            self._hold(shared=True)
         self._check(terms)
 
     def journal(self, file: str) -> Journal:
@@ -157,10 +171,13 @@ class Workplace:
         return {file: seal for file, seal in seals.items() if seal is not None}
 
     def has_progress(self) -> bool:
-        """Whether anything has been done that is worth going on with."""
-        return any(notes or seal for notes, seal in (read_journal(self._journal_path(file)) for file in self._names))
+        """Whether anything has been done that is worth going on with; what cannot be read might be."""
+        try:
+            return any(notes or seal for notes, seal in map(read_journal, map(self._journal_path, self._names)))
+        except CheckpointError:
+            return True
 
-    @contextmanager
+    @contextlib.contextmanager
     def in_place(self, hint: str = "") -> Iterator[None]:
         """Name, in errors, files as they will be called: what they are called meanwhile means nothing to anybody.
 
@@ -182,11 +199,16 @@ class Workplace:
         return self.path / "run.json"
 
     @property
+    def _new_run(self) -> Path:
+        return self.path / "run.json.new"
+
+    @property
     def _journals(self) -> Path:
         return self.path / "journal"
 
     def _journal_path(self, file: str) -> Path:
-        return self._journals / f"{file}.jsonl"
+        # A result that is one file may have the longest name there can be.
+        return self._journals / f"{file if self.folder else 'file'}.jsonl"
 
     def _unfinished(self) -> bool:
         """Whether a run was begun and not published; of one that was published just the remains may be there."""
@@ -201,23 +223,73 @@ class Workplace:
         return any(path.iterdir()) if self.folder and path.is_dir() else path.is_file()
 
     def _take(self) -> None:
-        if hasattr(os, "O_DIRECTORY"):
+        """Make the directory if there is none, and keep other processes out of it.
+
+        Raises:
+            CheckpointError: if one of them is in there.
+            ArgumentError: if something is in there that no run has put there: it must not be lost.
+        """
+        self.path.mkdir(exist_ok=True)
+        try:
+            self._hold(shared=False)
+            self._refuse_foreign()
+        except BaseException:
+            self.release()
+            raise
+
+    def _hold(self, *, shared: bool) -> None:
+        """Keep other processes out; with `shared`, those that would begin.
+
+        Raises:
+            CheckpointError: if one of them is in there.
+        """
+        if not hasattr(os, "O_DIRECTORY"):
+            return
+        if self._lock is None:
             self._lock = os.open(self.path, os.O_DIRECTORY)
-            try:
-                lock(self._lock, self.path)
-            except CheckpointError:
-                self.release()
-                raise
+        lock(self._lock, self._output.path, shared=shared)
+        if not os.path.samestat(os.fstat(self._lock), self.path.stat()):
+            raise CheckpointError(f"{self._output.path}: another process has just left it; try again")
+
+    def _remove_remains(self) -> None:
+        """Of a run that ended when its result was published, before it had tidied up."""
+        if self.path.is_dir():
+            with as_checkpoint_error(f"{self._output.path} cannot be written"):
+                self._take()
+            self.discard()
+
+    def _refuse_foreign(self) -> None:
+        inside = (Path(at, name) for at, folders, files in os.walk(self.path) for name in (*folders, *files))
+        for path in [self.path, *inside]:
+            if not self._is_own(path):
+                raise ArgumentError(
+                    f"{self._output.path} is made in {self.path}, and {path} is nothing that a run would put there; "
+                    "move it away, or give another path to write to"
+                )
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether something is what a run makes: a link could lead to anything."""
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            within = self.files in path.parents and path.name not in self._names
+            return within or path in (self.path, self.files, self._journals)
+        return stat.S_ISREG(mode) and (path.parent != self.path or path in (self._run, self._new_run))
 
     def _check(self, terms: Terms) -> None:
         try:
             found = parse_object(self._run.read_bytes(), self._run, "record of a run")
         except FewbitsError:
             found = {}
-        if changed := list(_differences(found, json.loads(json.dumps(terms)))):
+        before = found.get("terms")
+        if changed := list(_differences(before if isinstance(before, dict) else {}, json.loads(json.dumps(terms)))):
             raise ArgumentError(
                 f"{self._output.path} was begun with something else, and cannot be gone on with: {'; '.join(changed)}. "
                 "Bring back what it was begun with, or begin anew (--force, Output(replace=True))"
+            )
+        if self._target.is_file() and not found.get("replaces") and not self._output.replace:
+            raise ArgumentError(
+                f"{self._output.path} has come there since the run was begun that would replace it; move it away, or "
+                "let it be replaced (--force, Output(replace=True))"
             )
 
 

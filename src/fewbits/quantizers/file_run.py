@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -19,7 +21,7 @@ from fewbits.checkpoint.saving import CheckpointWriter
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard, write_index
 from fewbits.checkpoint.workplace import Terms, Workplace
-from fewbits.errors import CheckpointError, FewbitsError
+from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 from fewbits.numerics.metrics import Measurement, Tally
 from fewbits.quantizers.job import Share
 from fewbits.quantizers.recipe import described, fingerprint
@@ -89,7 +91,14 @@ class FileRun:
         }
 
     def begin(self) -> bool:
-        """Make the place, or take over what is there; see `Workplace.begin`."""
+        """Make the place, or take over what is there; see `Workplace.begin`.
+
+        Raises:
+            ArgumentError: also if the source is in that place, where it would be removed.
+        """
+        source = self._streaming.source.path
+        if self._workplace.path in Path(os.path.realpath(source)).parents:
+            raise ArgumentError(f"{source} is where the result is made, in {self._workplace.path}; move it elsewhere")
         with self._workplace.in_place():
             self.begun = self._workplace.begin(self._terms())
         return self.begun
@@ -110,7 +119,8 @@ class FileRun:
                 "comparison with the source": streaming.demand.measuring,
                 "serializer": described(type(self._serializer)),
             },
-            "files": sorted(self._shards),
+            # Names alone do not tell: another limit on their size can give as many files, cut elsewhere.
+            "files": [[file, fingerprint([row.name for row in shard.ledger])] for file, shard in self._shards.items()],
             "source": streaming.source.fingerprint(),
         }
 
@@ -220,7 +230,8 @@ class FileRun:
             if self._streaming.source_digest(Chunk(row, note.start, note.stop)) != note.source:
                 raise CheckpointError(
                     f"{self._streaming.source.path}: {row.name} has changed since it was read, between elements "
-                    f"{note.start:,} and {note.stop:,}; begin anew (--force, Output(replace=True))"
+                    f"{note.start:,} and {note.stop:,}; bring back what it was, or begin anew "
+                    "(--force, Output(replace=True))"
                 )
 
     def check_complete(self) -> None:

@@ -18,22 +18,45 @@ def described(value: object) -> Any:
 
     What nobody can look into, such as a function or an open file, is never like anything, not even like itself.
     """
+    return _described(value, {})
+
+
+def _described(value: object, seen: dict[int, object]) -> Any:
+    """Likewise; `seen` holds, by identity, what has been described already, so that a cycle comes to an end."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value.hex()
     if isinstance(value, Tensor):
-        return [str(value.dtype), list(value.shape), digest(value.detach().cpu().contiguous())]
+        return [str(value.dtype), list(value.shape), _bytes(value)]
     if isinstance(value, (torch.dtype, torch.device, type)):
         return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else str(value)
+    if id(value) in seen:
+        return ["as before", list(seen).index(id(value))]
+    seen[id(value)] = value
     if isinstance(value, Mapping):
-        return sorted(([described(key), described(one)] for key, one in value.items()), key=repr)
+        return _mapping(value, seen)
     if isinstance(value, (list, tuple)):
-        return [described(one) for one in value]
+        return [_described(one, seen) for one in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((described(one) for one in value), key=repr)
+        return sorted((_described(one, seen) for one in value), key=repr)
     fields = _fields(value)
-    return secrets.token_hex(16) if fields is None else [described(type(value)), described(fields)]
+    return _unlike() if fields is None else [_described(type(value), seen), _mapping(fields, seen)]
+
+
+def _mapping(values: Mapping[Any, object], seen: dict[int, object]) -> Any:
+    return sorted(([_described(key, seen), _described(one, seen)] for key, one in values.items()), key=repr)
+
+
+def _bytes(tensor: Tensor) -> str:
+    try:
+        return digest(tensor.detach().cpu().contiguous())
+    except RuntimeError:  # it has none, such as one on the meta device
+        return _unlike()
+
+
+def _unlike() -> str:
+    return secrets.token_hex(16)
 
 
 def _fields(value: object) -> dict[str, object] | None:
