@@ -131,8 +131,11 @@ class FleetRun:
         _, run = self._prepared(progress)
         if file not in run.sizes:
             raise ArgumentError(f"{file!r} is not a file of {self._output.path}{did_you_mean(str(file), run.sizes)}")
-        run.join()
-        run.write([file])
+        try:
+            run.join()
+            run.write([file])
+        finally:
+            run.release()
         return run.share
 
     def finish(self, shares: Sequence[Share] = (), *, progress: Progress = no_progress) -> Result:

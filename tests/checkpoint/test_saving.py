@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fewbits
 from checkpoints import AnyScheme, metadata_of, save, split, state
 from fewbits.checkpoint import safetensors as writing
-from fewbits.checkpoint.saving import digest
+from fewbits.checkpoint.digests import digest
 from lifecycle_helpers import quantize_small, small, visible
 
 SCHEMES = {

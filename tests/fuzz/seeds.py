@@ -90,6 +90,7 @@ def _foreign() -> Iterator[tuple[str, Case]]:
     yield "safetensors-bfloat16", Case("quantize", "fp16", file.name, (_named(file, safetensors_file(brain)),))
     yield "folder", Case("quantize", "int4", ".", _folder())
     yield "folder-of-the-hub", Case("quantize", "int8", "snapshots/main", _hub(file))
+    yield "folder-of-float8", Case("quantize", "int8", ".", _float8_folder())
     for name, data in _torch_files().items():
         yield f"torch-{name}", Case("quantize", "int8", "model.bin", (Item("file", "model.bin", data),))
     yield "torch-folder", Case("quantize", "int8", ".", _torch_folder())
@@ -120,6 +121,35 @@ def _folder() -> tuple[Item, ...]:
         Item("file", "other.gguf", b"GGUF"),
         Item("link", "readme.md", b"config.json"),
         Item("link", "elsewhere", b"../.."),
+    )
+
+
+def _float8_folder() -> tuple[Item, ...]:
+    """Weights with a scale for each block, each row, and for all of them; one scale is in another file."""
+    generator = torch.Generator().manual_seed(2)
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+
+    files = {
+        "model-00001-of-00002.safetensors": {
+            "a.weight": codes(5, 12),
+            "a.weight_scale_inv": torch.rand(3, 3, generator=generator),
+            "b.weight": codes(4, 6),
+            "c.weight": codes(4, 6),
+            "c.input_scale": torch.tensor(1.0),
+        },
+        "model-00002-of-00002.safetensors": {
+            "b.weight_scale": torch.rand(4, 1, generator=generator),
+            "c.weight_scale": torch.tensor(0.5),
+        },
+    }
+    index = {"metadata": {}, "weight_map": {name: file for file in files for name in files[file]}}
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 5]}}
+    return (
+        *(Item("file", name, safetensors_file(tensors)) for name, tensors in files.items()),
+        Item("file", "model.safetensors.index.json", json.dumps(index).encode()),
+        Item("file", "config.json", json.dumps(config).encode()),
     )
 
 

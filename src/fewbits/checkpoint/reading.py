@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk, chunks
+from fewbits.checkpoint.digests import refuse_damaged, wrong_digests
 from fewbits.checkpoint.folder import CheckpointFiles, find_files
 from fewbits.checkpoint.metadata import (
     FORMAT_VERSION,
@@ -23,7 +24,7 @@ from fewbits.checkpoint.metadata import (
     row_entries,
 )
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value, refuse_damaged, wrong_digests
+from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError

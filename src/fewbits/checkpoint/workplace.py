@@ -23,8 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewbits.checkpoint.claim import Claim
 from fewbits.checkpoint.header import parse_object
-from fewbits.checkpoint.journal import Journal, Seal, lock, read_journal, unlock
+from fewbits.checkpoint.journal import Journal, Seal, read_journal
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.publishing import check_place, move_into_place, remove_tree
 from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory, write_durably
@@ -54,7 +55,7 @@ class Workplace:
         name = hashlib.sha256(os.fsencode(self._target.name)).hexdigest()[:16]
         self.path = self._target.parent / f".fewbits-{name}.work"
         self.files = self.path / "files"
-        self._lock: int | None = None
+        self._claim = Claim(self.path, output.path, self._is_own)
 
     # For the one process that begins and finishes.
 
@@ -76,7 +77,7 @@ class Workplace:
             return False
         check_place(self._output.path, folder=self.folder, replace=self._output.replace)
         with as_checkpoint_error(f"{self._output.path} cannot be written"):
-            self._take()
+            self._claim.take()
             there = self._unfinished()
             try:
                 if there and resume:
@@ -84,7 +85,7 @@ class Workplace:
                 else:
                     self._begin_anew(terms, there=there)
                 # From here on others may join, and none begin, until the last of those that write is gone.
-                self._hold(shared=True)
+                self._claim.hold(shared=True)
             except BaseException:
                 # Nothing of an earlier run is lost for an error of this one.
                 (self.release if there else self.discard)()
@@ -138,10 +139,7 @@ class Workplace:
 
     def release(self) -> None:
         """Let other processes begin."""
-        if self._lock is not None:
-            unlock(self._lock)
-            os.close(self._lock)
-            self._lock = None
+        self._claim.release()
 
     # For every process that writes.
 
@@ -158,7 +156,7 @@ class Workplace:
                 "write must see one file system); there is nothing to write"
             )
         with as_checkpoint_error(f"{self._output.path} cannot be written"):
-            self._hold(shared=True)
+            self._claim.hold(shared=True)
         self._check(terms)
 
     def journal(self, file: str) -> Journal:
@@ -222,58 +220,19 @@ class Workplace:
         path = self._output.path
         return any(path.iterdir()) if self.folder and path.is_dir() else path.is_file()
 
-    def _take(self) -> None:
-        """Make the directory if there is none, and keep other processes out of it.
-
-        Raises:
-            CheckpointError: if one of them is in there.
-            ArgumentError: if something is in there that no run has put there: it must not be lost.
-        """
-        self.path.mkdir(exist_ok=True)
-        try:
-            self._hold(shared=False)
-            self._refuse_foreign()
-        except BaseException:
-            self.release()
-            raise
-
-    def _hold(self, *, shared: bool) -> None:
-        """Keep other processes out; with `shared`, those that would begin.
-
-        Raises:
-            CheckpointError: if one of them is in there.
-        """
-        if not hasattr(os, "O_DIRECTORY"):
-            return
-        if self._lock is None:
-            self._lock = os.open(self.path, os.O_DIRECTORY)
-        lock(self._lock, self._output.path, shared=shared)
-        if not os.path.samestat(os.fstat(self._lock), self.path.stat()):
-            raise CheckpointError(f"{self._output.path}: another process has just left it; try again")
-
     def _remove_remains(self) -> None:
         """Of a run that ended when its result was published, before it had tidied up."""
         if self.path.is_dir():
             with as_checkpoint_error(f"{self._output.path} cannot be written"):
-                self._take()
+                self._claim.take()
             self.discard()
 
-    def _refuse_foreign(self) -> None:
-        inside = (Path(at, name) for at, folders, files in os.walk(self.path) for name in (*folders, *files))
-        for path in [self.path, *inside]:
-            if not self._is_own(path):
-                raise ArgumentError(
-                    f"{self._output.path} is made in {self.path}, and {path} is nothing that a run would put there; "
-                    "move it away, or give another path to write to"
-                )
-
-    def _is_own(self, path: Path) -> bool:
-        """Whether something is what a run makes: a link could lead to anything."""
-        mode = path.lstat().st_mode
+    def _is_own(self, path: Path, mode: int) -> bool:
+        """Whether a file or a directory is what a run makes."""
         if stat.S_ISDIR(mode):
             within = self.files in path.parents and path.name not in self._names
             return within or path in (self.path, self.files, self._journals)
-        return stat.S_ISREG(mode) and (path.parent != self.path or path in (self._run, self._new_run))
+        return path.parent != self.path or path in (self._run, self._new_run)
 
     def _check(self, terms: Terms) -> None:
         try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbits.checkpoint.saving import digest
+from fewbits.checkpoint.digests import digest
 
 
 def described(value: object) -> Any:
@@ -29,7 +30,7 @@ def _described(value: object, seen: dict[int, object]) -> Any:
         return value.hex()
     if isinstance(value, Tensor):
         return [str(value.dtype), list(value.shape), _bytes(value)]
-    if isinstance(value, (torch.dtype, torch.device, type)):
+    if isinstance(value, (torch.dtype, torch.device, PurePath, type)):
         return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else str(value)
     if id(value) in seen:
         return ["as before", list(seen).index(id(value))]

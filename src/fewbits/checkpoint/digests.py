@@ -1,0 +1,80 @@
+"""SHA-256 of tensors, in memory and in files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.checkpoint.raw import tensor_bytes
+from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader
+from fewbits.errors import DigestError
+from fewbits.numerics.tensor import in_memory
+
+#: Bytes of a file that are looked at together.
+_PIECE = 1 << 20
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor, in hexadecimal."""
+    tensor = in_memory(tensor)  # perhaps a copy, which has to live as long as its bytes are read
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def wrong_digests(reader: Reader, digests: Mapping[str, str], threads: int | None = None) -> list[str]:
+    """The names of the tensors whose bytes do not have their digest.
+
+    Args:
+        reader: of the file.
+        digests: SHA-256 in hexadecimal, by name.
+        threads: how many tensors are read at a time, where the format allows it; None stands for as many as torch has.
+    """
+    threads = (threads or torch.get_num_threads()) if isinstance(reader, ChunkReader) else 1
+    with ThreadPoolExecutor(threads, "fewbits") as pool:
+        found = pool.map(lambda name: digest_in(reader, name), digests)
+        return [name for name, is_now in zip(digests, found, strict=True) if is_now != digests[name]]
+
+
+def digest_in(reader: Reader, name: str) -> str:
+    """SHA-256 of the bytes of a tensor in a file, read a piece at a time where the format allows it."""
+    if not isinstance(reader, ChunkReader):
+        return digest(reader.read(name))
+    found = hashlib.sha256()
+    for part in pieces(reader.entries[name]):
+        reader.read_into(name, part.start, part.out)
+        found.update(tensor_bytes(part.out))
+    return found.hexdigest()
+
+
+@attrs.frozen(eq=False)
+class Piece:
+    """Some elements of a tensor in a file, and memory for them, which the next piece uses again."""
+
+    start: int
+    out: Tensor
+
+
+def pieces(entry: Entry, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
+    """The pieces of a tensor from one element up to another, in order; by default all of it."""
+    stop = entry.numel if stop is None else stop
+    step = max(1, _PIECE // entry.dtype.itemsize)
+    memory = torch.empty(min(max(stop - start, 0), step), dtype=entry.dtype, device="cpu")
+    for first in range(start, stop, step):
+        yield Piece(first, memory[: stop - first])
+
+
+def refuse_damaged(names: Sequence[str], where: object) -> None:
+    """Refuse a file with damaged tensors.
+
+    Raises:
+        DigestError: naming every one of them.
+    """
+    if names:
+        raise DigestError(
+            f"{where}: the bytes of {', '.join(names)} are not the bytes that were written; the file is damaged: "
+            "quantize again, or fetch it again"
+        )
