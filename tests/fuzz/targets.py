@@ -214,7 +214,7 @@ def _quantize(path: Path, scheme: str, folder: Path) -> str:
     _require(not _failed(planned), "what could not be planned was quantized")
     _require(planned.ledger == result.ledger, "the plan was another")
     loaded = fewbits.load(folder / "out")
-    _require(loaded.keys() == {row.name for row in result.ledger}, "the result holds something else")
+    _require(loaded.keys() == {row.name for row in result.ledger.present}, "the result holds something else")
     for name, value in loaded.items():
         if isinstance(value, fewbits.QuantizedTensor):
             _require(bool(torch.isfinite(value.dequantize()).all()), f"{name!r} is not finite")

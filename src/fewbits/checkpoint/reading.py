@@ -110,7 +110,8 @@ class Checkpoint:
             rows = first * row.spec.bits // 32 if part == "zero_point" else first
             start = 0 if per_tensor and part != "packed" else rows * math.prod(shape[1:])
             if part == "shape":
-                self._check_shape(chunk)
+                if chunk.is_first:
+                    self._check_shape(row)
             else:
                 parts[part] = self._read_chunk(part_name(row.name, part), start, Entry(shape, dtype))
         parts["shape"] = shape_part(described.shape)
@@ -123,10 +124,9 @@ class Checkpoint:
         pairs = zip(chunks(one), chunks(other), strict=True)
         return described[0] == described[1] and all(same_bits(self.chunk(a), self.chunk(b)) for a, b in pairs)
 
-    def _check_shape(self, chunk: Chunk) -> None:
-        if chunk.is_first:
-            name = part_name(chunk.row.name, "shape")
-            check_shape_part(self._read_chunk(name, 0, self._readers[name].entries[name]), chunk.row.shape)
+    def _check_shape(self, row: LedgerRow) -> None:
+        name = part_name(row.name, "shape")
+        check_shape_part(self._read_chunk(name, 0, self._readers[name].entries[name]), row.shape)
 
     def _read(self, name: str) -> Tensor:
         return self._readers[name].read(name)
@@ -144,11 +144,14 @@ class Checkpoint:
         return [name for shard in self._shards for name in wrong_digests(shard.reader, shard.metadata.digests)]
 
     def check(self, check: Check) -> None:
-        """Check every digest and every scale, or, with ``"header"``, nothing more than was checked on opening.
+        """Check every digest and every scale, or, with ``"header"``, little more than was checked on opening.
+
+        What passes can be read: whoever fills a model, a tensor at a time, does not find out half-way.
 
         Raises:
             DigestError: naming the damaged tensors.
-            FormatError: naming the tensors with scales that are zero, NaN or Inf.
+            FormatError: naming the tensors with scales that are zero, NaN or Inf, or one whose shape is stated twice,
+                and not the same.
             ArgumentError: for another value of `check`.
         """
         if check not in ("digests", "header"):
@@ -157,6 +160,9 @@ class Checkpoint:
             refuse_damaged(self.damaged(), self.path)
             if unsound := [row.name for row in self.ledger.stored if not self._is_sound(row)]:
                 raise FormatError(f"{self.path}: a scale is zero, NaN or Inf, of {', '.join(unsound)}; quantize again")
+        for row in self.ledger.stored:
+            if isinstance(row.spec, QuantSpec):
+                self._check_shape(row)
 
     def _is_sound(self, row: LedgerRow) -> bool:
         """Whether there are codes for the scales of a tensor, if it has any."""
