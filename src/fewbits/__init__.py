@@ -11,7 +11,16 @@ from fewbits.api import Plan, Result, plan, quantize, verify
 from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.serializer import ChunkReader, ChunkWriter, Entry, Header, Reader, Serializer, Writer
+from fewbits.checkpoint.serializer import (
+    ChunkReader,
+    ChunkWriter,
+    Entry,
+    Header,
+    Reader,
+    ResumableWriter,
+    Serializer,
+    Writer,
+)
 from fewbits.checkpoint.shards import Shard
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import (
@@ -106,6 +115,7 @@ __all__ = [
     "Reader",
     "Report",
     "Result",
+    "ResumableWriter",
     "SafetensorsSerializer",
     "SelectionError",
     "Selector",

@@ -1,5 +1,6 @@
 """Measuring what was stored against what it was made from."""
 
+import json
 import math
 
 import attrs
@@ -282,8 +283,26 @@ def test_parts_give_the_figures_of_the_whole_to_the_last_bit(problem, data):
         for start in range(0, layout.rows, step):
             part = Tally(unit_of([weight]))
             part.add(matrix[start : start + step], stored.rows(start, min(start + step, layout.rows)))
-            whole.join(part)
+            # On its way through a journal.
+            whole.join(Tally.from_dict(json.loads(json.dumps(part.to_dict()))))
         assert whole.measurement(layout.columns) == measure(weight, stored)
+
+
+@pytest.mark.parametrize("lost", [slice(0, 40), slice(64, 70), slice(0, 0)])
+def test_lost_rows_are_counted_through_a_journal_too(lost):
+    weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(8, "channel", rounding="free")
+    damaged = weight.clone()
+    damaged[lost] = 1.0
+    stored, whole = quantize(damaged, spec), Tally()
+    for start in range(0, 128, 32):
+        part = Tally()
+        part.add(weight[start : start + 32], stored.rows(start, start + 32))
+        whole.join(Tally.from_dict(json.loads(json.dumps(part.to_dict()))))
+    expected = measure(weight, stored)
+    found = whole.measurement(64)
+    assert (found.constant_rows, found.same_rows) == (expected.constant_rows, expected.same_rows)
+    assert expected.constant_rows == lost.stop - lost.start
 
 
 @given(weights(dtypes=(torch.float32, torch.float64), min_dims=1), st.integers(1, 10), st.integers(1, 40))

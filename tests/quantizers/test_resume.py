@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import fewbits
 from checkpoints import write_shards
-from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, read_header, small, visible
+from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize_small, read_header, small, visible
 
 
 class Stopped(BaseException):
@@ -619,3 +619,38 @@ def test_a_line_that_no_run_has_written_is_the_end_of_a_journal(tmp_path, begun,
     path.write_text(f'{text[:-1]},"check":"{check}"}}\n' + "".join(others))
     run(begun, tmp_path / "out", resume=True)
     assert fewbits.verify(tmp_path / "out", begun).ok
+
+
+def test_a_complete_result_of_tied_tensors_in_several_files_is_recognised(tmp_path):
+    tied = torch.rand(64, 64)
+    torch.save({"a.weight": tied, "b.weight": torch.rand(64, 64), "z.weight": tied}, tmp_path / "in.bin")
+    output = fewbits.Output(tmp_path / "out", max_shard_size=5000, resume=True)
+    for _ in range(2):
+        quantize_small(tmp_path / "in.bin", "int8", output=output)
+    assert len(fewbits.plan(tmp_path / "in.bin", "int8", min_elements=1, output=tmp_path / "x").shards) == 1
+    assert fewbits.load(tmp_path / "out").keys() == {"a.weight", "b.weight", "z.weight"}
+
+
+def test_a_complete_result_in_other_files_is_refused(tmp_path, source):
+    run(source, tmp_path / "out")
+    with pytest.raises(fewbits.ArgumentError, match="it has other files"):
+        run(source, tmp_path / "out", resume=True, max_shard_size=30_000)
+
+
+def test_a_complete_file_that_was_damaged_is_not_complete_any_more(tmp_path, begun):
+    journals = {path.stem: path for path in (workplace(tmp_path) / "journal").iterdir()}
+    file = next(name for name, path in journals.items() if '"header"' in path.read_text())
+    path = workplace(tmp_path) / "files" / file
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with cut(10):
+        run(begun, tmp_path / "out", "int8", stop_at(1), resume=True)
+    assert '"header"' not in journals[file].read_text()
+
+
+def test_progress_ends_with_all_that_there_is(tmp_path, begun):
+    steps = []
+    run(begun, tmp_path / "out", "int8", steps.append, resume=True)
+    done = [step.done for step in steps if step.activity == "convert"]
+    assert done == sorted(done)
+    assert done[0] > 0
+    assert done[-1] == steps[0].total

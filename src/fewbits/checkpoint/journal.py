@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,15 @@ class Journal:
             while data:
                 data = data[self._file.write(data) :]
 
-    def restart(self) -> None:
-        """Forget everything: the file begins anew."""
-        self.notes, self.seal = [], None
+    def rewrite(self, notes: Sequence[Note]) -> None:
+        """Forget everything but some notes: the file is not complete, and holds no more than these say."""
+        if notes == self.notes and self.seal is None:
+            return
+        self.notes, self.seal = [*notes], None
         with as_checkpoint_error(f"{self._path} cannot be written"):
             os.truncate(self._file.fileno(), 0)
+        for note in notes:
+            self.add(note)
 
     def close(self) -> None:
         """Let others write the file."""

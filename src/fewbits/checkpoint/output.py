@@ -50,7 +50,8 @@ class Output:
         replace: whether a directory that is there already, with files in it, is replaced, and an unfinished run begun
             anew. A file always is replaced, except one that has come there since a run was begun that is gone on with.
         resume: whether a run that did not come to its end is gone on with, if there is one. It is refused if anything
-            that the result depends on has changed since. A result that is there already is compared with its source.
+            that the result depends on has changed since. A result that is there already is compared with its source:
+            the fates and all elements, within their bounds; which observer chose the scales a file does not say.
         paranoid: whether what an earlier run has read of the source is read again, to see that it is still the same;
             otherwise size, time of change and header of each file tell.
         distributed: whether every process of `torch.distributed`'s default group makes this call alike, each writes

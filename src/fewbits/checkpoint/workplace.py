@@ -34,6 +34,9 @@ from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 #: What a run depends on, by what it is called in messages; JSON.
 Terms = Mapping[str, Any]
 
+#: Stands, in terms, for what cannot be compared, such as a function: a later run cannot tell whether it is the same.
+INCOMPARABLE = "cannot be compared"
+
 
 class Workplace:
     """Where a result is made.
@@ -82,14 +85,15 @@ class Workplace:
             try:
                 if there and resume:
                     self._check(terms)
+                    self._refuse_incomparable(terms)
                 else:
                     self._begin_anew(terms, there=there)
-                # From here on others may join, and none begin, until the last of those that write is gone.
-                self._claim.hold(shared=True)
             except BaseException:
                 # Nothing of an earlier run is lost for an error of this one.
                 (self.release if there else self.discard)()
                 raise
+            # From here on others may join, and none begin, until the last of those that write is gone.
+            self._claim.hold(shared=True)
         return True
 
     def _begin_anew(self, terms: Terms, *, there: bool) -> None:
@@ -233,6 +237,14 @@ class Workplace:
             within = self.files in path.parents and path.name not in self._names
             return within or path in (self.path, self.files, self._journals)
         return path.parent != self.path or path in (self._run, self._new_run)
+
+    def _refuse_incomparable(self, terms: Terms) -> None:
+        if INCOMPARABLE in json.dumps(terms):
+            raise ArgumentError(
+                f"{self._output.path} cannot be gone on with: its scheme, or its observer, holds something that cannot "
+                "be compared with what it was begun with, such as a function; begin anew (--force, "
+                "Output(replace=True))"
+            )
 
     def _check(self, terms: Terms) -> None:
         try:

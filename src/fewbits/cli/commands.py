@@ -1,4 +1,4 @@
-"""``fewbits quantize | inspect | verify``, on safetensors checkpoints, in one file or many."""
+"""``fewbits quantize | inspect | verify``, on checkpoints, in one file or many."""
 
 from __future__ import annotations
 
@@ -56,7 +56,13 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("source", metavar="IN", type=_path)
-@click.option("-o", "--output", metavar="OUT", type=_path, help="The file to write; a directory, if IN is one.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    type=_path,
+    help="The file to write; a directory, if IN is one, or with --max-shard-size.",
+)
 @click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON. An option replaces its setting.")
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How weights are stored. Required without --config.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only what these patterns name. Repeatable.")
@@ -81,7 +87,7 @@ def cli() -> None:
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
 @click.option("--resume", is_flag=True, help="Go on with a run that did not come to its end, if there is one.")
 @click.option("--paranoid", is_flag=True, help="With --resume: read what was read of IN again, to see it is the same.")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists, and begin an unfinished run anew.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists. Without --resume: begin an unfinished run anew.")
 @click.option("--fail-under", show_default=f"{CRITICAL_DB:g}", **_FAIL_UNDER)
 @_quiet
 @_json

@@ -6,6 +6,8 @@ are small beside the scale of a whole tensor. These are within half a step of th
 
 from __future__ import annotations
 
+import hashlib
+
 import attrs
 import torch
 from torch import Tensor
@@ -57,30 +59,36 @@ def _is_uniform(rows: Tensor) -> Tensor:
     return torch.all(rows == rows[:, :1], 1)
 
 
+@attrs.define
 class SameRows:
-    """Whether all rows of a matrix have the same codes, a block after the other."""
+    """Whether all rows of a matrix have the same codes, a block after the other.
 
-    def __init__(self) -> None:
-        self._rows, self._same = 0, True
-        self._first: Tensor | None = None
+    Attributes:
+        rows: how many there were.
+        same: whether all of them are the same.
+        first: a digest of the first of them; None if there is none, or it does not matter any more.
+    """
+
+    rows: int = 0
+    same: bool = True
+    first: str | None = None
 
     def add(self, codes: Tensor) -> None:
-        """Look at the next rows: (rows, columns), of integers that one byte holds."""
-        first = self._go_on(codes[0], len(codes))
-        self._same = self._same and bool(torch.all(codes == first))
+        """Look at the next rows: integers, (rows, columns)."""
+        same = self.same and bool(torch.all(codes == codes[:1]))
+        self.join(SameRows(len(codes), same, _digest(codes[0]) if same else None))
 
     def join(self, later: SameRows) -> None:
         """Take in what was found out about the rows that come next."""
-        if later._first is not None:
-            first = self._go_on(later._first, later._rows)
-            self._same = self._same and later._same and torch.equal(later._first, first)
+        if later.rows:
+            self.same = self.same and later.same and self.first in (None, later.first)
+            self.first = later.first if self.same else None
+            self.rows += later.rows
 
     def __bool__(self) -> bool:
         """Whether there are several rows, and all are the same."""
-        return self._same and self._rows > 1
+        return self.same and self.rows > 1
 
-    def _go_on(self, row: Tensor, rows: int) -> Tensor:
-        self._rows += rows
-        if self._first is None:
-            self._first = row.to(torch.int8, copy=True)
-        return self._first
+
+def _digest(row: Tensor) -> str:
+    return hashlib.sha256(repr(row.tolist()).encode()).hexdigest()

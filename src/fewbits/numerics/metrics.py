@@ -199,6 +199,8 @@ class Tally:
             "codes": _extremes(self._codes),
             "scales": _extremes(self._scales),
             "sums": self._sums,
+            "constant_rows": self._constant_rows,
+            "same_rows": attrs.asdict(self._same_rows),
         }
 
     @classmethod
@@ -209,6 +211,7 @@ class Tally:
         tally._largest_error, tally._worst_ratio = state["largest_error"], state["worst_ratio"]
         tally._broken, tally._codes, tally._scales = state["broken"], [*state["codes"]], [*state["scales"]]
         tally._sums = [[*sums] for sums in state["sums"]]
+        tally._constant_rows, tally._same_rows = state["constant_rows"], SameRows(**state["same_rows"])
         return tally
 
     def measurement(self, columns: int) -> Measurement:

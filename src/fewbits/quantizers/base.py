@@ -279,10 +279,12 @@ class Quantizer(ABC):
 
         Raises:
             StateError: in any state but PREPARED and OBSERVED.
-            ArgumentError: if `output` is missing, or it or `compute` does not go with the source.
+            ArgumentError: if `output` is missing, or it or `compute` does not go with the source; if an unfinished run
+                is there that the output does not mention, or that cannot be gone on with.
             CalibrationError: if an observer needs data and has seen none.
             SourceError: if the source has changed since it was prepared, or would go on using a float weight.
             CheckpointError: if a file cannot be written.
+            RankError: with `Output(distributed=True)`, if another rank fails.
             NumericsError: if a tensor holds NaN or Inf, or numbers that its scheme cannot hold. Nothing has been
                 returned or published then; in place, the model is usable, and `convert` can be called again.
         """

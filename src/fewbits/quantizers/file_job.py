@@ -141,8 +141,11 @@ class FileJob(Job):
             chunk_elements=self._chunk_elements,
             fail_under=-math.inf,
         ).failures
-        if Checkpoint(output.path, serializer).ledger != self.ledger:
+        result = Checkpoint(output.path, serializer)
+        if {row.name: row for row in result.ledger} != {row.name: row for row in self.ledger}:
             found = ["the fates of its tensors are others", *found]
+        if result.headers.keys() != run.sizes.keys():
+            found = ["it has other files", *found]
         if found:
             raise ArgumentError(
                 f"{output.path} is there already, and is not what this would make of {self.source.path}: {found[0]}. "

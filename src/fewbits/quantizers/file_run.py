@@ -133,7 +133,9 @@ class FileRun:
         """
         told = _Told(self._progress, sum(self.sizes[file] for file in files))
         with self._keeping():
-            for file in files:
+            complete = self._workplace.seals()
+            # What is there comes first: the rate of what follows is that of this run.
+            for file in sorted(files, key=lambda file: file not in complete):
                 self._write(self._shards[file], told)
 
     @contextmanager
@@ -160,15 +162,14 @@ class FileRun:
             if journal.seal is not None and self._is_sound(shard, journal.seal):
                 self._check_source(shard, journal.notes)
                 self._count(shard, 0, self.sizes[shard.file])
-                told.skip(self.sizes[shard.file])
+                told.skip(shard.ledger.stored[-1].name, self.sizes[shard.file])
                 return
             path = self._workplace.files / shard.file
             extra = self._streaming.source.extra
             with CheckpointWriter(self._serializer, path, shard.ledger, extra=extra, resumable=True) as writer:
                 taken = writer.take_over(journal.notes)
                 self._check_source(shard, taken)
-                if not taken:
-                    journal.restart()
+                journal.rewrite(taken)
                 measured = self._fill(shard, writer, journal, taken, told)
                 seal = Seal(
                     writer.close(self._streaming.budget.threads),
@@ -186,7 +187,8 @@ class FileRun:
             if note.tally is not None:
                 _join(tallies, note.tensor, Tally.from_dict(note.tally))
         converted, resumed = 0, sum(_nbytes(shard, note) for note in taken)
-        told.skip(resumed)
+        if taken:
+            told.skip(taken[-1].tensor, resumed)
         for ready in self._streaming.convert(shard.ledger, done):
             told.begin(ready.chunk)
             self._put(ready, writer, journal, tallies)
@@ -292,8 +294,9 @@ class _Told:
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._done, self._total = progress, 0, total
 
-    def skip(self, nbytes: int) -> None:
+    def skip(self, name: str, nbytes: int) -> None:
         self._done += nbytes
+        self._progress(Step("convert", name, self._done, self._total))
 
     def begin(self, chunk: Chunk) -> None:
         self._progress(Step("convert", chunk.row.name, self._done, self._total))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
-from fewbits.errors import ArgumentError, FewbitsError, RankError
+from fewbits.errors import ArgumentError, RankError
 
 _Made = TypeVar("_Made")
 
@@ -86,7 +87,8 @@ class Group(Ranks):
         try:
             made = act()
         except BaseException as error:
-            self._told([(str(error) or type(error).__name__, None)])
+            with suppress(RankError):  # its own error says more
+                self._told([(str(error) or type(error).__name__, None)])
             raise
         self._told([(None, made)])
         return made
@@ -103,8 +105,6 @@ class Group(Ranks):
     def _call(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except FewbitsError:
-            raise
         except RuntimeError as error:
             raise RankError(
                 "another rank has ended before the result was complete, and says why; what is done is kept: --resume "

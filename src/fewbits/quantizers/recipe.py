@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.digests import digest
+from fewbits.checkpoint.workplace import INCOMPARABLE
 
 
 def described(value: object) -> Any:
     """A value as JSON: equal for two values only if they are alike.
 
-    What nobody can look into, such as a function or an open file, is never like anything, not even like itself.
+    What nobody can look into, such as a function or an open file, is `INCOMPARABLE`.
     """
     return _described(value, {})
 
@@ -42,7 +42,7 @@ def _described(value: object, seen: dict[int, object]) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted((_described(one, seen) for one in value), key=repr)
     fields = _fields(value)
-    return _unlike() if fields is None else [_described(type(value), seen), _mapping(fields, seen)]
+    return INCOMPARABLE if fields is None else [_described(type(value), seen), _mapping(fields, seen)]
 
 
 def _mapping(values: Mapping[Any, object], seen: dict[int, object]) -> Any:
@@ -53,11 +53,7 @@ def _bytes(tensor: Tensor) -> str:
     try:
         return digest(tensor.detach().cpu().contiguous())
     except RuntimeError:  # it has none, such as one on the meta device
-        return _unlike()
-
-
-def _unlike() -> str:
-    return secrets.token_hex(16)
+        return INCOMPARABLE
 
 
 def _fields(value: object) -> dict[str, object] | None:
