@@ -1,6 +1,7 @@
 """Loading a tensor at a time: onto a device, within a bound on memory, and what a model is when it goes wrong."""
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import fewbits
+from checkpoints import forged_tensor
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Reader, Serializer
 from fewbits.errors import ArgumentError, CheckpointError, SourceError
@@ -203,6 +205,25 @@ def test_a_module_that_would_miss_its_weight_leaves_the_whole_model_as_it_was(ma
     assert snapshot(into).equals(before)
     assert [id(tensor) for tensor in tensors_in(into)] == held
     assert not any(isinstance(module, fewbits.nn.base.QuantizedModule) for module in into.modules())
+
+
+@pytest.mark.parametrize("check", ["digests", "header"])
+@pytest.mark.parametrize("bad", [{"2.weight_input_scale": struct.pack("<f", float("nan"))},
+                                 {"2.weight_input_scale": struct.pack("<f", 0.0)},
+                                 {"2.weight_shape": struct.pack("<2q", 8, 17)}])  # fmt: skip
+def test_a_forged_part_is_found_before_anything_is_filled(bad, check, tmp_path):
+    make = lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))  # noqa: E731
+    batches = [torch.randn(4, 16)]
+    result = fewbits.quantize(make(), "int8", min_elements=1, activations="static", data=batches, on_failure="ignore")
+    result.save(tmp_path / "file")
+    for name, content in bad.items():
+        (tmp_path / "file").write_bytes(forged_tensor((tmp_path / "file").read_bytes(), name, content))
+    into = make()
+    before = snapshot(into)
+    with pytest.raises(fewbits.FormatError):
+        fewbits.load(tmp_path / "file", into=into, check=check)
+    assert snapshot(into).equals(before)
+    assert type(into[0]) is nn.Linear
 
 
 def test_a_file_that_is_gone_in_the_middle_leaves_what_was_read_and_what_was_there(tmp_path, monkeypatch):

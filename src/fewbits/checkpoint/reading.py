@@ -30,7 +30,14 @@ from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.affine import are_sound
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, check_shape_part, part_shapes, same_bits, shape_part
+from fewbits.numerics.tensor import (
+    QuantizedTensor,
+    check_input_scale,
+    check_shape_part,
+    part_shapes,
+    same_bits,
+    shape_part,
+)
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 Check = Literal["digests", "header"]
@@ -128,6 +135,11 @@ class Checkpoint:
         name = part_name(row.name, "shape")
         check_shape_part(self._read_chunk(name, 0, self._readers[name].entries[name]), row.shape)
 
+    def _check_input_scale(self, row: LedgerRow) -> None:
+        name = part_name(row.name, "input_scale")
+        if name in row_entries(row):
+            check_input_scale(self._read_chunk(name, 0, self._readers[name].entries[name]))
+
     def _read(self, name: str) -> Tensor:
         return self._readers[name].read(name)
 
@@ -150,8 +162,8 @@ class Checkpoint:
 
         Raises:
             DigestError: naming the damaged tensors.
-            FormatError: naming the tensors with scales that are zero, NaN or Inf, or one whose shape is stated twice,
-                and not the same.
+            FormatError: naming the tensors with scales that are zero, NaN or Inf; or if a shape is stated twice, and
+                not the same, or a scale of inputs is none.
             ArgumentError: for another value of `check`.
         """
         if check not in ("digests", "header"):
@@ -163,6 +175,7 @@ class Checkpoint:
         for row in self.ledger.stored:
             if isinstance(row.spec, QuantSpec):
                 self._check_shape(row)
+                self._check_input_scale(row)
 
     def _is_sound(self, row: LedgerRow) -> bool:
         """Whether there are codes for the scales of a tensor, if it has any."""

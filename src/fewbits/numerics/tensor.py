@@ -61,8 +61,8 @@ class QuantizedTensor:
                     f"{name} has shape {tuple(found[name].shape)} and dtype {dtype_name(found[name].dtype)}; a tensor "
                     f"of shape {self.layout.shape} in {self.spec} needs {shape} and {dtype_name(dtype)}"
                 )
-        if self.input_scale is not None and not self.input_scale.is_meta and not 0 < float(self.input_scale) < math.inf:
-            raise FormatError(f"the scale of inputs is {float(self.input_scale)}; it must be positive and finite")
+        if self.input_scale is not None and not self.input_scale.is_meta:
+            check_input_scale(self.input_scale)
 
     def __repr__(self) -> str:
         return (
@@ -220,6 +220,16 @@ def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str
 def shape_part(shape: Sequence[int]) -> Tensor:
     """A shape as files hold it: int64, one number an axis."""
     return torch.tensor(tuple(shape), dtype=torch.int64, device="cpu")
+
+
+def check_input_scale(scale: Tensor) -> None:
+    """Refuse a scale of inputs, (1,), that is none.
+
+    Raises:
+        FormatError: if it is not positive and finite.
+    """
+    if not 0 < float(scale) < math.inf:
+        raise FormatError(f"the scale of inputs is {float(scale)}; it must be positive and finite")
 
 
 def check_shape_part(part: Tensor, shape: Sequence[int]) -> None:
