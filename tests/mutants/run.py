@@ -21,6 +21,7 @@ STAGES = (
     (
         "tests/selection",
         "tests/checkpoint",
+        "tests/quantizers/test_resume.py",
         "tests/observers",
         "tests/kernels",
         "tests/nn/test_swap.py",
