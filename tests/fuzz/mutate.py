@@ -214,7 +214,8 @@ def _change_numbers(header: dict[str, Any], inner: dict[str, Any], payload: byte
     # Of a file of ours, scales and shapes are small, and say the most.
     telling = [name for name in names if name.endswith(("_scale", "_shape", "_zero_point"))]
     entry = header[rng.choice(telling if telling and rng.random() < 0.6 else names)]
-    start, stop = entry["data_offsets"]
+    # An earlier change may have them far outside.
+    start, stop = (min(offset, len(payload)) for offset in entry["data_offsets"])
     number = _number(entry["dtype"], rng)
     if rng.random() < 0.5 and stop > start:
         at = start + len(number) * rng.randrange(max(1, (stop - start) // len(number)))
