@@ -182,32 +182,30 @@ class FileRun:
     ) -> dict[str, Measurement]:
         """Write all that is missing of a file."""
         done = {note.tensor: note.stop for note in taken}
-        tallies: dict[str, Tally] = {}
+        found = _Found()
         for note in taken:
             if note.tally is not None:
-                _join(tallies, note.tensor, Tally.from_dict(note.tally))
+                found.add(Chunk(shard.ledger[note.tensor], note.start, note.stop), Tally.from_dict(note.tally))
         converted, resumed = 0, sum(_nbytes(shard, note) for note in taken)
         if taken:
             told.skip(taken[-1].tensor, resumed)
         for ready in self._streaming.convert(shard.ledger, done):
             told.begin(ready.chunk)
-            self._put(ready, writer, journal, tallies)
+            self._put(ready, writer, journal, found)
             converted += ready.chunk.nbytes
             told.end(ready.chunk)
         self._count(shard, converted, resumed)
-        rows = [row for row in shard.ledger.stored if row.name in tallies]
-        measured = {row.name: tallies[row.name].measurement(columns_of(row)) for row in rows}
-        for row in rows:
-            writer.set_measurement(row, measured[row.name])
-        return measured
+        for row in shard.ledger.stored:
+            writer.set_measurement(row, found.measured.get(row.name))
+        return found.measured
 
-    def _put(self, ready: Converted, writer: CheckpointWriter, journal: Journal, tallies: dict[str, Tally]) -> None:
+    def _put(self, ready: Converted, writer: CheckpointWriter, journal: Journal, found: _Found) -> None:
         chunk, row = ready.chunk, ready.chunk.row
         writer.append(chunk, ready.value)
         tally = None if ready.tally is None else ready.tally.to_dict()
         journal.add(Note(row.name, chunk.start, chunk.stop, ready.source, writer.written(row), tally))
         if ready.tally is not None:
-            _join(tallies, row.name, ready.tally)
+            found.add(chunk, ready.tally)
 
     def _count(self, shard: Shard, converted: int, resumed: int) -> None:
         share = self.share
@@ -272,11 +270,22 @@ class FileRun:
         )
 
 
-def _join(tallies: dict[str, Tally], name: str, tally: Tally) -> None:
-    if name in tallies:
-        tallies[name].join(tally)
-    else:
-        tallies[name] = tally
+class _Found:
+    """What has been found out about tensors: of those that are through, no more than their measurement is held."""
+
+    def __init__(self) -> None:
+        self.measured: dict[str, Measurement] = {}
+        self._tallies: dict[str, Tally] = {}
+
+    def add(self, chunk: Chunk, tally: Tally) -> None:
+        """Take in the next chunk of a tensor."""
+        row = chunk.row
+        if not chunk.is_first:
+            self._tallies[row.name].join(tally)
+            tally = self._tallies[row.name]
+        self._tallies[row.name] = tally
+        if chunk.is_last:
+            self.measured[row.name] = self._tallies.pop(row.name).measurement(columns_of(row))
 
 
 def _nbytes(shard: Shard, note: Note) -> int:
