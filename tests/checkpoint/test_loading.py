@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fewbits
-from fewbits.errors import MismatchError
+from fewbits.errors import ArgumentError, MismatchError, SelectionError
 from nn.cases import (
     CASES,
     IDS,
@@ -349,6 +349,52 @@ def test_every_misfit_is_named_at_once_and_the_model_is_unchanged(make, complain
     assert all(complaint in str(caught.value) for complaint in complaints)
     assert {id(tensor) for tensor in tensors_in(into)} == held
     assert [type(module) for module in into.modules()] == classes
+
+
+@pytest.mark.parametrize("ignored", [["a"], ["a.weight", "a.bias"], ["re:a"]], ids=str)
+def test_what_a_model_may_lack_stays_in_the_file(ignored, path):
+    source = layers()
+    result = saved(source, "int8", path)
+    loaded = fewbits.load(path, into=layers(a=None), ignore=ignored)
+    expected = {name: value for name, value in result.state_dict().items() if not name.startswith("a.")}
+    found = loaded.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_tied_name_that_a_model_may_lack_is_loaded_under_its_other_name(path):
+    linear = nn.Linear(4, 4, bias=False)
+    saved(nn.ModuleDict({"a": linear, "b": linear}), "int8", path)
+    loaded = fewbits.load(path, into=nn.ModuleDict({"b": nn.Linear(4, 4, bias=False)}), ignore=["a"])
+    x = torch.randn(3, 4)
+    dequantized = fewbits.load(path)["a.weight"].dequantize()
+    torch.testing.assert_close(loaded["b"](x), x @ dequantized.T)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "error", "message"),
+    [
+        (["c"], SelectionError, "model.safetensors has and the model lacks: 'c' matches nothing"),
+        (["a", "b"], SelectionError, "'b' matches nothing"),  # the model has it
+        (["a.weight"], MismatchError, "Dict: a.bias is in the file, not in the model$"),
+        ("a", SelectionError, "ignore is a sequence of patterns"),
+        (["a..b"], SelectionError, "empty component"),
+    ],
+    ids=str,
+)
+def test_patterns_of_what_a_model_may_lack_are_checked_before_it_is_changed(ignored, error, message, path):
+    saved(layers(), "int8", path)
+    into = layers(a=None)
+    before = snapshot(into)
+    with pytest.raises(error, match=message):
+        fewbits.load(path, into=into, ignore=ignored)
+    assert snapshot(into).equals(before)
+
+
+def test_a_mapping_lacks_nothing(path):
+    saved(layers(), "int8", path)
+    with pytest.raises(ArgumentError, match="without into= the mapping has every tensor"):
+        fewbits.load(path, ignore=["a"])
 
 
 def test_a_tensor_of_a_dtype_that_the_model_cannot_take_leaves_the_model_unchanged(path):

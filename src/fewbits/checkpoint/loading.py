@@ -23,6 +23,7 @@ from fewbits.nn.swap import refuse_quantized
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.patterns import Pattern, check_all_used, parse_patterns
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -40,6 +41,7 @@ def load(
     serializer: Serializer | None = None,
     compute: Compute = "auto",
     device: Device | None = None,
+    ignore: Sequence[str] = (),
 ) -> _Model: ...
 def load(
     path: str | os.PathLike[str],
@@ -49,6 +51,7 @@ def load(
     serializer: Serializer | None = None,
     compute: Compute = "auto",
     device: Device | None = None,
+    ignore: Sequence[str] = (),
 ) -> dict[str, Value] | nn.Module:
     """Load what fewbits wrote. Nothing is ever unpickled.
 
@@ -70,6 +73,8 @@ def load(
         compute: what the layers of `into` may do to be fast; see `fewbits.set_compute`.
         device: where all tensors of `into` are to be, those that are not in the file too, such as ``"cuda"``. None
             leaves each where it is, and puts those of the meta device on the CPU.
+        ignore: name patterns, as `LayerSelector` takes them, of tensors that the model may lack: they stay in the file.
+            What it has is loaded whatever they say.
 
     Returns:
         `into`, or the mapping.
@@ -77,15 +82,20 @@ def load(
     Raises:
         FormatError: if the file was not written by fewbits, or its parts contradict one another.
         DigestError: if a byte of it has changed; the message names the tensors.
-        ArgumentError: if `into` is not a model, `compute` no setting, or `device` none that torch has here.
+        ArgumentError: if `into` is not a model, `compute` no setting, or `device` none that torch has here; or if there
+            is no model that `device` or `ignore` could be about.
+        SelectionError: if a pattern of `ignore` names nothing that the file has and the model lacks.
         SourceError: if a module of `into` would not read a quantized weight. The model is unchanged then.
         MismatchError: if file and model do not fit; the message names every tensor. The model is unchanged then.
         CheckpointError: if the file cannot be opened.
     """
     check_compute(compute)
+    ignored = parse_patterns("ignore", ignore)
     target = None if device is None else usable(device)
     if into is None and target is not None:
         raise ArgumentError("device= says where a model is to be; without into= tensors alias the file, on the CPU")
+    if into is None and ignored:
+        raise ArgumentError("ignore= says what a model may lack; without into= the mapping has every tensor")
     checkpoint = Checkpoint(path, serializer)
     if into is None:
         checkpoint.check(check)
@@ -95,7 +105,7 @@ def load(
     refuse_quantized(into, MismatchError)
     checkpoint.check(check)
     beside = held_beside(into)
-    places = _places(checkpoint, into, beside)
+    places = _places(checkpoint, into, beside, ignored)
     filled = [
         Place.of(row, taken, target, held_elsewhere=any(slot.name in beside for slot in taken))
         for row in checkpoint.ledger.stored
@@ -108,13 +118,18 @@ def load(
     return into
 
 
-def _places(checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str]) -> dict[str, list[Slot]]:
+def _places(
+    checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str], ignored: Sequence[Pattern]
+) -> dict[str, list[Slot]]:
     """Where each stored row goes: the slots of its own name, of its aliases, and of what the model ties to them."""
     rows = {row.name: row for row in checkpoint.ledger.present}
     by_name = {slot.name: slot for slot in slots(model)}
     places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.ledger.stored}
     home = {id(by_name[name].tensor): row.holder for name, row in rows.items() if name in by_name}
-    problems = [f"{name} is in the file, not in the model" for name in rows if name not in by_name]
+    lacked = [name for name in rows if name not in by_name]
+    check_all_used(ignored, lacked, f"ignore, of what {checkpoint.path} has and the model lacks")
+    missed = [name for name in lacked if not any(pattern.matches(name) for pattern in ignored)]
+    problems = [f"{name} is in the file, not in the model" for name in missed]
     takers: dict[tuple[int, str], str] = {}
     for name, slot in by_name.items():
         row = rows.get(name)

@@ -58,6 +58,17 @@ def _compile(text: object) -> re.Pattern[str]:
     return re.compile(r"\." + r"\.".join(parts) + r"(?=\.)")
 
 
+def parse_patterns(rule: str, texts: Iterable[str]) -> tuple[Pattern, ...]:
+    """The patterns of one rule.
+
+    Raises:
+        SelectionError: if it is a single text, which would be taken for a pattern a letter.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise SelectionError(f"{rule} is a sequence of patterns, such as ['lm_head'], not {texts!r}")
+    return tuple(Pattern(text) for text in texts)
+
+
 def check_all_used(patterns: Iterable[Pattern], names: Sequence[str], rule: str) -> None:
     """Refuse patterns that match none of the names.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from fewbits.errors import SelectionError
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.patterns import Pattern, check_all_used
+from fewbits.selection.patterns import Pattern, check_all_used, parse_patterns
 from fewbits.selection.rules import (
     Override,
     OverrideRule,
@@ -93,8 +93,9 @@ class LayerSelector(Selector):
         input_axes: Mapping[str, int | Sequence[int]] | None = None,
         min_elements: int | None = None,
     ) -> None:
-        self._include = _patterns("include", include)
-        self._exclude = _patterns("exclude", exclude) + _patterns("modules_to_not_convert", modules_to_not_convert)
+        self._include = parse_patterns("include", include)
+        unconverted = parse_patterns("modules_to_not_convert", modules_to_not_convert)
+        self._exclude = parse_patterns("exclude", exclude) + unconverted
         self._include_types = check_types("include_types", include_types)
         self._exclude_types = check_types("exclude_types", exclude_types)
         self._overrides = {
@@ -160,12 +161,6 @@ def _which(info: TensorInfo, patterns: Sequence[Pattern], types: Sequence[TypeRu
         if is_of_type(info, rule):
             return f"type {type_name(rule)}"
     return None
-
-
-def _patterns(rule: str, texts: Sequence[str]) -> tuple[Pattern, ...]:
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise SelectionError(f"{rule} is a sequence of patterns, such as ['lm_head'], not {texts!r}")
-    return tuple(Pattern(text) for text in texts)
 
 
 def _mapping(rule: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
