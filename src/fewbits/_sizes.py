@@ -29,5 +29,7 @@ def parse_size(size: str | int, name: str) -> int:
     if isinstance(size, str) and (found := re.fullmatch(_SIZE, size.lower())):
         count = int(Fraction(found[1]) * _UNITS[found[2] or ""])
     if count < 1:
-        raise ArgumentError(f"{name} must be a number of bytes, or a text such as '512MB' or '1.5GiB', not {size!r}")
+        raise ArgumentError(
+            f"{name} must be a number of bytes, at least one, or a text such as '512MB' or '1.5GiB', not {size!r}"
+        )
     return count

@@ -358,7 +358,7 @@ def own_output(folder):
             ["quantize", "in", "-o", "in", "--scheme", "int8", "--force"], None, "source itself", id="OUT is IN"
         ),
         pytest.param(["quantize", ".", *QUANTIZE[2:]], None, "is a directory", id="IN a directory"),
-        pytest.param(["quantize", "in", "-o", ".", "--scheme", "int8"], None, "exists", id="OUT a directory"),
+        pytest.param(["quantize", "in", "-o", ".", "--scheme", "int8"], None, "is a directory", id="OUT a directory"),
         pytest.param(
             ["quantize", "in", "-o", ".", "--scheme", "int8", "--force"],
             None,
@@ -366,6 +366,7 @@ def own_output(folder):
             id="OUT a directory, forced",
         ),
         pytest.param(["quantize", "in", "-o", "no/out", "--scheme", "int8"], None, "no/out", id="OUT in no directory"),
+        pytest.param([*QUANTIZE, "--paranoid"], None, "--paranoid goes with --resume", id="paranoid of nothing"),
         pytest.param(QUANTIZE, nan_in_source, r"layers.0.weight", id="NaN"),
         pytest.param([*QUANTIZE[:-1], "fp16"], beyond_half, "big.weight", id="beyond half precision"),
         pytest.param(QUANTIZE, own_output, "written by fewbits", id="IN is quantized"),
@@ -423,6 +424,18 @@ def test_an_interruption_is_said_and_leaves_nothing(cli, folder, monkeypatch):
     assert code != 0
     assert "interrupted" in err
     assert os.listdir(folder) == ["in"]
+
+
+def test_an_interruption_that_leaves_something_says_how_to_go_on(cli, folder, monkeypatch):
+    def interrupt(step):
+        if step.done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewbits.cli.commands.shown_progress", lambda **_: contextlib.nullcontext(interrupt))
+    code, out, err = cli(*QUANTIZE)
+    assert (code, out) == (2, "")
+    assert err.startswith("fewbits: interrupted; what is done is kept: --resume")
+    assert sorted(name.partition("-")[0] for name in os.listdir(folder)) == [".fewbits", "in"]
 
 
 def test_an_interruption_of_the_check_does_not_deny_that_the_file_is_there(cli, folder, monkeypatch):

@@ -91,7 +91,9 @@ def test_a_tensor_that_does_not_lie_in_order_is_counted_as_a_whole(tmp_path):
     torch.save({"t.weight": torch.zeros(8000, 4000).t(), "b.weight": torch.zeros(64, 64)}, tmp_path / "in.bin")
     output = fewbits.Output(tmp_path / "out", max_memory="200MB")
     for act in (fewbits.plan, fewbits.quantize):
-        with pytest.raises(ArgumentError, match=r"for t\.weight.*needed as a whole") as refused:
+        with pytest.raises(
+            ArgumentError, match=r"on t\.weight.*needed as a whole; raise the limit, or exclude it"
+        ) as refused:
             act(tmp_path / "in.bin", "int8", output=output)
     least = int(re.search(r"at least ([\d,]+)", str(refused.value))[1].replace(",", ""))
     assert least > 2 * 4 * 8000 * 4000
@@ -101,6 +103,8 @@ def test_a_tensor_that_does_not_lie_in_order_is_counted_as_a_whole(tmp_path):
 def test_a_limit_that_nothing_fits_into_is_refused_before_anything_is_written(source, tmp_path):
     with pytest.raises(ArgumentError, match=r"max_memory is 1,000,000 bytes, and at least [\d,]+ are needed"):
         quantize_small(source, "int8", output=fewbits.Output(tmp_path / "out", max_memory="1MB"))
+    with pytest.raises(ArgumentError, match=r"raise the limit$"):  # without this tensor, the next one needs as much
+        fewbits.plan(source, "int8", output=fewbits.Output(tmp_path / "out", max_memory="1MB"))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

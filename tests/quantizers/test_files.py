@@ -203,7 +203,9 @@ def test_a_source_that_changes_meanwhile_leaves_nothing_that_could_be_gone_on_wi
     with pytest.raises(fewbits.CheckpointError, match="has changed since it was opened"):
         quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", threads=1), progress=change)
     assert visible(tmp_path) == ["model"]
-    with pytest.raises(fewbits.ArgumentError, match=r"source: model-00003-of-00003\.safetensors changed"):
+    with pytest.raises(
+        fewbits.ArgumentError, match=r"source: model-00003-of-00003\.safetensors \(time of change\) changed"
+    ):
         quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", resume=True))
     quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", replace=True))
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
@@ -218,6 +220,19 @@ def test_progress_is_told_of_every_byte_once(folder, tmp_path, threads):
     assert [step.done for step in steps] == sorted(step.done for step in steps)
     assert steps[-1].done == steps[-1].total == ledger.bytes_before
     assert {step.name for step in steps} == {row.name for row in ledger}
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.BIN", "out.gguf"])
+def test_a_file_is_not_given_a_name_of_another_kind(sources, tmp_path, name):
+    with pytest.raises(
+        fewbits.ArgumentError, match=r"what is written is a \.safetensors file: call it out\.safetensors"
+    ):
+        quantize_small(sources["one"], "int8", output=tmp_path / name)
+    with pytest.raises(fewbits.ArgumentError, match=r"call it out\.safetensors"):
+        fewbits.plan(sources["one"], "int8", output=tmp_path / name)
+    with pytest.raises(fewbits.ArgumentError, match=r"call it out\.safetensors"):
+        quantize_small({"weight": torch.randn(4, 256)}, "int8").save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_exists_is_replaced_only_if_asked(folder, tmp_path):

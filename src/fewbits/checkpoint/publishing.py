@@ -79,7 +79,10 @@ def check_place(path: Path, *, folder: bool, replace: bool) -> Path:
         elif path.exists() and not path.is_dir():
             raise ArgumentError(f"{path} is a file; several files go into a directory: give the path of a new one")
         elif path.is_dir() and any(path.iterdir()) and not replace:
-            raise ArgumentError(f"{path} is a directory with files in it; give the path of a new one")
+            raise ArgumentError(
+                f"{path} is a directory with files in it; give the path of a new one, or let quantizing replace it "
+                "(--force, Output(replace=True))"
+            )
         elif os.path.ismount(path):
             raise ArgumentError(f"{path} is where a file system is mounted, and cannot be replaced; give a path inside")
         return Path(os.path.realpath(path))

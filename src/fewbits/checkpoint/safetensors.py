@@ -176,13 +176,13 @@ class _SafetensorsReader(ChunkReader):
             if not path.is_file():
                 there = "is no regular file" if path.exists() else "does not exist"
                 what = "is a directory" if path.is_dir() else there
-                raise CheckpointError(f"{path} {what}; give the path of a safetensors file")
+                raise CheckpointError(f"{path} {what}; give the path of a file of tensors")
         self._bytes = FileBytes(path)
         try:
             with self._bytes.opened() as file:
                 header = read_header(file, path)
         except FormatError as error:
-            hint = "; convert it with safetensors.torch.save_file" if path.suffix in (".pt", ".pth", ".bin") else ""
+            hint = "; what torch.save wrote is a source: quantize it" if path.suffix in (".pt", ".pth", ".bin") else ""
             raise FormatError(f"{error}{hint}") from None
         self.metadata, self._spans = header.metadata, header.spans
         self.entries = {name: span.entry for name, span in header.spans.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.digests import digest, pieces, refuse_damaged, wrong_digests
+from fewbits.checkpoint.folder import check_name
 from fewbits.checkpoint.journal import Note
 from fewbits.checkpoint.metadata import (
     HEADER_DIGEST_KEY,
@@ -225,6 +226,9 @@ def save(
         architecture: the class of the model.
         extra: further strings for the header.
         max_shard_size: the most bytes of tensors in one file of a directory; None writes a single file.
+
+    Raises:
+        ArgumentError: if the name of a file is that of another kind.
     """
 
     def write(path: str | os.PathLike[str], ledger: Ledger) -> str:
@@ -234,6 +238,7 @@ def save(
             return writer.close()
 
     if max_shard_size is None:
+        check_name(Path(path), serializer.suffix)
         write(path, ledger)
         return
     shards = plan_shards(ledger, max_shard_size, serializer.suffix)

@@ -278,7 +278,16 @@ def _differences(before: Terms, now: Terms) -> Iterator[str]:
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-            yield f"{name}: {', '.join(keys)} changed"
+            yield f"{name}: {_changed(old, new)} changed"
         else:
             yield f"{name} changed" if isinstance(new or old, (dict, list)) else f"{name} was {old}, is {new}"
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The keys whose values differ; behind each, in brackets, those within it."""
+    found = []
+    for key in sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+        before, now = old.get(key), new.get(key)
+        within = f" ({_changed(before, now)})" if isinstance(before, dict) and isinstance(now, dict) else ""
+        found.append(key + within)
+    return ", ".join(found)

@@ -41,8 +41,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise click.Abort from None  # click itself would write an empty line, which is no event
+        except KeyboardInterrupt as stop:
+            raise click.Abort(*stop.args) from None  # click itself would write an empty line, which is no event
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,7 +61,7 @@ def cli() -> None:
     "--output",
     metavar="OUT",
     type=_path,
-    help="The file to write; a directory, if IN is one, or with --max-shard-size.",
+    help="The file to write; a directory, if IN is one, or with --max-shard-size. Required without --dry-run.",
 )
 @click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON. An option replaces its setting.")
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How weights are stored. Required without --config.")
@@ -80,15 +80,22 @@ def cli() -> None:
 @click.option("--ragged", type=click.Choice(get_args(Ragged)), help="What to do with rows that groups do not divide.")
 @click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
 @click.option("--embeddings", is_flag=True, help="Quantize embeddings too, where the scheme would keep them.")
-@click.option("--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory; 5GB.")
+@click.option(
+    "--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory (5GB), unless one tensor has more."
+)
 @click.option("--max-memory", metavar="SIZE", help="Resident memory to stay within, beyond that of the bare program.")
-@click.option("--threads", type=int, metavar="N", help="How many tensors, or pieces of large ones, at a time.")
+@click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    help="How many tensors, or pieces of large ones, at a time; as many as torch has threads.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would become of every tensor, and write nothing.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
 @click.option("--resume", is_flag=True, help="Go on with a run that did not come to its end, if there is one.")
 @click.option("--paranoid", is_flag=True, help="With --resume: read what was read of IN again, to see it is the same.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists. Without --resume: begin an unfinished run anew.")
-@click.option("--fail-under", show_default=f"{CRITICAL_DB:g}", **_FAIL_UNDER)
+@click.option("--fail-under", show_default=str(CRITICAL_DB), **_FAIL_UNDER)
 @_quiet
 @_json
 def quantize(
@@ -114,6 +121,8 @@ def quantize(
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if paranoid and not resume:
+        raise click.UsageError("--paranoid goes with --resume: it is about what an earlier run has read.")
     settings = _settings(config, embeddings, options)
     rank = join_group()
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
@@ -122,7 +131,7 @@ def quantize(
     if dry_run:
         planned = plan(source, config=settings, output=target)
         return SUCCESS if rank else _show_plan(planned, settings, as_json)
-    if os.path.exists(target.path) and not force and not resume:
+    if os.path.isfile(target.path) and not force and not resume:
         raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
         result = quantize_source(
@@ -165,7 +174,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 @_quiet
 @_json
 def verify(file: Path, against: Path | None, tensors: bool, fail_under: float, quiet: bool, as_json: bool) -> int:
-    """Check digests and structure of a fewbits FILE, and every element against its SOURCE.
+    """Check a fewbits FILE: digests, structure, and every element against its SOURCE.
 
     FILE may be a checkpoint, or a directory, that another tool wrote as compressed-tensors does; that has no digests.
     """
@@ -242,7 +251,8 @@ def _work(shares: Sequence[Share]) -> dict[str, Any]:
 
 def _tell_work(shares: Sequence[Share]) -> None:
     if resumed := sum(share.resumed for share in shares):
-        click.echo(f"resumed: {resumed:,} bytes of IN had been converted by an earlier run")
+        how_much = "" if any(share.converted for share in shares) else "all "
+        click.echo(f"resumed: {how_much}{resumed:,} bytes of IN had been converted by an earlier run")
     for rank, share in enumerate(shares if len(shares) > 1 else ()):
         click.echo(f"rank {rank}: {share.converted + share.resumed:,} bytes of IN in {len(share.files)} files")
 

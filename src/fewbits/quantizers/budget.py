@@ -114,8 +114,9 @@ def settle(demand: Demand, output: Output, threads: int) -> Budget:
             row, least = demand.largest(budget), demand.total(budget)
             whole = ", which is needed as a whole" if demand.sees_whole(row) or row.name in demand.gathered else ""
             raise ArgumentError(
-                f"max_memory is {output.max_memory:,} bytes, and at least {least:,} are needed, of which "
-                f"{demand.needed(row, budget):,} for {row.name}, shape {row.shape}, {dtype_name(row.dtype)}, {row.fate}"
-                f"{whole}; raise the limit, or exclude it"
+                f"max_memory is {output.max_memory:,} bytes, and at least {least:,} are needed: "
+                f"{least - demand.needed(row, budget):,} for the program and all that is known of tensors, and "
+                f"{demand.needed(row, budget):,} for the work on {row.name}, shape {row.shape}, "
+                f"{dtype_name(row.dtype)}, {row.fate}{whole}; raise the limit{', or exclude it' if whole else ''}"
             )
     return budget

@@ -28,7 +28,7 @@ from fewbits.quantizers.recipe import described, fingerprint
 from fewbits.quantizers.streaming import Converted, Streaming
 from fewbits.selection.progress import Progress, Step
 
-_RESUME = "; what is done is kept: --resume, or Output(resume=True), goes on with it"
+_RESUME = "what is done is kept: --resume, or Output(resume=True), goes on with it"
 
 
 @attrs.frozen
@@ -114,13 +114,15 @@ class FileRun:
             "fewbits": __version__,
             "torch": str(torch.__version__),
             "recipe": {
-                "fates of tensors": fingerprint([row.to_dict() for row in streaming.demand.ledger]),
+                "what becomes of each tensor": fingerprint([row.to_dict() for row in streaming.demand.ledger]),
                 "scheme": described(streaming.conversion.recipe()),
                 "comparison with the source": streaming.demand.measuring,
                 "serializer": described(type(self._serializer)),
             },
             # Names alone do not tell: another limit on their size can give as many files, cut elsewhere.
-            "files": [[file, fingerprint([row.name for row in shard.ledger])] for file, shard in self._shards.items()],
+            "files of the result": [
+                [file, fingerprint([row.name for row in shard.ledger])] for file, shard in self._shards.items()
+            ],
             "source": streaming.source.fingerprint(),
         }
 
@@ -150,7 +152,9 @@ class FileRun:
                 self._workplace.release()
             else:
                 self._workplace.discard()
-            with self._workplace.in_place(_RESUME if kept else ""):
+            if kept and isinstance(error, KeyboardInterrupt):
+                error.args = error.args or (f"interrupted; {_RESUME}",)
+            with self._workplace.in_place(f"; {_RESUME}" if kept else ""):
                 raise
 
     def release(self) -> None:

@@ -147,7 +147,7 @@ class FileSource(Source):
             copy = copy_config if name == CONFIG_FILE and self._scaled else copy_durably
             copy(self.folder / name, folder / name)
 
-    def fingerprint(self) -> dict[str, list[Any]]:
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
         """What tells this state of it from another, without reading more than headers.
 
         Returns:
@@ -155,8 +155,10 @@ class FileSource(Source):
             that holds tensors, a digest of their names, shapes and dtypes.
         """
         folder = self.folder or Path()
-        prints = {path.name: [*_state(path), _outline(self._readers_by_file[path.name])] for path in self._files.paths}
-        return prints | {name: _state(folder / name) for name in self.companions}
+        prints = {name: _state(folder / name) for name in self.companions}
+        for path in self._files.paths:
+            prints[path.name] = {**_state(path), "tensors": _outline(self._readers_by_file[path.name])}
+        return prints
 
     def prepared(self) -> Path:
         """The path: there is nothing to run."""
@@ -191,10 +193,10 @@ class FileSource(Source):
         return any(os.path.samefile(path, mine) for mine in (self.path, *self._files.paths))
 
 
-def _state(path: Path) -> list[Any]:
+def _state(path: Path) -> dict[str, Any]:
     with as_checkpoint_error(f"{path} cannot be read"):
         status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    return {"size": status.st_size, "time of change": status.st_mtime_ns}
 
 
 def _outline(reader: ChunkReader) -> str:

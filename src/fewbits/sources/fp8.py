@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from fewbits._events import emit
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import NumericsError, SourceError
 from fewbits.numerics.dtypes import dtype_name
@@ -111,6 +112,8 @@ def scaled_weights(
             for scale in scales:
                 found[name] = ScaledWeight(name, entry, scale, entries[scale], _grid(name, scale, entries, blocks))
     _refuse_lost_scales(entries)
+    if found:
+        _tell_unscaled([name for name, entry in entries.items() if entry.dtype in FP8_DTYPES and name not in found])
     return found
 
 
@@ -136,6 +139,13 @@ def _grid(name: str, scale: str, entries: Mapping[str, Entry], blocks: Sequence[
             "config.json has their weight_block_size"
         )
     return grid
+
+
+def _tell_unscaled(names: Sequence[str]) -> None:
+    """Warn of FP8 tensors without scales, where others have them: they are kept, and may have lost theirs."""
+    if names:
+        reason = "they are kept as they are; others have scales: if theirs is in another file, give the directory"
+        emit("warning", "fp8_without_scale", tensors=len(names), first=names[0], reason=reason)
 
 
 def _refuse_lost_scales(entries: Mapping[str, Entry]) -> None:

@@ -171,9 +171,8 @@ class Report:
         lines += [f"failure: {failure}" for failure in self.failures]
         lines += [f"warning: {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]]
         if len(self.warnings) > _SHOWN_WARNINGS:
-            lines.append(
-                f"and {len(self.warnings) - _SHOWN_WARNINGS} warnings more, in the table and in the JSON report"
-            )
+            more = len(self.warnings) - _SHOWN_WARNINGS
+            lines.append(f"and {more} warnings more, in str(report) and its JSON; fewbits verify --tensors shows them")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
