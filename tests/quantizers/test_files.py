@@ -1,5 +1,6 @@
 """From file to file: the bytes of the result in memory, whatever the chunks, threads and files of the source."""
 
+import gc
 import json
 import math
 import threading
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 import fewbits
 from checkpoints import write_shards
+from fewbits.numerics.metrics import Tally
 from fewbits.quantizers.pool import in_order
-from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small, visible
+from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize_small, small, visible
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,20 @@ def test_progress_is_told_of_every_byte_once(folder, tmp_path, threads):
     assert {step.name for step in steps} == {row.name for row in ledger}
 
 
+def test_of_tensors_that_are_through_no_sums_are_held(tmp_path):
+    """They would grow with the file; what is measured is a few numbers a tensor."""
+    safetensors.torch.save_file({f"{index}.weight": torch.randn(8, 64) for index in range(40)}, tmp_path / "in")
+    held = []
+    output = fewbits.Output(tmp_path / "out", threads=1)
+    quantize_small(
+        tmp_path / "in",
+        "int8",
+        output=output,
+        progress=lambda _: held.append(sum(type(thing) is Tally for thing in gc.get_objects())),
+    )
+    assert max(held) - held[0] <= 3
+
+
 @pytest.mark.parametrize("name", ["out.pt", "out.BIN", "out.gguf"])
 def test_a_file_is_not_given_a_name_of_another_kind(sources, tmp_path, name):
     with pytest.raises(
@@ -233,6 +249,13 @@ def test_a_file_is_not_given_a_name_of_another_kind(sources, tmp_path, name):
     with pytest.raises(fewbits.ArgumentError, match=r"call it out\.safetensors"):
         quantize_small({"weight": torch.randn(4, 256)}, "int8").save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_other_name_will_do_and_so_does_every_name_for_another_format(sources, tmp_path):
+    for name in ("out", "out.v1", "OUT.SAFETENSORS"):
+        quantize_small(sources["one"], "int8", output=tmp_path / name)
+    quantizer = SCHEMES["int8"](serializer=JsonSerializer())
+    fewbits.quantize({"weight": torch.randn(4, 256)}, quantizer).save(tmp_path / "out.npz")
 
 
 def test_a_directory_that_exists_is_replaced_only_if_asked(folder, tmp_path):

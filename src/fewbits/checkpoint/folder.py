@@ -15,14 +15,16 @@ import attrs
 
 from fewbits.checkpoint.header import MAX_HEADER, parse_object
 from fewbits.checkpoint.raw import as_checkpoint_error
-from fewbits.errors import ArgumentError, CheckpointError, FormatError
+from fewbits.errors import CheckpointError, FormatError
 
-#: How names of files end that hold tensors, of ours and of many other tools.
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
+#: How names of files end that hold tensors as other formats do.
+FOREIGN_SUFFIXES = (
+    ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
     ".npy", ".pkl", ".tflite", ".engine",
 )  # fmt: skip
 
+#: How names of files end that hold tensors.
+WEIGHT_SUFFIXES = (".safetensors", *FOREIGN_SUFFIXES)
 
 #: One of several files, by its name.
 _SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
@@ -104,23 +106,6 @@ def _indexed(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
         raise CheckpointError(f"{path} names files that are missing: {', '.join(missing)}; fetch them again")
     paths = tuple(_inside(path.parent, file) for file in files)
     return CheckpointFiles(paths, path.parent, path, weight_map, metadata)
-
-
-def check_name(path: Path, suffix: str) -> None:
-    """Refuse a name for a file that says it is of another kind: whoever goes by it could not read the file.
-
-    Args:
-        path: of the file.
-        suffix: how names of its kind end.
-
-    Raises:
-        ArgumentError: saying what to call it.
-    """
-    if path.suffix.lower() in WEIGHT_SUFFIXES and not path.name.endswith(suffix):
-        raise ArgumentError(
-            f"{path} is the name of a {path.suffix} file, and what is written is a {suffix} file: call it "
-            f"{path.with_suffix(suffix).name}"
-        )
 
 
 def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]]:

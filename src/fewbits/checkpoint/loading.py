@@ -130,6 +130,8 @@ def _places(
     check_all_used(ignored, lacked, f"ignore, of what {checkpoint.path} has and the model lacks")
     missed = [name for name in lacked if not any(pattern.matches(name) for pattern in ignored)]
     problems = [f"{name} is in the file, not in the model" for name in missed]
+    if missed:
+        problems[-1] += " (with ignore=[...] what the model may lack stays in the file)"
     takers: dict[tuple[int, str], str] = {}
     for name, slot in by_name.items():
         row = rows.get(name)

@@ -58,13 +58,14 @@ class NewFolder:
             raise type(error)(str(error).replace(str(self.work), str(self._path))) from error
 
 
-def check_place(path: Path, *, folder: bool, replace: bool) -> Path:
+def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") -> Path:
     """Where a result really goes: what a link points to, if it is one.
 
     Args:
         path: of the result.
         folder: whether it is a directory.
         replace: whether a directory that is there already, with something in it, is replaced. A file always is.
+        advice: what else can be done about such a directory.
 
     Raises:
         ArgumentError: if something is there that will not be replaced.
@@ -79,10 +80,7 @@ def check_place(path: Path, *, folder: bool, replace: bool) -> Path:
         elif path.exists() and not path.is_dir():
             raise ArgumentError(f"{path} is a file; several files go into a directory: give the path of a new one")
         elif path.is_dir() and any(path.iterdir()) and not replace:
-            raise ArgumentError(
-                f"{path} is a directory with files in it; give the path of a new one, or let quantizing replace it "
-                "(--force, Output(replace=True))"
-            )
+            raise ArgumentError(f"{path} is a directory with files in it; give the path of a new one{advice}")
         elif os.path.ismount(path):
             raise ArgumentError(f"{path} is where a file system is mounted, and cannot be replaced; give a path inside")
         return Path(os.path.realpath(path))

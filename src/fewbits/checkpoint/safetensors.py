@@ -16,9 +16,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewbits.checkpoint.folder import FOREIGN_SUFFIXES
 from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, Span, dump_header, read_header
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer
+from fewbits.checkpoint.torch_file import is_torch_file
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import in_memory
@@ -26,6 +28,8 @@ from fewbits.numerics.tensor import in_memory
 
 class SafetensorsSerializer(Serializer):
     """Writes and reads safetensors files."""
+
+    foreign_suffixes = FOREIGN_SUFFIXES
 
     def writer(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter:
         """Begin a file beside `path`; it takes its name when it is closed."""
@@ -182,7 +186,7 @@ class _SafetensorsReader(ChunkReader):
             with self._bytes.opened() as file:
                 header = read_header(file, path)
         except FormatError as error:
-            hint = "; what torch.save wrote is a source: quantize it" if path.suffix in (".pt", ".pth", ".bin") else ""
+            hint = "; torch.save wrote it, which makes it a source: quantize it" if is_torch_file(path) else ""
             raise FormatError(f"{error}{hint}") from None
         self.metadata, self._spans = header.metadata, header.spans
         self.entries = {name: span.entry for name, span in header.spans.items()}

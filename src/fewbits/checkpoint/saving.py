@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.digests import digest, pieces, refuse_damaged, wrong_digests
-from fewbits.checkpoint.folder import check_name
 from fewbits.checkpoint.journal import Note
 from fewbits.checkpoint.metadata import (
     HEADER_DIGEST_KEY,
@@ -238,7 +237,7 @@ def save(
             return writer.close()
 
     if max_shard_size is None:
-        check_name(Path(path), serializer.suffix)
+        serializer.check_name(path)
         write(path, ledger)
         return
     shards = plan_shards(ledger, max_shard_size, serializer.suffix)

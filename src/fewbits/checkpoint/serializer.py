@@ -6,12 +6,15 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
 import attrs
 import torch
 from torch import Tensor
+
+from fewbits.errors import ArgumentError
 
 
 @attrs.frozen
@@ -129,9 +132,11 @@ class Serializer(ABC):
 
     Attributes:
         suffix: how the names of its files end where they are several, in a directory.
+        foreign_suffixes: how names of files do not end, in lower case, as those of other formats do.
     """
 
     suffix: ClassVar[str] = ".safetensors"
+    foreign_suffixes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def writer(self, path: str | os.PathLike[str], header: Header) -> Writer:
@@ -149,6 +154,19 @@ class Serializer(ABC):
             FormatError: if it is not in this serializer's format.
             CheckpointError: if it cannot be opened.
         """
+
+    def check_name(self, path: str | os.PathLike[str]) -> None:
+        """Look at what a file shall be called, before anything is done for it.
+
+        Raises:
+            ArgumentError: if whoever goes by the name could not read the file.
+        """
+        path = Path(path)
+        if path.suffix.lower() in self.foreign_suffixes:
+            raise ArgumentError(
+                f"{path} is the name of a {path.suffix} file, and what is written is a {self.suffix} file: call it "
+                f"{path.stem.removesuffix(self.suffix)}{self.suffix}"
+            )
 
     def resumable(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter | None:
         """Begin a file at its path itself, or go on with what an earlier writer has left there.

@@ -78,7 +78,8 @@ class Workplace:
         if resume and not self._output.replace and not self._unfinished() and self._is_published():
             self._remove_remains()
             return False
-        check_place(self._output.path, folder=self.folder, replace=self._output.replace)
+        advice = ", or replace it (--force, Output(replace=True))"
+        check_place(self._output.path, folder=self.folder, replace=self._output.replace, advice=advice)
         with as_checkpoint_error(f"{self._output.path} cannot be written"):
             self._claim.take()
             there = self._unfinished()

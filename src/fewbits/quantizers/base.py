@@ -350,7 +350,8 @@ class Quantizer(ABC):
 
         Raises:
             StateError: before `convert`.
-            ArgumentError: if the path is that of the float source, or of a directory with files in it.
+            ArgumentError: if the path is that of the float source, or of a directory with files in it, or the name
+                that of a file of another format.
             CheckpointError: if it cannot be written, or what is read back is not what was written.
         """
         size = None if max_shard_size is None else parse_size(max_shard_size, "max_shard_size")

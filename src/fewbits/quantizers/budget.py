@@ -112,11 +112,13 @@ def settle(demand: Demand, output: Output, threads: int) -> Budget:
             budget = Budget(budget.threads - 1, chunks.CHUNK_ELEMENTS)
         else:
             row, least = demand.largest(budget), demand.total(budget)
-            whole = ", which is needed as a whole" if demand.sees_whole(row) or row.name in demand.gathered else ""
+            gathered = row.name in demand.gathered
+            whole = ", which is needed as a whole" if gathered or demand.sees_whole(row) else ""
+            advice = ", or exclude it" if whole and not gathered else ""
             raise ArgumentError(
                 f"max_memory is {output.max_memory:,} bytes, and at least {least:,} are needed: "
                 f"{least - demand.needed(row, budget):,} for the program and all that is known of tensors, and "
                 f"{demand.needed(row, budget):,} for the work on {row.name}, shape {row.shape}, "
-                f"{dtype_name(row.dtype)}, {row.fate}{whole}; raise the limit{', or exclude it' if whole else ''}"
+                f"{dtype_name(row.dtype)}, {row.fate}{whole}; raise the limit{advice}"
             )
     return budget

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from fewbits.checkpoint.folder import check_name
 from fewbits.checkpoint.output import MAX_SHARD_SIZE, Output
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import save
@@ -162,7 +161,7 @@ class FileJob(Job):
     def _planned(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
         self.source.refuse_output(output.path, folder=self._is_folder(output))
         if not self._is_folder(output):
-            check_name(output.path, serializer.suffix)
+            serializer.check_name(output.path)
             return (Shard(output.path.name, self.ledger),)
         return plan_shards(self.ledger, output.max_shard_size or MAX_SHARD_SIZE, serializer.suffix)
 

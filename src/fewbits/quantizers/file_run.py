@@ -27,6 +27,7 @@ from fewbits.quantizers.job import Share
 from fewbits.quantizers.recipe import described, fingerprint
 from fewbits.quantizers.streaming import Converted, Streaming
 from fewbits.selection.progress import Progress, Step
+from fewbits.sources.fp8 import tell_unscaled
 
 _RESUME = "what is done is kept: --resume, or Output(resume=True), goes on with it"
 
@@ -266,6 +267,7 @@ class FileRun:
                 write_index(self._workplace.files, self.shards, headers, self._serializer.suffix)
                 source.copy_companions(self._workplace.files)
             self._workplace.publish()
+        tell_unscaled(self._streaming.demand.ledger)
         if source.left_behind:
             emit("warning", "left_behind", folder=str(source.folder), files=list(source.left_behind))
         return Finished(

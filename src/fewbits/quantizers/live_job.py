@@ -26,6 +26,7 @@ from fewbits.quantizers.job import Conversion, Job, named
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed
 from fewbits.sources.base import LiveSource, Target
+from fewbits.sources.fp8 import tell_unscaled
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import check_reload, examine
 from fewbits.validation.report import Report
@@ -77,6 +78,7 @@ class LiveJob(Job):
             for row in followed("convert", self.ledger.stored, progress):
                 if row.name not in self._done:
                     self._convert_row(row, target, conversion, measuring)
+            tell_unscaled(self.ledger)
             return target.finish()
 
     def _convert_row(self, row: LedgerRow, target: Target, conversion: Conversion, measuring: bool) -> None:

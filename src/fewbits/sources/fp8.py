@@ -18,6 +18,7 @@ from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import NumericsError, SourceError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.scaled import FP8_DTYPES, FP8_SCALE_DTYPES, FP8_TARGET, ScaleGrid, dequantize_scaled
+from fewbits.selection.ledger import Ledger
 
 #: What is added to the name of a weight to make that of its scales.
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
@@ -112,9 +113,15 @@ def scaled_weights(
             for scale in scales:
                 found[name] = ScaledWeight(name, entry, scale, entries[scale], _grid(name, scale, entries, blocks))
     _refuse_lost_scales(entries)
-    if found:
-        _tell_unscaled([name for name, entry in entries.items() if entry.dtype in FP8_DTYPES and name not in found])
     return found
+
+
+def tell_unscaled(ledger: Ledger) -> None:
+    """Warn of FP8 tensors that are kept, because no scales lie beside them: they may have lost theirs."""
+    names = [row.name for row in ledger.stored if row.dtype in FP8_DTYPES]
+    if names:
+        reason = "no scales lie beside them; they are kept as they are"
+        emit("warning", "fp8_without_scale", tensors=len(names), first=names[0], reason=reason)
 
 
 def is_activation_scale(name: str) -> bool:
@@ -139,13 +146,6 @@ def _grid(name: str, scale: str, entries: Mapping[str, Entry], blocks: Sequence[
             "config.json has their weight_block_size"
         )
     return grid
-
-
-def _tell_unscaled(names: Sequence[str]) -> None:
-    """Warn of FP8 tensors without scales, where others have them: they are kept, and may have lost theirs."""
-    if names:
-        reason = "they are kept as they are; others have scales: if theirs is in another file, give the directory"
-        emit("warning", "fp8_without_scale", tensors=len(names), first=names[0], reason=reason)
 
 
 def _refuse_lost_scales(entries: Mapping[str, Entry]) -> None:

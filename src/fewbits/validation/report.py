@@ -172,7 +172,9 @@ class Report:
         lines += [f"warning: {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]]
         if len(self.warnings) > _SHOWN_WARNINGS:
             more = len(self.warnings) - _SHOWN_WARNINGS
-            lines.append(f"and {more} warnings more, in str(report) and its JSON; fewbits verify --tensors shows them")
+            lines.append(
+                f"and {more} warnings more: str(report), its JSON, and fewbits verify --against IN --tensors have all"
+            )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
