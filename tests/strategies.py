@@ -56,8 +56,8 @@ def quantize_group(values: list[float], spec: QuantSpec, dtype: torch.dtype) -> 
     nearest = max(rounded(exact, scale_dtype), torch.finfo(scale_dtype).tiny)
     for scale in (nearest, nearest + ulp(nearest, scale_dtype)):
         zero = 0 if spec.symmetric else min(max(round(spec.code_min - low / scale), spec.code_min), spec.code_max)
-        reach = Fraction(scale) * (spec.code_max - zero + Fraction(1, 2))
-        if Fraction(high) <= reach:
+        above, below = (Fraction(scale) * (end - zero) for end in (spec.code_max, spec.code_min))
+        if Fraction(high) <= above + Fraction(scale) / 2 and Fraction(low) >= below - Fraction(scale) / 2:
             break
     codes = [round(float(real(value) / real(scale))) + zero for value in values]
     return [min(max(code, spec.code_min), spec.code_max) for code in codes], scale, zero

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -68,12 +68,16 @@ def test_names_have_one_view_exactly_if_they_have_in_memory(scratch, tensors):
     tied = fewbits.nn.storage.storage_key
     for a in loaded:
         for b in loaded:
-            same = a == b if not loaded[a].numel() else tied(loaded[a]) == tied(loaded[b])
-            assert (views[a] == views[b]) == same
+            assert (views[a] == views[b]) == (tied(loaded[a]) == tied(loaded[b]))
+
+
+EMPTY, PAIR = torch.zeros(0), torch.zeros(2)
 
 
 @FEWER_EXAMPLES
 @given(state_dicts(), st.sampled_from(["int8", "int4", "fp16"]))
+@example({"a": EMPTY, "b": EMPTY, "c": torch.ones(1, 1)}, "int8")
+@example({"a": PAIR, "b": PAIR[::2], "c": torch.ones(1, 1)}, "int8")  # of one element, with a stride of two
 def test_the_result_is_that_of_the_state_dict_in_memory(tmp_path_factory, tensors, scheme):
     folder = tmp_path_factory.mktemp("model")
     torch.save(tensors, folder / "model.bin")

@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -32,6 +32,10 @@ from strategies import (
 
 WIDE = (torch.float32, torch.float64)
 CHANNEL = QuantSpec(bits=8, granularity="channel")
+
+# With the nearest bfloat16 for its scale, the lowest number would be further than half a step from every code.
+COARSE = QuantSpec(bits=8, granularity="tensor", symmetric=False, scale_dtype=torch.bfloat16)
+BELOW = torch.tensor([-2.9802]), COARSE, Layout(shape=(1,), view=(1,), permutation=(0,), row_axes=0)
 
 
 def fixed(scale, zero_point):
@@ -76,6 +80,7 @@ def test_zero_stays_exactly_zero(problem):
 
 # A scale wider than its weight leaves the dtype of the division open.
 @given(problems(scale_dtypes=(None, torch.float16, torch.bfloat16, torch.float32)))
+@example(BELOW)
 def test_codes_and_scales_are_those_of_ten_lines_of_python(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)

@@ -244,7 +244,8 @@ def _kind(saved: object) -> str:
 
 def _view(path: Path, name: str, tensor: SavedTensor, place: _Place | None) -> View:
     if 0 in tensor.shape:
-        return View(str(path), 0, tensor.shape, tensor.stride, tensor.dtype, name)
+        # As in memory: of one without elements there is no other, but the same object can have two names.
+        return View(str(path), 0, tensor.shape, tensor.stride, tensor.dtype, id(tensor))
     start, size = place or (0, 0)
     first = start + tensor.offset * tensor.dtype.itemsize
     view = View(str(path), first, tensor.shape, tensor.stride, tensor.dtype)

@@ -187,8 +187,13 @@ def same_bits(a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor) -> bool:
         return isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor) and a.equal(b)
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    a, b = in_memory(a), in_memory(b)
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) if a.numel() else True
+    return torch.equal(_as_bytes(in_memory(a)), _as_bytes(in_memory(b))) if a.numel() else True
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, not copied."""
+    # One of a single element may have any stride, which another dtype would not take.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def in_memory(tensor: Tensor) -> Tensor:
