@@ -115,7 +115,8 @@ def shape_of(size: int, largest: int | None = None, *, shards: int = 1) -> Shape
         ValueError: if that leaves no room for layers.
     """
     largest = min(LARGEST, size // max(SHARE, shards)) if largest is None else largest
-    hidden = _widest(size - largest, largest)
+    # The embedding takes what layers leave, up to one of them; of two files' size it would leave one without a tensor.
+    hidden = _widest(size - largest, largest, most=2 * size // shards)
     head, each = -(-largest // (hidden * ITEM)), layer_size(hidden)
     left = size - head * hidden * ITEM
     layers = (left - hidden * ITEM) // each
@@ -124,15 +125,18 @@ def shape_of(size: int, largest: int | None = None, *, shards: int = 1) -> Shape
 
 def equal_shape(size: int, shards: int) -> Shape:
     """Nothing but layers, so many that each file has the same number of them."""
-    hidden = _widest(size * LAYERS // shards, size)
+    hidden = _widest(size * LAYERS // shards, size, most=size)
     return Shape(hidden, shards * max(1, size // layer_size(hidden) // shards), 0, 0)
 
 
-def _widest(left: int, largest: int) -> int:
+def _widest(left: int, largest: int, *, most: int) -> int:
+    """The width of which some layers fit into so many bytes, a tensor has at most `largest`, and a layer `most`."""
     fitting = [
-        1 << power
-        for power in range(5, 15)
-        if LAYERS * layer_size(1 << power) < left and intermediate(1 << power) * (1 << power) * ITEM <= largest
+        width
+        for width in (1 << power for power in range(5, 15))
+        if LAYERS * layer_size(width) < left
+        and intermediate(width) * width * ITEM <= largest
+        and layer_size(width) + width * ITEM < most
     ]
     if not fitting:
         raise ValueError(f"{left:,} bytes beside a largest tensor of {largest:,} are too few for {LAYERS} layers")

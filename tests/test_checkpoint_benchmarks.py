@@ -16,7 +16,7 @@ from benchmarks import copying, disk, dryrun, killing, limited, measured, synthe
 from benchmarks.killing import Killed
 from benchmarks.report import Cell, Report
 from benchmarks.unfinished import Job
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -56,6 +56,7 @@ def test_a_synthetic_checkpoint_has_the_size_and_the_largest_tensor_that_were_as
 
 
 @given(st.integers(32 * MB, 10**11), st.integers(1, 16))
+@example(443_994_112, 16)
 def test_files_are_of_about_one_size_or_of_exactly_one(size, shards):
     equal = synthetic.cut(synthetic.equal_shape(size, shards), shards)
     assert len({sum(map(synthetic.nbytes, part.values())) for part in equal}) == 1
