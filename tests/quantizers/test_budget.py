@@ -56,7 +56,7 @@ def test_without_a_limit_nothing_is_cut(large):
     assert settle(demand(large), fewbits.Output("out"), 16) == Budget(16, 1 << 22)
 
 
-@pytest.mark.parametrize("limit", [160, 200, 300, 500, 1000])
+@pytest.mark.parametrize("limit", [192, 200, 300, 500, 1000])
 @pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4", "fp16"])
 def test_a_limit_makes_chunks_smaller_and_then_threads_fewer(large, scheme, limit):
     needs = demand(large, scheme)
@@ -106,7 +106,7 @@ def test_a_limit_that_nothing_fits_into_is_refused_before_anything_is_written(so
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.mark.parametrize("limit", ["160MB", "1GB"])
+@pytest.mark.parametrize("limit", ["192MB", "1GB"])
 def test_a_limit_changes_nothing_in_the_result(source, tmp_path, limit):
     quantize_small(source, "int4", output=tmp_path / "free")
     quantize_small(source, "int4", output=fewbits.Output(tmp_path / "bound", max_memory=limit))
@@ -138,7 +138,7 @@ HELD = """if True:
 
 @LINUX
 @pytest.mark.slow
-@pytest.mark.parametrize(("limit", "threads"), [(160 * MB, 1), (224 * MB, 2), (512 * MB, 4)])
+@pytest.mark.parametrize(("limit", "threads"), [(192 * MB, 1), (224 * MB, 2), (512 * MB, 4)])
 @pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4", "fp16"])
 def test_a_process_stays_within_the_limit(tmp_path, scheme, limit, threads):
     """A quarter of a gigabyte, one tensor and many, where a breach of the limit kills the process."""
@@ -150,7 +150,7 @@ def test_a_process_stays_within_the_limit(tmp_path, scheme, limit, threads):
 
 @LINUX
 @pytest.mark.slow
-@pytest.mark.parametrize(("limit", "threads"), [(160 * MB, 1), (512 * MB, 4)])
+@pytest.mark.parametrize(("limit", "threads"), [(192 * MB, 1), (512 * MB, 4)])
 @pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "fp16"])
 def test_a_process_that_dequantizes_stays_within_the_limit(tmp_path, scheme, limit, threads):
     """Blocks, and the worst there is: rows of two elements, each with a scale."""

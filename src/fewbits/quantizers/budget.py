@@ -21,7 +21,7 @@ from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 #: Bytes that a process takes for more threads, buffers of files, and what torch sets up when it is first used.
-_FIXED = 80 << 20
+_FIXED = 112 << 20
 #: Bytes of everything that is known of one tensor: its rows in ledger and header, as objects and as JSON.
 _PER_TENSOR = 20 << 10
 #: Bytes for each element of the blocks that are quantized at a time, in float32, as codes, and in between.
