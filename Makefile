@@ -20,7 +20,7 @@ OUT := build/quickstart
 FUZZ_SECONDS ?= 1800
 ATHERIS := atheris==3.0.0
 
-.PHONY: help quickstart test test-all check mutants fuzz fuzz-keep format clean
+.PHONY: help quickstart test test-all check mutants stress fuzz fuzz-keep format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test        lint, type-check and test, without the slow tests"
 	@echo "make test-all    the same with the slow tests and more property examples"
 	@echo "make mutants     break the maths on purpose, in a copy, and see that the tests notice"
+	@echo "make stress      quantize all modules of torch's test database, and all model types of transformers"
 	@echo "make fuzz        try hostile files for half an hour, or FUZZ_SECONDS"
 	@echo "make fuzz-keep   take over what it found worth keeping into the corpus that the tests replay"
 	@echo "make format      format the code and apply the safe lint fixes"
@@ -72,6 +73,12 @@ test-all: check
 
 mutants: $(VENV)/dev.stamp
 	JOBS=$(JOBS) $(BIN)/python tests/mutants/run.py
+
+# Torch's test database needs expecttest.
+stress: $(VENV)/dev.stamp
+	$(PIP) expecttest
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/module_db.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/transformers_types.py
 
 fuzz: $(VENV)/dev.stamp
 	$(PIP) "$(ATHERIS)"

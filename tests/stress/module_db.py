@@ -1,0 +1,165 @@
+"""Quantize every module of torch's own test database with every scheme: ``python tests/stress/module_db.py``.
+
+A case is one constructor, one input, one dtype and one scheme. It passes if the quantized module computes what its
+dequantized copy computes, comes back from a file with the same bits, and survives deepcopy and pickle. A refusal by an
+error of fewbits counts as refused, with its reason; everything else is a failure. Needs ``expecttest``, as torch's
+tests do. The exit code is 1 if a case failed.
+
+Two losses have thousands of inputs that differ only in the options of the loss. Of each module and dtype at most 64
+inputs are tried, evenly spread; ``--all`` tries all.
+"""
+
+import collections
+import copy
+import pickle
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, module_db
+
+import fewbits
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "int8": {"scheme": "int8"},
+    "int8-tensor": {"scheme": "int8-tensor"},
+    "int8 dynamic": {"scheme": "int8", "activations": "dynamic"},
+    "int4": {"scheme": "int4", "group_size": 32},
+    "int4 asymmetric": {"scheme": "int4", "group_size": 32, "symmetric": False},
+    "fp16": {"scheme": "fp16"},
+}
+MOST_INPUTS = 64
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def cases(most: int) -> Iterator[tuple[str, ModuleInfo, ModuleInput, torch.dtype]]:
+    """Every module of the database, with at most so many inputs for each dtype."""
+    for info in module_db:
+        for dtype in (dtype for dtype in info.dtypes if dtype in DTYPES):
+            inputs = inputs_of(info, dtype)
+            for number in range(0, len(inputs), -(-len(inputs) // most)):
+                one = inputs[number]
+                yield f"{info.name} {dtype} #{number} {one.desc}", info, one, dtype
+
+
+def inputs_of(info: ModuleInfo, dtype: torch.dtype) -> list[ModuleInput]:
+    return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=False)
+
+
+def build(info: ModuleInfo, one: ModuleInput, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    made = one.constructor_input
+    return info.module_cls(*made.args, **made.kwargs).to(dtype).eval()
+
+
+def call(module: nn.Module, one: ModuleInput) -> list[Tensor]:
+    """The tensors of a forward, each time from the same inputs and the same random numbers."""
+    given = copy.deepcopy(one.forward_input)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return list(tensors(module(*given.args, **given.kwargs)))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors(part)
+
+
+def is_called(build: Callable[[], nn.Module], one: ModuleInput) -> bool:
+    """Whether the float module itself takes this input: some cases of the database are errors, or need training."""
+    try:
+        call(build(), one)
+    except Exception:
+        return False
+    return True
+
+
+def check(info: ModuleInfo, one: ModuleInput, dtype: torch.dtype, settings: dict[str, Any], folder: Path) -> str:
+    """Run one case.
+
+    Returns:
+        "quantized", or "nothing to quantize".
+
+    Raises:
+        fewbits.FewbitsError: if fewbits refuses it.
+        AssertionError: if a promise is broken.
+    """
+    model = build(info, one, dtype)
+    lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
+    if lazy:
+        call(model, one)
+    result = fewbits.quantize(model, **settings, min_elements=0, skip_types=(), compute="exact", on_failure="ignore")
+    quantized = result.model
+    output = call(quantized, one)
+    rounds_inputs = settings.get("activations") is not None
+    same(output, call(fewbits.dequantize(quantized), one), "its dequantized copy", exact=not rounds_inputs)
+    same(output, call(copy.deepcopy(quantized), one), "its deep copy")
+    same(output, call(pickle.loads(pickle.dumps(quantized)), one), "its pickled copy")
+    path = folder / "case.safetensors"
+    result.save(path)
+    fresh = build(info, one, dtype)
+    if lazy:
+        call(fresh, one)
+    same(output, call(fewbits.load(path, into=fresh, compute="exact"), one), "what its file loads as")
+    return "quantized" if result.ledger.count("quantized") + result.ledger.count("cast") else "nothing to quantize"
+
+
+def same(output: list[Tensor], other: list[Tensor], what: str, *, exact: bool = True) -> None:
+    """Compare two outputs: bit by bit, or, where inputs are rounded, by shape and by where they are finite.
+
+    Raises:
+        AssertionError: if they differ.
+    """
+    for one, two in zip(output, other, strict=True):
+        alike = one.shape == two.shape and one.dtype == two.dtype
+        if exact:
+            alike = alike and torch.equal(one.nan_to_num(), two.nan_to_num())
+        if not (alike and torch.equal(one.isfinite(), two.isfinite())):
+            raise AssertionError(f"computes something else than {what}")
+
+
+def main() -> int:
+    """Run all cases, or those whose names contain one of the arguments."""
+    warnings.simplefilter("ignore")
+    wanted = [part for part in sys.argv[1:] if part != "--all"]
+    most = sys.maxsize if "--all" in sys.argv else MOST_INPUTS
+    found: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in SCHEMES}
+    refused: collections.Counter[str] = collections.Counter()
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, info, one, dtype in cases(most):
+            if wanted and not any(part in name for part in wanted):
+                continue
+            if not is_called(lambda info=info, one=one, dtype=dtype: build(info, one, dtype), one):
+                for scheme in SCHEMES:
+                    found[scheme]["the float module raises"] += 1
+                continue
+            for scheme, settings in SCHEMES.items():
+                try:
+                    outcome = check(info, one, dtype, settings, Path(folder))
+                except fewbits.FewbitsError as error:
+                    outcome = "refused"
+                    refused[f"{info.name}, {scheme}: {type(error).__name__}: {error}"] += 1
+                except Exception as error:
+                    outcome = "failed"
+                    failed.append(f"{name}, {scheme}: {type(error).__name__}: {error}")
+                found[scheme][outcome] += 1
+    for scheme, outcomes in found.items():
+        print(f"{scheme}: {sum(outcomes.values())} cases: " + ", ".join(f"{n} {what}" for what, n in outcomes.items()))
+    for reason, number in refused.items():
+        print(f"refused, {number} times: {reason}")
+    for reason in failed:
+        print(f"FAILED {reason}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
