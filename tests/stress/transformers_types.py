@@ -125,7 +125,7 @@ def through_files(kind: str, folder: Path) -> str:
         return f"FAILED: quantize exits {code}: {said}"
     foreign = sorted(saved_names(folder / "float") - set(source.state_dict()))
     try:
-        loaded = fewbits.load(folder / "int8", into=type(source)(source.config).eval())
+        loaded = fewbits.load(folder / "int8", into=build(kind))
     except fewbits.MismatchError as error:
         if foreign:
             return f"names: files have {foreign[0]}"
