@@ -127,11 +127,14 @@ class Plan:
         ledger: the fate of every tensor, with its bytes before and after, exactly.
         shards: the files of the result, with the ledger of each; none if the source is in memory.
         left_behind: files of a source directory that look like weights and would not be part of the result.
+        opens_in: who could open the result, and why others could not; None unless the source is the directory of a
+            transformers model.
     """
 
     ledger: Ledger
     shards: tuple[Shard, ...]
     left_behind: tuple[str, ...]
+    opens_in: str | None
 
     def __repr__(self) -> str:
         return f"Plan({self.ledger!r}, {len(self.shards)} files)"
@@ -167,7 +170,7 @@ def plan(
         if output is None and isinstance(source, (str, os.PathLike)):
             output = Output.beside(source)
         shards = () if output is None else quantizer.shards(output)
-        return Plan(quantizer.ledger, shards, quantizer.left_behind)
+        return Plan(quantizer.ledger, shards, quantizer.left_behind, quantizer.opens_in)
     finally:
         quantizer.reset()
 

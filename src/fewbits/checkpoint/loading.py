@@ -19,6 +19,7 @@ from fewbits.kernels.choose import check_compute
 from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
+from fewbits.nn.saving import refuse_save_pretrained
 from fewbits.nn.swap import refuse_quantized
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
@@ -112,6 +113,7 @@ def load(
         if (taken := places[row.name])
     ]
     fill(checkpoint, filled, compute)
+    refuse_save_pretrained(into)
     if target is not None:
         move_others(into, target)
     trim(holes=0)

@@ -17,8 +17,11 @@ from fewbits.checkpoint.metadata import FORMAT_VERSION, VERSION_KEY, stored_entr
 from fewbits.checkpoint.raw import write_durably
 from fewbits.selection.ledger import Ledger, LedgerRow
 
-#: What a directory with one file of tensors calls it, and how the names of several begin.
+#: What a directory with one file of tensors calls it, and how the names of several begin: as loaders look for them.
 STEM = "model"
+
+#: The same for tensors that only fewbits reads. No loader takes files of this name for a model's.
+OWN_STEM = "fewbits"
 
 #: The key of the index's metadata that maps each file to the digest of its header.
 SHARDS_KEY = "fewbits.shards"
@@ -38,7 +41,7 @@ class Shard:
     ledger: Ledger
 
 
-def plan_shards(ledger: Ledger, max_shard_size: int, suffix: str) -> tuple[Shard, ...]:
+def plan_shards(ledger: Ledger, max_shard_size: int, suffix: str, stem: str = STEM) -> tuple[Shard, ...]:
     """Cut a result into files, of at most so many bytes each unless one tensor alone has more.
 
     It depends on nothing else: the same ledger gives the same files, wherever its tensors come from.
@@ -54,19 +57,16 @@ def plan_shards(ledger: Ledger, max_shard_size: int, suffix: str) -> tuple[Shard
     for row in ledger:
         at = row if row.merged_into is None else ledger[row.merged_into]
         rows[number[at.holder]].append(row)
-    return tuple(Shard(_file(index, count, suffix), Ledger(rows[index])) for index in range(count))
+    return tuple(Shard(_file(index, count, suffix, stem), Ledger(rows[index])) for index in range(count))
 
 
-def _file(index: int, count: int, suffix: str) -> str:
-    return f"{STEM}-{index + 1:05d}-of-{count:05d}{suffix}" if count > 1 else f"{STEM}{suffix}"
+def _file(index: int, count: int, suffix: str, stem: str) -> str:
+    return f"{stem}-{index + 1:05d}-of-{count:05d}{suffix}" if count > 1 else f"{stem}{suffix}"
 
 
-def index_file(suffix: str) -> str:
-    """The name of the index beside the shards."""
-    return f"{STEM}{suffix}.index.json"
-
-
-def write_index(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str], suffix: str) -> None:
+def write_index(
+    folder: Path, shards: Sequence[Shard], digests: Mapping[str, str], suffix: str, stem: str = STEM
+) -> None:
     """Write the index of several shards; a single file needs none.
 
     Args:
@@ -74,6 +74,7 @@ def write_index(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str
         shards: all of them.
         digests: the digest in each file's header, by file.
         suffix: how the names of the files end.
+        stem: how they begin.
     """
     if len(shards) == 1:
         return
@@ -85,4 +86,4 @@ def write_index(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str
         },
         "weight_map": {name: shard.file for shard in shards for name in stored_entries(shard.ledger)},
     }
-    write_durably(folder / index_file(suffix), (json.dumps(index, indent=2) + "\n").encode())
+    write_durably(folder / f"{stem}{suffix}.index.json", (json.dumps(index, indent=2) + "\n").encode())

@@ -211,12 +211,13 @@ def _show_plan(planned: Plan, settings: QuantizationConfig, as_json: bool) -> in
     shards = [{"file": shard.file, "bytes": shard.ledger.bytes_after} for shard in planned.shards]
     if as_json:
         about = {"config": settings.to_dict(), "shards": shards, "left_behind": planned.left_behind}
-        _print_json({**about, "ledger": planned.ledger.to_dict()})
+        _print_json({**about, "opens_in": planned.opens_in, "ledger": planned.ledger.to_dict()})
     else:
         click.echo(str(planned.ledger))
         for shard in shards:
             click.echo(f"{shard['file']}: {shard['bytes']:,} bytes of tensors")
         _tell_left_behind(planned.left_behind)
+        _tell_readers(planned.opens_in)
         click.echo("nothing was written: --dry-run")
     return SUCCESS
 
@@ -225,6 +226,7 @@ def _show_result(result: Result, path: Path, settings: QuantizationConfig, as_js
     report, left_behind, shares = result.report, result.quantizer.left_behind, result.quantizer.shares
     if as_json:
         about = {"output": str(path), "config": settings.to_dict(), "left_behind": left_behind, **_work(shares)}
+        about |= {"opens_in": result.quantizer.opens_in}
         _print_json({**about, "ledger": result.ledger.to_dict(), "report": report and report.to_dict()})
     else:
         click.echo(result.ledger.summary())
@@ -232,11 +234,17 @@ def _show_result(result: Result, path: Path, settings: QuantizationConfig, as_js
         _tell_work(shares)
         click.echo("not verified: --no-verify" if report is None else report.summary())
         click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")
+        _tell_readers(result.quantizer.opens_in)
 
 
 def _tell_left_behind(files: Sequence[str]) -> None:
     if files:
         click.echo(f"left behind: {', '.join(files)}")
+
+
+def _tell_readers(opens_in: str | None) -> None:
+    if opens_in is not None:
+        click.echo(f"it {opens_in}")
 
 
 def _work(shares: Sequence[Share]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fewbits.errors import ArgumentError, FewbitsError, SourceError
 from fewbits.nn.base import SUFFIX, QuantizedModule, reads, stored_weights
 from fewbits.nn.classes import quantized_class
 from fewbits.nn.copying import deep_copy
+from fewbits.nn.saving import allow_save_pretrained
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import Slot
 from fewbits.numerics.tensor import QuantizedTensor
@@ -122,4 +123,5 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}
     for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
         detach(module, weights)
+    allow_save_pretrained(plain)
     return plain

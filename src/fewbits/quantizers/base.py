@@ -174,6 +174,14 @@ class Quantizer(ABC):
         return () if self._job is None else tuple(self._job.left_behind)
 
     @property
+    def opens_in(self) -> str | None:
+        """Who can open the result, and why others cannot. Known as the ledger is.
+
+        None unless the source is the directory of a transformers model.
+        """
+        return None if self._job is None or self._job.readers is None else str(self._job.readers)
+
+    @property
     def shares(self) -> tuple[Share, ...]:
         """What each process did when the result was written: one, or all ranks; empty if the result is in memory."""
         return () if self._job is None else tuple(self._job.shares)

@@ -13,7 +13,7 @@ from fewbits.checkpoint.output import MAX_SHARD_SIZE, Output
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.checkpoint.shards import Shard, plan_shards
+from fewbits.checkpoint.shards import STEM, Shard, plan_shards
 from fewbits.checkpoint.workplace import Workplace
 from fewbits.errors import ArgumentError, CheckpointError, StateError
 from fewbits.numerics.metrics import Measurement
@@ -46,6 +46,7 @@ class FileJob(Job):
         super().__init__(source, ledger, observers, input_observers)
         self.refuse_calibration()
         self.left_behind = source.left_behind
+        self.readers = source.readers(ledger)
         self._output: Path | None = None
         self._budget: Budget | None = None
         self._finished: Finished | None = None
@@ -120,6 +121,7 @@ class FileJob(Job):
             serializer,
             shards,
             Workplace(output, folder=folder, names=[shard.file for shard in shards]),
+            readers=self.readers,
             paranoid=output.paranoid,
             shared=shared,
             progress=progress,
@@ -163,7 +165,8 @@ class FileJob(Job):
         if not self._is_folder(output):
             serializer.check_name(output.path)
             return (Shard(output.path.name, self.ledger),)
-        return plan_shards(self.ledger, output.max_shard_size or MAX_SHARD_SIZE, serializer.suffix)
+        stem = STEM if self.readers is None else self.readers.stem
+        return plan_shards(self.ledger, output.max_shard_size or MAX_SHARD_SIZE, serializer.suffix, stem)
 
     def _is_folder(self, output: Output) -> bool:
         return self.source.folder is not None or output.max_shard_size is not None

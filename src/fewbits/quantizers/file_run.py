@@ -19,7 +19,7 @@ from fewbits.checkpoint.journal import Journal, Note, Seal
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import CheckpointWriter
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.checkpoint.shards import Shard, write_index
+from fewbits.checkpoint.shards import STEM, Shard, write_index
 from fewbits.checkpoint.workplace import Terms, Workplace
 from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 from fewbits.numerics.metrics import Measurement, Tally
@@ -28,6 +28,7 @@ from fewbits.quantizers.recipe import described, fingerprint
 from fewbits.quantizers.streaming import Converted, Streaming
 from fewbits.selection.progress import Progress, Step
 from fewbits.sources.fp8 import tell_unscaled
+from fewbits.sources.model_config import Readers
 
 _RESUME = "what is done is kept: --resume, or Output(resume=True), goes on with it"
 
@@ -53,6 +54,7 @@ class FileRun:
         serializer: writes files.
         shards: the files of the result.
         workplace: where they are made.
+        readers: who can open the result, if its source is a model of transformers.
         paranoid: whether what was read earlier is read again.
         shared: whether other processes write files of it, too.
         progress: told about every chunk.
@@ -69,12 +71,13 @@ class FileRun:
         shards: Sequence[Shard],
         workplace: Workplace,
         *,
+        readers: Readers | None,
         paranoid: bool,
         shared: bool,
         progress: Progress,
     ) -> None:
         self._streaming, self._serializer, self._workplace = streaming, serializer, workplace
-        self._shards = {shard.file: shard for shard in shards}
+        self._shards, self._readers = {shard.file: shard for shard in shards}, readers
         self._paranoid, self._shared, self._progress = paranoid, shared, progress
         self.share = Share()
         self.begun = False
@@ -264,8 +267,9 @@ class FileRun:
             self._workplace.clear()
             headers = {file: seal.header for file, seal in seals.items()}
             if self._workplace.folder:
-                write_index(self._workplace.files, self.shards, headers, self._serializer.suffix)
-                source.copy_companions(self._workplace.files)
+                stem = STEM if self._readers is None else self._readers.stem
+                write_index(self._workplace.files, self.shards, headers, self._serializer.suffix, stem)
+                source.copy_companions(self._workplace.files, self._readers)
             self._workplace.publish()
         tell_unscaled(self._streaming.demand.ledger)
         if source.left_behind:

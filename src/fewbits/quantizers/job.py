@@ -20,6 +20,7 @@ from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress
 from fewbits.sources.base import Source
+from fewbits.sources.model_config import Readers
 from fewbits.validation.report import Report
 
 _Made = TypeVar("_Made")
@@ -65,6 +66,7 @@ class Job(ABC):
         input_observers: likewise, one for each tensor whose layer has static int8 activations.
         measures: whether `convert` compares the result with the source unless asked not to.
         left_behind: files of the source that look like weights and are not part of the result.
+        readers: who can open the result, if it is a directory made from a model of transformers.
         shares: what each process has done of a result on disk.
         leads: whether this process tells what was found, if there are several.
         report: what the last validation found.
@@ -72,6 +74,7 @@ class Job(ABC):
 
     measures: bool
     left_behind: Sequence[str] = ()
+    readers: Readers | None = None
     shares: Sequence[Share] = ()
     leads = True
 

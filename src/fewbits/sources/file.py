@@ -24,11 +24,19 @@ from fewbits.errors import ArgumentError, FormatError, SourceError
 from fewbits.nn.storage import overlaps
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.scaled import FP8_DTYPES
+from fewbits.selection.ledger import Ledger
 from fewbits.sources.base import Source
 from fewbits.sources.entries import entry_infos
 from fewbits.sources.foreign import refuse_foreign, refuse_gguf
 from fewbits.sources.fp8 import KNOWN_BLOCKS, scaled_weights
-from fewbits.sources.model_config import CONFIG_FILE, QUANTIZATION_FILES, copy_config, read_block_sizes
+from fewbits.sources.model_config import (
+    CONFIG_FILE,
+    QUANTIZATION_FILES,
+    Readers,
+    copy_config,
+    read_block_sizes,
+    read_vocabularies,
+)
 
 #: How the names of files of tensors may end, in a directory; of two kinds the first is taken.
 SUFFIXES = (SafetensorsSerializer.suffix, *torch_file.SUFFIXES)
@@ -135,17 +143,31 @@ class FileSource(Source):
         reader = self._readers[name]
         return reader.gathered_bytes(name) if isinstance(reader, TorchFile) else 0
 
-    def copy_companions(self, folder: Path) -> None:
-        """Copy what goes with the tensors to another directory; a configuration without what says that they are FP8.
+    def readers(self, ledger: Ledger) -> Readers | None:
+        """Who can open the directory of a result; None if the source is no directory of a model of transformers."""
+        if self.folder is None or CONFIG_FILE not in self.companions:
+            return None
+        vocabularies = read_vocabularies(self.folder / CONFIG_FILE)
+        return None if vocabularies is None else Readers.of(ledger, vocabularies)
+
+    def copy_companions(self, folder: Path, readers: Readers | None) -> None:
+        """Copy what goes with the tensors to another directory. The configuration says how the result is quantized.
+
+        Args:
+            folder: the directory.
+            readers: of the result, as `readers` gives them.
 
         Raises:
             CheckpointError: if it cannot be read or written.
         """
         if self.folder is None:
             return
+        settings = {} if readers is None else readers.settings
         for name in self.companions:
-            copy = copy_config if name == CONFIG_FILE and self._scaled else copy_durably
-            copy(self.folder / name, folder / name)
+            if name == CONFIG_FILE and (settings or self._scaled):
+                copy_config(self.folder / name, folder / name, settings)
+            else:
+                copy_durably(self.folder / name, folder / name)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """What tells this state of it from another, without reading more than headers.

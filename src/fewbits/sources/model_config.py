@@ -1,16 +1,21 @@
-"""The ``config.json`` beside a checkpoint: how it says that weights are quantized, and the same without that."""
+"""The ``config.json`` beside a checkpoint: what it says of quantized weights, and who can open a result."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from fewbits._events import emit
+from fewbits.checkpoint.compressed_export import export_obstacle, quantization_config
 from fewbits.checkpoint.header import MAX_HEADER, parse_object
 from fewbits.checkpoint.raw import as_checkpoint_error, write_durably
-from fewbits.errors import FormatError
+from fewbits.checkpoint.shards import OWN_STEM, STEM
+from fewbits.errors import CheckpointError, FormatError
+from fewbits.selection.ledger import Ledger
 
 CONFIG_FILE = "config.json"
 
@@ -33,19 +38,80 @@ def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(stated))
 
 
-def copy_config(source: Path, target: Path) -> None:
-    """Write a configuration once more, without what says that weights are quantized: they are not any more.
+@attrs.frozen
+class Readers:
+    """Who can open the directory of a result whose source is a model of transformers.
+
+    Transformers fills quantized weights that it cannot read with random numbers, and says so in its log alone. So a
+    result that it cannot read has files of other names than it looks for.
+
+    Attributes:
+        obstacle: why transformers cannot open it; None if it can.
+        settings: the ``quantization_config`` of its ``config.json``; empty if nothing has codes.
+    """
+
+    obstacle: str | None
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, ledger: Ledger, vocabularies: Collection[int]) -> Readers:
+        """Those of a result.
+
+        Args:
+            ledger: of the result.
+            vocabularies: how many tokens the model knows.
+        """
+        obstacle = export_obstacle(ledger, vocabularies)
+        if obstacle is None:
+            return cls(None, quantization_config(ledger))
+        return cls(obstacle, {"quant_method": "fewbits", "open_with": "fewbits.load(directory, into=model)"})
+
+    @property
+    def stem(self) -> str:
+        """How the names of its files begin."""
+        return STEM if self.obstacle is None else OWN_STEM
+
+    def __str__(self) -> str:
+        if self.obstacle is not None:
+            return f"opens with fewbits.load(..., into=model) only: {self.obstacle}"
+        return "opens in transformers" + (", with compressed-tensors installed" if self.settings else "")
+
+
+def read_vocabularies(path: Path) -> frozenset[int] | None:
+    """How many tokens a model of transformers knows, for each of its vocabularies; None if it is no such model."""
+    try:
+        config = _parsed(_read(path), path)
+    except CheckpointError:
+        return None
+    return frozenset(_vocabularies(config)) if "model_type" in config else None
+
+
+def _vocabularies(value: object) -> Iterator[int]:
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if key == "vocab_size" and type(inner) is int:
+            yield inner
+        yield from _vocabularies(inner)
+
+
+def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
+    """Write a configuration once more, with other settings of quantization.
+
+    Args:
+        source: where it is.
+        target: where it is to be.
+        settings: the new ``quantization_config``; empty removes what is there.
 
     Raises:
         FormatError: if it is not JSON.
         CheckpointError: if it cannot be read, or the new one cannot be written.
     """
-    data = _read(source)
-    config = _parsed(data, source)
+    config = _parsed(_read(source), source)
     removed = [key for key, _ in _settings(config)]
-    write_durably(target, (json.dumps(_without_settings(config), indent=2) + "\n").encode() if removed else data)
+    changed = _without_settings(config) | ({QUANTIZATION_KEYS[0]: settings} if settings else {})
+    write_durably(target, (json.dumps(changed, indent=2) + "\n").encode())
     if removed:
-        emit("warning", "config_changed", file=str(source), removed=removed, reason="its FP8 weights are dequantized")
+        reason = "it is about the weights of the source, not about those of the result"
+        emit("warning", "config_changed", file=str(source), removed=removed, reason=reason)
 
 
 def _read(path: Path) -> bytes:
@@ -68,10 +134,12 @@ def _settings(value: object, path: str = "") -> Iterator[tuple[str, object]]:
             yield from _settings(inner, f"{path}{key}.")
 
 
-def _without_settings(value: object) -> object:
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_settings(inner) for key, inner in value.items() if key not in QUANTIZATION_KEYS}
+def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_settings(inner) if isinstance(inner, dict) else inner
+        for key, inner in config.items()
+        if key not in QUANTIZATION_KEYS
+    }
 
 
 def _block_size(value: object, path: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.copying import structural_copy
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
+from fewbits.nn.saving import refuse_save_pretrained
 from fewbits.nn.storage import View, overlaps, storage_key
 from fewbits.nn.stored import store
 from fewbits.nn.swap import attach, refuse_quantized
@@ -137,6 +138,7 @@ class _ModuleTarget(Target):
                 slot.tensor.data = copy
 
     def finish(self) -> nn.Module:
+        refuse_save_pretrained(self._model)
         return self._model
 
     def value(self, name: str) -> Value:

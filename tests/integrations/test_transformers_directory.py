@@ -1,0 +1,247 @@
+"""Directories of results, opened by transformers and by sentence-transformers: the right weights, or an error."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fewbits
+from fewbits.cli.commands import cli
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors", reason="transformers reads the results with it")
+sentence_transformers = pytest.importorskip("sentence_transformers")
+
+TEXT = {
+    "vocab_size": 112,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {**TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+IMAGE = {**TEXT, "image_size": 16, "patch_size": 8}
+SEQUENCES = {"vocab_size": 112, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+
+MODELS = {
+    "Llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)),
+    "Llama, tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, tie_word_embeddings=True)),
+    "Bert": lambda: transformers.BertModel(transformers.BertConfig(**TEXT)),
+    "T5": lambda: transformers.T5Model(transformers.T5Config(**SEQUENCES)),
+    "ViT": lambda: transformers.ViTModel(transformers.ViTConfig(**IMAGE)),
+    "Qwen3Moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**EXPERTS)),
+    "GPT2": lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=112)),
+}  # fmt: skip
+
+INT4 = {"scheme": "int4", "group_size": 32, "min_elements": 0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory):
+    """A directory of each float model, as `save_pretrained` writes it."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            torch.manual_seed(0)
+            made[name] = tmp_path_factory.mktemp("float")
+            MODELS[name]().save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+def quantized(source: Path, out: Path, **settings) -> fewbits.Result:
+    return fewbits.quantize(source, output=out, on_failure="ignore", **settings)
+
+
+def dense(source: Path, out: Path, folder: Path) -> Path:
+    """The directory of the float model that a result stands for."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix == ".json":
+            (folder / file.name).write_bytes(file.read_bytes())
+    weights = fewbits.dequantize(fewbits.load(out))
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model of transformers; those that are decompressed at the first forward, decompressed."""
+    if getattr(model, "hf_quantizer", None) is not None and any(
+        "packed" in name for name, _ in model.named_parameters()
+    ):
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long))
+    return {name: weight for name, weight in model.state_dict().items() if not name.endswith(("_scale", "_shape"))}
+
+
+def opened(folder: Path, cls: type) -> nn.Module:
+    model, found = cls.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["mismatched_keys"]
+    return model
+
+
+OPEN = {
+    "int4": INT4,
+    "int8": {"scheme": "int8", "exclude": ["*emb*"], "min_elements": 0},
+    "int8-tensor": {"scheme": "int8-tensor", "exclude": ["*emb*"], "min_elements": 0},
+    "int4 and int8": {**INT4, "overrides": {"*.layers.0.mlp.down_proj": "int8", "*.layers.1.mlp.up_proj": "keep"}},
+}
+
+
+@pytest.mark.parametrize("settings", OPEN.values(), ids=OPEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_opens_a_result_with_the_weights_that_it_stands_for(folders, tmp_path, settings, dtype):
+    source = tmp_path / "source"
+    transformers.AutoModelForCausalLM.from_pretrained(folders("Llama"), dtype=dtype).save_pretrained(source)
+    result = quantized(source, tmp_path / "out", **settings)
+    assert result.quantizer.opens_in == "opens in transformers, with compressed-tensors installed"
+    cls = transformers.LlamaForCausalLM
+    expected = state(cls.from_pretrained(dense(source, tmp_path / "out", tmp_path / "dense")))
+    found = state(opened(tmp_path / "out", cls))
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert weight.dtype == dtype
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["Llama, tied", "Bert", "T5", "ViT", "Qwen3Moe"])
+def test_it_does_so_whatever_it_calls_the_layers(folders, tmp_path, name):
+    source, cls = folders(name), type(MODELS[name]())
+    quantized(source, tmp_path / "out", **INT4, exclude=["*patch_embeddings*"] if name == "ViT" else [])
+    expected = cls.from_pretrained(dense(source, tmp_path / "out", tmp_path / "dense")).state_dict()
+    found = opened(tmp_path / "out", cls).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
+
+
+def test_a_result_without_codes_opens_as_any_float_model(folders, tmp_path):
+    result = quantized(folders("Llama"), tmp_path / "out", scheme="fp16")
+    assert result.quantizer.opens_in == "opens in transformers"
+    assert (tmp_path / "out" / "config.json").read_bytes() == (folders("Llama") / "config.json").read_bytes()
+    opened(tmp_path / "out", transformers.LlamaForCausalLM)
+
+
+REFUSED = {
+    "a quantized embedding": ("Llama", {"scheme": "int8"}),
+    "zero points": ("Llama", {**INT4, "symmetric": False}),
+    "groups of 128 do not divide": ("Llama", {"scheme": "int4", "group_size": 128, "ragged": "shorter"}),
+    "rounds its inputs": ("Llama", {"scheme": "int8", "activations": "dynamic", "exclude": ["*emb*"]}),
+    "rows are inputs, not outputs": ("GPT2", INT4),
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), REFUSED.values(), ids=REFUSED)
+def test_a_result_that_transformers_cannot_read_has_no_file_that_it_takes_for_a_model(
+    folders, tmp_path, name, settings, request
+):
+    source, out = folders(name), tmp_path / "out"
+    reason = request.node.callspec.id
+    planned = fewbits.plan(source, output=out, **settings)
+    result = quantized(source, out, **settings)
+    assert reason in result.quantizer.opens_in
+    assert planned.opens_in == result.quantizer.opens_in
+    assert [shard.file for shard in planned.shards] == [file.name for file in out.glob("*.safetensors")]
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "fewbits"
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        transformers.AutoModel.from_pretrained(out)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        sentence_transformers.SentenceTransformer(str(out))
+    assert fewbits.verify(out, against=source).ok
+    fewbits.load(out, into=MODELS[name]())
+
+
+def test_several_files_that_only_fewbits_reads_have_names_of_their_own(folders, tmp_path):
+    out = tmp_path / "out"
+    quantized(folders("Llama"), fewbits.Output(out, max_shard_size="40kB"), scheme="int8")
+    names = sorted(file.name for file in out.iterdir() if "safetensors" in file.name)
+    assert names[0].startswith("fewbits-00001-of-")
+    assert names[-1] == "fewbits.safetensors.index.json"
+    with pytest.raises(OSError, match="no file named model"):
+        transformers.AutoModel.from_pretrained(out)
+    fewbits.load(out, into=MODELS["Llama"]())
+
+
+def test_a_directory_that_is_no_model_of_transformers_keeps_its_configuration(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"embed.weight": torch.randn(64, 64)}, source / "model.safetensors")
+    (source / "config.json").write_text('{"vocab_size": "none of transformers"}')
+    result = quantized(source, tmp_path / "out", scheme="int8")
+    assert result.quantizer.opens_in is None
+    assert (tmp_path / "out" / "config.json").read_text() == (source / "config.json").read_text()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_command_line_tells_who_can_open_a_result(folders, tmp_path):
+    arguments = ["quantize", str(folders("Llama")), "--scheme", "int8", "-q"]
+    said = CliRunner().invoke(cli, [*arguments, "--dry-run"], standalone_mode=False).output
+    assert (
+        "it opens with fewbits.load(..., into=model) only: model.embed_tokens.weight is a quantized embedding" in said
+    )
+    options = ["--exclude", "*embed*", "-o", str(tmp_path / "out"), "--json"]
+    printed = json.loads(CliRunner().invoke(cli, [*arguments, *options], standalone_mode=False).stdout)
+    assert printed["opens_in"] == "opens in transformers, with compressed-tensors installed"
+
+
+def test_a_sentence_encoder_opens_in_sentence_transformers(minilm_path, sentences, tmp_path):
+    out, some = tmp_path / "out", list(sentences[:8])
+    quantized(minilm_path.parent, out, scheme="int8", exclude=["*embeddings*"])
+    floats = sentence_transformers.SentenceTransformer(str(minilm_path.parent))
+    found = sentence_transformers.SentenceTransformer(str(out)).encode(some, convert_to_tensor=True)
+    assert torch.cosine_similarity(found, floats.encode(some, convert_to_tensor=True)).min() > 0.998
+    loaded = fewbits.load(out, into=floats[0].model) and floats.encode(some, convert_to_tensor=True)
+    assert torch.cosine_similarity(found, loaded).min() > 0.9999
+
+
+# Models in memory.
+
+
+def refusing(model: nn.Module, folder: Path) -> None:
+    with pytest.raises(fewbits.CheckpointError, match=r"fewbits\.dequantize\(model\)\.save_pretrained"):
+        model.save_pretrained(folder / "refused")
+    assert not (folder / "refused").exists()
+
+
+def test_save_pretrained_of_a_quantized_model_is_refused_and_that_of_its_source_is_not(tmp_path):
+    source = MODELS["Bert"]()
+    result = fewbits.quantize(source, "int8")
+    for model in (result.model, copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
+        refusing(model, tmp_path)
+    result.save(tmp_path / "bert.safetensors")
+    refusing(fewbits.load(tmp_path / "bert.safetensors", into=MODELS["Bert"]()), tmp_path)
+    source.save_pretrained(tmp_path / "float")
+    refusing(fewbits.quantize(source, "int8", inplace=True).model, tmp_path)
+
+
+def test_a_dequantized_model_saves_what_transformers_loads(tmp_path):
+    result = fewbits.quantize(MODELS["Bert"](), "int8")
+    plain = fewbits.dequantize(result.model)
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = opened(tmp_path / "plain", transformers.BertModel).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in plain.state_dict().items())
+    refusing(result.model, tmp_path)
+
+
+def test_a_model_around_a_quantized_one_refuses_to_save_it(minilm_path, tmp_path):
+    encoder = sentence_transformers.SentenceTransformer(str(minilm_path.parent))
+    quantized = fewbits.quantize(encoder, "int8").model
+    for save in (quantized.save, quantized.save_pretrained, quantized[0].model.save_pretrained):
+        with pytest.raises(fewbits.CheckpointError, match="random numbers"):
+            save(str(tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
+    encoder.save(str(tmp_path / "float"))
