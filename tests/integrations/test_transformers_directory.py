@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fewbits
 from fewbits.cli.commands import cli
 
+accelerate = pytest.importorskip("accelerate", reason="peft and sentence-transformers bring it")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors", reason="transformers reads the results with it")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -170,9 +171,11 @@ def test_several_files_that_only_fewbits_reads_have_names_of_their_own(folders, 
     quantized(folders("Llama"), fewbits.Output(out, max_shard_size="40kB"), scheme="int8")
     names = sorted(file.name for file in out.iterdir() if "safetensors" in file.name)
     assert names[0].startswith("fewbits-00001-of-")
-    assert names[-1] == "fewbits.safetensors.index.json"
+    assert names[-1] == "fewbits.safetensors.index.map.json"
     with pytest.raises(OSError, match="no file named model"):
         transformers.AutoModel.from_pretrained(out)
+    with pytest.raises(ValueError, match="is not a folder containing"):
+        accelerate.load_checkpoint_in_model(MODELS["Llama"](), out)
     fewbits.load(out, into=MODELS["Llama"]())
 
 

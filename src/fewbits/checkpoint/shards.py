@@ -1,8 +1,10 @@
 """A result in several files: which tensor goes where, and the index that says so.
 
 The names and the index are those of transformers: ``model-00001-of-00003.safetensors`` and so on, and
-``model.safetensors.index.json`` with a ``weight_map`` from tensor to file. Every shard is a file of ours in its own
-right, with a ledger of its tensors; the index holds their header digests, so that shards of two results do not mix.
+``model.safetensors.index.json`` with a ``weight_map`` from tensor to file. What transformers cannot read has other
+names, ``fewbits-00001-of-00003.safetensors`` and ``fewbits.safetensors.index.map.json``. Every shard is a file of ours
+in its own right, with a ledger of its tensors; the index holds their header digests, so that shards of two results do
+not mix.
 """
 
 from __future__ import annotations
@@ -86,4 +88,6 @@ def write_index(
         },
         "weight_map": {name: shard.file for shard in shards for name in stored_entries(shard.ledger)},
     }
-    write_durably(folder / f"{stem}{suffix}.index.json", (json.dumps(index, indent=2) + "\n").encode())
+    # Accelerate opens any index that ends in ".index.json", and leaves what it does not know as it was.
+    name = f"{stem}{suffix}.index{'' if stem == STEM else '.map'}.json"
+    write_durably(folder / name, (json.dumps(index, indent=2) + "\n").encode())

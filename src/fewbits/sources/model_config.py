@@ -105,10 +105,11 @@ def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None
         FormatError: if it is not JSON.
         CheckpointError: if it cannot be read, or the new one cannot be written.
     """
-    config = _parsed(_read(source), source)
+    data = _read(source)
+    config = _parsed(data, source)
     removed = [key for key, _ in _settings(config)]
     changed = _without_settings(config) | ({QUANTIZATION_KEYS[0]: settings} if settings else {})
-    write_durably(target, (json.dumps(changed, indent=2) + "\n").encode())
+    write_durably(target, data if changed == config else (json.dumps(changed, indent=2) + "\n").encode())
     if removed:
         reason = "it is about the weights of the source, not about those of the result"
         emit("warning", "config_changed", file=str(source), removed=removed, reason=reason)
