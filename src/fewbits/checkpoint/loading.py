@@ -17,6 +17,7 @@ from fewbits.errors import ArgumentError, MismatchError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.classes import rounds_inputs
+from fewbits.nn.intake import refuse_changed
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
 from fewbits.nn.swap import refuse_quantized
@@ -103,6 +104,7 @@ def load(
     if not isinstance(into, nn.Module):
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_quantized(into, MismatchError)
+    refuse_changed(into, MismatchError)
     checkpoint.check(check)
     beside = held_beside(into)
     places = _places(checkpoint, into, beside, ignored)
