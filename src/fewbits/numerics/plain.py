@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
 from fewbits.errors import SourceError
+from fewbits.numerics.layout import MAX_AXES
 
 #: What to do about parameters that are distributed over processes.
 GATHER = (
     "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
     "options=StateDictOptions(full_state_dict=True)) first"
 )
+
+#: Dtypes that torch has names for, and no operations: those of integers narrower than a byte.
+_UNCOPIED = re.compile(r"torch\.u?int[1-7]")
 
 #: What to do about a tensor of one of these classes.
 _ADVICE = {
@@ -47,6 +53,10 @@ def not_plain(tensor: Tensor) -> str | None:
     if torch.nn.parameter.is_lazy(tensor):
         return "is not initialized; run the model once before it is prepared"
     with torch._C.DisableTorchFunctionSubclass():
+        if tensor.dim() > MAX_AXES:
+            return f"has {tensor.dim()} axes; at most {MAX_AXES} can be stored: reshape it"
+        if _UNCOPIED.fullmatch(str(tensor.dtype)):
+            return f"is of dtype {tensor.dtype}, which torch cannot even copy; store what it holds as int8 or uint8"
         if tensor.is_meta:
             return "is on the meta device and has no data; load the model's weights first"
         if tensor.numel() and not _has_memory(tensor):
