@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._pytree import tree_map_only
 
 import fewbits
 from fewbits import MismatchError, SourceError
@@ -23,6 +23,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning"),
 ]
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that another one has the numbers of, as those of torchao and FSDP2 are; it has no memory."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = tree_map_only(Wrapper, lambda wrapper: wrapper.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, func(*plain[0], **plain[1]))
 
 
 def ones():
@@ -59,7 +74,7 @@ def out_of_a_transform():
 
 #: Tensors whose bytes cannot be read, by the words of the message about each.
 NOT_PLAIN = {
-    r"is a torch\.testing\._internal\.two_tensor\.TwoTensor": lambda: TwoTensor(ones(), ones()),
+    r"is a \S*\.Wrapper; only plain tensors": lambda: Wrapper(ones()),
     r"is a torch\._subclasses\.fake_tensor\.FakeTensor; .*outside of FakeTensorMode": fake,
     r"is a torch\.nested\._internal\.nested_tensor\.NestedTensor": lambda: torch.nested.nested_tensor(
         [ones(), ones()[:2]], layout=torch.jagged
@@ -104,8 +119,8 @@ def test_a_buffer_that_is_not_a_plain_tensor_is_refused_by_name(words, inplace):
 
 def test_a_parameter_that_is_a_wrapper_of_tensors_is_refused_by_name():
     model = mlp()
-    model[2].weight = nn.Parameter(TwoTensor(model[2].weight.detach(), model[2].weight.detach()))
-    with pytest.raises(SourceError, match=r"^2\.weight is a .*TwoTensor"):
+    model[2].weight = nn.Parameter(Wrapper(model[2].weight.detach()))
+    with pytest.raises(SourceError, match=r"^2\.weight is a .*Wrapper"):
         small().prepare(model)
 
 
@@ -171,7 +186,7 @@ def test_a_scheme_that_makes_codes_that_are_not_plain_is_refused_by_name():
 
         def quantize_tensor(self, weight, spec, observer):
             value = super().quantize_tensor(weight, spec, observer)
-            object.__setattr__(value, "packed", TwoTensor(value.packed, value.packed))
+            object.__setattr__(value, "packed", Wrapper(value.packed))
             return value
 
     quantizer = Wrapping()
@@ -197,11 +212,10 @@ TOOLS = {
 
 
 @pytest.mark.parametrize(("module", "tool"), TOOLS.items())
-@pytest.mark.parametrize("base", [TwoTensor, nn.Parameter], ids=["wrapper", "parameter"])
+@pytest.mark.parametrize("base", [Wrapper, nn.Parameter], ids=["wrapper", "parameter"])
 def test_a_tensor_of_a_quantizing_tool_is_refused_with_the_name_of_the_tool(module, tool, base, tmp_path):
     model, cls = mlp(), of_module(base, module)
-    weight = cls(ones(), ones()) if base is TwoTensor else cls(ones())
-    model[2].register_parameter("weight", nn.Parameter(weight) if base is TwoTensor else weight)
+    model[2].register_parameter("weight", nn.Parameter(cls(ones())) if base is Wrapper else cls(ones()))
     words = f"2.weight is of class {cls.__name__}, one of {tool}'s: it is quantized already"
     for source in (model, model.state_dict(keep_vars=True)):
         with pytest.raises(SourceError, match=f"^{words}"):
