@@ -195,6 +195,18 @@ def test_a_scheme_that_makes_codes_that_are_not_plain_is_refused_by_name():
         quantizer.convert()
 
 
+@pytest.mark.parametrize("call", ["validate", "save"])
+def test_codes_that_were_replaced_by_others_that_are_not_plain_are_refused_by_name(call, tmp_path):
+    quantizer = small()
+    quantizer.prepare({"w": torch.rand(8, 8)})
+    value = quantizer.convert()["w"]
+    object.__setattr__(value, "packed", Wrapper(value.packed))
+    with pytest.raises(SourceError, match=r"^w_packed is a \S*\.Wrapper; only plain tensors"):
+        quantizer.validate() if call == "validate" else quantizer.save(tmp_path / "m.safetensors")
+    with pytest.raises(SourceError, match=r"^a tensor is a \S*\.Wrapper"):
+        value.equal(value)
+
+
 # What other tools have changed.
 
 

@@ -87,7 +87,8 @@ def load(
             is no model that `device` or `ignore` could be about.
         SelectionError: if a pattern of `ignore` names nothing that the file has and the model lacks.
         SourceError: if a module of `into` would not read a quantized weight. The model is unchanged then.
-        MismatchError: if file and model do not fit; the message names every tensor. The model is unchanged then.
+        MismatchError: if file and model do not fit; the message names every tensor. Or if the model holds a quantized
+            module or a tensor that is not plain (a DTensor, a sparse one), which it names. The model is unchanged then.
         CheckpointError: if the file cannot be opened.
     """
     check_compute(compute)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.saving import Value, plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.nn.intake import quantized_elsewhere
@@ -124,7 +124,7 @@ class _MappingTarget(Target):
         value = self._values.get(name)
         if not isinstance(value, (QuantizedTensor, Tensor)):
             raise SourceError(f"{name} has been removed from the quantized mapping")
-        return plain(value, name) if isinstance(value, Tensor) else value
+        return plain_value(name, value)
 
 
 def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:

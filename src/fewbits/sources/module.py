@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.saving import Value, plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
 from fewbits.nn.base import stored_weights
@@ -145,4 +145,4 @@ class _ModuleTarget(Target):
     def value(self, name: str) -> Value:
         slot = find(self._model, name)
         stored = stored_weights(slot.module).get(slot.local)
-        return plain(slot.tensor, name) if stored is None else stored.value()
+        return plain_value(name, slot.tensor if stored is None else stored.value())
