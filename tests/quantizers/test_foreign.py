@@ -51,6 +51,10 @@ FORMATS = {
     "torchao": (tensors(l___weight_qdata=I8, l___weight_scale=torch.float32), "torchao", r"l\._weight_qdata"),
     "torchao FP8": (tensors(l___weight_qdata=F8, l___weight_scale=torch.float32), "torchao", r"l\._weight_qdata"),
     "quanto": (tensors(l__weight___data=I8, l__weight___scale=torch.float32), "quanto", r"l\.weight\._data"),
+    "quanto, 4 bits": (
+        tensors(l__weight___data___data=U8, l__weight___scale=torch.half, l__weight___shift=torch.half),
+        "quanto, 4 or 2 bits", r"l\.weight\._data\._data",
+    ),
     "unknown codes": (tensors(l__weight=torch.int16, l__weight_scale=torch.half), "codes with scales", r"l\.weight "),
     "unknown inverses": (tensors(l__weight=I8, l__weight_scale_inv=torch.float32), "codes with scales", r"l\.weight "),
 }  # fmt: skip

@@ -144,8 +144,8 @@ def test_any_mapping_is_a_source(wrap):
         ({"config": None}, "'config' is a NoneType"),
         ({3: torch.ones(2, 2)}, "entry 3 is a Tensor"),
         ({("a", "b"): torch.ones(2, 2)}, r"entry \('a', 'b'\)"),
-        ({"sparse": torch.eye(3).to_sparse()}, "sparse is on cpu with layout torch.sparse_coo"),
-        ({"nowhere": torch.ones(2, 2, device="meta")}, "nowhere is on meta"),
+        ({"sparse": torch.eye(3).to_sparse()}, "sparse has layout torch.sparse_coo"),
+        ({"nowhere": torch.ones(2, 2, device="meta")}, "nowhere is on the meta device"),
     ],
 )
 def test_an_entry_that_is_no_tensor_under_a_name_is_refused(entries, message):

@@ -17,6 +17,7 @@ from fewbits.errors import ArgumentError, MismatchError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.classes import rounds_inputs
+from fewbits.nn.intake import refuse_changed
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
 from fewbits.nn.saving import refuse_save_pretrained
@@ -87,7 +88,8 @@ def load(
             is no model that `device` or `ignore` could be about.
         SelectionError: if a pattern of `ignore` names nothing that the file has and the model lacks.
         SourceError: if a module of `into` would not read a quantized weight. The model is unchanged then.
-        MismatchError: if file and model do not fit; the message names every tensor. The model is unchanged then.
+        MismatchError: if file and model do not fit; the message names every tensor. Or if the model holds a quantized
+            module or a tensor that is not plain (a DTensor, a sparse one), which it names. The model is unchanged then.
         CheckpointError: if the file cannot be opened.
     """
     check_compute(compute)
@@ -104,6 +106,7 @@ def load(
     if not isinstance(into, nn.Module):
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_quantized(into, MismatchError)
+    refuse_changed(into, MismatchError)
     checkpoint.check(check)
     beside = held_beside(into)
     places = _places(checkpoint, into, beside, ignored)

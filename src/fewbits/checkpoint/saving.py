@@ -32,6 +32,7 @@ from fewbits.checkpoint.serializer import (
 from fewbits.checkpoint.shards import plan_shards, write_index
 from fewbits.errors import FormatError
 from fewbits.numerics.metrics import Measurement
+from fewbits.numerics.plain import plain
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, in_memory, shape_part
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -252,6 +253,16 @@ def value_tensors(name: str, value: Value) -> dict[str, Tensor]:
     if isinstance(value, QuantizedTensor):
         return {part_name(name, part): tensor for part, tensor in value.parts().items()}
     return {name: value}
+
+
+def plain_value(name: str, value: Value) -> Value:
+    """The same value, if it is made of plain tensors.
+
+    Raises:
+        SourceError: naming the tensor that is not plain.
+    """
+    tensors = {part: plain(tensor, part) for part, tensor in value_tensors(name, value).items()}
+    return value if isinstance(value, QuantizedTensor) else tensors[name]
 
 
 def _own_tensors(chunk: Chunk, value: Value) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from fewbits.nn.base import SUFFIX, QuantizedModule
 from fewbits.nn.classes import quantized_class
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import slots
+from fewbits.numerics.plain import not_plain
 
 #: Classes that take all their children for their content. What torch keeps parametrized tensors in inherits from one
 #: and does not; it is known by name, because that module of torch is not to be imported.
@@ -96,10 +97,11 @@ def held_beside(model: nn.Module) -> dict[str, str]:
 
 
 def _memory(tensor: Tensor) -> Hashable:
-    """Equal for two tensors in one storage; None for one without memory."""
-    if nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
-        return None
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    """Equal for two tensors in one storage; None for one without memory, or of a kind that does not tell it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if not_plain(tensor) or not tensor.numel():
+            return None
+        return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:

@@ -31,12 +31,16 @@ class View:
 
     @classmethod
     def of(cls, tensor: Tensor) -> View:
-        """The view that a tensor is. Of one without elements there is no other."""
-        pending = tensor.is_conj(), tensor.is_neg()
-        other = pending if tensor.numel() else id(tensor)
-        return cls(
-            str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, other
-        )
+        """The view that a tensor is.
+
+        A tensor without memory (one without elements, one on the meta device) is like no other: that its address is 0,
+        as theirs is, says nothing.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            start = tensor.data_ptr() if tensor.numel() else 0
+            memory = str(tensor.device) if start else f"no memory, tensor {id(tensor)}"
+            pending = tensor.is_conj(), tensor.is_neg()
+            return cls(memory, start, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, pending)
 
     @property
     def stop(self) -> int:

@@ -14,6 +14,7 @@ from fewbits.numerics.affine import check_params, decode
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.packing import pack, packed_words, unpack
+from fewbits.numerics.plain import plain
 from fewbits.numerics.spec import QuantSpec
 
 #: What a quantized tensor is made of, of any spec.
@@ -197,8 +198,12 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """The tensor as contiguous bytes in the CPU's memory, nothing left to be computed; itself if it is that already."""
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    """The tensor as contiguous bytes in the CPU's memory, nothing left to be computed; itself if it is that already.
+
+    Raises:
+        SourceError: if it is not a plain tensor. Its bytes would be read at an address that is none.
+    """
+    return plain(tensor).resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -27,6 +27,7 @@ from fewbits.kernels.choose import check_compute
 from fewbits.nn.compute import prepack
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import WeightMatrix
+from fewbits.numerics.plain import not_plain
 from fewbits.numerics.quantize import cast, check_finite, quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
@@ -468,6 +469,9 @@ class Quantizer(ABC):
                 f"{type(self).__name__}.quantize_tensor returned {value.spec} of shape {value.shape} in "
                 f"{dtype_name(value.dtype)}; it must keep the spec, layout and dtype it was given"
             )
+        for part, held in value.parts().items():
+            if why := not_plain(held):
+                raise NumericsError(f"the part {part!r} of what {type(self).__name__}.quantize_tensor returned {why}")
         return value
 
 

@@ -71,6 +71,7 @@ FOREIGN_FORMATS = (
     ForeignFormat("bitsandbytes, LLM.int8()", "weight", ("SCB",)),
     ForeignFormat("HQQ", "W_q", ("scale",)),
     ForeignFormat("torchao", "_qdata", ("_scale",), (torch.int8, torch.uint8, torch.int32, *FP8_DTYPES)),
+    ForeignFormat("quanto, 4 or 2 bits", "._data._data", ("._scale", "._shift"), _U8),
     ForeignFormat("quanto", "._data", ("._scale",), (torch.int8, torch.uint8, *FP8_DTYPES)),
     ForeignFormat("int8 of compressed-tensors, or a format like it", "", ("_scale",), _I8),
     ForeignFormat("codes with scales", "", ("_scale",)),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 
-import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.saving import Value, plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import ArgumentError, SourceError
+from fewbits.nn.intake import quantized_elsewhere
 from fewbits.nn.storage import View, overlaps, storage_key
 from fewbits.numerics.metrics import Measurement
+from fewbits.numerics.plain import plain
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.base import LiveSource, Target
@@ -68,7 +69,7 @@ class MappingSource(LiveSource):
         tensor = self._given.get(name)
         if not isinstance(tensor, Tensor):
             raise SourceError(f"{name} has been removed from the mapping since it was prepared; prepare it again")
-        return tensor.detach()
+        return plain(tensor, name)
 
     def prepared(self) -> Mapping[str, object]:
         """The mapping that was handed in: there is nothing to run."""
@@ -123,16 +124,17 @@ class _MappingTarget(Target):
         value = self._values.get(name)
         if not isinstance(value, (QuantizedTensor, Tensor)):
             raise SourceError(f"{name} has been removed from the quantized mapping")
-        return value
+        return plain_value(name, value)
 
 
 def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:
-    """The mapping's entries, if all of them are dense tensors with data, under names.
+    """The mapping's entries as plain tensors, under names. One tensor under two names is one tensor here, too.
 
     Raises:
-        SourceError: naming what is not.
+        SourceError: naming what is no plain tensor, or has no name.
     """
     checked: dict[str, Tensor] = {}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, QuantizedTensor):
             raise SourceError(f"{name} is quantized already; dequantize() it first")
@@ -141,9 +143,8 @@ def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:
             raise SourceError(
                 f"the entry {name!r} is a {type(tensor).__name__}; a state dict maps names to tensors{inner}"
             )
-        if tensor.is_meta or tensor.layout != torch.strided:
-            raise SourceError(
-                f"{name} is on {tensor.device} with layout {tensor.layout}; only dense tensors with data can be stored"
-            )
-        checked[name] = tensor
+        if problem := quantized_elsewhere(name, tensor):
+            raise SourceError(problem)
+        # The given tensor is held too: a mapping may make its tensors anew, and an id whose tensor is gone comes again.
+        _, checked[name] = seen.setdefault(id(tensor), (tensor, plain(tensor, name)))
     return checked

@@ -5,15 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.saving import Value, plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
 from fewbits.nn.base import stored_weights
 from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.copying import structural_copy
+from fewbits.nn.intake import refuse_changed
 from fewbits.nn.layouts import layout_of
 from fewbits.nn.obstacles import held_beside, obstacle_to
 from fewbits.nn.saving import refuse_save_pretrained
@@ -23,6 +23,7 @@ from fewbits.nn.swap import attach, refuse_quantized
 from fewbits.nn.walk import Slot, find, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
+from fewbits.numerics.plain import plain
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.base import LiveSource, Target
@@ -49,7 +50,7 @@ class ModuleSource(LiveSource):
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer as it is now; buffers as the prepared model has them."""
-        return find(self._model, name).tensor.detach()
+        return plain(find(self._model, name).tensor, name)
 
     def prepared(self) -> nn.Module:
         """The model to run and to observe."""
@@ -65,19 +66,21 @@ class ModuleSource(LiveSource):
         return slots(self._model)
 
     def target(self, ledger: Ledger) -> Target:
-        """The model itself, or another structural copy of it."""
+        """The model itself, or another structural copy of it.
+
+        Raises:
+            SourceError: if it holds something else than it did when it was prepared.
+        """
+        for slot in self.slots:
+            plain(slot.tensor, slot.name)
         return _ModuleTarget(self._model if self.inplace else structural_copy(self._model), ledger, self.inplace)
 
     @staticmethod
     def _check(model: nn.Module) -> None:
         refuse_quantized(model, SourceError)
+        refuse_changed(model, SourceError)
         for slot in slots(model):
-            if nn.parameter.is_lazy(slot.tensor):
-                raise SourceError(f"{slot.name} is not initialized; run the model once before it is prepared")
-            if slot.tensor.is_meta:
-                raise SourceError(f"{slot.name} is on the meta device and has no data; load the model's weights first")
-            if slot.tensor.layout != torch.strided:
-                raise SourceError(f"{slot.name} has layout {slot.tensor.layout}; only dense tensors can be stored")
+            plain(slot.tensor, slot.name)
         entries = {slot.name: Entry(tuple(slot.tensor.shape), slot.tensor.dtype) for slot in slots(model)}
         refuse_foreign(entries)
         for weight in scaled_weights(entries).values():
@@ -144,4 +147,4 @@ class _ModuleTarget(Target):
     def value(self, name: str) -> Value:
         slot = find(self._model, name)
         stored = stored_weights(slot.module).get(slot.local)
-        return slot.tensor.detach() if stored is None else stored.value()
+        return plain_value(name, slot.tensor if stored is None else stored.value())
