@@ -16,7 +16,7 @@ from fewbits.checkpoint.shards import Shard
 from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
-from fewbits.observers.base import Observer
+from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger
@@ -62,8 +62,8 @@ def quantize(
     inplace: bool = False,
     validate: bool = True,
     compute: Compute = "auto",
-    observer: Observer | str | Mapping[str, Any] | None = None,
-    activation_observer: Observer | str | Mapping[str, Any] | None = None,
+    observer: ObserverRecipe | None = None,
+    activation_observer: ObserverRecipe | None = None,
     selector: Selector | None = None,
     serializer: Serializer | None = None,
     progress: Progress = no_progress,

@@ -6,7 +6,7 @@ import os
 import typing
 import warnings
 from abc import ABC
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, final, get_args
 
 import attrs
@@ -30,8 +30,10 @@ from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.quantize import cast, check_finite, quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.observers import OBSERVERS
 from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
+from fewbits.observers.named import ObserverRecipe, make_observer
 from fewbits.quantizers.file_job import FileJob
 from fewbits.quantizers.file_run import FileRun
 from fewbits.quantizers.fitting import Ragged, check_ragged, fitted, refuse_ragged
@@ -60,7 +62,8 @@ class Quantizer(ABC):
     `quantize_tensor`. The lifecycle itself is final.
 
     Args:
-        observer: picks scales and zero points; a recipe, of which every layer gets a fresh copy.
+        observer: picks scales and zero points: a name in `fewbits.observers.OBSERVERS` such as ``"mse"``, a table with
+            that ``name`` and the observer's arguments, or an observer, of which every layer gets a fresh copy.
         activation_observer: likewise, picks the scales of inputs, for specs with static int8 activations.
         selector: decides which tensors are quantized.
         serializer: writes and reads the result.
@@ -98,8 +101,8 @@ class Quantizer(ABC):
     def __init__(
         self,
         *,
-        observer: Observer | None = None,
-        activation_observer: Observer | None = None,
+        observer: ObserverRecipe | None = None,
+        activation_observer: ObserverRecipe | None = None,
         selector: Selector | None = None,
         serializer: Serializer | None = None,
         skip_types: Sequence[TypeRule] | None = None,
@@ -108,10 +111,8 @@ class Quantizer(ABC):
     ) -> None:
         if not isinstance(getattr(self, "spec", None), Spec):
             raise ArgumentError(f"{type(self).__name__} has no spec; set one: spec = QuantSpec(...) or CastSpec(...)")
-        self.observer: Observer = _instance("observer", observer, Observer, MinMaxObserver)
-        self.activation_observer: Observer = _instance(
-            "activation_observer", activation_observer, Observer, MinMaxObserver
-        )
+        self.observer = _observer("observer", observer)
+        self.activation_observer = _observer("activation_observer", activation_observer)
         self.selector: Selector = _instance("selector", selector, Selector, LayerSelector)
         self.serializer: Serializer = _instance("serializer", serializer, Serializer, SafetensorsSerializer)
         self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
@@ -475,6 +476,22 @@ def check_on_failure(on_failure: str) -> None:
     """
     if on_failure not in get_args(OnFailure):
         raise ArgumentError(f"on_failure must be 'error', 'warn' or 'ignore', not {on_failure!r}")
+
+
+def _observer(name: str, value: ObserverRecipe | None) -> Observer:
+    """An observer, made if it is given by name; the default for None.
+
+    Raises:
+        ArgumentError: if it is something else, or there is none of that name.
+    """
+    if value is None:
+        return MinMaxObserver()
+    if isinstance(value, Observer):
+        return value
+    if isinstance(value, (str, Mapping)):
+        return make_observer(name, value)
+    known = ", ".join(map(repr, OBSERVERS))
+    raise ArgumentError(f"{name} must be an instance of Observer, or the name of one: {known}; not {value!r}")
 
 
 def _instance(name: str, value: Any, expected: type, default: Callable[[], Any]) -> Any:
