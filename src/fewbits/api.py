@@ -80,7 +80,9 @@ def quantize(
             brings its own settings. It can be left out if there is a `config`.
         config: settings; those given here replace them one by one, each as a whole.
         output: where to write the result, if `source` is a path; an `Output` says how, too.
-        data: calibration batches, for observers that need them.
+        data: calibration batches, for observers that need them. Of these, the first 150 samples are run, unless the
+            setting ``samples=`` says how many, or ``samples=None`` that all are; see `Quantizer.observe`. The report's
+            `observed` has the number, and whether data was left.
         forward: runs one batch, ``forward(model, batch)``.
         inplace: quantize the model or mapping itself.
         validate: check the result.

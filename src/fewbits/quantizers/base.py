@@ -236,25 +236,33 @@ class Quantizer(ABC):
         forward: calibration.Forward | None = None,
         samples: int | None = calibration.SAMPLES,
         progress: Progress = no_progress,
-    ) -> None:
+    ) -> calibration.Observed:
         """Run data through the prepared model, for observers that look at inputs. As often as you like.
 
         Args:
-            batches: tensors, (input, target) pairs, or mappings of keyword arguments, such as a list, a DataLoader or
-                what a tokenizer of transformers returns.
+            batches: a list, a DataLoader or another iterable of tensors, (input, target) pairs, or mappings such as
+                a tokenizer of transformers returns.
             forward: runs one batch, ``forward(model, batch)``, where these do not fit.
-            samples: stop after this many (the first axis of a batch counts them); None takes all that come.
+            samples: stop after this many; the first axis of a batch counts them, be they sentences, images or tokens.
+                None runs all batches.
             progress: told how far it is, from 50 samples up.
+
+        Returns:
+            how many samples and batches this call ran, and whether data was left. The report of `validate` has the sum
+            over all calls.
 
         Raises:
             StateError: in any state but PREPARED and OBSERVED.
             CalibrationError: if the source has no forward, or there is no batch, or one cannot be fed.
         """
-        model = self._guarded("observe").source.module()
+        job = self._guarded("observe")
+        model = job.source.module()
         if model is None:
             raise CalibrationError("a state dict or a file has no forward to observe; prepare the model itself")
         seen = calibration.run(model, batches, forward, samples=samples, progress=progress)
-        self._advance("observe", samples=seen)
+        job.observed = seen if job.observed is None else job.observed + seen
+        self._advance("observe", **seen.to_dict())
+        return seen
 
     @final
     def convert(

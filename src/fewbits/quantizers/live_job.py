@@ -123,7 +123,8 @@ class LiveJob(Job):
             fail_under=fail_under,
             progress=progress,
         )
-        self.report = check_reload(report, self.ledger, target.value, serializer)
+        report = check_reload(report, self.ledger, target.value, serializer)
+        self.report = attrs.evolve(report, observed=self.observed)
         return self.report
 
     def _changed(self, target: Target) -> dict[str, str]:
