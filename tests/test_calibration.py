@@ -501,3 +501,22 @@ def test_a_loader_of_pairs_counts_its_samples():
     loader, steps = torch.utils.data.DataLoader(dataset, batch_size=25), []
     assert calibration.run(mlp(), loader, progress=steps.append) == Observed(60, 3)
     assert [(step.done, step.total) for step in steps] == [(25, 75), (50, 75), (60, 75), (60, 60)]
+
+
+def test_a_sentence_transformer_is_calibrated_with_the_features_that_its_tokenizer_returns():
+    library = pytest.importorskip("sentence_transformers")
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.dense = nn.Embedding(10, 16), nn.Linear(16, 16)
+
+        def forward(self, features):
+            return features | {"token_embeddings": self.dense(self.embedding(features["input_ids"]))}
+
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    model = library.SentenceTransformer(modules=[Tokens(), modules.Pooling(16)], device="cpu")
+    features = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    result = fewbits.quantize(model, "int8", activations="static", data=[features], min_elements=1)
+    assert result.report.observed == Observed(2, 1)
+    assert result.model(features)["sentence_embedding"].shape == (2, 16)
