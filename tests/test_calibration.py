@@ -503,6 +503,7 @@ def test_a_loader_of_pairs_counts_its_samples():
     assert [(step.done, step.total) for step in steps] == [(25, 75), (50, 75), (60, 75), (60, 60)]
 
 
+@pytest.mark.slow
 def test_a_sentence_transformer_is_calibrated_with_the_features_that_its_tokenizer_returns():
     library = pytest.importorskip("sentence_transformers")
 

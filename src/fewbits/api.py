@@ -84,7 +84,9 @@ def quantize(
             setting ``samples=`` says how many, or ``samples=None`` that all are; see `Quantizer.observe`. The report's
             `observed` has the number, and whether data was left.
         forward: runs one batch, ``forward(model, batch)``.
-        inplace: quantize the model or mapping itself.
+        inplace: quantize the model or mapping itself. If an error or an interruption ends it halfway, the model is
+            usable and quantized in part, and the event ``quantized_in_part`` says so: `dequantize` gives a float copy,
+            in which the weights that were converted are rounded.
         validate: check the result.
         compute: what the layers of a model may do to be fast; see `set_compute`.
         observer: picks the scales of weights: a name or a table as in the config, or an observer.
