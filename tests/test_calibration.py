@@ -1,6 +1,7 @@
 """`observe`: what a batch may be, and what the model looks like meanwhile and afterwards."""
 
 import itertools
+import json
 import math
 import weakref
 from collections import UserDict, namedtuple
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, CalibrationError, Int8PerChannel, LayerSelector, State, Step, calibration
+from fewbits import ArgumentError, CalibrationError, Int8PerChannel, LayerSelector, Observed, State, Step, calibration
 from lifecycle_helpers import Watcher, mlp
 
 X = torch.arange(32.0).reshape(2, 16)
@@ -148,6 +149,32 @@ def test_a_loader_may_be_used_as_it_is():
     assert [tuple(x.shape) for x in seen] == [(4, 16), (4, 32)] * 2
 
 
+class Features(nn.Module):
+    """Takes all its inputs in one mapping, as `SentenceTransformer` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, features, **options):
+        return self.linear(features["x"] * features["mask"])
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_a_mapping_is_one_argument_where_the_forward_asks_for_it(kind):
+    seen = []
+    quantizer, _ = prepared(Features(), observer=Watcher(seen.append))
+    assert quantizer.observe([kind(x=X, mask=torch.ones(2, 1))]) == Observed(2, 1)
+    assert torch.equal(seen[0], X)
+
+
+def test_calibration_data_in_mappings_goes_to_a_model_that_takes_one_mapping():
+    data = [{"x": X, "mask": torch.ones(2, 1)}] * 3
+    result = fewbits.quantize(Features(), "int8", activations="static", data=data, min_elements=1)
+    assert result.report.observed == Observed(6, 3)
+    assert result.model.linear.weight_stored.input_scale.item() == pytest.approx(31 / 127)
+
+
 # How many samples are run.
 
 
@@ -161,15 +188,82 @@ def counting(sizes, taken):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40) | st.none())
 def test_it_stops_with_the_batch_that_reaches_the_samples(sizes, samples):
     taken = []
-    done = calibration.run(nn.Identity(), counting(sizes, taken), samples=samples)
+    observed = calibration.run(nn.Identity(), counting(sizes, taken), samples=samples)
     sums = list(itertools.accumulate(sizes))
     needed = next((index for index, total in enumerate(sums, 1) if samples and total >= samples), len(sizes))
     assert taken == sizes[:needed]
-    assert done == sums[needed - 1]
+    unknown = samples is not None and sums[needed - 1] >= samples
+    assert observed == Observed(sums[needed - 1], needed, more=None if unknown else False)
 
 
 def test_an_endless_loader_stops_at_150_samples():
-    assert calibration.run(nn.Identity(), (torch.ones(4, 2) for _ in itertools.count())) == 152
+    endless = (torch.ones(4, 2) for _ in itertools.count())
+    assert calibration.run(nn.Identity(), endless) == Observed(152, 38, more=None)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40) | st.none())
+def test_of_a_sized_source_observe_knows_whether_data_is_left(sizes, samples):
+    observed = calibration.run(nn.Identity(), Sized(sizes), samples=samples)
+    assert observed.samples == sum(sizes[: observed.batches])
+    assert observed.more is (observed.batches < len(sizes))
+
+
+def test_observe_takes_nothing_from_a_generator_that_it_does_not_run():
+    quantizer, _ = prepared()
+    batches = (torch.ones(2, 16) for _ in range(5))
+    calls = [quantizer.observe(batches, samples=4) for _ in range(3)]
+    assert calls == [Observed(4, 2, more=None), Observed(4, 2, more=None), Observed(2, 1, more=False)]
+
+
+def test_the_calls_of_observe_add_up_in_the_report():
+    quantizer, _ = prepared(activations="static")
+    assert quantizer.observe([X] * 3) == Observed(6, 3)
+    assert quantizer.observe([X] * 5, samples=3) == Observed(4, 2, more=True)
+    quantizer.convert()
+    report = quantizer.validate()
+    assert report.observed == Observed(10, 5, more=True)
+    assert "observed: 10 samples in 5 batches, and data was left (samples=None runs all of it)" in report.summary()
+    assert json.loads(report.to_json())["observed"] == {"samples": 10, "batches": 5, "more": True}
+
+
+@given(st.lists(st.builds(Observed, st.integers(1, 9), st.integers(1, 9), st.sampled_from([True, False, None]))))
+def test_data_that_one_call_left_is_left(calls):
+    total = sum(calls, start=Observed(0, 0))
+    left = [call.more for call in calls]
+    assert total.more is (True if True in left else None if None in left else False)
+    assert (total.samples, total.batches) == (sum(c.samples for c in calls), sum(c.batches for c in calls))
+
+
+def test_without_data_the_report_has_nothing_observed():
+    report = fewbits.quantize(mlp(), "int8").report
+    assert report.observed is None
+    assert report.to_dict()["observed"] is None
+    assert "observed" not in report.summary()
+
+
+@pytest.mark.parametrize("samples", [{}, {"samples": 150}, {"samples": 7}, {"samples": None}])
+def test_quantize_says_in_its_report_how_much_data_it_ran(samples):
+    report = fewbits.quantize(mlp(), "int8", data=[torch.ones(1, 16)] * 200, **samples).report
+    limit = samples.get("samples", 150)
+    assert report.observed == Observed(limit or 200, limit or 200, more=limit is not None)
+
+
+def test_one_sample_is_counted_in_plain_words():
+    assert str(Observed(1, 1)) == "1 sample in 1 batch"
+    assert (
+        str(Observed(2, 1, more=None))
+        == "2 samples in 1 batch, and perhaps data was left (samples=None runs all of it)"
+    )
+
+
+def test_a_layer_sees_more_than_150_rows_only_if_asked_to():
+    rows = []
+    for samples in ({}, {"samples": None}):
+        seen = []
+        quantizer, _ = prepared(observer=Watcher(seen.append))
+        quantizer.observe([torch.ones(50, 16)] * 10, **samples)
+        rows.append(sum(len(x) for x in seen if x.shape[1] == 16))
+    assert rows == [150, 500]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +283,7 @@ def test_an_endless_loader_stops_at_150_samples():
 )
 def test_samples_are_counted_along_the_first_axis_of_the_first_tensor(batch, samples):
     assert calibration.samples_in(batch) == samples
-    assert calibration.run(nn.Identity(), [batch, X], forward=lambda m, b: None) == samples + 2
+    assert calibration.run(nn.Identity(), [batch, X], forward=lambda m, b: None) == Observed(samples + 2, 2)
 
 
 @pytest.mark.parametrize("samples", [0, -1, 1.5, True, "all", math.inf])
@@ -217,7 +311,7 @@ def test_what_can_only_be_indexed_is_iterated():
         def __getitem__(self, index):
             return [X, X][index]
 
-    assert calibration.run(nn.Identity(), Rows()) == 4
+    assert calibration.run(nn.Identity(), Rows()) == Observed(4, 2)
 
 
 def test_batches_are_let_go_of():
@@ -405,5 +499,25 @@ def test_a_tokenizer_s_batches_are_fed_as_keyword_arguments():
 def test_a_loader_of_pairs_counts_its_samples():
     dataset = torch.utils.data.TensorDataset(torch.rand(60, 16), torch.arange(60))
     loader, steps = torch.utils.data.DataLoader(dataset, batch_size=25), []
-    assert calibration.run(mlp(), loader, progress=steps.append) == 60
+    assert calibration.run(mlp(), loader, progress=steps.append) == Observed(60, 3)
     assert [(step.done, step.total) for step in steps] == [(25, 75), (50, 75), (60, 75), (60, 60)]
+
+
+@pytest.mark.slow
+def test_a_sentence_transformer_is_calibrated_with_the_features_that_its_tokenizer_returns():
+    library = pytest.importorskip("sentence_transformers")
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.dense = nn.Embedding(10, 16), nn.Linear(16, 16)
+
+        def forward(self, features):
+            return features | {"token_embeddings": self.dense(self.embedding(features["input_ids"]))}
+
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    model = library.SentenceTransformer(modules=[Tokens(), modules.Pooling(16)], device="cpu")
+    features = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    result = fewbits.quantize(model, "int8", activations="static", data=[features], min_elements=1)
+    assert result.report.observed == Observed(2, 1)
+    assert result.model(features)["sentence_embedding"].shape == (2, 16)

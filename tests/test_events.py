@@ -39,7 +39,7 @@ def test_every_step_is_an_event_with_fields(events, tmp_path):
     ]
     prepare, observe, convert, *measured, validate, save = events
     assert (prepare["tensors"], prepare["quantized"], prepare["cast"]) == (4, 2, 0)
-    assert observe["samples"] == 2
+    assert (observe["samples"], observe["batches"], observe["more"]) == (2, 1, False)
     assert (convert["bytes_before"], convert["bytes_after"]) == (
         quantizer.ledger.bytes_before,
         quantizer.ledger.bytes_after,
@@ -47,6 +47,25 @@ def test_every_step_is_an_event_with_fields(events, tmp_path):
     assert [e["tensor"] for e in measured] == ["0.weight", "2.weight"]
     assert validate["ok"] is True
     assert save["path"] == str(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("count", "samples", "level"),
+    [(200, {}, "warning"), (200, {"samples": 20}, "info"), (150, {}, None), (9, {}, None)],
+)
+def test_data_that_observe_leaves_is_an_event_and_a_warning_unless_a_limit_was_given(events, count, samples, level):
+    quantizer = small()
+    quantizer.prepare(mlp())
+    quantizer.observe([torch.ones(1, 16)] * count, **samples)
+    told = [e for e in events if e["event"] == "data_left"]
+    limit = samples.get("samples", 150)
+    expected = {"event": "data_left", "limit": limit, "samples": limit, "batches": limit, "more": True}
+    assert told == ([expected | {"log_level": level}] if level else [])
+
+
+def test_data_that_may_be_left_in_a_generator_is_a_warning(events):
+    fewbits.quantize(mlp(), "int8", data=(torch.ones(1, 16) for _ in range(200)))
+    assert [(e["log_level"], e["more"]) for e in events if e["event"] == "data_left"] == [("warning", None)]
 
 
 def test_every_measured_tensor_is_an_event_with_its_verdict(events):

@@ -199,7 +199,9 @@ def test_calls_out_of_order_are_refused(source):
 def test_a_file_that_is_not_part_of_the_result_is_refused(source):
     run = fleet(source)
     file = run.begin()[0]
-    with pytest.raises(fewbits.ArgumentError, match=r"is not a file of .*did you mean 'model-0000\d-of"):
+    with pytest.raises(fewbits.ArgumentError, match=rf"is not a file of .*did you mean '{file}'.*begin\(\)"):
+        run.write(file.replace("model", "modl"))
+    with pytest.raises(fewbits.ArgumentError, match=r"is not a file of [^(]*; begin\(\) returns the names"):
         run.write(file.replace("00001", "00009", 1))
 
 

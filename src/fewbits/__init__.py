@@ -8,6 +8,7 @@
 
 from fewbits._version import __version__
 from fewbits.api import Plan, Result, plan, quantize, verify
+from fewbits.calibration import Observed
 from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
@@ -98,6 +99,7 @@ __all__ = [
     "MovingAverageMinMaxObserver",
     "NonFiniteError",
     "NumericsError",
+    "Observed",
     "Observer",
     "Operand",
     "Output",

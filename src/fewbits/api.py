@@ -16,7 +16,7 @@ from fewbits.checkpoint.shards import Shard
 from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
-from fewbits.observers.base import Observer
+from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger
@@ -62,8 +62,8 @@ def quantize(
     inplace: bool = False,
     validate: bool = True,
     compute: Compute = "auto",
-    observer: Observer | str | Mapping[str, Any] | None = None,
-    activation_observer: Observer | str | Mapping[str, Any] | None = None,
+    observer: ObserverRecipe | None = None,
+    activation_observer: ObserverRecipe | None = None,
     selector: Selector | None = None,
     serializer: Serializer | None = None,
     progress: Progress = no_progress,
@@ -80,9 +80,13 @@ def quantize(
             brings its own settings. It can be left out if there is a `config`.
         config: settings; those given here replace them one by one, each as a whole.
         output: where to write the result, if `source` is a path; an `Output` says how, too.
-        data: calibration batches, for observers that need them.
+        data: calibration batches, for observers that need them. Of these, the first 150 samples are run, unless the
+            setting ``samples=`` says how many, or ``samples=None`` that all are; see `Quantizer.observe`. The report's
+            `observed` has the number, and whether data was left.
         forward: runs one batch, ``forward(model, batch)``.
-        inplace: quantize the model or mapping itself.
+        inplace: quantize the model or mapping itself. If an error or an interruption ends it halfway, the model is
+            usable and quantized in part, and the event ``quantized_in_part`` says so: `dequantize` gives a float copy,
+            in which the weights that were converted are rounded.
         validate: check the result.
         compute: what the layers of a model may do to be fast; see `set_compute`.
         observer: picks the scales of weights: a name or a table as in the config, or an observer.

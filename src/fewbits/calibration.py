@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fewbits._events import emit
 from fewbits.errors import ArgumentError, CalibrationError
+from fewbits.nn.feeding import feed
 from fewbits.observers.base import Observer
 from fewbits.selection.progress import Progress, Step, no_progress
 
@@ -25,26 +28,59 @@ SAMPLES = 150
 TOLD_FROM = 50
 
 _FED = (
-    "by itself (a tensor as it is, a mapping as keyword arguments, of a tuple or list the first element); if the model "
-    "takes its inputs another way, pass forward=, a function of the model and the batch"
+    "by itself (a tensor as it is, a mapping as keyword arguments unless the model's forward asks for the mapping, of "
+    "a tuple or list the first element); if the model takes its inputs another way, pass forward=, a function of the "
+    "model and the batch"
 )
 
 
+@attrs.frozen
+class Observed:
+    """How much data `observe` ran through a prepared model.
+
+    Attributes:
+        samples: the number of samples: the lengths of the first axes of the batches, added up.
+        batches: the number of batches.
+        more: whether data was left when the limit on samples was reached. None if nobody knows: the batches came from
+            something without a length, such as a generator, and to ask it for one more would lose that batch.
+    """
+
+    samples: int
+    batches: int
+    more: bool | None = False
+
+    def __add__(self, other: Observed) -> Observed:
+        left = {self.more, other.more}
+        more = True if True in left else None if None in left else False
+        return Observed(self.samples + other.samples, self.batches + other.batches, more)
+
+    def __str__(self) -> str:
+        left = {True: ", and data was left", None: ", and perhaps data was left", False: ""}[self.more]
+        hint = " (samples=None runs all of it)" if left else ""
+        return f"{_counted(self.samples, 'sample')} in {_counted(self.batches, 'batch', 'batches')}{left}{hint}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able description."""
+        return attrs.asdict(self)
+
+
+def _counted(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def default_forward(model: nn.Module, batch: Any) -> object:
-    """Feed a tensor as it is, a mapping as keyword arguments, and of a tuple or list, (input, target...), the input.
+    """Feed a tensor as it is, a mapping as `feed` does, and of a tuple or list, (input, target...), the input.
 
     Raises:
         CalibrationError: for anything else.
     """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
+    if isinstance(batch, (Tensor, Mapping)):
+        return feed(model, batch)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         return model(batch[0])
     raise CalibrationError(
         f"a batch of type {type(batch).__name__} cannot be fed by itself: yield tensors, (input, target) pairs or "
-        "mappings of keyword arguments, or pass forward=, a function of the model and the batch"
+        "mappings, or pass forward=, a function of the model and the batch"
     )
 
 
@@ -115,7 +151,7 @@ def run(
     *,
     samples: int | None = SAMPLES,
     progress: Progress = no_progress,
-) -> int:
+) -> Observed:
     """Run batches in eval mode and without gradients; the training flags are as before afterwards.
 
     Nothing of a batch is kept. How many samples are in one is the length of the first axis of its first tensor; a
@@ -125,12 +161,13 @@ def run(
         model: the prepared model.
         batches: such as a list of tensors, or a DataLoader; nothing is taken from it beyond what is run.
         forward: runs one batch, ``forward(model, batch)``; None feeds it as `default_forward` does.
-        samples: stop after this many; the batch that reaches them is run whole. None runs all batches.
+        samples: stop after this many; the batch that reaches them is run whole. None runs all batches. If batches may
+            be left, the event ``data_left`` says so: a warning where the limit is the default, which nobody has chosen.
         progress: told after every batch, if at least 50 samples are expected or were seen. What is expected follows
             from the number of batches, if it is known, and the samples in the first one.
 
     Returns:
-        how many samples there were.
+        how much was run, and whether that was all.
 
     Raises:
         ArgumentError: if `samples` is not a positive integer or None.
@@ -157,7 +194,18 @@ def run(
             "there was no batch to observe, or none with a sample in it; an iterator that is used up yields nothing a "
             "second time"
         )
-    return done
+    observed = Observed(done, number, _left(batches, number, done, samples))
+    if observed.more is not False:
+        emit("warning" if samples == SAMPLES else "info", "data_left", limit=samples, **observed.to_dict())
+    return observed
+
+
+def _left(batches: object, number: int, done: int, samples: int | None) -> bool | None:
+    """Whether there are batches behind the last one that was run; None if that cannot be known."""
+    if samples is None or done < samples:
+        return False
+    length = _length(batches)
+    return None if length is None else length > number
 
 
 def samples_in(batch: Any) -> int:
@@ -191,11 +239,16 @@ def _refuse_other_than_batches(batches: object) -> None:
 
 def _expected(batches: object, size: int, samples: int | None) -> int:
     """How many samples will be run, judging by the first batch; 0 if it cannot be known."""
-    try:
-        total = len(batches) * size  # type: ignore[arg-type]
-    except TypeError:
-        return 0
+    total = (_length(batches) or 0) * size
     return total if samples is None else min(total, samples)
+
+
+def _length(batches: object) -> int | None:
+    """The number of batches; None if it is not known."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 @contextmanager

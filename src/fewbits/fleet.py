@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, StateError
-from fewbits.observers.base import Observer
+from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.file_run import FileRun
 from fewbits.quantizers.job import Share
+from fewbits.selection.nearest import did_you_mean
 from fewbits.selection.progress import Progress, no_progress
-from fewbits.selection.rules import did_you_mean
 from fewbits.selection.selector import Selector
 
 
@@ -61,8 +61,8 @@ class FleetRun:
         output: str | os.PathLike[str] | Output,
         config: QuantizationConfig | None = None,
         validate: bool = True,
-        observer: Observer | str | Mapping[str, Any] | None = None,
-        activation_observer: Observer | str | Mapping[str, Any] | None = None,
+        observer: ObserverRecipe | None = None,
+        activation_observer: ObserverRecipe | None = None,
         selector: Selector | None = None,
         serializer: Serializer | None = None,
         **settings: Any,
@@ -130,7 +130,10 @@ class FleetRun:
         """
         _, run = self._prepared(progress)
         if file not in run.sizes:
-            raise ArgumentError(f"{file!r} is not a file of {self._output.path}{did_you_mean(str(file), run.sizes)}")
+            raise ArgumentError(
+                f"{file!r} is not a file of {self._output.path}{did_you_mean(file, run.sizes)}; "
+                "begin() returns the names"
+            )
         try:
             run.join()
             run.write([file])

@@ -14,7 +14,8 @@ from torch import nn
 
 import fewbits
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
-from lifecycle_helpers import FEWER_EXAMPLES, TiedLM, files_in, quantize_small
+from fewbits.errors import FormatError
+from lifecycle_helpers import FEWER_EXAMPLES, TiedLM, files_in, mlp, quantize_small
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64,
@@ -274,3 +275,50 @@ def test_a_safetensors_file_whose_last_tensor_is_an_archive_is_none(tmp_path):
     assert not is_torch_file(tmp_path / "in")
     quantize_small(tmp_path / "in", "int8", output=tmp_path / "out")
     assert torch.equal(fewbits.load(tmp_path / "out")["z"], inner)
+
+
+# Where a result of fewbits' is expected, the error says what such a file is good for, and that is true.
+
+
+def refused(path):
+    """The messages of all that read results."""
+    messages = set()
+    for read in (fewbits.load, lambda p: fewbits.load(p, into=mlp()), fewbits.verify):
+        with pytest.raises(FormatError) as caught:
+            read(path)
+        messages.add(str(caught.value))
+    (message,) = messages
+    return message
+
+
+def test_a_float_state_dict_that_is_loaded_is_said_to_be_a_source(tmp_path):
+    torch.save(mlp().state_dict(), path := tmp_path / "model.pt")
+    assert "holds a float state dict that torch.save wrote: quantize(path, ...) takes it" in refused(path)
+    quantize_small(path, output=tmp_path / "model.safetensors")
+    assert fewbits.load(tmp_path / "model.safetensors", into=mlp())[0].weight.shape == (32, 16)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4"])
+def test_a_quantized_state_dict_that_is_loaded_is_said_to_go_into_a_quantized_model(scheme, tmp_path):
+    quantized = quantize_small(mlp(), scheme).model
+    torch.save(quantized.state_dict(), path := tmp_path / "model.pt")
+    message = refused(path)
+    assert "holds a quantized state dict" in message
+    assert "model.load_state_dict(torch.load(path, weights_only=True))" in message
+    model = quantize_small(mlp(seed=1), scheme).model
+    model.load_state_dict(torch.load(path, weights_only=True))
+    assert torch.equal(model[0].weight, quantized[0].weight)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_whole_model_that_is_loaded_is_said_to_be_one(is_quantized, tmp_path):
+    model = quantize_small(mlp()).model if is_quantized else mlp()
+    torch.save(model, path := tmp_path / "model.pt")
+    assert "Sequential, not a state dict" in refused(path)
+    assert "take what torch.load(path, weights_only=False) gives" in refused(path)
+    assert torch.equal(torch.load(path, weights_only=False)[0].weight, model[0].weight)
+
+
+def test_a_damaged_safetensors_file_is_not_taken_for_one_of_torch_save(tmp_path):
+    (path := tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    assert "torch.save" not in refused(path)

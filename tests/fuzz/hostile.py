@@ -161,6 +161,9 @@ def _pickles() -> Iterator[tuple[str, Case]]:
     listed = archive.index(b"PK\x01\x02")
     yield "archive-that-lies", _torch(archive[: listed + 42] + b"\1" + archive[listed + 43 :])
     yield "archive-and-safetensors", _file(safetensors_file({"a.weight": torch.ones(2, 4)}) + archive)
+    codes = {"a.weight_packed": torch.ones(2, 1, dtype=torch.int32), "a.weight_scale": torch.ones(2, 1)}
+    for name, data in (("float", archive), ("quantized", torch_file(codes)), ("list", _with_pickle(b"\x80\2]."))):
+        yield f"loaded-as-a-result-{name}", _file(data, "load")
 
 
 def _torch(data: bytes) -> Case:

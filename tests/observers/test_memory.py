@@ -19,7 +19,7 @@ model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
 observers = [cls() for cls in OBSERVERS.values()]
 watch = calibration.InputWatch([(f"{i}.weight", model[i], observer) for i in (0, 2) for observer in observers])
 batches = (torch.randn(64, 1024) for _ in range(int(sys.argv[1])))
-print(calibration.run(model, batches, samples=None))
+print(calibration.run(model, batches, samples=None).samples)
 for observer in observers:
     observer.input_params(INPUT_SPEC)
 status = open("/proc/self/status").read()

@@ -23,6 +23,7 @@ from fewbits.nn.obstacles import held_beside, obstacle_to
 from fewbits.nn.saving import refuse_save_pretrained
 from fewbits.nn.swap import refuse_quantized
 from fewbits.nn.walk import Slot, parent_of, slots
+from fewbits.nn.wrappers import compiled_hint, refuse_wrapped
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.selection.ledger import LedgerRow
 from fewbits.selection.patterns import Pattern, check_all_used, parse_patterns
@@ -105,6 +106,7 @@ def load(
         return checkpoint.values()
     if not isinstance(into, nn.Module):
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
+    refuse_wrapped(into, MismatchError)
     refuse_quantized(into, MismatchError)
     refuse_changed(into, MismatchError)
     checkpoint.check(check)
@@ -136,7 +138,7 @@ def _places(
     missed = [name for name in lacked if not any(pattern.matches(name) for pattern in ignored)]
     problems = [f"{name} is in the file, not in the model" for name in missed]
     if missed:
-        problems[-1] += " (with ignore=[...] what the model may lack stays in the file)"
+        problems[-1] += " (with ignore=[...] what the model may lack stays in the file)" + compiled_hint(model, missed)
     takers: dict[tuple[int, str], str] = {}
     for name, slot in by_name.items():
         row = rows.get(name)
@@ -181,6 +183,8 @@ def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list
     """Whether the file says that a layer rounds its inputs, and none of those that take the weight does."""
     if row.spec is None or row.spec.activations is None or not places:
         return []
+    if any(nn.parameter.is_lazy(slot.tensor) for slot in places):
+        return []  # without a shape it has no layout; `_misfits` names it
     rounding = [slot for slot in places if rounds_inputs(slot.module, slot.local, parent_of(model, slot))]
     if rounding and all(layout_of(slot.module, slot.local, slot.tensor)[0] == row.layout for slot in rounding):
         return []

@@ -157,6 +157,24 @@ def is_torch_file(path: Path) -> bool:
     return first == _OLD_FORMAT or (first.startswith(_ARCHIVE) and first[8:9] != b"{")
 
 
+def use_of(path: Path) -> str:
+    """What a file of `torch.save` is good for, where a result of fewbits' is expected: a message for an error."""
+    try:
+        names = TorchFile(path).entries
+    except FormatError as error:
+        return str(error)
+    if any(name.endswith("_packed") and name.removesuffix("packed") + "scale" in names for name in names):
+        return (
+            f"{path} holds a quantized state dict that torch.save wrote; model.load_state_dict(torch.load(path, "
+            "weights_only=True)) puts it into a model that was quantized in the same way. A file that can be loaded "
+            "into a float model is written by result.save"
+        )
+    return (
+        f"{path} holds a float state dict that torch.save wrote: quantize(path, ...) takes it as a source. A result is "
+        "what result.save or output= wrote"
+    )
+
+
 def _records(source: FileBytes) -> dict[str, _Place]:
     """Where the bytes of every record are, by its name."""
     path, size = source.path, source.identity[2]
@@ -219,7 +237,10 @@ def _check_byteorder(source: FileBytes, place: _Place | None) -> None:
 
 def _tensors(path: Path, saved: object) -> Iterator[tuple[str, SavedTensor]]:
     if not isinstance(saved, Mapping):
-        raise FormatError(f"{path} holds a {_kind(saved)}, not a state dict that maps names to tensors")
+        raise FormatError(
+            f"{path} holds a {_kind(saved)}, not a state dict that maps names to tensors; if it is a model, and you "
+            "trust the file, take what torch.load(path, weights_only=False) gives"
+        )
     for name, tensor in saved.items():
         if isinstance(name, str) and isinstance(tensor, SavedTensor):
             yield name, tensor

@@ -11,9 +11,9 @@ import attrs
 
 from fewbits.calibration import SAMPLES
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.config.making import checked_name, make_observer, takers
 from fewbits.config.reading import read
 from fewbits.config.values import (
+    Table,
     dtype_as_name,
     frozen,
     frozen_overrides,
@@ -31,11 +31,12 @@ from fewbits.config.values import (
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
 from fewbits.numerics.spec import Activations
-from fewbits.observers.base import Observer
+from fewbits.observers.named import ObserverRecipe, make_observer
 from fewbits.quantizers.base import OnFailure, Quantizer
 from fewbits.quantizers.fitting import Ragged
-from fewbits.quantizers.schemes import SCHEMES
-from fewbits.selection.rules import OverrideRule, TypeRule, did_you_mean, parse_override
+from fewbits.quantizers.schemes import SCHEMES, takers
+from fewbits.selection.nearest import checked_name, did_you_mean
+from fewbits.selection.rules import OverrideRule, TypeRule, parse_override
 from fewbits.selection.selector import LayerSelector, Selector
 from fewbits.validation.report import CRITICAL_DB
 
@@ -57,7 +58,13 @@ def _check_scheme(_: Any, __: Any, scheme: object) -> None:
 
 
 def _check_observer(_: Any, field: Any, recipe: object) -> None:
-    make_observer(field.name, recipe)
+    if isinstance(recipe, (str, Table)):
+        make_observer(field.name, recipe)
+    elif recipe is not None:
+        raise ArgumentError(
+            f"{field.name} is named in a config, such as 'percentile' or {{'name': 'percentile', 'percentile': 99.9}}, "
+            f"not {recipe!r}; an observer of your own goes to quantize(..., {field.name}=...)"
+        )
 
 
 _PATTERNS = must_be("a list of name patterns, such as ['lm_head']", sequence_of(str))
@@ -175,8 +182,8 @@ class QuantizationConfig:
     def quantizer(
         self,
         *,
-        observer: Observer | None = None,
-        activation_observer: Observer | None = None,
+        observer: ObserverRecipe | None = None,
+        activation_observer: ObserverRecipe | None = None,
         selector: Selector | None = None,
         serializer: Serializer | None = None,
     ) -> Quantizer:
@@ -191,13 +198,9 @@ class QuantizationConfig:
         Raises:
             ArgumentError: for a selector where rules are set, or what is no strategy of its kind.
         """
-        if observer is None:
-            observer = make_observer("observer", self.observer)
-        if activation_observer is None:
-            activation_observer = make_observer("activation_observer", self.activation_observer)
         return SCHEMES[self.scheme](
-            observer=observer,
-            activation_observer=activation_observer,
+            observer=self.observer if observer is None else observer,
+            activation_observer=self.activation_observer if activation_observer is None else activation_observer,
             selector=self._selector(selector),
             serializer=serializer,
             **self._scheme_settings(),
@@ -287,5 +290,5 @@ def check_settings(settings: Iterable[str], also: Iterable[str] = ()) -> None:
     """
     for name in settings:
         if name not in SETTINGS:
-            near = did_you_mean(str(name), [*SETTINGS, *also])
+            near = did_you_mean(name, [*SETTINGS, *also])
             raise ArgumentError(f"there is no setting {name!r}{near}; there are {', '.join(SETTINGS)}")

@@ -6,7 +6,7 @@ import os
 import typing
 import warnings
 from abc import ABC
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, final, get_args
 
 import attrs
@@ -31,8 +31,10 @@ from fewbits.numerics.plain import not_plain
 from fewbits.numerics.quantize import cast, check_finite, quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.observers import OBSERVERS
 from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
+from fewbits.observers.named import ObserverRecipe, make_observer
 from fewbits.quantizers.file_job import FileJob
 from fewbits.quantizers.file_run import FileRun
 from fewbits.quantizers.fitting import Ragged, check_ragged, fitted, refuse_ragged
@@ -61,7 +63,8 @@ class Quantizer(ABC):
     `quantize_tensor`. The lifecycle itself is final.
 
     Args:
-        observer: picks scales and zero points; a recipe, of which every layer gets a fresh copy.
+        observer: picks scales and zero points: a name in `fewbits.observers.OBSERVERS` such as ``"mse"``, a table with
+            that ``name`` and the observer's arguments, or an observer, of which every layer gets a fresh copy.
         activation_observer: likewise, picks the scales of inputs, for specs with static int8 activations.
         selector: decides which tensors are quantized.
         serializer: writes and reads the result.
@@ -99,8 +102,8 @@ class Quantizer(ABC):
     def __init__(
         self,
         *,
-        observer: Observer | None = None,
-        activation_observer: Observer | None = None,
+        observer: ObserverRecipe | None = None,
+        activation_observer: ObserverRecipe | None = None,
         selector: Selector | None = None,
         serializer: Serializer | None = None,
         skip_types: Sequence[TypeRule] | None = None,
@@ -109,10 +112,8 @@ class Quantizer(ABC):
     ) -> None:
         if not isinstance(getattr(self, "spec", None), Spec):
             raise ArgumentError(f"{type(self).__name__} has no spec; set one: spec = QuantSpec(...) or CastSpec(...)")
-        self.observer: Observer = _instance("observer", observer, Observer, MinMaxObserver)
-        self.activation_observer: Observer = _instance(
-            "activation_observer", activation_observer, Observer, MinMaxObserver
-        )
+        self.observer = _observer("observer", observer)
+        self.activation_observer = _observer("activation_observer", activation_observer)
         self.selector: Selector = _instance("selector", selector, Selector, LayerSelector)
         self.serializer: Serializer = _instance("serializer", serializer, Serializer, SafetensorsSerializer)
         self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
@@ -244,25 +245,33 @@ class Quantizer(ABC):
         forward: calibration.Forward | None = None,
         samples: int | None = calibration.SAMPLES,
         progress: Progress = no_progress,
-    ) -> None:
+    ) -> calibration.Observed:
         """Run data through the prepared model, for observers that look at inputs. As often as you like.
 
         Args:
-            batches: tensors, (input, target) pairs, or mappings of keyword arguments, such as a list, a DataLoader or
-                what a tokenizer of transformers returns.
+            batches: a list, a DataLoader or another iterable of tensors, (input, target) pairs, or mappings such as
+                a tokenizer of transformers returns.
             forward: runs one batch, ``forward(model, batch)``, where these do not fit.
-            samples: stop after this many (the first axis of a batch counts them); None takes all that come.
+            samples: stop after this many; the first axis of a batch counts them, be they sentences, images or tokens.
+                None runs all batches.
             progress: told how far it is, from 50 samples up.
+
+        Returns:
+            how many samples and batches this call ran, and whether data was left. The report of `validate` has the sum
+            over all calls.
 
         Raises:
             StateError: in any state but PREPARED and OBSERVED.
             CalibrationError: if the source has no forward, or there is no batch, or one cannot be fed.
         """
-        model = self._guarded("observe").source.module()
+        job = self._guarded("observe")
+        model = job.source.module()
         if model is None:
             raise CalibrationError("a state dict or a file has no forward to observe; prepare the model itself")
         seen = calibration.run(model, batches, forward, samples=samples, progress=progress)
-        self._advance("observe", samples=seen)
+        job.observed = seen if job.observed is None else job.observed + seen
+        self._advance("observe", **seen.to_dict())
+        return seen
 
     @final
     def convert(
@@ -487,6 +496,22 @@ def check_on_failure(on_failure: str) -> None:
     """
     if on_failure not in get_args(OnFailure):
         raise ArgumentError(f"on_failure must be 'error', 'warn' or 'ignore', not {on_failure!r}")
+
+
+def _observer(name: str, value: ObserverRecipe | None) -> Observer:
+    """An observer, made if it is given by name; the default for None.
+
+    Raises:
+        ArgumentError: if it is something else, or there is none of that name.
+    """
+    if value is None:
+        return MinMaxObserver()
+    if isinstance(value, Observer):
+        return value
+    if isinstance(value, (str, Mapping)):
+        return make_observer(name, value)
+    known = ", ".join(map(repr, OBSERVERS))
+    raise ArgumentError(f"{name} must be an instance of Observer, or the name of one: {known}; not {value!r}")
 
 
 def _instance(name: str, value: Any, expected: type, default: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import attrs
 from torch import Tensor
 
+from fewbits.calibration import Observed
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
@@ -69,6 +70,7 @@ class Job(ABC):
         readers: who can open the result, if it is a directory made from a model of transformers.
         shares: what each process has done of a result on disk.
         leads: whether this process tells what was found, if there are several.
+        observed: how much data `observe` has run, in all calls; None if there was none.
         report: what the last validation found.
     """
 
@@ -86,6 +88,7 @@ class Job(ABC):
         input_observers: Mapping[str, Observer],
     ) -> None:
         self.source, self.ledger, self.observers, self.input_observers = source, ledger, observers, input_observers
+        self.observed: Observed | None = None
         self.report: Report | None = None
 
     @property

@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from fewbits._events import emit
 from fewbits.calibration import InputWatch
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.saving import Value, save, value_digest, value_tensors
@@ -30,6 +31,10 @@ from fewbits.sources.fp8 import tell_unscaled
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import check_reload, examine
 from fewbits.validation.report import Report
+
+_WAY_BACK = (
+    "fewbits.dequantize(model) gives a float copy that can be quantized again; weights that were converted stay rounded"
+)
 
 
 class LiveJob(Job):
@@ -123,7 +128,8 @@ class LiveJob(Job):
             fail_under=fail_under,
             progress=progress,
         )
-        self.report = check_reload(report, self.ledger, target.value, serializer)
+        report = check_reload(report, self.ledger, target.value, serializer)
+        self.report = attrs.evolve(report, observed=self.observed)
         return self.report
 
     def _changed(self, target: Target) -> dict[str, str]:
@@ -151,8 +157,12 @@ class LiveJob(Job):
         )
 
     def drop(self) -> None:
-        """Take the hooks off the prepared model."""
+        """Take the hooks off the prepared model; say so if it stays quantized in part."""
         self._watch.remove()
+        stored = [row.name for row in self.ledger.stored if row.spec is not None]
+        left = [name for name in stored if name not in self._done]
+        if self.source.inplace and 0 < len(left) < len(stored):
+            emit("warning", "quantized_in_part", tensors=len(stored), left=len(left), first=left[0], advice=_WAY_BACK)
 
     def _result(self) -> Target:
         if self._target is None:

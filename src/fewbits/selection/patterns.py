@@ -7,13 +7,13 @@ whole path of the module, or the whole name of the tensor.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
 import attrs
 
 from fewbits.errors import SelectionError
+from fewbits.selection.nearest import advice, nearest
 
 
 @attrs.frozen
@@ -89,7 +89,6 @@ def _suggestion(text: str, names: Sequence[str]) -> str:
     for name in names:
         parts = name.split(".")
         runs.update(dict.fromkeys(".".join(parts[i : i + length]) for i in range(len(parts) - length + 1)))
-    near = difflib.get_close_matches(text, runs, n=3, cutoff=0.5)
-    # A component that continues the pattern is nearer than difflib's ratio says: `gate` for `gate_proj`.
-    near = list(dict.fromkeys([*(run for run in runs if run.startswith(text))][:3] + near))[:3]
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+    # A component that continues the pattern is near, however long it is: `gate` for `gate_proj`.
+    continued = [run for run in runs if run.startswith(text)]
+    return advice(list(dict.fromkeys([*continued[:3], *nearest(text, runs, n=3)]))[:3])

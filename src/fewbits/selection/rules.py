@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import dtype_from_name
 from fewbits.numerics.spec import SPECS, QuantSpec, Spec, spec_from_dict
 from fewbits.selection.info import TensorInfo
+from fewbits.selection.nearest import did_you_mean
 
 #: A class, or the name of one: ``nn.Embedding`` or ``"Embedding"``.
 TypeRule = type | str
@@ -86,7 +86,7 @@ def _parsed(pattern: str, rule: Mapping[str, Any]) -> Override:
     known = ["scheme", *attrs.fields_dict(QuantSpec)]
     for key in changes:
         if key not in known:
-            raise SelectionError(f"overrides[{pattern!r}] does not know {key!r}{did_you_mean(str(key), known)}")
+            raise SelectionError(f"overrides[{pattern!r}] does not know {key!r}{did_you_mean(key, known)}")
     if rule.get("scheme") == "keep":
         raise SelectionError(f"overrides[{pattern!r}] keeps the tensor and changes fields; write {pattern!r}: 'keep'")
     base = _named(pattern, rule["scheme"]) if "scheme" in rule else None
@@ -100,20 +100,10 @@ def _named(pattern: str, scheme: object) -> Spec:
     if not isinstance(scheme, str) or scheme not in SPECS:
         names = [*SPECS, "keep"]
         raise SelectionError(
-            f"overrides[{pattern!r}]: there is no scheme {scheme!r}{did_you_mean(str(scheme), names)}; "
+            f"overrides[{pattern!r}]: there is no scheme {scheme!r}{did_you_mean(scheme, names)}; "
             f"there are {', '.join(map(repr, names))}"
         )
     return SPECS[scheme]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest known words, as the end of a sentence; "" if none is near.
-
-    >>> did_you_mean("int3", ["int4", "fp16"])
-    " (did you mean 'int4'?)"
-    """
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:

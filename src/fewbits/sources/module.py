@@ -21,6 +21,7 @@ from fewbits.nn.storage import View, overlaps, storage_key
 from fewbits.nn.stored import store
 from fewbits.nn.swap import attach, refuse_quantized
 from fewbits.nn.walk import Slot, find, parent_of, slots
+from fewbits.nn.wrappers import refuse_wrapped
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
@@ -35,6 +36,7 @@ class ModuleSource(LiveSource):
     """A model. Not in place, what is prepared is a copy of its structure over the same storage."""
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
+        refuse_wrapped(model, SourceError)
         self._check(model)
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"

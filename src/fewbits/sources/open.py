@@ -31,5 +31,6 @@ def open_source(source: object, *, inplace: bool = False) -> Source:
             raise ArgumentError("a file is never changed in place; pass output= to convert()")
         return FileSource(source)
     raise ArgumentError(
-        f"a {type(source).__name__} cannot be quantized; give an nn.Module, a state dict, or the path of a checkpoint"
+        f"a {type(source).__name__} cannot be quantized; give an nn.Module, a state dict, or the path of a checkpoint "
+        "(not what torch.export or another compiler made of one)"
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import attrs
 
 from fewbits._table import render_table
+from fewbits.calibration import Observed
 from fewbits.numerics.metrics import Measurement, pooled_sqnr_db
 from fewbits.selection.ledger import Fate
 
@@ -88,6 +89,7 @@ class Report:
         about: what else there is to know of the result as a whole, in words.
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the result's tensors, counted from the tensors.
+        observed: how much data `observe` ran before the weights were converted; None if none.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -97,6 +99,7 @@ class Report:
     unchecked: tuple[str, ...] = ()
     general: tuple[str, ...] = ()
     about: tuple[str, ...] = ()
+    observed: Observed | None = None
 
     @property
     def ok(self) -> bool:
@@ -141,6 +144,7 @@ class Report:
             "sqnr_db": None if self.sqnr_db is None else _finite(self.sqnr_db),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "observed": None if self.observed is None else self.observed.to_dict(),
             "tensors": [tensor.to_dict() for tensor in self.tensors],
         }
 
@@ -165,6 +169,8 @@ class Report:
             lines.append(f"error bound: the largest error of any element is {tightest:.4f} of its bound")
             if clipped := sum(m.clipped for _, m in measured):
                 lines.append(f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider")
+        if self.observed is not None:
+            lines.append(f"observed: {self.observed}")
         lines.append(f"checked: {', '.join(self.checks)}")
         lines += [f"not checked: {reason}" for reason in self.unchecked]
         lines += [f"note: {note}" for note in self.notes]

@@ -1,0 +1,48 @@
+"""Observers by their names, as configs and arguments give them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from fewbits.errors import ArgumentError
+from fewbits.observers import OBSERVERS
+from fewbits.observers.base import Observer
+from fewbits.selection.nearest import checked_name, did_you_mean
+
+#: An observer, the name of one, or a table with that ``name`` and the observer's arguments.
+ObserverRecipe = Observer | str | Mapping[str, Any]
+
+
+def make_observer(setting: str, recipe: str | Mapping[str, Any]) -> Observer:
+    """The observer that a name, or a table with a name and arguments, stands for.
+
+    Args:
+        setting: what the observer is for, for messages: ``"observer"`` or ``"activation_observer"``.
+        recipe: such as ``"percentile"`` or ``{"name": "percentile", "percentile": 99.9}``.
+
+    Raises:
+        ArgumentError: naming the setting, if there is no such observer, or it does not take an argument.
+    """
+    arguments: dict[str, Any] = {"name": recipe} if isinstance(recipe, str) else dict(recipe)
+    name = checked_name(setting, arguments.pop("name", None), OBSERVERS)
+    cls = OBSERVERS[name]
+    known = accepted_arguments(cls)
+    for argument in arguments:
+        if argument not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
+            raise ArgumentError(
+                f"{setting}: {name!r} does not take {argument!r}{did_you_mean(argument, known)}; {takes}"
+            )
+    return cls(**arguments)
+
+
+def accepted_arguments(cls: type) -> list[str]:
+    """The arguments that a class can be made with: those of its `__init__`, and of those it passes on to."""
+    known: dict[str, None] = {}
+    for base in cls.__mro__[:-1]:
+        if "__init__" in vars(base):
+            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+            known.update((p.name, None) for p in parameters if p.kind is not p.VAR_KEYWORD)
+    return list(known)

@@ -1,0 +1,53 @@
+"""Advice for a name that does not exist: the known names that are nearest to it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from fewbits.errors import ArgumentError
+
+
+def nearest(word: str, known: Iterable[str], n: int = 1) -> list[str]:
+    """The known names that `word` may be a misspelling of, the nearest first. Upper and lower case are the same.
+
+    A name with another digit means another thing: nobody who writes ``int3`` or ``layers.12`` mistyped ``int8`` or
+    ``layers.1``.
+
+    >>> nearest("Int8_tensor", ["int8-tensor", "int4"]), nearest("int3", ["int8", "int4"])
+    (['int8-tensor'], [])
+    """
+    alike = {name.lower(): name for name in known if _digits(name) == _digits(word)}
+    return [alike[match] for match in difflib.get_close_matches(word.lower(), alike, n=n)]
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The nearest known name, as the end of a sentence; "" if none is near.
+
+    >>> did_you_mean("in4", ["int4", "fp16"])
+    " (did you mean 'int4'?)"
+    """
+    return advice(nearest(str(word), known))
+
+
+def advice(names: Iterable[str]) -> str:
+    """A question that proposes these names, as the end of a sentence; "" without names."""
+    proposed = " or ".join(map(repr, names))
+    return f" (did you mean {proposed}?)" if proposed else ""
+
+
+def checked_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """A name, if it is known.
+
+    Raises:
+        ArgumentError: with the nearest name, if one is near, and all that there are.
+    """
+    if not isinstance(name, str) or name not in known:
+        raise ArgumentError(
+            f"there is no {kind} {name!r}{did_you_mean(name, known)}; there are {', '.join(map(repr, known))}"
+        )
+    return name
+
+
+def _digits(word: str) -> set[str]:
+    return {character for character in word if character.isdigit()}
