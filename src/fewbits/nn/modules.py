@@ -141,7 +141,8 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         if self.max_norm is None:
             rows = self.weight_stored.dequantize_rows(input.reshape(-1), self.weight_stored.dtype)
             return rows.reshape(*input.shape, self.embedding_dim)
-        return F.embedding(input, self.weight, self.padding_idx, self.max_norm, self.norm_type)
+        weight = self.weight_stored.dequantize()
+        return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type)
 
 
 class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
@@ -152,7 +153,8 @@ class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Dequantize, then one `F.embedding_bag` (which under `max_norm` rescales rows in place)."""
-        weight = self.weight_stored.operand(self.weight_stored.dtype) if self.max_norm is None else self.weight
+        stored = self.weight_stored
+        weight = stored.operand(stored.dtype) if self.max_norm is None else stored.dequantize()
         return F.embedding_bag(
             input,
             weight,
