@@ -123,6 +123,28 @@ def test_the_forward_of_the_module_itself_may_write_to_what_it_reads():
     assert model.matrix.abs().max() > 0.1
 
 
+class OwnConv(nn.Conv1d):
+    """Has a constructor of its own, and the forward of torch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3)
+        self.channels = channels
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [(lambda: nn.Conv1d(32, 32, 3), (32, 32, 3)), (lambda: OwnConv(32), (32,)), (OwnWrites, ())],
+    ids=["torch's", "subclass", "any"],
+)
+def test_calling_the_class_of_a_quantized_layer_makes_a_float_layer(make, arguments):
+    source = make()
+    other = type(quantized(source))(*arguments)
+    assert type(other) is type(source)
+    other.load_state_dict(source.state_dict())
+    x = torch.randn(2, 32, 32)
+    assert torch.equal(other(x), source(x))
+
+
 # peft.
 
 

@@ -46,9 +46,10 @@ class QuantizedModule(nn.Module):
 
     float_class: ClassVar[type[nn.Module]]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A float module: adapters make layers of their own by ``type(layer)(...)``, and have no codes for them."""
-        return cls.float_class(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Become a float module: adapters make layers of their own by ``type(layer)(...)``, and have no codes."""
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "__class__", self.float_class)
 
     def __getattr__(self, name: str) -> Any:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
@@ -204,8 +205,7 @@ def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
 def _blank(float_class: type[nn.Module], base: type[QuantizedModule]) -> QuantizedModule:
     """A module without anything in it yet, for pickle and deepcopy to fill."""
     cls = made_class(float_class, base)
-    blank: QuantizedModule = object.__new__(cls)
-    return blank
+    return cls.__new__(cls)
 
 
 def _read(module: QuantizedModule, name: str, stored: StoredWeight) -> Tensor:
