@@ -92,7 +92,7 @@ def int_mm_is_exact() -> bool | None:
 def convolution_is_exact() -> bool | None:
     """Whether a float32 convolution sums whole numbers exactly: algorithms such as Winograd's divide in between."""
     for batch, groups, kernel in ((1, 1, 3), (16, 1, 3), (16, 1, 5), (1, 8, 3), (16, 8, 3), (16, 2, 5)):
-        x = (torch.arange(batch * 8 * 16 * 16, dtype=torch.float64) * 37 % 256 - 128).view(batch, 8, 16, 16)
+        x = (torch.arange(batch * 8 * 8 * 8, dtype=torch.float64) * 37 % 256 - 128).view(batch, 8, 8, 8)
         weight = torch.arange(64 // groups * kernel**2, dtype=torch.float64) * 91 % 256 - 128
         weight = weight.view(8, -1, kernel, kernel)
         exact = F.conv2d(x, weight, groups=groups, padding=1)
