@@ -120,6 +120,17 @@ def test_every_convolution_gives_the_bits_of_the_reference(name, activations):
     assert same_bits(output, module(x))
 
 
+@every_convolution
+@torch.no_grad()
+def test_autocast_rounds_no_sum_of_a_convolution(name):
+    layer = of_extremes(CONVOLUTIONS[name]())
+    x = inputs_of(layer)
+    module = rounded(layer, "dynamic", x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = module(x)
+    assert same_bits(output, module(x))
+
+
 @FEWER_EXAMPLES
 @given(st.data())
 @torch.no_grad()

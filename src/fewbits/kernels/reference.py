@@ -7,6 +7,7 @@ are rounded to int8, the products are summed as whole numbers, exactly, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,9 @@ def integer_product(
         codes = encode_input(still, x_scale)
         # NaN has no integer code: what holds some goes the way that keeps it. A transform lets nobody look.
         if sums is None or is_transformed(x) or codes.sum().isnan():
-            summed = product(codes.to(sum_dtype), weight.steps().to(sum_dtype))
+            # Autocast leaves float64 alone, and would round sums in float32.
+            with nullcontext() if sum_dtype == torch.float64 else torch.autocast("cpu", enabled=False):
+                summed = product(codes.to(sum_dtype), weight.steps().to(sum_dtype))
         else:
             summed = sums(codes.to(torch.int8))
         output = summed.to(dtype) * x_scale * per_channel(weight.scale.flatten())
