@@ -18,7 +18,7 @@ from fewbits.kernels.base import Compute
 from fewbits.kernels.forms import Form
 from fewbits.kernels.integers import MOST_INPUTS, FloatSums, IntMM, refuses_int_mm, sums_of_products
 from fewbits.kernels.reference import REFERENCE
-from fewbits.numerics.spec import INPUT_SPEC
+from fewbits.numerics.affine import largest_sum
 
 #: What `way_of_sums` answers.
 PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
@@ -61,9 +61,8 @@ def _refuses_patches(module: Any, weight: Form) -> str | None:
 
 
 def _refuses_floats(module: Any, weight: Form) -> str | None:
-    spec, products = weight.spec, weight.layout.columns
-    largest = -spec.code_min if spec.symmetric else spec.code_max - spec.code_min
-    if products * largest * -INPUT_SPEC.code_min > 2**24:
+    products = weight.layout.columns
+    if largest_sum(products, weight.spec) > 2**24:  # float32 holds every whole number up to here
         return f"float32 does not hold every sum of {products} products exactly"
     return None if features.convolution_is_exact() else features.INEXACT_CONVOLUTION
 
