@@ -6,6 +6,7 @@ from torch import nn
 
 import fewbits
 from fewbits import ArgumentError
+from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
 from kernels.kernel_cases import INT4, INT8, Of, linear, normal, quantized
 
@@ -188,3 +189,48 @@ def test_a_model_without_quantized_layers_is_refused(value):
 def test_what_is_no_model_is_refused(value):
     with pytest.raises(ArgumentError, match="takes a model"):
         fewbits.explain(value, normal(3, 3))
+
+
+class TakesFeatures(nn.Module):
+    """As a sentence transformer: the whole mapping is its first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear(64, 64)
+
+    def forward(self, features, **options):
+        return {**features, "out": self.layer(features["x"])}
+
+
+def test_features_are_one_argument_if_the_model_takes_them_so():
+    model = quantized(TakesFeatures(), INT8)
+    (row,) = fewbits.explain(model, {"x": normal(3, 64)}).rows
+    assert (row.name, row.rows) == ("layer.weight", 3)
+
+
+def test_without_an_input_there_is_nothing_to_explain():
+    model = quantized(nn.Sequential(linear(64, 64)), INT8)
+    with pytest.raises(ArgumentError, match="needs an input: a tensor, a tuple of arguments or a mapping"):
+        fewbits.explain(model, None)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact sums", "sums that are not"])
+def test_how_a_convolution_of_int8_inputs_is_computed_is_said(monkeypatch, exact):
+    monkeypatch.setattr(features, "convolution_is_exact", lambda: exact)
+    layers = nn.Sequential(nn.Conv1d(256, 256, 3, groups=256))
+    model = fewbits.quantize(layers, "int8", activations="dynamic").model
+    explanation = fewbits.explain(model, normal(1, 256, 9))
+    (depthwise,) = explanation.rows
+    assert "has groups" in depthwise.refused["int_mm"]
+    assert depthwise.refused.get("float_sums") == (None if exact else features.INEXACT_CONVOLUTION)
+    assert depthwise.kernel == ("float_sums" if exact else "reference")
+    assert f"{depthwise.kernel}, not int_mm (as for 0.weight): it is transposed, has groups" in str(explanation)
+
+
+def test_a_convolution_whose_sums_float32_does_not_hold_says_so():
+    model = fewbits.quantize(nn.Conv1d(1025, 8, 1, padding_mode="circular"), "int8", activations="dynamic").model
+    (row,) = fewbits.explain(model, normal(1, 1025, 9)).rows
+    assert row.kernel == "reference"
+    assert row.refused["float_sums"] == "float32 does not hold every sum of 1025 products exactly"
+    fewbits.set_compute(model, "exact")
+    assert set(fewbits.explain(model, normal(1, 1025, 9)).rows[0].refused.values()) == {"compute is 'exact'"}

@@ -14,7 +14,14 @@ from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
 from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words
 
-PROBES = [features.tile_width, features.has_int8pack, features.int_mm_is_exact, features.has_bf16, features.has_vnni]
+PROBES = [
+    features.tile_width,
+    features.has_int8pack,
+    features.int_mm_is_exact,
+    features.convolution_is_exact,
+    features.has_bf16,
+    features.has_vnni,
+]
 TESTS = Path(__file__).parents[1]
 
 
@@ -66,6 +73,18 @@ def test_the_default_dtype_does_not_matter(forgotten):
         assert answers() == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-7, 1.0])
+def test_a_float32_convolution_that_is_off_by_a_little_is_noticed(monkeypatch, forgotten, off):
+    original = torch.nn.functional.conv2d
+
+    def convolve(x, *rest, **options):
+        output = original(x.double(), *(tensor.double() for tensor in rest), **options)
+        return output if x.dtype == torch.float64 else (output * (1 + off)).float()
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", convolve)
+    assert features.convolution_is_exact() is (off == 0)
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,14 @@ def test_kernels_go_with_copies():
     assert [kernel.name for kernel in copy.deepcopy(module).weight_stored.kernels] == ["word_blocks", "reference"]
 
 
-def test_a_float_model_has_nothing_to_set():
-    fewbits.set_compute(model(), "exact")
+def test_a_float_model_has_nothing_to_set_and_is_refused():
+    with pytest.raises(ArgumentError, match=r"no layer of this Sequential is quantized.*result\.model"):
+        fewbits.set_compute(model(), "exact")
+
+
+def test_a_model_whose_weights_have_no_codes_is_quantized_too():
+    made = fewbits.quantize(model(), "fp16").model
+    fewbits.set_compute(made, "exact")
 
 
 def test_every_layer_is_set_one_by_one():

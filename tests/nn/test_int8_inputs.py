@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from lifecycle_helpers import small
+from fewbits import ArgumentError
+from fewbits.kernels import features
+from lifecycle_helpers import FEWER_EXAMPLES, small
 from nn.cases import same_bits
 
 TINY = torch.finfo(torch.float32).tiny
@@ -81,3 +83,136 @@ def test_a_convolution_is_the_sum_of_integer_products_with_a_scale_for_every_sam
     x = torch.randn(3, 40, 7, 6) * torch.tensor([1.0, 100.0, 0.01]).reshape(3, 1, 1, 1)
     module = rounded(layer, activations, x)
     assert same_bits(module(x), by_the_book(module, x, (1, 2, 3), _conv))
+
+
+CONVOLUTIONS = {
+    "dense": lambda: nn.Conv2d(16, 16, 3),
+    "depthwise": lambda: nn.Conv2d(16, 16, 3, groups=16),
+    "grouped": lambda: nn.Conv1d(16, 16, 3, groups=4),
+    "transposed": lambda: nn.ConvTranspose2d(16, 16, 3, groups=2),
+    "circular": lambda: nn.Conv1d(16, 16, 3, padding=1, padding_mode="circular"),
+}
+every_convolution = pytest.mark.parametrize("name", CONVOLUTIONS)
+either_way = pytest.mark.parametrize("activations", ["dynamic", "static"])
+
+
+def inputs_of(layer, batch=2):
+    generator = torch.Generator().manual_seed(batch)
+    return 10 * torch.randn(batch, layer.in_channels, *[9] * len(layer.kernel_size), generator=generator)
+
+
+def of_extremes(layer):
+    """Codes at their extremes, so that sums are as large as they can be."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.where(layer.weight > 0.9 * layer.weight.mean(), 1.0, -1.0))
+    return layer
+
+
+@every_convolution
+@either_way
+@torch.no_grad()
+def test_every_convolution_gives_the_bits_of_the_reference(name, activations):
+    layer = of_extremes(CONVOLUTIONS[name]())
+    x = inputs_of(layer)
+    module = rounded(layer, activations, x)
+    output = module(x)
+    fewbits.set_compute(module, "exact")
+    assert same_bits(output, module(x))
+
+
+@every_convolution
+@torch.no_grad()
+def test_autocast_rounds_no_sum_of_a_convolution(name):
+    layer = of_extremes(CONVOLUTIONS[name]())
+    x = inputs_of(layer)
+    module = rounded(layer, "dynamic", x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = module(x)
+    assert same_bits(output, module(x))
+
+
+@FEWER_EXAMPLES
+@given(st.data())
+@torch.no_grad()
+def test_a_convolution_with_any_options_gives_the_bits_of_the_reference(data):
+    draw, small_number = data.draw, st.integers(1, 3)
+    rank, transposed, groups = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.integers(1, 5))
+    layer = getattr(nn, f"Conv{'Transpose' * transposed}{rank}d")(
+        groups * draw(small_number),
+        groups * draw(small_number),
+        tuple(draw(small_number) for _ in range(rank)),
+        stride=draw(small_number),
+        padding=draw(st.integers(0, 1)),
+        groups=groups,
+        bias=draw(st.booleans()),
+    )
+    x = inputs_of(layer, draw(st.integers(0, 3)))
+    module = rounded(of_extremes(layer), "dynamic", x)
+    output = module(x)
+    fewbits.set_compute(module, "exact")
+    assert same_bits(output, module(x))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 100])
+@torch.no_grad()
+def test_a_convolution_of_a_single_number_is_right(batch):
+    layer = nn.Conv1d(1, 2, 1)
+    x = inputs_of(layer, batch)
+    module = rounded(layer, "dynamic", x)
+    output = module(x)
+    fewbits.set_compute(module, "exact")
+    assert same_bits(output, module(x))
+
+
+@torch.no_grad()
+def test_sums_are_taken_in_float32_up_to_the_largest_whole_number_it_holds(monkeypatch):
+    monkeypatch.setattr(features, "convolution_is_exact", lambda: True)
+    summed = []
+    original = nn.Conv1d._conv_forward
+    monkeypatch.setattr(
+        nn.Conv1d, "_conv_forward", lambda self, x, *rest: (summed.append(x.dtype), original(self, x, *rest))[1]
+    )
+    for columns, dtype in ((1024, torch.float32), (1025, torch.float64)):
+        layer = nn.Conv1d(2 * columns, 2, 1, groups=2)
+        layer.weight.fill_(1.0)
+        x = torch.full((1, 2 * columns, 1), -1.0)
+        x[:, ::2, :] = 127 / 128  # odd sums
+        module = rounded(layer, "dynamic", x)
+        output = module(x)
+        assert summed.pop() == dtype
+        fewbits.set_compute(module, "exact")
+        assert same_bits(output, module(x))
+
+
+@every_convolution
+@either_way
+def test_an_empty_batch_gives_an_empty_output(name, activations):
+    layer = CONVOLUTIONS[name]()
+    module = rounded(layer, activations, inputs_of(layer))
+    assert module(inputs_of(layer, 0)).shape == layer(inputs_of(layer, 0)).shape
+
+
+@every_convolution
+@torch.no_grad()
+def test_a_sample_with_nan_is_nan_and_others_are_not(name):
+    layer = CONVOLUTIONS[name]()
+    x = inputs_of(layer, 3)
+    module = rounded(layer, "dynamic", x)
+    expected = module(x)
+    x[1] = torch.nan
+    output = module(x)
+    assert output[1].isnan().all()
+    assert same_bits(output[::2], expected[::2])
+
+
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("name", ["linear", *CONVOLUTIONS])
+def test_inputs_that_are_not_floating_are_refused_by_name(name, dtype, activations):
+    layer = CONVOLUTIONS[name]() if name != "linear" else nn.Linear(9, 9)
+    x = inputs_of(layer) if name != "linear" else torch.ones(2, 9)
+    quantizer = small(fewbits.Int8PerChannel, activations=activations)
+    quantizer.prepare(layer)
+    module = quantizer.convert()
+    with pytest.raises(ArgumentError, match=rf"takes floating inputs, not {str(dtype)[6:]} of shape \(2, .*x\.to\("):
+        module(x.to(dtype))

@@ -215,10 +215,11 @@ def test_the_weight_that_is_read_is_contiguous(case, scheme):
 @typical_case
 @every_scheme
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_writing_into_the_weight_that_was_read_changes_nothing(case, scheme, dtype):
+def test_writing_into_the_weight_that_was_read_is_refused_and_changes_nothing(case, scheme, dtype):
     module = convert(case.module(), scheme).to(dtype)
     before = module.weight.clone()
-    module.weight.zero_()
+    with pytest.raises(ReadOnlyWeightError, match="weight is quantized"):
+        module.weight.zero_()
     assert same_bits(module.weight, before)
 
 

@@ -1,28 +1,70 @@
-"""The exact sums of a convolution of int8 inputs, as one integer product of their patches."""
+"""How a convolution of int8 inputs takes its sums of whole numbers: as an integer product, in float32, or in float64.
+
+All three give the same numbers, because all are exact.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits.kernels import features
+from fewbits.kernels.base import Compute
 from fewbits.kernels.forms import Form
-from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm, sums_of_products
+from fewbits.kernels.integers import MOST_INPUTS, FloatSums, IntMM, refuses_int_mm, sums_of_products
+from fewbits.kernels.reference import REFERENCE
+from fewbits.numerics.affine import largest_sum
+
+#: What `way_of_sums` answers.
+PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
 
 
-def refuses_patches(module: Any, weight: Form) -> str | None:
-    """Why the sums of a layer cannot be had so; None if they can."""
+def way_of_sums(module: Any, weight: Form, x: Tensor, compute: Compute) -> tuple[str, Mapping[str, str]]:
+    """How a convolution sums the products of its int8 inputs.
+
+    Returns:
+        ``"int_mm"`` (an integer product of patches), ``"float_sums"`` (a float32 convolution of codes), or
+        ``"reference"`` (a float64 convolution of codes); and why each way before it does not serve.
+    """
+    refused: dict[str, str] = {}
+    for name, refuses in ((PATCHES, _refuses_patches), (FLOATS, _refuses_floats)):
+        reason = _refuses_any(weight, x, compute) or refuses(module, weight)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    return DOUBLES, refused
+
+
+def _refuses_any(weight: Form, x: Tensor, compute: Compute) -> str | None:
+    if compute == "exact":
+        return "compute is 'exact'"
+    if weight.scale.device.type != "cpu":
+        return f"the weight is on {weight.scale.device}, not on the CPU"
+    if x.dtype == torch.float64:
+        return "inputs in float64 ask for float64 products"
+    return None if x.numel() else "the input has no elements"
+
+
+def _refuses_patches(module: Any, weight: Form) -> str | None:
     if module.transposed or module.groups != 1 or module.padding_mode != "zeros":
         return "it is transposed, has groups, or a padding that is not zeros"
-    if weight.spec.bits != 8 or weight.spec.levels is not None or not weight.spec.symmetric:
+    if weight.spec.bits != 8 or not weight.spec.symmetric:
         return "its codes are not symmetric ones of 8 bits"
-    if weight.layout.columns > MOST_INPUTS or weight.scale.device.type != "cpu":
-        return "its sums may not fit int32, or it is not on the CPU"
+    if weight.layout.columns > MOST_INPUTS:
+        return f"sums of {weight.layout.columns} products may not fit int32"
     return refuses_int_mm()
+
+
+def _refuses_floats(module: Any, weight: Form) -> str | None:
+    products = weight.layout.columns
+    if largest_sum(products, weight.spec) > 2**24:  # float32 holds every whole number up to here
+        return f"float32 does not hold every sum of {products} products exactly"
+    return None if features.convolution_is_exact() else features.INEXACT_CONVOLUTION
 
 
 def sums_of_patches(codes: Tensor, module: Any, weight: Form) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -16,6 +17,7 @@ WIDTHS = (64, 32)
 NO_TILES = "this torch has no _weight_int4pack_mm_for_cpu, or one that reads codes in another order"
 NO_BYTES = "this torch has no _weight_int8pack_mm for the CPU, or one that computes something else"
 INEXACT = "_int_mm is not exact on this CPU"
+INEXACT_CONVOLUTION = "a float32 convolution does not sum whole numbers exactly on this CPU"
 
 
 def _tried(probe: Callable[[], Any]) -> Callable[[], Any]:
@@ -82,6 +84,19 @@ def int_mm_is_exact() -> bool | None:
         weight[1::3] = 127
         exact = (x.double() @ weight.double().t()).to(torch.int32)
         if not torch.equal(torch._int_mm(x, weight.t()), exact):
+            return False
+    return True
+
+
+@_tried
+def convolution_is_exact() -> bool | None:
+    """Whether a float32 convolution sums whole numbers exactly: algorithms such as Winograd's divide in between."""
+    for batch, groups, kernel in ((1, 1, 3), (16, 1, 3), (16, 1, 5), (1, 8, 3), (16, 8, 3), (16, 2, 5)):
+        x = (torch.arange(batch * 8 * 8 * 8, dtype=torch.float64) * 37 % 256 - 128).view(batch, 8, 8, 8)
+        weight = torch.arange(64 // groups * kernel**2, dtype=torch.float64) * 91 % 256 - 128
+        weight = weight.view(8, -1, kernel, kernel)
+        exact = F.conv2d(x, weight, groups=groups, padding=1)
+        if not torch.equal(F.conv2d(x.float(), weight.float(), groups=groups, padding=1).double(), exact):
             return False
     return True
 

@@ -144,6 +144,8 @@ class GroupedIntMM(Integers[Tiles]):
 
 def sums_of_products(codes: Tensor, signed: Tensor) -> Tensor:
     """Sums of products of int8 inputs, (rows, columns), and codes, (outputs, columns): int32, (rows, outputs)."""
+    if codes.shape[1] == 1:  # of one column, torch's _int_mm leaves the output uninitialized
+        return codes.int() * signed.t().int()
     if codes.shape[0] > FEW_ROWS:
         return torch._int_mm(codes, signed.t())
     # The second factor is laid out anew at every call: better the inputs than the weight.

@@ -7,16 +7,18 @@ are rounded to int8, the products are summed as whole numbers, exactly, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Kernel, Operand
 from fewbits.kernels.forms import Form, Words
 from fewbits.kernels.transforms import is_transformed, is_transforming
 from fewbits.numerics.affine import clip_input, dynamic_scale, encode_input
-from fewbits.numerics.dtypes import compute_dtype
+from fewbits.numerics.dtypes import compute_dtype, dtype_name
 
 #: A linear operation: of an input and a weight, without bias.
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -50,10 +52,28 @@ class Reference(Kernel[Form]):
 
 
 def linear(x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
-    """A linear layer as it is defined: one `F.linear`, or an exact integer product."""
+    """A linear layer as it is defined: one `F.linear`, or an exact integer product.
+
+    Raises:
+        ArgumentError: if `x` is not floating.
+    """
+    check_floating(x)
     if not rounds_inputs(weight):
         return F.linear(x, weight.operand(x.dtype), None if bias is None else bias.to(x.dtype))
     return integer_product(F.linear, x, weight, bias, sample_dims=(-1,), channel_dim=-1)
+
+
+def check_floating(x: Tensor) -> None:
+    """Refuse inputs that a layer does not multiply: the weight would be cast to integers, or the output be.
+
+    Raises:
+        ArgumentError: if `x` is not floating.
+    """
+    if not x.is_floating_point():
+        raise ArgumentError(
+            f"a quantized layer takes floating inputs, not {dtype_name(x.dtype)} of shape {tuple(x.shape)}; convert "
+            "them first, for example with x.to(torch.float32)"
+        )
 
 
 def rounds_inputs(weight: Operand) -> bool:
@@ -70,12 +90,12 @@ def integer_product(
     sample_dims: Sequence[int],
     channel_dim: int,
     sums: Callable[[Tensor], Tensor] | None = None,
+    sum_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Round `x` to int8, multiply whole numbers, and scale: ``(sum of q_x * (q_w - zero_point)) * s_x * s_w + bias``.
 
-    The sum is exact: it is taken in float64, where whole numbers up to 2**53 are. The sum is rounded to float32
-    (float64 for float64 inputs), and multiplied with the input's scale first. Gradients are those of the product with
-    the dequantized weight.
+    The sum is exact: float64 holds whole numbers up to 2**53. It is rounded to float32 (float64 for float64 inputs) and
+    multiplied with the input's scale first. Gradients are those of the product with the dequantized weight.
 
     Args:
         product: the operation.
@@ -85,6 +105,7 @@ def integer_product(
         sample_dims: the axes of `x` that share one dynamic scale.
         channel_dim: the axis of the output that runs over its channels.
         sums: another way to the same whole numbers, from int8 codes.
+        sum_dtype: the dtype that `product` sums whole numbers in; it must hold each of them.
     """
     wide, dtype = x.to(compute_dtype(x.dtype)), compute_dtype(x.dtype)
 
@@ -97,7 +118,9 @@ def integer_product(
         codes = encode_input(still, x_scale)
         # NaN has no integer code: what holds some goes the way that keeps it. A transform lets nobody look.
         if sums is None or is_transformed(x) or codes.sum().isnan():
-            summed = product(codes.double(), weight.steps())
+            # Autocast leaves float64 alone, and would round sums in float32.
+            with nullcontext() if sum_dtype == torch.float64 else torch.autocast("cpu", enabled=False):
+                summed = product(codes.to(sum_dtype), weight.steps().to(sum_dtype))
         else:
             summed = sums(codes.to(torch.int8))
         output = summed.to(dtype) * x_scale * per_channel(weight.scale.flatten())

@@ -14,6 +14,7 @@ from fewbits.kernels.laid import Laid
 from fewbits.kernels.ops import product
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.transforms import is_transformed, is_transforming
+from fewbits.numerics.read_only import ReadOnlyTensor
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -34,6 +35,8 @@ def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
     if laid is None:
         return reference.linear(x, weight, bias)
     if not _suits(x, laid):
+        if isinstance(x, ReadOnlyTensor):  # the weight of another layer
+            return linear(x.plain, weight, bias)
         return reference.linear(x, laid.form, bias)
     if torch.is_autocast_enabled("cpu"):
         # Its dtype is that of inputs and output; what a kernel does in between is the kernel's.

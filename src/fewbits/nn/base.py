@@ -5,9 +5,10 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError, ReadOnlyWeightError
 from fewbits.nn.stored import StoredWeight
+from fewbits.numerics.read_only import ReadOnlyTensor
 
 #: A parameter ``p`` that is quantized lives in a child module ``p_stored``.
 SUFFIX = "_stored"
@@ -36,7 +38,7 @@ class QuantizedModule(nn.Module):
     """What all quantized modules share: reading a quantized parameter gives a float tensor, dequantized anew.
 
     A forward that uses its parameters as attributes, as all of torch does, needs no change. Inside one forward a
-    parameter that is read again is not dequantized again.
+    parameter that is read again is not dequantized again. Outside of the module's own forward the tensor is read-only.
 
     Attributes:
         float_class: the class to go back to.
@@ -44,9 +46,14 @@ class QuantizedModule(nn.Module):
 
     float_class: ClassVar[type[nn.Module]]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Become a float module: adapters make layers of their own by ``type(layer)(...)``, and have no codes."""
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "__class__", self.float_class)
+
     def __getattr__(self, name: str) -> Any:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
-        return _read(stored) if isinstance(stored, StoredWeight) else super().__getattr__(name)
+        return _read(self, name, stored) if isinstance(stored, StoredWeight) else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
@@ -201,12 +208,24 @@ def _blank(float_class: type[nn.Module], base: type[QuantizedModule]) -> Quantiz
     return cls.__new__(cls)
 
 
-def _read(stored: StoredWeight) -> Tensor:
-    """The weight, dequantized; in a forward that reads it once, as it was before."""
-    weights = None if torch.compiler.is_compiling() else _once.get()
-    if weights is None or stored not in weights:
+def _read(module: QuantizedModule, name: str, stored: StoredWeight) -> Tensor:
+    """The weight, dequantized: once in a forward that reads it once, and read-only for a reader from outside."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return stored.dequantize()
-    weight = weights[stored]
-    if weight is None or (weight.is_inference() and not torch.is_inference_mode_enabled()):
-        weight = weights[stored] = stored.dequantize()
-    return weight
+    weights = _once.get()
+    if weights is None or stored not in weights:
+        weight = stored.dequantize()
+        what = f"{type(module).__name__}.{name} is quantized ({stored.spec})"
+        return weight if _is_forward_of_torch(sys._getframe(2)) else ReadOnlyTensor.of(weight, what)
+    held = weights[stored]
+    if held is None or (held.is_inference() and not torch.is_inference_mode_enabled()):
+        held = weights[stored] = stored.dequantize()
+    return held
+
+
+def _is_forward_of_torch(frame: FrameType) -> bool:
+    """Whether this code is a forward of torch's own: attention and transformer layers read weights of their children.
+
+    They take their fast path, with other bits, only where no weight is of a subclass.
+    """
+    return frame.f_code.co_name == "forward" and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")

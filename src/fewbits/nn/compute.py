@@ -12,7 +12,7 @@ from fewbits._heap import trim
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import check_compute
-from fewbits.nn.stored import PackedWeight
+from fewbits.nn.stored import PackedWeight, StoredWeight
 
 
 @torch.no_grad()
@@ -31,11 +31,16 @@ def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any
             always the reference.
 
     Raises:
-        ArgumentError: for anything else.
+        ArgumentError: for anything else, and for a model without a quantized layer.
     """
     check_compute(compute)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"set_compute takes a model, not a {type(model).__name__}")
+    if not any(isinstance(module, StoredWeight) for module in model.modules()):
+        raise ArgumentError(
+            f"no layer of this {type(model).__name__} is quantized, so there is nothing to choose; pass the quantized "
+            "model: quantize returns a copy, in result.model, unless it is called with inplace=True"
+        )
     if kernels is not None and not (isinstance(kernels, Sequence) and all(isinstance(k, Kernel) for k in kernels)):
         raise ArgumentError(f"kernels must be a sequence of Kernel instances, or None, not {kernels!r}")
     prepack(model, compute, kernels)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from fewbits._table import render_table
 from fewbits.errors import ArgumentError
 from fewbits.kernels.choose import KERNELS, refusal
-from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.convolution import way_of_sums
+from fewbits.kernels.reference import REFERENCE, rounds_inputs
 from fewbits.kernels.run import chosen
 from fewbits.nn.base import QuantizedModule, stored_weights
-from fewbits.nn.modules import QuantizedLinear
-from fewbits.nn.stored import PackedWeight
+from fewbits.nn.feeding import feed
+from fewbits.nn.modules import QuantizedConvolution, QuantizedLinear
+from fewbits.nn.stored import PackedWeight, StoredWeight
 
 
 @attrs.frozen
@@ -69,25 +71,28 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
 
     Args:
         model: a quantized model; it is run in its own mode, without gradients.
-        example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        example_input: a tensor, a tuple of arguments, or a mapping: its entries are keyword arguments, unless the
+            model takes the whole mapping as one argument, as `SentenceTransformer` does.
 
     Returns:
         rows for programs, and a table as text.
 
     Raises:
-        ArgumentError: if it is no model, or nothing in it is quantized.
+        ArgumentError: if it is no model, nothing in it is quantized, or `example_input` is None.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"explain takes a model, not a {type(model).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
     if not layers:
         raise ArgumentError("no layer of this model is quantized")
+    if example_input is None:
+        raise ArgumentError(
+            "explain runs the model and needs an input: a tensor, a tuple of arguments or a mapping of keyword "
+            "arguments, not None; () calls a model without arguments"
+        )
     found: list[Computed] = []
     with _watched(layers, found):
-        if isinstance(example_input, Mapping):
-            model(**example_input)
-        else:
-            model(*example_input if isinstance(example_input, tuple) else (example_input,))
+        feed(model, example_input)
     return Explanation(tuple(found))
 
 
@@ -116,13 +121,22 @@ def _computed(name: str, module: nn.Module, inputs: Sequence[Any]) -> Iterator[C
         return
     rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     for parameter, weight in stored_weights(module).items():
-        computes = weight.computes and isinstance(module, QuantizedLinear)
         path = ".".join(filter(None, (name, parameter)))
         form = weight.form().name if isinstance(weight, PackedWeight) else str(weight.spec)
-        kernel, refused = REFERENCE.name, dict[str, str]()
-        if isinstance(weight, PackedWeight) and computes:
-            kernel, refused = _chosen(x, weight, rows)
+        kernel, refused = _way(module, parameter, weight, x, rows)
         yield Computed(path, str(weight.spec), form, rows, x.dtype, kernel, refused)
+
+
+def _way(
+    module: nn.Module, parameter: str, weight: StoredWeight, x: Tensor, rows: int
+) -> tuple[str, Mapping[str, str]]:
+    """What computes one call, and why what is preferred does not."""
+    if isinstance(weight, PackedWeight):
+        if weight.computes and isinstance(module, QuantizedLinear):
+            return _chosen(x, weight, rows)
+        if isinstance(module, QuantizedConvolution) and parameter == "weight" and rounds_inputs(weight):
+            return way_of_sums(module, weight.form(), x, weight.compute)
+    return REFERENCE.name, {}
 
 
 def _chosen(x: Tensor, weight: PackedWeight, rows: int) -> tuple[str, dict[str, str]]:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fewbits.kernels.convolution import refuses_patches, sums_of_patches
-from fewbits.kernels.reference import integer_product, rounds_inputs
+from fewbits.kernels.convolution import FLOATS, PATCHES, sums_of_patches, way_of_sums
+from fewbits.kernels.reference import check_floating, integer_product, rounds_inputs
 from fewbits.kernels.run import linear
 from fewbits.nn.base import QuantizedModule, reading_once, stored_weights
 from fewbits.nn.stored import PackedWeight, StoredWeight
@@ -39,36 +39,40 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         return linear(input, self._modules["weight_stored"], _bias(self))  # type: ignore[arg-type]
 
 
-class _Convolution(QuantizedModule):
+class QuantizedConvolution(QuantizedModule):
     """A convolution of any kind: float, with the dequantized weight, or exact, on int8 inputs."""
 
     weight_stored: StoredWeight
     kernel_size: tuple[int, ...]
 
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        spatial, bias = len(self.kernel_size), _bias(self)
-        if not rounds_inputs(self.weight_stored):
-            weight = self.weight_stored.operand(input.dtype)
+        spatial, bias, stored = len(self.kernel_size), _bias(self), self.weight_stored
+        check_floating(input)
+        if not rounds_inputs(stored):
+            weight = stored.operand(input.dtype)
             return convolve(input, weight, None if bias is None else bias.to(input.dtype))
-        sums = None
-        stored = self.weight_stored
-        if isinstance(stored, PackedWeight) and stored.compute != "exact" and not torch.compiler.is_compiling():
+        sums, sum_dtype = None, torch.float64
+        if isinstance(stored, PackedWeight) and not torch.compiler.is_compiling():
             form = stored.form()
-            if refuses_patches(self, form) is None and input.dtype != torch.float64:
+            way, _ = way_of_sums(self, form, input, stored.compute)
+            if way == PATCHES:
                 sums = partial(sums_of_patches, module=self, weight=form)
-        # One scale for every sample, of which there is one without a batch axis.
+            elif way == FLOATS:
+                sum_dtype = torch.float32
+        # One scale per sample; an input without a batch axis is one sample.
         return integer_product(
             lambda x, weight: convolve(x, weight, None),
             input,
-            self.weight_stored,
+            stored,
             bias,
             sample_dims=range(-1 - spatial, 0),
             channel_dim=-1 - spatial,
             sums=sums,
+            sum_dtype=sum_dtype,
         )
 
 
-class _QuantizedConv(_Convolution):
+class _QuantizedConv(QuantizedConvolution):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     float_class = nn.Conv3d
 
 
-class _QuantizedConvTranspose(_Convolution):
+class _QuantizedConvTranspose(QuantizedConvolution):
     _convolve: ClassVar[Callable[..., Tensor]]
     _output_padding: Callable[..., list[int]]
 
@@ -141,7 +145,8 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         if self.max_norm is None:
             rows = self.weight_stored.dequantize_rows(input.reshape(-1), self.weight_stored.dtype)
             return rows.reshape(*input.shape, self.embedding_dim)
-        return F.embedding(input, self.weight, self.padding_idx, self.max_norm, self.norm_type)
+        weight = self.weight_stored.dequantize()
+        return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type)
 
 
 class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
@@ -152,7 +157,8 @@ class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Dequantize, then one `F.embedding_bag` (which under `max_norm` rescales rows in place)."""
-        weight = self.weight_stored.operand(self.weight_stored.dtype) if self.max_norm is None else self.weight
+        stored = self.weight_stored
+        weight = stored.operand(stored.dtype) if self.max_norm is None else stored.dequantize()
         return F.embedding_bag(
             input,
             weight,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
@@ -306,13 +308,13 @@ class PackedWeight(StoredWeight):
         self.prepack(self.compute, self.offered)
         return self
 
-    # Copies and pickles hold the canonical form. Whoever reads one takes the form that suits its own CPU.
+    # Copies and pickles hold the canonical form. Whoever reads one takes the form that suits its own CPU. What goes to
+    # another process of this machine is an exception, see `_reduce_for_process`.
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "_buffers": _buffers_of(Words.of(self.form())),
-            "_made": ((), None),
-            "_given": (None, "", None),
-        }
+        return self._state(_buffers_of(Words.of(self.form())))
+
+    def _state(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        return self.__dict__ | {"_buffers": dict(buffers), "_made": ((), None), "_given": (None, "", None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -381,6 +383,17 @@ class CastWeight(StoredWeight):
 def store(value: QuantizedTensor | Tensor, dtype: torch.dtype) -> StoredWeight:
     """The module that holds this value in the place of a weight of `dtype`."""
     return PackedWeight(value) if isinstance(value, QuantizedTensor) else CastWeight(value, dtype)
+
+
+def _reduce_for_process(stored: PackedWeight) -> tuple[Any, ...]:
+    """For another process of this machine: the buffers as they are, so that it shares their memory.
+
+    Canonical words that were made for the pickle would be freed before the process opens their memory.
+    """
+    return copyreg.__newobj__, (PackedWeight,), stored._state(stored._buffers)  # type: ignore[attr-defined]
+
+
+ForkingPickler.register(PackedWeight, _reduce_for_process)
 
 
 def _buffers_of(form: Form) -> dict[str, Tensor | None]:

@@ -307,6 +307,12 @@ def steps_of(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tenso
     return decode(codes, ones, zero_point, spec, torch.float64)
 
 
+def largest_sum(products: int, spec: QuantSpec) -> int:
+    """The largest magnitude that so many products of int8 inputs and codes less zero points can add up to."""
+    largest_step = -spec.code_min if spec.symmetric else spec.code_max - spec.code_min
+    return products * largest_step * -INPUT_SPEC.code_min
+
+
 def inner_extremes(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
     """The ends of the narrowest range around zero that has this share of each group inside.
 
