@@ -454,10 +454,31 @@ def test_a_key_that_belongs_to_nothing_is_reported(key):
         module.load_state_dict({**module.state_dict(), key: torch.zeros(5, 12)})
 
 
-def test_a_float_state_dict_is_refused_by_name():
-    model = convert(nn.Sequential(nn.Linear(12, 5)), "int8")
-    with pytest.raises(RuntimeError, match=r"(?s)Missing.*0\.weight_packed.*Unexpected.*\"0\.weight\""):
-        model.load_state_dict(nn.Sequential(nn.Linear(12, 5)).state_dict())
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("scheme", ["int8", "int4-asymmetric", "fp16"])
+def test_a_float_state_dict_is_refused_in_one_sentence_with_the_way_out(scheme, strict):
+    def layers() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 4), nn.LSTM(4, 4))
+
+    model = convert(layers(), scheme)
+    before = model.state_dict()
+    with pytest.raises(RuntimeError) as caught:
+        model.load_state_dict(layers().state_dict(), strict=strict)
+    message = str(caught.value)
+    assert "0.weight is float32 in the state dict, and stored as " in message
+    assert "into the float model, and quantize that" in message
+    assert "fewbits.load(path, into=model)" in message
+    assert message.count("\n") == 1
+    assert "issing" not in message
+    assert "nexpected" not in message
+    assert all(same_bits(before[f"0.weight{suffix}"], model.state_dict()[f"0.weight{suffix}"])
+               for suffix in ([""] if scheme == "fp16" else ["_packed", "_scale"]))  # fmt: skip
+
+
+def test_codes_of_another_scheme_are_refused_as_such_even_if_parts_are_missing():
+    model = convert(nn.Linear(12, 5), "int4-asymmetric")
+    with pytest.raises(RuntimeError, match=r"weight is stored as .* in the state dict, here as"):
+        model.load_state_dict(convert(nn.Linear(12, 5), "int8").state_dict(), strict=False)
 
 
 def test_a_cast_weight_takes_no_other_dtype():

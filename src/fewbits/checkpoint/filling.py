@@ -14,7 +14,7 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
-from fewbits.nn.stored import PackedWeight, store
+from fewbits.nn.stored import PackedWeight, StoredWeight, store
 from fewbits.nn.swap import attach, attached
 from fewbits.nn.walk import Slot, slots
 from fewbits.numerics.spec import QuantSpec
@@ -69,7 +69,7 @@ class Place:
         if self.row.spec is None:
             return self.device == _CPU
         weight = store(_stand_in(self.row), self.row.dtype)
-        with attached(self.slots, weight):
+        with attached(self._parameters, weight):
             return self.device == _CPU and (not isinstance(weight, PackedWeight) or weight.stays(compute))
 
     def put(self, value: Value, compute: Compute, *, over: bool) -> None:
@@ -82,15 +82,27 @@ class Place:
         """
         if self.row.spec is not None:
             weight = store(value, self.row.dtype).to(self.device)
-            for slot in self.slots:
+            self._dequantize_into_buffers(weight)
+            for slot in self._parameters:
                 attach(slot.module, slot.local, weight)
-            if isinstance(weight, PackedWeight):
+            if self._parameters and isinstance(weight, PackedWeight):
                 weight.prepack(compute, over=over)
         elif isinstance(value, Tensor):
             self._keep(value.to(self.device))
 
+    @property
+    def _parameters(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.is_parameter]
+
+    def _dequantize_into_buffers(self, weight: StoredWeight) -> None:
+        """Give the buffers among the slots one float tensor: a file made from a checkpoint may hold them as codes."""
+        buffers = [slot for slot in self.slots if not slot.is_parameter]
+        tensor = weight.dequantize() if buffers else None
+        for slot in buffers:
+            setattr(slot.module, slot.local, tensor)
+
     def _keep(self, tensor: Tensor) -> None:
-        held = [slot.tensor for slot in self.slots if slot.is_parameter]
+        held = [slot.tensor for slot in self._parameters]
         if held and not held[0].is_meta:
             # The same object, and where others hold its memory the same memory: they stay true.
             if self.in_place:

@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from fewbits._heap import trim
+from fewbits.checkpoint.completing import InitBuffers, initial_values, ties
 from fewbits.checkpoint.filling import Device, Place, fill, move_others, usable
 from fewbits.checkpoint.reading import Check, Checkpoint
 from fewbits.checkpoint.saving import Value
@@ -45,6 +46,7 @@ def load(
     compute: Compute = "auto",
     device: Device | None = None,
     ignore: Sequence[str] = (),
+    init_buffers: InitBuffers | None = None,
 ) -> _Model: ...
 def load(
     path: str | os.PathLike[str],
@@ -55,6 +57,7 @@ def load(
     compute: Compute = "auto",
     device: Device | None = None,
     ignore: Sequence[str] = (),
+    init_buffers: InitBuffers | None = None,
 ) -> dict[str, Value] | nn.Module:
     """Load what fewbits wrote. Nothing is ever unpickled.
 
@@ -77,7 +80,10 @@ def load(
         device: where all tensors of `into` are to be, those that are not in the file too, such as ``"cuda"``. None
             leaves each where it is, and puts those of the meta device on the CPU.
         ignore: name patterns, as `LayerSelector` takes them, of tensors that the model may lack: they stay in the file.
-            What it has is loaded whatever they say.
+            So do non-persistent buffers that they name. Everything else that the model has is loaded whatever they say.
+        init_buffers: called with each module that has non-persistent buffers on the meta device which the file lacks;
+            sets them, such as ``lambda module: module.reset_buffers()``. The module is a copy whose parameters have no
+            memory. `_init_weights` of a transformers model is called first, and is often enough.
 
     Returns:
         `into`, or the mapping.
@@ -85,9 +91,10 @@ def load(
     Raises:
         FormatError: if the file was not written by fewbits, or its parts contradict one another.
         DigestError: if a byte of it has changed; the message names the tensors.
-        ArgumentError: if `into` is not a model, `compute` no setting, or `device` none that torch has here; or if there
-            is no model that `device` or `ignore` could be about.
-        SelectionError: if a pattern of `ignore` names nothing that the file has and the model lacks.
+        ArgumentError: if `into` is not a model, `compute` no setting, `device` none that torch has here, or
+            `init_buffers` not callable; or if there is no model that `device`, `ignore` or `init_buffers` could be
+            about.
+        SelectionError: if a pattern of `ignore` names nothing that may stay in the file.
         SourceError: if a module of `into` would not read a quantized weight. The model is unchanged then.
         MismatchError: if file and model do not fit; the message names every tensor. Or if the model holds a quantized
             module or a tensor that is not plain (a DTensor, a sparse one), which it names. The model is unchanged then.
@@ -100,6 +107,10 @@ def load(
         raise ArgumentError("device= says where a model is to be; without into= tensors alias the file, on the CPU")
     if into is None and ignored:
         raise ArgumentError("ignore= says what a model may lack; without into= the mapping has every tensor")
+    if into is None and init_buffers is not None:
+        raise ArgumentError("init_buffers= sets buffers of a model; without into= there is none")
+    if not (init_buffers is None or callable(init_buffers)):
+        raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
     checkpoint = Checkpoint(path, serializer)
     if into is None:
         checkpoint.check(check)
@@ -111,7 +122,7 @@ def load(
     refuse_changed(into, MismatchError)
     checkpoint.check(check)
     beside = held_beside(into)
-    places = _places(checkpoint, into, beside, ignored)
+    places, values = _places(checkpoint, into, beside, ignored, init_buffers)
     filled = [
         Place.of(row, taken, target, held_elsewhere=any(slot.name in beside for slot in taken))
         for row in checkpoint.ledger.stored
@@ -119,6 +130,8 @@ def load(
     ]
     fill(checkpoint, filled, compute)
     refuse_save_pretrained(into)
+    for slot, value in values:
+        slot.module._buffers[slot.local] = value
     if target is not None:
         move_others(into, target)
     trim(holes=0)
@@ -126,22 +139,32 @@ def load(
 
 
 def _places(
-    checkpoint: Checkpoint, model: nn.Module, beside: Mapping[str, str], ignored: Sequence[Pattern]
-) -> dict[str, list[Slot]]:
-    """Where each stored row goes: the slots of its own name, of its aliases, and of what the model ties to them."""
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    beside: Mapping[str, str],
+    ignored: Sequence[Pattern],
+    init_buffers: InitBuffers | None,
+) -> tuple[dict[str, list[Slot]], list[tuple[Slot, Tensor]]]:
+    """Where each stored row goes, and what buffers get that the file lacks.
+
+    A row goes to the slots of its own name, of its aliases, and of what the model ties to them.
+    """
     rows = {row.name: row for row in checkpoint.ledger.present}
     by_name = {slot.name: slot for slot in slots(model)}
     places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.ledger.stored}
-    home = {id(by_name[name].tensor): row.holder for name, row in rows.items() if name in by_name}
-    lacked = [name for name in rows if name not in by_name]
-    check_all_used(ignored, lacked, f"ignore, of what {checkpoint.path} has and the model lacks")
-    missed = [name for name in lacked if not any(pattern.matches(name) for pattern in ignored)]
-    problems = [f"{name} is in the file, not in the model" for name in missed]
-    if missed:
-        problems[-1] += " (with ignore=[...] what the model may lack stays in the file)" + compiled_hint(model, missed)
+    needless = [name for name in rows if name not in by_name or not by_name[name].persistent]
+    check_all_used(ignored, needless, f"ignore, of what {checkpoint.path} has and the model lacks")
+    left = {name for name in needless if any(pattern.matches(name) for pattern in ignored)}
+    missed = [name for name, row in rows.items() if name not in by_name and row.persistent and name not in left]
+    problems = _missed(missed, compiled_hint(model, missed))
+    left |= {name for name in needless if name in by_name and _stays(by_name[name], rows[name])}
+    taken = {name: row for name, row in rows.items() if name in by_name and name not in left}
+    home = {id(by_name[name].tensor): row.holder for name, row in taken.items()}
     takers: dict[tuple[int, str], str] = {}
+    absent: list[str] = []
+    bare: list[Slot] = []
     for name, slot in by_name.items():
-        row = rows.get(name)
+        row = taken.get(name)
         # A name that the file lacks is filled all the same if the model ties it to one that the file has.
         stored = home.get(id(slot.tensor)) if row is None else row.holder
         if stored is not None:
@@ -153,25 +176,51 @@ def _places(
                 problems.append(f"{first} and {name} are one tensor in the model, two different ones in the file")
             problems += _misfits(rows[stored], slot, beside.get(name))
         elif slot.persistent:
-            problems.append(f"{name} is in the model, not in the file")
+            absent.append(name)
         elif slot.tensor.is_meta:
-            problems.append(
-                f"{name} is a buffer that no state dict holds, and is on the meta device; build the model on the CPU"
-            )
+            bare.append(slot)
+    tied = ties(model, absent, taken) if absent else {}
+    problems += [f"{name} is in the model, not in the file{_tie_advice(tied.get(name))}" for name in absent]
     problems += [problem for row in checkpoint.ledger for problem in _unrounded(row, places.get(row.name, ()), model)]
+    values, without = initial_values(model, bare, init_buffers)
+    problems += without
     if problems:
         raise MismatchError(f"{checkpoint.path} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    return places
+    return places, [(slot, values[slot.key]) for slot in bare]
+
+
+def _missed(names: Sequence[str], hint: str) -> list[str]:
+    problems = [f"{name} is in the file, not in the model" for name in names]
+    if problems:
+        problems[-1] += f" (with ignore=[...] what the model may lack stays in the file){hint}"
+    return problems
+
+
+def _tie_advice(other: str | None) -> str:
+    return "" if other is None else f" (call the model's tie_weights() first, which ties it to {other})"
+
+
+def _stays(slot: Slot, row: LedgerRow) -> bool:
+    """Whether a non-persistent buffer stays as the model made it, though the file has one of its name.
+
+    As in torch, a result need not restore such a buffer. Before it was saved, a forward may have changed its shape, and
+    in a file made from a checkpoint it may be rounded.
+    """
+    if nn.parameter.is_lazy(slot.tensor) or slot.tensor.is_floating_point() != row.dtype.is_floating_point:
+        return True
+    return not slot.tensor.is_meta and (tuple(slot.tensor.shape) != row.shape or row.spec is not None)
 
 
 def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
     if nn.parameter.is_lazy(slot.tensor):
         return [f"{slot.name} is not initialized in the model; run it once before loading"]
-    if tuple(slot.tensor.shape) != row.shape:
+    if tuple(slot.tensor.shape) != row.shape and slot.persistent:
         return [f"{slot.name} has shape {row.shape} in the file, {tuple(slot.tensor.shape)} in the model"]
     if slot.tensor.is_floating_point() != row.dtype.is_floating_point:
         return [f"{slot.name} is {dtype_name(row.dtype)} in the file, {dtype_name(slot.tensor.dtype)} in the model"]
-    obstacle = None if row.spec is None else beside or obstacle_to(slot.module, slot.local)
+    if row.spec is None or not slot.is_parameter:  # a buffer takes the dequantized tensor
+        return []
+    obstacle = beside or obstacle_to(slot.module, slot.local)
     return (
         [f"{slot.name} is {row.scheme} in the file, but {obstacle}: exclude it, or load without into="]
         if obstacle
@@ -181,6 +230,7 @@ def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
 
 def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:
     """Whether the file says that a layer rounds its inputs, and none of those that take the weight does."""
+    places = [slot for slot in places if slot.is_parameter]
     if row.spec is None or row.spec.activations is None or not places:
         return []
     if any(nn.parameter.is_lazy(slot.tensor) for slot in places):

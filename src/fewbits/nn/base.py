@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError, ReadOnlyWeightError
 from fewbits.nn.stored import StoredWeight
+from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.read_only import ReadOnlyTensor
+from fewbits.numerics.spec import CastSpec
 
 #: A parameter ``p`` that is quantized lives in a child module ``p_stored``.
 SUFFIX = "_stored"
@@ -26,6 +28,12 @@ _once: ContextVar[dict[StoredWeight, Tensor | None] | None] = ContextVar("fewbit
 
 #: The key in the metadata of a state dict that says how each weight is stored: other codes may have the same shapes.
 _HOW = "fewbits"
+
+#: What to do with the state dict of a float model.
+_WAY_OUT = (
+    "Load the state dict of a float model into the float model, and quantize that; to fill a float model with a file "
+    "that fewbits wrote, use fewbits.load(path, into=model)."
+)
 
 #: Every class that was made at run time, by what it was made from: it is made once.
 _classes: dict[tuple[type[nn.Module], type[QuantizedModule]], type[QuantizedModule]] = {}
@@ -132,18 +140,29 @@ class QuantizedModule(nn.Module):
             keys = {suffix: prefix + name + suffix for suffix in stored.suffixes}
             missing = [key for key in keys.values() if key not in others]
             parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
+            plain = others.pop(prefix + name, None) if missing else parts.get("")
+            how = local_metadata.get(_HOW, {}).get(name)
+            if how is not None and how != stored.how() and (parts or plain is not None):
+                error_msgs.append(f"{prefix}{name} is stored as {how} in the state dict, here as {stored.how()}")
+                continue
+            cast_to = stored.spec.dtype if isinstance(stored.spec, CastSpec) else None
+            if isinstance(plain, Tensor) and plain.dtype != cast_to:
+                _tell_float_state(error_msgs, f"{prefix}{name} is {dtype_name(plain.dtype)}", stored)
+                continue
             if missing:
                 missing_keys += missing
-                continue
-            how = local_metadata.get(_HOW, {}).get(name)
-            if how is not None and how != stored.how():
-                error_msgs.append(f"{prefix}{name} is stored as {how} in the state dict, here as {stored.how()}")
                 continue
             try:
                 stored.load_parts(parts, assign=bool(local_metadata.get("assign_to_params_buffers")))
             except FewbitsError as error:
                 error_msgs.append(f"{prefix}{name}: {error}")
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def _tell_float_state(error_msgs: list[str], what: str, stored: StoredWeight) -> None:
+    """Say once for a whole state dict, not for each layer, that it is one of the float model."""
+    if not any(message.endswith(_WAY_OUT) for message in error_msgs):
+        error_msgs.append(f"{what} in the state dict, and stored as {stored.spec} in this model. {_WAY_OUT}")
 
 
 def made_class(float_class: type[nn.Module], base: type[QuantizedModule]) -> type[QuantizedModule]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -48,11 +48,13 @@ class ModuleSource(LiveSource):
             for name, module in model.named_modules()
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
+        self._transient = self._transient_buffers(model)
         self._model = model if inplace else structural_copy(model)
 
     def read(self, name: str) -> Tensor:
-        """A parameter or buffer as it is now; buffers as the prepared model has them."""
-        return plain(find(self._model, name).tensor, name)
+        """A parameter or buffer as the prepared model has it now; a non-persistent buffer as `prepare` found it."""
+        transient = self._transient.get(name)
+        return plain(find(self._model, name).tensor, name) if transient is None else transient
 
     def prepared(self) -> nn.Module:
         """The model to run and to observe."""
@@ -75,7 +77,17 @@ class ModuleSource(LiveSource):
         """
         for slot in self.slots:
             plain(slot.tensor, slot.name)
-        return _ModuleTarget(self._model if self.inplace else structural_copy(self._model), ledger, self.inplace)
+        model = self._model if self.inplace else structural_copy(self._model)
+        return _ModuleTarget(model, ledger, self._transient, self.inplace)
+
+    def _transient_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Non-persistent buffers as they are now: a forward may replace, grow or remove them, as caches do.
+
+        A buffer that shares its memory with a tensor of the state dict is not one of them.
+        """
+        lasting = {info.storage for info in self.infos if info.persistent}
+        transient = {info.name for info in self.infos if info.storage not in lasting}
+        return {slot.name: slot.tensor.detach() for slot in slots(model) if slot.name in transient}
 
     @staticmethod
     def _check(model: nn.Module) -> None:
@@ -114,17 +126,20 @@ class ModuleSource(LiveSource):
 
 
 class _ModuleTarget(Target):
-    def __init__(self, model: nn.Module, ledger: Ledger, inplace: bool) -> None:
-        self._model, self._inplace = model, inplace
+    def __init__(self, model: nn.Module, ledger: Ledger, transient: Mapping[str, Tensor], inplace: bool) -> None:
+        self._model, self._transient, self._inplace = model, transient, inplace
         self._slots = {slot.name: slot for slot in slots(model)}
         self._names = ledger.names_by_holder()
-        changed = sorted(self._slots.keys() ^ {row.name for row in ledger})
+        expected = {row.name for row in ledger} - transient.keys()
+        changed = sorted({name for name, slot in self._slots.items() if slot.persistent or name in expected} ^ expected)
         if changed:
             raise SourceError(
                 f"the model has gained or lost {', '.join(changed)} since it was prepared; prepare it again"
             )
 
     def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
+        if row.name in self._transient:
+            return
         places = {slot.key: slot for slot in (self._slots[name] for name in self._names[row.name])}.values()
         if row.spec is not None:
             stored = store(value, row.dtype)
@@ -147,6 +162,8 @@ class _ModuleTarget(Target):
         return self._model
 
     def value(self, name: str) -> Value:
+        if name in self._transient:
+            return self._transient[name]
         slot = find(self._model, name)
         stored = stored_weights(slot.module).get(slot.local)
         return plain_value(name, slot.tensor if stored is None else stored.value())
