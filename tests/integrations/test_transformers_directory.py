@@ -99,6 +99,7 @@ def opened(folder: Path, cls: type) -> nn.Module:
 OPEN = {
     "int4": INT4,
     "int8": {"scheme": "int8", "exclude": ["*emb*"], "min_elements": 0},
+    "int8 with embeddings": {"scheme": "int8", "min_elements": 0},
     "int8-tensor": {"scheme": "int8-tensor", "exclude": ["*emb*"], "min_elements": 0},
     "int4 and int8": {**INT4, "overrides": {"*.layers.0.mlp.down_proj": "int8", "*.layers.1.mlp.up_proj": "keep"}},
 }
@@ -138,7 +139,10 @@ def test_a_result_without_codes_opens_as_any_float_model(folders, tmp_path):
 
 
 REFUSED = {
-    "a quantized embedding": ("Llama", {"scheme": "int8"}),
+    "a quantized embedding beside": (
+        "Llama",
+        {"scheme": "int8", "overrides": {"*.mlp": {"scheme": "int4", "group_size": 32}}},
+    ),
     "zero points": ("Llama", {**INT4, "symmetric": False}),
     "groups of 128 do not divide": ("Llama", {"scheme": "int4", "group_size": 128, "ragged": "shorter"}),
     "rounds its inputs": ("Llama", {"scheme": "int8", "activations": "dynamic", "exclude": ["*emb*"]}),
@@ -168,7 +172,7 @@ def test_a_result_that_transformers_cannot_read_has_no_file_that_it_takes_for_a_
 
 def test_several_files_that_only_fewbits_reads_have_names_of_their_own(folders, tmp_path):
     out = tmp_path / "out"
-    quantized(folders("Llama"), fewbits.Output(out, max_shard_size="40kB"), scheme="int8")
+    quantized(folders("Llama"), fewbits.Output(out, max_shard_size="40kB"), **INT4, symmetric=False)
     names = sorted(file.name for file in out.iterdir() if "safetensors" in file.name)
     assert names[0].startswith("fewbits-00001-of-")
     assert names[-1] == "fewbits.safetensors.index.map.json"
@@ -192,18 +196,19 @@ def test_a_directory_that_is_no_model_of_transformers_keeps_its_configuration(tm
 
 def test_the_command_line_tells_who_can_open_a_result(folders, tmp_path):
     arguments = ["quantize", str(folders("Llama")), "--scheme", "int8", "-q"]
-    said = CliRunner().invoke(cli, [*arguments, "--dry-run"], standalone_mode=False).output
+    options = ["--override", "*.mlp=int4:32", "--dry-run"]
+    said = CliRunner().invoke(cli, [*arguments, *options], standalone_mode=False).output
     assert (
         "it opens with fewbits.load(..., into=model) only: model.embed_tokens.weight is a quantized embedding" in said
     )
-    options = ["--exclude", "*embed*", "-o", str(tmp_path / "out"), "--json"]
+    options = ["-o", str(tmp_path / "out"), "--json"]
     printed = json.loads(CliRunner().invoke(cli, [*arguments, *options], standalone_mode=False).stdout)
     assert printed["opens_in"] == "opens in transformers, with compressed-tensors installed"
 
 
 def test_a_sentence_encoder_opens_in_sentence_transformers(minilm_path, sentences, tmp_path):
     out, some = tmp_path / "out", list(sentences[:8])
-    quantized(minilm_path.parent, out, scheme="int8", exclude=["*embeddings*"])
+    quantized(minilm_path.parent, out, scheme="int8")
     floats = sentence_transformers.SentenceTransformer(str(minilm_path.parent))
     found = sentence_transformers.SentenceTransformer(str(out)).encode(some, convert_to_tensor=True)
     assert torch.cosine_similarity(found, floats.encode(some, convert_to_tensor=True)).min() > 0.998

@@ -30,13 +30,16 @@ def export_obstacle(ledger: Ledger, vocabularies: Collection[int]) -> str | None
         ledger: of the result.
         vocabularies: how many tokens the model knows: a weight with so many rows is an embedding or an output layer.
 
-    They read Linear layers. For a quantized weight of any other class they keep random numbers, without an error, so
-    whatever may not be a Linear layer is an obstacle.
+    They read Linear layers, and embeddings where there is one scheme. For a quantized weight of any other class they
+    keep random numbers, without an error, so whatever may be one is an obstacle.
     """
+    several = len({_Scheme.of(row) for row in _quantized(ledger)}) > 1
     biases = {row.name.removesuffix(".bias"): row.shape for row in ledger if row.name.endswith(".bias")}
     for row in _quantized(ledger):
-        if reason := _obstacle(row, biases.get(row.name.removesuffix(_WEIGHT)), vocabularies):
+        if reason := _obstacle(row, biases.get(row.name.removesuffix(_WEIGHT))):
             return f"{row.name} {reason}"
+        if several and _may_be_embedding(row, vocabularies):
+            return f"{row.name} is a quantized embedding beside weights of another scheme; exclude it"
     return None
 
 
@@ -44,14 +47,12 @@ def _quantized(ledger: Ledger) -> list[LedgerRow]:
     return [row for row in ledger if row.fate == "quantized"]
 
 
-def _obstacle(row: LedgerRow, bias: tuple[int, ...] | None, vocabularies: Collection[int]) -> str | None:
+def _obstacle(row: LedgerRow, bias: tuple[int, ...] | None) -> str | None:
     spec, shape = row.spec, row.shape
     if not isinstance(spec, QuantSpec) or row.layout is None:
         return None
     if not row.name.endswith(_WEIGHT) or len(shape) != 2 or row.layout != Layout.of(shape):
-        return f"of shape {shape} is not the weight of a Linear layer; exclude it"
-    if _may_be_embedding(row, vocabularies):
-        return "is a quantized embedding; exclude it"
+        return f"of shape {shape} is not the weight of a Linear layer or an embedding; exclude it"
     if bias is not None and bias != shape[:1]:
         return f"of shape {shape} has {bias[0]} biases, so its rows are inputs, not outputs; exclude it"
     return _obstacle_of_spec(spec, shape[1])
@@ -78,10 +79,14 @@ def _obstacle_of_spec(spec: QuantSpec, columns: int) -> str | None:
     return None
 
 
-def quantization_config(ledger: Ledger) -> dict[str, Any]:
+def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[str, Any]:
     """The configuration for a result without an obstacle; empty if nothing in it has codes.
 
     The most common scheme is that of all Linear layers, whatever a reader renames them to; others go by name.
+
+    Args:
+        ledger: of the result.
+        vocabularies: as for `export_obstacle`.
     """
     groups: dict[_Scheme, list[LedgerRow]] = {}
     for row in _quantized(ledger):
@@ -90,6 +95,9 @@ def quantization_config(ledger: Ledger) -> dict[str, Any]:
     if not groups:
         return {}
     first = max(groups, key=lambda scheme: sum(row.bytes_before for row in groups[scheme]))
+    classes = ["Linear"]
+    if any(_may_be_embedding(row, vocabularies) for row in _quantized(ledger)):
+        classes.append("Embedding")
     patterns = _patterns(ledger)
     order = [first, *(scheme for scheme in groups if scheme != first)]
     return {
@@ -98,7 +106,7 @@ def quantization_config(ledger: Ledger) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{number}": {
-                "targets": ["Linear"] if scheme == first else _targets(groups[scheme], patterns),
+                "targets": classes if scheme == first else _targets(groups[scheme], patterns),
                 "format": "pack-quantized",
                 "weights": scheme.weights(),
                 "input_activations": None,

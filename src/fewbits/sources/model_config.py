@@ -63,7 +63,7 @@ class Readers:
         """
         obstacle = export_obstacle(ledger, vocabularies)
         if obstacle is None:
-            return cls(None, quantization_config(ledger))
+            return cls(None, quantization_config(ledger, vocabularies))
         return cls(obstacle, {"quant_method": "fewbits", "open_with": "fewbits.load(directory, into=model)"})
 
     @property
