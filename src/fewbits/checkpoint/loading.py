@@ -152,6 +152,7 @@ def _places(
     rows = {row.name: row for row in checkpoint.ledger.present}
     by_name = {slot.name: slot for slot in slots(model)}
     places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.ledger.stored}
+    # The file may have these and the model need not take them.
     needless = [name for name in rows if name not in by_name or not by_name[name].persistent]
     check_all_used(ignored, needless, f"ignore, of what {checkpoint.path} has and the model lacks")
     left = {name for name in needless if any(pattern.matches(name) for pattern in ignored)}
