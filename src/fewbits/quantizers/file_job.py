@@ -180,7 +180,12 @@ class FileJob(Job):
                 progress=progress,
             )
 
-        self.report = self._ranks.lead(look)
+        try:
+            self.report = self._ranks.lead(look)
+        except KeyboardInterrupt as stop:
+            advice = f"fewbits verify {path} --against {self.source.path}"
+            stop.args = stop.args or (f"interrupted; {path} is complete, and not verified yet: {advice}",)
+            raise
         return self.report
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
