@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import copying, disk, dryrun, killing, limited, measured, synthetic, torchrun
+from benchmarks import copying, disk, dryrun, killing, limited, many_tensors, measured, synthetic, torchrun
 from benchmarks.killing import Killed
 from benchmarks.report import Cell, Report
 from benchmarks.unfinished import Job
@@ -144,6 +144,19 @@ def test_room_in_memory_is_no_more_than_the_memory_there_is(tmp_path, monkeypatc
 def test_the_bytes_of_tensors_are_those_of_the_ledger(tmp_path, source):
     ledger = fewbits.quantize(source, "int4", output=tmp_path / "out", on_failure="ignore").ledger
     assert sum(disk.tensor_bytes(path) for path in (tmp_path / "out").glob("*.safetensors")) == ledger.bytes_after
+
+
+# Many tensors.
+
+
+def test_many_tensors_times_every_step_and_says_what_a_tensor_costs(tmp_path, capsys):
+    file = tmp_path / "many.json"
+    asked = ["--tensors", "12", "--rounds", "2", "--threads", "1"]
+    assert many_tensors.main([*asked, "--json", str(file)]) == 0
+    cells = json.loads(file.read_text())["cells"]
+    assert [cell["contender"] for cell in cells] == ["made", "resumed", "verified", "loaded"]
+    assert all(len(cell["seconds"]) == 2 for cell in cells)
+    assert "ms a tensor" in capsys.readouterr().out
 
 
 # Copying.

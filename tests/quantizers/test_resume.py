@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 import fewbits
 from checkpoints import write_shards
+from fewbits.checkpoint.raw import FileBytes
+from fewbits.numerics.metrics import Tally
 from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize_small, read_header, small, visible
 
 
@@ -657,3 +659,35 @@ def test_progress_ends_with_all_that_there_is(tmp_path, begun):
     assert done == sorted(done)
     assert done[0] > 0
     assert done[-1] == steps[0].total
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """How often a tensor is compared with its source, and how often the bytes of files are read."""
+    counted = {"compared": 0, "read": 0}
+    compare, read = Tally.add, FileBytes.read_into
+
+    def counting_compare(self, original, stored):
+        counted["compared"] += 1
+        compare(self, original, stored)
+
+    def counting_read(self, buffer, offset):
+        counted["read"] += 1
+        read(self, buffer, offset)
+
+    monkeypatch.setattr(Tally, "add", counting_compare)
+    monkeypatch.setattr(FileBytes, "read_into", counting_read)
+    return counted
+
+
+def test_each_tensor_is_compared_once_and_each_part_of_the_result_read_twice(tmp_path, work):
+    source = write_shards(tmp_path / "model", {f"{index}.weight": torch.randn(8, 16) for index in range(5)}, 2)
+    parts = 5 * 3  # codes, scales and shape of each tensor
+    whole = fewbits.quantize(source, "int8", output=tmp_path / "out", min_elements=0)
+    # The source once; what was written once before it is published, and once more in validation.
+    assert work == {"compared": 5, "read": 5 + 2 * parts}
+    work.update(compared=0, read=0)
+    resumed = fewbits.quantize(source, "int8", output=fewbits.Output(tmp_path / "out", resume=True), min_elements=0)
+    # The result is read for its digests, beside the source, and for its digests in validation.
+    assert work == {"compared": 5, "read": 5 + 3 * parts}
+    assert resumed.report == whole.report

@@ -45,8 +45,13 @@ def digest_in(reader: Reader, name: str) -> str:
     """SHA-256 of the bytes of a tensor in a file, read a piece at a time where the format allows it."""
     if not isinstance(reader, ChunkReader):
         return digest(reader.read(name))
+    entry = reader.entries[name]
+    if entry.nbytes <= _PIECE:
+        out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        reader.read_into(name, 0, out)
+        return hashlib.sha256(tensor_bytes(out)).hexdigest()
     found = hashlib.sha256()
-    for part in pieces(reader.entries[name]):
+    for part in pieces(entry):
         reader.read_into(name, part.start, part.out)
         found.update(tensor_bytes(part.out))
     return found.hexdigest()

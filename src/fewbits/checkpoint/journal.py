@@ -105,7 +105,7 @@ class Journal:
 
     def add(self, line: Note | Seal) -> None:
         """Write one more line."""
-        data = _line(attrs.asdict(line))
+        data = _line(attrs.asdict(line, recurse=False))
         with as_checkpoint_error(f"{self._path} cannot be written"):
             while data:
                 data = data[self._file.write(data) :]
@@ -145,10 +145,7 @@ def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
     with open(path, "rb") as file:
         for line in file:
             try:
-                fields = json.loads(line)
-                if line != _line({name: value for name, value in fields.items() if name != _CHECK}):
-                    break
-                del fields[_CHECK]
+                fields = json.loads(_checked(line))
                 if "header" in fields:
                     seal = Seal(**fields)
                 else:
@@ -161,9 +158,24 @@ def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
 
 def _line(fields: Mapping[str, Any]) -> bytes:
     """Fields as a line, with a digest of them: a figure in which a bit has changed is still a figure."""
-    text = json.dumps(fields, separators=(",", ":"))
-    check = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f'{text[:-1]},"{_CHECK}":"{check}"}}\n'.encode()
+    return _signed(json.dumps(fields, separators=(",", ":")).encode())
+
+
+def _signed(text: bytes) -> bytes:
+    check = hashlib.sha256(text).hexdigest()[:16]
+    return text[:-1] + f',"{_CHECK}":"{check}"}}\n'.encode()
+
+
+def _checked(line: bytes) -> bytes:
+    """The JSON that `_line` made a line of.
+
+    Raises:
+        ValueError: if it is not one of those.
+    """
+    text = line.rpartition(f',"{_CHECK}":'.encode())[0] + b"}"
+    if line != _signed(text):
+        raise ValueError("the line is not what was written")
+    return text
 
 
 def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:

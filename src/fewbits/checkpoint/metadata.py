@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -16,6 +18,7 @@ from fewbits.checkpoint.header import parse_json
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import ArgumentError, DigestError, FewbitsError, FormatError
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import Layout
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.numerics.tensor import part_shapes
@@ -67,7 +70,12 @@ class Metrics:
 
     def to_dict(self) -> dict[str, float | None]:
         """The figures by name."""
-        return attrs.asdict(self)
+        return {
+            "sqnr_db": self.sqnr_db,
+            "max_abs_error": self.max_abs_error,
+            "cosine": self.cosine,
+            "worst_bound_ratio": self.worst_bound_ratio,
+        }
 
 
 @attrs.frozen
@@ -106,7 +114,15 @@ class Metadata:
 
     def to_strings(self, entries: Mapping[str, Entry]) -> dict[str, str]:
         """The header's strings, with a digest of the header itself."""
-        strings = dict(self.extra) | {
+        strings = self._strings()
+        return strings | {HEADER_DIGEST_KEY: header_digest(strings, entries)}
+
+    def to_placeholder_strings(self) -> dict[str, str]:
+        """Strings as long as those of `to_strings`: of a header that is never written, nobody needs the digest."""
+        return self._strings() | {HEADER_DIGEST_KEY: _PLACEHOLDER_DIGEST}
+
+    def _strings(self) -> dict[str, str]:
+        return dict(self.extra) | {
             "format": "pt",
             VERSION_KEY: str(FORMAT_VERSION),
             "fewbits.ledger": _dump([row.to_dict() for row in self.ledger]),
@@ -115,7 +131,6 @@ class Metadata:
             "fewbits.metrics": _dump({name: metrics.to_dict() for name, metrics in self.metrics.items()}),
             "fewbits.digests": _dump(dict(self.digests)),
         }
-        return strings | {HEADER_DIGEST_KEY: header_digest(strings, entries)}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], entries: Mapping[str, Entry], where: object) -> Metadata:
@@ -187,13 +202,19 @@ def part_name(name: str, part: str) -> str:
     return f"{name}_{part}"
 
 
+@functools.lru_cache(maxsize=1024)  # of the thousands of tensors of a model, many have one shape
+def part_entries(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> Mapping[str, Entry]:
+    """What a file holds for every part of a quantized tensor."""
+    return MappingProxyType({part: Entry(*entry) for part, entry in part_shapes(layout, spec, dtype).items()})
+
+
 def row_entries(row: LedgerRow) -> dict[str, Entry]:
     """What the file holds for one row of the ledger, by name."""
     if row.fate in ("alias", "merged"):
         return {}
     if isinstance(row.spec, QuantSpec) and row.layout is not None:
-        parts = part_shapes(row.layout, row.spec, row.dtype)
-        return {part_name(row.name, part): Entry(*entry) for part, entry in parts.items()}
+        parts = part_entries(row.layout, row.spec, row.dtype)
+        return {part_name(row.name, part): entry for part, entry in parts.items()}
     return {row.name: Entry(row.shape, row.spec.dtype if isinstance(row.spec, CastSpec) else row.dtype)}
 
 

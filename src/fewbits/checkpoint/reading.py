@@ -20,6 +20,7 @@ from fewbits.checkpoint.metadata import (
     HEADER_DIGEST_KEY,
     VERSION_KEY,
     Metadata,
+    part_entries,
     part_name,
     row_entries,
 )
@@ -34,7 +35,6 @@ from fewbits.numerics.tensor import (
     QuantizedTensor,
     check_input_scale,
     check_shape_part,
-    part_shapes,
     same_bits,
     shape_part,
 )
@@ -94,7 +94,7 @@ class Checkpoint:
         if row.merged_into is not None:
             raise ArgumentError(f"{name} is not in {self.path}: it is merged into {row.merged_into}")
         if isinstance(row.spec, QuantSpec) and row.layout is not None:
-            names = part_shapes(row.layout, row.spec, row.dtype)
+            names = part_entries(row.layout, row.spec, row.dtype)
             parts = {part: self._read(part_name(row.name, part)) for part in names}
             return QuantizedTensor.from_parts(parts, spec=row.spec, layout=row.layout, dtype=row.dtype)
         return self._read(row.name)
@@ -113,14 +113,14 @@ class Checkpoint:
             return self._read_chunk(row.name, chunk.start, row_entries(described)[row.name])
         first, per_tensor = chunk.rows[0], row.spec.granularity == "tensor"
         parts = {}
-        for part, (shape, dtype) in part_shapes(described.layout, row.spec, row.dtype).items():
+        for part, entry in part_entries(described.layout, row.spec, row.dtype).items():
             rows = first * row.spec.bits // 32 if part == "zero_point" else first
-            start = 0 if per_tensor and part != "packed" else rows * math.prod(shape[1:])
+            start = 0 if per_tensor and part != "packed" else rows * math.prod(entry.shape[1:])
             if part == "shape":
                 if chunk.is_first:
                     self._check_shape(row)
             else:
-                parts[part] = self._read_chunk(part_name(row.name, part), start, Entry(shape, dtype))
+                parts[part] = self._read_chunk(part_name(row.name, part), start, entry)
         parts["shape"] = shape_part(described.shape)
         return QuantizedTensor.from_parts(parts, spec=row.spec, layout=described.layout, dtype=row.dtype)
 

@@ -76,7 +76,7 @@ class CheckpointWriter:
         self._held: dict[str, list[Tensor]] = {}
         self._architecture, self._extra = architecture, dict(extra or {})
         placeholder = Metadata.placeholder(ledger, architecture, self._extra)
-        header = Header(self._entries, placeholder.to_strings(self._entries))
+        header = Header(self._entries, placeholder.to_placeholder_strings())
         self._resumed = serializer.resumable(path, header) if resumable else None
         self._writer = self._resumed or serializer.writer(path, header)
 
@@ -150,7 +150,8 @@ class CheckpointWriter:
             FormatError: if it is not what the ledger announced.
         """
         announced = row_entries(chunk.described())
-        for name, tensor in value_tensors(chunk.row.name, value).items():
+        tensors = value_tensors(chunk.row.name, value)
+        for name, tensor in tensors.items():
             if name not in announced or (tuple(tensor.shape), tensor.dtype) != (
                 announced[name].shape,
                 announced[name].dtype,
@@ -159,7 +160,7 @@ class CheckpointWriter:
                     f"{name} has shape {tuple(tensor.shape)} in {tensor.dtype}, the ledger announced "
                     f"{announced.get(name)}; the model has changed since it was quantized"
                 )
-        for name, tensor in _own_tensors(chunk, value).items():
+        for name, tensor in _own_tensors(chunk, tensors).items():
             tensor = in_memory(tensor)
             self._hashes[name].update(tensor_bytes(tensor))
             self._write(chunk, name, tensor)
@@ -198,7 +199,9 @@ class CheckpointWriter:
         metadata = Metadata(self._ledger, self._architecture, metrics, digests, extra=self._extra)
         strings = metadata.to_strings(self._entries)
         reader = self._writer.seal(strings)
-        Metadata.from_strings(reader.metadata, reader.entries, self._path)
+        if (reader.metadata, reader.entries) != (strings, self._entries):
+            # A serializer may add to what it was given; anything else is refused here, with the reason.
+            Metadata.from_strings(reader.metadata, reader.entries, self._path)
         refuse_damaged(wrong_digests(reader, digests, threads), self._path)
         self._writer.close()
         return strings[HEADER_DIGEST_KEY]
@@ -265,10 +268,9 @@ def plain_value(name: str, value: Value) -> Value:
     return value if isinstance(value, QuantizedTensor) else tensors[name]
 
 
-def _own_tensors(chunk: Chunk, value: Value) -> dict[str, Tensor]:
+def _own_tensors(chunk: Chunk, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a file holds for one chunk alone: what there is once for a whole tensor comes with its first."""
     row = chunk.row
-    tensors = value_tensors(row.name, value)
     if chunk.is_whole or not isinstance(row.spec, QuantSpec) or row.layout is None:
         return tensors
     once = {"shape": shape_part(row.shape)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.ranks import join_group, own_rank
 from fewbits.cli.stderr import Stderr, complain, is_json_asked_for, warnings_as_events
+from fewbits.cli.stdout import NOT_READ, stdout_watched
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.quantizers.fitting import Ragged
@@ -50,7 +52,8 @@ class _Group(click.Group):
 def cli() -> None:
     """Make PyTorch checkpoints smaller, account for every tensor, and check what was written.
 
-    Exit codes: 0 for success, 1 for a failure in verification, 2 for anything that cannot be done as asked.
+    Exit codes: 0 for success, 1 for a failure in verification, 2 for anything that cannot be done as asked, 141 if
+    nobody reads what is printed.
     """
 
 
@@ -197,12 +200,24 @@ def run() -> int:
         if isinstance(stream, io.TextIOWrapper):  # names of tensors and files can be what no encoding holds
             stream.reconfigure(errors="backslashreplace")
     stderr, as_json = Stderr(own_rank()), is_json_asked_for(sys.argv[1:])
-    with warnings_as_events(stderr) if as_json else nullcontext():
+    with warnings_as_events(stderr) if as_json else nullcontext(), stdout_watched(sys.stdout) as stdout:
         try:
             code: int = cli(standalone_mode=False)
         except (click.exceptions.Abort, click.ClickException, FewbitsError) as error:
             code = FAILED if isinstance(error, DigestError) else BAD_USAGE
             complain(stderr, error, code, as_json=as_json)
+        stdout.flush()
+        return code if stdout.error is None else _unwritten(stdout.error, code, stderr, as_json)
+
+
+def _unwritten(error: OSError, code: int, stderr: Stderr, as_json: bool) -> int:
+    """The exit code of a command that could not print its result. Its own code stays, unless that is success."""
+    if error.errno == errno.EPIPE:
+        return code or NOT_READ
+    done = "" if code else "; all else was done as asked"
+    code = code or BAD_USAGE
+    message = f"standard output cannot be written: {error.strerror or error}{done}"
+    complain(stderr, OSError(message), code, as_json=as_json)
     return code
 
 

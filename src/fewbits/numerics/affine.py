@@ -148,25 +148,32 @@ def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Quant
         zero_point: as stored, unpacked; None if symmetric.
         spec: how the codes look.
     """
-    if spec.rounding == "free":
-        low, high = code_range(scale, zero_point, spec)
-        bound = torch.maximum(grouped(x, spec) - low, high - grouped(x, spec))
-    else:
-        bound = torch.maximum(_beyond(x, scale, zero_point, spec), half_gap(x, scale, spec))
-    bound = bound + grouped(x, spec).abs() * 2.0**-23
-    return bound.flatten(1)[:, : x.shape[1]]
+    return bound_and_clipped(x, scale, zero_point, spec)[0]
 
 
 def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Which elements lie further than half a step outside what the codes can stand for; arguments as `error_bound`."""
-    outside = _beyond(x, scale, zero_point, spec) > half_gap(x, scale, spec)
-    return outside.flatten(1)[:, : x.shape[1]]
+    return bound_and_clipped(x, scale, zero_point, spec)[1]
+
+
+def bound_and_clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """`error_bound` and `clipped` of the same elements: most of the work is the same."""
+    groups, gap = grouped(x, spec), half_gap(x, scale, spec)
+    low, high = code_range(scale, zero_point, spec)
+    above, below = groups - high, low - groups
+    beyond = torch.maximum(above, below)  # at most zero inside of the range
+    farthest = -torch.minimum(above, below) if spec.rounding == "free" else torch.maximum(beyond, gap)
+    bound = farthest + groups.abs() * 2.0**-23
+    outside = beyond > gap
+    return bound.flatten(1)[:, : x.shape[1]], outside.flatten(1)[:, : x.shape[1]]
 
 
 def are_sound(scale: Tensor) -> bool:
     """Whether codes can be made with these scales: finite numbers, none of them zero."""
-    magnitude = scale.abs()
-    return bool(((magnitude > 0) & (magnitude < math.inf)).all())
+    if not scale.numel():
+        return True
+    least, largest = torch.aminmax(scale.abs())  # both NaN, if a scale is
+    return float(least) > 0 and float(largest) < math.inf
 
 
 def check_params(
@@ -199,12 +206,6 @@ def check_params(
             f"these zero points are not integers of shape {expected} between {spec.code_min} and {spec.code_max}"
         )
     return scale, wide.to(torch.int32)
-
-
-def _beyond(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """How far each element lies outside what the codes can stand for (grouped, float64); at most zero inside."""
-    low, high = code_range(scale, zero_point, spec)
-    return torch.maximum(grouped(x, spec) - high, low - grouped(x, spec))
 
 
 def _exact_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:

@@ -36,7 +36,8 @@ def constant_rows(
         spec: how the codes look.
     """
     which = _uniform(codes)
-    which = which[~_is_uniform(x[which])]
+    if len(which):
+        which = which[~_is_uniform(x[which])]
     if not len(which):
         return 0
     x, error = x[which], (x[which] - decoded[which]).abs_()
@@ -52,7 +53,7 @@ def _uniform(codes: Tensor) -> Tensor:
     """The indices of the rows with one code throughout."""
     # A few columns tell nearly all of the others apart.
     which = _is_uniform(codes[:, :: -(-codes.shape[1] // _LOOKED_AT)]).nonzero().flatten()
-    return which[_is_uniform(codes[which])]
+    return which[_is_uniform(codes[which])] if len(which) else which
 
 
 def _is_uniform(rows: Tensor) -> Tensor:
@@ -84,6 +85,10 @@ class SameRows:
             self.same = self.same and later.same and self.first in (None, later.first)
             self.first = later.first if self.same else None
             self.rows += later.rows
+
+    def to_dict(self) -> dict[str, int | bool | str | None]:
+        """All of it, for JSON; ``SameRows(**fields)`` reads it."""
+        return {"rows": self.rows, "same": self.same, "first": self.first}
 
     def __bool__(self) -> bool:
         """Whether there are several rows, and all are the same."""

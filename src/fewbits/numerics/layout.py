@@ -24,7 +24,7 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(map(operator.index, values))
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Layout:
     """The cut: view the tensor as `view`, move axes by `permutation`, take the first `row_axes` as rows.
 
@@ -69,12 +69,12 @@ class Layout:
     @property
     def rows(self) -> int:
         """Rows of the matrix: the product of the axes that are not input."""
-        return math.prod(self._permuted[: self.row_axes])
+        return math.prod([self.view[axis] for axis in self.permutation[: self.row_axes]])
 
     @property
     def columns(self) -> int:
         """Columns of the matrix: the product of the input axes."""
-        return math.prod(self._permuted[self.row_axes :])
+        return math.prod([self.view[axis] for axis in self.permutation[self.row_axes :]])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -99,7 +99,12 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description; ``Layout(**fields)`` reads it."""
-        return attrs.asdict(self)
+        return {
+            "shape": list(self.shape),
+            "view": list(self.view),
+            "permutation": list(self.permutation),
+            "row_axes": self.row_axes,
+        }
 
 
 @attrs.frozen(eq=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
-from fewbits.numerics.affine import clipped, decode, error_bound
+from fewbits.numerics.affine import bound_and_clipped, decode
 from fewbits.numerics.constant import SameRows, constant_rows
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, WeightMatrix
@@ -165,8 +165,7 @@ class Tally:
                 f"a tensor of shape {tuple(original.shape)} cannot be compared with {tuple(stored.shape)}"
             )
         if isinstance(stored, QuantizedTensor):
-            scale = stored.scale.abs()
-            self._scales += float(scale.min()), float(scale.max())
+            self._scales += map(float, torch.aminmax(stored.scale.abs()))
             blocks = _quantized_blocks(original, stored)
         else:
             blocks = _cast_blocks(original, stored)
@@ -200,7 +199,7 @@ class Tally:
             "scales": _extremes(self._scales),
             "sums": self._sums,
             "constant_rows": self._constant_rows,
-            "same_rows": attrs.asdict(self._same_rows),
+            "same_rows": self._same_rows.to_dict(),
         }
 
     @classmethod
@@ -239,10 +238,12 @@ class Tally:
     def _add_block(self, block: _Block) -> None:
         x, decoded = block.original, block.decoded
         error = (x - decoded).abs_()
-        # NaN and Inf out of a damaged scale must count as broken, not vanish in a comparison.
-        held = (error <= block.bound) & torch.isfinite(error)
-        if self._broken is None and not held.all():
-            self._broken = self._elements + int((~held).reshape(-1).to(torch.int8).argmax())
+        ratio = _worst_ratio(error, block.bound)
+        if self._broken is None and not ratio < 1:
+            # NaN and Inf out of a damaged scale must count as broken, not vanish in a comparison.
+            held = (error <= block.bound) & torch.isfinite(error)
+            if not held.all():
+                self._broken = self._elements + int((~held).reshape(-1).to(torch.int8).argmax())
         if block.codes is not None:
             self._codes += map(int, torch.aminmax(block.codes))
             self._same_rows.add(block.codes)
@@ -250,9 +251,10 @@ class Tally:
         self._clipped += block.clipped
         self._constant_rows += block.constant_rows
         self._largest_error = max(self._largest_error, _largest(error))
-        self._worst_ratio = max(self._worst_ratio, _largest(torch.where(error == 0, 0.0, error / block.bound)))
-        x, decoded, error = x / self._unit, decoded / self._unit, error / self._unit
-        self._sums.append([_sum(t) for t in (x * x, error.square_(), x * decoded, decoded.square_())])
+        self._worst_ratio = max(self._worst_ratio, ratio)
+        if self._unit != 1:
+            x, decoded, error = x / self._unit, decoded / self._unit, error / self._unit
+        self._sums.append(_sums_of_products((x, x), (error, error), (x, decoded), (decoded, decoded)))
 
 
 @attrs.frozen(eq=False)
@@ -276,14 +278,15 @@ def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Bl
         x = rows.double()
         decoded = _as_read(decode(codes, scale, zero_point, spec, torch.float64), compute_dtype(scale.dtype))
         signed = codes.to(torch.int16) + spec.code_min
-        outside = int(clipped(x, scale, zero_point, spec).sum())
         constant = constant_rows(x, decoded, codes, scale, zero_point, spec)
-        yield _Block(x, decoded, error_bound(x, scale, zero_point, spec), signed, outside, constant)
+        bound, outside = bound_and_clipped(x, scale, zero_point, spec)
+        yield _Block(x, decoded, bound, signed, int(outside.sum()), constant)
 
 
 def _as_read(decoded: Tensor, dtype: torch.dtype) -> Tensor:
     """The real numbers that codes stand for; Inf where decoding in `dtype` gives Inf."""
-    return torch.where(torch.isinf(decoded.to(dtype)), torch.inf, decoded)
+    infinite = torch.isinf(decoded.to(dtype))
+    return torch.where(infinite, torch.inf, decoded) if infinite.any() else decoded
 
 
 def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:
@@ -305,12 +308,23 @@ def _extremes(values: Sequence[_Number]) -> list[_Number]:
 
 def _largest(values: Tensor) -> float:
     """The largest element, NaN counting as inf."""
-    return float(values.nan_to_num(nan=math.inf, posinf=math.inf).max())
+    largest = float(values.max())  # NaN, if one of them is
+    return math.inf if math.isnan(largest) else largest
 
 
-def _sum(values: Tensor) -> float:
-    """The sum of all elements (which are overwritten): of each row in a fixed order, of the rows rounded once."""
-    return _fsum(group_sums(values).tolist())
+def _worst_ratio(error: Tensor, bound: Tensor) -> float:
+    """The largest error in parts of its own bound; no error is nothing, whatever its bound."""
+    ratio = error / bound
+    worst = float(ratio.max())
+    return _largest(torch.where(error == 0, 0.0, ratio)) if math.isnan(worst) else worst
+
+
+def _sums_of_products(*pairs: tuple[Tensor, Tensor]) -> list[float]:
+    """For each pair, the sum of its products: of each row in a fixed order, of the rows rounded once."""
+    products = torch.empty(len(pairs), *pairs[0][0].shape, dtype=torch.float64, device=pairs[0][0].device)
+    for product, (a, b) in zip(products, pairs, strict=True):
+        torch.mul(a, b, out=product)
+    return [_fsum(sums) for sums in group_sums(products).tolist()]
 
 
 def _fsum(terms: Sequence[float]) -> float:

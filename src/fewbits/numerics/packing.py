@@ -109,6 +109,8 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     stream = packed.contiguous().reshape(-1).view(torch.uint8).reshape(rows, packed.shape[1] * 4)
     if units * unit_bytes > stream.shape[1]:
         stream = F.pad(stream, (0, units * unit_bytes - stream.shape[1]))
+    if bits == 8:
+        return stream[:, :columns].clone()
     data = stream[:, : units * unit_bytes].reshape(rows, units, unit_bytes).unbind(-1)
     mask = (1 << bits) - 1
     codes = []

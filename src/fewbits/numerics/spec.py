@@ -95,7 +95,7 @@ def _check_cast_dtype(_: Any, __: Any, dtype: torch.dtype) -> None:
         raise ArgumentError(f"a cast goes to one of {[dtype_name(d) for d in FLOAT_DTYPES]}, not {dtype!r}")
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class QuantSpec:
     """Integer codes with scales: ``w ≈ (q - zero_point) * scale``, or ``levels[i] * scale`` for the i-th code.
 

@@ -13,6 +13,6 @@ def group_sums(values: Tensor) -> Tensor:
     width = values.shape[-1]
     while width > 1:
         half = width // 2
-        values[..., :half] += values[..., width - half : width]
+        values.narrow(-1, 0, half).add_(values.narrow(-1, width - half, half))
         width -= half
     return values[..., 0].double()

@@ -53,9 +53,11 @@ class QuantizedTensor:
         if self.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{dtype_name(self.dtype)} is not a dtype that a weight can have")
         expected = part_shapes(self.layout, self.spec, self.dtype)
-        found = self.parts()
+        del expected["shape"]  # that is the layout's own
+        found = self._tensors()
         if found.keys() != expected.keys():
-            raise FormatError(f"a tensor in {self.spec} has the parts {sorted(expected)}, not {sorted(found)}")
+            expects, has = (sorted([*parts, "shape"]) for parts in (expected, found))
+            raise FormatError(f"a tensor in {self.spec} has the parts {expects}, not {has}")
         for name, (shape, dtype) in expected.items():
             if (tuple(found[name].shape), found[name].dtype) != (shape, dtype):
                 raise FormatError(
@@ -121,10 +123,13 @@ class QuantizedTensor:
 
     def parts(self) -> dict[str, Tensor]:
         """What a file holds: packed, scale, zero_point (if asymmetric), input_scale (if static), and shape (int64)."""
+        return self._tensors() | {"shape": shape_part(self.layout.shape)}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All parts but the shape."""
         optional = {"zero_point": self.zero_point, "input_scale": self.input_scale}
         parts = {"packed": self.packed, "scale": self.scale}
-        parts |= {name: part for name, part in optional.items() if part is not None}
-        return parts | {"shape": shape_part(self.layout.shape)}
+        return parts | {name: part for name, part in optional.items() if part is not None}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -203,7 +208,10 @@ def in_memory(tensor: Tensor) -> Tensor:
     Raises:
         SourceError: if it is not a plain tensor. Its bytes would be read at an address that is none.
     """
-    return plain(tensor).resolve_conj().resolve_neg().cpu().contiguous()
+    tensor = plain(tensor)
+    if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        return tensor
+    return tensor.resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -248,7 +256,7 @@ def check_shape_part(part: Tensor, shape: Sequence[int]) -> None:
     Raises:
         FormatError: naming both.
     """
-    if not same_bits(part, shape_part(shape)):
+    if part.dtype != torch.int64 or part.dim() != 1 or part.tolist() != list(shape):
         raise FormatError(f"the part 'shape' says {tuple(part.flatten().tolist())}, the layout {tuple(shape)}")
 
 

@@ -27,7 +27,7 @@ from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.file import FileSource
 from fewbits.validation.report import Report
-from fewbits.validation.verify import verify
+from fewbits.validation.verify import verify_checkpoint
 
 
 class FileJob(Job):
@@ -96,7 +96,7 @@ class FileJob(Job):
         if run.begun:
             self._finished, self.shares = run.finish(), shares
         else:
-            self._finished, self.shares = None, self._accept(run, output, serializer)
+            self.shares = self._accept(run, output, serializer)
         self._output = output.path
 
     def run(
@@ -128,7 +128,7 @@ class FileJob(Job):
         )
 
     def _accept(self, run: FileRun, output: Output, serializer: Serializer) -> list[Share]:
-        """Go on with a result that is complete: all of it is compared with the source.
+        """Go on with a result that is complete: all of it is compared with the source, and counts as measured.
 
         Returns:
             the share of the one process that found it complete.
@@ -136,14 +136,9 @@ class FileJob(Job):
         Raises:
             ArgumentError: if it is not what this conversion would make.
         """
-        found = verify(
-            output.path,
-            self.source,
-            serializer=serializer,
-            chunk_elements=self._chunk_elements,
-            fail_under=-math.inf,
-        ).failures
         result = Checkpoint(output.path, serializer)
+        report = verify_checkpoint(result, self.source, chunk_elements=self._chunk_elements, fail_under=-math.inf)
+        found = report.failures
         if {row.name: row for row in result.ledger} != {row.name: row for row in self.ledger}:
             found = ["the fates of its tensors are others", *found]
         if result.headers.keys() != run.sizes.keys():
@@ -153,6 +148,7 @@ class FileJob(Job):
                 f"{output.path} is there already, and is not what this would make of {self.source.path}: {found[0]}. "
                 "Give another path, or replace it (--force, Output(replace=True))"
             )
+        self._finished = Finished(result.headers, _measurements(report))
         sizes = run.sizes
         return [Share(tuple(sizes), 0, sum(sizes.values()))]
 
@@ -176,18 +172,23 @@ class FileJob(Job):
         path = self._result()
 
         def look() -> Report:
-            as_written = self._finished is not None and Checkpoint(path, serializer).headers == self._finished.headers
-            return verify(
-                path,
+            result = Checkpoint(path, serializer)
+            as_written = self._finished is not None and result.headers == self._finished.headers
+            return verify_checkpoint(
+                result,
                 self.source,
-                serializer=serializer,
                 measured=self._measured if as_written else {},
                 chunk_elements=self._chunk_elements,
                 fail_under=fail_under,
                 progress=progress,
             )
 
-        self.report = self._ranks.lead(look)
+        try:
+            self.report = self._ranks.lead(look)
+        except KeyboardInterrupt as stop:
+            advice = f"fewbits verify {path} --against {self.source.path}"
+            stop.args = stop.args or (f"interrupted; {path} is complete, and not verified yet: {advice}",)
+            raise
         return self.report
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
@@ -197,7 +198,7 @@ class FileJob(Job):
         if self._finished is not None and result.headers != self._finished.headers:
             raise CheckpointError(f"{self._output} is not what convert() wrote; call convert() again")
         result.check("digests")
-        found = {t.name: t.measurement for t in self.report.tensors if t.measurement} if self.report else {}
+        found = _measurements(self.report) if self.report else {}
         save(
             serializer,
             path,
@@ -220,3 +221,7 @@ class FileJob(Job):
         if self._output is None:
             raise StateError("there is no result; call convert() first")
         return self._output
+
+
+def _measurements(report: Report) -> dict[str, Measurement]:
+    return {tensor.name: tensor.measurement for tensor in report.tensors if tensor.measurement is not None}

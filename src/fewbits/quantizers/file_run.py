@@ -181,7 +181,7 @@ class FileRun:
                 measured = self._fill(shard, writer, journal, taken, told)
                 seal = Seal(
                     writer.close(self._streaming.budget.threads),
-                    {name: attrs.asdict(found) for name, found in measured.items()},
+                    {name: attrs.asdict(found, recurse=False) for name, found in measured.items()},
                 )
             journal.add(seal)
 
@@ -242,17 +242,22 @@ class FileRun:
                     "(--force, Output(replace=True))"
                 )
 
-    def check_complete(self) -> None:
+    def check_complete(self) -> dict[str, Seal]:
         """See that every file has been written.
+
+        Returns:
+            the end of each file's journal, by the name of the file.
 
         Raises:
             CheckpointError: naming those that have not.
         """
         with self._workplace.in_place():
-            if missing := sorted(self._shards.keys() - self._workplace.seals().keys()):
+            seals = self._workplace.seals()
+            if missing := sorted(self._shards.keys() - seals.keys()):
                 raise CheckpointError(
                     f"not complete: {', '.join(missing)}; what is done is kept until they are written"
                 )
+            return seals
 
     def finish(self) -> Finished:
         """Write the index, copy what goes with the tensors, and publish the result.
@@ -261,9 +266,8 @@ class FileRun:
             CheckpointError: if a file is missing, or that cannot be done.
         """
         source = self._streaming.source
-        self.check_complete()
+        seals = self.check_complete()
         with self._keeping():
-            seals = self._workplace.seals()
             self._workplace.clear()
             headers = {file: seal.header for file, seal in seals.items()}
             if self._workplace.folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -67,5 +68,5 @@ def _fields(value: object) -> dict[str, object] | None:
 
 
 def fingerprint(value: object) -> str:
-    """A digest of a description."""
-    return hashlib.sha256(repr(described(value)).encode()).hexdigest()
+    """A digest of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -116,18 +116,11 @@ def examine_tensor(
         failures = [] if kept else ["kept, but not equal to the source"]
         return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(failures))
     failures, notes = [], []
-    tally, blind = Tally(_unit(row, pairs) if measurement is None else 1.0), _Blind()
-    compared, sound = False, True
-    for value, source in pairs(row, measurement is None):
-        if source is not None:
-            tally.add(source, value)
-            compared = True
-        elif measurement is None:
-            blind.add(value)
-        if isinstance(value, QuantizedTensor):
-            sound &= are_sound(value.scale)
-    if compared:
-        measurement = tally.measurement(columns_of(row))
+    blind, sound = _Blind(), True
+    if measurement is None:
+        measurement, sound = _measured(row, pairs, blind)
+    elif measurement.scale_min is not None and measurement.scale_max is not None:
+        sound = measurement.scale_min > 0 and measurement.scale_max < math.inf
     if not sound:
         failures.append("a scale is zero, NaN or Inf")
     verdict = None
@@ -139,6 +132,21 @@ def examine_tensor(
             (failures if bounded else notes).append(_broken(measurement) if bounded else NOT_NEAREST)
         failures += [*_patterns(measurement), *_sqnr_failures(measurement, fail_under)]
     return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures), tuple(notes))
+
+
+def _measured(row: LedgerRow, pairs: Pairs, blind: _Blind) -> tuple[Measurement | None, bool]:
+    """How a tensor compares with its source, None if that is not there; and whether its scales are sound."""
+    tally = Tally(_unit(row, pairs))
+    compared, sound = False, True
+    for value, source in pairs(row, True):
+        if source is not None:
+            tally.add(source, value)
+            compared = True
+        else:
+            blind.add(value)
+        if isinstance(value, QuantizedTensor):
+            sound &= are_sound(value.scale)
+    return tally.measurement(columns_of(row)) if compared else None, sound
 
 
 class _Blind:

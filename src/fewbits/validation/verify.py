@@ -62,7 +62,26 @@ def verify(
             fail_under=fail_under,
             progress=progress,
         )
-    checkpoint = Checkpoint(path, serializer)
+    return verify_checkpoint(
+        Checkpoint(path, serializer),
+        source,
+        measured=measured,
+        chunk_elements=chunk_elements,
+        fail_under=fail_under,
+        progress=progress,
+    )
+
+
+def verify_checkpoint(
+    checkpoint: Checkpoint,
+    source: Source | None = None,
+    *,
+    measured: Mapping[str, Measurement] | None = None,
+    chunk_elements: int | None = None,
+    fail_under: float = CRITICAL_DB,
+    progress: Progress = no_progress,
+) -> Report:
+    """Check a fewbits checkpoint that is open already; arguments as `verify`."""
     wrong = set(checkpoint.damaged())
     damaged = {}
     for row in checkpoint.ledger.stored:
