@@ -55,6 +55,7 @@ def quantize(
     source: object,
     scheme: str | Quantizer | None = None,
     *,
+    entry: str | None = None,
     config: QuantizationConfig | None = None,
     output: str | os.PathLike[str] | Output | None = None,
     data: Iterable[Any] | None = None,
@@ -78,6 +79,8 @@ def quantize(
             directory of either.
         scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a `Quantizer` of your own, newly made, which
             brings its own settings. It can be left out if there is a `config`.
+        entry: the name of the state dict in a mapping, or a file of `torch.save`, that holds more than that, as a
+            training checkpoint does; ``"a.b"`` names an entry within an entry.
         config: settings; those given here replace them one by one, each as a whole.
         output: where to write the result, if `source` is a path; an `Output` says how, too.
         data: calibration batches, for observers that need them. Of these, the first 150 samples are run, unless the
@@ -107,7 +110,7 @@ def quantize(
         "serializer": serializer,
     }
     config, quantizer = settled(scheme, config, strategies, settings)
-    quantizer.prepare(source, inplace=inplace)
+    quantizer.prepare(source, inplace=inplace, entry=entry)
     try:
         if data is not None:
             quantizer.observe(data, forward=forward, samples=config.samples, progress=progress)
@@ -148,6 +151,7 @@ def plan(
     source: object,
     scheme: str | Quantizer | None = None,
     *,
+    entry: str | None = None,
     config: QuantizationConfig | None = None,
     output: str | os.PathLike[str] | Output | None = None,
     selector: Selector | None = None,
@@ -159,6 +163,7 @@ def plan(
     Args:
         source: as in `quantize`.
         scheme: likewise; a `Quantizer` is back in the state CREATED afterwards.
+        entry: likewise.
         config: likewise.
         output: where the result of a path would go; None stands for a place beside the source.
         selector: as in `quantize`.
@@ -169,7 +174,7 @@ def plan(
         FewbitsError: what `quantize` would raise before it looks at a number.
     """
     _, quantizer = settled(scheme, config, {"selector": selector, "serializer": serializer}, settings)
-    quantizer.prepare(source)
+    quantizer.prepare(source, entry=entry)
     try:
         if output is None and isinstance(source, (str, os.PathLike)):
             output = Output.beside(source)
@@ -183,6 +188,7 @@ def verify(
     path: str | os.PathLike[str],
     against: object = None,
     *,
+    entry: str | None = None,
     serializer: Serializer | None = None,
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
@@ -195,6 +201,7 @@ def verify(
     Args:
         path: the file, or the directory of several.
         against: what it was made from: a model, a state dict, or the path of a checkpoint. None checks the file alone.
+        entry: of `against`, as in `quantize`.
         serializer: reads the file; None stands for safetensors.
         fail_under: SQNR in dB below which a tensor fails.
         progress: told about every tensor, before and after it.
@@ -203,8 +210,13 @@ def verify(
         FormatError: if it is neither fewbits' nor compressed-tensors', or its parts contradict one another.
         DigestError: if its header is damaged. Damaged tensors are failures in the report.
         CheckpointError: if a file cannot be read.
+        ArgumentError: if `against` is nothing that can be compared with, or has no such entry.
     """
-    source = None if against is None else open_source(against)
+    if against is None and entry is not None:
+        raise ArgumentError(
+            f"entry={entry!r} is of what the file was made from; pass that, too: against=, or --against"
+        )
+    source = None if against is None else open_source(against, entry=entry)
     return verify_file(path, source, serializer=serializer, fail_under=fail_under, progress=progress)
 
 

@@ -41,6 +41,7 @@ class FleetRun:
         scheme: as in `fewbits.quantize`. A `Quantizer` is copied in each process, and stays as it is.
         output: where the result goes, and how; made absolute. `resume` and `replace` count in `begin`, `threads` and
             `max_memory` in each process that writes.
+        entry: as in `fewbits.quantize`.
         config: as in `fewbits.quantize`.
         validate: likewise; files are compared with the source where they are written; `finish` checks all digests.
         observer: as in `fewbits.quantize`.
@@ -59,6 +60,7 @@ class FleetRun:
         scheme: str | Quantizer | None = None,
         *,
         output: str | os.PathLike[str] | Output,
+        entry: str | None = None,
         config: QuantizationConfig | None = None,
         validate: bool = True,
         observer: ObserverRecipe | None = None,
@@ -82,7 +84,7 @@ class FleetRun:
         # A worker may be somewhere else.
         self._source = os.path.abspath(source)
         self._output = attrs.evolve(output, path=Path(os.path.abspath(output.path)))
-        self._validate = validate
+        self._validate, self._entry = validate, entry
         self._begun: tuple[Quantizer, FileRun] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,5 +181,5 @@ class FleetRun:
     def _prepared(self, progress: Progress = no_progress) -> tuple[Quantizer, FileRun]:
         """The quantizer that knows the source, and the run, not begun: both from the arguments and from headers."""
         quantizer = copy.deepcopy(self._quantizer)
-        quantizer.prepare(self._source)
+        quantizer.prepare(self._source, entry=self._entry)
         return quantizer, quantizer._shared_run(self._output, measuring=self._validate, progress=progress)

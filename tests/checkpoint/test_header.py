@@ -29,7 +29,7 @@ def raw(header_text, payload=b""):
 
 
 LIES = {
-    "nothing at all": (b"", "of its 0 bytes"),
+    "nothing at all": (b"", "is empty"),
     "a prefix that is cut short": (b"\x01\0\0", "of its 3 bytes"),
     "a header that is longer than the file": ((100).to_bytes(8, "little") + b"{}", "of its 10 bytes"),
     "a header of eight exbibytes": ((1 << 63).to_bytes(8, "little") + b"{}", "should take 9,223,372,036,854,775,808"),

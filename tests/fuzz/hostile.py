@@ -23,7 +23,7 @@ _FLOAT = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
 def hostile() -> dict[str, Case]:
     """Every case by a name that says what is wrong with it."""
     valid = seeds()
-    return dict([*_headers(), *_folders(valid["folder"]), *_forgeries(valid), *_pickles()])
+    return dict([*_headers(), *_folders(valid["folder"]), *_forgeries(valid), *_pickles(), *_others()])
 
 
 def _headers() -> Iterator[tuple[str, Case]]:
@@ -52,6 +52,25 @@ def _headers() -> Iterator[tuple[str, Case]]:
 
 def _file(data: bytes, task: str = "quantize") -> Case:
     return Case(task, "int8", _MODEL, (Item("file", _MODEL, data),))
+
+
+def _others() -> Iterator[tuple[str, Case]]:
+    """Files that are something else, and a state dict that is an entry of itself."""
+    files = {
+        "empty": b"",
+        "text": b"version https://git-lfs.github.com/spec/v1\n",
+        "protobuf": b"\x08\x08\x12\7pytorch",
+        "pickle": b"\x80\4K\1.",
+        "noise": b"\xff\xfe\0\1",
+    }
+    for name, data in files.items():
+        yield f"other-{name}", _file(data)
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("a.npy", b"")
+    yield "other-archive", _file(made.getvalue(), "load")
+    one, two = b"X\1\0\0\0a", b"X\1\0\0\0b"
+    yield "pickle-within-itself", _torch(_with_pickle(b"\x80\2}q\0" + one + b"h\0s" + two + b"}" + one + b"h\0ss."))
 
 
 def _folders(valid: Case) -> Iterator[tuple[str, Case]]:

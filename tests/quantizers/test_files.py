@@ -147,7 +147,7 @@ BAD = {
     "a shard that is missing": (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), fewbits.CheckpointError,
                                 "missing: model-00002"),
     "a shard that is none": (lambda f: (f / "model-00002-of-00003.safetensors").write_text("x"), fewbits.FormatError,
-                             "00002-of-00003.safetensors is not a valid"),
+                             "00002-of-00003.safetensors is text, which holds no tensors"),
 }  # fmt: skip
 
 

@@ -123,13 +123,6 @@ def test_names_alone_make_no_codes_of_another_tool(state):
     assert ledger.count("merged") == 0
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "model.bin"])
-def test_a_gguf_file_is_refused_by_its_first_bytes(tmp_path, name):
-    (tmp_path / name).write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
-    with pytest.raises(SourceError, match=r"is a GGUF file.*cannot be read yet"):
-        fewbits.plan(tmp_path / name, "int8")
-
-
 def test_what_fewbits_wrote_is_not_quantized_again(tmp_path):
     result = quantize_small({"l.weight": torch.rand(32, 32)}, "int8")
     result.save(tmp_path / "file")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fewbits.selection.info import layout_by_shape, numeric_obstacle
+from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
 from lifecycle_helpers import DTYPES, entry
 
 
@@ -88,3 +88,19 @@ def test_the_first_axis_is_never_an_input(shape):
 )
 def test_names_tell_an_embedding_only_where_no_class_does(name, owner, is_embedding):
     assert entry(name, owner=owner).is_embedding_by_name is is_embedding
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "owner", "is_embedding"),
+    [
+        ("embeddings.patch_embeddings.projection.weight", (64, 3, 8, 8), None, False),
+        ("patch_embedding.position_embedding.weight", (64, 3, 1, 1), None, False),
+        ("embeddings.embedding.weight", (8, 64, 3), None, False),
+        ("embeddings.position_embeddings", (1, 17, 64), None, True),
+        ("pos_embed", (1, 17, 64), nn.Module, True),
+        ("embeddings.cls", (1, 17, 64), nn.Module, False),
+    ],
+)
+def test_a_kernel_of_a_convolution_is_no_embedding_and_a_table_of_positions_is_one(name, shape, owner, is_embedding):
+    info = TensorInfo(name, shape, torch.float32, owner=owner)
+    assert info.is_embedding_by_name is is_embedding

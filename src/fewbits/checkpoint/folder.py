@@ -86,7 +86,11 @@ def _in_folder(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
             raise FormatError(f"{path} has {files[0]} and no index: the other files are missing; fetch them again")
         if files:
             return CheckpointFiles((_inside(path, files[0]),), path)
-    raise FormatError(f"{path} is a directory without a file whose name ends in {' or '.join(suffixes)}")
+    others = [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
+    there = (
+        f"the path of one of {', '.join(others)}" if others else "the path of the directory, or the file, that has one"
+    )
+    raise FormatError(f"{path} is a directory without a file whose name ends in {' or '.join(suffixes)}; give {there}")
 
 
 def _indexed(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:

@@ -138,12 +138,14 @@ class _Machine:
         self.stack.append(taken)
 
     def append(self, _: object) -> None:
-        value = self.stack.pop()
-        self.stack[-1].append(value)
+        self._extend([self.stack.pop()])
 
     def append_marked(self, _: object) -> None:
-        values = self._marked()
-        self.stack[-1].extend(values)
+        self._extend(self._marked())
+
+    def _extend(self, values: list[Any]) -> None:
+        if not isinstance(self.stack[-1], Made):
+            self.stack[-1].extend(values)
 
     def set_item(self, _: object) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -158,7 +160,8 @@ class _Machine:
         # To hash a tuple of tuples of tuples, each twice the one before, would take for ever.
         if not isinstance(key, (str, int, float, type(None))):
             raise TypeError(f"a {type(key).__name__} is the name of an entry")
-        self.stack[-1][key] = value
+        if not isinstance(self.stack[-1], Made):
+            self.stack[-1][key] = value
 
     def storage(self, _: object) -> None:
         kind, name, key, _location, _count = self.stack.pop()

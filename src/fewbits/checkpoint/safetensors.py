@@ -19,6 +19,7 @@ from torch import Tensor
 from fewbits.checkpoint.folder import FOREIGN_SUFFIXES
 from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, Span, dump_header, read_header
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
+from fewbits.checkpoint.recognition import recognised
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer
 from fewbits.checkpoint.torch_file import is_torch_file, use_of
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
@@ -185,10 +186,9 @@ class _SafetensorsReader(ChunkReader):
         try:
             with self._bytes.opened() as file:
                 header = read_header(file, path)
-        except FormatError:
-            if is_torch_file(path):
-                raise FormatError(use_of(path)) from None
-            raise
+        except FormatError as error:
+            known = recognised(path) or (use_of(path) if is_torch_file(path) else None)
+            raise FormatError(known or str(error)) from None
         self.metadata, self._spans = header.metadata, header.spans
         self.entries = {name: span.entry for name, span in header.spans.items()}
         self._mapped: Any = None

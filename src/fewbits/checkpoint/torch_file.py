@@ -21,19 +21,15 @@ from torch import Tensor
 from fewbits.checkpoint.header import MAX_HEADER, is_possible
 from fewbits.checkpoint.pickled import Made, SavedTensor, read_pickle
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, tensor_bytes
+from fewbits.checkpoint.recognition import ARCHIVE, OLD_TORCH_FILE, RESAVE, recognised, recognised_archive, with_paths
 from fewbits.checkpoint.serializer import ChunkReader, Entry
+from fewbits.checkpoint.state_dicts import advice, entry_of
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.nn.storage import View
 from fewbits.numerics.dtypes import dtype_name
 
 #: How the names of such files commonly end.
 SUFFIXES = (".bin", ".pt", ".pth")
-
-#: How a file begins that `torch.save` wrote before there was the zip format: a pickle of its magic number.
-_OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
-#: How a zip archive begins: with the header of its first record. The ninth byte says how that is compressed.
-_ARCHIVE = b"PK\x03\x04"
 
 #: The bytes of a record's own header in the archive, without the two parts of any length that follow.
 _LOCAL_HEADER = 30
@@ -45,21 +41,28 @@ _Place = tuple[int, int]
 class TorchFile(ChunkReader):
     """A file of `torch.save`, with a mapping of names to tensors in it.
 
+    Args:
+        path: of the file.
+        entry: the name of the state dict in it, if it holds more than that; a dot leads from an entry to one within.
+
     Attributes:
         views: what of the file's bytes each tensor shows: tied tensors are the same view.
 
     Raises:
         FormatError: if it is none, is in the old format, or holds something else than dense tensors under names.
         CheckpointError: if it cannot be read.
+        ArgumentError: if it has no entry of that name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, entry: str | None = None) -> None:
         self._bytes = FileBytes(path)
         self.metadata: Mapping[str, str] = {}
         records = _records(self._bytes)
         folder = _folder(path, records)
         _check_byteorder(self._bytes, records.get(f"{folder}/byteorder"))
         saved = read_pickle(_content(self._bytes, records[f"{folder}/data.pkl"]), path)
+        if entry is not None:
+            saved = entry_of(saved, entry, SavedTensor, path)
         self.views = {
             name: _view(path, name, tensor, records.get(f"{folder}/data/{tensor.storage.key}"))
             for name, tensor in _tensors(path, saved)
@@ -152,9 +155,10 @@ def is_torch_file(path: Path) -> bool:
         if not path.is_file():
             return False
         with open(path, "rb") as file:
-            first = file.read(len(_OLD_FORMAT))
-    # A safetensors file begins with a length, which can be any number; its ninth byte is a brace.
-    return first == _OLD_FORMAT or (first.startswith(_ARCHIVE) and first[8:9] != b"{")
+            first = file.read(len(OLD_TORCH_FILE))
+    # A safetensors file begins with a length, which can be any number; its ninth byte is a brace. That of an archive
+    # says how its first record is compressed.
+    return first == OLD_TORCH_FILE or (first.startswith(ARCHIVE) and first[8:9] != b"{")
 
 
 def use_of(path: Path) -> str:
@@ -179,16 +183,17 @@ def _records(source: FileBytes) -> dict[str, _Place]:
     """Where the bytes of every record are, by its name."""
     path, size = source.path, source.identity[2]
     with source.opened() as file:
+        if file.read(len(OLD_TORCH_FILE)) == OLD_TORCH_FILE:
+            raise FormatError(recognised(path))
         try:
             with zipfile.ZipFile(file) as archive:
                 listed = archive.infolist()
         except Exception as error:  # whatever zipfile raises of a file that may hold anything
-            raise FormatError(
-                f"{path} is in the format that torch.save wrote before torch 1.6, or damaged ({error}); load it "
-                "with torch.load(path, weights_only=True) and save it again"
-            ) from None
+            raise FormatError(f"{path} is a damaged file of torch.save ({error}); fetch or write it again") from None
+        if other := recognised_archive(path, [record.filename for record in listed]):
+            raise FormatError(other)
         if any(record.compress_type != zipfile.ZIP_STORED for record in listed):
-            raise FormatError(f"{path} is compressed; write it again with torch.save")
+            raise FormatError(f"{path} is compressed; {with_paths(RESAVE, path)}")
         records: dict[str, _Place] = {}
         for record in listed:
             start = _data_offset(file, record.header_offset)
@@ -206,7 +211,7 @@ def _data_offset(file: FileIO, record: int) -> int | None:
         return None
     file.seek(record)
     header = file.read(_LOCAL_HEADER)
-    if len(header) != _LOCAL_HEADER or not header.startswith(_ARCHIVE):
+    if len(header) != _LOCAL_HEADER or not header.startswith(ARCHIVE):
         return None
     name, extra = struct.unpack("<HH", header[-4:])
     return record + _LOCAL_HEADER + int(name) + int(extra)
@@ -216,7 +221,7 @@ def _folder(path: Path, records: Mapping[str, _Place]) -> str:
     """What the names of all records begin with."""
     found = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")]
     if len(found) != 1:
-        raise FormatError(f"{path} is a zip archive that torch.save did not write: it has {len(found)} data.pkl")
+        raise FormatError(f"{path} is a zip archive that torch.save did not write: it has {len(found)} data.pkl files")
     return found[0]
 
 
@@ -245,15 +250,14 @@ def _tensors(path: Path, saved: object) -> Iterator[tuple[str, SavedTensor]]:
         if isinstance(name, str) and isinstance(tensor, SavedTensor):
             yield name, tensor
             continue
+        if hint := advice(saved, SavedTensor):
+            raise FormatError(f"{path} holds more than a state dict, as a training checkpoint does{hint}")
         if isinstance(tensor, Made) and isinstance(name, str):
             raise FormatError(
                 f"{path}: {name} is not a plain dense tensor, but what {tensor.maker} would make, which is not called; "
                 "make it one, and save it again"
             )
-        inner = " Is it the state dict? Save that alone, with torch.save." if isinstance(tensor, Mapping) else ""
-        raise FormatError(
-            f"{path}: the entry {name!r} is a {_kind(tensor)}; a state dict maps names to tensors.{inner}"
-        )
+        raise FormatError(f"{path}: the entry {name!r} is a {_kind(tensor)}; a state dict maps names to tensors")
 
 
 def _kind(saved: object) -> str:

@@ -36,6 +36,7 @@ SUCCESS, FAILED, BAD_USAGE = 0, 1, 2
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables, and events.")
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Do not tell how far it is.")
 _path = click.Path(path_type=Path)
+_ENTRY: dict[str, Any] = {"metavar": "NAME", "help": "The state dict in a training checkpoint; A.B for B in A."}
 _FAIL_UNDER: dict[str, Any] = {"type": float, "metavar": "DB", "help": "SQNR below which a tensor fails."}
 
 
@@ -66,6 +67,7 @@ def cli() -> None:
     type=_path,
     help="The file to write; a directory, if IN is one, or with --max-shard-size. Required without --dry-run.",
 )
+@click.option("--entry", **_ENTRY)
 @click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON. An option replaces its setting.")
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How weights are stored. Required without --config.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only what these patterns name. Repeatable.")
@@ -104,6 +106,7 @@ def cli() -> None:
 def quantize(
     source: Path,
     output: Path | None,
+    entry: str | None,
     config: Path | None,
     embeddings: bool,
     max_shard_size: str | None,
@@ -132,13 +135,14 @@ def quantize(
     how |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
     target = Output.beside(source, **how) if output is None else Output(output, replace=force, **how)
     if dry_run:
-        planned = plan(source, config=settings, output=target)
+        planned = plan(source, entry=entry, config=settings, output=target)
         return SUCCESS if rank else _show_plan(planned, settings, as_json)
     if os.path.isfile(target.path) and not force and not resume:
         raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
         result = quantize_source(
             source,
+            entry=entry,
             config=settings,
             output=target,
             validate=not no_verify,
@@ -172,17 +176,26 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 @cli.command()
 @click.argument("file", metavar="FILE", type=_path)
 @click.option("--against", type=_path, metavar="SOURCE", help="The checkpoint it was made from.")
+@click.option("--entry", **_ENTRY)
 @click.option("--tensors", is_flag=True, help="Print every tensor, not only a summary.")
 @click.option("--fail-under", default=CRITICAL_DB, show_default=True, **_FAIL_UNDER)
 @_quiet
 @_json
-def verify(file: Path, against: Path | None, tensors: bool, fail_under: float, quiet: bool, as_json: bool) -> int:
+def verify(
+    file: Path,
+    against: Path | None,
+    entry: str | None,
+    tensors: bool,
+    fail_under: float,
+    quiet: bool,
+    as_json: bool,
+) -> int:
     """Check a fewbits FILE: digests, structure, and every element against its SOURCE.
 
     FILE may be a checkpoint, or a directory, that another tool wrote as compressed-tensors does; that has no digests.
     """
     with shown_progress(as_json=as_json, quiet=quiet) as progress:
-        report = verify_file(file, against, fail_under=fail_under, progress=progress)
+        report = verify_file(file, against, entry=entry, fail_under=fail_under, progress=progress)
     if as_json:
         _print_json(report.to_dict())
     else:

@@ -202,13 +202,15 @@ class Quantizer(ABC):
     # The lifecycle.
 
     @final
-    def prepare(self, source: object, *, inplace: bool = False) -> Any:
+    def prepare(self, source: object, *, inplace: bool = False, entry: str | None = None) -> Any:
         """Take a source and settle the fate of every tensor in it.
 
         Args:
             source: an `nn.Module`, a state dict, or the path of a checkpoint: a safetensors file, one of
                 `torch.save`, or a directory of either. It is not modified.
             inplace: quantize the model or mapping itself; `convert` replaces its weights one by one.
+            entry: the name of the state dict in a mapping, or a file of `torch.save`, that holds more than that, as a
+                training checkpoint does; ``"a.b"`` names an entry within an entry.
 
         Returns:
             of a model, a copy of its structure over the same weights, to run for calibration (the model itself, if
@@ -216,14 +218,14 @@ class Quantizer(ABC):
 
         Raises:
             StateError: in any state but CREATED.
-            ArgumentError: if `source` is nothing that can be quantized.
+            ArgumentError: if `source` is nothing that can be quantized, or has no such entry.
             SelectionError: if a rule matches nothing, or nothing is left to quantize.
             SourceError: if the source cannot be quantized as it is.
             CalibrationError: if an observer needs data, and the source has no forward to show it any.
             CheckpointError: if a file cannot be read.
         """
         guard(self._state, "prepare")
-        opened = open_source(source, inplace=inplace)
+        opened = open_source(source, inplace=inplace, entry=entry)
         infos = [
             attrs.evolve(info, skip=self._skip_reason(info), min_elements=self.min_elements) for info in opened.infos
         ]
@@ -429,7 +431,7 @@ class Quantizer(ABC):
     def _skip_reason(self, info: TensorInfo) -> str | None:
         for rule in self.skip_types:
             if is_of_type(info, rule):
-                kind = f"{type_name(rule)} is" if info.owner is not None else "an embedding by name,"
+                kind = "an embedding by name," if info.is_embedding_by_name else f"{type_name(rule)} is"
                 return f"{kind} kept by {self.name} unless asked for"
         return None
 

@@ -79,8 +79,14 @@ class TensorInfo:
 
     @property
     def is_embedding_by_name(self) -> bool:
-        """Whether its name alone tells an embedding."""
-        return self.owner is None and not EMBEDDING_NAMES.isdisjoint(self.name.split("."))
+        """Whether its name and shape tell an embedding, where no class does.
+
+        An embedding is a matrix, or a table of positions of shape (1, n, d). A parameter that a model uses as such a
+        table bears the name itself, as ``pos_embed`` does: the class that holds it tells nothing about it.
+        """
+        is_table = len(self.shape) == 2 or (len(self.shape) == 3 and self.shape[0] == 1)
+        parts = self.name.split(".")
+        return is_table and not EMBEDDING_NAMES.isdisjoint(parts if self.owner is None else parts[-1:])
 
 
 def numeric_obstacle(name: str, shape: Sequence[int], dtype: torch.dtype) -> str | None:

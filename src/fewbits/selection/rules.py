@@ -109,10 +109,12 @@ def _named(pattern: str, scheme: object) -> Spec:
 def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:
     """Whether the tensor's owner is of that class, or of one with that name, or inherits from one.
 
-    Without classes an embedding is known by its name.
+    Where no class tells an embedding, its name does.
     """
+    if info.is_embedding_by_name and type_name(rule) == "Embedding":
+        return True
     if info.owner is None:
-        return type_name(rule) == "Embedding" and info.is_embedding_by_name
+        return False
     if isinstance(rule, str):
         return any(rule == base.__name__ for base in info.owner.__mro__)
     return issubclass(info.owner, rule)

@@ -27,7 +27,7 @@ from fewbits.numerics.scaled import FP8_DTYPES
 from fewbits.selection.ledger import Ledger
 from fewbits.sources.base import Source
 from fewbits.sources.entries import entry_infos
-from fewbits.sources.foreign import refuse_foreign, refuse_gguf
+from fewbits.sources.foreign import refuse_foreign
 from fewbits.sources.fp8 import KNOWN_BLOCKS, scaled_weights
 from fewbits.sources.model_config import (
     CONFIG_FILE,
@@ -45,6 +45,10 @@ SUFFIXES = (SafetensorsSerializer.suffix, *torch_file.SUFFIXES)
 class FileSource(Source):
     """A checkpoint of safetensors files, or of PyTorch's own. Nothing but headers is read before a tensor is asked for.
 
+    Args:
+        path: a file, an index, or a directory.
+        entry: the name of the state dict in each file of PyTorch's, if these hold more than that.
+
     Attributes:
         path: what was given: a file, an index, or a directory.
         folder: the directory, if a whole one was asked for.
@@ -56,10 +60,11 @@ class FileSource(Source):
         CheckpointError: if it cannot be opened.
         FormatError: if it is neither, or its index and its files contradict one another.
         SourceError: if fewbits wrote it, or another tool has quantized it.
+        ArgumentError: if it has no entry of that name.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], entry: str | None = None) -> None:
+        self.path, self._entry = Path(path), entry
         files = find_files(self.path, SUFFIXES)
         self.folder = files.folder
         self.companions, self.left_behind = companions(files)
@@ -93,8 +98,7 @@ class FileSource(Source):
         return read_block_sizes(self.folder / CONFIG_FILE) if fp8 else ()
 
     def _add(self, file: Path) -> None:
-        refuse_gguf(file)
-        reader = TorchFile(file) if is_torch_file(file) else SafetensorsSerializer().reader(file)
+        reader = self._opened(file)
         if is_fewbits_file(reader.metadata):
             raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
         if twice := sorted(self._readers.keys() & reader.entries.keys()):
@@ -103,6 +107,14 @@ class FileSource(Source):
         self.extra = {**self.extra, **own}
         self._readers |= dict.fromkeys(reader.entries, reader)
         self._readers_by_file[file.name] = reader
+
+    def _opened(self, file: Path) -> ChunkReader:
+        if is_torch_file(file):
+            return TorchFile(file, self._entry)
+        reader = SafetensorsSerializer().reader(file)
+        if self._entry is not None:
+            raise ArgumentError(f"entry={self._entry!r} goes with a file of torch.save; {file} is a safetensors file")
+        return reader
 
     def _check_index(self) -> None:
         """Refuse an index that says otherwise than its files; what it does not mention is carried through."""
@@ -174,12 +186,13 @@ class FileSource(Source):
 
         Returns:
             for each file that a result is made from: its size, the time of its last change in nanoseconds, and, of one
-            that holds tensors, a digest of their names, shapes and dtypes.
+            that holds tensors, a digest of their names, shapes and dtypes, and the entry that they are taken from.
         """
         folder = self.folder or Path()
         prints = {name: _state(folder / name) for name in self.companions}
         for path in self._files.paths:
-            prints[path.name] = {**_state(path), "tensors": _outline(self._readers_by_file[path.name])}
+            outline = _outline(self._readers_by_file[path.name])
+            prints[path.name] = {**_state(path), "tensors": outline, "entry": self._entry}
         return prints
 
     def prepared(self) -> Path:

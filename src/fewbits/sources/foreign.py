@@ -6,18 +6,14 @@ Taken for weights, codes would be carried through as integers and their scales b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import attrs
 import torch
 
-from fewbits.checkpoint.raw import as_checkpoint_error
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.scaled import FP8_DTYPES
-
-_GGUF_MAGIC = b"GGUF"
 
 
 @attrs.frozen
@@ -104,22 +100,3 @@ def _foreign(entries: Mapping[str, Entry]) -> Iterator[tuple[str, ForeignFormat,
             if beside := format.found_beside(name, entry, entries):
                 yield name, format, beside
                 break
-
-
-def refuse_gguf(path: Path) -> None:
-    """Refuse a GGUF file.
-
-    Raises:
-        SourceError: if it is one.
-        CheckpointError: if it cannot be read.
-    """
-    with as_checkpoint_error(f"{path} cannot be read"):
-        if not path.is_file():
-            return
-        with open(path, "rb") as file:
-            magic = file.read(len(_GGUF_MAGIC))
-    if magic == _GGUF_MAGIC:
-        raise SourceError(
-            f"{path} is a GGUF file, whose tensors are commonly quantized already; it cannot be read yet: give the "
-            "float checkpoint it was made from, as safetensors"
-        )

@@ -9,6 +9,7 @@ from torch import Tensor
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.saving import Value, plain_value
 from fewbits.checkpoint.serializer import Entry
+from fewbits.checkpoint.state_dicts import advice
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.nn.intake import quantized_elsewhere
 from fewbits.nn.storage import View, overlaps, storage_key
@@ -139,9 +140,9 @@ def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:
         if isinstance(tensor, QuantizedTensor):
             raise SourceError(f"{name} is quantized already; dequantize() it first")
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            inner = f"; pass the state dict itself, [{name!r}]?" if isinstance(tensor, Mapping) else ""
+            hint = advice(tensors, Tensor)
             raise SourceError(
-                f"the entry {name!r} is a {type(tensor).__name__}; a state dict maps names to tensors{inner}"
+                f"the entry {name!r} is a {type(tensor).__name__}; a state dict maps names to tensors{hint}"
             )
         if problem := quantized_elsewhere(name, tensor):
             raise SourceError(problem)
