@@ -2,7 +2,7 @@
 
 The blocks of one document run in order and share a namespace and an empty working directory:
 
-- `python` is executed;
+- `python` is executed; the Hub's name of all-MiniLM-L6-v2 is a directory there, so nothing is fetched;
 - `console` has its `$ ` lines run by bash, which must exit 0, or N where a line ends in `# exit code N`;
 - `json` and `toml` must parse; `text` and `make` are for reading only; any other language fails.
 """
@@ -104,8 +104,10 @@ def run_document(path: Path, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_document(path, tmp_path, monkeypatch):
+def test_document(path, tmp_path, monkeypatch, minilm_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "sentence-transformers").mkdir()
+    (tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(minilm_path.parent)
     run_document(path, tmp_path)
 
 

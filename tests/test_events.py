@@ -93,7 +93,8 @@ def test_low_sqnrs_are_one_warning_that_counts_the_tensors(events):
     (low,) = [e for e in events if e["event"] == "low_sqnr"]
     assert low["log_level"] == "warning"
     assert low["tensors"] == len(report.warnings) > 0
-    assert low["first"].startswith("2.weight: SQNR ")
+    assert low["least"] == report.warnings[0]
+    assert "smaller groups" in low["advice"]
 
 
 def test_a_failure_is_an_event_that_names_the_tensor(events):

@@ -33,3 +33,17 @@ def parse_size(size: str | int, name: str) -> int:
             f"{name} must be a number of bytes, at least one, or a text such as '512MB' or '1.5GiB', not {size!r}"
         )
     return count
+
+
+def bytes_in_words(before: int, after: int) -> str:
+    """Two sizes and how they compare.
+
+    >>> bytes_in_words(4000, 1000)
+    '4,000 -> 1,000 bytes (4.00x smaller)'
+    >>> bytes_in_words(1000, 1250)
+    '1,000 -> 1,250 bytes (1.25x larger)'
+    """
+    if not before or not after:
+        return f"{before:,} -> {after:,} bytes"
+    ratio = f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x larger"
+    return f"{before:,} -> {after:,} bytes ({ratio})"

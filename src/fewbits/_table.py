@@ -1,13 +1,23 @@
-"""Aligned text."""
+"""Aligned text that fits a width: names lose their middle at a dot, sentences break between words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+ELLIPSIS = "..."
+
+#: The fewest columns for a name and for a text, however narrow the terminal is.
+_LEAST_NAME, _LEAST_TEXT = 12, 20
+
+Row = tuple[str, ...]
 
 
-def render_table(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...] = ()) -> str:
+def render_table(rows: Sequence[Row], *, right: tuple[int, ...] = ()) -> str:
     """Rows of equal length as aligned text; the first is the heading, the columns in `right` are flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = _widths(rows)
     lines = [
         "  ".join(
             cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
@@ -16,3 +26,92 @@ def render_table(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...] = ()
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def wrap_last(rows: Sequence[Row], width: int) -> list[Row]:
+    """Rows whose last column is broken into lines, so that the table fits `width`."""
+    room = max(width - _taken(rows, slice(None, -1)), _LEAST_TEXT)
+    wrapped = []
+    for *cells, text in rows:
+        first, *more = wrap(text, room) or [""]
+        wrapped += [(*cells, first), *(("",) * len(cells) + (line,) for line in more)]
+    return wrapped
+
+
+def elide_first(rows: Sequence[Row], width: int) -> list[Row]:
+    """Rows whose first column, of names, is elided, so that the table fits `width`."""
+    room = max(width - _taken(rows, slice(1, None)), _LEAST_NAME)
+    names = elide_all([row[0] for row in rows], room)
+    return [(name, *row[1:]) for name, row in zip(names, rows, strict=True)]
+
+
+def wrap(text: str, width: int, indent: str = "") -> list[str]:
+    """A text in lines of at most `width` characters; a word that is longer than a line is elided.
+
+    Args:
+        text: a sentence; any white space counts as one space.
+        width: of a line.
+        indent: stands before all lines but the first.
+    """
+    width = max(width, _LEAST_TEXT)
+    words = " ".join(elide(word, width - len(indent)) for word in text.split())
+    return textwrap.wrap(words, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def elide(name: str, width: int) -> str:
+    """A dotted name in at most `width` characters: parts in its middle are left out where it is longer.
+
+    No part is cut, unless the last one alone is too long.
+
+    >>> elide("model.layers.0.mlp.up_proj.weight", 32)
+    'model.layers.0...up_proj.weight'
+    """
+    return next(_elisions(name, width))
+
+
+def elide_all(names: Sequence[str], width: int) -> list[str]:
+    """Names in at most `width` characters each. Different names stay different, as far as the width allows it.
+
+    >>> elide_all(["blocks.0.attn.norm.weight", "blocks.0.mlp.norm.weight", "blocks.1.mlp.norm.weight"], 22)
+    ['blocks.0.attn...weight', 'blocks.0.mlp...weight', 'blocks.1...norm.weight']
+    """
+    ways = {name: list(_elisions(name, width)) for name in names}
+    meanings = Counter(short for several in ways.values() for short in several)
+    shown, used = dict[str, str](), set(names)
+    for name, several in ways.items():
+        unambiguous = (short for short in several if meanings[short] == 1)
+        free = (short for short in several if short not in used)
+        shown[name] = next(chain(unambiguous, free, several))
+        used.add(shown[name])
+    return [shown[name] for name in names]
+
+
+def _elisions(name: str, width: int) -> Iterator[str]:
+    """All ways to show a name in `width` characters, those that show most of it first."""
+    if len(name) <= width:
+        yield name
+        return
+    parts = name.split(".")
+    shown = [_longest_head(parts, ELLIPSIS + ".".join(parts[-tail:]), width) for tail in range(1, len(parts))]
+    fitting = sorted((short for short in shown if len(short) <= width), key=len, reverse=True)
+    yield from fitting or [(ELLIPSIS + name[len(name) - max(width - len(ELLIPSIS), 0) :])[: max(width, 0)]]
+
+
+def _longest_head(parts: Sequence[str], tail: str, width: int) -> str:
+    """As many of the first parts as fit in front of a tail."""
+    head = ""
+    for part in parts:
+        longer = f"{head}.{part}" if head else part
+        if len(longer) + len(tail) > width:
+            break
+        head = longer
+    return head + tail
+
+
+def _widths(rows: Sequence[Row]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _taken(rows: Sequence[Row], columns: slice) -> int:
+    """How many characters of a line some columns take, with the gap beside each."""
+    return sum(width + 2 for width in _widths(rows)[columns])

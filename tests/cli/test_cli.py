@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -93,7 +94,15 @@ def test_json_of_a_failure_is_json_too(quantized, folder):
     assert json.loads(out)["ok"] is False
 
 
-@pytest.mark.parametrize("command", [["inspect", "out"], ["verify", "out"], ["verify", "out", "--against", "in"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "out"],
+        ["verify", "out"],
+        ["verify", "out", "--against", "in"],
+        ["quantize", "in", "-o", "out", "--force", "--scheme", "int8"],
+    ],
+)
 def test_tensors_prints_every_tensor(quantized, command):
     few, all_of_them = quantized(*command)[1], quantized(*command, "--tensors")[1]
     assert all(name in all_of_them for name in state())
@@ -104,7 +113,53 @@ def test_warnings_are_in_the_summary_and_do_not_change_the_exit_code(cli, folder
     safetensors.torch.save_file({"rough.weight": torch.linspace(-1, 1, 256).repeat(4, 1) ** 15}, folder / "in")
     code, out, err = cli("quantize", "in", "-o", "out", "--scheme", "int4", "--group-size", 256)
     assert (code, err) == (0, "")
-    assert "warning: rough.weight: SQNR" in out
+    assert "warning: 1 of 1 tensors are below 20 dB" in out
+    assert "(rough.weight)" in out
+
+
+@pytest.fixture
+def on_terminal(monkeypatch):
+    """Standard output is a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("fewbits.cli.commands.is_terminal", lambda: True)
+
+
+LONG = [f"model.decoder.layers.{i}.block_sparse_moe.experts.{j}.down_proj.weight" for i in range(2) for j in range(3)]
+
+
+@pytest.fixture
+def moe(folder):
+    """A checkpoint whose names are long, and whose 4-bit codes are rough."""
+    rough = torch.linspace(-1, 1, 256).repeat(4, 1) ** 15
+    safetensors.torch.save_file({name: rough.clone() for name in LONG}, folder / "moe")
+
+
+COMMANDS = [
+    ["quantize", "moe", "--scheme", "int4", "--dry-run"],
+    ["quantize", "moe", "-o", "made", "--scheme", "int4", "--group-size", "256"],
+    ["inspect", "made"],
+    ["verify", "made", "--against", "moe"],
+]
+
+
+def test_what_is_printed_on_a_terminal_fits_80_columns(cli, moe, on_terminal):
+    for command in COMMANDS:
+        code, out, _ = cli(*command)
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 80
+    for command in (COMMANDS[0], *COMMANDS[2:]):
+        out = cli(*command, "--tensors")[1]
+        assert max(map(len, out.splitlines())) <= 80
+        shown = re.findall(r"^(\S*\.\.\.\S*\.weight)  ", out, re.MULTILINE)
+        assert len(set(shown)) == len(shown) == len(LONG)
+
+
+def test_summaries_fit_80_columns_in_a_pipe_where_listed_names_are_whole(cli, moe):
+    for command in COMMANDS:
+        assert max(map(len, cli(*command)[1].splitlines())) <= 80
+    for command in (COMMANDS[0], *COMMANDS[2:]):
+        out = cli(*command, "--tensors")[1]
+        assert all(any(line.startswith(name + " ") for line in out.splitlines()) for name in LONG)
 
 
 def test_include_and_skip_choose_tensors(cli):
@@ -516,10 +571,18 @@ def test_a_dry_run_says_what_a_run_does_and_writes_nothing(cli, folder):
     assert sum(shard["bytes"] for shard in planned["shards"]) == done["ledger"]["bytes_after"]
 
 
-def test_a_dry_run_prints_every_tensor_and_every_file(cli, folder):
+def test_a_dry_run_groups_tensors_by_fate_and_lists_them_on_request(cli):
+    dry_run = ("quantize", "in", "--scheme", "int8", "--dry-run")
+    few, all_of_them = cli(*dry_run)[1], cli(*dry_run, "--tensors")[1]
+    assert not any(name in few for name in state())
+    assert all(name in all_of_them for name in state())
+    cli("quantize", "in", "-o", "out", "--scheme", "int8")
+    assert few.splitlines()[:-2] == cli("inspect", "out")[1].splitlines()[1:]
+
+
+def test_a_dry_run_prints_every_file(cli, folder):
     code, out, err = cli("quantize", "in", "--scheme", "int8", "--max-shard-size", "3kB", "--dry-run")
     assert (code, err) == (0, "")
-    assert all(name in out for name in state())
     assert "model-00001-of-" in out
     assert "nothing was written" in out
     assert "in-quantized.safetensors: " in cli("quantize", "in", "--scheme", "int8", "--dry-run")[1]

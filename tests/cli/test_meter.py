@@ -4,11 +4,11 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbits.cli.meter import Meter, Pace, Reading
-from fewbits.cli.wording import NAME_WIDTH, bar_line, duration, elided, log_line, printable
+from fewbits.cli.wording import NAME_WIDTH, bar_line, duration, log_line, printable
 from fewbits.selection.progress import Step
 
 MILLISECONDS = 1000
@@ -173,19 +173,6 @@ def test_a_line_of_a_log_is_one_line(reading):
     assert line.startswith(reading.activity)
 
 
-@given(names, st.integers(0, 400))
-@example("a.b.c", 4)
-def test_a_name_that_is_too_long_keeps_both_its_ends(name, width):
-    short = elided(name, width)
-    assert len(short) == min(len(name), width)
-    if len(name) <= width:
-        assert short == name
-    elif width > 5:
-        head, tail = short[: (width - 3) // 2], short[-((width - 3) // 2) :]
-        assert name.startswith(head)
-        assert name.endswith(tail)
-
-
 @given(st.text())
 def test_a_printable_name_encodes_and_tells_what_was_there(name):
     shown = printable(name)
@@ -199,7 +186,7 @@ def test_the_lines_read_as_people_write_them():
     assert log_line(reading) == "convert 37 %, 2.1 of 5.6 GB, 310 MB/s, 12 s left, model.layers.7.mlp.up_proj.weight"
     assert "".join(bar_line(reading, 40)) == "convert  37 %  2.1 of 5.6 GB  12 s left"
     assert "".join(bar_line(reading, 80)) == (
-        "convert  37 %  ━━━─────  2.1 of 5.6 GB  310 MB/s  12 s left  model.la...j.weight"
+        "convert  37 %  ━━━─────  2.1 of 5.6 GB  310 MB/s  12 s left  ...up_proj.weight"
     )
     ascii_only = bar_line(reading, 100, ascii_only=True)
     assert "".join(ascii_only) == (

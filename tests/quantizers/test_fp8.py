@@ -206,7 +206,7 @@ def test_every_tensor_has_a_row_and_bytes_add_up(sources, tmp_path, source):
     assert ledger.count("merged") == len(DEQUANTIZED)
     assert result.report.bytes_before == sum(tensor.nbytes for tensor in tensors.values())
     assert "9 merged" in repr(ledger)
-    assert ledger.summary().count("dequantized with them") == 1
+    assert ledger.summary().count("scales of dequantized weights") == 1
 
 
 def test_scales_of_activations_and_weights_without_scales_are_kept_as_they_are(sources, tmp_path):

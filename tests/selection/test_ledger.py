@@ -101,12 +101,84 @@ def test_the_summary_counts_every_tensor(model, quantizer):
     quantizer.prepare(model)
     counts = [quantizer.ledger.count(fate) for fate in ("quantized", "cast", "kept", "alias")]
     assert sum(counts) == len(quantizer.ledger)
-    total = quantizer.ledger.summary().splitlines()[-1]
+    summary = quantizer.ledger.summary()
     assert all(
-        f"{count} {fate}" in total
+        f"{count} {fate}" in summary
         for count, fate in zip(counts, ("quantized", "cast", "kept", "alias"), strict=True)
         if count
     )
+
+
+reasons = st.text("abc ,;é", max_size=200) | st.lists(st.text("abc_", min_size=1, max_size=40), max_size=9).map(
+    ".".join
+)
+sizes = st.integers(0, 10**13)
+part = st.text("abc_0123456789", min_size=1, max_size=20)
+dotted = st.lists(part, min_size=1, max_size=9).map(".".join)
+
+
+@st.composite
+def any_row(draw):
+    spec = draw(
+        st.none()
+        | st.sampled_from([fewbits.QuantSpec(8, "channel", activations="dynamic"), fewbits.CastSpec(torch.float16)])
+    )
+    fate = {type(None): "kept", fewbits.QuantSpec: "quantized", fewbits.CastSpec: "cast"}[type(spec)]
+    shape = tuple(draw(st.lists(st.integers(1, 10**5), min_size=2, max_size=2)))
+    layout = fewbits.Layout.of(shape) if fate == "quantized" else None
+    return LedgerRow(draw(dotted), shape, torch.bfloat16, fate, draw(reasons), draw(sizes), draw(sizes), spec, layout)
+
+
+ledgers = st.lists(any_row(), max_size=8, unique_by=lambda row: row.name).map(Ledger)
+
+
+@given(ledgers, st.integers(80, 200))
+def test_no_line_of_a_summary_is_longer_than_the_width(ledger, width):
+    assert all(len(line) <= width for line in ledger.summary(width).splitlines())
+    assert f"{ledger.bytes_before:,} -> {ledger.bytes_after:,} bytes" in ledger.summary(width)
+
+
+@given(ledgers)
+def test_a_table_fits_a_terminal_and_otherwise_has_whole_names(ledger):
+    lines = ledger.table(80).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert len(lines) == len(ledger) + 2
+    assert ledger.table(10**6) == ledger.table()
+    assert all(line.startswith(row.name) for row, line in zip(ledger, ledger.table().splitlines()[2:], strict=False))
+
+
+def with_embeddings(share):
+    """A model of two matrices, of which the embedding has this share."""
+    rows = round(1000 * share)
+    return nn.ModuleDict({"embed": nn.Embedding(rows, 64), "linear": nn.Linear(64, 1000 - rows, bias=False)})
+
+
+@pytest.mark.parametrize("source", [dict, nn.Module], ids=["file", "model"])
+@pytest.mark.parametrize(("share", "told"), [(0.5, True), (0.02, False)])
+def test_a_summary_says_that_kept_embeddings_are_much_of_the_result(share, told, source):
+    model = with_embeddings(share)
+    given = (
+        model
+        if source is nn.Module
+        else {"embed_tokens.weight": model.embed.weight.data} | {"linear.weight": model.linear.weight.data}
+    )
+    ledger = quantize_small(given, "int4").ledger
+    assert ("are embeddings" in ledger.summary()) is told
+    assert ("--embeddings" in ledger.summary()) is told
+    assert "are embeddings" not in quantize_small(given, "int8").ledger.summary()
+    assert "are embeddings" not in quantize_small(given, "int4", skip_types=()).ledger.summary()
+    if told:
+        share_of_result = (
+            ledger["embed.weight" if given is model else "embed_tokens.weight"].bytes_after / ledger.bytes_after
+        )
+        assert f"{100 * share_of_result:.0f} % of these bytes are embeddings" in ledger.summary()
+
+
+def test_a_result_that_is_larger_is_not_called_smaller():
+    ledger = quantize_small({"w": torch.rand(64, 2, dtype=torch.float16)}, "int8").ledger
+    assert ledger.bytes_after > ledger.bytes_before
+    assert "larger)" in ledger.summary()
+    assert "smaller)" not in ledger.summary()
 
 
 def test_a_scheme_fits_in_one_readable_table():

@@ -53,13 +53,65 @@ def test_critical_is_exactly_what_is_under_the_line(db, fail_under):
     assert (verdict_of(db, fail_under) == "critical") == (not db >= fail_under)
 
 
-def test_warnings_are_listed_and_never_fail():
-    found = report(*(tensor(f"layer{i}", db=15.0) for i in range(7)), tensor("fine"))
+def test_warnings_never_fail_and_are_listed_from_the_least_sqnr_up():
+    found = report(*(tensor(f"layer{i}", db=15.0 - i) for i in range(4)), tensor("fine"))
     assert found.ok
-    assert len(found.warnings) == 7
-    assert found.summary().startswith("passed: 8 tensors")
-    assert found.summary().count("warning: ") == 5
-    assert "and 2 warnings more" in found.summary()
+    assert [warning.split(":")[0] for warning in found.warnings] == ["layer3", "layer2", "layer1", "layer0"]
+    assert json.loads(found.to_json())["warnings"] == found.warnings
+    assert all(f"layer{i}" in str(found) for i in range(4))
+
+
+@pytest.mark.parametrize("count", [1, 37])
+def test_a_summary_has_one_warning_however_many_tensors_it_is_about(count):
+    found = report(*(tensor(f"layer{i}", db=15.0 - i / 10) for i in range(count)), tensor("fine"))
+    (warning,) = [line for line in found.summary(500).splitlines() if line.startswith("warning: ")]
+    assert f"{count} of {count + 1} tensors are below 20 dB" in warning
+    assert f"the least at {15 - (count - 1) / 10:.2f} dB (layer{count - 1})" in warning
+    assert "smaller groups" in warning
+    assert "--tensors" in warning
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ([0.5, 0.25], "every element is within it; the largest error is 50 % of it"),
+        ([0.999_999], "every element is within it; the largest error is 99.99 % of it"),
+        ([1.0], "every element is within it; the largest error is 100 % of it"),
+        ([0.0], "every element is within it; the largest error is 0 % of it"),
+        ([0.5, 1.25], "exceeded in 1 of 2 tensors; the largest error is 1.25 times it"),
+        ([math.inf], "exceeded in 1 of 1 tensors; the largest error is inf times it"),
+    ],
+)
+def test_the_summary_says_whether_every_element_is_within_its_bound(ratios, said):
+    found = report(*(tensor(f"w{i}", worst_bound_ratio=ratio) for i, ratio in enumerate(ratios)))
+    assert f"error bound: {said}" in found.summary().splitlines()
+
+
+def test_an_error_just_beyond_its_bound_is_not_called_within_it():
+    """Its ratio can be rounded to 1, and nevertheless be an error beyond the bound."""
+    found = report(tensor(worst_bound_ratio=1.0, broken_at=(0, 0)))
+    assert "error bound: exceeded in 1 of 1 tensors" in found.summary()
+
+
+names = st.lists(st.text("abc_", min_size=1, max_size=20), min_size=1, max_size=12).map(".".join)
+
+
+@given(st.lists(st.tuples(names, st.floats(0, 60), st.text(max_size=200)), max_size=6), st.integers(60, 120))
+def test_no_line_of_a_summary_is_longer_than_the_width(found, width):
+    tensors = [tensor(name, db, failures=(failure,) if failure else ()) for name, db, failure in found]
+    described = report(*tensors, checks=("digests", "size", "scales") * 4, unchecked=("x y " * 40,))
+    text = described.summary(width)
+    for failure in sorted(described.failures, key=len, reverse=True):  # these are whole, to be searched for
+        assert f"failure: {failure}" in text
+        text = text.replace(f"failure: {failure}", "", 1)
+    assert all(len(line) <= width for line in text.splitlines())
+
+
+@given(st.lists(names, min_size=1, max_size=6, unique=True))
+def test_a_table_fits_a_terminal_and_otherwise_has_whole_names(found):
+    described = report(*map(tensor, found))
+    assert all(len(line) <= 80 for line in described.table(80).splitlines())
+    assert all(name in described.table() for name in found)
 
 
 @pytest.mark.parametrize(

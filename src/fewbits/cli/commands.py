@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,15 +30,21 @@ from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.quantizers.fitting import Ragged
 from fewbits.quantizers.job import Share
 from fewbits.quantizers.schemes import SCHEMES
-from fewbits.validation.report import CRITICAL_DB
+from fewbits.selection.ledger import Ledger
+from fewbits.validation.report import CRITICAL_DB, Report
 
 SUCCESS, FAILED, BAD_USAGE = 0, 1, 2
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables, and events.")
-_quiet = click.option("-q", "--quiet", is_flag=True, help="Do not tell how far it is.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and progress as JSON events.")
+_tensors = click.option("--tensors", is_flag=True, help="Print a line for every tensor, not only the summary.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 _path = click.Path(path_type=Path)
 _ENTRY: dict[str, Any] = {"metavar": "NAME", "help": "The state dict in a training checkpoint; A.B for B in A."}
-_FAIL_UNDER: dict[str, Any] = {"type": float, "metavar": "DB", "help": "SQNR below which a tensor fails."}
+_FAIL_UNDER: dict[str, Any] = {
+    "type": float,
+    "metavar": "DB",
+    "help": "Fail tensors whose SQNR is below this; 10 by default.",
+}
 
 
 class _Group(click.Group):
@@ -51,56 +58,73 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fewbits")
 def cli() -> None:
-    """Make PyTorch checkpoints smaller, account for every tensor, and check what was written.
+    r"""Make PyTorch checkpoints smaller, and check every number that was written.
 
-    Exit codes: 0 for success, 1 for a failure in verification, 2 for anything that cannot be done as asked, 141 if
-    nobody reads what is printed.
+    \b
+    For example:
+      fewbits quantize model.safetensors --scheme int8 --dry-run
+      fewbits quantize model.safetensors -o small.safetensors --scheme int8
+      fewbits inspect small.safetensors
+      fewbits verify small.safetensors --against model.safetensors
+
+    Exit codes: 0 for success, 1 if verification failed, 2 if the command could not do what was asked, 141 if nobody
+    reads what it prints.
     """
 
 
-@cli.command()
+@cli.command(short_help="Write a smaller copy of a checkpoint.")
 @click.argument("source", metavar="IN", type=_path)
 @click.option(
     "-o",
     "--output",
     metavar="OUT",
     type=_path,
-    help="The file to write; a directory, if IN is one, or with --max-shard-size. Required without --dry-run.",
+    help="File to write; a directory if IN is one, or with --max-shard-size. Required without --dry-run.",
 )
 @click.option("--entry", **_ENTRY)
-@click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON. An option replaces its setting.")
-@click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How weights are stored. Required without --config.")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only what these patterns name. Repeatable.")
+@click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON; options here replace them.")
+@click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How to store weights. Required without --config.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only tensors with such names. Repeatable.")
 @click.option(
-    "--exclude", "--skip", "exclude", multiple=True, metavar="PATTERN", help="Keep what this pattern names. Repeatable."
+    "--exclude",
+    "--skip",
+    "exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Keep tensors with such names as they are. Repeatable.",
 )
 @click.option(
     "--override",
     "overrides",
     multiple=True,
     metavar="PATTERN=SCHEME",
-    help="Another scheme for what this pattern names: int4:64 for groups of 64, keep for none. Repeatable.",
+    help="Another scheme for tensors with such names: int8, int4:64 (groups of 64), or keep. Repeatable.",
 )
-@click.option("--group-size", type=int, metavar="N", help="Weights that share a scale (int4 only).")
-@click.option("--ragged", type=click.Choice(get_args(Ragged)), help="What to do with rows that groups do not divide.")
+@click.option("--group-size", type=int, metavar="N", help="Weights that share a scale; for int4, whose default is 128.")
+@click.option("--ragged", type=click.Choice(get_args(Ragged)), help="What to do if groups do not divide a row evenly.")
 @click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
-@click.option("--embeddings", is_flag=True, help="Quantize embeddings too, where the scheme would keep them.")
+@click.option("--embeddings", is_flag=True, help="Quantize embeddings too; int4 keeps them by default.")
 @click.option(
-    "--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory (5GB), unless one tensor has more."
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Most bytes in each file of a directory; 5GB by default. A larger tensor has a file of its own.",
 )
-@click.option("--max-memory", metavar="SIZE", help="Resident memory to stay within, beyond that of the bare program.")
+@click.option(
+    "--max-memory", metavar="SIZE", help="Most memory to use, such as 2GB, beyond what the bare program uses."
+)
 @click.option(
     "--threads",
     type=int,
     metavar="N",
-    help="How many tensors, or pieces of large ones, at a time; as many as torch has threads.",
+    help="How many tensors, or pieces of large ones, to convert at a time; by default as many as torch has threads.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would become of every tensor, and write nothing.")
-@click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
-@click.option("--resume", is_flag=True, help="Go on with a run that did not come to its end, if there is one.")
-@click.option("--paranoid", is_flag=True, help="With --resume: read what was read of IN again, to see it is the same.")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists. Without --resume: begin an unfinished run anew.")
-@click.option("--fail-under", show_default=str(CRITICAL_DB), **_FAIL_UNDER)
+@click.option("--dry-run", is_flag=True, help="Print what would become of the tensors, and write nothing.")
+@_tensors
+@click.option("--no-verify", is_flag=True, help="Do not compare the result with IN.")
+@click.option("--resume", is_flag=True, help="Continue an unfinished run, if there is one.")
+@click.option("--paranoid", is_flag=True, help="With --resume: read again what was read of IN, in case it has changed.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists. Without --resume: start an unfinished run over.")
+@click.option("--fail-under", **_FAIL_UNDER)
 @_quiet
 @_json
 def quantize(
@@ -113,6 +137,7 @@ def quantize(
     max_memory: str | None,
     threads: int | None,
     dry_run: bool,
+    tensors: bool,
     no_verify: bool,
     resume: bool,
     paranoid: bool,
@@ -121,9 +146,14 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Quantize the checkpoint IN: a file of safetensors or of torch.save, or a directory with an index of several.
+    """Write a smaller copy of the checkpoint IN, and compare it with IN.
 
-    Under torchrun every process writes some of the files of a directory.
+    IN is a file (safetensors, or a state dict written by torch.save), or a directory of safetensors files.
+
+    A PATTERN matches whole parts of a dotted name: layers.1 matches layers.1.weight, and not layers.10.weight. A part
+    may have * and ? in it.
+
+    Under torchrun, every process writes some of the files of a directory.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -136,7 +166,7 @@ def quantize(
     target = Output.beside(source, **how) if output is None else Output(output, replace=force, **how)
     if dry_run:
         planned = plan(source, entry=entry, config=settings, output=target)
-        return SUCCESS if rank else _show_plan(planned, settings, as_json)
+        return SUCCESS if rank else _show_plan(planned, settings, tensors, as_json)
     if os.path.isfile(target.path) and not force and not resume:
         raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
@@ -150,16 +180,16 @@ def quantize(
             progress=progress,
         )
     if not rank:
-        _show_result(result, target.path, settings, as_json)
+        _show_result(result, target.path, settings, tensors, as_json)
     return SUCCESS if result.report is None or result.report.ok else FAILED
 
 
-@cli.command()
+@cli.command(short_help="Show what a result holds.")
 @click.argument("file", metavar="FILE", type=_path)
-@click.option("--tensors", is_flag=True, help="Print every tensor, not only a summary.")
+@_tensors
 @_json
 def inspect(file: Path, tensors: bool, as_json: bool) -> int:
-    """Show what a fewbits FILE holds."""
+    """Show what a FILE, or a directory, that fewbits wrote holds."""
     checkpoint = Checkpoint(file)
     metadata = checkpoint.metadata
     if as_json:
@@ -169,16 +199,16 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
     else:
         versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
         click.echo(f"{file}: written by {versions}; architecture {metadata.architecture or 'not known'}")
-        click.echo(str(checkpoint.ledger) if tensors else checkpoint.ledger.summary())
+        _show(checkpoint.ledger, tensors)
     return SUCCESS
 
 
-@cli.command()
+@cli.command(short_help="Check a result, and compare it with its source.")
 @click.argument("file", metavar="FILE", type=_path)
-@click.option("--against", type=_path, metavar="SOURCE", help="The checkpoint it was made from.")
+@click.option("--against", type=_path, metavar="SOURCE", help="The checkpoint that FILE was made from.")
 @click.option("--entry", **_ENTRY)
-@click.option("--tensors", is_flag=True, help="Print every tensor, not only a summary.")
-@click.option("--fail-under", default=CRITICAL_DB, show_default=True, **_FAIL_UNDER)
+@_tensors
+@click.option("--fail-under", default=CRITICAL_DB, **_FAIL_UNDER)
 @_quiet
 @_json
 def verify(
@@ -190,16 +220,16 @@ def verify(
     quiet: bool,
     as_json: bool,
 ) -> int:
-    """Check a fewbits FILE: digests, structure, and every element against its SOURCE.
+    """Check a FILE, or a directory, that fewbits wrote: its digests, its structure, and each element against SOURCE.
 
-    FILE may be a checkpoint, or a directory, that another tool wrote as compressed-tensors does; that has no digests.
+    FILE may also be one that another tool wrote in the format of compressed-tensors; such files have no digests.
     """
     with shown_progress(as_json=as_json, quiet=quiet) as progress:
         report = verify_file(file, against, entry=entry, fail_under=fail_under, progress=progress)
     if as_json:
         _print_json(report.to_dict())
     else:
-        click.echo(str(report) if tensors else report.summary())
+        _show(report, tensors)
     return SUCCESS if report.ok else FAILED
 
 
@@ -234,14 +264,26 @@ def _unwritten(error: OSError, code: int, stderr: Stderr, as_json: bool) -> int:
     return code
 
 
-def _show_plan(planned: Plan, settings: QuantizationConfig, as_json: bool) -> int:
-    """Print the whole ledger: here it is what was asked for."""
+def is_terminal() -> bool:
+    """Whether somebody reads standard output on a terminal; None stands for a stream that was closed at the start."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _show(found: Ledger | Report, tensors: bool) -> None:
+    """Print a summary and, where that is asked for, a line for every tensor, whose names are whole in a pipe."""
+    width = shutil.get_terminal_size().columns if is_terminal() else None
+    if tensors:
+        click.echo(found.table(width))
+    click.echo(found.summary(width or 80))
+
+
+def _show_plan(planned: Plan, settings: QuantizationConfig, tensors: bool, as_json: bool) -> int:
     shards = [{"file": shard.file, "bytes": shard.ledger.bytes_after} for shard in planned.shards]
     if as_json:
         about = {"config": settings.to_dict(), "shards": shards, "left_behind": planned.left_behind}
         _print_json({**about, "opens_in": planned.opens_in, "ledger": planned.ledger.to_dict()})
     else:
-        click.echo(str(planned.ledger))
+        _show(planned.ledger, tensors)
         for shard in shards:
             click.echo(f"{shard['file']}: {shard['bytes']:,} bytes of tensors")
         _tell_left_behind(planned.left_behind)
@@ -250,17 +292,20 @@ def _show_plan(planned: Plan, settings: QuantizationConfig, as_json: bool) -> in
     return SUCCESS
 
 
-def _show_result(result: Result, path: Path, settings: QuantizationConfig, as_json: bool) -> None:
+def _show_result(result: Result, path: Path, settings: QuantizationConfig, tensors: bool, as_json: bool) -> None:
     report, left_behind, shares = result.report, result.quantizer.left_behind, result.quantizer.shares
     if as_json:
         about = {"output": str(path), "config": settings.to_dict(), "left_behind": left_behind, **_work(shares)}
         about |= {"opens_in": result.quantizer.opens_in}
         _print_json({**about, "ledger": result.ledger.to_dict(), "report": report and report.to_dict()})
     else:
-        click.echo(result.ledger.summary())
+        _show(result.ledger, tensors)
         _tell_left_behind(left_behind)
         _tell_work(shares)
-        click.echo("not verified: --no-verify" if report is None else report.summary())
+        if report is None:
+            click.echo("not verified: --no-verify")
+        else:
+            _show(report, tensors)
         click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")
         _tell_readers(result.quantizer.opens_in)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from fewbits._table import elide
 from fewbits.cli.meter import Reading
 
 #: The most characters of a tensor's name in a line of a log.
@@ -18,7 +19,7 @@ _LEAST_BAR, _WIDEST_BAR, _LEAST_NAME = 8, 30, 10
 def log_line(reading: Reading) -> str:
     """One line without an end, such as ``convert 37 %, 2.1 of 5.6 GB, 310 MB/s, 11 s left, lm_head.weight``."""
     head = f"{reading.activity} {_percent(reading)}".rstrip()
-    parts = (head, _amount(reading), _rate(reading), _left(reading), elided(printable(reading.name), NAME_WIDTH))
+    parts = (head, _amount(reading), _rate(reading), _left(reading), elide(printable(reading.name), NAME_WIDTH))
     return ", ".join(filter(None, parts))
 
 
@@ -39,30 +40,20 @@ def bar_line(reading: Reading, width: int, *, ascii_only: bool = False) -> Line:
         width: of the terminal, in columns.
         ascii_only: draw with what every encoding has.
     """
-    before = elided(f"{reading.activity} {_percent(reading):>5}".rstrip(), width)
+    before = f"{reading.activity} {_percent(reading):>5}".rstrip()[:width]
     left, amount, rate = _fitting((_left(reading), _amount(reading), _rate(reading)), width - len(before))
     facts = amount + rate + left
     room = width - len(before) - len(facts)
     done, rest = _bar(reading, width, room - 2, "#." if ascii_only else "━─")
     gap = "  " if done or rest else ""
     room -= len(gap) + len(done) + len(rest)
-    name = f"  {elided(printable(reading.name), room - 2)}" if room - 2 >= _LEAST_NAME else ""
+    name = f"  {elide(printable(reading.name), room - 2)}" if room - 2 >= _LEAST_NAME else ""
     return Line(before + gap, done, rest, facts + name)
 
 
 def printable(name: str) -> str:
     """A name with escapes in place of what would move the cursor, end the line, or cannot be encoded."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-
-
-def elided(text: str, width: int) -> str:
-    """A text in at most `width` characters, its middle left out where it is longer: both ends of a name tell most."""
-    if len(text) <= width:
-        return text
-    if width <= 3:
-        return "..."[: max(width, 0)]
-    head = (width - 3) // 2
-    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
 
 
 def duration(seconds: float) -> str:

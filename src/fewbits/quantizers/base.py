@@ -43,14 +43,14 @@ from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
 from fewbits.quantizers.live_job import LiveJob
 from fewbits.quantizers.plan import plan
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import UNLESS_ASKED, Ledger, LedgerRow
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.selection.rules import TypeRule, check_types, is_of_type, type_name
 from fewbits.selection.selector import Decision, LayerSelector, Selector
 from fewbits.sources.base import LiveSource, Source
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
-from fewbits.validation.report import CRITICAL_DB, Report
+from fewbits.validation.report import CRITICAL_DB, LOSE_LESS, Report
 
 OnFailure = Literal["error", "warn", "ignore"]
 
@@ -424,7 +424,8 @@ class Quantizer(ABC):
                 sqnr_db = round(t.measurement.sqnr_db, 2)
                 emit(level, "sqnr", tensor=t.name, scheme=t.scheme, sqnr_db=sqnr_db, verdict=t.verdict)
         if report.warnings:
-            emit("warning", "low_sqnr", scheme=self.name, tensors=len(report.warnings), first=report.warnings[0])
+            count, least = len(report.warnings), report.warnings[0]
+            emit("warning", "low_sqnr", scheme=self.name, tensors=count, least=least, advice=LOSE_LESS)
         for failure in report.failures:
             emit("warning", "validation_failure", scheme=self.name, finding=failure)
 
@@ -432,7 +433,7 @@ class Quantizer(ABC):
         for rule in self.skip_types:
             if is_of_type(info, rule):
                 kind = "an embedding by name," if info.is_embedding_by_name else f"{type_name(rule)} is"
-                return f"{kind} kept by {self.name} unless asked for"
+                return f"{kind} kept by {self.name} {UNLESS_ASKED}"
         return None
 
     def _choose(self, info: TensorInfo, decision: Decision) -> tuple[Spec, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -11,7 +12,8 @@ from typing import Any, Literal, get_args
 import attrs
 import torch
 
-from fewbits._table import render_table
+from fewbits._sizes import bytes_in_words
+from fewbits._table import elide_first, render_table, wrap, wrap_last
 from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import dtype_from_name, dtype_name
 from fewbits.numerics.layout import Layout
@@ -28,8 +30,16 @@ _KINDS = {
     "merged": (type(None), False, False, True),
 }
 
+#: How the reason ends why a tensor was kept that the scheme skips by default.
+UNLESS_ASKED = "unless asked for"
+
+_KEPT_EMBEDDING = f"(?i)embedding.* {UNLESS_ASKED}"
+
+#: The share of a result's bytes from which on a summary says that embeddings could be smaller.
+_LARGE_SHARE = 0.25
+
 #: What stands for the reasons of these fates in a summary, where they would name every tensor.
-_IN_SUMMARY = {"alias": "shares storage", "merged": "scales of weights, dequantized with them"}
+_IN_SUMMARY = {"alias": "shares storage", "merged": "scales of dequantized weights"}
 
 _is = attrs.validators.instance_of
 
@@ -232,31 +242,59 @@ class Ledger:
         """The ledger as a JSON document."""
         return json.dumps(self.to_dict(), indent=indent)
 
-    def summary(self) -> str:
-        """A few lines: how many tensors met each fate for which reason, and the bytes."""
-        groups: dict[tuple[str, str, str], list[LedgerRow]] = {}
+    def summary(self, width: int = 80) -> str:
+        """A few lines: how many tensors met each fate for which reason, and the bytes.
+
+        Args:
+            width: of the longest line; a reason that is longer goes on in the next line.
+        """
+        groups: dict[str, list[LedgerRow]] = {}
         for row in self.rows:
-            reason = _IN_SUMMARY.get(row.fate, row.reason)
-            groups.setdefault((row.fate, row.scheme, reason), []).append(row)
-        table = [("fate", "scheme", "tensors", "bytes before", "bytes after", "reason")]
-        for (fate, scheme, reason), rows in groups.items():
+            fate = f"{row.fate} to {row.scheme}" if row.scheme else row.fate
+            groups.setdefault(f"{fate}: {_IN_SUMMARY.get(row.fate, row.reason)}", []).append(row)
+        table = [("tensors", "bytes before", "bytes after", "fate and reason")]
+        for fate, rows in groups.items():
             before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
-            table.append((fate, scheme, f"{len(rows)}", f"{before:,}", f"{after:,}", reason))
-        return render_table(table, right=(2, 3, 4)) + "\n" + self._total()
+            table.append((f"{len(rows)}", f"{before:,}", f"{after:,}", fate))
+        lines = [self._counts(), bytes_in_words(self.bytes_before, self.bytes_after), *self._advice()]
+        wrapped = [part for line in lines for part in wrap(line, width, "  ")]
+        return "\n".join([render_table(wrap_last(table, width), right=(0, 1, 2)), *wrapped])
 
-    def _total(self) -> str:
-        fates = Counter(row.fate for row in self.rows)
-        counted = ", ".join(f"{number} {fate}" for fate, number in fates.items())
-        ratio = f" ({self.bytes_before / self.bytes_after:.2f}x smaller)" if self.bytes_after else ""
-        return f"{len(self.rows)} tensors: {counted}; {self.bytes_before:,} -> {self.bytes_after:,} bytes{ratio}"
+    def table(self, width: int | None = None) -> str:
+        """A line for every tensor.
 
-    def __repr__(self) -> str:
-        return f"Ledger({self._total()})"
-
-    def __str__(self) -> str:
-        table = [("name", "shape", "dtype", "fate", "scheme", "before", "after", "reason")]
+        Args:
+            width: of the longest line; None stands for the whole table. Where that is wider, columns are left out, and
+                names lose their middle.
+        """
+        whole = [("name", "shape", "dtype", "fate", "scheme", "before", "after", "reason")]
+        short = [("name", "shape", "after", "fate")]
         for row in self.rows:
             shape = "x".join(map(str, row.shape)) or "scalar"
             before, after = f"{row.bytes_before:,}", f"{row.bytes_after:,}"
-            table.append((row.name, shape, dtype_name(row.dtype), row.fate, row.scheme, before, after, row.reason))
-        return render_table(table, right=(5, 6)) + "\n" + self._total()
+            whole.append((row.name, shape, dtype_name(row.dtype), row.fate, row.scheme, before, after, row.reason))
+            short.append((row.name, shape, after, row.scheme.partition(",")[0] or row.fate))
+        table = render_table(whole, right=(5, 6))
+        if width is None or len(table.splitlines()[1]) <= width:
+            return table
+        return render_table(elide_first(short, width), right=(2,))
+
+    def _counts(self) -> str:
+        fates = Counter(row.fate for row in self.rows)
+        return f"{len(self.rows)} tensors: " + ", ".join(f"{number} {fate}" for fate, number in fates.items())
+
+    def _advice(self) -> Iterator[str]:
+        """How to make the result smaller, where embeddings that the scheme keeps by default are much of it."""
+        embeddings = [row for row in self.rows if row.fate == "kept" and re.search(_KEPT_EMBEDDING, row.reason)]
+        kept = sum(row.bytes_after for row in embeddings)
+        if kept > _LARGE_SHARE * self.bytes_after:
+            yield (
+                f"note: {100 * kept / self.bytes_after:.0f} % of these bytes are embeddings, which the scheme keeps by "
+                "default; int8 may be smaller. To quantize them too: --embeddings, or skip_types=() in Python"
+            )
+
+    def __repr__(self) -> str:
+        return f"Ledger({self._counts()}; {bytes_in_words(self.bytes_before, self.bytes_after)})"
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n{self._counts()}; {bytes_in_words(self.bytes_before, self.bytes_after)}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import attrs
 
-from fewbits._table import render_table
+from fewbits._sizes import bytes_in_words
+from fewbits._table import elide_first, render_table, wrap
 from fewbits.calibration import Observed
 from fewbits.numerics.metrics import Measurement, pooled_sqnr_db
 from fewbits.selection.ledger import Fate
@@ -18,7 +20,8 @@ Verdict = Literal["good", "fair", "warning", "critical"]
 #: Decibels below which a tensor is critical (and fails), a warning, only fair.
 CRITICAL_DB, WARNING_DB, FAIR_DB = 10.0, 20.0, 30.0
 
-_SHOWN_WARNINGS = 5
+#: What to do about an SQNR that is a warning.
+LOSE_LESS = 'int8, smaller groups, or observer="mse" lose less'
 
 
 def verdict_of(sqnr_db: float, fail_under: float = CRITICAL_DB) -> Verdict:
@@ -113,9 +116,8 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """A line for every tensor whose SQNR is a warning."""
-        return [f"{t.name}: SQNR {t.measurement.sqnr_db:.2f} dB in {t.scheme}" for t in self.tensors
-                if t.verdict == "warning" and t.measurement is not None]  # fmt: skip
+        """A line for every tensor whose SQNR is a warning, the least SQNR first."""
+        return [f"{name}: SQNR {sqnr_db:.2f} dB in {scheme}" for sqnr_db, name, scheme in self._low()]
 
     @property
     def notes(self) -> list[str]:
@@ -129,7 +131,7 @@ class Report:
     @property
     def sqnr_db(self) -> float | None:
         """SQNR pooled over all quantized and cast tensors; None if none was measured."""
-        measured = [t.measurement for t in self.tensors if t.measurement is not None]
+        measured = [measurement for _, measurement in self._measured()]
         return pooled_sqnr_db(measured) if measured else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,53 +154,93 @@ class Report:
         """The report as a JSON document."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
-    def summary(self) -> str:
-        """The verdict in a few lines, with every failure; of the warnings, the first few."""
-        ratio = f" ({self.bytes_before / self.bytes_after:.2f}x smaller)" if self.bytes_after else ""
+    def summary(self, width: int = 80) -> str:
+        """The verdict in a few lines, with every failure; the warnings are counted.
+
+        Args:
+            width: of the longest line; what is longer goes on in the next line. A failure is one line, however long it
+                is, so that it can be searched for.
+        """
+        passed = "passed" if self.ok else "FAILED"
         lines = [
-            f"{'passed' if self.ok else 'FAILED'}: {len(self.tensors)} tensors, "
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes{ratio}"
+            f"{passed}: {len(self.tensors)} tensors, {bytes_in_words(self.bytes_before, self.bytes_after)}",
+            *self._figures(),
+            *([] if self.observed is None else [f"observed: {self.observed}"]),
+            f"checked: {', '.join(self.checks)}",
+            *(f"not checked: {reason}" for reason in self.unchecked),
+            *(f"note: {note}" for note in self.notes),
+            *self._warning(),
         ]
-        measured = [(t.name, t.measurement) for t in self.tensors if t.measurement is not None]
-        if measured and self.sqnr_db is not None:
-            name, worst = min(measured, key=lambda pair: pair[1].sqnr_db)
-            tightest = max(m.worst_bound_ratio for _, m in measured)
-            lines.append(
-                f"SQNR: {self.sqnr_db:.2f} dB over {len(measured)} tensors, least {worst.sqnr_db:.2f} dB ({name})"
+        failures = [f"failure: {failure}" for failure in self.failures]
+        return "\n".join([*(part for line in lines for part in wrap(line, width, "  ")), *failures])
+
+    def table(self, width: int | None = None) -> str:
+        """A line for every tensor.
+
+        Args:
+            width: of the longest line; None stands for the whole table. Where that is wider, columns are left out, and
+                names lose their middle.
+        """
+        whole = [("name", "fate", "scheme", "SQNR dB", "max error", "of bound", "cosine", "verdict", "failures")]
+        short = [("name", "scheme", "SQNR dB", "cosine", "verdict")]
+        for t in self.tensors:
+            sqnr_db, error, ratio, cosine = _figures_of(t.measurement)
+            verdict = t.verdict or ""
+            whole.append((t.name, t.fate, t.scheme, sqnr_db, error, ratio, cosine, verdict, "; ".join(t.failures)))
+            scheme = t.scheme.partition(",")[0] or t.fate
+            short.append((t.name, scheme, sqnr_db, cosine, "failed" if t.failures else verdict))
+        table = render_table(whole, right=(3, 4, 5, 6))
+        if width is None or len(table.splitlines()[1]) <= width:
+            return table
+        return render_table(elide_first(short, width), right=(2, 3))
+
+    def _measured(self) -> list[tuple[TensorReport, Measurement]]:
+        return [(t, t.measurement) for t in self.tensors if t.measurement is not None]
+
+    def _figures(self) -> Iterator[str]:
+        """The errors of all tensors, in words."""
+        measured = self._measured()
+        if not measured or self.sqnr_db is None:
+            return
+        tensor, worst = min(measured, key=lambda pair: pair[1].sqnr_db)
+        yield f"SQNR: {self.sqnr_db:.2f} dB over {len(measured)} tensors, least {worst.sqnr_db:.2f} dB ({tensor.name})"
+        yield f"error bound: {_bound_in_words([m for _, m in measured])}"
+        if clipped := sum(m.clipped for _, m in measured):
+            yield f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider"
+
+    def _low(self) -> list[tuple[float, str, str]]:
+        """SQNR, name and scheme of every tensor whose SQNR is a warning, the least SQNR first."""
+        return sorted((m.sqnr_db, t.name, t.scheme) for t, m in self._measured() if t.verdict == "warning")
+
+    def _warning(self) -> Iterator[str]:
+        """One line, however many tensors it is about."""
+        if low := self._low():
+            sqnr_db, name, _ = low[0]
+            yield (
+                f"warning: {len(low)} of {len(self._measured())} tensors are below {WARNING_DB:g} dB, the least at "
+                f"{sqnr_db:.2f} dB ({name}). {LOSE_LESS}. To list them: --tensors, or print(report) in Python"
             )
-            lines.append(f"error bound: the largest error of any element is {tightest:.4f} of its bound")
-            if clipped := sum(m.clipped for _, m in measured):
-                lines.append(f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider")
-        if self.observed is not None:
-            lines.append(f"observed: {self.observed}")
-        lines.append(f"checked: {', '.join(self.checks)}")
-        lines += [f"not checked: {reason}" for reason in self.unchecked]
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"failure: {failure}" for failure in self.failures]
-        lines += [f"warning: {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]]
-        if len(self.warnings) > _SHOWN_WARNINGS:
-            more = len(self.warnings) - _SHOWN_WARNINGS
-            lines.append(
-                f"and {more} warnings more: str(report), its JSON, and fewbits verify --against IN --tensors have all"
-            )
-        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"Report(ok={self.ok}, {len(self.failures)} failures, {len(self.warnings)} warnings)"
 
     def __str__(self) -> str:
-        table = [("name", "fate", "scheme", "SQNR dB", "max error", "of bound", "cosine", "verdict", "failures")]
-        for t in self.tensors:
-            figures = ("", "", "", "")
-            if (m := t.measurement) is not None:
-                figures = (
-                    f"{m.sqnr_db:.2f}",
-                    f"{m.max_abs_error:.3g}",
-                    f"{m.worst_bound_ratio:.3f}",
-                    f"{m.cosine:.6f}",
-                )
-            table.append((t.name, t.fate, t.scheme, *figures, t.verdict or "", "; ".join(t.failures)))
-        return render_table(table, right=(3, 4, 5, 6)) + "\n" + self.summary()
+        return f"{self.table()}\n{self.summary()}"
+
+
+def _bound_in_words(measured: Sequence[Measurement]) -> str:
+    """Whether all errors are within their bounds, and how close the largest comes; never rounded up to the bound."""
+    largest = max(m.worst_bound_ratio for m in measured)
+    if broken := sum(m.broken_at is not None or not m.worst_bound_ratio <= 1 for m in measured):
+        return f"exceeded in {broken} of {len(measured)} tensors; the largest error is {largest:.4g} times it"
+    percent = math.floor(10_000 * largest) / 100
+    return f"every element is within it; the largest error is {percent:g} % of it"
+
+
+def _figures_of(m: Measurement | None) -> tuple[str, str, str, str]:
+    if m is None:
+        return "", "", "", ""
+    return f"{m.sqnr_db:.2f}", f"{m.max_abs_error:.3g}", f"{m.worst_bound_ratio:.3f}", f"{m.cosine:.6f}"
 
 
 def _counted(names: list[str]) -> str:
