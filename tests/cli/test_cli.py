@@ -459,6 +459,46 @@ def test_what_cannot_be_done_is_said_in_one_paragraph(cli, folder, arguments, be
     assert [(entry.name, entry.read_bytes()) for entry in folder.iterdir()] == [("in", content)]
 
 
+@pytest.mark.parametrize("target", ["a file", "a directory", "nothing"])
+def test_a_link_counts_as_something_that_exists_whatever_it_points_to(cli, folder, target):
+    if target == "a file":
+        (folder / "target").write_text("old")
+    elif target == "a directory":
+        (folder / "target").mkdir()
+    (folder / "out").symlink_to("target")
+    code, out, err = cli(*QUANTIZE)
+    assert (code, out) == (2, "")
+    assert "out exists; pass --force" in err
+    assert (folder / "target").exists() == (target != "nothing")
+    assert cli(*QUANTIZE, "--force")[0] == (2 if target == "a directory" else 0)
+    assert (folder / "out").is_symlink()
+    if target != "a directory":
+        assert cli("verify", "target", "--against", "in")[0] == 0
+
+
+def test_a_link_to_nothing_is_not_written_through_by_resume(cli, folder):
+    (folder / "out").symlink_to("target")
+    assert cli(*QUANTIZE, "--resume")[0] == 2
+    assert not (folder / "target").exists()
+    assert cli(*QUANTIZE, "--resume", "--force")[0] == 0
+
+
+def test_a_source_that_is_another_model_is_told_by_names(quantized, folder):
+    other = {f"model.{name}": tensor.clone() for name, tensor in state().items()}
+    safetensors.torch.save_file(other, folder / "other")
+    code, out, _ = quantized("verify", "out", "--against", "other")
+    assert code == 1
+    assert re.search(r"failure: no name in the source \(such as model\.\S+\) is in the file", out)
+    assert out.count("failure: ") == 1
+    assert "not checked: errors: the source is not what the file was made from" in out
+    assert "no source" not in out.replace("no name in the source", "")
+    safetensors.torch.save_file({**other, **{name: t.clone() for name, t in state().items()}}, folder / "other")
+    code, out, _ = quantized("verify", "out", "--against", "other")
+    assert code == 1
+    assert "is in the source, not in the file's ledger" in out
+    assert "not checked: errors: the source is not what the file was made from" in out
+
+
 def test_a_full_disk_is_said_in_one_paragraph(cli, folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -72,7 +72,7 @@ def _ours() -> Iterator[tuple[str, Case]]:
 
 def _saved(source: Any, scheme: Any, max_shard_size: int | None = None, **settings: Any) -> Case:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
+        path = Path(folder) / ("model.safetensors" if max_shard_size is None else "model")
         result = fewbits.quantize(source, scheme, on_failure="ignore", **settings)
         result.save(path, max_shard_size=max_shard_size)
         if path.is_file():

@@ -3,9 +3,11 @@
 import gc
 import json
 import math
+import shutil
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -269,6 +271,87 @@ def test_a_directory_that_exists_is_replaced_only_if_asked(folder, tmp_path):
     assert files_in(tmp_path / "out") != before
 
 
+def test_a_directory_is_not_given_the_name_of_a_file(folder, sources, tmp_path):
+    for call in (fewbits.plan, quantize_small):
+        with pytest.raises(
+            fewbits.ArgumentError, match=r"out\.safetensors is the name of .*directory, such as .*/out$"
+        ):
+            call(folder, "int8", output=tmp_path / "out.safetensors")
+    with pytest.raises(fewbits.ArgumentError, match="is the name of"):
+        quantize_small({"a": torch.randn(32, 32)}, "int8").save(tmp_path / "out.bin", max_shard_size="1GB")
+    (tmp_path / "one").mkdir()
+    shutil.copy(sources["one"], tmp_path / "one" / "model.safetensors")
+    with pytest.raises(fewbits.ArgumentError, match=r"for a file alone, give .*one/model\.safetensors as the source"):
+        quantize_small(tmp_path / "one", "int8", output=tmp_path / "out.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "one"}
+
+
+@pytest.mark.parametrize("missing", ["does not exist", "is a file"])
+def test_a_directory_that_is_missing_above_the_output_is_named_before_any_work_is_done(folder, tmp_path, missing):
+    if missing == "is a file":
+        (tmp_path / "no").touch()
+    before = files_in(tmp_path)
+
+    def never(step):
+        raise AssertionError("work is done")
+
+    said = rf"cannot be written: the directory {tmp_path / 'no'} {missing}"
+    result = quantize_small({"a": torch.randn(32, 32)}, "int8")
+    with pytest.raises(fewbits.CheckpointError, match=said):
+        quantize_small(folder, "int8", output=tmp_path / "no" / "out", progress=never)
+    with pytest.raises(fewbits.CheckpointError, match=said):
+        fewbits.plan(folder, "int8", output=tmp_path / "no" / "out")
+    for shard_size in (None, "1GB"):
+        with pytest.raises(fewbits.CheckpointError, match=said):
+            result.save(tmp_path / "no" / "out", max_shard_size=shard_size)
+    assert files_in(tmp_path) == before
+
+
+LINKS = {
+    "to a directory": lambda target: (target.mkdir(), (target / "old").touch()),
+    "to an empty directory": lambda target: target.mkdir(),
+    "to nothing": lambda target: None,
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_is_replaced_by_no_directory_unless_asked_and_stays_a_link(folder, tmp_path, link):
+    LINKS[link](tmp_path / "target")
+    (tmp_path / "out").symlink_to(tmp_path / "target")
+    before = files_in(tmp_path)
+    with pytest.raises(fewbits.ArgumentError, match=r"out is a link to .*target"):
+        quantize_small(folder, "int8", output=tmp_path / "out")
+    with pytest.raises(fewbits.ArgumentError, match=r"out is a link to .*target"):
+        quantize_small({"a": torch.randn(32, 32)}, "int8").save(tmp_path / "out", max_shard_size="1GB")
+    assert files_in(tmp_path) == before
+    quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", replace=True))
+    assert (tmp_path / "out").is_symlink()
+    assert fewbits.verify(tmp_path / "target", folder).ok
+    assert "old" not in files_in(tmp_path / "target")
+
+
+@pytest.mark.parametrize("refusal", ["raised", "ignored"])
+def test_a_directory_that_was_replaced_and_cannot_be_removed_is_named(folder, tmp_path, monkeypatch, caplog, refusal):
+    """That of another user: its parent lets it be renamed, and it does not let its files be removed."""
+    remove = shutil.rmtree
+
+    def refused(path, **how):
+        if not (Path(path) / "theirs").exists():
+            remove(path, **how)
+        elif refusal == "raised":
+            raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").write_text("precious")
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", replace=True))
+    assert fewbits.verify(tmp_path / "out", folder).ok
+    (left,) = tmp_path.glob(".fewbits-*")
+    assert files_in(left) == {"theirs": b"precious"}
+    assert str(left) in caplog.text
+    assert "remove this directory yourself" in caplog.text
+
+
 @pytest.mark.parametrize("given", ["folder", "index", "file"])
 @pytest.mark.parametrize("shard_size", [None, "1GB"])
 def test_the_source_is_never_replaced_nor_written_into(folder, tmp_path, given, shard_size):
@@ -444,3 +527,8 @@ def test_an_error_on_a_thread_is_that_of_the_caller_and_threads_are_as_before():
     finally:
         torch.set_num_threads(torch_before)
     assert torch.get_num_threads() == before
+
+
+def test_a_plan_for_a_directory_an_index_and_a_file_needs_no_output(folder):
+    assert len(fewbits.plan(folder, "int8").shards) == len(fewbits.plan(folder / INDEX, "int8").shards) == 1
+    assert len(fewbits.plan(folder / "model-00001-of-00003.safetensors", "int8").shards) == 1

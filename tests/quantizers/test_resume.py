@@ -282,6 +282,45 @@ def test_another_release_is_refused(tmp_path, begun, monkeypatch):
         run(begun, tmp_path / "out", resume=True)
 
 
+def touched_at(path, stop):
+    """Change a file when a run is at some tensor, then let it go on, or be interrupted."""
+
+    def progress(step):
+        if step.done > 60_000:
+            retouch(path)
+            if stop:
+                raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_source_that_changes_during_a_run_is_told_of_at_once_and_how_to_begin_anew(tmp_path, stop):
+    source = write_shards(tmp_path / "model", checkpoint(), 2)
+    progress = touched_at(source / "model-00002-of-00002.safetensors", stop)
+    with cut(10), pytest.raises((fewbits.CheckpointError, KeyboardInterrupt)) as ended:
+        run(source, tmp_path / "out", progress=progress)
+    assert "the run cannot be gone on with: begin anew (--force" in str(ended.value)
+    assert "--resume" not in str(ended.value)
+    with pytest.raises(fewbits.ArgumentError, match="cannot be gone on with: source"):
+        run(source, tmp_path / "out", resume=True)
+    assert run(source, tmp_path / "out", replace=True)
+
+
+def test_a_source_that_cannot_be_read_for_a_while_leaves_a_run_that_is_gone_on_with(tmp_path):
+    source = write_shards(tmp_path / "model", checkpoint(), 2)
+
+    def away(step):
+        if step.done > 60_000 and source.exists():
+            source.rename(tmp_path / "away")
+
+    with cut(10), pytest.raises(fewbits.CheckpointError, match="what is done is kept: --resume"):
+        run(source, tmp_path / "out", progress=away)
+    (tmp_path / "away").rename(source)
+    (share,) = run(source, tmp_path / "out", resume=True)
+    assert share.resumed > 0
+
+
 @pytest.mark.parametrize("paranoid", [True, False])
 def test_a_paranoid_run_reads_the_source_again(tmp_path, begun, paranoid):
     """A change that size, time and header do not tell."""
@@ -293,7 +332,8 @@ def test_a_paranoid_run_reads_the_source_again(tmp_path, begun, paranoid):
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     if paranoid:
-        with pytest.raises(fewbits.CheckpointError, match=f"{read} has changed since it was read, between elements 0"):
+        changed = f"{read} has changed since it was read, between elements 0 .* begin anew"
+        with pytest.raises(fewbits.CheckpointError, match=changed):
             run(begun, tmp_path / "out", resume=True, paranoid=True)
     else:
         run(begun, tmp_path / "out", resume=True)

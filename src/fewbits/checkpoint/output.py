@@ -48,7 +48,8 @@ class Output:
         max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
             which is the default; a larger tensor has a file of its own.
         replace: whether a directory that is there already, with files in it, is replaced, and an unfinished run begun
-            anew. A file always is replaced, except one that has come there since a run was begun that is gone on with.
+            anew. Of a link to a directory, this replaces the directory that it points to; the link stays. A file always
+            is replaced, except one that has come there since a run was begun that is gone on with.
         resume: whether a run that did not come to its end is gone on with, if there is one. It is refused if anything
             that the result depends on has changed since. A result that is there already is compared with its source:
             the fates and all elements, within their bounds; which observer chose the scales a file does not say.
@@ -79,7 +80,10 @@ class Output:
     def beside(cls, source: str | os.PathLike[str], **how: Any) -> Output:
         """Where a result could go of which nothing is said: beside its source."""
         path = Path(os.path.abspath(source))
-        return cls(path.with_name(f"{path.stem}-quantized{'' if path.is_dir() else '.safetensors'}"), **how)
+        if ".index." in path.name:
+            path = path.parent  # the index of a directory stands for all of it
+        several = path.is_dir() or how.get("max_shard_size") is not None
+        return cls(path.with_name(f"{path.stem}-quantized{'' if several else '.safetensors'}"), **how)
 
     @classmethod
     def of(cls, output: str | os.PathLike[str] | Output) -> Output:

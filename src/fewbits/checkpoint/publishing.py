@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fewbits._events import emit
+from fewbits.checkpoint.folder import WEIGHT_SUFFIXES
 from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory
 from fewbits.errors import ArgumentError, CheckpointError
 
@@ -59,12 +61,13 @@ class NewFolder:
 
 
 def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") -> Path:
-    """Where a result really goes: what a link points to, if it is one.
+    """Where a result really goes: what a link points to, if it is one. The link stays.
 
     Args:
         path: of the result.
         folder: whether it is a directory.
-        replace: whether a directory that is there already, with something in it, is replaced. A file always is.
+        replace: whether a directory that is there already, with something in it, is replaced, or what a link to a
+            directory points to. A file always is.
         advice: what else can be done about such a directory.
 
     Raises:
@@ -77,6 +80,8 @@ def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") ->
                 raise ArgumentError(f"{path} is a directory; give the path of the file to write")
             if path.exists() and not path.is_file():
                 raise ArgumentError(f"{path} is not a regular file, and would be replaced by one; give another path")
+        elif path.is_symlink() and not replace:
+            raise ArgumentError(f"{path} is a link to {os.path.realpath(path)}; give the path of a new one{advice}")
         elif path.exists() and not path.is_dir():
             raise ArgumentError(f"{path} is a file; several files go into a directory: give the path of a new one")
         elif path.is_dir() and any(path.iterdir()) and not replace:
@@ -84,6 +89,30 @@ def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") ->
         elif os.path.ismount(path):
             raise ArgumentError(f"{path} is where a file system is mounted, and cannot be replaced; give a path inside")
         return Path(os.path.realpath(path))
+
+
+def check_name_and_parent(path: Path, *, folder: bool, advice: str = "") -> None:
+    """Refuse a place for a result before anything is done for it.
+
+    Args:
+        path: of the result.
+        folder: whether it is a directory.
+        advice: how else to get a file, if it is.
+
+    Raises:
+        ArgumentError: if it is a directory with the name of a file, which is not there yet.
+        CheckpointError: if the directory that it would be in does not exist.
+    """
+    with as_checkpoint_error(f"{path} cannot be written"):
+        if folder and path.suffix.lower() in WEIGHT_SUFFIXES and not path.is_dir():
+            raise ArgumentError(
+                f"{path} is the name of a {path.suffix} file, and what is written is a directory of files; give the "
+                f"path of a directory, such as {path.with_suffix('')}{advice}"
+            )
+        parent = Path(os.path.realpath(path)).parent
+        if not parent.is_dir():
+            why = "is a file" if parent.exists() else "does not exist; make it first"
+            raise CheckpointError(f"{path} cannot be written: the directory {parent} {why}, or give another path")
 
 
 def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
@@ -108,9 +137,10 @@ def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
 
 def remove_tree(folder: Path, complaint: str) -> None:
     """Remove a directory with all that is in it; where that cannot be done, somebody is told."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        emit("warning", "left_over", folder=str(folder), reason=complaint)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):
+        emit("warning", "left_over", folder=str(folder), reason=f"{complaint}; remove this directory yourself")
 
 
 def _set_aside(path: Path, *, replace: bool) -> Path | None:

@@ -21,7 +21,7 @@ from fewbits.checkpoint.metadata import (
     row_entries,
     stored_entries,
 )
-from fewbits.checkpoint.publishing import NewFolder
+from fewbits.checkpoint.publishing import NewFolder, check_name_and_parent
 from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.serializer import (
     ChunkWriter,
@@ -231,8 +231,10 @@ def save(
         max_shard_size: the most bytes of tensors in one file of a directory; None writes a single file.
 
     Raises:
-        ArgumentError: if the name of a file is that of another kind.
+        ArgumentError: if the name of a file is that of another kind, or that of a directory is the name of a file.
+        CheckpointError: if the directory that it would be in does not exist, or it cannot be written.
     """
+    check_name_and_parent(Path(path), folder=max_shard_size is not None)
 
     def write(path: str | os.PathLike[str], ledger: Ledger) -> str:
         with CheckpointWriter(serializer, path, ledger, architecture=architecture, extra=extra) as writer:

@@ -167,7 +167,8 @@ def quantize(
     if dry_run:
         planned = plan(source, entry=entry, config=settings, output=target)
         return SUCCESS if rank else _show_plan(planned, settings, tensors, as_json)
-    if os.path.isfile(target.path) and not force and not resume:
+    link, there = os.path.islink(target.path), os.path.exists(target.path)
+    if not force and (link or os.path.isfile(target.path)) and not (resume and there):
         raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
         result = quantize_source(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fewbits.checkpoint.output import MAX_SHARD_SIZE, Output
+from fewbits.checkpoint.publishing import check_name_and_parent
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
@@ -157,12 +158,21 @@ class FileJob(Job):
         return self.run(conversion, serializer, output, measuring=self.measures, shared=False).shards
 
     def _planned(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
-        self.source.refuse_output(output.path, folder=self._is_folder(output))
-        if not self._is_folder(output):
+        folder = self._is_folder(output)
+        self.source.refuse_output(output.path, folder=folder)
+        check_name_and_parent(output.path, folder=folder, advice=self._way_to_a_file(output))
+        if not folder:
             serializer.check_name(output.path)
             return (Shard(output.path.name, self.ledger),)
         stem = STEM if self.readers is None else self.readers.stem
         return plan_shards(self.ledger, output.max_shard_size or MAX_SHARD_SIZE, serializer.suffix, stem)
+
+    def _way_to_a_file(self, output: Output) -> str:
+        """How to get one file of a source directory that has one, as the end of a sentence."""
+        files = self.source.files
+        if output.max_shard_size is not None or len(files) > 1:
+            return ""
+        return f"; or, for a file alone, give {files[0]} as the source"
 
     def _is_folder(self, output: Output) -> bool:
         return self.source.folder is not None or output.max_shard_size is not None

@@ -32,6 +32,11 @@ from fewbits.sources.model_config import Readers
 
 _RESUME = "what is done is kept: --resume, or Output(resume=True), goes on with it"
 
+_CHANGED = (
+    "the source has changed since this run was begun, and the run cannot be gone on with: begin anew (--force, "
+    "Output(replace=True)), or bring back the source as it was"
+)
+
 
 @attrs.frozen
 class Finished:
@@ -81,11 +86,17 @@ class FileRun:
         self._paranoid, self._shared, self._progress = paranoid, shared, progress
         self.share = Share()
         self.begun = False
+        self._source_changed = False
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """The files of the result."""
         return tuple(self._shards.values())
+
+    @cached_property
+    def _source_state(self) -> Mapping[str, Any]:
+        """What tells the source as it was when this began, or joined, from any other."""
+        return self._streaming.source.fingerprint()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -127,7 +138,7 @@ class FileRun:
             "files of the result": [
                 [file, fingerprint([row.name for row in shard.ledger])] for file, shard in self._shards.items()
             ],
-            "source": streaming.source.fingerprint(),
+            "source": self._source_state,
         }
 
     def write(self, files: Sequence[str]) -> None:
@@ -156,10 +167,18 @@ class FileRun:
                 self._workplace.release()
             else:
                 self._workplace.discard()
+            hint = _CHANGED if kept and self._has_source_changed() else _RESUME
             if kept and isinstance(error, KeyboardInterrupt):
-                error.args = error.args or (f"interrupted; {_RESUME}",)
-            with self._workplace.in_place(f"; {_RESUME}" if kept else ""):
+                error.args = error.args or (f"interrupted; {hint}",)
+            with self._workplace.in_place(f"; {hint}" if kept else ""):
                 raise
+
+    def _has_source_changed(self) -> bool:
+        """Whether a later run would find another source. One that cannot be read may come back."""
+        try:
+            return self._source_changed or self._streaming.source.fingerprint() != self._source_state
+        except CheckpointError:
+            return False
 
     def release(self) -> None:
         """Let other processes begin. What is not published stays."""
@@ -236,10 +255,10 @@ class FileRun:
         for note in notes if self._paranoid else ():
             row = shard.ledger[note.tensor]
             if self._streaming.source_digest(Chunk(row, note.start, note.stop)) != note.source:
+                self._source_changed = True
                 raise CheckpointError(
                     f"{self._streaming.source.path}: {row.name} has changed since it was read, between elements "
-                    f"{note.start:,} and {note.stop:,}; bring back what it was, or begin anew "
-                    "(--force, Output(replace=True))"
+                    f"{note.start:,} and {note.stop:,}"
                 )
 
     def check_complete(self) -> dict[str, Seal]:

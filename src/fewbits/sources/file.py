@@ -195,6 +195,11 @@ class FileSource(Source):
             prints[path.name] = {**_state(path), "tensors": outline, "entry": self._entry}
         return prints
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of tensors."""
+        return self._files.paths
+
     def prepared(self) -> Path:
         """The path: there is nothing to run."""
         return self.path

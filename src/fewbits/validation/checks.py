@@ -38,6 +38,7 @@ def examine(
     *,
     measured: Mapping[str, Measurement] | None = None,
     damaged: Mapping[str, str] | None = None,
+    uncompared: str = "no source to compare with",
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
@@ -49,6 +50,7 @@ def examine(
         bytes_after: bytes of the result's tensors, counted from them.
         measured: measurements taken while the source was there, by name; these are not taken again.
         damaged: what is wrong with tensors that must not be read, by name.
+        uncompared: why tensors are not compared that `pairs` gives no source for.
         fail_under: SQNR in dB below which a tensor is critical, which is a failure.
         progress: told about every tensor, before and after it.
 
@@ -66,7 +68,7 @@ def examine(
     failures = []
     if bytes_after != ledger.bytes_after:
         failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, the result has {bytes_after:,}")
-    checked, unchecked = _coverage(tensors)
+    checked, unchecked = _coverage(tensors, uncompared)
     return Report(
         tensors=tuple(tensors),
         checks=("size", "scales", *checked),
@@ -77,16 +79,16 @@ def examine(
     )
 
 
-def _coverage(tensors: list[TensorReport]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _coverage(tensors: list[TensorReport], why: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What was compared with the source, and what was not, in words."""
     lossy = [t for t in tensors if t.fate != "kept"]
     blind = [t.name for t in lossy if t.measurement is None]
     if not blind:
         return ("SQNR", "error bound of every element", "constant rows"), ()
     if len(blind) == len(lossy):
-        return (), ("errors: no source to compare with",)
+        return (), (f"errors: {why}",)
     seen = "SQNR, error bound and constant rows of the others"
-    return (seen,), (f"errors of {', '.join(blind)}: no source to compare with",)
+    return (seen,), (f"errors of {', '.join(blind)}: {why}",)
 
 
 def check_fail_under(fail_under: object) -> None:

@@ -105,6 +105,7 @@ def verify_checkpoint(
         checkpoint.nbytes,
         measured=measured,
         damaged=damaged,
+        uncompared="the source is not what the file was made from" if differences else "no source to compare with",
         fail_under=fail_under,
         progress=progress,
     )
@@ -121,6 +122,8 @@ def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
     found = {info.name: (info.shape, info.dtype) for info in source.infos}
     names: dict[str, str] = {}
     problems = []
+    if found and len(ledger) and not any(row.name in found for row in ledger):
+        return [_nothing_in_common(ledger, source)], names
     for row in ledger:
         if row.name in found:
             names.setdefault(row.holder, row.name)
@@ -146,6 +149,14 @@ def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
         if row.fate not in ("alias", "merged") and row.persistent and row.name not in names
     ]
     return problems, names
+
+
+def _nothing_in_common(ledger: Ledger, source: Source) -> str:
+    theirs, ours = next(iter(source.infos)).name, next(iter(ledger)).name
+    return (
+        f"no name in the source (such as {theirs}) is in the file (such as {ours}); give the source that the file was "
+        "made from"
+    )
 
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
