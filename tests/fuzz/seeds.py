@@ -174,6 +174,7 @@ def _torch_files() -> dict[str, bytes]:
         "views": torch_file(views),
         "module": torch_file(nn.Linear(24, 4).state_dict()),
         "parameters": torch_file(dict(nn.Linear(24, 4).named_parameters())),
+        "training": torch_file({"epoch": 3, "states": {"model": {**tensors}}, "optimizer": {"state": {0: {}}}}),
         "old": torch_file({"up.weight": torch.ones(2, 3)}, _use_new_zipfile_serialization=False),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -204,6 +205,7 @@ def _quantize(path: Path, scheme: str, folder: Path) -> str:
     several = {"max_shard_size": 500} if path.is_dir() else {}
     output = fewbits.Output(folder / "out", threads=1, **several)
     planned = _attempt(lambda: fewbits.plan(path, scheme, output=output, min_elements=1), fewbits.FewbitsError)
+    _follow_advice(path, scheme, planned)
     nothing_left(folder, before)
     result = _attempt(lambda: fewbits.quantize(path, scheme, output=output, min_elements=1), fewbits.FewbitsError)
     if isinstance(result, fewbits.ValidationError):
@@ -222,6 +224,14 @@ def _quantize(path: Path, scheme: str, folder: Path) -> str:
         if isinstance(value, fewbits.QuantizedTensor):
             _require(bool(torch.isfinite(value.dequantize()).all()), f"{name!r} is not finite")
     return "ok"
+
+
+def _follow_advice(path: Path, scheme: str, refused: object) -> None:
+    """An entry that an error advises to take is there."""
+    if advised := re.search(r"or entry=('[^']*'|\"[^\"]*\")$", str(refused)):
+        entry = ast.literal_eval(advised[1])
+        outcome = _attempt(lambda: fewbits.plan(path, scheme, entry=entry, min_elements=1), fewbits.FewbitsError)
+        _require("has no entry" not in str(outcome), f"advised to take the entry {entry!r}, which is not there")
 
 
 # What lies in a directory.
