@@ -41,10 +41,11 @@ def files(folder: Path) -> list[Path]:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a directory, by its path there."""
-    return {str(path.relative_to(folder)): _digest(path) for path in files(folder)}
+    return {str(path.relative_to(folder)): digest(path) for path in files(folder)}
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
     found, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(piece):

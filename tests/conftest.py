@@ -16,6 +16,9 @@ settings.register_profile("thorough", max_examples=500, **UNTIMED)
 settings.load_profile(os.environ.get("FEWBITS_HYPOTHESIS_PROFILE", "repeatable"))
 
 DATA = Path(__file__).parent / "data"
+
+#: Sweeps that `make stress` runs.
+collect_ignore = ["stress"]
 LEFT_OUT = pytest.StashKey[set[str]]()
 
 
