@@ -236,6 +236,17 @@ def test_save_pretrained_of_a_quantized_model_is_refused_and_that_of_its_source_
     refusing(fewbits.quantize(source, "int8", inplace=True).model, tmp_path)
 
 
+def test_save_pretrained_of_a_model_that_an_interruption_left_quantized_in_part_is_refused(tmp_path):
+    def interrupt(step: fewbits.Step) -> None:
+        if step.activity == "convert" and step.done > step.total / 2:
+            raise KeyboardInterrupt
+
+    model = MODELS["Bert"]()
+    with pytest.raises(KeyboardInterrupt):
+        fewbits.quantize(model, "int8", inplace=True, progress=interrupt)
+    refusing(model, tmp_path)
+
+
 def test_a_dequantized_model_saves_what_transformers_loads(tmp_path):
     result = fewbits.quantize(MODELS["Bert"](), "int8")
     plain = fewbits.dequantize(result.model)

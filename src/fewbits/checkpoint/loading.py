@@ -128,8 +128,10 @@ def load(
         for row in checkpoint.ledger.stored
         if (taken := places[row.name])
     ]
-    fill(checkpoint, filled, compute)
-    refuse_save_pretrained(into)
+    try:
+        fill(checkpoint, filled, compute)
+    finally:  # a model that is filled in part cannot be saved either
+        refuse_save_pretrained(into)
     for slot, value in values:
         slot.module._buffers[slot.local] = value
     if target is not None:

@@ -127,7 +127,7 @@ class ModuleSource(LiveSource):
 
 class _ModuleTarget(Target):
     def __init__(self, model: nn.Module, ledger: Ledger, transient: Mapping[str, Tensor], inplace: bool) -> None:
-        self._model, self._transient, self._inplace = model, transient, inplace
+        self._model, self._transient, self._inplace, self._guarded = model, transient, inplace, False
         self._slots = {slot.name: slot for slot in slots(model)}
         self._names = ledger.names_by_holder()
         expected = {row.name for row in ledger} - transient.keys()
@@ -146,6 +146,9 @@ class _ModuleTarget(Target):
             floats = [weakref.ref(slot.tensor) for slot in places]
             for slot in places:
                 attach(slot.module, slot.local, stored)
+            if self._inplace and not self._guarded:  # an interruption leaves the user with a model quantized in part
+                refuse_save_pretrained(self._model)
+                self._guarded = True
             if not self._inplace and any(weight() is not None for weight in floats):
                 raise SourceError(
                     f"something in the model refers to {row.name} besides the module that holds it (a list, another "
