@@ -35,6 +35,7 @@ def peak_mib(batches):
     return kib / 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_500_batches_need_no_more_memory_than_5():
     # Kept, the inputs of either layer would take 125 MiB.

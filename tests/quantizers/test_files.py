@@ -226,6 +226,7 @@ def test_progress_is_told_of_every_byte_once(folder, tmp_path, threads):
     assert {step.name for step in steps} == {row.name for row in ledger}
 
 
+@pytest.mark.slow
 def test_of_tensors_that_are_through_no_sums_are_held(tmp_path):
     """They would grow with the file; what is measured is a few numbers a tensor."""
     safetensors.torch.save_file({f"{index}.weight": torch.randn(8, 64) for index in range(40)}, tmp_path / "in")
