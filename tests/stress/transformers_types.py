@@ -121,6 +121,8 @@ def through_files(kind: str, folder: Path) -> str:
     except Exception as error:
         return f"not built: {type(error).__name__}: {first_line(error)}"
     code, said = command("quantize", str(folder / "float"), "-o", str(folder / "int8"), "--scheme", "int8", "--quiet")
+    if said.startswith("nothing is left to quantize"):
+        return "nothing to quantize"
     if code:
         return f"FAILED: quantize exits {code}: {said}"
     foreign = sorted(saved_names(folder / "float") - set(source.state_dict()))
