@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never fetch anything
 
 # How long an example takes depends on the machine, so neither profile has a time limit.
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("repeatable", derandomize=True, max_examples=60, **UNTIMED)
+settings.register_profile("repeatable", derandomize=True, max_examples=25, **UNTIMED)
 settings.register_profile("thorough", max_examples=500, **UNTIMED)
 settings.load_profile(os.environ.get("FEWBITS_HYPOTHESIS_PROFILE", "repeatable"))
 

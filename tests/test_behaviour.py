@@ -4,7 +4,6 @@ import ast
 import gc
 import os
 import pickle
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewbits
+from fewbits.cli import main
 
 SCHEMES = ["int8", "int8-tensor", "int4", "fp16"]
 #: What SQNR normal weights have at least, and how much of four bytes is left at most, scales and shapes included.
@@ -465,21 +465,28 @@ def test_dequantizing_gives_plain_layers_with_the_weights_that_were_computed_wit
 # Checkpoints and the command line.
 
 
-def run(*arguments, folder):
-    """The command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fewbits", *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Run the command line in this process and in `tmp_path`: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fewbits", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
 
 
 @every_scheme
-def test_a_state_dict_a_file_and_the_command_line_need_no_class_and_give_the_same_codes(scheme, tmp_path):
+def test_a_state_dict_a_file_and_the_command_line_need_no_class_and_give_the_same_codes(scheme, tmp_path, cli):
     state = dict(mlp().state_dict())
     save_file(state, tmp_path / "float.safetensors")
     fewbits.quantize(state, scheme).save(tmp_path / "a")
     fewbits.quantize(tmp_path / "float.safetensors", scheme, output=tmp_path / "b")
-    done = run("quantize", "float.safetensors", "-o", "c", "--scheme", scheme, folder=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    code, _, err = cli("quantize", "float.safetensors", "-o", "c", "--scheme", scheme)
+    assert (code, err) == (0, "")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
     assert payload(tmp_path / "c") < 0.55 * payload(tmp_path / "float.safetensors")
 
@@ -495,7 +502,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))], ids=["zip", "bare"])
-def test_a_pickle_is_refused_and_never_run(write, tmp_path):
+def test_a_pickle_is_refused_and_never_run(write, tmp_path, cli):
     path, trap = tmp_path / "model.pt", tmp_path / "trap"
     write(Payload(str(trap)), path)
     for act in (
@@ -507,29 +514,27 @@ def test_a_pickle_is_refused_and_never_run(write, tmp_path):
         with pytest.raises(fewbits.FormatError, match=r"model\.pt"):
             act()
     for arguments in (["quantize", path, "-o", "out", "--scheme", "int8"], ["inspect", path], ["verify", path]):
-        done = run(*map(str, arguments), folder=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "Traceback" not in done.stderr
+        code, out, _ = cli(*arguments)
+        assert (code, out) == (2, "")
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
 @pytest.mark.parametrize("arguments", [["--scheme", "int8", "--bits", "5"], ["--scheme", "int5"]], ids=" ".join)
-def test_what_the_command_line_does_not_know_is_an_error_in_the_exit_code(arguments, tmp_path):
+def test_what_the_command_line_does_not_know_is_an_error_in_the_exit_code(arguments, tmp_path, cli):
     save_file(dict(mlp().state_dict()), tmp_path / "in")
-    done = run("quantize", "in", "-o", "out", *arguments, folder=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "Traceback" not in done.stderr
+    code, out, _ = cli("quantize", "in", "-o", "out", *arguments)
+    assert (code, out) == (2, "")
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_every_command_that_is_listed_works(tmp_path):
+def test_every_command_that_is_listed_works(tmp_path, cli):
     save_file(dict(mlp().state_dict()), tmp_path / "in")
-    listed = run("--help", folder=tmp_path).stdout.partition("Commands:")[2].splitlines()
+    listed = cli("--help")[1].partition("Commands:")[2].splitlines()
     assert {line.split()[0] for line in listed if line.strip()} == {"quantize", "inspect", "verify"}
     for arguments in (["quantize", "in", "-o", "out", "--scheme", "int4"], ["inspect", "out"], ["verify", "out"]):
-        done = run(*arguments, folder=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-    assert run("--version", folder=tmp_path).stdout.split()[-1] == fewbits.__version__
+        code, _, err = cli(*arguments)
+        assert (code, err) == (0, "")
+    assert cli("--version")[1].split()[-1] == fewbits.__version__
 
 
 # What it costs.

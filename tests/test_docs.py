@@ -3,13 +3,15 @@
 The blocks of one document run in order and share a namespace and an empty working directory:
 
 - `python` is executed; the Hub's name of all-MiniLM-L6-v2 is a directory there, so nothing is fetched;
-- `console` has its `$ ` lines run by bash, which must exit 0, or N where a line ends in `# exit code N`;
+- `console` has its `$ ` lines run by bash, which must exit 0, or N where a line ends in `# exit code N`; a plain
+  `fewbits` command runs in this process, which saves the seconds that importing torch takes;
 - `json` and `toml` must parse; `text` and `make` are for reading only; any other language fails.
 """
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from fewbits.cli import main
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,6 +76,9 @@ def run_console(source: str, directory: Path) -> None:
     for command in commands:
         if is_not_run(command):
             continue
+        if re.fullmatch(r"fewbits [^#|<>&;$`*]+", command):
+            run_fewbits(command)
+            continue
         expected = EXIT_CODE.search(command)
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", command],
@@ -82,6 +89,15 @@ def run_console(source: str, directory: Path) -> None:
             timeout=300,
         )
         assert done.returncode == int(expected[1] if expected else 0), f"$ {command}\n{done.stdout}{done.stderr}"
+
+
+def run_fewbits(command: str) -> None:
+    """Run a `fewbits` command in the working directory; it must exit 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", shlex.split(command))
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == 0, f"$ {command}"
 
 
 def run_document(path: Path, directory: Path) -> None:

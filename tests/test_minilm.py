@@ -100,21 +100,21 @@ def test_one_flipped_bit_is_found_and_named(files, tmp_path, config):
         fewbits.load(tmp_path / "damaged", into=transformers.BertModel(config))
 
 
-def assert_close_enough(scheme, cosines):
+def assert_close_enough(scheme, cosines, count):
     print(f"{scheme}: least cosine {cosines.min():.5f}, mean {cosines.mean():.5f}")
-    assert len(cosines) == 200
+    assert len(cosines) == count
     least, mean = {"int8": (0.998, 0.999), "int4": (0.8, 0.93)}[scheme]
     assert cosines.min() > least
     assert cosines.mean() > mean
     if scheme == "int8":
         # Rounding every row to 8 bits moves two of the sentences further; groups of 128 do not (below).
-        assert (cosines > 0.999).sum() >= 198
+        assert (cosines > 0.999).sum() >= count - 2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_embeddings_of_sentences_stay_close(files, config, tokens, float_embeddings, scheme):
     model = fewbits.load(files[scheme][0], into=transformers.BertModel(config).eval())
-    assert_close_enough(scheme, F.cosine_similarity(embeddings(model, tokens), float_embeddings))
+    assert_close_enough(scheme, F.cosine_similarity(embeddings(model, tokens), float_embeddings), count=200)
 
 
 class Int8Grouped(fewbits.Quantizer):
@@ -133,15 +133,16 @@ def test_eight_bits_in_groups_keep_every_sentence(tokens, float_model, float_emb
 def test_a_model_on_the_meta_device_is_filled_completely(
     tmp_path, config, tokens, float_model, float_embeddings, scheme
 ):
+    few = {name: tokens[name][:20] for name in ("input_ids", "attention_mask")}
     result = fewbits.quantize(float_model, scheme, validate=False)
     result.save(tmp_path / "f")
     with torch.device("meta"):
         bare = transformers.BertModel(config).eval()
     model = fewbits.load(tmp_path / "f", into=bare)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    found = embeddings(model, tokens)
-    assert torch.equal(found, embeddings(result.model, tokens))
-    assert_close_enough(scheme, F.cosine_similarity(found, float_embeddings))
+    found = embeddings(model, few)
+    assert torch.equal(found, embeddings(result.model, few))
+    assert_close_enough(scheme, F.cosine_similarity(found, float_embeddings[:20]), count=20)
 
 
 def test_the_file_of_the_model_and_of_the_checkpoint_hold_the_same_codes(files, tmp_path, float_model):

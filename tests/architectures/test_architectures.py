@@ -22,6 +22,15 @@ SCHEMES = {"int8": fewbits.Int8PerChannel, "int4": lambda: fewbits.Int4Grouped(3
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+#: Every architecture with one scheme or the other; slow tests take both.
+every_combination = pytest.mark.parametrize(
+    ("architecture", "scheme"),
+    [
+        pytest.param(architecture, scheme, marks=[pytest.mark.slow] * ((i + j) % 2), id=f"{scheme}-{architecture}")
+        for i, architecture in enumerate(ARCHITECTURES)
+        for j, scheme in enumerate(SCHEMES)
+    ],
+)
 
 _spec = importlib.util.spec_from_file_location("coverage", Path(__file__).parents[2] / "examples" / "coverage.py")
 coverage = importlib.util.module_from_spec(_spec)
@@ -35,8 +44,7 @@ def convert(architecture: Architecture, scheme: str) -> tuple[nn.Module, fewbits
     return quantizer.convert().requires_grad_(False), quantizer
 
 
-@every_architecture
-@every_scheme
+@every_combination
 def test_a_model_computes_as_its_dequantized_form_and_comes_through_a_file(architecture, scheme, tmp_path):
     model, quantizer = convert(architecture, scheme)
     assert quantizer.validate().ok
@@ -54,8 +62,7 @@ def test_a_model_computes_as_its_dequantized_form_and_comes_through_a_file(archi
     assert same_outputs(architecture.run(filled), output)
 
 
-@every_architecture
-@every_scheme
+@every_combination
 def test_a_large_tensor_is_kept_only_because_the_scheme_skips_its_class(architecture, scheme):
     source = architecture.build()
     quantizer = SCHEMES[scheme]()

@@ -195,6 +195,7 @@ def test_every_check_is_seen_to_fail():
     covered(check_kernel(Right()), CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [Right(), OnBytes(), FloatSums()], ids=lambda kernel: kernel.name)
 def test_the_kernels_that_are_broken_here_are_right_otherwise(kernel):
     for check in check_kernel(kernel):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from fewbits import (
@@ -65,11 +66,13 @@ def test_it_conforms(check):
 
 #: With and without instructions for bfloat16, where that makes a difference to what is computed.
 BF16 = dict.fromkeys(("byte_blocks", "tile_blocks", "word_blocks"), (True, False)) | {"grouped_int_mm": (False,)}
+#: Every kernel is checked with and without bfloat16, which takes a minute with as many examples as an author gets.
+EXAMPLES = min(10, settings.default.max_examples // 6)
 KERNEL_CHECKS = [
     pytest.param(kernel, check, bf16, id=f"{kernel.name}-{'bf16' if bf16 else 'float32'}-{check}")
     for kernel in KERNELS
     for bf16 in BF16.get(kernel.name, (True,))
-    for check in check_kernel(kernel)
+    for check in check_kernel(kernel, max_examples=EXAMPLES)
 ]
 
 
