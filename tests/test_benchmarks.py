@@ -305,6 +305,7 @@ def test_only_what_moves_data_counts_as_a_call():
 # Quantize.
 
 
+@pytest.mark.slow
 def test_quantize_times_ours_beside_a_copy(tmp_path, monkeypatch, capsys):
     fails = Contender("cannot quantize", "peer", start=broken)
     slow = Contender("slow", "peer", start=lambda layer: lambda: None)

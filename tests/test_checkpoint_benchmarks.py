@@ -194,6 +194,7 @@ def test_copying_says_what_was_promised_and_what_came_of_it():
 
 
 @LINUX
+@pytest.mark.slow
 def test_limited_holds_a_process_to_its_limit_and_compares_a_twin_with_memory(tmp_path, source, capsys):
     asked = [str(source), "--out", str(tmp_path), "--threads", "1", "--check"]
     assert limited.main([*asked, "--twin", str(source)]) == 0

@@ -338,9 +338,9 @@ def full_disk():
     ("unwritable", "arguments", "code"),
     [
         (broken_pipe, [*QUANTIZE, "--json"], 0),
-        (full_disk, [*QUANTIZE, "--json"], 0),
+        pytest.param(full_disk, [*QUANTIZE, "--json"], 0, marks=pytest.mark.slow),
         (broken_pipe, ["inspect", "missing"], 2),
-        (broken_pipe, ["inspect"], 2),
+        pytest.param(broken_pipe, ["inspect"], 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_standard_error_that_takes_nothing_changes_no_exit_code(folder, unwritable, arguments, code):

@@ -142,7 +142,9 @@ def test_it_is_copied_and_pickled_if_its_original_is(name, way):
     assert same_bits(run(arrived), expected)
 
 
-@every_module
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 5 > 0)) for i, name in enumerate(MODULES)]
+)
 def test_torch_compiles_it(name):
     torch._dynamo.reset()
     model, _ = quantize(name)

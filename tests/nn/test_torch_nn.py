@@ -366,9 +366,15 @@ COMPILED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize(("case", "scheme"), COMPILED, ids=str)
-def test_a_module_comes_through_a_compiler(case, scheme, compiler):
+@pytest.mark.parametrize(
+    ("compiler", "case", "scheme"),
+    [
+        pytest.param(compiler, case, scheme, marks=[pytest.mark.slow] * ((i + j) % 2), id=f"{case}-{scheme}-{compiler}")
+        for i, compiler in enumerate(COMPILERS)
+        for j, (case, scheme) in enumerate(COMPILED)
+    ],
+)
+def test_a_module_comes_through_a_compiler(compiler, case, scheme):
     assert_comes_through_a_compiler(case, scheme, compiler)
 
 

@@ -157,6 +157,7 @@ CATCHING = """
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_and_goes_on_running_leaves_nobody_waiting(tmp_path, source):
     """In a notebook, say, where an error does not end the process."""
     broken = tensors()

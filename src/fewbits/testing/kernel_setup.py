@@ -89,7 +89,8 @@ class KernelSetup:
 
     def weight(self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> Words:
         """A weight with normally distributed values, in the canonical form."""
-        return self.measured(spec, outputs, inputs, dtype, seed)[0]
+        value = quantize(self.normal((outputs, inputs), dtype, seed), spec.weight_only())
+        return Words.of_value(with_inputs(value, spec))
 
     def measured(
         self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0
