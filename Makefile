@@ -52,8 +52,8 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 quickstart: $(VENV)/run.stamp
 	mkdir -p $(OUT)
 	ln -sf "$$PWD"/$(MODEL) $(OUT)/minilm.safetensors
-	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int8.safetensors --scheme int8 --force
-	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int4.safetensors --scheme int4 --force
+	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int8.safetensors --scheme int8 --replace
+	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int4.safetensors --scheme int4 --replace
 	$(BIN)/fewbits verify $(OUT)/minilm-int8.safetensors --against $(OUT)/minilm.safetensors
 	$(BIN)/fewbits verify $(OUT)/minilm-int4.safetensors --against $(OUT)/minilm.safetensors
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import cli, dense, ours, overhead, peers, promises
 from benchmarks.contender import Contender, Layer, copies
-from benchmarks.presets import PRESETS, Case, Preset, listing, scheme, settled, shape
+from benchmarks.presets import PRESETS, Case, Preset, listing, resolved, scheme, shape
 from benchmarks.report import Cell, Failure, Report, aligned, faster, milliseconds, pivot
 from benchmarks.timing import Cycle, interleave, reason
 
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = made.parse_args(argv)
     if arguments.overhead:
         return overhead.run(arguments)
-    preset = settled(arguments)
+    preset = resolved(arguments)
     arguments.peers = preset.peers
     report = cli.begin("linear", arguments)
     measure(report, preset, rounds=arguments.rounds, multiple=arguments.cache_multiple, turn=arguments.turn)

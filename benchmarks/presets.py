@@ -78,7 +78,7 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def settled(arguments: argparse.Namespace) -> Preset:
+def resolved(arguments: argparse.Namespace) -> Preset:
     """The preset, with whatever the command line says instead."""
     preset = PRESETS[arguments.preset]
     given = {

@@ -28,7 +28,7 @@ class Normal4(fewbits.Quantizer):
     spec = fewbits.QuantSpec(bits=4, granularity="group", group_size=128, levels=levels)
 
 
-class Clipped(fewbits.Observer):
+class Clipped(fewbits.extend.Observer):
     """Scales from a share of the largest magnitude: fewer values in range, finer steps for them."""
 
     def __init__(self, share: float) -> None:

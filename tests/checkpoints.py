@@ -114,7 +114,7 @@ class AnyScheme(fewbits.Quantizer):
 
     name = "any"
 
-    def __init__(self, spec: fewbits.Spec, **strategies: Any) -> None:
+    def __init__(self, spec: fewbits.extend.Spec, **strategies: Any) -> None:
         self.spec = spec
         everything = {"selector": fewbits.LayerSelector(min_elements=1), "ragged": "shorter"}
         super().__init__(**everything | strategies)

@@ -12,7 +12,8 @@ from torch import nn
 
 import fewbits
 import fewbits.testing
-from fewbits import Entry, LayerSelector, MinMaxObserver, Reader, Serializer, TensorInfo, Writer
+from fewbits import LayerSelector, MinMaxObserver
+from fewbits.extend import Entry, Reader, Serializer, TensorInfo, Writer
 
 # For properties that write files: waiting for the disk is most of their time.
 FEWER_EXAMPLES = settings(max_examples=settings.default.max_examples // 3)
@@ -116,7 +117,11 @@ def hook_count(model):
 
 def entry(name, shape=(4, 8), **fields):
     """A `TensorInfo` with its own storage."""
-    defaults = {"dtype": torch.float32, "storage": name, "layout": fewbits.Layout.of(shape) if len(shape) > 1 else None}
+    defaults = {
+        "dtype": torch.float32,
+        "storage": name,
+        "layout": fewbits.extend.Layout.of(shape) if len(shape) > 1 else None,
+    }
     return TensorInfo(name=name, shape=shape, **(defaults | fields))
 
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbits import Layout, QuantSpec
+from fewbits import QuantSpec
 from fewbits import testing as kit
+from fewbits.extend import Layout
 from fewbits.testing.strategies import FLOATS, contents, layouts, numbers, restrided, rounded, seeds, shapes, weights
 
 __all__ = ["FLOATS", "contents", "layouts", "numbers", "restrided", "rounded", "seeds", "shapes", "weights"]

@@ -9,19 +9,9 @@ from torch import nn
 
 import fewbits
 import lifecycle_helpers
-from fewbits import (
-    ArgumentError,
-    CalibrationError,
-    Int8PerChannel,
-    LayerSelector,
-    MinMaxObserver,
-    QuantizedTensor,
-    Result,
-    SelectionError,
-    State,
-    ValidationError,
-)
+from fewbits import Int8PerChannel, LayerSelector, MinMaxObserver, QuantizedTensor, Result, State
 from fewbits.config.config import QuantizationConfig
+from fewbits.errors import ArgumentError, CalibrationError, SelectionError, ValidationError
 from fewbits.observers import OBSERVERS
 from lifecycle_helpers import JsonSerializer, Watcher, files_in, hook_count, snapshot, stored
 
@@ -392,7 +382,7 @@ def test_settings_of_the_run_go_with_a_quantizer():
 def test_a_quantizer_that_is_in_use_is_refused():
     quantizer = Int8PerChannel()
     fewbits.quantize(mlp(), quantizer)
-    with pytest.raises(fewbits.StateError, match=r"call reset\(\) first"):
+    with pytest.raises(fewbits.errors.StateError, match=r"call reset\(\) first"):
         fewbits.quantize(mlp(), quantizer)
 
 

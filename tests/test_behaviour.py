@@ -274,7 +274,7 @@ def test_one_layer_that_is_named_is_the_only_one_that_is_quantized():
     quantized = fewbits.quantize(model, "int8", include=["3"]).ledger
     assert [row.name for row in quantized if row.fate == "quantized"] == ["3.weight"]
     for rule in ({"include": ["3", "x"]}, {"exclude": ["x"]}, {"overrides": {"x": "keep"}}, {"input_axes": {"x": 0}}):
-        with pytest.raises(fewbits.SelectionError, match="'x'"):
+        with pytest.raises(fewbits.errors.SelectionError, match="'x'"):
             fewbits.quantize(model, "int8", **rule)
 
 
@@ -289,7 +289,7 @@ def test_calibration_data_decide_on_the_scales_of_inputs(tmp_path):
         outputs[factor] = through_disk(model, "int8", tmp_path / "f", into=mlp(), **settings)(data)
     assert sqnr_db(model(data), outputs[1]) > 30
     assert sqnr_db(model(data), outputs[1000]) < 10
-    with pytest.raises(fewbits.CalibrationError, match="observe"):
+    with pytest.raises(fewbits.errors.CalibrationError, match="observe"):
         fewbits.quantize(model, "int8", activations="static")
 
 
@@ -381,11 +381,11 @@ def test_a_zero_point_is_one_of_the_codes_and_the_range_reaches_zero(name, low, 
 def test_one_number_that_is_not_finite_is_an_error_never_a_result(name):
     model, data = mlp(), torch.randn(50, 256)
     data[3, 4] = float("nan")
-    with pytest.raises(fewbits.CalibrationError, match="NaN"):
+    with pytest.raises(fewbits.errors.CalibrationError, match="NaN"):
         fewbits.quantize(model, "int8", activations="static", activation_observer=name, data=[data])
     with torch.no_grad():
         model[0].weight[3, 4] = float("inf")
-    with pytest.raises(fewbits.NonFiniteError, match=r"0\.weight"):
+    with pytest.raises(fewbits.errors.NonFiniteError, match=r"0\.weight"):
         fewbits.quantize(model, "int8")
 
 
@@ -413,7 +413,7 @@ def test_a_model_in_half_takes_floats_and_keeps_what_is_excluded(data, tmp_path)
 @every_scheme
 def test_a_model_of_any_dtype_comes_out_quantized_and_computes_in_it(scheme, dtype, tmp_path):
     if (scheme, dtype) == ("fp16", torch.float16):
-        with pytest.raises(fewbits.SelectionError, match="float16 already"):
+        with pytest.raises(fewbits.errors.SelectionError, match="float16 already"):
             fewbits.quantize(mlp().to(dtype), scheme)
         return
     model, x = mlp().to(dtype), torch.randn(4, 256, dtype=dtype)
@@ -443,8 +443,8 @@ def test_one_scale_for_a_tensor_or_one_for_every_row_is_what_was_asked_for(as_co
     weight = torch.randn(32, 64) * torch.logspace(-2, 0, 32)[:, None]
     scales = {}
     for scheme in ("int8-tensor", "int8"):
-        how = {"config": fewbits.QuantizationConfig(scheme=scheme)} if as_config else {"scheme": scheme}
-        fewbits.quantize({"w": weight}, **how).save(tmp_path / "f")
+        storage_spec = {"config": fewbits.QuantizationConfig(scheme=scheme)} if as_config else {"scheme": scheme}
+        fewbits.quantize({"w": weight}, **storage_spec).save(tmp_path / "f")
         scales[scheme] = fewbits.load(tmp_path / "f")["w"].scale
     assert (scales["int8-tensor"].numel(), scales["int8"].shape) == (1, (32, 1))
     assert torch.allclose(scales["int8"][:, 0], weight.abs().amax(1) / 127)
@@ -511,7 +511,7 @@ def test_a_pickle_is_refused_and_never_run(write, tmp_path, cli):
         lambda: fewbits.load(path),
         lambda: fewbits.verify(path),
     ):
-        with pytest.raises(fewbits.FormatError, match=r"model\.pt"):
+        with pytest.raises(fewbits.errors.FormatError, match=r"model\.pt"):
             act()
     for arguments in (["quantize", path, "-o", "out", "--scheme", "int8"], ["inspect", path], ["verify", path]):
         code, out, _ = cli(*arguments)

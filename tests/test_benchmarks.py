@@ -225,9 +225,9 @@ def test_a_peer_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatc
 
 def test_presets_yield_to_the_command_line():
     given = {"rows": None, "dtype": None, "scheme": None, "peers": None, "shape": None, "group_size": None}
-    shapes = presets.settled(SimpleNamespace(preset="shapes", **given))
+    shapes = presets.resolved(SimpleNamespace(preset="shapes", **given))
     assert shapes == presets.PRESETS["shapes"]
-    other = presets.settled(SimpleNamespace(preset="cliffs", **given | {"group_size": [32, 64], "peers": True}))
+    other = presets.resolved(SimpleNamespace(preset="cliffs", **given | {"group_size": [32, 64], "peers": True}))
     assert [str(case) for case in other.cases] == ["4096x4096 g32", "4096x4096 g64"]
     assert other.peers
     assert other.rows == presets.PRESETS["cliffs"].rows

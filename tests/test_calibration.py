@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, CalibrationError, Int8PerChannel, LayerSelector, Observed, State, Step, calibration
+from fewbits import Int8PerChannel, LayerSelector, State, Step, calibration
+from fewbits.errors import ArgumentError, CalibrationError
+from fewbits.extend import Observed
 from lifecycle_helpers import Watcher, mlp
 
 X = torch.arange(32.0).reshape(2, 16)

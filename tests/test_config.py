@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, CastSpec, LayerSelector, MinMaxObserver, QuantSpec, SelectionError
+from fewbits import CastSpec, LayerSelector, MinMaxObserver, QuantSpec
 from fewbits.config.config import SETTINGS, VERSION, QuantizationConfig
+from fewbits.errors import ArgumentError, SelectionError
 from fewbits.observers import OBSERVERS
 from fewbits.quantizers.schemes import SCHEMES
 from lifecycle_helpers import FEWER_EXAMPLES
@@ -255,7 +256,7 @@ def test_every_quantizer_is_a_new_one():
 
 
 def test_strategies_take_the_place_of_what_is_named():
-    observer, selector, serializer = MinMaxObserver(), LayerSelector(), fewbits.SafetensorsSerializer()
+    observer, selector, serializer = MinMaxObserver(), LayerSelector(), fewbits.extend.SafetensorsSerializer()
     quantizer = QuantizationConfig(observer="mse", activation_observer="histogram").quantizer(
         observer=observer, activation_observer=observer, selector=selector, serializer=serializer
     )

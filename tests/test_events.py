@@ -106,7 +106,7 @@ def test_a_failure_is_an_event_that_names_the_tensor(events):
 
 @pytest.mark.parametrize("call", ["convert", "validate", "save"])
 def test_a_refused_call_is_no_event(events, call):
-    with pytest.raises(fewbits.StateError):
+    with pytest.raises(fewbits.errors.StateError):
         getattr(small(), call)(*(["path"] if call == "save" else []))
     assert not events
 

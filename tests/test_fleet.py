@@ -43,10 +43,10 @@ def whole(tmp_path_factory):
     return files_in(folder / "out")
 
 
-def fleet(source, scheme="int8", **how):
-    how.setdefault("max_shard_size", "6kB")
-    settings = {name: how.pop(name) for name in ("validate", "exclude", "observer") if name in how}
-    return fewbits.FleetRun(source, scheme, output=fewbits.Output(source.parent / "out", **how), **settings)
+def fleet(source, scheme="int8", **storage_spec):
+    storage_spec.setdefault("max_shard_size", "6kB")
+    settings = {name: storage_spec.pop(name) for name in ("validate", "exclude", "observer") if name in storage_spec}
+    return fewbits.FleetRun(source, scheme, output=fewbits.Output(source.parent / "out", **storage_spec), **settings)
 
 
 # What it makes.
@@ -108,8 +108,8 @@ def test_a_file_that_is_complete_is_only_read_back(source):
 
 
 def test_a_result_that_is_there_is_compared_with_its_source(source):
-    def make(**how):
-        run = fleet(source, **how)
+    def make(**storage_spec):
+        run = fleet(source, **storage_spec)
         for file in run.begin():
             run.write(file)
         return run.finish()
@@ -123,7 +123,7 @@ def test_a_result_that_is_there_is_compared_with_its_source(source):
     assert [share.converted for share in result.quantizer.shares] == [0]
     other = fleet(source, "int8-tensor", resume=True)
     assert other.begin() == []
-    with pytest.raises(fewbits.ArgumentError, match="is not what this would make"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="is not what this would make"):
         other.finish()
     assert files_in(source.parent) == before
 
@@ -144,9 +144,9 @@ def test_only_arguments_travel(source, pickler, scheme):
     assert pickler.dumps(run) == before
     there = pickle.loads(before)
     there.write(file)
-    with pytest.raises(fewbits.StateError, match="goes with begin"):
+    with pytest.raises(fewbits.errors.StateError, match="goes with begin"):
         there.finish()
-    with pytest.raises(fewbits.CheckpointError, match="another process is at work"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="another process is at work"):
         fleet(source, scheme, resume=True).begin()
 
 
@@ -168,10 +168,10 @@ def test_files_that_are_missing_are_named_and_can_still_be_written(source, whole
     for file in others:
         run.write(file)
     before = files_in(source.parent)
-    with pytest.raises(fewbits.CheckpointError, match=f"not complete: {first};"):
+    with pytest.raises(fewbits.errors.CheckpointError, match=f"not complete: {first};"):
         run.finish()
     assert files_in(source.parent) == before
-    with pytest.raises(fewbits.CheckpointError, match="another process is at work"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="another process is at work"):
         fleet(source, resume=True).begin()
     run.write(first)
     run.finish()
@@ -180,28 +180,28 @@ def test_files_that_are_missing_are_named_and_can_still_be_written(source, whole
 
 def test_calls_out_of_order_are_refused(source):
     run = fleet(source)
-    with pytest.raises(fewbits.StateError, match="goes with begin"):
+    with pytest.raises(fewbits.errors.StateError, match="goes with begin"):
         run.finish()
-    with pytest.raises(fewbits.CheckpointError, match="has not been begun"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="has not been begun"):
         run.write(shards(source.parent)[0].file)
     files = run.begin()
-    with pytest.raises(fewbits.StateError, match="has been called"):
+    with pytest.raises(fewbits.errors.StateError, match="has been called"):
         run.begin()
     for file in files:
         run.write(file)
     run.finish()
-    with pytest.raises(fewbits.StateError, match="goes with begin"):
+    with pytest.raises(fewbits.errors.StateError, match="goes with begin"):
         run.finish()
-    with pytest.raises(fewbits.CheckpointError, match="is complete"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="is complete"):
         run.write(files[0])
 
 
 def test_a_file_that_is_not_part_of_the_result_is_refused(source):
     run = fleet(source)
     file = run.begin()[0]
-    with pytest.raises(fewbits.ArgumentError, match=rf"is not a file of .*did you mean '{file}'.*begin\(\)"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=rf"is not a file of .*did you mean '{file}'.*begin\(\)"):
         run.write(file.replace("model", "modl"))
-    with pytest.raises(fewbits.ArgumentError, match=r"is not a file of [^(]*; begin\(\) returns the names"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"is not a file of [^(]*; begin\(\) returns the names"):
         run.write(file.replace("00001", "00009", 1))
 
 
@@ -210,7 +210,7 @@ def test_an_unfinished_run_is_neither_lost_nor_gone_on_with_unasked(source):
     file = run.begin()[0]
     run.write(file)
     run.release()
-    with pytest.raises(fewbits.ArgumentError, match=r"resume=True.*replace=True"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"resume=True.*replace=True"):
         fleet(source).begin()
     again = fleet(source, replace=True)
     again.begin()
@@ -242,7 +242,7 @@ def test_what_has_changed_since_begin_is_refused(source, change):
         path = source / ("config.json" if change == "companion" else "model-00002-of-00003.safetensors")
         status = path.stat()
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    with pytest.raises(fewbits.ArgumentError, match="was begun with something else"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="was begun with something else"):
         run.write(file)
 
 
@@ -252,10 +252,10 @@ def test_numbers_that_cannot_be_quantized_name_their_tensor(tmp_path):
     run = fleet(write_shards(tmp_path / "model", broken, 2))
     files = run.begin()
     (file,) = [shard.file for shard in shards(tmp_path) if "layers.2.weight" in [row.name for row in shard.ledger]]
-    with pytest.raises(fewbits.NonFiniteError, match=r"layers\.2\.weight") as caught:
+    with pytest.raises(fewbits.errors.NonFiniteError, match=r"layers\.2\.weight") as caught:
         run.write(file)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    with pytest.raises(fewbits.CheckpointError, match="not complete"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="not complete"):
         run.finish()
     assert set(files) == {shard.file for shard in shards(tmp_path)}
 
@@ -276,7 +276,7 @@ def shards(folder):
 )
 def test_arguments_that_do_not_go_together_are_refused_at_once(arguments, message):
     arguments = {"source": "model", "scheme": "int4", "output": "out", **arguments}
-    with pytest.raises(fewbits.ArgumentError, match=message):
+    with pytest.raises(fewbits.errors.ArgumentError, match=message):
         fewbits.FleetRun(arguments.pop("source"), arguments.pop("scheme"), **arguments)
 
 
@@ -298,7 +298,9 @@ def test_a_file_is_written_by_one_at_a_time(source, whole):
     refused = []
 
     def write_too(step):
-        with pytest.raises(fewbits.CheckpointError, match=f"out/{files[0]}: another process is at work") as caught:
+        with pytest.raises(
+            fewbits.errors.CheckpointError, match=f"out/{files[0]}: another process is at work"
+        ) as caught:
             run.write(files[0])
         refused.append(caught)
 

@@ -62,7 +62,7 @@ def test_a_weight_that_is_held_elsewhere_is_kept_with_a_reason(hold, inplace):
 @pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
 def test_a_file_does_not_fill_a_weight_that_is_held_elsewhere(hold, tmp_path):
     fewbits.quantize(Holding(hold).state_dict(), "int8").save(tmp_path / "f")
-    with pytest.raises(fewbits.MismatchError, match="weight is int8 channel in the file, but held holds it too"):
+    with pytest.raises(fewbits.errors.MismatchError, match="weight is int8 channel in the file, but held holds it too"):
         fewbits.load(tmp_path / "f", into=Holding(hold))
 
 
@@ -87,7 +87,7 @@ class Calling(nn.Module):
 
 
 def test_a_function_that_knows_the_source_is_refused_unless_in_place():
-    with pytest.raises(fewbits.SourceError, match="multiply is a function that is set on the instance"):
+    with pytest.raises(fewbits.errors.SourceError, match="multiply is a function that is set on the instance"):
         fewbits.quantize(Calling(), "int8")
     quantized = fewbits.quantize(Calling(), "int8", inplace=True).model
     assert torch.equal(quantized(X), X @ quantized.weight)
@@ -117,7 +117,7 @@ class Proxy(nn.Module):
 def test_a_class_that_would_read_another_weight_is_an_error_and_leaves_the_model_usable(inplace):
     model = Proxy()
     expected, attributes, parameters = model(X), set(vars(model)), list(model._parameters)
-    with pytest.raises(fewbits.SourceError, match="Proxy reads its attribute weight in a way of its own"):
+    with pytest.raises(fewbits.errors.SourceError, match="Proxy reads its attribute weight in a way of its own"):
         fewbits.quantize(model, "int8", inplace=inplace)
     assert (type(model), set(vars(model)), list(model._parameters)) == (Proxy, attributes, parameters)
     assert torch.equal(model(X), expected)
@@ -194,7 +194,7 @@ def test_a_layer_that_saw_nothing_but_zeros_is_an_error():
     quantizer = fewbits.Int8PerChannel(activations="static")
     quantizer.prepare(nn.Linear(64, 64))
     quantizer.observe([torch.zeros(8, 64)])
-    with pytest.raises(fewbits.CalibrationError, match=r"weight, .* has seen nothing but zeros"):
+    with pytest.raises(fewbits.errors.CalibrationError, match=r"weight, .* has seen nothing but zeros"):
         quantizer.convert()
 
 
@@ -217,7 +217,7 @@ def test_every_layer_that_rounds_its_inputs_has_to_be_seen():
     quantizer = fewbits.Int8PerChannel(activations="static")
     prepared = quantizer.prepare(TiedInputs())
     prepared(X, both=False)
-    with pytest.raises(fewbits.CalibrationError, match=r"no data for second\.weight"):
+    with pytest.raises(fewbits.errors.CalibrationError, match=r"no data for second\.weight"):
         quantizer.convert()
     prepared(X)
     quantizer.convert()
@@ -232,8 +232,10 @@ def test_a_scale_of_inputs_that_is_no_scale_is_refused(scale):
         "shape": torch.tensor([2, 4]),
         "input_scale": torch.tensor([scale]),
     }
-    with pytest.raises(fewbits.FormatError, match="the scale of inputs is"):
-        fewbits.QuantizedTensor.from_parts(parts, spec=spec, layout=fewbits.Layout.of((2, 4)), dtype=torch.float32)
+    with pytest.raises(fewbits.errors.FormatError, match="the scale of inputs is"):
+        fewbits.QuantizedTensor.from_parts(
+            parts, spec=spec, layout=fewbits.extend.Layout.of((2, 4)), dtype=torch.float32
+        )
 
 
 def test_a_state_dict_of_other_codes_of_the_same_shapes_is_refused():

@@ -96,7 +96,7 @@ def test_one_flipped_bit_is_found_and_named(files, tmp_path, config):
     data[len(data) - len(payload) + header[f"{name}_packed"]["data_offsets"][0] + 1000] ^= 4
     (tmp_path / "damaged").write_bytes(data)
     assert [tensor.name for tensor in verify(tmp_path / "damaged").tensors if tensor.failures] == [name]
-    with pytest.raises(fewbits.DigestError, match=f"{name}_packed"):
+    with pytest.raises(fewbits.errors.DigestError, match=f"{name}_packed"):
         fewbits.load(tmp_path / "damaged", into=transformers.BertModel(config))
 
 
@@ -160,7 +160,7 @@ def test_every_tensor_of_the_checkpoint_is_in_the_ledger(files, minilm_path):
 
 def test_a_model_of_another_size_is_refused(files, config):
     small = transformers.BertConfig(**{**config.to_dict(), "num_hidden_layers": 5})
-    with pytest.raises(fewbits.MismatchError, match=r"encoder\.layer\.5"):
+    with pytest.raises(fewbits.errors.MismatchError, match=r"encoder\.layer\.5"):
         fewbits.load(files["int8"][0], into=transformers.BertModel(small))
 
 

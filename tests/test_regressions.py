@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits import LayerSelector, MismatchError, SelectionError, SourceError
+from fewbits import LayerSelector
+from fewbits.errors import MismatchError, SelectionError, SourceError
 from lifecycle_helpers import small
 
 W = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
@@ -167,7 +168,7 @@ def test_extra_state_is_never_left_out_of_a_file(tmp_path):
     quantizer = fewbits.Int8PerChannel()
     quantizer.prepare(nn.Sequential(nn.Linear(32, 32), Counting(32, 32)))
     quantizer.convert()
-    with pytest.raises(fewbits.CheckpointError, match="1 has extra state"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="1 has extra state"):
         quantizer.save(tmp_path / "f")
     assert not list(tmp_path.iterdir())
 
@@ -185,7 +186,7 @@ def test_saving_over_the_float_source_is_refused(tmp_path):
     quantizer = fewbits.Int8PerChannel()
     quantizer.prepare(tmp_path / "source")
     quantizer.convert(output=tmp_path / "out")
-    with pytest.raises(fewbits.ArgumentError, match="the source itself"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="the source itself"):
         quantizer.save(tmp_path / "source")
 
 
@@ -196,7 +197,7 @@ def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
     result.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert fewbits.verify(tmp_path / "target").ok
-    with pytest.raises(fewbits.ArgumentError, match="not a regular file"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="not a regular file"):
         result.save("/dev/null")
 
 
@@ -215,7 +216,7 @@ def test_a_failed_call_leaves_no_hook_on_a_model_that_is_quantized_in_place():
         needs_data = True
 
     model = nn.Linear(32, 32)
-    with pytest.raises(fewbits.CalibrationError):
+    with pytest.raises(fewbits.errors.CalibrationError):
         fewbits.quantize(model, "int8", observer=Wanting(), inplace=True)
     assert not model._forward_pre_hooks
 
@@ -322,7 +323,7 @@ def test_tied_convolutions_with_int8_inputs_that_cut_their_weight_otherwise_are_
         )
 
 
-class WideScales(fewbits.Observer):
+class WideScales(fewbits.extend.Observer):
     """A hundredth wider than it need be: too much for numbers at the end of the range."""
 
     def observe_weight(self, weight, spec):
@@ -344,7 +345,9 @@ class Repairs(fewbits.Int8PerChannel):
     """Would make codes of anything."""
 
     def quantize_tensor(self, weight, spec, observer):
-        return super().quantize_tensor(fewbits.WeightMatrix(weight.tensor.nan_to_num(), weight.layout), spec, observer)
+        return super().quantize_tensor(
+            fewbits.extend.WeightMatrix(weight.tensor.nan_to_num(), weight.layout), spec, observer
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -352,5 +355,5 @@ def test_no_scheme_can_make_codes_of_what_is_not_finite(bad):
     layer = nn.Linear(32, 32)
     with torch.no_grad():
         layer.weight[3, 5] = bad
-    with pytest.raises(fewbits.NonFiniteError, match=r"weight, .*index \(3, 5\)"):
+    with pytest.raises(fewbits.errors.NonFiniteError, match=r"weight, .*index \(3, 5\)"):
         fewbits.quantize(layer, Repairs())

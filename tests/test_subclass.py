@@ -129,7 +129,7 @@ def test_codes_that_do_not_round_to_nearest_break_the_bound():
                 codes, plain.scale, None, spec=spec, layout=weight.layout, dtype=weight.dtype
             )
 
-    with pytest.raises(fewbits.ValidationError, match=r"0\.weight: the error bound is broken"):
+    with pytest.raises(fewbits.errors.ValidationError, match=r"0\.weight: the error bound is broken"):
         fewbits.quantize(model(), Truncates())
 
 

@@ -109,13 +109,13 @@ def quantize(
         "selector": selector,
         "serializer": serializer,
     }
-    config, quantizer = settled(scheme, config, strategies, settings)
+    config, quantizer = resolve_settings(scheme, config, strategies, settings)
     quantizer.prepare(source, inplace=inplace, entry=entry)
     try:
         if data is not None:
             quantizer.observe(data, forward=forward, samples=config.samples, progress=progress)
-        measure = None if validate else False
-        model = quantizer.convert(output=output, measure=measure, compute=compute, progress=progress)
+        compare = None if validate else False
+        model = quantizer.convert(output=output, compare=compare, compute=compute, progress=progress)
         report = None
         if validate:
             report = quantizer.validate(on_failure=config.on_failure, fail_under=config.fail_under, progress=progress)
@@ -173,7 +173,7 @@ def plan(
     Raises:
         FewbitsError: what `quantize` would raise before it looks at a number.
     """
-    _, quantizer = settled(scheme, config, {"selector": selector, "serializer": serializer}, settings)
+    _, quantizer = resolve_settings(scheme, config, {"selector": selector, "serializer": serializer}, settings)
     quantizer.prepare(source, entry=entry)
     try:
         if output is None and isinstance(source, (str, os.PathLike)):
@@ -220,7 +220,7 @@ def verify(
     return verify_file(path, source, serializer=serializer, fail_under=fail_under, progress=progress)
 
 
-def settled(
+def resolve_settings(
     scheme: str | Quantizer | None,
     config: QuantizationConfig | None,
     strategies: dict[str, Any],

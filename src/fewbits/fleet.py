@@ -10,15 +10,15 @@ from typing import Any
 
 import attrs
 
-from fewbits.api import Result, settled
+from fewbits.api import Result, resolve_settings
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.config.config import QuantizationConfig
+from fewbits.conversion.file_run import FileRun
+from fewbits.conversion.job import Share
 from fewbits.errors import ArgumentError, StateError
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
-from fewbits.quantizers.file_run import FileRun
-from fewbits.quantizers.job import Share
 from fewbits.selection.nearest import did_you_mean
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.selection.selector import Selector
@@ -80,7 +80,7 @@ class FleetRun:
             "selector": selector,
             "serializer": serializer,
         }
-        self._config, self._quantizer = settled(scheme, config, strategies, settings)
+        self._config, self._quantizer = resolve_settings(scheme, config, strategies, settings)
         # A worker may be somewhere else.
         self._source = os.path.abspath(source)
         self._output = attrs.evolve(output, path=Path(os.path.abspath(output.path)))

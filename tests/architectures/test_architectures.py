@@ -103,7 +103,7 @@ def test_weights_are_cut_along_the_axes_they_are_multiplied_with(name, axes):
         rows = [row for row in quantizer.ledger if row.name.endswith(end)]
         assert rows
         for row in rows:
-            assert row.layout == fewbits.Layout.of(row.shape, inputs=inputs)
+            assert row.layout == fewbits.extend.Layout.of(row.shape, inputs=inputs)
             assert "cut by its shape" not in row.reason
 
 
@@ -117,7 +117,7 @@ def test_nine_bytes_of_ten_of_a_model_of_experts_get_int4_codes(architecture):
     assert all("Embedding" in row.reason for row in coverage.large_and_kept(ledger))
     for row in ledger:
         if ".experts." in row.name:
-            assert row.layout == fewbits.Layout.of(row.shape, inputs=(2,))
+            assert row.layout == fewbits.extend.Layout.of(row.shape, inputs=(2,))
             assert row.scheme == "int4 group 128"
 
 

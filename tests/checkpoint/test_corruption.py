@@ -48,7 +48,7 @@ def test_any_flipped_bit_of_the_payload_is_found_and_its_tensor_named(scratch, g
     damaged = bytearray(genuine)
     damaged[data.draw(st.integers(start, stop - 1))] ^= 1 << data.draw(st.integers(0, 7))
     scratch.write_bytes(damaged)
-    with pytest.raises(fewbits.DigestError, match=f" {name} "):
+    with pytest.raises(fewbits.errors.DigestError, match=f" {name} "):
         fewbits.load(scratch)
     report = verify(scratch)
     assert not report.ok
@@ -61,7 +61,7 @@ def test_any_flipped_bit_of_the_header_is_found(scratch, genuine, data):
     end = 8 + int.from_bytes(genuine[:8], "little")
     damaged[data.draw(st.integers(0, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
     scratch.write_bytes(damaged)
-    with pytest.raises(fewbits.CheckpointError):
+    with pytest.raises(fewbits.errors.CheckpointError):
         fewbits.load(scratch)
 
 
@@ -72,7 +72,7 @@ def test_every_damaged_tensor_is_named(scratch, genuine, step):
         damaged[start] ^= 1
         expected.append(name)
     scratch.write_bytes(damaged)
-    with pytest.raises(fewbits.DigestError) as caught:
+    with pytest.raises(fewbits.errors.DigestError) as caught:
         fewbits.load(scratch)
     assert all(name in str(caught.value) for name in expected)
 
@@ -81,7 +81,7 @@ def test_every_damaged_tensor_is_named(scratch, genuine, step):
 def test_a_truncated_file_is_refused(scratch, genuine, data):
     scratch.write_bytes(genuine[: data.draw(st.integers(0, len(genuine) - 1))])
     for check in ("digests", "header"):
-        with pytest.raises(fewbits.FormatError):
+        with pytest.raises(fewbits.errors.FormatError):
             fewbits.load(scratch, check=check)
 
 
@@ -89,7 +89,7 @@ def test_a_truncated_file_is_refused(scratch, genuine, data):
 def test_a_file_with_something_appended_is_refused(scratch, genuine, more):
     scratch.write_bytes(genuine + more)
     for check in ("digests", "header"):
-        with pytest.raises(fewbits.FormatError):
+        with pytest.raises(fewbits.errors.FormatError):
             fewbits.load(scratch, check=check)
 
 
@@ -98,7 +98,7 @@ def test_a_header_length_that_lies_is_refused(scratch, genuine, length):
     if length == int.from_bytes(genuine[:8], "little"):
         length += 1
     scratch.write_bytes(length.to_bytes(8, "little") + genuine[8:])
-    with pytest.raises(fewbits.FormatError):
+    with pytest.raises(fewbits.errors.FormatError):
         fewbits.load(scratch)
 
 
@@ -106,7 +106,7 @@ def test_a_header_length_that_lies_is_refused(scratch, genuine, length):
 def test_random_bytes_are_refused(scratch, data):
     for content in (data, len(data).to_bytes(8, "little") + data):
         scratch.write_bytes(content)
-        with pytest.raises(fewbits.FormatError):
+        with pytest.raises(fewbits.errors.FormatError):
             fewbits.load(scratch)
 
 
@@ -135,7 +135,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 def test_a_header_that_is_no_header_is_refused(scratch, header):
     text = header.encode(errors="surrogateescape")
     scratch.write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(fewbits.CheckpointError):
+    with pytest.raises(fewbits.errors.CheckpointError):
         fewbits.load(scratch)
 
 
@@ -143,7 +143,7 @@ def refusal(action):
     """None if it raises a CheckpointError; otherwise what it does in place of that."""
     try:
         result = action()
-    except fewbits.CheckpointError:
+    except fewbits.errors.CheckpointError:
         return None
     except Exception as error:
         return f"raised {type(error).__name__}"
@@ -172,7 +172,7 @@ def test_a_carried_over_string_is_covered_by_the_digest_of_the_header(scratch, g
     header, payload = split(genuine)
     header["__metadata__"]["license"] = "none"
     scratch.write_bytes(joined(header, payload))
-    with pytest.raises(fewbits.DigestError, match="header"):
+    with pytest.raises(fewbits.errors.DigestError, match="header"):
         fewbits.load(scratch)
 
 
@@ -187,7 +187,7 @@ def test_an_edited_entry_breaks_the_digest_of_the_header(scratch, genuine, edit)
     header, payload = split(genuine)
     edit(header["layers.0.weight_packed"])
     scratch.write_bytes(joined(header, payload))
-    with pytest.raises(fewbits.DigestError, match="header"):
+    with pytest.raises(fewbits.errors.DigestError, match="header"):
         fewbits.load(scratch)
 
 
@@ -196,14 +196,14 @@ def test_tensors_that_swap_places_are_found(scratch, genuine):
     first, second = header["layers.0.bias"], header["norm.weight"]
     first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
     scratch.write_bytes(joined(header, payload))
-    with pytest.raises(fewbits.DigestError):
+    with pytest.raises(fewbits.errors.DigestError):
         fewbits.load(scratch)
 
 
 @pytest.mark.parametrize("version", ["0", "2", "1.0", "", "one"])
 def test_another_version_of_the_format_is_named(scratch, genuine, version):
     scratch.write_bytes(forged(genuine, lambda strings: strings.update({"fewbits.format_version": version})))
-    with pytest.raises(fewbits.FormatError, match=f"format version {version}"):
+    with pytest.raises(fewbits.errors.FormatError, match=f"format version {version}"):
         fewbits.load(scratch)
 
 
@@ -329,14 +329,14 @@ def test_the_part_that_holds_the_shape_must_agree_with_the_ledger(scratch, genui
     start, _ = header["layers.0.weight_shape"]["data_offsets"]
     swapped = payload[:start] + payload[start + 8 : start + 16] + payload[start : start + 8] + payload[start + 16 :]
     scratch.write_bytes(joined(header, swapped))
-    with pytest.raises(fewbits.FormatError, match="shape"):
+    with pytest.raises(fewbits.errors.FormatError, match="shape"):
         fewbits.load(scratch, check="header")
 
 
 def test_verifying_finds_that_too_though_the_digests_fit(scratch, genuine):
     scratch.write_bytes(forged_tensor(genuine, "layers.0.weight_shape", bytes(16)))
     for read in (verify, fewbits.load):
-        with pytest.raises(fewbits.FormatError, match=r"the part 'shape' says \(0, 0\), the layout \(24, 200\)"):
+        with pytest.raises(fewbits.errors.FormatError, match=r"the part 'shape' says \(0, 0\), the layout \(24, 200\)"):
             read(scratch)
 
 
@@ -346,7 +346,7 @@ def test_a_scale_that_no_code_can_have_is_refused_though_the_digests_fit(scratch
     start, stop = header["layers.0.weight_scale"]["data_offsets"]
     content = payload[start : stop - 4] + struct.pack("<f", scale)
     scratch.write_bytes(forged_tensor(genuine, "layers.0.weight_scale", content))
-    with pytest.raises(fewbits.FormatError, match=r"zero, NaN or Inf, of layers\.0\.weight;"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"zero, NaN or Inf, of layers\.0\.weight;"):
         fewbits.load(scratch)
     assert not verify(scratch).ok
     assert len(fewbits.load(scratch, check="header")) == len(state())
@@ -362,7 +362,7 @@ def test_a_name_that_is_twice_in_the_metadata_is_refused(scratch, genuine, key):
         strings[f"fewbits.{key}"] = text.replace(f"{name}:", f"{name}:null,{name}:", 1)
 
     scratch.write_bytes(forged(genuine, edit))
-    with pytest.raises(fewbits.FormatError, match=f"is in its {key} twice"):
+    with pytest.raises(fewbits.errors.FormatError, match=f"is in its {key} twice"):
         fewbits.load(scratch)
 
 
@@ -374,7 +374,7 @@ def test_a_metric_that_is_no_finite_number_is_refused(scratch, genuine, figure):
         strings["fewbits.metrics"] = text
 
     scratch.write_bytes(forged(genuine, edit))
-    with pytest.raises(fewbits.FormatError, match="sqnr_db must be a finite number"):
+    with pytest.raises(fewbits.errors.FormatError, match="sqnr_db must be a finite number"):
         fewbits.load(scratch)
 
 
@@ -386,7 +386,7 @@ def test_a_digest_that_is_not_the_tensors_is_found(scratch, genuine, value):
         strings["fewbits.digests"] = json.dumps(digests)
 
     scratch.write_bytes(forged(genuine, edit))
-    with pytest.raises(fewbits.CheckpointError, match=r"layers\.0\.bias|metadata"):
+    with pytest.raises(fewbits.errors.CheckpointError, match=r"layers\.0\.bias|metadata"):
         fewbits.load(scratch)
 
 
@@ -401,7 +401,7 @@ def test_every_tensor_has_a_digest_and_every_digest_a_tensor(scratch, genuine, c
         strings["fewbits.digests"] = json.dumps(digests)
 
     scratch.write_bytes(forged(genuine, edit))
-    with pytest.raises(fewbits.FormatError, match=r"layers\.0\.bias" if change == "missing" else "other"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"layers\.0\.bias" if change == "missing" else "other"):
         fewbits.load(scratch, check="header")
 
 
@@ -410,7 +410,7 @@ def test_a_tensor_that_the_ledger_does_not_know_is_refused(scratch, genuine):
     header["stowaway"] = {"dtype": "I32", "shape": [1], "data_offsets": [len(payload), len(payload) + 4]}
     sign(header)
     scratch.write_bytes(joined(header, payload + bytes(4)))
-    with pytest.raises(fewbits.FormatError, match="stowaway"):
+    with pytest.raises(fewbits.errors.FormatError, match="stowaway"):
         fewbits.load(scratch)
 
 
@@ -421,7 +421,7 @@ def test_a_damaged_file_leaves_the_model_as_it_was(scratch):
     data[-1] ^= 1
     scratch.write_bytes(data)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(fewbits.DigestError):
+    with pytest.raises(fewbits.errors.DigestError):
         fewbits.load(scratch, into=model)
     assert type(model[0]) is nn.Linear
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -429,5 +429,5 @@ def test_a_damaged_file_leaves_the_model_as_it_was(scratch):
 
 def test_a_damaged_source_is_a_named_error(scratch, genuine):
     scratch.write_bytes(genuine[:-1])
-    with pytest.raises(fewbits.CheckpointError):
+    with pytest.raises(fewbits.errors.CheckpointError):
         open_source(scratch)

@@ -47,16 +47,18 @@ CANDIDATES = r"the entries 'model_state', 'average.ema' look like state dicts.*-
 
 
 def test_a_training_checkpoint_is_refused_with_the_entries_that_look_like_state_dicts(saved):
-    with pytest.raises(fewbits.FormatError, match=CANDIDATES):
+    with pytest.raises(fewbits.errors.FormatError, match=CANDIDATES):
         fewbits.plan(saved, "int8")
-    with pytest.raises(fewbits.SourceError, match=CANDIDATES):
+    with pytest.raises(fewbits.errors.SourceError, match=CANDIDATES):
         fewbits.plan(checkpoint(), "int8")
 
 
 def test_one_entry_alone_is_named_and_not_guessed(tmp_path):
     lightning = {"epoch": 1, "state_dict": {"model.weight": torch.ones(32, 32)}, "loops": {"fit": {"state_dict": {}}}}
     torch.save(lightning, tmp_path / "last.ckpt")
-    with pytest.raises(fewbits.FormatError, match="the entry 'state_dict' looks like a state dict: take it with"):
+    with pytest.raises(
+        fewbits.errors.FormatError, match="the entry 'state_dict' looks like a state dict: take it with"
+    ):
         fewbits.plan(tmp_path / "last.ckpt", "int8")
     planned = fewbits.plan(tmp_path / "last.ckpt", "int8", entry="state_dict")
     assert [row.name for row in planned.ledger] == ["model.weight"]
@@ -105,7 +107,9 @@ def test_the_command_line_takes_an_entry(saved, tmp_path, monkeypatch, capsys):
 )
 def test_an_entry_that_is_no_state_dict_is_a_named_error(saved, entry, message):
     for source in (saved, checkpoint()):
-        with pytest.raises((fewbits.FormatError, fewbits.ArgumentError, fewbits.SourceError), match=message):
+        with pytest.raises(
+            (fewbits.errors.FormatError, fewbits.errors.ArgumentError, fewbits.errors.SourceError), match=message
+        ):
             fewbits.plan(source, "int8", entry=entry)
 
 
@@ -114,9 +118,9 @@ def test_an_entry_goes_with_nothing_that_has_none(tmp_path):
     quantize_small(source, "int8").save(tmp_path / "out")
     save_file(source, tmp_path / "in.safetensors")
     for whole in (nn.Linear(32, 32), tmp_path / "in.safetensors"):
-        with pytest.raises(fewbits.ArgumentError, match="entry='a' goes with"):
+        with pytest.raises(fewbits.errors.ArgumentError, match="entry='a' goes with"):
             fewbits.plan(whole, "int8", entry="a")
-    with pytest.raises(fewbits.ArgumentError, match="against="):
+    with pytest.raises(fewbits.errors.ArgumentError, match="against="):
         fewbits.verify(tmp_path / "out", entry="a")
 
 
@@ -131,7 +135,7 @@ def test_a_run_is_not_gone_on_with_from_another_entry(tmp_path):
     output = fewbits.Output(tmp_path / "out", resume=True)
     with pytest.raises(KeyboardInterrupt):
         quantize_small(tmp_path / "last.ckpt", "int8", entry="model", output=output, progress=stop)
-    with pytest.raises(fewbits.ArgumentError, match=r"source: last\.ckpt \(entry\) changed"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"source: last\.ckpt \(entry\) changed"):
         quantize_small(tmp_path / "last.ckpt", "int8", entry="ema", output=output)
     result = quantize_small(tmp_path / "last.ckpt", "int8", entry="model", output=output)
     assert sum(share.resumed for share in result.quantizer.shares) > 0
@@ -144,7 +148,7 @@ NAMES = st.text("ab.", max_size=3)
 def test_every_entry_that_is_named_can_be_taken(tmp_path_factory, saved):
     path = tmp_path_factory.getbasetemp() / "any.pt"
     torch.save({"epoch": 1, "state": saved}, path)
-    with pytest.raises(fewbits.FormatError) as refused:
+    with pytest.raises(fewbits.errors.FormatError) as refused:
         fewbits.plan(path, "int8", min_elements=1)
     entry = str(refused.value).rpartition("entry=")[2].strip("'")
     if "entry=" in str(refused.value):

@@ -220,7 +220,7 @@ def test_a_forged_part_is_found_before_anything_is_filled(bad, check, tmp_path):
         (tmp_path / "file").write_bytes(forged_tensor((tmp_path / "file").read_bytes(), name, content))
     into = make()
     before = snapshot(into)
-    with pytest.raises(fewbits.FormatError):
+    with pytest.raises(fewbits.errors.FormatError):
         fewbits.load(tmp_path / "file", into=into, check=check)
     assert snapshot(into).equals(before)
     assert type(into[0]) is nn.Linear

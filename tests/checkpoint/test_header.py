@@ -83,8 +83,8 @@ LIES = {
 def test_a_header_that_lies_is_refused(tmp_path, lie):
     data, message = LIES[lie]
     (tmp_path / "f.safetensors").write_bytes(data)
-    with pytest.raises(fewbits.FormatError, match=re.escape(message)) as refused:
-        fewbits.SafetensorsSerializer().reader(tmp_path / "f.safetensors")
+    with pytest.raises(fewbits.errors.FormatError, match=re.escape(message)) as refused:
+        fewbits.extend.SafetensorsSerializer().reader(tmp_path / "f.safetensors")
     assert str(tmp_path / "f.safetensors") in str(refused.value)
 
 
@@ -104,7 +104,7 @@ def test_a_header_beyond_the_limit_is_not_read():
             return super().read(size)
 
     file = Counting(joined(GOOD, bytes(11)))
-    with pytest.raises(fewbits.FormatError, match="more than 50"):
+    with pytest.raises(fewbits.errors.FormatError, match="more than 50"):
         read_header(file, "it", limit=50)
     assert file.count == 8
 
@@ -146,11 +146,11 @@ odd_values = st.one_of(
 def test_what_is_accepted_the_safetensors_library_accepts_and_reads_alike(data):
     try:
         header = read_header(io.BytesIO(data), "it")
-    except fewbits.FormatError:
+    except fewbits.errors.FormatError:
         return
     read = safetensors.torch.load(data)
     assert {name: span.entry for name, span in header.spans.items()} == {
-        name: fewbits.Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in read.items()
+        name: fewbits.extend.Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in read.items()
     }
 
 
@@ -162,7 +162,7 @@ def test_a_flipped_bit_or_a_cut_is_refused_or_changes_no_place(data, draw):
     damaged = damaged[: draw.draw(st.integers(0, len(data)))]
     try:
         header = read_header(io.BytesIO(damaged), "it")
-    except fewbits.FormatError:
+    except fewbits.errors.FormatError:
         return
     assert sum(span.entry.nbytes for span in header.spans.values()) < len(damaged)
 
@@ -170,26 +170,26 @@ def test_a_flipped_bit_or_a_cut_is_refused_or_changes_no_place(data, draw):
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
     path = tmp_path / "f.safetensors"
     safetensors.torch.save_file({"a": torch.ones(4), "b": torch.ones(4)}, path)
-    reader, out = fewbits.SafetensorsSerializer().reader(path), torch.empty(4)
+    reader, out = fewbits.extend.SafetensorsSerializer().reader(path), torch.empty(4)
     reader.read_into("a", 0, out)
     safetensors.torch.save_file({"b": torch.ones(4), "a": torch.zeros(4)}, path)
     for read in (lambda: reader.read_into("a", 0, out), lambda: reader.read("a")):
-        with pytest.raises(fewbits.CheckpointError, match="has changed since it was opened"):
+        with pytest.raises(fewbits.errors.CheckpointError, match="has changed since it was opened"):
             read()
     path.unlink()
-    with pytest.raises(fewbits.CheckpointError, match="cannot be read"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="cannot be read"):
         reader.read_into("a", 0, out)
 
 
 def test_reading_by_position_reads_any_elements_and_no_others(tmp_path):
     path = tmp_path / "f.safetensors"
     safetensors.torch.save_file({"a": torch.arange(10).half(), "b": torch.arange(12).view(3, 4)}, path)
-    reader = fewbits.SafetensorsSerializer().reader(path)
+    reader = fewbits.extend.SafetensorsSerializer().reader(path)
     out = torch.empty(2, 3, dtype=torch.int64)
     reader.read_into("b", 5, out)
     assert out.tolist() == [[5, 6, 7], [8, 9, 10]]
     for start, count, dtype in [(7, 6, torch.int64), (-1, 1, torch.int64), (0, 1, torch.float32)]:
-        with pytest.raises(fewbits.ArgumentError, match="b has no"):
+        with pytest.raises(fewbits.errors.ArgumentError, match="b has no"):
             reader.read_into("b", start, torch.empty(count, dtype=dtype))
 
 
@@ -199,7 +199,7 @@ def test_the_header_of_a_sparse_file_of_half_a_terabyte_is_read_at_once(tmp_path
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     with open(path, "r+b") as file:
         file.truncate(8 + len(text) + 2 * count)
-    reader, out = fewbits.SafetensorsSerializer().reader(path), torch.ones(3, dtype=torch.bfloat16)
+    reader, out = fewbits.extend.SafetensorsSerializer().reader(path), torch.ones(3, dtype=torch.bfloat16)
     assert reader.entries["a"].nbytes == 1 << 39
     reader.read_into("a", count - 3, out)
     assert out.tolist() == [0, 0, 0]

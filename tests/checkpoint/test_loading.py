@@ -438,7 +438,7 @@ def test_a_damaged_file_leaves_the_model_unchanged(path):
     path.write_bytes(content)
     into = layers()
     before = snapshot(into)
-    with pytest.raises(fewbits.DigestError):
+    with pytest.raises(fewbits.errors.DigestError):
         fewbits.load(path, into=into)
     assert snapshot(into).equals(before)
 

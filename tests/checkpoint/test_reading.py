@@ -110,7 +110,7 @@ def test_a_model_that_does_not_fit_is_named_in_full_and_unchanged(scratch):
     save(scratch, nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)))
     model = nn.Sequential(nn.Linear(8, 5), nn.Identity(), nn.Linear(2, 2))
     before = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
-    with pytest.raises(fewbits.MismatchError) as caught:
+    with pytest.raises(fewbits.errors.MismatchError) as caught:
         fewbits.load(scratch, into=model)
     for name in ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias"):
         assert name in str(caught.value)
@@ -124,7 +124,7 @@ def test_check_header_reads_a_file_whose_payload_has_changed(scratch):
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
     assert fewbits.load(scratch, check="header").keys() == state().keys()
-    with pytest.raises(fewbits.DigestError):
+    with pytest.raises(fewbits.errors.DigestError):
         fewbits.load(scratch, check="digests")
 
 
@@ -132,14 +132,14 @@ def test_check_header_reads_a_file_whose_payload_has_changed(scratch):
 @pytest.mark.parametrize("into", [None, lambda: nn.Linear(8, 4)], ids=["mapping", "model"])
 def test_another_value_of_check_is_a_named_error(scratch, check, into):
     save(scratch, nn.Linear(8, 4))
-    with pytest.raises(fewbits.ArgumentError, match="check must be"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="check must be"):
         fewbits.load(scratch, check=check, into=into and into())
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"fewbits": "1"}])
 def test_a_plain_safetensors_file_is_said_not_to_be_ours(scratch, metadata):
     safetensors.torch.save_file({"m.weight": torch.randn(4, 8)}, scratch, metadata)
-    with pytest.raises(fewbits.FormatError, match="not written by fewbits"):
+    with pytest.raises(fewbits.errors.FormatError, match="not written by fewbits"):
         fewbits.load(scratch)
 
 
@@ -160,27 +160,27 @@ def test_a_plain_safetensors_file_is_said_not_to_be_ours(scratch, metadata):
 )
 def test_what_is_no_checkpoint_is_a_named_error(tmp_path, make):
     make(tmp_path / "f")
-    with pytest.raises(fewbits.CheckpointError, match="/f "):
+    with pytest.raises(fewbits.errors.CheckpointError, match="/f "):
         fewbits.load(tmp_path / "f")
-    with pytest.raises(fewbits.CheckpointError, match="/f "):
+    with pytest.raises(fewbits.errors.CheckpointError, match="/f "):
         quantize_small(tmp_path / "f", "int8", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", ["", "x" * 300, "nul\0"])
 def test_a_path_that_no_file_can_have_is_a_named_error(path):
-    with pytest.raises((fewbits.CheckpointError, fewbits.ArgumentError)):
+    with pytest.raises((fewbits.errors.CheckpointError, fewbits.errors.ArgumentError)):
         fewbits.load(path)
 
 
 def test_our_own_file_is_not_quantized_again(tmp_path):
     save(tmp_path / "f", state())
-    with pytest.raises(fewbits.SourceError, match="quantized already"):
+    with pytest.raises(fewbits.errors.SourceError, match="quantized already"):
         quantize_small(tmp_path / "f", "int8", output=tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
 
 
 def test_our_own_mapping_is_not_quantized_again(scratch):
     save(scratch, state())
-    with pytest.raises(fewbits.SourceError, match="quantized already"):
+    with pytest.raises(fewbits.errors.SourceError, match="quantized already"):
         quantize_small(fewbits.load(scratch), "int8")

@@ -89,7 +89,7 @@ def test_a_file_that_is_no_checkpoint_is_named_in_a_sentence_by_every_call_that_
     path = tmp_path / "model.safetensors"
     write(path)
     for opened in OPENERS.values():
-        with pytest.raises(fewbits.FormatError, match=message) as refused:
+        with pytest.raises(fewbits.errors.FormatError, match=message) as refused:
             opened(path)
         assert str(path) in str(refused.value)
         assert "header" not in str(refused.value)
@@ -106,7 +106,7 @@ def test_whatever_a_file_begins_with_it_is_recognised_or_not(tmp_path_factory, d
 
 def test_a_file_of_torch_save_is_not_loaded_but_called_a_source(tmp_path):
     torch.save(LAYER.state_dict(), tmp_path / "model.bin")
-    with pytest.raises(fewbits.FormatError, match=r"holds a float state dict that torch\.save wrote: quantize"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"holds a float state dict that torch\.save wrote: quantize"):
         fewbits.load(tmp_path / "model.bin")
 
 
@@ -130,7 +130,7 @@ LINES = {
 def test_the_line_of_python_that_a_message_prints_makes_a_file_that_is_quantized(tmp_path, kind):
     path = tmp_path / "it's {a} model.pt"
     LINES[kind](path)
-    with pytest.raises(fewbits.FormatError, match="with this line of Python: ") as refused:
+    with pytest.raises(fewbits.errors.FormatError, match="with this line of Python: ") as refused:
         fewbits.plan(path, "int8")
     line = str(refused.value).partition("with this line of Python: ")[2]
     with warnings.catch_warnings():
@@ -141,8 +141,8 @@ def test_the_line_of_python_that_a_message_prints_makes_a_file_that_is_quantized
 
 
 def test_a_directory_without_weights_is_told_what_it_has(tmp_path):
-    with pytest.raises(fewbits.FormatError, match="give the path of the directory, or the file, that has one"):
+    with pytest.raises(fewbits.errors.FormatError, match="give the path of the directory, or the file, that has one"):
         fewbits.plan(tmp_path, "int8")
     (tmp_path / "last.ckpt").touch()
-    with pytest.raises(fewbits.FormatError, match=r"give the path of one of last\.ckpt"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"give the path of one of last\.ckpt"):
         fewbits.plan(tmp_path, "int8")

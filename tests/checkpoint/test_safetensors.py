@@ -32,8 +32,8 @@ def tensors(draw):
 
 
 def write(path, tensors, metadata=None):
-    entries = {name: fewbits.Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    with fewbits.SafetensorsSerializer().writer(path, fewbits.Header(entries, metadata or {})) as writer:
+    entries = {name: fewbits.extend.Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with fewbits.extend.SafetensorsSerializer().writer(path, fewbits.extend.Header(entries, metadata or {})) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         writer.seal(metadata or {})
@@ -63,8 +63,8 @@ def test_the_safetensors_library_reads_back_names_dtypes_shapes_and_bytes(scratc
 @given(st.dictionaries(names, tensors(), max_size=6))
 def test_our_reader_agrees_with_the_library(scratch, written):
     write(scratch, written)
-    reader = fewbits.SafetensorsSerializer().reader(scratch)
-    assert reader.entries == {name: fewbits.Entry(tuple(t.shape), t.dtype) for name, t in written.items()}
+    reader = fewbits.extend.SafetensorsSerializer().reader(scratch)
+    assert reader.entries == {name: fewbits.extend.Entry(tuple(t.shape), t.dtype) for name, t in written.items()}
     assert all(raw(reader.read(name)) == raw(tensor) for name, tensor in written.items())
 
 
@@ -98,7 +98,7 @@ def test_a_view_is_written_as_it_reads(scratch, view):
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])
 def test_a_dtype_that_safetensors_lacks_is_refused_by_name_before_anything_is_written(tmp_path, dtype):
-    with pytest.raises(fewbits.FormatError, match=f"odd.*{str(dtype).removeprefix('torch.')}"):
+    with pytest.raises(fewbits.errors.FormatError, match=f"odd.*{str(dtype).removeprefix('torch.')}"):
         write(tmp_path / "f", {"odd": torch.zeros(2, dtype=torch.uint8).to(dtype)})
     assert not list(tmp_path.iterdir())
 
@@ -111,13 +111,13 @@ def test_a_name_that_the_format_cannot_hold_is_refused_before_anything_is_writte
 
 
 def test_final_metadata_may_be_shorter_than_announced_but_not_longer(tmp_path):
-    serializer, path = fewbits.SafetensorsSerializer(), tmp_path / "f"
-    header = fewbits.Header({}, {"key": "x" * 200})
+    serializer, path = fewbits.extend.SafetensorsSerializer(), tmp_path / "f"
+    header = fewbits.extend.Header({}, {"key": "x" * 200})
     with serializer.writer(path, header) as writer:
         writer.seal({"key": "short"})
         writer.close()
     assert serializer.reader(path).metadata == {"key": "short"}
-    with serializer.writer(path, header) as writer, pytest.raises(fewbits.ArgumentError, match="metadata"):
+    with serializer.writer(path, header) as writer, pytest.raises(fewbits.errors.ArgumentError, match="metadata"):
         writer.seal({"key": "x" * 300})
     assert serializer.reader(path).metadata == {"key": "short"}
 
@@ -131,9 +131,9 @@ def test_final_metadata_may_be_shorter_than_announced_but_not_longer(tmp_path):
     ],
 )
 def test_a_writer_takes_only_what_was_announced(tmp_path, name, tensor, message):
-    header = fewbits.Header({"a": fewbits.Entry((2,), torch.float32)}, {})
+    header = fewbits.extend.Header({"a": fewbits.extend.Entry((2,), torch.float32)}, {})
     with (
-        fewbits.SafetensorsSerializer().writer(tmp_path / "f", header) as writer,
+        fewbits.extend.SafetensorsSerializer().writer(tmp_path / "f", header) as writer,
         pytest.raises(fewbits.FewbitsError, match=message),
     ):
         writer.write(name, tensor)
@@ -141,18 +141,18 @@ def test_a_writer_takes_only_what_was_announced(tmp_path, name, tensor, message)
 
 
 def test_a_writer_takes_each_tensor_once_and_closes_only_when_it_has_all(tmp_path):
-    header = fewbits.Header({name: fewbits.Entry((2,), torch.float32) for name in "ab"}, {})
-    with fewbits.SafetensorsSerializer().writer(tmp_path / "f", header) as writer:
+    header = fewbits.extend.Header({name: fewbits.extend.Entry((2,), torch.float32) for name in "ab"}, {})
+    with fewbits.extend.SafetensorsSerializer().writer(tmp_path / "f", header) as writer:
         writer.write("a", torch.ones(2))
-        with pytest.raises(fewbits.ArgumentError, match="'a'"):
+        with pytest.raises(fewbits.errors.ArgumentError, match="'a'"):
             writer.write("a", torch.ones(2))
-        with pytest.raises(fewbits.CheckpointError, match="never written: b"):
+        with pytest.raises(fewbits.errors.CheckpointError, match="never written: b"):
             writer.seal({})
     assert not list(tmp_path.iterdir())
 
 
 def test_abort_after_close_changes_nothing(tmp_path):
-    with fewbits.SafetensorsSerializer().writer(tmp_path / "f", fewbits.Header({}, {})) as writer:
+    with fewbits.extend.SafetensorsSerializer().writer(tmp_path / "f", fewbits.extend.Header({}, {})) as writer:
         writer.seal({})
         writer.close()
         writer.abort()
@@ -163,18 +163,18 @@ def test_abort_after_close_changes_nothing(tmp_path):
 def test_changing_what_was_read_never_changes_the_file(tmp_path):
     write(tmp_path / "f", {"a": torch.zeros(1000)})
     before = (tmp_path / "f").read_bytes()
-    fewbits.SafetensorsSerializer().reader(tmp_path / "f").read("a").fill_(1)
+    fewbits.extend.SafetensorsSerializer().reader(tmp_path / "f").read("a").fill_(1)
     assert (tmp_path / "f").read_bytes() == before
 
 
 def test_a_dtype_that_torch_lacks_is_named(tmp_path):
     header = {"odd": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}
     (tmp_path / "f").write_bytes(joined(header, bytes(3)))
-    with pytest.raises(fewbits.FormatError, match="F6_E2M3"):
-        fewbits.SafetensorsSerializer().reader(tmp_path / "f")
+    with pytest.raises(fewbits.errors.FormatError, match="F6_E2M3"):
+        fewbits.extend.SafetensorsSerializer().reader(tmp_path / "f")
 
 
 def test_reading_a_name_that_is_not_there_is_a_named_error(tmp_path):
     write(tmp_path / "f", {"a": torch.ones(2)})
-    with pytest.raises(fewbits.ArgumentError, match="'b'"):
-        fewbits.SafetensorsSerializer().reader(tmp_path / "f").read("b")
+    with pytest.raises(fewbits.errors.ArgumentError, match="'b'"):
+        fewbits.extend.SafetensorsSerializer().reader(tmp_path / "f").read("b")

@@ -170,7 +170,7 @@ def test_a_source_is_never_its_own_output(source, link):
     else:
         output.hardlink_to(source)
     entries, before = set(source.parent.iterdir()), source.read_bytes()
-    with pytest.raises(fewbits.ArgumentError, match="source itself"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="source itself"):
         quantize_small(source, "int8", output=output)
     assert source.read_bytes() == before
     assert set(source.parent.iterdir()) == entries
@@ -242,7 +242,7 @@ def test_a_failure_of_the_system_leaves_the_old_file_and_nothing_else(folder, so
     if old is not None:
         (folder / "f").write_bytes(old)
     BREAKAGES[breakage](monkeypatch)
-    with pytest.raises(fewbits.CheckpointError, match="results/f"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="results/f"):
         WRITERS[kind](source, folder / "f")
     assert visible(folder) == ([] if old is None else ["f"])
     assert old is None or (folder / "f").read_bytes() == old
@@ -251,7 +251,7 @@ def test_a_failure_of_the_system_leaves_the_old_file_and_nothing_else(folder, so
 
 def test_a_limit_of_the_system_on_file_size_leaves_nothing_behind(folder):
     result = quantize_small(untied(), "int8")
-    with small_files_only(), pytest.raises(fewbits.CheckpointError, match="results/f"):
+    with small_files_only(), pytest.raises(fewbits.errors.CheckpointError, match="results/f"):
         result.save(folder / "f")
     assert not list(folder.iterdir())
 
@@ -266,7 +266,7 @@ def test_a_write_that_takes_only_a_part_is_continued(folder, monkeypatch):
 def test_a_disk_that_loses_bytes_is_found_out(folder, monkeypatch):
     result = quantize_small(untied(), "int8")
     opens(monkeypatch, Forgetful)
-    with pytest.raises(fewbits.CheckpointError):
+    with pytest.raises(fewbits.errors.CheckpointError):
         result.save(folder / "f")
 
 
@@ -290,7 +290,7 @@ def test_numbers_that_cannot_be_quantized_leave_nothing_behind(folder, source, b
     tensors = safetensors.torch.load_file(source)
     tensors["layers.1.weight"][3, 2, 1, 0] = bad
     safetensors.torch.save_file(tensors, source)
-    with pytest.raises(fewbits.NonFiniteError, match=r"layers\.1\.weight.*\(3, 2, 1, 0\)"):
+    with pytest.raises(fewbits.errors.NonFiniteError, match=r"layers\.1\.weight.*\(3, 2, 1, 0\)"):
         quantize_small(source, "int8", output=folder / "f")
     assert not list(folder.iterdir())
 
@@ -309,7 +309,7 @@ def test_numbers_that_cannot_be_quantized_leave_nothing_behind(folder, source, b
 )
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_place_that_cannot_be_written_is_a_named_error(folder, source, place, kind):
-    with pytest.raises((fewbits.CheckpointError, fewbits.ArgumentError)):
+    with pytest.raises((fewbits.errors.CheckpointError, fewbits.errors.ArgumentError)):
         WRITERS[kind](source, place(folder))
     assert not list(folder.iterdir())
 
@@ -319,7 +319,7 @@ def test_a_directory_without_permission_is_a_named_error(folder):
     result = quantize_small(untied(), "int8")
     folder.chmod(0o500)
     try:
-        with pytest.raises(fewbits.CheckpointError, match="Permission denied"):
+        with pytest.raises(fewbits.errors.CheckpointError, match="Permission denied"):
             result.save(folder / "f")
     finally:
         folder.chmod(0o700)
@@ -350,7 +350,7 @@ def test_a_killed_process_leaves_nothing_at_the_target(folder, source, old):
     process.communicate()
     assert ((folder / "f").read_bytes() if (folder / "f").exists() else None) == old
     for leftover in [path for path in folder.rglob("*") if path.name != "f" or path.parent != folder]:
-        with pytest.raises(fewbits.CheckpointError):
+        with pytest.raises(fewbits.errors.CheckpointError):
             fewbits.load(leftover)
     quantize_small(source, "int8", output=fewbits.Output(folder / "f", resume=True))
     fewbits.load(folder / "f")
@@ -360,7 +360,7 @@ def test_a_killed_process_leaves_nothing_at_the_target(folder, source, old):
 def test_a_model_that_changed_since_it_was_quantized_is_refused(folder):
     result = quantize_small(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "int8")
     result.model[1].weight = nn.Parameter(torch.ones(5))
-    with pytest.raises(fewbits.CheckpointError, match=r"1\.weight"):
+    with pytest.raises(fewbits.errors.CheckpointError, match=r"1\.weight"):
         result.save(folder / "f")
     assert not list(folder.iterdir())
 

@@ -14,7 +14,7 @@ import fewbits
 from checkpoints import save, split, state
 from fewbits._sizes import parse_size
 from fewbits.checkpoint.shards import plan_shards
-from fewbits.testing.surroundings import snapshot
+from fewbits.testing.environment import snapshot
 from lifecycle_helpers import TiedLM, files_in, quantize_small
 
 INDEX = "model.safetensors.index.json"
@@ -116,7 +116,7 @@ def test_the_same_result_gives_the_same_files(sharded, tmp_path):
 @pytest.mark.parametrize("size", [0, -1, "", "5 parsecs", 1.5, True, "0", "-3GB"])
 def test_a_size_that_is_none_is_refused(tmp_path, size):
     result = quantize_small(state(), "int8")
-    with pytest.raises(fewbits.ArgumentError, match="max_shard_size must be"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="max_shard_size must be"):
         result.save(tmp_path / "model", max_shard_size=size)
     assert not files_in(tmp_path)
 
@@ -133,7 +133,7 @@ def test_a_directory_with_files_in_it_is_left_alone(tmp_path):
     (tmp_path / "model" / "mine").write_text("precious")
     result = quantize_small(state(), "int8")
     for path, message in [(tmp_path / "model", "a directory with files"), (tmp_path / "model" / "mine", "is a file")]:
-        with pytest.raises(fewbits.ArgumentError, match=message):
+        with pytest.raises(fewbits.errors.ArgumentError, match=message):
             result.save(path, max_shard_size=2000)
     assert files_in(tmp_path / "model") == {"mine": b"precious"}
 
@@ -169,7 +169,7 @@ def test_a_directory_that_cannot_be_renamed_gives_the_old_one_back(tmp_path, mon
         shutil.rmtree(new.work)  # as somebody else might
         new.work.write_text("a file")
         new.work.unlink()
-        with pytest.raises(fewbits.CheckpointError):
+        with pytest.raises(fewbits.errors.CheckpointError):
             new.publish()
     assert files_in(tmp_path / "model") == {"old": b"old"}
     with folder(tmp_path / "model", replace=True) as new:
@@ -256,7 +256,7 @@ def test_files_that_do_not_belong_together_are_refused(sharded, how):
     damage, message = BROKEN[how]
     damage(sharded)
     for read in (fewbits.load, fewbits.verify):
-        with pytest.raises(fewbits.CheckpointError, match=message):
+        with pytest.raises(fewbits.errors.CheckpointError, match=message):
             read(sharded)
 
 
@@ -264,7 +264,7 @@ def test_files_that_do_not_belong_together_are_refused(sharded, how):
                                   "", "c:\\b.safetensors", "passwd", "model.safetensors\0"])  # fmt: skip
 def test_an_index_names_nothing_outside_of_its_directory(sharded, file):
     edit_index(sharded, lambda index: index["weight_map"].update(x=file))
-    with pytest.raises(fewbits.CheckpointError) as refused:
+    with pytest.raises(fewbits.errors.CheckpointError) as refused:
         fewbits.load(sharded)
     assert repr(file) in str(refused.value) or "cannot be read" in str(refused.value)
 
@@ -273,7 +273,7 @@ def test_a_link_that_leaves_the_directory_is_refused(sharded, tmp_path):
     path = next(sharded.glob("*-00001-of-*"))
     path.rename(tmp_path / "outside.safetensors")
     path.symlink_to(tmp_path / "outside.safetensors")
-    with pytest.raises(fewbits.FormatError, match=r"is a link to .*outside of its directory"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"is a link to .*outside of its directory"):
         fewbits.load(sharded)
 
 
@@ -294,15 +294,15 @@ def test_a_flipped_byte_in_any_file_names_its_tensor(sharded):
         path.write_bytes(data)
     report = fewbits.verify(sharded)
     assert len(report.failures) == len(list(sharded.glob("*.safetensors")))
-    with pytest.raises(fewbits.DigestError):
+    with pytest.raises(fewbits.errors.DigestError):
         fewbits.load(sharded)
 
 
 def test_a_directory_without_tensors_says_what_was_looked_for(tmp_path):
-    with pytest.raises(fewbits.FormatError, match=r"without a file whose name ends in \.safetensors"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"without a file whose name ends in \.safetensors"):
         fewbits.load(tmp_path)
 
 
 def test_a_layer_of_a_sharded_model_says_where_it_was_not_found(sharded):
-    with pytest.raises(fewbits.MismatchError):
+    with pytest.raises(fewbits.errors.MismatchError):
         fewbits.load(sharded, into=nn.Linear(2, 2))

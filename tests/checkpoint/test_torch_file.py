@@ -52,7 +52,7 @@ def test_every_tensor_and_any_elements_of_it_are_read_as_torch_reads_them(scratc
     torch.save(tensors, scratch)
     expected = torch.load(scratch, weights_only=True)
     file = TorchFile(scratch)
-    assert file.entries == {name: fewbits.Entry(tuple(t.shape), t.dtype) for name, t in expected.items()}
+    assert file.entries == {name: fewbits.extend.Entry(tuple(t.shape), t.dtype) for name, t in expected.items()}
     for name, tensor in expected.items():
         assert torch.equal(file.read(name), tensor)
         start = data.draw(st.integers(0, tensor.numel()))
@@ -233,7 +233,7 @@ def test_what_is_no_state_dict_is_refused_and_nothing_is_executed(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     write, message = BAD[how]
     write(tmp_path / "model.bin")
-    with pytest.raises(fewbits.FormatError, match=message) as refused:
+    with pytest.raises(fewbits.errors.FormatError, match=message) as refused:
         quantize_small(tmp_path / "model.bin", "int8", output=tmp_path / "out")
     assert "model.bin" in str(refused.value)
     assert os.listdir(tmp_path) == ["model.bin"]
@@ -253,9 +253,9 @@ def test_what_cannot_be_read_is_named(tmp_path):
     torch.save({"a": torch.ones(3, 3)}, tmp_path / "model.bin")
     file, out = TorchFile(tmp_path / "model.bin"), torch.empty(2)
     for name, start, into in [("b", 0, out), ("a", 8, out), ("a", 0, out.double())]:
-        with pytest.raises(fewbits.ArgumentError, match=rf"{name}"):
+        with pytest.raises(fewbits.errors.ArgumentError, match=rf"{name}"):
             file.read_into(name, start, into)
-    with pytest.raises(fewbits.CheckpointError, match="does not exist"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="does not exist"):
         fewbits.quantize(tmp_path / "missing.bin", "int8", output=tmp_path / "out")
 
 

@@ -100,7 +100,7 @@ def test_json_of_a_failure_is_json_too(quantized, folder):
         ["inspect", "out"],
         ["verify", "out"],
         ["verify", "out", "--against", "in"],
-        ["quantize", "in", "-o", "out", "--force", "--scheme", "int8"],
+        ["quantize", "in", "-o", "out", "--replace", "--scheme", "int8"],
     ],
 )
 def test_tensors_prints_every_tensor(quantized, command):
@@ -296,17 +296,17 @@ def test_a_failure_is_in_the_exit_code_whatever_the_file_says(cli, folder, react
     assert "is below 60 dB" in out
 
 
-def test_no_verify_says_so(cli):
-    code, out, _ = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--no-verify")
+def test_no_validate_says_so(cli):
+    code, out, _ = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--no-validate")
     assert code == 0
-    assert "not verified" in out
+    assert "not validated" in out
     assert (
-        json.loads(cli("quantize", "in", "-o", "b", "--scheme", "int8", "--no-verify", "--json")[1])["report"] is None
+        json.loads(cli("quantize", "in", "-o", "b", "--scheme", "int8", "--no-validate", "--json")[1])["report"] is None
     )
 
 
 def test_force_replaces_an_existing_file(quantized):
-    assert quantized("quantize", "in", "-o", "out", "--scheme", "int4", "--force")[0] == 0
+    assert quantized("quantize", "in", "-o", "out", "--scheme", "int4", "--replace")[0] == 0
     assert "int4" in quantized("inspect", "out")[1]
 
 
@@ -410,12 +410,12 @@ def own_output(folder):
         pytest.param([*QUANTIZE[:-1], "int4", "--group-size", "x"], None, "group-size", id="group size no number"),
         pytest.param(["quantize", "in", "-o", "in", "--scheme", "int8"], None, "in exists", id="OUT exists"),
         pytest.param(
-            ["quantize", "in", "-o", "in", "--scheme", "int8", "--force"], None, "source itself", id="OUT is IN"
+            ["quantize", "in", "-o", "in", "--scheme", "int8", "--replace"], None, "source itself", id="OUT is IN"
         ),
         pytest.param(["quantize", ".", *QUANTIZE[2:]], None, "is a directory", id="IN a directory"),
         pytest.param(["quantize", "in", "-o", ".", "--scheme", "int8"], None, "is a directory", id="OUT a directory"),
         pytest.param(
-            ["quantize", "in", "-o", ".", "--scheme", "int8", "--force"],
+            ["quantize", "in", "-o", ".", "--scheme", "int8", "--replace"],
             None,
             "is a directory",
             id="OUT a directory, forced",
@@ -468,9 +468,9 @@ def test_a_link_counts_as_something_that_exists_whatever_it_points_to(cli, folde
     (folder / "out").symlink_to("target")
     code, out, err = cli(*QUANTIZE)
     assert (code, out) == (2, "")
-    assert "out exists; pass --force" in err
+    assert "out exists; pass --replace" in err
     assert (folder / "target").exists() == (target != "nothing")
-    assert cli(*QUANTIZE, "--force")[0] == (2 if target == "a directory" else 0)
+    assert cli(*QUANTIZE, "--replace")[0] == (2 if target == "a directory" else 0)
     assert (folder / "out").is_symlink()
     if target != "a directory":
         assert cli("verify", "target", "--against", "in")[0] == 0
@@ -480,7 +480,7 @@ def test_a_link_to_nothing_is_not_written_through_by_resume(cli, folder):
     (folder / "out").symlink_to("target")
     assert cli(*QUANTIZE, "--resume")[0] == 2
     assert not (folder / "target").exists()
-    assert cli(*QUANTIZE, "--resume", "--force")[0] == 0
+    assert cli(*QUANTIZE, "--resume", "--replace")[0] == 0
 
 
 def test_a_source_that_is_another_model_is_told_by_names(quantized, folder):
@@ -642,8 +642,8 @@ def test_a_directory_becomes_a_directory(cli, folder):
     assert cli("verify", "out", "--against", "model")[0] == 0
     assert "written by fewbits" in cli("inspect", "out")[1]
     code, _, err = cli("quantize", "model", "-o", "out", "--scheme", "int8")
-    assert (code, "--force" in err) == (2, True)
-    assert cli("quantize", "model", "-o", "out", "--scheme", "int8", "--force")[0] == 0
+    assert (code, "--replace" in err) == (2, True)
+    assert cli("quantize", "model", "-o", "out", "--scheme", "int8", "--replace")[0] == 0
     assert sorted(os.listdir(folder / "out")) == ["config.json", "model.safetensors"]
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fewbits.cli.formatting import NAME_WIDTH, bar_line, duration, log_line, printable
 from fewbits.cli.meter import Meter, Pace, Reading
-from fewbits.cli.wording import NAME_WIDTH, bar_line, duration, log_line, printable
 from fewbits.selection.progress import Step
 
 MILLISECONDS = 1000

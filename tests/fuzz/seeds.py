@@ -23,7 +23,7 @@ class _Scheme(fewbits.Quantizer):
 
     name = "seed"
 
-    def __init__(self, spec: fewbits.Spec) -> None:
+    def __init__(self, spec: fewbits.extend.Spec) -> None:
         self.spec = spec
         super().__init__(selector=fewbits.LayerSelector(min_elements=1), ragged="shorter")
 
@@ -54,7 +54,7 @@ def _net() -> Net:
 
 def _ours() -> Iterator[tuple[str, Case]]:
     levels = tuple(float(level) for level in range(-3, 5))
-    specs: dict[str, fewbits.Spec] = {
+    specs: dict[str, fewbits.extend.Spec] = {
         "int8-channel": fewbits.QuantSpec(8, "channel"),
         "int4-groups-asymmetric": fewbits.QuantSpec(4, "group", group_size=16, symmetric=False),
         "int5-tensor-asymmetric": fewbits.QuantSpec(5, "tensor", symmetric=False, scale_dtype=torch.bfloat16),

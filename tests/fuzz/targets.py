@@ -19,9 +19,9 @@ from torch import nn
 
 import fewbits
 from case import Case
-from fewbits.checkpoint.compressed_tensors import is_compressed_tensors
 from fewbits.checkpoint.folder import find_files
 from fewbits.checkpoint.reading import Checkpoint
+from fewbits.formats.compressed_tensors import is_compressed_tensors
 
 #: What a process may take while one input is tried, beyond what it has: inputs have some kilobytes.
 MEMORY = 1 << 30
@@ -115,10 +115,10 @@ def _require(condition: object, what: str) -> None:
 
 def _load(path: Path, folder: Path) -> str:
     before = everything_in(folder)
-    opened = _attempt(lambda: Checkpoint(path), fewbits.CheckpointError)
-    trusting = _attempt(lambda: fewbits.load(path, check="header"), fewbits.CheckpointError)
-    loaded = _attempt(lambda: fewbits.load(path), fewbits.CheckpointError)
-    report = _attempt(lambda: fewbits.verify(path), fewbits.CheckpointError)
+    opened = _attempt(lambda: Checkpoint(path), fewbits.errors.CheckpointError)
+    trusting = _attempt(lambda: fewbits.load(path, check="header"), fewbits.errors.CheckpointError)
+    loaded = _attempt(lambda: fewbits.load(path), fewbits.errors.CheckpointError)
+    report = _attempt(lambda: fewbits.verify(path), fewbits.errors.CheckpointError)
     # What another tool has written is verified, and not loaded.
     foreign = not _failed(report) and is_compressed_tensors(path)
     _require(not _failed(opened) or _failed(report) or foreign, "what cannot be opened was verified")
@@ -187,7 +187,7 @@ def _load_into(path: Path, loaded: object) -> None:
     """Into a model: all of it or nothing."""
     model = Net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    outcome = _attempt(lambda: fewbits.load(path, into=model), fewbits.CheckpointError)
+    outcome = _attempt(lambda: fewbits.load(path, into=model), fewbits.errors.CheckpointError)
     if _failed(outcome):
         same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         _require(same and type(model.up) is nn.Linear, "refused, and the model is another")
@@ -208,7 +208,7 @@ def _quantize(path: Path, scheme: str, folder: Path) -> str:
     _follow_advice(path, scheme, planned)
     nothing_left(folder, before)
     result = _attempt(lambda: fewbits.quantize(path, scheme, output=output, min_elements=1), fewbits.FewbitsError)
-    if isinstance(result, fewbits.ValidationError):
+    if isinstance(result, fewbits.errors.ValidationError):
         return "ValidationError"  # which comes after the result is written, and says why not to use it
     if _failed(result):
         nothing_left(folder, before)

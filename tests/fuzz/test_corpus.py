@@ -137,7 +137,7 @@ def test_an_error_without_a_name_is_a_finding(tmp_path, monkeypatch):
 def test_something_left_beside_the_output_is_a_finding(tmp_path, monkeypatch):
     def refusing(path, *_):
         (path.parent.parent / "left").touch()
-        raise fewbits.FormatError("no")
+        raise fewbits.errors.FormatError("no")
 
     case = valid()["safetensors"]
     monkeypatch.setattr("fewbits.checkpoint.safetensors.read_header", lambda file, path: refusing(path))

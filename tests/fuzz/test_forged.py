@@ -45,7 +45,7 @@ def layouts(draw):
     views = [shape, [*shape, 1][:64], [*shape[:-2], shape[-2] * shape[-1]] if len(shape) > 1 else shape]
     view = draw(st.sampled_from(views))
     permutation = draw(st.permutations(range(len(view))))
-    return fewbits.Layout(shape, view, permutation, draw(st.integers(0, len(view))))
+    return fewbits.extend.Layout(shape, view, permutation, draw(st.integers(0, len(view))))
 
 
 def forged_file(row):

@@ -220,7 +220,7 @@ def test_a_sentence_encoder_opens_in_sentence_transformers(minilm_path, sentence
 
 
 def refusing(model: nn.Module, folder: Path) -> None:
-    with pytest.raises(fewbits.CheckpointError, match=r"fewbits\.dequantize\(model\)\.save_pretrained"):
+    with pytest.raises(fewbits.errors.CheckpointError, match=r"fewbits\.dequantize\(model\)\.save_pretrained"):
         model.save_pretrained(folder / "refused")
     assert not (folder / "refused").exists()
 
@@ -260,7 +260,7 @@ def test_a_model_around_a_quantized_one_refuses_to_save_it(minilm_path, tmp_path
     encoder = sentence_transformers.SentenceTransformer(str(minilm_path.parent))
     quantized = fewbits.quantize(encoder, "int8").model
     for save in (quantized.save, quantized.save_pretrained, quantized[0].model.save_pretrained):
-        with pytest.raises(fewbits.CheckpointError, match="random numbers"):
+        with pytest.raises(fewbits.errors.CheckpointError, match="random numbers"):
             save(str(tmp_path / "refused"))
     assert not (tmp_path / "refused").exists()
     encoder.save(str(tmp_path / "float"))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fewbits
-from fewbits import Layout, QuantSpec
+from fewbits import QuantSpec
+from fewbits.extend import Layout
 from fewbits.kernels import choose, forms
 from fewbits.kernels.base import Kernel
 from fewbits.numerics.metrics import sqnr_db
@@ -23,7 +24,7 @@ BY_NAME: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in choose.KERN
 
 def any_words(
     spec: QuantSpec, rows: int, columns: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> forms.Words:
+) -> forms.PackedInt32:
     """Any codes, scales of both signs and any zero points, in the canonical form."""
     draws, shape = generator(seed), spec.scale_shape(rows, columns)
     scale = torch.rand(shape, generator=draws).add_(0.1) * (1 - 2 * torch.randint(2, shape, generator=draws))
@@ -35,11 +36,11 @@ def any_words(
     )
 
 
-def with_codes(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None = None) -> forms.Words:
+def with_codes(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None = None) -> forms.PackedInt32:
     value = QuantizedTensor.from_codes(
         codes, scale, zero_point, spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
     )
-    return forms.Words.of_value(with_inputs(value, spec))
+    return forms.PackedInt32.of_value(with_inputs(value, spec))
 
 
 def linear(outputs: int, inputs: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, QuantSpec
+from fewbits import QuantSpec
+from fewbits.errors import ArgumentError
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.choose import KERNELS, check_compute, choose, kernels_for, kernels_reading, refusal
-from fewbits.kernels.forms import Bytes, Words
 from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.quantize import quantize
 from fewbits.testing.kernel_setup import decoded, exact
@@ -131,7 +132,7 @@ def test_what_is_no_setting_is_refused(value):
 class Mine(Kernel):
     """Somebody else's kernel."""
 
-    name, form = "mine", Words
+    name, form = "mine", PackedInt32
 
     def supports(self, weight):
         return None
@@ -176,7 +177,7 @@ class Pool:
         weights = [normal(*shape, dtype=dtype, seed=seed) for seed in range(-(-256 // shape[0]))]
         values = [quantize(weight, spec) for weight in weights]
         self.own = min(measure(*pair).sqnr_db for pair in zip(weights, values, strict=True))
-        self.words = [Words.of_value(value) for value in values]
+        self.words = [PackedInt32.of_value(value) for value in values]
         self.kernels = kernels_for(self.words[0], "auto")
         self.forms = [self.kernels[0].prepack(words) for words in self.words]
         self.dense = [decoded(words) for words in self.words]
@@ -272,6 +273,6 @@ def test_layers_of_a_real_model_read_50_db_or_10_more_than_the_weights(minilm, s
 
 
 def test_an_int8_layer_is_in_bytes_and_an_int4_layer_in_tiles_where_torch_has_them():
-    assert isinstance(quantized(linear(64, 64), INT8).weight_stored.form(), Bytes)
+    assert isinstance(quantized(linear(64, 64), INT8).weight_stored.form(), Int8Rows)
     expected = "tiles" if features.tile_width() else "words"
     assert quantized(linear(64, 64), INT4).weight_stored.form().name == expected

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError
+from fewbits.errors import ArgumentError
 from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
 from kernels.kernel_cases import INT4, INT8, Of, linear, normal, quantized

@@ -54,11 +54,11 @@ def answers():
     ],
     ids=["meta", "inference", "no grad", "bfloat16", "float16", "fake"],
 )
-def test_the_first_to_ask_does_not_matter(surroundings, forgotten):
+def test_the_first_to_ask_does_not_matter(environment, forgotten):
     expected = answers()
     for probe in PROBES:
         getattr(probe, "cache_clear", lambda: None)()
-    with surroundings():
+    with environment():
         found = answers()
     assert found == expected
     assert answers() == expected

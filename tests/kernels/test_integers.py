@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from fewbits import QuantSpec
 from fewbits.kernels import features, integers
-from fewbits.kernels.forms import Words
 from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm
 from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.testing.kernel_setup import any_codes, as_dynamic, exact, generator
 from kernels.kernel_cases import BY_NAME, INT8, any_words, exactly, linear, normal, quantized, with_codes
 
@@ -48,7 +48,7 @@ def weight_at_ends(spec, inputs):
 
 def sums(words, codes):
     """In 64-bit integers."""
-    return codes @ words.steps().long().t()
+    return codes @ words.centered_codes().long().t()
 
 
 def with_static_scale(words):
@@ -221,4 +221,4 @@ def test_zero_points_and_sums_cannot_overflow_together():
 def test_zero_points_are_not_for_groups():
     spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
     assert GROUPED.supports(any_words(spec, 64, 64)) == "it has no zero points"
-    assert isinstance(any_words(spec, 64, 64), Words)
+    assert isinstance(any_words(spec, 64, 64), PackedInt32)

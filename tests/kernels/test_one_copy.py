@@ -16,7 +16,7 @@ from torch import nn
 import fewbits
 from fewbits import QuantSpec
 from fewbits.kernels import features
-from fewbits.kernels.forms import Tiles
+from fewbits.kernels.weight_layouts import Int4Tiles
 from fewbits.numerics.tensor import same_bits
 from kernels.kernel_cases import INT4, INT8, Of, exactly, linear, noise_db, normal, quantized
 
@@ -123,13 +123,13 @@ def test_copies_and_pickles(module, state, compute):
         "pickle": pickle.loads(pickle.dumps(module)),
         "torch.save": torch.load(buffer, weights_only=False),
     }
-    for how, other in made.items():
-        assert alike(other.state_dict(), state), how
+    for storage_spec, other in made.items():
+        assert alike(other.state_dict(), state), storage_spec
         assert other.weight_stored.compute == compute
         assert type(other.weight_stored.form()) is type(module.weight_stored.form())
         with torch.no_grad():
             for rows in (1, 40):
-                assert torch.equal(other(normal(rows, SHAPE[1])), module(normal(rows, SHAPE[1]))), how
+                assert torch.equal(other(normal(rows, SHAPE[1])), module(normal(rows, SHAPE[1]))), storage_spec
 
 
 def test_a_pickle_holds_the_canonical_form_alone(module):
@@ -143,7 +143,7 @@ def test_a_pickle_takes_the_form_that_suits_the_cpu_that_reads_it(monkeypatch):
         monkeypatch.setattr(features, "tile_width", lambda width=width: width)
         other = pickle.loads(data)
         form = other.weight_stored.form()
-        assert isinstance(form, Tiles)
+        assert isinstance(form, Int4Tiles)
         assert form.width == width
         assert alike(other.state_dict(), state)
     monkeypatch.setattr(features, "tile_width", lambda: None)

@@ -11,7 +11,7 @@ import fewbits
 from fewbits import QuantSpec
 from fewbits.kernels import features, ops
 from fewbits.kernels.choose import KERNELS
-from fewbits.kernels.forms import Bytes, Tiles, Words
+from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, PackedInt32
 from fewbits.testing.kernel_setup import exact
 from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
 
@@ -29,7 +29,7 @@ SPECS = [
 
 def forms_of(words):
     """The weight in every form that can hold it."""
-    yield from (form.of(words) for form in (Words, Bytes, Tiles) if form.refuses(words) is None)
+    yield from (form.of(words) for form in (PackedInt32, Int8Rows, Int4Tiles) if form.refuses(words) is None)
 
 
 def arguments(form, compute="auto"):
@@ -71,10 +71,13 @@ def test_the_operation_has_the_bits_of_the_layer(spec):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows in (1, 20, 200):
             x = normal(rows, 130, dtype=dtype)
-            found = torch.ops.fewbits.linear(x, stored.laid().tensors, stored.laid().description)
+            found = torch.ops.fewbits.linear(x, stored.prepared().tensors, stored.prepared().description)
             assert found.dtype == torch.float32
             assert torch.equal(found.to(dtype), module(x))
-    assert torch.ops.fewbits.linear(normal(0, 130), stored.laid().tensors, stored.laid().description).shape == (0, 100)
+    assert torch.ops.fewbits.linear(normal(0, 130), stored.prepared().tensors, stored.prepared().description).shape == (
+        0,
+        100,
+    )
 
 
 @pytest.mark.parametrize("names", [["int4pack_mm"], ["tile_blocks"], []], ids=str)
@@ -90,7 +93,7 @@ def test_the_operation_chooses_from_the_kernels_that_the_layer_has(names):
 
 
 def test_a_description_is_plain_text_without_the_weight():
-    form = Bytes.of(any_words(INT8, 100, 130))
+    form = Int8Rows.of(any_words(INT8, 100, 130))
     fields = json.loads(ops.describe(form, "auto", KERNELS))
     assert fields["form"] == "bytes"
     assert fields["tensors"] == ["signed", "scale"]
@@ -105,7 +108,7 @@ def test_tiles_of_another_instruction_set_are_computed_right(symmetric, monkeypa
     words, x = any_words(attrs.evolve(INT4, symmetric=symmetric), 130, 192), normal(200, 192)
     for width in features.WIDTHS:
         monkeypatch.setattr(features, "tile_width", lambda width=width: width)
-        form = Tiles.of(words)
+        form = Int4Tiles.of(words)
         assert form.width == width
         monkeypatch.setattr(features, "tile_width", lambda: own)
         for rows in (1, 3, 200):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError
+from fewbits.errors import ArgumentError
 from fewbits.kernels.choose import KERNELS
-from fewbits.kernels.forms import Words
+from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.numerics.tensor import same_bits
 from kernels.kernel_cases import BY_NAME, INT4, INT8, Of, exactly, linear, normal, quantized
 
@@ -93,7 +93,7 @@ def test_without_kernels_there_is_the_reference():
     module = quantized(linear(64, 64), INT8)
     fewbits.set_compute(module, "auto", [])
     assert not module.weight_stored.kernels
-    assert isinstance(module.weight_stored.form(), Words)
+    assert isinstance(module.weight_stored.form(), PackedInt32)
     with torch.no_grad():
         assert torch.equal(module(normal(3, 64)), exactly(module)(normal(3, 64)))
 

@@ -587,7 +587,7 @@ def test_a_model_on_the_meta_device_is_refused_with_a_reason(make):
 def test_two_tensors_that_would_have_one_name_are_refused_in_prepare():
     source = Bare()
     source.matrix_scale = nn.Parameter(torch.ones(8))
-    with pytest.raises(fewbits.FormatError, match="matrix_scale"):
+    with pytest.raises(fewbits.errors.FormatError, match="matrix_scale"):
         EVERYTHING["int8"]().prepare(source)
 
 

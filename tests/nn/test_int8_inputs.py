@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError
+from fewbits.errors import ArgumentError
 from fewbits.kernels import features
 from lifecycle_helpers import FEWER_EXAMPLES, small
 from nn.cases import same_bits

@@ -452,5 +452,5 @@ def test_a_file_does_not_fill_a_lazy_module(tmp_path):
     quantizer.prepare(nn.Linear(6, 4))
     quantizer.convert()
     quantizer.save(tmp_path / "saved.safetensors")
-    with pytest.raises(fewbits.MismatchError, match="weight is not initialized in the model"):
+    with pytest.raises(fewbits.errors.MismatchError, match="weight is not initialized in the model"):
         fewbits.load(tmp_path / "saved.safetensors", into=quietly(lambda: nn.LazyLinear(4)))

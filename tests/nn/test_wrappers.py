@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, MismatchError, SourceError
+from fewbits.errors import ArgumentError, MismatchError, SourceError
 from lifecycle_helpers import mlp, quantize_small
 
 X = torch.linspace(-1, 1, 32).reshape(2, 16)

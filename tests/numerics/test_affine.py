@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewbits import NumericsError, QuantSpec, RangeError
+from fewbits import QuantSpec
+from fewbits.errors import NumericsError, RangeError
 from fewbits.numerics.affine import check_params, choose_params, decode, encode, error_bound, extremes
 from fewbits.numerics.dtypes import compute_dtype
 from strategies import FLOATS, fractions, numbers, per_element, problems, rounded, specs, ulp

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbits import Layout, NonFiniteError, QuantSpec
+from fewbits import QuantSpec
+from fewbits.errors import NonFiniteError
+from fewbits.extend import Layout
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import BLOCK_ELEMENTS
 from fewbits.numerics.quantize import cast, check_finite, quantize

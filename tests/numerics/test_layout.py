@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fewbits import ArgumentError, Layout, WeightMatrix
+from fewbits.errors import ArgumentError
+from fewbits.extend import Layout, WeightMatrix
 from fewbits.nn.layouts import layout_of
 from strategies import as_matrix, layouts, problems, shapes
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, Layout, MinMaxObserver, NumericsError, QuantSpec, RangeError, measure
+from fewbits import MinMaxObserver, QuantSpec, measure
+from fewbits.errors import ArgumentError, NumericsError, RangeError
+from fewbits.extend import Layout
 from fewbits.numerics.affine import choose_params, clipped, decode, encode, error_bound
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.quantize import quantize

@@ -9,7 +9,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewbits import ArgumentError, Layout, Measurement, QuantSpec, measure
+from fewbits import Measurement, QuantSpec, measure
+from fewbits.errors import ArgumentError
+from fewbits.extend import Layout
 from fewbits.numerics.layout import block_rows
 from fewbits.numerics.metrics import Tally, pooled_sqnr_db, sqnr_db, unit_of
 from fewbits.numerics.quantize import cast, quantize

@@ -10,7 +10,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from fewbits import Layout, MinMaxObserver, NonFiniteError, NumericsError, QuantSpec, RangeError, WeightMatrix, measure
+from fewbits import MinMaxObserver, QuantSpec, measure
+from fewbits.errors import NonFiniteError, NumericsError, RangeError
+from fewbits.extend import Layout, WeightMatrix
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.quantize import cast, quantize
 from strategies import (

@@ -110,13 +110,13 @@ def test_tensors_of_no_or_one_element_are_dequantized(shape, found):
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (math.nan, fewbits.NonFiniteError, "scale 1 is nan"),
-        (math.inf, fewbits.NonFiniteError, "scale 1 is inf"),
-        (-math.inf, fewbits.NonFiniteError, "scale 1 is -inf"),
-        (-0.5, fewbits.NumericsError, r"scale 1 is -0\.5"),
-        (0.0, fewbits.NumericsError, r"the scale of the element at index \(2, 1\) is 0"),
-        (-0.0, fewbits.NumericsError, r"the scale of the element at index \(2, 1\) is 0"),
-        (1e38, fewbits.RangeError, r"the element at index \(2, 1\) is 448, times its scale beyond"),
+        (math.nan, fewbits.errors.NonFiniteError, "scale 1 is nan"),
+        (math.inf, fewbits.errors.NonFiniteError, "scale 1 is inf"),
+        (-math.inf, fewbits.errors.NonFiniteError, "scale 1 is -inf"),
+        (-0.5, fewbits.errors.NumericsError, r"scale 1 is -0\.5"),
+        (0.0, fewbits.errors.NumericsError, r"the scale of the element at index \(2, 1\) is 0"),
+        (-0.0, fewbits.errors.NumericsError, r"the scale of the element at index \(2, 1\) is 0"),
+        (1e38, fewbits.errors.RangeError, r"the element at index \(2, 1\) is 448, times its scale beyond"),
     ],
 )
 @pytest.mark.parametrize("piece", [2, 1 << 18])
@@ -142,7 +142,7 @@ def test_a_scale_of_zero_is_right_where_all_codes_are():
 def test_a_code_that_is_no_number_is_named(dtype, code, value, piece):
     weight = torch.ones(2, 3, 5).to(dtype)
     weight.view(torch.uint8)[1, 2, 3] = code
-    with pytest.raises(fewbits.NonFiniteError, match=rf"index \(1, 2, 3\) is {value}"):
+    with pytest.raises(fewbits.errors.NonFiniteError, match=rf"index \(1, 2, 3\) is {value}"):
         part(weight, torch.ones(()), ScaleGrid.fit((2, 3, 5), (), []), piece=piece)
 
 

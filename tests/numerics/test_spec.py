@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits import ArgumentError, CastSpec, QuantSpec
+from fewbits import CastSpec, QuantSpec
+from fewbits.errors import ArgumentError
 from fewbits.numerics.spec import spec_from_dict
 from strategies import FLOATS, specs
 

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits import FormatError, Layout, NumericsError, QuantizedTensor, QuantSpec
+from fewbits import QuantizedTensor, QuantSpec
+from fewbits.errors import FormatError, NumericsError
+from fewbits.extend import Layout
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import part_shapes
 from strategies import FLOATS, per_element, problems

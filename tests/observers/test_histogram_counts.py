@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewbits import CalibrationError
+from fewbits.errors import CalibrationError
 from fewbits.observers.histogram_counts import HistogramCounts
 from strategies import FLOATS, contents, shapes
 

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits import ArgumentError, CalibrationError, MinMaxObserver, Observer, QuantSpec, RangeError
+from fewbits import MinMaxObserver, QuantSpec
+from fewbits.errors import ArgumentError, CalibrationError, RangeError
+from fewbits.extend import Observer
 from fewbits.numerics.affine import choose_params, decode, encode
 from fewbits.numerics.spec import INPUT_SPEC
 from fewbits.observers import OBSERVERS

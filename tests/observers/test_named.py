@@ -5,16 +5,8 @@ import pytest
 import torch
 
 import fewbits
-from fewbits import (
-    ArgumentError,
-    FP16Cast,
-    Int4Grouped,
-    Int8PerChannel,
-    Int8PerTensor,
-    MinMaxObserver,
-    PercentileObserver,
-    QuantSpec,
-)
+from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, MinMaxObserver, PercentileObserver, QuantSpec
+from fewbits.errors import ArgumentError
 from fewbits.observers import OBSERVERS
 from lifecycle_helpers import mlp, small
 

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from fewbits import MinMaxObserver, QuantSpec, RangeError, WeightMatrix
+from fewbits import MinMaxObserver, QuantSpec
+from fewbits.errors import RangeError
+from fewbits.extend import WeightMatrix
 from fewbits.numerics.affine import choose_params, decode, encode, extremes
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import block_rows
@@ -228,8 +230,8 @@ def test_a_scale_is_fitted_to_its_codes():
     spec = QuantSpec(bits=4, granularity="channel", scale_dtype=torch.float64)
     rows = torch.tensor([[7.1, 6.9, 6.95, 7.05, 1.02]], dtype=torch.float64)
     codes = torch.tensor([7.0, 7.0, 7.0, 7.0, 1.0], dtype=torch.float64)
-    fitted = (rows @ codes / codes.square().sum()).item()
-    assert MSEObserver(steps=2).observe_weight(rows, spec)[0].item() == pytest.approx(fitted, rel=1e-12)
+    refitted = (rows @ codes / codes.square().sum()).item()
+    assert MSEObserver(steps=2).observe_weight(rows, spec)[0].item() == pytest.approx(refitted, rel=1e-12)
 
 
 def test_blocks_of_a_whole_tensor_are_added_up():

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 import fewbits
-from fewbits import ArgumentError
-from fewbits.quantizers.budget import Budget, Demand, settle
+from fewbits.conversion.budget import Budget, Demand, settle
+from fewbits.errors import ArgumentError
 from fp8 import codes, scales
 from lifecycle_helpers import quantize_small
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import fewbits
 from checkpoints import write_shards
+from fewbits.conversion.pool import in_order
+from fewbits.errors import CheckpointError, FormatError
 from fewbits.numerics.metrics import Tally
-from fewbits.quantizers.pool import in_order
 from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize_small, small, visible
 
 
@@ -140,15 +141,15 @@ def of_ours(folder):
 
 
 BAD = {
-    "one name in two files": (lambda f: more(f, **{"a.weight": torch.ones(2)}), fewbits.FormatError,
+    "one name in two files": (lambda f: more(f, **{"a.weight": torch.ones(2)}), fewbits.errors.FormatError,
                               r"a\.weight in more than one"),
-    "a name in no file": (expect_lost, fewbits.FormatError, r"names lost\.weight, which none"),
-    "a quantized shard": (of_ours, fewbits.SourceError, "00002-of-00003.safetensors was written by fewbits"),
-    "scales of another tool": (lambda f: more(f, **{"a.weight_scale_inv": torch.ones(2)}), fewbits.SourceError,
+    "a name in no file": (expect_lost, fewbits.errors.FormatError, r"names lost\.weight, which none"),
+    "a quantized shard": (of_ours, fewbits.errors.SourceError, "00002-of-00003.safetensors was written by fewbits"),
+    "scales of another tool": (lambda f: more(f, **{"a.weight_scale_inv": torch.ones(2)}), fewbits.errors.SourceError,
                                r"a\.weight .* quantized already"),
-    "a shard that is missing": (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), fewbits.CheckpointError,
+    "a shard that is missing": (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), CheckpointError,
                                 "missing: model-00002"),
-    "a shard that is none": (lambda f: (f / "model-00002-of-00003.safetensors").write_text("x"), fewbits.FormatError,
+    "a shard that is none": (lambda f: (f / "model-00002-of-00003.safetensors").write_text("x"), FormatError,
                              "00002-of-00003.safetensors is text, which holds no tensors"),
 }  # fmt: skip
 
@@ -173,7 +174,7 @@ def test_a_bad_number_in_any_chunk_is_named_by_its_place_in_the_tensor(tmp_path,
     safetensors.torch.save_file({"m.weight": weight}, tmp_path / "in")
     for source in (tmp_path / "in", {"m.weight": weight}):
         output = {"output": tmp_path / "out"} if source == tmp_path / "in" else {}
-        with pytest.raises(fewbits.NonFiniteError, match=r"m\.weight.*index \(4, 31, 7\)"):
+        with pytest.raises(fewbits.errors.NonFiniteError, match=r"m\.weight.*index \(4, 31, 7\)"):
             quantize_small(source, scheme, **output)
     assert not (tmp_path / "out").exists()
 
@@ -184,7 +185,7 @@ def test_a_number_that_a_cast_cannot_hold_is_named_by_its_place(tmp_path, monkey
     weight = torch.rand(70, 20)
     weight[61, 3] = 1e6
     safetensors.torch.save_file({"m.weight": weight}, tmp_path / "in")
-    with pytest.raises(fewbits.RangeError, match=r"m\.weight.*index \(61, 3\) is 1e\+06"):
+    with pytest.raises(fewbits.errors.RangeError, match=r"m\.weight.*index \(61, 3\) is 1e\+06"):
         quantize_small(tmp_path / "in", "fp16", output=tmp_path / "out")
 
 
@@ -194,7 +195,7 @@ def test_a_scale_that_no_dtype_can_hold_is_refused_in_any_chunk(tmp_path, monkey
     weight = torch.rand(70, 20)
     weight[61, 3] = 1e38
     safetensors.torch.save_file({"m.weight": weight}, tmp_path / "in")
-    with pytest.raises(fewbits.RangeError, match=r"m\.weight, shape \(70, 20\).*scale"):
+    with pytest.raises(fewbits.errors.RangeError, match=r"m\.weight, shape \(70, 20\).*scale"):
         quantize_small(tmp_path / "in", "int8", scale_dtype="float16", output=tmp_path / "out")
 
 
@@ -204,11 +205,11 @@ def test_a_source_that_changes_meanwhile_leaves_nothing_that_could_be_gone_on_wi
             path = folder / "model-00003-of-00003.safetensors"
             path.write_bytes(path.read_bytes())
 
-    with pytest.raises(fewbits.CheckpointError, match="has changed since it was opened"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="has changed since it was opened"):
         quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", threads=1), progress=change)
     assert visible(tmp_path) == ["model"]
     with pytest.raises(
-        fewbits.ArgumentError, match=r"source: model-00003-of-00003\.safetensors \(time of change\) changed"
+        fewbits.errors.ArgumentError, match=r"source: model-00003-of-00003\.safetensors \(time of change\) changed"
     ):
         quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", resume=True))
     quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", replace=True))
@@ -244,12 +245,12 @@ def test_of_tensors_that_are_through_no_sums_are_held(tmp_path):
 @pytest.mark.parametrize("name", ["out.pt", "out.BIN", "out.gguf"])
 def test_a_file_is_not_given_a_name_of_another_kind(sources, tmp_path, name):
     with pytest.raises(
-        fewbits.ArgumentError, match=r"what is written is a \.safetensors file: call it out\.safetensors"
+        fewbits.errors.ArgumentError, match=r"what is written is a \.safetensors file: call it out\.safetensors"
     ):
         quantize_small(sources["one"], "int8", output=tmp_path / name)
-    with pytest.raises(fewbits.ArgumentError, match=r"call it out\.safetensors"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"call it out\.safetensors"):
         fewbits.plan(sources["one"], "int8", output=tmp_path / name)
-    with pytest.raises(fewbits.ArgumentError, match=r"call it out\.safetensors"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"call it out\.safetensors"):
         quantize_small({"weight": torch.randn(4, 256)}, "int8").save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -264,7 +265,7 @@ def test_any_other_name_will_do_and_so_does_every_name_for_another_format(source
 def test_a_directory_that_exists_is_replaced_only_if_asked(folder, tmp_path):
     quantize_small(folder, "int8", output=tmp_path / "out")
     before = files_in(tmp_path / "out")
-    with pytest.raises(fewbits.ArgumentError, match="a directory with files in it"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="a directory with files in it"):
         quantize_small(folder, "int4", output=tmp_path / "out")
     assert files_in(tmp_path / "out") == before
     quantize_small(folder, "int4", output=fewbits.Output(tmp_path / "out", replace=True))
@@ -275,14 +276,16 @@ def test_a_directory_that_exists_is_replaced_only_if_asked(folder, tmp_path):
 def test_a_directory_is_not_given_the_name_of_a_file(folder, sources, tmp_path):
     for call in (fewbits.plan, quantize_small):
         with pytest.raises(
-            fewbits.ArgumentError, match=r"out\.safetensors is the name of .*directory, such as .*/out$"
+            fewbits.errors.ArgumentError, match=r"out\.safetensors is the name of .*directory, such as .*/out$"
         ):
             call(folder, "int8", output=tmp_path / "out.safetensors")
-    with pytest.raises(fewbits.ArgumentError, match="is the name of"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="is the name of"):
         quantize_small({"a": torch.randn(32, 32)}, "int8").save(tmp_path / "out.bin", max_shard_size="1GB")
     (tmp_path / "one").mkdir()
     shutil.copy(sources["one"], tmp_path / "one" / "model.safetensors")
-    with pytest.raises(fewbits.ArgumentError, match=r"for a file alone, give .*one/model\.safetensors as the source"):
+    with pytest.raises(
+        fewbits.errors.ArgumentError, match=r"for a file alone, give .*one/model\.safetensors as the source"
+    ):
         quantize_small(tmp_path / "one", "int8", output=tmp_path / "out.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "one"}
 
@@ -298,12 +301,12 @@ def test_a_directory_that_is_missing_above_the_output_is_named_before_any_work_i
 
     said = rf"cannot be written: the directory {tmp_path / 'no'} {missing}"
     result = quantize_small({"a": torch.randn(32, 32)}, "int8")
-    with pytest.raises(fewbits.CheckpointError, match=said):
+    with pytest.raises(fewbits.errors.CheckpointError, match=said):
         quantize_small(folder, "int8", output=tmp_path / "no" / "out", progress=never)
-    with pytest.raises(fewbits.CheckpointError, match=said):
+    with pytest.raises(fewbits.errors.CheckpointError, match=said):
         fewbits.plan(folder, "int8", output=tmp_path / "no" / "out")
     for shard_size in (None, "1GB"):
-        with pytest.raises(fewbits.CheckpointError, match=said):
+        with pytest.raises(fewbits.errors.CheckpointError, match=said):
             result.save(tmp_path / "no" / "out", max_shard_size=shard_size)
     assert files_in(tmp_path) == before
 
@@ -320,9 +323,9 @@ def test_a_link_is_replaced_by_no_directory_unless_asked_and_stays_a_link(folder
     LINKS[link](tmp_path / "target")
     (tmp_path / "out").symlink_to(tmp_path / "target")
     before = files_in(tmp_path)
-    with pytest.raises(fewbits.ArgumentError, match=r"out is a link to .*target"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"out is a link to .*target"):
         quantize_small(folder, "int8", output=tmp_path / "out")
-    with pytest.raises(fewbits.ArgumentError, match=r"out is a link to .*target"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"out is a link to .*target"):
         quantize_small({"a": torch.randn(32, 32)}, "int8").save(tmp_path / "out", max_shard_size="1GB")
     assert files_in(tmp_path) == before
     quantize_small(folder, "int8", output=fewbits.Output(tmp_path / "out", replace=True))
@@ -363,7 +366,7 @@ def test_the_source_is_never_replaced_nor_written_into(folder, tmp_path, given, 
     places = [folder, tmp_path, tmp_path / "by another name", file]
     for place in [*places, folder / "out", folder / INDEX] if given != "file" else places:
         for read in (fewbits.plan, fewbits.quantize):
-            with pytest.raises(fewbits.ArgumentError):
+            with pytest.raises(fewbits.errors.ArgumentError):
                 read(source, "int8", output=fewbits.Output(place, replace=True, max_shard_size=shard_size))
     assert files_in(tmp_path) == before
 
@@ -373,7 +376,7 @@ def test_what_appears_at_the_output_meanwhile_is_not_removed(folder, tmp_path):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "theirs").write_text("precious")
 
-    with pytest.raises(fewbits.CheckpointError, match="out cannot be written"):
+    with pytest.raises(fewbits.errors.CheckpointError, match="out cannot be written"):
         quantize_small(folder, "int8", output=tmp_path / "out", progress=intrude)
     assert files_in(tmp_path / "out") == {"theirs": b"precious"}
     (tmp_path / "out" / "theirs").rename(tmp_path / "theirs")
@@ -405,7 +408,7 @@ def test_an_error_names_the_output_and_not_the_name_it_has_meanwhile(folder, tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fewbits.checkpoint.safetensors._SafetensorsWriter._put", full)
-    with pytest.raises(fewbits.CheckpointError, match=r"/out/model\.safetensors.*No space left") as refused:
+    with pytest.raises(fewbits.errors.CheckpointError, match=r"/out/model\.safetensors.*No space left") as refused:
         quantize_small(folder, "int8", output=tmp_path / "out")
     assert ".tmp" not in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
@@ -423,7 +426,7 @@ def test_what_was_damaged_since_is_not_saved_again_as_sound(folder, tmp_path, da
         data = bytearray(file.read_bytes())
         data[-100] ^= 1
         file.write_bytes(data)
-    with pytest.raises(fewbits.CheckpointError, match=r"not what convert|not the bytes"):
+    with pytest.raises(fewbits.errors.CheckpointError, match=r"not what convert|not the bytes"):
         quantizer.save(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -457,7 +460,7 @@ def test_what_an_observer_chooses_for_chunks_is_checked(tmp_path, monkeypatch, c
     monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 100)
     safetensors.torch.save_file({"m.weight": torch.rand(90, 30)}, tmp_path / "in")
-    with pytest.raises(fewbits.NumericsError, match=r"m\.weight, shape \(90, 30\)"):
+    with pytest.raises(fewbits.errors.NumericsError, match=r"m\.weight, shape \(90, 30\)"):
         fewbits.quantize(tmp_path / "in", small(fewbits.Int8PerTensor, observer=Odd()), output=tmp_path / "out")
 
 
@@ -466,7 +469,7 @@ def test_an_index_that_contradicts_its_files_is_refused(folder, tmp_path):
     first, second = sorted(index["weight_map"])[:2]
     index["weight_map"][first] = index["weight_map"][second]
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(fewbits.FormatError, match=r"says that .* is in model-0000.*; it is in another file"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"says that .* is in model-0000.*; it is in another file"):
         quantize_small(folder, "int8", output=tmp_path / "out")
 
 
@@ -475,13 +478,13 @@ def test_one_file_of_several_without_an_index_is_not_taken_for_all(folder):
                  "consolidated.safetensors", "pytorch_model.bin.index.json"):  # fmt: skip
         (folder / name).unlink()
     for read in (lambda: fewbits.plan(folder, "int8"), lambda: fewbits.load(folder)):
-        with pytest.raises(fewbits.FormatError, match=r"model-00002-of-00003\.safetensors and no index"):
+        with pytest.raises(fewbits.errors.FormatError, match=r"model-00002-of-00003\.safetensors and no index"):
             read()
 
 
 @pytest.mark.parametrize("options", [{"threads": 0}, {"threads": "2"}, {"threads": True}, {"max_shard_size": "many"}])
 def test_an_output_that_makes_no_sense_is_refused(tmp_path, options):
-    with pytest.raises(fewbits.ArgumentError, match=next(iter(options))):
+    with pytest.raises(fewbits.errors.ArgumentError, match=next(iter(options))):
         fewbits.Output(tmp_path, **options)
 
 

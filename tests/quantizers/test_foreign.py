@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fewbits
-from fewbits import SourceError
+from fewbits.errors import SourceError
 from fp8 import codes, scales
 from lifecycle_helpers import quantize_small
 

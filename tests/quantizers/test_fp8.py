@@ -14,9 +14,9 @@ from torch import nn
 
 import fewbits
 from checkpoints import forged_ledger, write_shards
-from fewbits import SourceError
 from fewbits.checkpoint.shards import plan_shards
-from fewbits.quantizers.budget import Budget, Demand
+from fewbits.conversion.budget import Budget, Demand
+from fewbits.errors import SourceError
 from fp8 import codes, expected, scale_shape, scales
 from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small, snapshot
 from test_reader import ROOT, read
@@ -166,7 +166,7 @@ def test_in_place_a_failure_on_the_way_leaves_weights_with_their_scales_or_witho
     tensors = {**blocks("a.weight", 200, 130), "b.weight": torch.full((8, 8), math.nan), **blocks("c.weight", 130, 200)}
     quantizer = small()
     quantizer.prepare(tensors, inplace=True)
-    with pytest.raises(fewbits.NonFiniteError, match=r"b\.weight"):
+    with pytest.raises(fewbits.errors.NonFiniteError, match=r"b\.weight"):
         quantizer.convert()
     assert tensors.keys() == {"a.weight", "b.weight", "c.weight", "c.weight_scale_inv"}
     assert isinstance(tensors["a.weight"], fewbits.QuantizedTensor)
@@ -277,7 +277,7 @@ def test_the_scale_of_the_source_and_that_of_the_result_may_have_one_name(tmp_pa
     assert set(safetensors.torch.load_file(tmp_path / "out")) == {"l.weight_packed", "l.weight_scale", "l.weight_shape"}
     assert list(fewbits.load(tmp_path / "out")) == ["l.weight"]
     assert list(read(tmp_path / "out")) == ["l.weight"]
-    with pytest.raises(fewbits.ArgumentError, match=r"l\.weight_scale is not in .*merged into l\.weight"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"l\.weight_scale is not in .*merged into l\.weight"):
         fewbits.checkpoint.reading.Checkpoint(tmp_path / "out").value("l.weight_scale")
 
 
@@ -372,7 +372,7 @@ def test_a_bad_scale_is_an_error_that_names_it_and_leaves_nothing(tmp_path, bad,
     tensors["a.weight_scale_inv"][2, 1] = bad
     safetensors.torch.save_file(tensors, tmp_path / "in")
     for source, output in ((tensors, {}), (tmp_path / "in", {"output": tmp_path / "out"})):
-        with pytest.raises(fewbits.NumericsError, match=r"a\.weight .*, with a\.weight_scale_inv .*: "):
+        with pytest.raises(fewbits.errors.NumericsError, match=r"a\.weight .*, with a\.weight_scale_inv .*: "):
             quantize_small(source, "int8", exclude=exclude, **output)
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
@@ -385,7 +385,7 @@ def test_a_code_that_is_no_number_is_named_by_its_place(tmp_path, monkeypatch, e
     tensors["a.weight"].view(torch.uint8)[47, 131] = 0xFF
     safetensors.torch.save_file(tensors, tmp_path / "in")
     for source, output in ((tensors, {}), (tmp_path / "in", {"output": tmp_path / "out"})):
-        with pytest.raises(fewbits.NonFiniteError, match=r"a\.weight .*index \(47, 131\) is nan"):
+        with pytest.raises(fewbits.errors.NonFiniteError, match=r"a\.weight .*index \(47, 131\) is nan"):
             quantize_small(source, "int8", exclude=exclude, **output)
 
 
@@ -447,7 +447,7 @@ def test_verify_finds_another_weight_and_another_scale(sources, tmp_path):
 def test_a_ledger_that_contradicts_itself_is_refused(tmp_path, edit):
     quantize_small(one_scale("l.weight", 30, 20) | {"o.weight": torch.rand(8, 8)}, "int8").save(tmp_path / "out")
     (tmp_path / "out").write_bytes(forged_ledger((tmp_path / "out").read_bytes(), edit))
-    with pytest.raises(fewbits.FormatError):
+    with pytest.raises(fewbits.errors.FormatError):
         fewbits.load(tmp_path / "out")
 
 
@@ -534,7 +534,7 @@ def test_scales_of_known_blocks_do_not_pass_for_those_of_stated_ones(tmp_path):
 )
 def test_a_configuration_that_cannot_be_read_is_refused_where_weights_are_fp8(tmp_path, config, message):
     folder = with_config(tmp_path / "in", config)
-    with pytest.raises(fewbits.FormatError, match=message):
+    with pytest.raises(fewbits.errors.FormatError, match=message):
         fewbits.plan(folder, "int8")
 
 

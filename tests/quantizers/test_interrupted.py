@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import NonFiniteError, QuantizedTensor, SourceError
+from fewbits import QuantizedTensor
+from fewbits.errors import NonFiniteError, SourceError
 from lifecycle_helpers import FEWER_EXAMPLES, TiedLM, hook_count, mlp, named_tensors, quantize_small, small, snapshot
 
 MODELS = {"mlp": lambda: mlp(), "tied": lambda: TiedLM(), "mapping": lambda: mlp().state_dict()}

@@ -8,22 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits import (
-    ArgumentError,
-    CalibrationError,
-    FP16Cast,
-    Int8PerChannel,
-    LayerSelector,
-    MinMaxObserver,
-    NonFiniteError,
-    Output,
-    Quantizer,
-    QuantSpec,
-    SelectionError,
-    SourceError,
-    State,
-    StateError,
-)
+from fewbits import FP16Cast, Int8PerChannel, LayerSelector, MinMaxObserver, Output, Quantizer, QuantSpec, State
+from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError, SelectionError, SourceError, StateError
 from fewbits.quantizers.lifecycle import TRANSITIONS
 from lifecycle_helpers import (
     JsonSerializer,
@@ -105,7 +91,7 @@ NOT_PREPARABLE = [
     pytest.param({}, lambda: nn.Linear, ArgumentError, id="a class"),
     pytest.param({}, nn.ReLU, SelectionError, id="an empty model"),
     pytest.param({}, dict, SelectionError, id="an empty mapping"),
-    pytest.param({}, lambda: "nowhere.safetensors", fewbits.CheckpointError, id="a missing file"),
+    pytest.param({}, lambda: "nowhere.safetensors", fewbits.errors.CheckpointError, id="a missing file"),
     pytest.param({}, lambda: {"w": 3}, SourceError, id="a number in a mapping"),
     pytest.param({}, lambda: nn.LazyLinear(4), SourceError, id="a lazy model"),
     pytest.param({}, lambda: nn.Linear(4, 4, device="meta"), SourceError, id="a model without data"),
@@ -313,12 +299,12 @@ def _other_spec(value, weight, spec):
 
 
 def _other_layout(value, weight, spec):
-    matrix = fewbits.WeightMatrix(weight.tensor.T, fewbits.Layout.of(weight.tensor.T.shape))
+    matrix = fewbits.extend.WeightMatrix(weight.tensor.T, fewbits.extend.Layout.of(weight.tensor.T.shape))
     return ThreeBits().quantize_tensor(matrix, spec, MinMaxObserver())
 
 
 def _other_dtype(value, weight, spec):
-    matrix = fewbits.WeightMatrix(weight.tensor.double(), weight.layout)
+    matrix = fewbits.extend.WeightMatrix(weight.tensor.double(), weight.layout)
     return ThreeBits().quantize_tensor(matrix, spec, MinMaxObserver())
 
 
@@ -365,5 +351,5 @@ def test_figures_of_a_damaged_result_can_be_saved(tmp_path):
     assert not quantizer.validate(on_failure="ignore").ok
     quantizer.save(tmp_path / "damaged.safetensors")
     assert set(fewbits.load(tmp_path / "damaged.safetensors", check="header")) == set(mlp().state_dict())
-    with pytest.raises(fewbits.FormatError, match="a scale is zero, NaN or Inf, of 0"):
+    with pytest.raises(fewbits.errors.FormatError, match="a scale is zero, NaN or Inf, of 0"):
         fewbits.load(tmp_path / "damaged.safetensors")

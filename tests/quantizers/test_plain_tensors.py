@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import fewbits
-from fewbits import MismatchError, SourceError
+from fewbits.errors import MismatchError, SourceError
 from fewbits.nn.storage import View, overlaps, storage_key
 from lifecycle_helpers import as_bytes, mlp, quantize_small, small
 
@@ -191,7 +191,9 @@ def test_a_scheme_that_makes_codes_that_are_not_plain_is_refused_by_name():
 
     quantizer = Wrapping()
     quantizer.prepare({"w": torch.rand(8, 8)})
-    with pytest.raises(fewbits.NumericsError, match=r"^w.*'packed' of what Wrapping\.quantize_tensor returned is a "):
+    with pytest.raises(
+        fewbits.errors.NumericsError, match=r"^w.*'packed' of what Wrapping\.quantize_tensor returned is a "
+    ):
         quantizer.convert()
 
 

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits import CastSpec, Decision, QuantSpec, SelectionError, SourceError
+from fewbits import CastSpec, QuantSpec
+from fewbits.errors import SelectionError, SourceError
+from fewbits.extend import Decision
 from fewbits.quantizers.plan import plan
 from lifecycle_helpers import entry
 

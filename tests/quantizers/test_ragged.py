@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, Int4Grouped, Int8PerChannel, Int8PerTensor, QuantSpec, SelectionError, State
+from fewbits import Int4Grouped, Int8PerChannel, Int8PerTensor, QuantSpec, State
+from fewbits.errors import ArgumentError, SelectionError
 from lifecycle_helpers import quantize_small, small
 
 TERNARY = (-1.0, 0.0, 1.0, 2.0)

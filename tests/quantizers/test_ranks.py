@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import fewbits
 from checkpoints import write_shards
-from fewbits.quantizers.ranks import spread
+from fewbits.conversion.ranks import spread
 from lifecycle_helpers import files_in, visible
 
 sizes = st.dictionaries(st.text(max_size=8), st.integers(0, 1000), max_size=30)
@@ -51,7 +51,7 @@ def test_who_writes_what_does_not_depend_on_the_order_of_files(sizes, count, dat
 
 def test_a_process_group_is_asked_for_by_name(tmp_path):
     source = write_shards(tmp_path / "model", {"a.weight": torch.ones(32, 32)}, 1)
-    with pytest.raises(fewbits.ArgumentError, match="init_process_group"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="init_process_group"):
         fewbits.quantize(source, "int8", output=fewbits.Output(tmp_path / "out", distributed=True))
 
 

@@ -173,12 +173,12 @@ def test_until_all_is_complete_there_is_nothing_that_a_loader_takes_for_a_model(
     assert visible(tmp_path) == []
     files = workplace(tmp_path) / "files"
     for path in (tmp_path / "out", tmp_path, workplace(tmp_path), files):
-        with pytest.raises(fewbits.CheckpointError):
+        with pytest.raises(fewbits.errors.CheckpointError):
             fewbits.load(path)
     sealed = {path.stem for path in (workplace(tmp_path) / "journal").iterdir() if '"header"' in path.read_text()}
     for path in files.iterdir():
         if path.name not in sealed:
-            with pytest.raises(fewbits.FormatError):
+            with pytest.raises(fewbits.errors.FormatError):
                 fewbits.load(path)
             with pytest.raises(safetensors.SafetensorError):
                 safetensors.torch.load_file(path)
@@ -214,7 +214,7 @@ CHANGES = {
 def test_a_source_that_has_changed_is_refused(tmp_path, begun, change):
     CHANGES[change](begun)
     before = files_in(tmp_path)
-    with pytest.raises(fewbits.ArgumentError, match=re.escape(f"{change} changed")):
+    with pytest.raises(fewbits.errors.ArgumentError, match=re.escape(f"{change} changed")):
         run(begun, tmp_path / "out", resume=True)
     assert files_in(tmp_path) == before
     run(begun, tmp_path / "out", replace=True)
@@ -230,7 +230,7 @@ def test_a_source_that_has_changed_is_refused(tmp_path, begun, change):
     ],
 )
 def test_another_recipe_is_refused(tmp_path, begun, recipe, why):
-    with pytest.raises(fewbits.ArgumentError, match=f"begun with something else.*{why}"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=f"begun with something else.*{why}"):
         run(begun, tmp_path / "out", resume=True, **recipe)
 
 
@@ -251,7 +251,7 @@ def test_another_setting_of_a_scheme_is_refused(tmp_path, source, factor, alike)
     first = factor if callable(factor) else 1.0
     with pytest.raises(Stopped):
         fewbits.quantize(source, Scaled(first), output=tmp_path / "out", progress=stop_at(10))
-    refused = contextlib.nullcontext() if alike else pytest.raises(fewbits.ArgumentError, match="scheme")
+    refused = contextlib.nullcontext() if alike else pytest.raises(fewbits.errors.ArgumentError, match="scheme")
     with refused:
         fewbits.quantize(source, Scaled(factor), output=fewbits.Output(tmp_path / "out", resume=True))
 
@@ -272,13 +272,13 @@ def test_another_observer_is_refused(tmp_path, source, first, second, alike):
     if alike:
         fewbits.quantize(source, "int8", observer=second, output=again, min_elements=1)
     else:
-        with pytest.raises(fewbits.ArgumentError, match="scheme"):
+        with pytest.raises(fewbits.errors.ArgumentError, match="scheme"):
             fewbits.quantize(source, "int8", observer=second, output=again, min_elements=1)
 
 
 def test_another_release_is_refused(tmp_path, begun, monkeypatch):
-    monkeypatch.setattr("fewbits.quantizers.file_run.__version__", "99.0")
-    with pytest.raises(fewbits.ArgumentError, match=r"fewbits was .*, is 99\.0"):
+    monkeypatch.setattr("fewbits.conversion.file_run.__version__", "99.0")
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"fewbits was .*, is 99\.0"):
         run(begun, tmp_path / "out", resume=True)
 
 
@@ -298,11 +298,11 @@ def touched_at(path, stop):
 def test_a_source_that_changes_during_a_run_is_told_of_at_once_and_how_to_begin_anew(tmp_path, stop):
     source = write_shards(tmp_path / "model", checkpoint(), 2)
     progress = touched_at(source / "model-00002-of-00002.safetensors", stop)
-    with cut(10), pytest.raises((fewbits.CheckpointError, KeyboardInterrupt)) as ended:
+    with cut(10), pytest.raises((fewbits.errors.CheckpointError, KeyboardInterrupt)) as ended:
         run(source, tmp_path / "out", progress=progress)
-    assert "the run cannot be gone on with: begin anew (--force" in str(ended.value)
+    assert "the run cannot be gone on with: begin anew (--replace" in str(ended.value)
     assert "--resume" not in str(ended.value)
-    with pytest.raises(fewbits.ArgumentError, match="cannot be gone on with: source"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="cannot be gone on with: source"):
         run(source, tmp_path / "out", resume=True)
     assert run(source, tmp_path / "out", replace=True)
 
@@ -314,7 +314,7 @@ def test_a_source_that_cannot_be_read_for_a_while_leaves_a_run_that_is_gone_on_w
         if step.done > 60_000 and source.exists():
             source.rename(tmp_path / "away")
 
-    with cut(10), pytest.raises(fewbits.CheckpointError, match="what is done is kept: --resume"):
+    with cut(10), pytest.raises(fewbits.errors.CheckpointError, match="what is done is kept: --resume"):
         run(source, tmp_path / "out", progress=away)
     (tmp_path / "away").rename(source)
     (share,) = run(source, tmp_path / "out", resume=True)
@@ -333,7 +333,7 @@ def test_a_paranoid_run_reads_the_source_again(tmp_path, begun, paranoid):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     if paranoid:
         changed = f"{read} has changed since it was read, between elements 0 .* begin anew"
-        with pytest.raises(fewbits.CheckpointError, match=changed):
+        with pytest.raises(fewbits.errors.CheckpointError, match=changed):
             run(begun, tmp_path / "out", resume=True, paranoid=True)
     else:
         run(begun, tmp_path / "out", resume=True)
@@ -346,7 +346,7 @@ def test_a_paranoid_run_is_content_with_a_source_that_is_the_same(tmp_path, begu
 
 def test_what_was_begun_is_neither_lost_nor_gone_on_with_unasked(tmp_path, begun):
     before = files_in(tmp_path)
-    with pytest.raises(fewbits.ArgumentError, match=r"--resume.*--force"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"--resume.*--replace"):
         run(begun, tmp_path / "out")
     assert files_in(tmp_path) == before
     (share,) = run(begun, tmp_path / "out", replace=True)
@@ -386,7 +386,7 @@ def test_numbers_that_cannot_be_quantized_leave_nothing_to_go_on_with(tmp_path):
     tensors = checkpoint()
     tensors["wide.weight"][0, 5] = float("nan")
     source = write_shards(tmp_path / "model", tensors, 2)
-    with pytest.raises(fewbits.NonFiniteError):
+    with pytest.raises(fewbits.errors.NonFiniteError):
         run(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["model"]
 
@@ -425,7 +425,7 @@ def test_two_processes_do_not_write_the_same_result(tmp_path, source):
     try:
         assert ready.wait(60)
         for how in ({"resume": True}, {"replace": True}):
-            with pytest.raises(fewbits.CheckpointError, match="another process is at work"):
+            with pytest.raises(fewbits.errors.CheckpointError, match="another process is at work"):
                 fewbits.quantize(source, "int8", output=fewbits.Output(tmp_path / "out", **how))
     finally:
         leave.set()
@@ -461,7 +461,7 @@ def test_a_limit_that_gives_as_many_files_cut_elsewhere_is_refused(tmp_path):
             source, "int8", output=fewbits.Output(tmp_path / "out", max_shard_size=14_000), progress=stop_at(7)
         )
     again = fewbits.Output(tmp_path / "out", max_shard_size=17_700, resume=True)
-    with pytest.raises(fewbits.ArgumentError, match="files of the result changed"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="files of the result changed"):
         fewbits.quantize(source, "int8", output=again)
 
 
@@ -496,7 +496,7 @@ def _ring():
 def test_whatever_a_scheme_holds_it_can_be_run(tmp_path, source, held, alike):
     with pytest.raises(Stopped):
         fewbits.quantize(source, Attached(held()), output=tmp_path / "out", progress=stop_at(10))
-    refused = contextlib.nullcontext() if alike else pytest.raises(fewbits.ArgumentError, match="scheme")
+    refused = contextlib.nullcontext() if alike else pytest.raises(fewbits.errors.ArgumentError, match="scheme")
     with refused:
         fewbits.quantize(source, Attached(held()), output=fewbits.Output(tmp_path / "out", resume=True))
 
@@ -545,7 +545,7 @@ def test_what_no_run_has_put_there_is_neither_removed_nor_written_to(tmp_path, b
     else:
         FOREIGN_INSIDE[what](work, precious)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(fewbits.ArgumentError, match=r"out is made in .* is nothing that a run would put there"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"out is made in .* is nothing that a run would put there"):
         run(begun, tmp_path / "out", **how)
     assert precious.read_text() == "mine"
     assert sorted(tmp_path.rglob("*")) == before
@@ -554,7 +554,7 @@ def test_what_no_run_has_put_there_is_neither_removed_nor_written_to(tmp_path, b
 def test_a_source_where_the_result_is_made_is_refused(tmp_path):
     source = write_shards(_workplace_of(tmp_path / "out") / "files", checkpoint(), 1)
     before = files_in(tmp_path)
-    with pytest.raises(fewbits.ArgumentError, match="is where the result is made"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="is where the result is made"):
         run(source, tmp_path / "out")
     assert files_in(tmp_path) == before
 
@@ -587,7 +587,7 @@ def test_what_a_published_run_has_left_is_no_run_to_go_on_with(tmp_path, source,
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr("fewbits.checkpoint.workplace.remove_tree", stop)
+        patch.setattr("fewbits.conversion.staging.remove_tree", stop)
         assert run(one if single else source, target, **how) is None
     assert workplace(tmp_path)
     (share,) = run(one if single else source, target, resume=True, **how)
@@ -602,7 +602,7 @@ def test_a_file_that_cannot_be_opened_again_is_not_lost(tmp_path, begun, monkeyp
     done = nbytes(notes(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr("fewbits.checkpoint.safetensors._SafetensorsWriter._begin", full)
-        with pytest.raises(fewbits.CheckpointError, match=r"No space left.*--resume"):
+        with pytest.raises(fewbits.errors.CheckpointError, match=r"No space left.*--resume"):
             run(begun, tmp_path / "out", resume=True)
     (share,) = run(begun, tmp_path / "out", resume=True)
     assert share.resumed == done
@@ -611,7 +611,7 @@ def test_a_file_that_cannot_be_opened_again_is_not_lost(tmp_path, begun, monkeyp
 def test_a_directory_that_cannot_be_replaced_is_refused_before_anything_is_done(tmp_path, source, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: os.fspath(path) == str(tmp_path / "out"))
-    with pytest.raises(fewbits.ArgumentError, match="is where a file system is mounted"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="is where a file system is mounted"):
         run(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
 
@@ -624,7 +624,7 @@ def test_nobody_begins_anew_while_one_of_many_still_writes(tmp_path, begun):
     other = quantizer._job.run(quantizer._conversion(), quantizer.serializer, output, measuring=True, shared=True)
     other.join()
     try:
-        with pytest.raises(fewbits.CheckpointError, match="out: another process is at work"):
+        with pytest.raises(fewbits.errors.CheckpointError, match="out: another process is at work"):
             run(begun, tmp_path / "out", replace=True)
     finally:
         other.release()
@@ -644,7 +644,7 @@ def test_a_file_that_has_come_there_meanwhile_is_not_replaced_unasked(tmp_path, 
         (share,) = run(one, target, resume=True, **how)
     else:
         target.write_text("somebody's")
-        with pytest.raises(fewbits.ArgumentError, match="has come there since the run was begun"):
+        with pytest.raises(fewbits.errors.ArgumentError, match="has come there since the run was begun"):
             run(one, target, resume=True, **how)
         assert target.read_text() == "somebody's"
         (share,) = run(one, target, resume=True, replace=True, **how)
@@ -679,7 +679,7 @@ def test_a_complete_result_of_tied_tensors_in_several_files_is_recognised(tmp_pa
 
 def test_a_complete_result_in_other_files_is_refused(tmp_path, source):
     run(source, tmp_path / "out")
-    with pytest.raises(fewbits.ArgumentError, match="it has other files"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="it has other files"):
         run(source, tmp_path / "out", resume=True, max_shard_size=30_000)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import CastSpec, Int4Grouped, Int8PerChannel, LayerSelector, QuantSpec, SelectionError
+from fewbits import CastSpec, Int4Grouped, Int8PerChannel, LayerSelector, QuantSpec
+from fewbits.errors import SelectionError
 from fewbits.numerics.spec import SPECS
 from lifecycle_helpers import TiedLM, mlp, quantize_small, small
 
@@ -29,7 +30,7 @@ def matrix(rows=8, columns=96, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def settled(spec, dtype=torch.float32):
+def resolved(spec, dtype=torch.float32):
     return spec.for_dtype(dtype)
 
 
@@ -130,8 +131,8 @@ def test_an_override_changes_the_spec_of_what_it_names_alone(rule, spec, as_modu
     source = model if as_module else dict(model.state_dict())
     result = quantize_small(source, small(Int4Grouped, 32, overrides={"a": rule}))
     assert result.report.ok
-    assert (result.ledger["a.weight"].spec, result.ledger["a.weight"].reason) == (settled(spec), "override 'a'")
-    assert result.ledger["b.weight"].spec == settled(QuantSpec(bits=4, granularity="group", group_size=32))
+    assert (result.ledger["a.weight"].spec, result.ledger["a.weight"].reason) == (resolved(spec), "override 'a'")
+    assert result.ledger["b.weight"].spec == resolved(QuantSpec(bits=4, granularity="group", group_size=32))
     assert result.ledger["b.weight"].reason == "selected"
 
 
@@ -203,14 +204,14 @@ TIED = ["embed_tokens", "lm_head"]
 @pytest.mark.parametrize("scheme", [Int8PerChannel, lambda **o: Int4Grouped(16, **o)], ids=["int8", "int4"])
 def test_an_override_of_one_name_speaks_for_all_names_of_a_tensor(name, scheme):
     row = ledger_of(TiedLM(), scheme, overrides={name: "int8-tensor"})["embed_tokens.weight"]
-    assert (row.spec, row.reason) == (settled(SPECS["int8-tensor"]), f"override {name!r}")
+    assert (row.spec, row.reason) == (resolved(SPECS["int8-tensor"]), f"override {name!r}")
 
 
 @pytest.mark.parametrize("included", TIED)
 @pytest.mark.parametrize("overridden", TIED)
 def test_an_override_of_one_name_outranks_an_inclusion_of_another(included, overridden):
     ledger = ledger_of(TiedLM(), include=[included], overrides={overridden: "int8-tensor"})
-    assert ledger["embed_tokens.weight"].spec == settled(SPECS["int8-tensor"])
+    assert ledger["embed_tokens.weight"].spec == resolved(SPECS["int8-tensor"])
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -253,7 +254,7 @@ def test_declared_axes_change_the_cut_and_are_in_the_ledger(as_module, tmp_path)
     source = model if as_module else dict(model.state_dict())
     result = quantize_small(source, small(input_axes={"experts": 1}))
     declared, plain = result.ledger["experts"], result.ledger["plain"]
-    assert declared.layout == fewbits.Layout.of((3, 8, 64), inputs=(1,))
+    assert declared.layout == fewbits.extend.Layout.of((3, 8, 64), inputs=(1,))
     assert (declared.layout.matrix_shape, plain.layout.matrix_shape) == ((192, 8), (24, 64))
     assert (declared.reason, plain.reason) == ("selected", "selected; cut by its shape, which input_axes can correct")
     result.save(tmp_path / "f")
@@ -307,7 +308,7 @@ def test_axes_of_a_tensor_that_is_cast_change_nothing():
 
 
 def test_a_selector_may_decide_on_specs_and_axes():
-    class Chooses(fewbits.Selector):
+    class Chooses(fewbits.extend.Selector):
         def select(self, infos):
             keep, take = LayerSelector(overrides={"a": "keep", "b": "int4"}, input_axes={"b": 0}).select(infos)
             return [keep, attrs.evolve(take, reason="by lot")]

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import (
-    ArgumentError,
-    FP16Cast,
-    Int4Grouped,
-    Int8PerChannel,
-    Int8PerTensor,
-    QuantSpec,
-    RangeError,
-    SelectionError,
-)
+from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, QuantSpec
+from fewbits.errors import ArgumentError, RangeError, SelectionError
 from lifecycle_helpers import DTYPES, TiedLM, as_bytes, mlp, quantize_small, small
 
 ALL = [Int8PerTensor, Int8PerChannel, Int4Grouped, FP16Cast]

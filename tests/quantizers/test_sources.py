@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits import ArgumentError, QuantizedTensor, SourceError
+from fewbits import QuantizedTensor
+from fewbits.errors import ArgumentError, SourceError
 from fewbits.nn.storage import View, overlaps, storage_key
 from lifecycle_helpers import (
     TiedLM,
@@ -203,7 +204,7 @@ def test_in_place_a_mapping_lets_go_of_each_tensor_as_it_is_converted():
     source["2.weight"][3, 5] = float("nan")
     quantizer = small()
     quantizer.prepare(source, inplace=True)
-    with pytest.raises(fewbits.NonFiniteError):
+    with pytest.raises(fewbits.errors.NonFiniteError):
         quantizer.convert()
     assert isinstance(source["0.weight"], QuantizedTensor)
     source["2.weight"][3, 5] = 0
@@ -278,7 +279,7 @@ def test_a_file_is_not_overwritten_by_its_own_result(tmp_path, place, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("output", "error"), [("missing/out.safetensors", fewbits.CheckpointError), (".", ArgumentError)]
+    ("output", "error"), [("missing/out.safetensors", fewbits.errors.CheckpointError), (".", ArgumentError)]
 )
 def test_an_output_that_cannot_be_written_is_a_named_error(tmp_path, output, error):
     save_file(mlp().state_dict(), tmp_path / "in.safetensors")
@@ -295,7 +296,7 @@ def test_a_file_goes_through_as_text_or_path_and_a_damaged_one_is_named(tmp_path
     save_file(mlp().state_dict(), path)
     assert small().prepare(str(path)) == path
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(fewbits.FormatError, match=r"in\.safetensors"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"in\.safetensors"):
         small().prepare(path)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from safetensors.torch import save_file
 
-from fewbits import ArgumentError, CalibrationError, QuantizedTensor, State, StateError
+from fewbits import QuantizedTensor, State
+from fewbits.errors import ArgumentError, CalibrationError, StateError
 from fewbits.quantizers.lifecycle import guard
 from lifecycle_helpers import files_in, hook_count, mlp, named_tensors, small, snapshot
 

@@ -7,16 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits import (
-    CalibrationError,
-    Decision,
-    MinMaxObserver,
-    NumericsError,
-    Observer,
-    QuantizedTensor,
-    SelectionError,
-    Selector,
-)
+from fewbits import MinMaxObserver, QuantizedTensor
+from fewbits.errors import CalibrationError, NumericsError, SelectionError
+from fewbits.extend import Decision, Observer, Selector
 from lifecycle_helpers import (
     FEWER_EXAMPLES,
     JsonSerializer,
@@ -283,5 +276,5 @@ def test_a_serializer_that_loses_a_bit_is_found_out():
             reader.read = lambda name: read(name) ^ 1 if name == "0.weight_packed" else read(name)
             return reader
 
-    with pytest.raises(fewbits.ValidationError, match=r"0\.weight"):
+    with pytest.raises(fewbits.errors.ValidationError, match=r"0\.weight"):
         quantize_small(mlp(), "int8", serializer=Lossy())

@@ -125,7 +125,7 @@ def any_row(draw):
     )
     fate = {type(None): "kept", fewbits.QuantSpec: "quantized", fewbits.CastSpec: "cast"}[type(spec)]
     shape = tuple(draw(st.lists(st.integers(1, 10**5), min_size=2, max_size=2)))
-    layout = fewbits.Layout.of(shape) if fate == "quantized" else None
+    layout = fewbits.extend.Layout.of(shape) if fate == "quantized" else None
     return LedgerRow(draw(dotted), shape, torch.bfloat16, fate, draw(reasons), draw(sizes), draw(sizes), spec, layout)
 
 
@@ -216,15 +216,15 @@ def test_buffers_outside_the_state_dict_are_marked():
 
 def test_a_row_that_does_not_exist_is_a_named_error():
     ledger = quantize_small(nn.Linear(4, 4), "int8", validate=False).ledger
-    with pytest.raises(fewbits.ArgumentError, match=r"no tensor named 'wieght'"):
+    with pytest.raises(fewbits.errors.ArgumentError, match=r"no tensor named 'wieght'"):
         ledger["wieght"]
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 5), (0,)])
 def test_a_tensor_without_elements_is_never_quantized(shape):
     """Whatever a file says: chunks are cut by columns, and there would be none."""
-    spec, layout = fewbits.QuantSpec(8, "channel"), fewbits.Layout.of(shape)
-    with pytest.raises(fewbits.ArgumentError, match="has no elements, and is never quantized"):
+    spec, layout = fewbits.QuantSpec(8, "channel"), fewbits.extend.Layout.of(shape)
+    with pytest.raises(fewbits.errors.ArgumentError, match="has no elements, and is never quantized"):
         LedgerRow("a", shape, torch.float32, "quantized", "why", 0, 0, spec, layout)
 
 

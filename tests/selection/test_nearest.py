@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from fewbits import ArgumentError, SelectionError
+from fewbits.errors import ArgumentError, SelectionError
 from fewbits.observers import OBSERVERS
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.nearest import did_you_mean, nearest

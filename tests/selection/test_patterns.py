@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fewbits import LayerSelector, SelectionError
+from fewbits import LayerSelector
+from fewbits.errors import SelectionError
 from fewbits.selection.patterns import Pattern, check_all_used
 
 # Few letters, so that matches are frequent, and what a regular expression would read as an operator.

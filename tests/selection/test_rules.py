@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fewbits import CastSpec, LayerSelector, QuantSpec, SelectionError
+from fewbits import CastSpec, LayerSelector, QuantSpec
+from fewbits.errors import SelectionError
 from fewbits.numerics.spec import SPECS
 from fewbits.selection.rules import parse_override
 from lifecycle_helpers import entry

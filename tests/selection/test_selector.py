@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fewbits import LayerSelector, SelectionError
+from fewbits import LayerSelector
+from fewbits.errors import SelectionError
 from lifecycle_helpers import entry
 
 

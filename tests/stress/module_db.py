@@ -143,7 +143,7 @@ def main() -> int:
                 try:
                     check(info, one, dtype, settings, Path(folder))
                 except fewbits.FewbitsError as error:
-                    nothing = isinstance(error, fewbits.SelectionError) and "nothing is left" in str(error)
+                    nothing = isinstance(error, fewbits.errors.SelectionError) and "nothing is left" in str(error)
                     outcome = "nothing to quantize" if nothing else "refused"
                     if not nothing:
                         refused[f"{info.name}, {scheme}: {first_line(error)}"] += 1

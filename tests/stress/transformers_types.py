@@ -128,7 +128,7 @@ def through_files(kind: str, folder: Path) -> str:
     foreign = sorted(saved_names(folder / "float") - set(source.state_dict()))
     try:
         loaded = fewbits.load(folder / "int8", into=build(kind))
-    except fewbits.MismatchError as error:
+    except fewbits.errors.MismatchError as error:
         if foreign:
             return f"names: files have {foreign[0]}"
         return f"FAILED: {type(error).__name__}: {first_line(error)}"

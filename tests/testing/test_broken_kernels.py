@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from caught import caught, covered
 
-from fewbits import Kernel
-from fewbits.kernels.forms import Bytes, Words
+from fewbits.extend import Kernel
 from fewbits.kernels.integers import FloatSums
 from fewbits.kernels.reference import Reference
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.testing import check_kernel
 
 
@@ -41,10 +41,10 @@ class OnBytes(Kernel):
     """Right where it says that it is: a kernel need not support everything."""
 
     name = "on_bytes"
-    form = Bytes
+    form = Int8Rows
 
     def supports(self, weight):
-        return Bytes.refuses(weight)
+        return Int8Rows.refuses(weight)
 
     def takes(self, x, rows):
         return None if x.dtype == torch.float32 else f"it computes in float32, not {x.dtype}"
@@ -55,39 +55,39 @@ class OnBytes(Kernel):
 
 class WantsWords(OnBytes):
     def supports(self, weight):
-        return super().supports(weight) or (None if isinstance(weight, Words) else "it is no words")
+        return super().supports(weight) or (None if isinstance(weight, PackedInt32) else "it is no words")
 
 
 class PrepacksNothing(OnBytes):
-    def prepack(self, weight, *, over=False):
+    def prepack(self, weight, *, reuse_memory=False):
         return weight
 
 
 class NoLowestCode(OnBytes):
     """Takes -127 for -128, as symmetric int8 often does."""
 
-    def prepack(self, weight, *, over=False):
-        form = super().prepack(weight, over=over)
+    def prepack(self, weight, *, reuse_memory=False):
+        form = super().prepack(weight, reuse_memory=reuse_memory)
         return attrs.evolve(form, signed=form.signed.clamp(min=-127))
 
 
 class LosesTheScale(OnBytes):
-    def prepack(self, weight, *, over=False):
-        form = super().prepack(weight, over=over)
+    def prepack(self, weight, *, reuse_memory=False):
+        form = super().prepack(weight, reuse_memory=reuse_memory)
         return attrs.evolve(form, scale=form.scale / 2)
 
 
 class PrepacksInPlace(OnBytes):
-    def prepack(self, weight, *, over=False):
+    def prepack(self, weight, *, reuse_memory=False):
         weight.scale.mul_(2).div_(4)
-        return super().prepack(weight, over=over)
+        return super().prepack(weight, reuse_memory=reuse_memory)
 
 
 class WritesOverTooMuch(OnBytes):
     """Right unless it may write over the words."""
 
-    def prepack(self, weight, *, over=False):
-        if over:
+    def prepack(self, weight, *, reuse_memory=False):
+        if reuse_memory:
             weight.packed.zero_()
         return super().prepack(weight)
 

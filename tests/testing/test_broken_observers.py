@@ -4,7 +4,9 @@ import pytest
 import torch
 from caught import caught, covered
 
-from fewbits import CalibrationError, MinMaxObserver, Observer
+from fewbits import MinMaxObserver
+from fewbits.errors import CalibrationError
+from fewbits.extend import Observer
 from fewbits.testing import check_observer
 
 
@@ -29,7 +31,7 @@ class NoZeroPoint(Plain):
 class Refuses(Plain):
     def observe_weight(self, weight, spec):
         if weight.abs().max() > 1e3:
-            from fewbits import RangeError
+            from fewbits.errors import RangeError
 
             raise RangeError("too large for me")
         return super().observe_weight(weight, spec)

@@ -11,7 +11,9 @@ from caught import caught, covered
 from torch import Tensor
 
 import fewbits
-from fewbits import Int8PerChannel, QuantizedTensor, Quantizer, QuantSpec, RangeError, SafetensorsSerializer
+from fewbits import Int8PerChannel, QuantizedTensor, Quantizer, QuantSpec
+from fewbits.errors import RangeError
+from fewbits.extend import SafetensorsSerializer
 from fewbits.quantizers.base import Quantizer as Base
 from fewbits.sources import module as module_source
 from fewbits.testing import check_quantizer
@@ -113,7 +115,7 @@ class AnnouncesTooMuch(SafetensorsSerializer):
 
     def reader(self, path):
         reader = super().reader(path)
-        reader.entries = {**reader.entries, "surplus": fewbits.Entry((1,), torch.int8)}
+        reader.entries = {**reader.entries, "surplus": fewbits.extend.Entry((1,), torch.int8)}
         return reader
 
 

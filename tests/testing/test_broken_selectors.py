@@ -3,7 +3,8 @@
 import pytest
 from caught import caught, covered
 
-from fewbits import Decision, LayerSelector, Selector
+from fewbits import LayerSelector
+from fewbits.extend import Decision, Selector
 from fewbits.testing import check_selector
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from caught import caught, covered
 
-from fewbits import Reader, SafetensorsSerializer, Serializer, Writer
+from fewbits.extend import Reader, SafetensorsSerializer, Serializer, Writer
 from fewbits.testing import check_serializer
 from lifecycle_helpers import JsonSerializer
 

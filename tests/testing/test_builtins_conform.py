@@ -17,11 +17,11 @@ from fewbits import (
     MSEObserver,
     PercentileObserver,
     QuantSpec,
-    SafetensorsSerializer,
 )
+from fewbits.extend import SafetensorsSerializer
 from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
-from fewbits.kernels.forms import Bytes, Words
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.quantize import quantize
 from fewbits.observers import OBSERVERS
 from fewbits.quantizers.schemes import SCHEMES
@@ -78,8 +78,8 @@ KERNEL_CHECKS = [
 
 def absent(kernel):
     """What this CPU, or this torch, lacks for a kernel; None if it has it."""
-    spec = QuantSpec(bits=8 if kernel.form is Bytes else 4, granularity="channel")
-    why = kernel.supports(Words.of_value(quantize(torch.ones(64, 64), spec)))
+    spec = QuantSpec(bits=8 if kernel.form is Int8Rows else 4, granularity="channel")
+    why = kernel.supports(PackedInt32.of_value(quantize(torch.ones(64, 64), spec)))
     lacking = features.NO_TILES, features.NO_BYTES, features.INEXACT, "_int_mm is slow on a CPU without VNNI"
     return why if why in lacking else None
 

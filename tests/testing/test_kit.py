@@ -12,7 +12,8 @@ import torch
 
 import fewbits
 import fewbits.testing
-from fewbits import ArgumentError, FewbitsError, Int8PerChannel, MinMaxObserver
+from fewbits import FewbitsError, Int8PerChannel, MinMaxObserver
+from fewbits.errors import ArgumentError
 from fewbits.testing import Check, ConformanceError, check_kernel, check_observer, check_quantizer, check_selector
 from fewbits.testing.check import Contract, fail
 
@@ -43,11 +44,11 @@ def test_checks_have_names_of_their_own():
 
 def test_a_check_says_what_is_wrong_and_what_was_promised():
     def wrong():
-        fail("the scale is 0", Contract("fewbits.Observer", "not zero"))
+        fail("the scale is 0", Contract("fewbits.extend.Observer", "not zero"))
 
     with pytest.raises(ConformanceError) as caught:
         Check("some_name", "MyObserver", wrong)()
-    assert str(caught.value) == "the scale is 0\n    fewbits.Observer: 'not zero'"
+    assert str(caught.value) == "the scale is 0\n    fewbits.extend.Observer: 'not zero'"
     assert isinstance(caught.value, AssertionError)
     assert isinstance(caught.value, FewbitsError)
 

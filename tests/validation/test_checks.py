@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, ValidationError
+from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
+from fewbits.errors import ValidationError
 from fewbits.validation.checks import same_bits
 from lifecycle_helpers import TiedLM, mlp, quantize_small, read_header, small
 
@@ -49,7 +50,7 @@ def test_any_flipped_bit_of_any_code_is_found(row, column, bit):
 
 @pytest.mark.parametrize("measure", [None, True, False])
 def test_a_flipped_code_is_found_whenever_it_was_measured_before(measure):
-    quantizer, result = converted(mlp(), measure=measure)
+    quantizer, result = converted(mlp(), compare=measure)
     result[2].weight_stored.packed[1, 2] ^= 0x80
     assert_found(quantizer, "2.weight")
 

@@ -351,7 +351,7 @@ def test_an_index_that_says_otherwise_than_its_files_is_refused(tmp_path):
     weight_map = split(path, tensors, ["steps"])
     weight_map["more"] = weight_map["steps"]
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(fewbits.FormatError, match="says that more is in model-00002"):
+    with pytest.raises(fewbits.errors.FormatError, match="says that more is in model-00002"):
         fewbits.verify(path)
 
 
@@ -380,7 +380,7 @@ SCHEME = FINE.weights()
 def test_a_config_with_a_value_of_the_wrong_type_is_refused(scratch, settings, said):
     settings = [1] if settings == [] else config(FINE) | settings
     write(scratch, quantized(source(), FINE, WEIGHTS), settings)
-    with pytest.raises(fewbits.FormatError, match=said):
+    with pytest.raises(fewbits.errors.FormatError, match=said):
         fewbits.verify(scratch, source())
 
 
@@ -388,7 +388,7 @@ def test_a_config_with_a_value_of_the_wrong_type_is_refused(scratch, settings, s
 def test_a_config_that_is_no_json_object_is_refused(scratch, text):
     write(scratch, quantized(source(), FINE, WEIGHTS))
     (scratch / "config.json").write_bytes(text)
-    with pytest.raises(fewbits.FormatError, match=r"config\.json"):
+    with pytest.raises(fewbits.errors.FormatError, match=r"config\.json"):
         fewbits.verify(scratch, source())
 
 
@@ -405,7 +405,7 @@ def test_no_config_makes_it_fail_in_another_way(scratch, key, value, where):
     group = settings["config_groups"]["group_0"]
     {"weights": group["weights"], "group": group, "config": settings}[where][key] = value
     write(scratch, quantized(source(), FINE, WEIGHTS), settings)
-    with contextlib.suppress(fewbits.FormatError):
+    with contextlib.suppress(fewbits.errors.FormatError):
         assert fewbits.verify(scratch, source()).tensors
 
 
@@ -525,7 +525,7 @@ def test_a_config_that_is_a_link_to_elsewhere_is_refused(tmp_path):
     path = write(tmp_path / "model", quantized(source(), FINE, WEIGHTS))
     (tmp_path / "other.json").write_text("{}")
     (path / "config.json").symlink_to(tmp_path / "other.json")
-    with pytest.raises(fewbits.FormatError, match="outside of its directory"):
+    with pytest.raises(fewbits.errors.FormatError, match="outside of its directory"):
         fewbits.verify(path)
 
 

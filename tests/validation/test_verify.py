@@ -166,11 +166,11 @@ def test_fail_under_moves_the_line(scratch):
 @pytest.mark.parametrize("write", [lambda path: None, lambda path: safetensors.torch.save_file(untied(), path)])
 def test_what_is_not_ours_cannot_be_verified(tmp_path, write):
     write(tmp_path / "f")
-    with pytest.raises(fewbits.CheckpointError):
+    with pytest.raises(fewbits.errors.CheckpointError):
         verify(tmp_path / "f")
 
 
 def test_a_limit_that_is_no_number_is_refused(tmp_path):
     fewbits.quantize(nn.Linear(32, 32), "int8").save(tmp_path / "f")
-    with pytest.raises(fewbits.ArgumentError, match="fail_under must be a number of dB, not nan"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="fail_under must be a number of dB, not nan"):
         fewbits.verify(tmp_path / "f", fail_under=float("nan"))

@@ -72,13 +72,13 @@ class Place:
         with attached(self._parameters, weight):
             return self.device == _CPU and (not isinstance(weight, PackedWeight) or weight.stays(compute))
 
-    def put(self, value: Value, compute: Compute, *, over: bool) -> None:
+    def put(self, value: Value, compute: Compute, *, reuse_memory: bool) -> None:
         """Put a value into all slots, where they are to be and in the form that they ask for.
 
         Args:
             value: in the CPU's memory.
             compute: what layers may do to be fast.
-            over: whether nobody else has its memory.
+            reuse_memory: whether its memory may be written to, because nothing else holds it.
         """
         if self.row.spec is not None:
             weight = store(value, self.row.dtype).to(self.device)
@@ -86,7 +86,7 @@ class Place:
             for slot in self._parameters:
                 attach(slot.module, slot.local, weight)
             if self._parameters and isinstance(weight, PackedWeight):
-                weight.prepack(compute, over=over)
+                weight.prepack(compute, reuse_memory=reuse_memory)
         elif isinstance(value, Tensor):
             self._keep(value.to(self.device))
 
@@ -150,9 +150,9 @@ def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> N
     mapped = {place.row.name: checkpoint.value(place.row.name) for place in places if aliasing and not place.in_place}
     for place in places:
         if (value := mapped.pop(place.row.name, None)) is not None:
-            place.put(value, compute, over=False)
+            place.put(value, compute, reuse_memory=False)
         else:
-            place.put(checkpoint.chunk(Chunk.whole(place.row)), compute, over=True)
+            place.put(checkpoint.chunk(Chunk.whole(place.row)), compute, reuse_memory=True)
 
 
 def usable(device: object) -> torch.device:

@@ -26,9 +26,9 @@ from fewbits.cli.ranks import join_group, own_rank
 from fewbits.cli.stderr import Stderr, complain, is_json_asked_for, warnings_as_events
 from fewbits.cli.stdout import NOT_READ, stdout_watched
 from fewbits.config.config import QuantizationConfig
+from fewbits.conversion.job import Share
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
-from fewbits.quantizers.fitting import Ragged
-from fewbits.quantizers.job import Share
+from fewbits.quantizers.resolving import Ragged
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger
 from fewbits.validation.report import CRITICAL_DB, Report
@@ -120,10 +120,12 @@ def cli() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print what would become of the tensors, and write nothing.")
 @_tensors
-@click.option("--no-verify", is_flag=True, help="Do not compare the result with IN.")
+@click.option("--no-validate", is_flag=True, help="Do not compare the result with IN.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished run, if there is one.")
 @click.option("--paranoid", is_flag=True, help="With --resume: read again what was read of IN, in case it has changed.")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists. Without --resume: start an unfinished run over.")
+@click.option(
+    "--replace", is_flag=True, help="Replace OUT if it exists. Without --resume: restart an unfinished run."
+)
 @click.option("--fail-under", **_FAIL_UNDER)
 @_quiet
 @_json
@@ -138,10 +140,10 @@ def quantize(
     threads: int | None,
     dry_run: bool,
     tensors: bool,
-    no_verify: bool,
+    no_validate: bool,
     resume: bool,
     paranoid: bool,
-    force: bool,
+    replace: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -163,20 +165,20 @@ def quantize(
     rank = join_group()
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
     how |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
-    target = Output.beside(source, **how) if output is None else Output(output, replace=force, **how)
+    target = Output.beside(source, **how) if output is None else Output(output, replace=replace, **how)
     if dry_run:
         planned = plan(source, entry=entry, config=settings, output=target)
         return SUCCESS if rank else _show_plan(planned, settings, tensors, as_json)
     link, there = os.path.islink(target.path), os.path.exists(target.path)
-    if not force and (link or os.path.isfile(target.path)) and not (resume and there):
-        raise ArgumentError(f"{target.path} exists; pass --force to replace it, or choose another OUT")
+    if not replace and (link or os.path.isfile(target.path)) and not (resume and there):
+        raise ArgumentError(f"{target.path} exists; pass --replace to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
         result = quantize_source(
             source,
             entry=entry,
             config=settings,
             output=target,
-            validate=not no_verify,
+            validate=not no_validate,
             on_failure="ignore",  # the summary and the exit code tell
             progress=progress,
         )
@@ -304,7 +306,7 @@ def _show_result(result: Result, path: Path, settings: QuantizationConfig, tenso
         _tell_left_behind(left_behind)
         _tell_work(shares)
         if report is None:
-            click.echo("not verified: --no-verify")
+            click.echo("not validated: --no-validate")
         else:
             _show(report, tensors)
         click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")

@@ -12,10 +12,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from fewbits.cli.formatting import bar_line, log_line
 from fewbits.cli.meter import Meter, Pace, Reading
 from fewbits.cli.ranks import own_rank
 from fewbits.cli.stderr import Stderr
-from fewbits.cli.wording import bar_line, log_line
 from fewbits.selection.progress import Progress, Step, no_progress
 
 
@@ -33,14 +33,14 @@ def shown_progress(*, as_json: bool, quiet: bool) -> Iterator[Progress]:
     if quiet:
         yield no_progress
     elif as_json:
-        yield _Told(Pace(first=0, every=0.5), lambda reading: _write_event(stderr, reading))
+        yield _RunProgress(Pace(first=0, every=0.5), lambda reading: _write_event(stderr, reading))
     elif console.is_interactive:
         yield from _drawn(console)
     else:
-        yield _Told(Pace(first=3, every=10), lambda reading: stderr.write(f"fewbits: {log_line(reading)}\n"))
+        yield _RunProgress(Pace(first=3, every=10), lambda reading: stderr.write(f"fewbits: {log_line(reading)}\n"))
 
 
-class _Told:
+class _RunProgress:
     """Tells about steps, at a pace."""
 
     def __init__(self, pace: Pace, tell: Callable[[Reading], object]) -> None:

@@ -33,7 +33,7 @@ from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
 from fewbits.numerics.spec import Activations
 from fewbits.observers.named import ObserverRecipe, make_observer
 from fewbits.quantizers.base import OnFailure, Quantizer
-from fewbits.quantizers.fitting import Ragged
+from fewbits.quantizers.resolving import Ragged
 from fewbits.quantizers.schemes import SCHEMES, takers
 from fewbits.selection.nearest import checked_name, did_you_mean
 from fewbits.selection.rules import OverrideRule, TypeRule, parse_override

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fewbits.kernels.forms import Form
+from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.numerics.spec import Spec
 
 #: What a layer may do to be fast: see `fewbits.set_compute`.
@@ -16,7 +16,7 @@ Compute = Literal["auto", "exact", "int8"]
 
 
 class Operand(Protocol):
-    """A stored weight, as the reference sees it. `StoredWeight` is one, and so is every `Form`."""
+    """A stored weight, as the reference sees it. `StoredWeight` is one, and so is every `WeightLayout`."""
 
     @property
     def spec(self) -> Spec:
@@ -29,7 +29,7 @@ class Operand(Protocol):
     def operand(self, dtype: torch.dtype) -> Tensor:
         """The weight in its own shape and in `dtype`, to be read only."""
 
-    def steps(self) -> Tensor:
+    def centered_codes(self) -> Tensor:
         """Codes less zero points: float64, in the weight's own shape."""
 
     @property
@@ -37,7 +37,7 @@ class Operand(Protocol):
         """What they are multiplied with, as stored; of a spec with int8 activations (rows, 1) or (1,)."""
 
 
-_F = TypeVar("_F", bound=Form)
+_F = TypeVar("_F", bound=WeightLayout)
 
 
 class Kernel(ABC, Generic[_F]):
@@ -53,18 +53,18 @@ class Kernel(ABC, Generic[_F]):
     form: ClassVar[type[Any]]
     rounds_inputs: ClassVar[bool] = False
 
-    def prepack(self, weight: Form, *, over: bool = False) -> _F:
+    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> _F:
         """The weight in the form that this kernel reads: asked once for a module, before its first forward.
 
         Args:
             weight: in any form.
-            over: whether its words may be written over; see `Form.of`.
+            reuse_memory: whether the memory of its words may be reused; see `WeightLayout.of`.
         """
-        laid: _F = weight if isinstance(weight, self.form) else self.form.of(weight, over=over)
-        return laid
+        prepared: _F = weight if isinstance(weight, self.form) else self.form.of(weight, reuse_memory=reuse_memory)
+        return prepared
 
     @abstractmethod
-    def supports(self, weight: Form) -> str | None:
+    def supports(self, weight: WeightLayout) -> str | None:
         """Why this kernel cannot compute with this weight, in whatever form it is now; None if it can."""
 
     @abstractmethod

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.forms import Bytes, Form, Tiles, Words
 from fewbits.kernels.packed_mm import filled, suits_bf16
+from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, PackedInt32, WeightLayout
 
-_F = TypeVar("_F", bound=Form)
+_F = TypeVar("_F", bound=WeightLayout)
 
 #: Elements of a block: 4 MiB in bfloat16.
 BLOCK = 1 << 21
@@ -31,17 +31,17 @@ class Blocks(Kernel[_F]):
         return "inputs in float64 ask for float64 products" if x.dtype == torch.float64 else None
 
 
-class ByteBlocks(Blocks[Bytes]):
-    """Of `Bytes`; where a row has one scale, it is multiplied in after the product."""
+class ByteBlocks(Blocks[Int8Rows]):
+    """Of `Int8Rows`; where a row has one scale, it is multiplied in after the product."""
 
     name: ClassVar[str] = "byte_blocks"
-    form = Bytes
+    form = Int8Rows
 
-    def supports(self, weight: Form) -> str | None:
-        """What `Bytes` can hold."""
-        return Bytes.refuses(weight)
+    def supports(self, weight: WeightLayout) -> str | None:
+        """What `Int8Rows` can hold."""
+        return Int8Rows.refuses(weight)
 
-    def linear(self, x: Tensor, weight: Bytes) -> Tensor:
+    def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """Block by block."""
         if weight.spec.granularity == "group":
             return decoded_blocks(x, weight)
@@ -51,7 +51,7 @@ class ByteBlocks(Blocks[Bytes]):
             return torch.mm(x, weight.signed.to(x.dtype).t()) * weight.row_scale
         zero_point = weight.params(slice(None))[1]
         output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
-        for where in steps_of(rows, len(block)):
+        for where in row_slices(rows, len(block)):
             part = block[: where.stop - where.start].copy_(weight.signed[where])
             if zero_point is not None:
                 part -= zero_point if zero_point.dim() == 1 else zero_point[where]
@@ -59,55 +59,55 @@ class ByteBlocks(Blocks[Bytes]):
         return output * weight.row_scale
 
 
-class TileBlocks(Blocks[Tiles]):
-    """Of `Tiles`."""
+class TileBlocks(Blocks[Int4Tiles]):
+    """Of `Int4Tiles`."""
 
     name: ClassVar[str] = "tile_blocks"
-    form = Tiles
+    form = Int4Tiles
 
-    def supports(self, weight: Form) -> str | None:
-        """What `Tiles` can hold."""
-        return Tiles.refuses(weight)
+    def supports(self, weight: WeightLayout) -> str | None:
+        """What `Int4Tiles` can hold."""
+        return Int4Tiles.refuses(weight)
 
-    def linear(self, x: Tensor, weight: Tiles) -> Tensor:
+    def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """A few tiles at a time."""
         x = filled(x.to(product_dtype(weight)), weight.tiles.shape[1])
         output = self._turned(x, weight) if x.dtype == torch.bfloat16 else self._as_they_lie(x, weight)
         return output.view(x.shape[0], -1)[:, : weight.layout.rows]
 
     @staticmethod
-    def _turned(x: Tensor, weight: Tiles) -> Tensor:
+    def _turned(x: Tensor, weight: Int4Tiles) -> Tensor:
         """Inputs run fastest in a block, as a product in bfloat16 wants it."""
         count, wide, half = weight.tiles.shape
         scales, zeros = _params(weight, x.dtype, (2, 3, 4, 0, 1))
         output = x.new_empty(x.shape[0], count * 2 * half)
         block = x.new_empty(min(count, block_step(wide * 2 * half)), 2, half, weight.table.shape[0], weight.group)
-        for where in steps_of(count, len(block)):
+        for where in row_slices(count, len(block)):
             part = _expanded(weight.tiles[where].transpose(1, 2), scales, zeros, where, block)
             torch.mm(x, part.view(-1, wide).t(), out=output[:, where.start * 2 * half : where.stop * 2 * half])
         return output
 
     @staticmethod
-    def _as_they_lie(x: Tensor, weight: Tiles) -> Tensor:
+    def _as_they_lie(x: Tensor, weight: Int4Tiles) -> Tensor:
         """Outputs run fastest in a block, and every half tile is multiplied by itself."""
         count, wide, half = weight.tiles.shape
         scales, zeros = _params(weight, x.dtype, (2, 3, 0, 1, 4))
         output = x.new_empty(x.shape[0], count, 2, half)
         block = x.new_empty(min(count, block_step(wide * 4 * half)), 2, weight.table.shape[0], weight.group, half)
-        for where in steps_of(count, len(block)):
+        for where in row_slices(count, len(block)):
             part = _expanded(weight.tiles[where], scales, zeros, where, block)
             product = torch.matmul(x, part.view(-1, wide, half))
             output[:, where] = product.view(-1, 2, x.shape[0], half).permute(2, 0, 1, 3)
         return output
 
 
-class WordBlocks(Blocks[Words]):
-    """Of `Words`: codes of any width, with or without levels."""
+class WordBlocks(Blocks[PackedInt32]):
+    """Of `PackedInt32`: codes of any width, with or without levels."""
 
     name: ClassVar[str] = "word_blocks"
-    form = Words
+    form = PackedInt32
 
-    def supports(self, weight: Form) -> str | None:
+    def supports(self, weight: WeightLayout) -> str | None:
         """Matrices, on the CPU."""
         if weight.scale.device.type != "cpu":
             return f"the weight is on {weight.scale.device}, not on the CPU"
@@ -115,22 +115,22 @@ class WordBlocks(Blocks[Words]):
             return f"it is no matrix of outputs by inputs, but of shape {weight.layout.shape}"
         return "it has float64 scales, which ask for float64 products" if weight.scale.dtype == torch.float64 else None
 
-    def linear(self, x: Tensor, weight: Words) -> Tensor:
+    def linear(self, x: Tensor, weight: PackedInt32) -> Tensor:
         """Block by block."""
         return decoded_blocks(x, weight)
 
 
-def decoded_blocks(x: Tensor, weight: Form) -> Tensor:
+def decoded_blocks(x: Tensor, weight: WeightLayout) -> Tensor:
     """The product with a weight in any form, whose blocks are decoded as it is defined."""
     x = x.to(product_dtype(weight))
     rows, columns = weight.layout.matrix_shape
     output = x.new_empty(x.shape[0], rows)
-    for where in steps_of(rows, block_step(columns)):
+    for where in row_slices(rows, block_step(columns)):
         torch.mm(x, weight.decoded(where).to(x.dtype).t(), out=output[:, where])
     return output
 
 
-def product_dtype(weight: Form) -> torch.dtype:
+def product_dtype(weight: WeightLayout) -> torch.dtype:
     """The dtype in which blocks are multiplied."""
     exact = weight.spec.bits == 8 and not suits_bf16(weight)
     return torch.float32 if exact or not features.has_bf16() else torch.bfloat16
@@ -141,12 +141,12 @@ def block_step(elements: int) -> int:
     return max(1, BLOCK // elements)
 
 
-def steps_of(count: int, step: int) -> Iterator[slice]:
+def row_slices(count: int, step: int) -> Iterator[slice]:
     """Slices of at most `step`, up to `count`."""
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _params(weight: Tiles, dtype: torch.dtype, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+def _params(weight: Int4Tiles, dtype: torch.dtype, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points for codes that are 16 times too large: (groups, 1, tiles, 2, half a tile), permuted."""
     scale, zero_point = weight.params(slice(None))
     count, _, half = weight.tiles.shape

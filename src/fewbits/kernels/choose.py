@@ -10,10 +10,10 @@ from torch import Tensor
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.blocks import ByteBlocks, TileBlocks, WordBlocks
-from fewbits.kernels.forms import Form, Words
 from fewbits.kernels.integers import FloatSums, GroupedIntMM, IntMM
 from fewbits.kernels.packed_mm import Int4PackMM, Int8PackMM
 from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 
 #: All kernels, the most preferred first. The last computes everything, and is what the others are measured against.
 KERNELS: tuple[Kernel[Any], ...] = (
@@ -39,7 +39,7 @@ def check_compute(compute: object) -> None:
         raise ArgumentError(f"compute must be 'auto', 'exact' or 'int8', not {compute!r}")
 
 
-def refusal(kernel: Kernel[Any], weight: Form, compute: Compute) -> str | None:
+def refusal(kernel: Kernel[Any], weight: WeightLayout, compute: Compute) -> str | None:
     """Why this kernel may not, or cannot, compute with this weight; None if it does."""
     activations = weight.spec.activations
     if kernel is not REFERENCE:
@@ -52,14 +52,16 @@ def refusal(kernel: Kernel[Any], weight: Form, compute: Compute) -> str | None:
     return kernel.supports(weight)
 
 
-def kernels_for(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]] = KERNELS) -> tuple[Kernel[Any], ...]:
+def kernels_for(
+    weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]] = KERNELS
+) -> tuple[Kernel[Any], ...]:
     """The kernels that compute with this weight once the first of them has prepacked it, the most preferred first."""
     able = [kernel for kernel in dict.fromkeys([*kernels, REFERENCE]) if refusal(kernel, weight, compute) is None]
-    form = Words if able[0] is REFERENCE else able[0].form
+    form = PackedInt32 if able[0] is REFERENCE else able[0].form
     return tuple(kernel for kernel in able if issubclass(form, kernel.form))
 
 
-def kernels_reading(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]]) -> tuple[Kernel[Any], ...]:
+def kernels_reading(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]]) -> tuple[Kernel[Any], ...]:
     """The kernels that compute with this weight in the form it has, wherever it was made."""
     return tuple(
         kernel

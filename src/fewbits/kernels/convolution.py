@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Compute
-from fewbits.kernels.forms import Form
 from fewbits.kernels.integers import MOST_INPUTS, FloatSums, IntMM, refuses_int_mm, sums_of_products
 from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.numerics.affine import largest_sum
 
 #: What `way_of_sums` answers.
 PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
 
 
-def way_of_sums(module: Any, weight: Form, x: Tensor, compute: Compute) -> tuple[str, Mapping[str, str]]:
+def way_of_sums(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> tuple[str, Mapping[str, str]]:
     """How a convolution sums the products of its int8 inputs.
 
     Returns:
@@ -40,7 +40,7 @@ def way_of_sums(module: Any, weight: Form, x: Tensor, compute: Compute) -> tuple
     return DOUBLES, refused
 
 
-def _refuses_any(weight: Form, x: Tensor, compute: Compute) -> str | None:
+def _refuses_any(weight: WeightLayout, x: Tensor, compute: Compute) -> str | None:
     if compute == "exact":
         return "compute is 'exact'"
     if weight.scale.device.type != "cpu":
@@ -50,7 +50,7 @@ def _refuses_any(weight: Form, x: Tensor, compute: Compute) -> str | None:
     return None if x.numel() else "the input has no elements"
 
 
-def _refuses_patches(module: Any, weight: Form) -> str | None:
+def _refuses_patches(module: Any, weight: WeightLayout) -> str | None:
     if module.transposed or module.groups != 1 or module.padding_mode != "zeros":
         return "it is transposed, has groups, or a padding that is not zeros"
     if weight.spec.bits != 8 or not weight.spec.symmetric:
@@ -60,14 +60,14 @@ def _refuses_patches(module: Any, weight: Form) -> str | None:
     return refuses_int_mm()
 
 
-def _refuses_floats(module: Any, weight: Form) -> str | None:
+def _refuses_floats(module: Any, weight: WeightLayout) -> str | None:
     products = weight.layout.columns
     if largest_sum(products, weight.spec) > 2**24:  # float32 holds every whole number up to here
         return f"float32 does not hold every sum of {products} products exactly"
     return None if features.convolution_is_exact() else features.INEXACT_CONVOLUTION
 
 
-def sums_of_patches(codes: Tensor, module: Any, weight: Form) -> Tensor:
+def sums_of_patches(codes: Tensor, module: Any, weight: WeightLayout) -> Tensor:
     """The sums of products of codes: int32, (batch, outputs, spatial...), or without the batch axis.
 
     Args:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.forms import Bytes, Form, Tiles
 from fewbits.kernels.packed_mm import filled
+from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, WeightLayout
 from fewbits.numerics.affine import dynamic_scale, encode_input
 
-_F = TypeVar("_F", bound=Form)
+_F = TypeVar("_F", bound=WeightLayout)
 
 #: So many products of two bytes, and of inputs and a zero point, are sure to fit int32.
 MOST_INPUTS = (2**31 - 1) // (2 * 128 * 128)
@@ -35,12 +35,12 @@ class Integers(Kernel[_F]):
 
     rounds_inputs = True
 
-    def supports(self, weight: Form) -> str | None:
+    def supports(self, weight: WeightLayout) -> str | None:
         """What the form can hold, if the sums fit."""
         reason: str | None = self.form.refuses(weight)
         if reason:
             return reason
-        if weight.spec.granularity == "group" and self.form is Bytes:
+        if weight.spec.granularity == "group" and self.form is Int8Rows:
             return "its sums are of whole rows, and it has groups"
         if weight.layout.columns > MOST_INPUTS:
             return f"sums of {weight.layout.columns} products may not fit int32"
@@ -51,17 +51,17 @@ class Integers(Kernel[_F]):
         return "inputs in float64 ask for float64 products" if x.dtype == torch.float64 else None
 
 
-class IntMM(Integers[Bytes]):
+class IntMM(Integers[Int8Rows]):
     """``torch._int_mm``, where it is exact and the CPU has instructions for it."""
 
     name = "int_mm"
-    form = Bytes
+    form = Int8Rows
 
-    def supports(self, weight: Form) -> str | None:
+    def supports(self, weight: WeightLayout) -> str | None:
         """One scale a row, or one for all; zero points or none."""
         return super().supports(weight) or refuses_int_mm()
 
-    def linear(self, x: Tensor, weight: Bytes) -> Tensor:
+    def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """One integer product."""
         codes, x_scale = rounded(x, weight, weight.signed.shape[1])
         sums = sums_of_products(codes, weight.signed)
@@ -70,11 +70,11 @@ class IntMM(Integers[Bytes]):
         return sums.float().mul_(x_scale).mul_(weight.row_scale)
 
 
-class FloatSums(Integers[Bytes]):
+class FloatSums(Integers[Int8Rows]):
     """Sums of whole numbers in float32, over as many inputs at a time as they are exact for."""
 
     name = "float_sums"
-    form = Bytes
+    form = Int8Rows
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Not where torch may round the factors of a float product."""
@@ -82,7 +82,7 @@ class FloatSums(Integers[Bytes]):
             return "torch may round float32 factors: set_float32_matmul_precision is not 'highest'"
         return super().takes(x, rows)
 
-    def linear(self, x: Tensor, weight: Bytes) -> Tensor:
+    def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """Blocks of rows, and within them blocks of inputs."""
         rows, wide = weight.signed.shape
         codes, x_scale = rounded(x, weight, wide)
@@ -99,16 +99,16 @@ class FloatSums(Integers[Bytes]):
         return sums.float().mul_(x_scale).mul_(weight.row_scale)
 
 
-class GroupedIntMM(Integers[Tiles]):
+class GroupedIntMM(Integers[Int4Tiles]):
     """``torch._int_mm`` over one group of four-bit codes after the other; each sum is exact, then scaled and added."""
 
     name = "grouped_int_mm"
-    form = Tiles
+    form = Int4Tiles
     #: Below, the products of single groups are too small to pay.
     LEAST_ROWS = 128
 
-    def supports(self, weight: Form) -> str | None:
-        """What `Tiles` can hold, symmetric."""
+    def supports(self, weight: WeightLayout) -> str | None:
+        """What `Int4Tiles` can hold, symmetric."""
         if not weight.spec.symmetric:
             return "it has no zero points"
         if weight.spec.granularity != "group":
@@ -121,7 +121,7 @@ class GroupedIntMM(Integers[Tiles]):
             return "products in bfloat16 are faster on this CPU"
         return f"{rows} rows are less than {self.LEAST_ROWS}" if rows < self.LEAST_ROWS else super().takes(x, rows)
 
-    def linear(self, x: Tensor, weight: Tiles) -> Tensor:
+    def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """A few tiles at a time, and a group of theirs after the other."""
         tiles, group = weight.tiles, weight.group
         count, wide, half = tiles.shape
@@ -159,7 +159,7 @@ def refuses_int_mm() -> str | None:
     return None if features.has_vnni() else "_int_mm is slow on a CPU without VNNI"
 
 
-def rounded(x: Tensor, weight: Form, columns: int) -> tuple[Tensor, Tensor]:
+def rounded(x: Tensor, weight: WeightLayout, columns: int) -> tuple[Tensor, Tensor]:
     """Inputs as int8 codes, filled up, and their scale in float32, (rows, 1); NaN where a row has no codes."""
     x = x.float()
     scale = dynamic_scale(x, (-1,)) if weight.input_scale is None else weight.input_scale

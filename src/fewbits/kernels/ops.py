@@ -20,7 +20,7 @@ from torch import Tensor
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import KERNELS, choose, kernels_reading
-from fewbits.kernels.forms import FORMS, Form
+from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, WeightLayout
 from fewbits.numerics.affine import clip_input
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec, spec_from_dict
@@ -35,7 +35,7 @@ def _key(kernel: Kernel[Any]) -> str:
     return next(key for key in keys if _known.setdefault(key, kernel) is kernel)
 
 
-def describe(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
+def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
     """What the operation needs to know beside the tensors of a weight."""
     fields = {
         "form": weight.name,
@@ -50,14 +50,14 @@ def describe(weight: Form, compute: Compute, kernels: Sequence[Kernel[Any]]) -> 
 
 @attrs.frozen
 class _Description:
-    form: type[Form]
+    form: type[WeightLayout]
     names: tuple[str, ...]
     spec: QuantSpec
     layout: Layout
     compute: Compute
     kernels: tuple[Kernel[Any], ...]
 
-    def weight(self, tensors: Sequence[Tensor]) -> Form:
+    def weight(self, tensors: Sequence[Tensor]) -> WeightLayout:
         held: dict[str, Any] = {"zero_point": None, "input_scale": None}
         held.update(zip(self.names, tensors, strict=True))
         return self.form(**held, spec=self.spec, layout=self.layout)
@@ -70,7 +70,7 @@ def _read(description: str) -> _Description:
     kernels = [_known[name] for name in fields["kernels"] if name in _known]
     if not isinstance(spec, QuantSpec):
         raise ArgumentError(f"only codes have a form, not {spec}")
-    form, names = FORMS[fields["form"]], tuple(fields["tensors"])
+    form, names = WEIGHT_LAYOUTS[fields["form"]], tuple(fields["tensors"])
     return _Description(form, names, spec, layout, fields["compute"], tuple(kernels))
 
 
@@ -83,7 +83,7 @@ def linear(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noq
         return product(x, weight, kernels_reading(weight, read.compute, read.kernels))
 
 
-def product(x: Tensor, weight: Form, kernels: Sequence[Kernel[Any]]) -> Tensor:
+def product(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> Tensor:
     """The same, called directly.
 
     Args:

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.forms import Bytes, Form, Tiles
+from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, WeightLayout
 
 
-class Int8PackMM(Kernel[Bytes]):
+class Int8PackMM(Kernel[Int8Rows]):
     """``torch._weight_int8pack_mm``; scales are multiplied in afterwards, in float32."""
 
     name = "int8pack_mm"
-    form = Bytes
+    form = Int8Rows
 
-    def supports(self, weight: Form) -> str | None:
+    def supports(self, weight: WeightLayout) -> str | None:
         """Symmetric codes with one scale a row, or one for all."""
-        if reason := Bytes.refuses(weight):
+        if reason := Int8Rows.refuses(weight):
             return reason
         if weight.spec.granularity == "group":
             return "it has no scales for groups"
@@ -36,39 +36,39 @@ class Int8PackMM(Kernel[Bytes]):
             return f"{rows} outputs of {columns} inputs are too few for 50 dB in bfloat16"
         return None if features.has_int8pack() else features.NO_BYTES
 
-    def prepack(self, weight: Form, *, over: bool = False) -> Bytes:
+    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
         """As bytes, and a vector of ones for so many outputs, which is made now and not in a forward."""
         _ones(weight.layout.rows)
-        return super().prepack(weight, over=over)
+        return super().prepack(weight, reuse_memory=reuse_memory)
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """A few rows."""
         return few_rows(x, rows, 12 if features.has_bf16() else 32)
 
-    def linear(self, x: Tensor, weight: Bytes) -> Tensor:
+    def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """One call, and one multiplication."""
         signed = weight.signed
         sums = torch._weight_int8pack_mm(filled(x.to(torch.bfloat16), signed.shape[1]), signed, _ones(signed.shape[0]))
         return sums * weight.row_scale
 
 
-class Int4PackMM(Kernel[Tiles]):
+class Int4PackMM(Kernel[Int4Tiles]):
     """``torch.ops.aten._weight_int4pack_mm_for_cpu``."""
 
     name = "int4pack_mm"
-    form = Tiles
+    form = Int4Tiles
 
-    def supports(self, weight: Form) -> str | None:
-        """What `Tiles` can hold, in tiles of this CPU: an exported program may have been made on another."""
-        if isinstance(weight, Tiles) and weight.width != features.tile_width():
+    def supports(self, weight: WeightLayout) -> str | None:
+        """What `Int4Tiles` can hold, in tiles of this CPU: an exported program may have been made on another."""
+        if isinstance(weight, Int4Tiles) and weight.width != features.tile_width():
             return f"its tiles of {weight.width} rows are those of another instruction set"
-        return Tiles.refuses(weight)
+        return Int4Tiles.refuses(weight)
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """A few rows."""
         return few_rows(x, rows, 48)
 
-    def linear(self, x: Tensor, weight: Tiles) -> Tensor:
+    def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """One call."""
         output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             filled(x.to(torch.bfloat16), weight.tiles.shape[1]), weight.flat, weight.group, weight.table
@@ -80,7 +80,7 @@ class Int4PackMM(Kernel[Tiles]):
 FEW_OUTPUTS, FEW_INPUTS = 128, 64
 
 
-def suits_bf16(weight: Form) -> bool:
+def suits_bf16(weight: WeightLayout) -> bool:
     """Whether products of 8-bit codes, of a matrix, may be rounded to bfloat16; weights in groups would be too."""
     rows, columns = weight.layout.shape
     return rows >= FEW_OUTPUTS and columns >= FEW_INPUTS and weight.spec.granularity != "group"

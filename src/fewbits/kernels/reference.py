@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Kernel, Operand
-from fewbits.kernels.forms import Form, Words
 from fewbits.kernels.transforms import is_transformed, is_transforming
+from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.numerics.affine import clip_input, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import compute_dtype, dtype_name
 
@@ -24,21 +24,21 @@ from fewbits.numerics.dtypes import compute_dtype, dtype_name
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-class Reference(Kernel[Form]):
+class Reference(Kernel[WeightLayout]):
     """Dequantizes, or sums whole numbers in float64, and is right everywhere: with any weight, form and input."""
 
     name = "reference"
-    form = Form
+    form = WeightLayout
 
     def __reduce__(self) -> str:
         """The one there is."""
         return "REFERENCE"
 
-    def prepack(self, weight: Form, *, over: bool = False) -> Form:
+    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> WeightLayout:
         """The canonical form."""
-        return Words.of(weight)
+        return PackedInt32.of(weight)
 
-    def supports(self, weight: Form) -> str | None:
+    def supports(self, weight: WeightLayout) -> str | None:
         """None: it computes with everything."""
         return None
 
@@ -46,7 +46,7 @@ class Reference(Kernel[Form]):
         """None: it takes everything."""
         return None
 
-    def linear(self, x: Tensor, weight: Form) -> Tensor:
+    def linear(self, x: Tensor, weight: WeightLayout) -> Tensor:
         """The product, without bias."""
         return linear(x, weight, None)
 
@@ -120,7 +120,7 @@ def integer_product(
         if sums is None or is_transformed(x) or codes.sum().isnan():
             # Autocast leaves float64 alone, and would round sums in float32.
             with nullcontext() if sum_dtype == torch.float64 else torch.autocast("cpu", enabled=False):
-                summed = product(codes.to(sum_dtype), weight.steps().to(sum_dtype))
+                summed = product(codes.to(sum_dtype), weight.centered_codes().to(sum_dtype))
         else:
             summed = sums(codes.to(torch.int8))
         output = summed.to(dtype) * x_scale * per_channel(weight.scale.flatten())

@@ -27,7 +27,7 @@ SUFFIX = "_stored"
 _once: ContextVar[dict[StoredWeight, Tensor | None] | None] = ContextVar("fewbits_once", default=None)
 
 #: The key in the metadata of a state dict that says how each weight is stored: other codes may have the same shapes.
-_HOW = "fewbits"
+_STORAGE_SPEC = "fewbits"
 
 #: What to do with the state dict of a float model.
 _WAY_OUT = (
@@ -120,7 +120,7 @@ class QuantizedModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
-            metadata[_HOW] = {name: stored.how() for name, stored in stored_weights(self).items()}
+            metadata[_STORAGE_SPEC] = {name: stored.storage_spec() for name, stored in stored_weights(self).items()}
         for name, stored in stored_weights(self).items():
             parts = stored.parts() if keep_vars else stored.parts_in(destination, prefix + name)
             destination.update((prefix + name + suffix, part) for suffix, part in parts.items())
@@ -141,9 +141,11 @@ class QuantizedModule(nn.Module):
             missing = [key for key in keys.values() if key not in others]
             parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
             plain = others.pop(prefix + name, None) if missing else parts.get("")
-            how = local_metadata.get(_HOW, {}).get(name)
-            if how is not None and how != stored.how() and (parts or plain is not None):
-                error_msgs.append(f"{prefix}{name} is stored as {how} in the state dict, here as {stored.how()}")
+            storage_spec = local_metadata.get(_STORAGE_SPEC, {}).get(name)
+            if storage_spec is not None and storage_spec != stored.storage_spec() and (parts or plain is not None):
+                error_msgs.append(
+                    f"{prefix}{name} is stored as {storage_spec} in the state dict, here as {stored.storage_spec()}"
+                )
                 continue
             cast_to = stored.spec.dtype if isinstance(stored.spec, CastSpec) else None
             if isinstance(plain, Tensor) and plain.dtype != cast_to:

@@ -48,10 +48,10 @@ def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any
 
 @torch.no_grad()
 def prepack(
-    model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, over: bool = False
+    model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
 ) -> None:
     """`set_compute`, of a model that may be so new that its words may be written over."""
     for module in model.modules():
         if isinstance(module, PackedWeight):
-            module.prepack(compute, kernels, over=over)
+            module.prepack(compute, kernels, reuse_memory=reuse_memory)
     trim()

@@ -141,8 +141,8 @@ def _way(
 
 def _chosen(x: Tensor, weight: PackedWeight, rows: int) -> tuple[str, dict[str, str]]:
     """The kernel of one call, and what the ones before it in the tuple say."""
-    laid = weight.laid()
-    kernel, form = chosen(x, laid), laid.form
+    prepared = weight.prepared()
+    kernel, form = chosen(x, prepared), prepared.form
     preferred = itertools.takewhile(
         lambda other: other is not kernel, KERNELS if weight.offered is None else weight.offered
     )

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import KERNELS, kernels_for, kernels_reading
-from fewbits.kernels.forms import FORMS, Form, Words
-from fewbits.kernels.laid import Laid
 from fewbits.kernels.ops import describe
+from fewbits.kernels.prepared import PreparedWeight
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.transforms import is_wrapped
+from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, WeightLayout
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
@@ -60,7 +60,7 @@ class StoredWeight(nn.Module, ABC):
         """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
         return None
 
-    def laid(self) -> Laid | None:
+    def prepared(self) -> PreparedWeight | None:
         """The weight as it lies in memory, with its kernels; None if no kernel ever computes with it."""
         return None
 
@@ -81,7 +81,7 @@ class StoredWeight(nn.Module, ABC):
         """The same, detached, to be put under this key."""
         return {suffix: part.detach() for suffix, part in self.parts().items()}
 
-    def how(self) -> list[Any]:
+    def storage_spec(self) -> list[Any]:
         """Spec and layout, as plain values: what the parts alone do not tell."""
         return [self.spec.to_dict(), None]
 
@@ -100,7 +100,7 @@ class StoredWeight(nn.Module, ABC):
     scale: Tensor
 
     @abstractmethod
-    def steps(self) -> Tensor:
+    def centered_codes(self) -> Tensor:
         """Codes less zero points: float64, in the weight's own shape."""
 
     @abstractmethod
@@ -153,15 +153,15 @@ class PackedWeight(StoredWeight):
     """
 
     #: The ids of the buffers, and what was made of them.
-    _made: tuple[tuple[int, ...], Laid]
+    _made: tuple[tuple[int, ...], PreparedWeight]
     #: What a state dict was given the words of last, the key there, and the words.
-    _given: tuple[Laid | None, str, weakref.ref[Tensor] | None] = (None, "", None)
+    _given: tuple[PreparedWeight | None, str, weakref.ref[Tensor] | None] = (None, "", None)
 
     def __init__(self, value: QuantizedTensor) -> None:
         super().__init__()
         self.dtype, self._spec, self.layout = value.dtype, value.spec, value.layout
         self._rows_are_first = value.layout == Layout.of(value.shape)
-        self._hold(Words.of_value(value))
+        self._hold(PackedInt32.of_value(value))
 
     @property
     def spec(self) -> QuantSpec:
@@ -173,38 +173,42 @@ class PackedWeight(StoredWeight):
         """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
         return self._buffers["input_scale"]
 
-    def form(self) -> Form:
+    def form(self) -> WeightLayout:
         """The weight as it lies in memory now; it shares the buffers."""
-        return self.laid().form
+        return self.prepared().form
 
     @property
     def kernels(self) -> tuple[Kernel[Any], ...]:
         """Those that compute with it, the most preferred first; none where the reference does."""
-        return self.laid().kernels
+        return self.prepared().kernels
 
-    def laid(self) -> Laid:
+    def prepared(self) -> PreparedWeight:
         """The weight as it lies in memory now, with its kernels."""
         # It is made once, and anew where somebody has put other buffers here; a compiler has to see the buffers.
         (objects, made), buffers = self._made, self._buffers
         if torch.compiler.is_compiling():
-            return Laid(self._as_form(buffers), made.kernels, made.description)
+            return PreparedWeight(self._as_form(buffers), made.kernels, made.description)
         return made if objects == tuple(map(id, buffers.values())) else self._lay(self._as_form(buffers))
 
-    def _as_form(self, buffers: Mapping[str, Any]) -> Form:
-        kind = next(form for form in FORMS.values() if form.data[0] in buffers)
+    def _as_form(self, buffers: Mapping[str, Any]) -> WeightLayout:
+        kind = next(form for form in WEIGHT_LAYOUTS.values() if form.data[0] in buffers)
         return kind(**buffers, spec=self._spec, layout=self.layout)
 
-    def _lay(self, form: Form) -> Laid:
+    def _lay(self, form: WeightLayout) -> PreparedWeight:
         """A form with the kernels that compute with it."""
         if not self.computes or any(map(is_wrapped, form.tensors().values())):
-            return Laid(form)
+            return PreparedWeight(form)
         offered = KERNELS if self.offered is None else self.offered
         kernels = kernels_reading(form, self.compute, offered)
         if kernels[0] is REFERENCE:
-            return Laid(form)
-        return Laid(form, kernels, None if isinstance(form, Words) else describe(form, self.compute, offered))
+            return PreparedWeight(form)
+        return PreparedWeight(
+            form, kernels, None if isinstance(form, PackedInt32) else describe(form, self.compute, offered)
+        )
 
-    def prepack(self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, over: bool = False) -> None:
+    def prepack(
+        self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
+    ) -> None:
         """Take the form of the most preferred kernel that can compute with this weight.
 
         Buffers are replaced, and not written to, so that a forward in another thread goes on with those it has.
@@ -212,31 +216,33 @@ class PackedWeight(StoredWeight):
         Args:
             compute: what the layer may do to be fast.
             kernels: to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
-            over: whether the words may be written over all the same: nobody else has them, and nobody computes.
+            reuse_memory: whether the memory of the words may be reused: nothing else holds it, and nothing computes.
         """
         form = self.form()
         self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
         able = self._able(form, compute, kernels)
         # What is made in inference mode could not be differentiated with later.
         with torch.inference_mode(False), torch.no_grad():
-            self._hold(able[0].prepack(form, over=over))
+            self._hold(able[0].prepack(form, reuse_memory=reuse_memory))
 
     def stays(self, compute: Compute) -> bool:
         """Whether `prepack` would leave the tensors as they are now; it depends on their shapes, not their numbers."""
         form, first = self.form(), self._able(self.form(), compute, None)[0]
-        return isinstance(form, Words if first is REFERENCE else first.form)
+        return isinstance(form, PackedInt32 if first is REFERENCE else first.form)
 
-    def _able(self, form: Form, compute: Compute, kernels: Sequence[Kernel[Any]] | None) -> tuple[Kernel[Any], ...]:
+    def _able(
+        self, form: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]] | None
+    ) -> tuple[Kernel[Any], ...]:
         """The kernels that compute with the weight once it has the form of the first; the reference alone if none."""
         return kernels_for(form, compute, KERNELS if kernels is None else kernels) if self.computes else (REFERENCE,)
 
-    def _hold(self, form: Form) -> None:
+    def _hold(self, form: WeightLayout) -> None:
         """Keep the tensors of a form as buffers, in the place of those that were there."""
         buffers = _buffers_of(form)
         self._made = tuple(map(id, buffers.values())), self._lay(form)
         self._buffers = buffers
 
-    def how(self) -> list[Any]:
+    def storage_spec(self) -> list[Any]:
         """Spec and layout, as plain values: what the parts alone do not tell."""
         return [self.spec.to_dict(), self.layout.to_dict()]
 
@@ -258,12 +264,12 @@ class PackedWeight(StoredWeight):
 
         The canonical form is made anew for every state dict; layers with tied weights are to have one between them.
         """
-        laid, (of, before, words) = self.laid(), self._given
-        there = words() if words is not None and of is laid else None
+        prepared, (of, before, words) = self.prepared(), self._given
+        there = words() if words is not None and of is prepared else None
         if there is not None and destination.get(f"{before}_packed") is there:
             return {suffix: destination[before + suffix] for suffix in self.suffixes}
         parts = super().parts_in(destination, key)
-        self._given = laid, key, weakref.ref(parts["_packed"])
+        self._given = prepared, key, weakref.ref(parts["_packed"])
         return parts
 
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
@@ -272,10 +278,10 @@ class PackedWeight(StoredWeight):
         value = QuantizedTensor.from_parts(loaded, spec=self.spec, layout=self.layout, dtype=self.dtype)
         before = self.form()
         if assign and before.scale.device != value.scale.device:  # from the meta device, where there is but one form
-            self._hold(Words.of_value(value))
+            self._hold(PackedInt32.of_value(value))
             self.prepack(self.compute, self.offered)
             return
-        form = type(before).of(Words.of_value(value))
+        form = type(before).of(PackedInt32.of_value(value))
         if not assign:
             for name, tensor in form.tensors().items():
                 getattr(before, name).copy_(tensor)
@@ -286,9 +292,9 @@ class PackedWeight(StoredWeight):
         """The weight in its own shape, computed in float32 (float64 for float64 scales) and cast to `dtype`."""
         return self.form().dequantize(dtype or self.dtype)
 
-    def steps(self) -> Tensor:
+    def centered_codes(self) -> Tensor:
         """Codes less zero points: float64, in the weight's own shape."""
-        return self.form().steps()
+        return self.form().centered_codes()
 
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a weight that is a matrix: (len(index), columns)."""
@@ -303,7 +309,7 @@ class PackedWeight(StoredWeight):
             self._hold(self._as_form(self._buffers))
             return self
         # On another device another form may be the best.
-        self._hold(Words.of(self.form()))
+        self._hold(PackedInt32.of(self.form()))
         super()._apply(fn, recurse)
         self.prepack(self.compute, self.offered)
         return self
@@ -311,7 +317,7 @@ class PackedWeight(StoredWeight):
     # Copies and pickles hold the canonical form. Whoever reads one takes the form that suits its own CPU. What goes to
     # another process of this machine is an exception, see `_reduce_for_process`.
     def __getstate__(self) -> dict[str, Any]:
-        return self._state(_buffers_of(Words.of(self.form())))
+        return self._state(_buffers_of(PackedInt32.of(self.form())))
 
     def _state(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Any]:
         return self.__dict__ | {"_buffers": dict(buffers), "_made": ((), None), "_given": (None, "", None)}
@@ -367,7 +373,7 @@ class CastWeight(StoredWeight):
         """The weight, cast to `dtype` if it has another."""
         return self.narrow.to(dtype)
 
-    def steps(self) -> Tensor:
+    def centered_codes(self) -> Tensor:
         """Never asked for: a cast has no whole numbers.
 
         Raises:
@@ -396,5 +402,5 @@ def _reduce_for_process(stored: PackedWeight) -> tuple[Any, ...]:
 ForkingPickler.register(PackedWeight, _reduce_for_process)
 
 
-def _buffers_of(form: Form) -> dict[str, Tensor | None]:
+def _buffers_of(form: WeightLayout) -> dict[str, Tensor | None]:
     return {name: getattr(form, name) for name in (*form.data, "scale", "zero_point", "input_scale")}

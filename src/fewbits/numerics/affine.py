@@ -296,7 +296,7 @@ def clip_input(x: Tensor, scale: Tensor) -> Tensor:
     return x.clamp(INPUT_SPEC.code_min * scale, INPUT_SPEC.code_max * scale)
 
 
-def steps_of(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def centered_codes(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes less their zero points, in float64.
 
     Args:

@@ -117,8 +117,8 @@ def choose_for(
 def fit(choice: Choice, x: Tensor) -> None:
     """Offer a choice for some rows the scales that suit its codes best."""
     products, squares = _totals(fit_terms, x, choice.scale, choice.zero_point, choice.spec)
-    fitted = refit(choice.scale, products, squares, choice.spec)
-    choice.offer(choice.low, choice.high, fitted, choice.zero_point)
+    refitted = refit(choice.scale, products, squares, choice.spec)
+    choice.offer(choice.low, choice.high, refitted, choice.zero_point)
 
 
 def _totals(

@@ -21,6 +21,10 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
+from fewbits.conversion.file_job import FileJob
+from fewbits.conversion.file_run import FileRun
+from fewbits.conversion.job import Conversion, Job, Share
+from fewbits.conversion.live_job import LiveJob
 from fewbits.errors import ArgumentError, CalibrationError, NumericsError, StateError, ValidationError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
@@ -35,13 +39,9 @@ from fewbits.observers import OBSERVERS
 from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
 from fewbits.observers.named import ObserverRecipe, make_observer
-from fewbits.quantizers.file_job import FileJob
-from fewbits.quantizers.file_run import FileRun
-from fewbits.quantizers.fitting import Ragged, check_ragged, fitted, refuse_ragged
-from fewbits.quantizers.job import Conversion, Job, Share
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
-from fewbits.quantizers.live_job import LiveJob
 from fewbits.quantizers.plan import plan
+from fewbits.quantizers.resolving import Ragged, check_ragged, refuse_ragged, resolve_spec
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import UNLESS_ASKED, Ledger, LedgerRow
 from fewbits.selection.progress import Progress, no_progress
@@ -280,7 +280,7 @@ class Quantizer(ABC):
         self,
         *,
         output: str | os.PathLike[str] | Output | None = None,
-        measure: bool | None = None,
+        compare: bool | None = None,
         compute: Compute = "auto",
         progress: Progress = no_progress,
     ) -> Any:
@@ -289,7 +289,7 @@ class Quantizer(ABC):
         Args:
             output: where to write the result, if the source is a path; required then. A path, or an `Output` that says
                 how, too.
-            measure: compare every element with the source, while it is there. None does so where `validate` could
+            compare: compare every element with the source, while it is there. None does so where `validate` could
                 not do it later (in place) or the file shall carry the figures (a path).
             compute: what the layers of a model may do to be fast; see `fewbits.set_compute`.
             progress: told about every tensor, before and after it.
@@ -317,12 +317,12 @@ class Quantizer(ABC):
             self._conversion(),
             self.serializer,
             output=output,
-            measuring=job.measures if measure is None else measure,
+            measuring=job.measures if compare is None else compare,
             progress=progress,
         )
         if isinstance(result, nn.Module):
             # What a scheme of somebody else's has made may be held elsewhere, and so may what is in a model of theirs.
-            prepack(result, compute, over=self._rounds_itself and not inplace)
+            prepack(result, compute, reuse_memory=self._rounds_itself and not inplace)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result
 
@@ -445,7 +445,7 @@ class Quantizer(ABC):
             return spec, reason
         if self.scale_dtype is not None and (decision.override is None or spec.scale_dtype is None):
             spec = attrs.evolve(spec, scale_dtype=self.scale_dtype)
-        return fitted(spec, info, self.ragged, reason)
+        return resolve_spec(spec, info, self.ragged, reason)
 
     @property
     def _rounds_itself(self) -> bool:

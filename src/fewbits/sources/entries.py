@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterator, Mapping
 import attrs
 
 from fewbits.checkpoint.serializer import Entry
+from fewbits.formats.fp8 import ScaledWeight, is_activation_scale
 from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
-from fewbits.sources.fp8 import ScaledWeight, is_activation_scale
 
 
 def entry_infos(

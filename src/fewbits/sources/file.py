@@ -21,14 +21,14 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import ChunkReader, Entry
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import ArgumentError, FormatError, SourceError
+from fewbits.formats.foreign import refuse_foreign
+from fewbits.formats.fp8 import KNOWN_BLOCKS, scaled_weights
 from fewbits.nn.storage import overlaps
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.scaled import FP8_DTYPES
 from fewbits.selection.ledger import Ledger
 from fewbits.sources.base import Source
 from fewbits.sources.entries import entry_infos
-from fewbits.sources.foreign import refuse_foreign
-from fewbits.sources.fp8 import KNOWN_BLOCKS, scaled_weights
 from fewbits.sources.model_config import (
     CONFIG_FILE,
     QUANTIZATION_FILES,

@@ -11,6 +11,8 @@ from fewbits.checkpoint.saving import Value, plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.checkpoint.state_dicts import advice
 from fewbits.errors import ArgumentError, SourceError
+from fewbits.formats.foreign import refuse_foreign
+from fewbits.formats.fp8 import ScaledWeight, scaled_weights
 from fewbits.nn.intake import quantized_elsewhere
 from fewbits.nn.storage import View, overlaps, storage_key
 from fewbits.numerics.metrics import Measurement
@@ -19,8 +21,6 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.base import LiveSource, Target
 from fewbits.sources.entries import entry_infos
-from fewbits.sources.foreign import refuse_foreign
-from fewbits.sources.fp8 import ScaledWeight, scaled_weights
 
 
 class MappingSource(LiveSource):

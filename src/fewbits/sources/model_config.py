@@ -10,11 +10,11 @@ from typing import Any
 import attrs
 
 from fewbits._events import emit
-from fewbits.checkpoint.compressed_export import export_obstacle, quantization_config
 from fewbits.checkpoint.header import MAX_HEADER, parse_object
 from fewbits.checkpoint.raw import as_checkpoint_error, write_durably
 from fewbits.checkpoint.shards import OWN_STEM, STEM
 from fewbits.errors import CheckpointError, FormatError
+from fewbits.formats.compressed_export import export_obstacle, quantization_config
 from fewbits.selection.ledger import Ledger
 
 CONFIG_FILE = "config.json"

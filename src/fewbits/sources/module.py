@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from fewbits.checkpoint.saving import Value, plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
+from fewbits.formats.foreign import refuse_foreign
+from fewbits.formats.fp8 import scaled_weights
 from fewbits.nn.base import stored_weights
 from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.copying import structural_copy
+from fewbits.nn.eligibility import held_beside, obstacle_to
 from fewbits.nn.intake import refuse_changed
 from fewbits.nn.layouts import layout_of
-from fewbits.nn.obstacles import held_beside, obstacle_to
 from fewbits.nn.saving import refuse_save_pretrained
 from fewbits.nn.storage import View, overlaps, storage_key
 from fewbits.nn.stored import store
@@ -28,8 +30,6 @@ from fewbits.numerics.plain import plain
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.base import LiveSource, Target
-from fewbits.sources.foreign import refuse_foreign
-from fewbits.sources.fp8 import scaled_weights
 
 
 class ModuleSource(LiveSource):

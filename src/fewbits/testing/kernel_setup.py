@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.forms import Form, Words
 from fewbits.kernels.reference import Reference
+from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.numerics.affine import decode, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
@@ -83,41 +83,41 @@ class KernelSetup:
         follows = self.recipe.rounds_inputs or isinstance(self.recipe, Reference)
         return (spec for spec in SPECS if follows or spec.activations is None)
 
-    def rounds(self, weight: Form) -> bool:
+    def rounds(self, weight: WeightLayout) -> bool:
         """Whether it rounds inputs of a layer with this weight."""
         return self.recipe.rounds_inputs or weight.spec.activations is not None
 
-    def weight(self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> Words:
+    def weight(self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> PackedInt32:
         """A weight with normally distributed values, in the canonical form."""
         value = quantize(self.normal((outputs, inputs), dtype, seed), spec.weight_only())
-        return Words.of_value(with_inputs(value, spec))
+        return PackedInt32.of_value(with_inputs(value, spec))
 
     def measured(
         self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0
-    ) -> tuple[Words, float]:
+    ) -> tuple[PackedInt32, float]:
         """The same, with the SQNR of its codes in dB."""
         weight = self.normal((outputs, inputs), dtype, seed)
         value = quantize(weight, spec.weight_only())
-        return Words.of_value(with_inputs(value, spec)), measure(weight, value).sqnr_db
+        return PackedInt32.of_value(with_inputs(value, spec)), measure(weight, value).sqnr_db
 
-    def with_codes(self, codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Words:
+    def with_codes(self, codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> PackedInt32:
         """A weight with these codes."""
         codes, scale = codes.to(self.device), scale.to(self.device)
         zero_point = None if zero_point is None else zero_point.to(self.device)
-        layout, settled = Layout.of(codes.shape), spec.weight_only()
-        value = QuantizedTensor.from_codes(codes, scale, zero_point, spec=settled, layout=layout, dtype=scale.dtype)
-        return Words.of_value(with_inputs(value, spec))
+        layout, resolved = Layout.of(codes.shape), spec.weight_only()
+        value = QuantizedTensor.from_codes(codes, scale, zero_point, spec=resolved, layout=layout, dtype=scale.dtype)
+        return PackedInt32.of_value(with_inputs(value, spec))
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
         """Numbers from a normal distribution."""
         return torch.randn(shape, generator=generator(seed)).to(dtype).to(self.device)
 
-    def packed(self, weight: Words) -> tuple[Kernel[Any], Form] | None:
+    def packed(self, weight: PackedInt32) -> tuple[Kernel[Any], WeightLayout] | None:
         """A kernel, and the weight in its form; None if it cannot compute with it."""
         kernel = self.make()
         return (kernel, kernel.prepack(weight)) if kernel.supports(weight) is None else None
 
-    def computed(self, weight: Words, inputs: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def computed(self, weight: PackedInt32, inputs: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Every input that a kernel computes with, and what it makes of it."""
         packed = self.packed(weight)
         for x in inputs if packed is not None else ():
@@ -131,21 +131,21 @@ def with_inputs(value: QuantizedTensor, spec: QuantSpec) -> QuantizedTensor:
     return attrs.evolve(value, spec=attrs.evolve(value.spec, activations=spec.activations), input_scale=scale)
 
 
-def as_dynamic(weight: Words) -> Words:
+def as_dynamic(weight: PackedInt32) -> PackedInt32:
     """The same codes for a layer that rounds its inputs, if it did not anyway."""
     if weight.spec.activations is not None:
         return weight
     return attrs.evolve(weight, spec=attrs.evolve(weight.spec, activations="dynamic"))
 
 
-def decoded(weight: Form, codes: Tensor | None = None) -> Tensor:
+def decoded(weight: WeightLayout, codes: Tensor | None = None) -> Tensor:
     """What the codes of a weight, or others in their place, stand for: float64."""
     scale, zero_point = weight.params(slice(None))
     codes = weight.codes(slice(None)) if codes is None else codes
     return decode(codes, scale, zero_point, weight.spec, torch.float64)
 
 
-def exact(weight: Form, x: Tensor, *, rounds: bool) -> tuple[Tensor, Tensor]:
+def exact(weight: WeightLayout, x: Tensor, *, rounds: bool) -> tuple[Tensor, Tensor]:
     """The product in float64, and the sum of the magnitudes that are added up.
 
     Codes and zero points count as added up each for itself: a kernel may sum over them apart.
@@ -179,7 +179,7 @@ def bound(size: Tensor, inputs: int, dtype: torch.dtype, *, rounds: bool) -> Ten
     return size * share + torch.finfo(dtype).tiny
 
 
-def of_whole_numbers(setup: KernelSetup, spec: QuantSpec, outputs: int, inputs: int) -> Words:
+def of_whole_numbers(setup: KernelSetup, spec: QuantSpec, outputs: int, inputs: int) -> PackedInt32:
     """Any codes, with scales that are powers of two, of both signs, and any zero points."""
     shape, draws = spec.scale_shape(outputs, inputs), generator(2)
     scale = 2.0 ** torch.randint(-7, 3, shape, generator=draws) * (1 - 2 * torch.randint(2, shape, generator=draws))
@@ -188,7 +188,7 @@ def of_whole_numbers(setup: KernelSetup, spec: QuantSpec, outputs: int, inputs: 
     return setup.with_codes(codes, spec, scale, zero_point)
 
 
-def of_extremes(setup: KernelSetup, spec: QuantSpec, inputs: int, dtype: torch.dtype) -> Words:
+def of_extremes(setup: KernelSetup, spec: QuantSpec, inputs: int, dtype: torch.dtype) -> PackedInt32:
     """Rows with all codes at one end of their range, at the other, and any; zero points at the far end."""
     codes = any_codes((40, inputs), spec, generator(3))
     codes[::4], codes[1::4] = spec.code_min, spec.code_max
@@ -216,6 +216,6 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def words(weight: Form, x: Tensor) -> str:
+def words(weight: WeightLayout, x: Tensor) -> str:
     """A weight and an input, for messages."""
     return f"{weight.spec}, {weight.layout.shape}, input {tuple(x.shape)} in {dtype_name(x.dtype)}"

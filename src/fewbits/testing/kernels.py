@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.forms import Form, Words
 from fewbits.kernels.reference import Reference
+from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import same_bits
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, for_all
+from fewbits.testing.environment import snapshot
 from fewbits.testing.kernel_setup import (
     INPUTS,
     PAIRS,
@@ -33,14 +34,13 @@ from fewbits.testing.kernel_setup import (
     words,
 )
 from fewbits.testing.strategies import FLOATS
-from fewbits.testing.surroundings import snapshot
 
-_WHY = Contract("fewbits.Kernel.supports", "Why this kernel cannot compute with this weight")
-_FORMS = Contract("fewbits.Kernel.supports", "in whatever form it is now")
-_TAKES = Contract("fewbits.Kernel.takes", "Why this kernel does not compute with this input of so many rows")
-_FORM = Contract("fewbits.Kernel.prepack", "The weight in the form that this kernel reads")
-_OUTPUT = Contract("fewbits.Kernel.linear", "(rows, outputs), in float32")
-_UNCHANGED = Contract("fewbits.Kernel.linear", "Neither argument is changed")
+_WHY = Contract("fewbits.extend.Kernel.supports", "Why this kernel cannot compute with this weight")
+_FORMS = Contract("fewbits.extend.Kernel.supports", "in whatever form it is now")
+_TAKES = Contract("fewbits.extend.Kernel.takes", "Why this kernel does not compute with this input of so many rows")
+_FORM = Contract("fewbits.extend.Kernel.prepack", "The weight in the form that this kernel reads")
+_OUTPUT = Contract("fewbits.extend.Kernel.linear", "(rows, outputs), in float32")
+_UNCHANGED = Contract("fewbits.extend.Kernel.linear", "Neither argument is changed")
 _ROUND_TRIP = Contract("fewbits.testing.check_kernel", "gives the canonical form back, bit for bit")
 _ACCURATE = Contract("fewbits.testing.check_kernel", "an SQNR of at least 50 dB")
 _NEAR = Contract("fewbits.testing.check_kernel", "times the sum of the magnitudes that are added up")
@@ -110,7 +110,7 @@ def prepacking_loses_nothing(setup: KernelSetup) -> None:
             expect(fits, f"{weight.spec}: prepacked as {type(form).__name__}, not {kernel.form.__name__}", _FORM)
             _check_form(weight, form)
             _check_form(weight, kernel.prepack(form))
-            _check_form(weight, kernel.prepack(attrs.evolve(weight, packed=weight.packed.clone()), over=True))
+            _check_form(weight, kernel.prepack(attrs.evolve(weight, packed=weight.packed.clone()), reuse_memory=True))
 
 
 def outputs_are_accurate(setup: KernelSetup) -> None:
@@ -179,7 +179,7 @@ def outputs_are_reproducible(setup: KernelSetup) -> None:
                 _check_result(setup, form, strided, kernel.linear(strided, form))
 
 
-def _weights(setup: KernelSetup, sizes: list[tuple[int, int]]) -> Iterator[Words]:
+def _weights(setup: KernelSetup, sizes: list[tuple[int, int]]) -> Iterator[PackedInt32]:
     """Weights of all specs and dtypes, of these sizes."""
     for spec in setup.specs():
         for dtype in FLOATS:
@@ -190,7 +190,7 @@ def _inputs(setup: KernelSetup, inputs: int) -> Iterator[Tensor]:
     return (setup.normal((rows, inputs), dtype, 1) for dtype in INPUTS for rows in ROWS)
 
 
-def _computed(setup: KernelSetup, outputs: int, inputs: int) -> Iterator[tuple[Kernel[Any], Form, Tensor]]:
+def _computed(setup: KernelSetup, outputs: int, inputs: int) -> Iterator[tuple[Kernel[Any], WeightLayout, Tensor]]:
     """Every weight and input of these sizes that the kernel computes with."""
     for spec in setup.specs():
         for dtype, kind in PAIRS:
@@ -205,7 +205,7 @@ def _is_reason(why: object) -> bool:
     return why is None or (isinstance(why, str) and why.strip() != "")
 
 
-def _check_form(weight: Words, form: Form) -> None:
+def _check_form(weight: PackedInt32, form: WeightLayout) -> None:
     what, rows, dtype = f"{weight.spec}, {weight.layout.shape}", weight.layout.rows, weight.scale.dtype
     same = form.value(dtype).equal(weight.value(dtype))
     expect(same, f"{what}: it gives another value back", _ROUND_TRIP)
@@ -215,7 +215,7 @@ def _check_form(weight: Words, form: Form) -> None:
         alike = same_bits(form.decoded(where), weight.decoded(where))
         expect(alike, f"{what}: rows {where} stand for something else", _ROUND_TRIP)
     alike = same_bits(form.dequantize(dtype), weight.dequantize(dtype))
-    alike &= same_bits(form.steps(), weight.steps())
+    alike &= same_bits(form.centered_codes(), weight.centered_codes())
     expect(alike, f"{what}: it dequantizes to something else", _ROUND_TRIP)
 
 
@@ -225,7 +225,7 @@ def _by(rows: int, x: Tensor) -> list[Tensor]:
     return [*parts[:-1], torch.cat([parts[-1], x.new_zeros(rows - parts[-1].shape[0], x.shape[1])])]
 
 
-def _check_accuracy(setup: KernelSetup, weight: Words, inputs: Iterable[Tensor], least: float) -> None:
+def _check_accuracy(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Tensor], least: float) -> None:
     """Over many rows, however few at a time, so that chance plays no part."""
     found = list(setup.computed(weight, inputs))
     if not found:
@@ -237,12 +237,12 @@ def _check_accuracy(setup: KernelSetup, weight: Words, inputs: Iterable[Tensor],
     expect(noise >= least, f"{what}: {noise:.1f} dB against float64, not {least:.1f}", _ACCURATE)
 
 
-def _check_outputs(setup: KernelSetup, weight: Words, inputs: Iterable[Tensor]) -> None:
+def _check_outputs(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Tensor]) -> None:
     for x, found in setup.computed(weight, inputs):
         _check_result(setup, weight, x, found)
 
 
-def _check_result(setup: KernelSetup, weight: Form, x: Tensor, found: Tensor) -> None:
+def _check_result(setup: KernelSetup, weight: WeightLayout, x: Tensor, found: Tensor) -> None:
     """Shape, dtype, and every element."""
     what, shape = words(weight, x), (x.shape[0], weight.layout.rows)
     right = found.dtype in (torch.float32, x.dtype, torch.bfloat16) and found.device == x.device
@@ -253,7 +253,7 @@ def _check_result(setup: KernelSetup, weight: Form, x: Tensor, found: Tensor) ->
     )
     rounds = setup.rounds(weight)
     if rounds and weight.spec.granularity != "group" and weight.spec.levels is None:
-        reference = Reference().linear(x, as_dynamic(Words.of(weight)))
+        reference = Reference().linear(x, as_dynamic(PackedInt32.of(weight)))
         same = torch.equal(found.to(x.dtype), reference)
         expect(same, f"{what}: the output has other bits than the reference", _EXACT)
         return
@@ -262,7 +262,7 @@ def _check_result(setup: KernelSetup, weight: Form, x: Tensor, found: Tensor) ->
     expect(worst <= 0, f"{what}: an element is off by {worst:.3g} more than rounding allows", _NEAR)
 
 
-def _check_picked(setup: KernelSetup, weight: Words) -> None:
+def _check_picked(setup: KernelSetup, weight: PackedInt32) -> None:
     columns = weight.layout.columns
     powers = 2.0 ** torch.arange(-3, 4, device=setup.device).repeat(columns)[:columns]
     inputs = (x for rows in ROWS for x in _by(rows, torch.diag(powers)))

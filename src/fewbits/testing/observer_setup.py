@@ -18,8 +18,8 @@ from fewbits.numerics.dtypes import compute_dtype, dtype_name
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
+from fewbits.testing.environment import snapshot
 from fewbits.testing.strategies import FLOATS, layouts, weights
-from fewbits.testing.surroundings import snapshot
 
 #: Inputs of the layers whose inputs are shown.
 COLUMNS = 32
@@ -76,7 +76,7 @@ def cases(
     return rows if spec.granularity == "tensor" else rows.to(compute_dtype(dtype)), spec
 
 
-def settled(spec: QuantSpec) -> QuantSpec:
+def resolved(spec: QuantSpec) -> QuantSpec:
     """The spec with scales in float32."""
     return attrs.evolve(spec, scale_dtype=torch.float32)
 
@@ -103,7 +103,7 @@ def picks_for_inputs(setup: ObserverSetup) -> bool:
 
 def answers(observer: Observer, spec: QuantSpec) -> list[Tensor]:
     """The scales that an observer picks for a weight, and for inputs if it does."""
-    scales = [observer.observe_weight(normal_weight(), settled(spec))[0]]
+    scales = [observer.observe_weight(normal_weight(), resolved(spec))[0]]
     try:
         return [*scales, observer.input_params(input_spec(symmetric=True))[0]]
     except CalibrationError:

@@ -19,6 +19,7 @@ from fewbits.observers.min_max import MinMaxObserver
 from fewbits.quantizers.schemes import Int8PerChannel
 from fewbits.selection.selector import LayerSelector
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
+from fewbits.testing.environment import snapshot
 from fewbits.testing.models import SmallModel, ids
 from fewbits.testing.observer_setup import (
     COLUMNS,
@@ -31,24 +32,29 @@ from fewbits.testing.observer_setup import (
     inputs,
     normal_weight,
     picks_for_inputs,
-    settled,
+    resolved,
     size,
     words,
 )
 from fewbits.testing.strategies import seeds, weights
 from fewbits.testing.strategies import specs as any_spec
-from fewbits.testing.surroundings import snapshot
 from fewbits.validation.report import CRITICAL_DB
 
-_SCALES = Contract("fewbits.Observer.observe_weight", "finite and not zero")
-_READ_ONLY = Contract("fewbits.Observer.observe_weight", "finite, not to be written to")
+_SCALES = Contract("fewbits.extend.Observer.observe_weight", "finite and not zero")
+_READ_ONLY = Contract("fewbits.extend.Observer.observe_weight", "finite, not to be written to")
 _RANGE = Contract("fewbits.testing.check_observer", "A scale is out of range only for numbers larger than")
 _ALONE = Contract("fewbits.testing.check_observer", "The scales of a row depend on that row and the inputs alone.")
-_FRESH = Contract("fewbits.Observer.fresh", "A copy of this recipe that has seen nothing.")
-_NEEDS = Contract("fewbits.Observer", "whether `observe_input` must have seen a layer's inputs before its weight is")
-_INPUTS = Contract("fewbits.Observer.input_params", "positive; and zero point, int32, (1,), or None if the spec is")
-_NOTHING = Contract("fewbits.Observer.input_params", "if nothing was seen, or this observer does not look at inputs")
-_MERGED = Contract("fewbits.Observer.merge", "as if this one had seen it too")
+_FRESH = Contract("fewbits.extend.Observer.fresh", "A copy of this recipe that has seen nothing.")
+_NEEDS = Contract(
+    "fewbits.extend.Observer", "whether `observe_input` must have seen a layer's inputs before its weight is"
+)
+_INPUTS = Contract(
+    "fewbits.extend.Observer.input_params", "positive; and zero point, int32, (1,), or None if the spec is"
+)
+_NOTHING = Contract(
+    "fewbits.extend.Observer.input_params", "if nothing was seen, or this observer does not look at inputs"
+)
+_MERGED = Contract("fewbits.extend.Observer.merge", "as if this one had seen it too")
 _SMALL = Contract("fewbits.testing.check_observer", "What it keeps of the inputs does not grow with their number.")
 _USEFUL = Contract("fewbits.testing.check_observer", "at most 10 dB below that of `MinMaxObserver`")
 
@@ -164,7 +170,7 @@ def needs_data_is_true(setup: ObserverSetup) -> None:
 
     def count(spec: QuantSpec) -> None:
         nonlocal differences
-        one, other = (bits(setup.shown(batches).observe_weight(normal_weight(), settled(spec))) for batches in shown)
+        one, other = (bits(setup.shown(batches).observe_weight(normal_weight(), resolved(spec))) for batches in shown)
         differences += one != other
 
     for_all(setup.examples, count, setup.specs)
@@ -216,7 +222,7 @@ def it_is_of_use(setup: ObserverSetup) -> None:
     """Normally distributed weights keep about the SQNR that they have with `MinMaxObserver`."""
 
     def useful(spec: QuantSpec) -> None:
-        spec, weight = settled(spec), normal_weight()
+        spec, weight = resolved(spec), normal_weight()
         found = measure(weight, quantize(weight, spec, setup.ready(COLUMNS).observe_weight)).sqnr_db
         plain = measure(weight, quantize(weight, spec, MinMaxObserver().observe_weight)).sqnr_db
         limit = min(plain - 10, CRITICAL_DB)

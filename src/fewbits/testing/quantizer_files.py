@@ -13,9 +13,9 @@ from fewbits.checkpoint.metadata import row_entries
 from fewbits.checkpoint.saving import Value
 from fewbits.quantizers.base import Quantizer
 from fewbits.testing.check import Contract, expect
+from fewbits.testing.environment import not_importable, snapshot, undetected_damage
 from fewbits.testing.models import SmallModel, ids
 from fewbits.testing.quantizer_setup import QuantizerSetup, folder
-from fewbits.testing.surroundings import not_importable, snapshot, undetected_damage
 
 _BITS = Contract(
     "fewbits.Quantizer.save", "Write the result to a file, or a directory of several, atomically, and read it back."

@@ -15,18 +15,18 @@ from fewbits.errors import CalibrationError, StateError
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.lifecycle import TRANSITIONS, State
 from fewbits.testing.check import Contract, expect, fail, for_all
+from fewbits.testing.environment import files_in, snapshot
 from fewbits.testing.models import SmallModel, models
 from fewbits.testing.quantizer_setup import QuantizerSetup, batches, folder
-from fewbits.testing.surroundings import files_in, snapshot
 
 _LIFE = Contract("fewbits.Quantizer", "prepare, observe, convert, validate, save")
 _UNTOUCHED = Contract("fewbits.Quantizer.prepare", "It is not modified.")
 _RESULT = Contract("fewbits.Quantizer.convert", "what came in, quantized")
 _INPLACE = Contract("fewbits.Quantizer.prepare", "quantize the model or mapping itself")
 _VALID = Contract("fewbits.Quantizer.validate", "Check the result against the source, element by element")
-_STATE = Contract("fewbits.StateError", "called in a state that does not allow it; nothing has changed.")
+_STATE = Contract("fewbits.errors.StateError", "called in a state that does not allow it; nothing has changed.")
 _COVERED = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known once a source is prepared.")
-_NO_FORWARD = Contract("fewbits.CalibrationError", "Calibration data is missing, or does not fit the model.")
+_NO_FORWARD = Contract("fewbits.errors.CalibrationError", "Calibration data is missing, or does not fit the model.")
 
 
 def lifecycle_of_a_model(setup: QuantizerSetup) -> None:

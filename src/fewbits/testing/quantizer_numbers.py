@@ -15,10 +15,10 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.quantizers.base import Quantizer
 from fewbits.selection.ledger import LedgerRow
 from fewbits.testing.check import Contract, expect, for_all
+from fewbits.testing.environment import Snapshot, blocks_of, snapshot, threads
 from fewbits.testing.models import SmallModel
 from fewbits.testing.quantizer_setup import QuantizerSetup, linear
 from fewbits.testing.strategies import FLOATS, weights
-from fewbits.testing.surroundings import Snapshot, blocks_of, snapshot, threads
 
 _BOUND = Contract("fewbits.numerics.affine.error_bound", "How far each element may lie from what its code stands for")
 _DECODED = Contract("fewbits.QuantizedTensor.dequantize", "The tensor that the codes stand for, in its own shape")

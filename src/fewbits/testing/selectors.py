@@ -16,11 +16,11 @@ from fewbits.sources.open import open_source
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
 from fewbits.testing.models import SmallModel, models
 
-_EACH = Contract("fewbits.Selector.select", "One decision for every tensor, in the same order.")
-_REASON = Contract("fewbits.Decision", "reason: why, in words for the ledger.")
-_FIELDS = Contract("fewbits.Decision", "quantize: whether the scheme is applied to it; otherwise it is kept.")
-_RULES = Contract("fewbits.Selector.select", "SelectionError: if a rule fits no tensor.")
-_OBSTACLE = Contract("fewbits.Selector.select", "A tensor with an `obstacle` cannot be quantized")
+_EACH = Contract("fewbits.extend.Selector.select", "One decision for every tensor, in the same order.")
+_REASON = Contract("fewbits.extend.Decision", "reason: why, in words for the ledger.")
+_FIELDS = Contract("fewbits.extend.Decision", "quantize: whether the scheme is applied to it; otherwise it is kept.")
+_RULES = Contract("fewbits.extend.Selector.select", "SelectionError: if a rule fits no tensor.")
+_OBSTACLE = Contract("fewbits.extend.Selector.select", "A tensor with an `obstacle` cannot be quantized")
 _PURE = Contract("fewbits.testing.check_selector", "The same tensors get the same decisions")
 _INFOS = Contract("fewbits.testing.check_selector", "What it is told is not changed.")
 _LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known once a source is prepared.")

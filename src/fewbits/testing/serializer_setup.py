@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fewbits.api import Result, quantize
 from fewbits.checkpoint.serializer import Entry, Header, Serializer, Writer
+from fewbits.testing.environment import Snapshot, snapshot
 from fewbits.testing.models import SmallModel
-from fewbits.testing.surroundings import Snapshot, snapshot
 
 #: One of each kind.
 TENSORS = {

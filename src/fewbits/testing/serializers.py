@@ -16,25 +16,25 @@ from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError, FewbitsError, FormatError
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
+from fewbits.testing.environment import files_in, snapshot, undetected_damage
 from fewbits.testing.models import SmallModel, ids
 from fewbits.testing.quantizer_setup import folder
 from fewbits.testing.serializer_setup import TENSORS, SerializerSetup, entries, put
 from fewbits.testing.strategies import tensors
-from fewbits.testing.surroundings import files_in, snapshot, undetected_damage
 
-_READ = Contract("fewbits.Reader", "entries: every tensor in it.")
+_READ = Contract("fewbits.extend.Reader", "entries: every tensor in it.")
 _BITS = Contract("fewbits.testing.check_serializer", "Tensors are read back bit for bit")
-_STRINGS = Contract("fewbits.Reader", "metadata: the strings it was sealed with.")
-_UNSEEN = Contract("fewbits.Writer", "Nothing is visible at its path before `close`.")
-_PUBLISH = Contract("fewbits.Writer.close", "Publish the finished file at its path.")
-_ABORT = Contract("fewbits.Writer.abort", "Give up and leave nothing behind. Does nothing after `close`.")
-_ONCE = Contract("fewbits.Writer.write", "Write one of the header's tensors; in any order, each once.")
+_STRINGS = Contract("fewbits.extend.Reader", "metadata: the strings it was sealed with.")
+_UNSEEN = Contract("fewbits.extend.Writer", "Nothing is visible at its path before `close`.")
+_PUBLISH = Contract("fewbits.extend.Writer.close", "Publish the finished file at its path.")
+_ABORT = Contract("fewbits.extend.Writer.abort", "Give up and leave nothing behind. Does nothing after `close`.")
+_ONCE = Contract("fewbits.extend.Writer.write", "Write one of the header's tensors; in any order, each once.")
 _DIGESTS = Contract("fewbits.verify", "digests, structure, and every element against its source")
-_FORMAT = Contract("fewbits.Serializer.reader", "FormatError: if it is not in this serializer's format.")
-_OPEN = Contract("fewbits.Serializer.reader", "CheckpointError: if it cannot be opened.")
-_BEGIN = Contract("fewbits.Serializer.writer", "CheckpointError: if it cannot be begun.")
+_FORMAT = Contract("fewbits.extend.Serializer.reader", "FormatError: if it is not in this serializer's format.")
+_OPEN = Contract("fewbits.extend.Serializer.reader", "CheckpointError: if it cannot be opened.")
+_BEGIN = Contract("fewbits.extend.Serializer.writer", "CheckpointError: if it cannot be begun.")
 _ALIAS = Contract("fewbits.testing.check_serializer", "Writing into a tensor that was read never changes the file.")
-_RESULT = Contract("fewbits.Serializer", "Writes and reads the result of a quantization.")
+_RESULT = Contract("fewbits.extend.Serializer", "Writes and reads the result of a quantization.")
 
 _NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import chunks
-from fewbits.checkpoint.compressed_tensors import is_compressed_tensors
 from fewbits.checkpoint.metadata import row_entries
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
+from fewbits.formats.compressed_tensors import is_compressed_tensors
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import same_bits
@@ -22,7 +22,7 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.base import Source
 from fewbits.validation.checks import examine
-from fewbits.validation.foreign import verify_compressed_tensors
+from fewbits.validation.compressed import verify_compressed_tensors
 from fewbits.validation.report import CRITICAL_DB, Report
 
 

@@ -2,7 +2,9 @@
 
 import torch
 
-from fewbits import ArgumentError, MinMaxObserver, Observer
+from fewbits import MinMaxObserver
+from fewbits.errors import ArgumentError
+from fewbits.extend import Observer
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from fewbits import CheckpointError, Entry, FewbitsError, FormatError, Reader, Serializer, Writer
+from fewbits import FewbitsError
+from fewbits.errors import CheckpointError, FormatError
+from fewbits.extend import Entry, Reader, Serializer, Writer
 
 
 class ZipSerializer(Serializer):

@@ -15,15 +15,15 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import STEM, Shard, plan_shards
-from fewbits.checkpoint.workplace import Workplace
+from fewbits.conversion.budget import Budget, Demand, settle
+from fewbits.conversion.file_run import FileRun, Finished
+from fewbits.conversion.job import Conversion, Job, Share
+from fewbits.conversion.ranks import Group, Ranks, spread
+from fewbits.conversion.staging import StagingDirectory
+from fewbits.conversion.streaming import Streaming
 from fewbits.errors import ArgumentError, CheckpointError, StateError
 from fewbits.numerics.metrics import Measurement
 from fewbits.observers.base import Observer
-from fewbits.quantizers.budget import Budget, Demand, settle
-from fewbits.quantizers.file_run import FileRun, Finished
-from fewbits.quantizers.job import Conversion, Job, Share
-from fewbits.quantizers.ranks import Group, Ranks, spread
-from fewbits.quantizers.streaming import Streaming
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.file import FileSource
@@ -121,7 +121,7 @@ class FileJob(Job):
             Streaming(self.source, demand, conversion, self._budget),
             serializer,
             shards,
-            Workplace(output, folder=folder, names=[shard.file for shard in shards]),
+            StagingDirectory(output, folder=folder, names=[shard.file for shard in shards]),
             readers=self.readers,
             paranoid=output.paranoid,
             shared=shared,
@@ -147,7 +147,7 @@ class FileJob(Job):
         if found:
             raise ArgumentError(
                 f"{output.path} is there already, and is not what this would make of {self.source.path}: {found[0]}. "
-                "Give another path, or replace it (--force, Output(replace=True))"
+                "Give another path, or replace it (--replace, Output(replace=True))"
             )
         self._finished = Finished(result.headers, _measurements(report))
         sizes = run.sizes

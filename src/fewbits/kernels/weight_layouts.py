@@ -1,6 +1,6 @@
 """Forms: the orders in which the codes of one weight can lie in memory. A kernel reads one of them.
 
-`Words` is the canonical form, that of files. The others are private: while one is in use it takes the place of the
+`PackedInt32` is the canonical form, that of files. The others are private: while one is in use it replaces the
 words, and gives them back exactly.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.kernels import features
-from fewbits.numerics.affine import decode, steps_of
+from fewbits.numerics.affine import centered_codes, decode
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words, unpack
@@ -29,7 +29,7 @@ Rows = slice | Tensor
 
 
 @attrs.define(eq=False, kw_only=True)
-class Form(ABC):
+class WeightLayout(ABC):
     """One weight, cut into a matrix of (rows, columns), in some order of its codes.
 
     Attributes:
@@ -53,17 +53,17 @@ class Form(ABC):
 
     @classmethod
     @abstractmethod
-    def refuses(cls, weight: Form) -> str | None:
+    def refuses(cls, weight: WeightLayout) -> str | None:
         """Why this weight cannot be laid out so; None if it can."""
 
     @classmethod
     @abstractmethod
-    def of(cls, weight: Form, *, over: bool = False) -> Form:
+    def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> WeightLayout:
         """The same weight in this form.
 
         Args:
             weight: in any form.
-            over: whether the words of `weight`, which nobody else needs then, may be written over. Memory of their own
+            reuse_memory: whether the memory of the words of `weight` may be reused. Memory of their own
                 size, freed between others, is not taken again by the C library's aligned allocations.
         """
 
@@ -108,13 +108,13 @@ class Form(ABC):
 
     operand = dequantize
 
-    def steps(self) -> Tensor:
+    def centered_codes(self) -> Tensor:
         """Codes less zero points: float64, in the weight's own shape."""
-        return self.layout.from_matrix(steps_of(self.codes(slice(None)), self.params(slice(None))[1], self.spec))
+        return self.layout.from_matrix(centered_codes(self.codes(slice(None)), self.params(slice(None))[1], self.spec))
 
 
 @attrs.define(eq=False, kw_only=True)
-class Words(Form):
+class PackedInt32(WeightLayout):
     """The canonical form: codes of any width in int32 words, row after row, as files hold them."""
 
     name = "words"
@@ -123,17 +123,17 @@ class Words(Form):
     packed: Tensor
 
     @classmethod
-    def refuses(cls, weight: Form) -> str | None:
+    def refuses(cls, weight: WeightLayout) -> str | None:
         """None: every weight can lie so."""
         return None
 
     @classmethod
-    def of(cls, weight: Form, *, over: bool = False) -> Words:
+    def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> PackedInt32:
         """The words of a weight; those that it has, if it is in this form already."""
         return cls(packed=weight.words(), **shared(weight))
 
     @classmethod
-    def of_value(cls, value: QuantizedTensor) -> Words:
+    def of_value(cls, value: QuantizedTensor) -> PackedInt32:
         """A value as a form; it shares the tensors."""
         return cls(packed=value.packed, **shared(value))
 
@@ -147,7 +147,7 @@ class Words(Form):
 
 
 @attrs.define(eq=False, kw_only=True)
-class Bytes(Form):
+class Int8Rows(WeightLayout):
     """Signed codes of 8 bits, one to a byte; rows are filled up with zeros to a multiple of 16.
 
     Torch's ``_weight_int8pack_mm`` reads rows 16 bytes at a time, past their end if need be.
@@ -173,25 +173,25 @@ class Bytes(Form):
         return self._turned if self._turned.dtype == torch.float32 else self._turned.float()
 
     @classmethod
-    def refuses(cls, weight: Form) -> str | None:
+    def refuses(cls, weight: WeightLayout) -> str | None:
         """Why not: it has codes of 8 bits, of a matrix whose rows are not too short."""
         rows, columns = weight.layout.matrix_shape
         if reason := refuses_any(weight):
             return reason
         if weight.spec.bits != 8:
             return f"codes of {weight.spec.bits} bits, not 8"
-        if filled_up(columns, cls.MULTIPLE) > 2 * columns:
+        if round_up(columns, cls.MULTIPLE) > 2 * columns:
             return f"filled up to {cls.MULTIPLE}, {rows} rows of {columns} would take more than twice the memory"
         return None
 
     @classmethod
-    def of(cls, weight: Form, *, over: bool = False) -> Bytes:
+    def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
         """Lay out the codes of a weight."""
         rows, columns = weight.layout.matrix_shape
-        wide = filled_up(columns, cls.MULTIPLE)
-        signed = _memory(weight, over, rows, wide).view(torch.int8)
+        wide = round_up(columns, cls.MULTIPLE)
+        signed = _memory(weight, reuse_memory, rows, wide).view(torch.int8)
         signed[:, columns:] = 0
-        if isinstance(weight, Words):
+        if isinstance(weight, PackedInt32):
             unsigned = weight.packed.contiguous().view(-1).view(torch.int8).view(rows, -1)[:, :columns]
             torch.bitwise_xor(unsigned, -128, out=signed[:, :columns])
         else:
@@ -204,7 +204,7 @@ class Bytes(Form):
 
 
 @attrs.define(eq=False, kw_only=True)
-class Tiles(Form):
+class Int4Tiles(WeightLayout):
     """Codes of 4 bits as torch's ``_weight_int4pack_mm_for_cpu`` reads them.
 
     A tile holds the codes of `width` rows, column after column: the low halves of its bytes are the first ``width / 2``
@@ -237,7 +237,7 @@ class Tiles(Form):
         return 2 * self.tiles.shape[2]
 
     @classmethod
-    def refuses(cls, weight: Form) -> str | None:
+    def refuses(cls, weight: WeightLayout) -> str | None:
         """Why not: it has codes of 4 bits, whole numbers, in groups that torch's kernel knows."""
         spec, (rows, columns) = weight.spec, weight.layout.matrix_shape
         if reason := refuses_any(weight):
@@ -249,18 +249,18 @@ class Tiles(Form):
         width, group = features.tile_width(), table_group(spec, columns)
         if width is None:
             return features.NO_TILES
-        if filled_up(rows, width) * filled_up(columns, group) > 2 * rows * columns:
+        if round_up(rows, width) * round_up(columns, group) > 2 * rows * columns:
             return f"filled up to whole tiles, {rows} rows of {columns} would take more than twice the memory"
         return None
 
     @classmethod
-    def of(cls, weight: Form, *, over: bool = False) -> Tiles:
+    def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> Int4Tiles:
         """Lay out the codes of a weight, and its scales beside them."""
         rows, columns = weight.layout.matrix_shape
         group, width = table_group(weight.spec, columns), features.tile_width() or max(features.WIDTHS)
-        tall, wide = filled_up(rows, width) // width, filled_up(columns, group)
+        tall, wide = round_up(rows, width) // width, round_up(columns, group)
         # What stays is allocated first, and what is only needed meanwhile lies behind it: no holes between the layers.
-        tiles = _memory(weight, over, tall, wide, width // 2)
+        tiles = _memory(weight, reuse_memory, tall, wide, width // 2)
         table = tiles.new_zeros((wide // group, tall * width, 2), dtype=torch.bfloat16)
         scale, zero_point = weight.params(slice(None))
         spread(scale, weight, group, table[..., 0])
@@ -300,7 +300,7 @@ TABLE_GROUPS = (256, 128, 64, 32)
 #: How many of the usual blocks are laid out as tiles at a time: they are halves of bytes, and calls cost too.
 _BLOCKS_AT_ONCE = 8
 
-FORMS: Mapping[str, type[Form]] = {form.name: form for form in (Words, Bytes, Tiles)}
+WEIGHT_LAYOUTS: Mapping[str, type[WeightLayout]] = {form.name: form for form in (PackedInt32, Int8Rows, Int4Tiles)}
 
 
 def taken(rows: Tensor, where: Rows) -> Tensor:
@@ -308,7 +308,7 @@ def taken(rows: Tensor, where: Rows) -> Tensor:
     return rows.index_select(0, where) if isinstance(where, Tensor) else rows[where]
 
 
-def filled_up(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
     """The next multiple."""
     return -(-count // multiple) * multiple
 
@@ -322,7 +322,7 @@ def table_group(spec: QuantSpec, columns: int) -> int:
     return min(fitting, key=lambda g: -(-columns // g) * (g // 2 + 4))
 
 
-def spread(params: Tensor, weight: Form, group: int, out: Tensor) -> Tensor:
+def spread(params: Tensor, weight: WeightLayout, group: int, out: Tensor) -> Tensor:
     """Write scales or the like, (rows, groups) or (1,), of each `group` columns to `out`: (groups, rows filled up)."""
     rows, columns = weight.layout.matrix_shape
     params = params.expand(rows, -1)
@@ -333,7 +333,7 @@ def spread(params: Tensor, weight: Form, group: int, out: Tensor) -> Tensor:
     return out
 
 
-def refuses_any(weight: Form) -> str | None:
+def refuses_any(weight: WeightLayout) -> str | None:
     """Why no private form can hold this weight; None if one may."""
     if weight.scale.device.type != "cpu":
         return f"the weight is on {weight.scale.device}, not on the CPU"
@@ -348,14 +348,14 @@ def refuses_any(weight: Form) -> str | None:
     return None
 
 
-def _joined(weight: Form, first: int, tiles: int, width: int, wide: int) -> tuple[Tensor, Tensor]:
+def _joined(weight: WeightLayout, first: int, tiles: int, width: int, wide: int) -> tuple[Tensor, Tensor]:
     """The bytes of some tiles before they are turned round: those of even columns, and those of odd ones.
 
     Returns:
         two of uint8, (tiles, width / 2, wide / 2): in a byte's low half the first half of a tile's rows.
     """
     rows = slice(first, first + tiles * width)
-    if isinstance(weight, Words) and weight.layout.columns == wide and rows.stop <= weight.layout.rows:
+    if isinstance(weight, PackedInt32) and weight.layout.columns == wide and rows.stop <= weight.layout.rows:
         # Words hold an even column and the next odd one in a byte.
         low, high = weight.packed[rows].contiguous().view(-1).view(torch.uint8).view(tiles, 2, width // 2, -1).unbind(1)
         return low & 15 | high << 4, low >> 4 | high & 0xF0
@@ -375,15 +375,15 @@ def _turn(x: Tensor, out: Tensor) -> None:
     out.view(tiles, columns // 8, 8, rows).copy_(eights.view(tiles, columns // 8, rows, 8).transpose(2, 3))
 
 
-def _memory(weight: Form, over: bool, *shape: int) -> Tensor:
+def _memory(weight: WeightLayout, reuse_memory: bool, *shape: int) -> Tensor:
     """Bytes of this shape, not initialized: those of the weight's words, if there are as many."""
-    words = weight.packed if over and isinstance(weight, Words) else None
+    words = weight.packed if reuse_memory and isinstance(weight, PackedInt32) else None
     if words is not None and words.is_contiguous() and words.nbytes == math.prod(shape) and not words.is_inference():
         return words.view(-1).view(torch.uint8).view(shape)
     return weight.scale.new_empty(shape, dtype=torch.uint8)
 
 
-def shared(weight: Form | QuantizedTensor) -> dict[str, Any]:
+def shared(weight: WeightLayout | QuantizedTensor) -> dict[str, Any]:
     """What all forms of one weight have in common."""
     fields = ("scale", "zero_point", "input_scale", "spec", "layout")
     return {field: getattr(weight, field) for field in fields}

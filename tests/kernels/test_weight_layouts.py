@@ -6,9 +6,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewbits import Layout, QuantSpec
+from fewbits import QuantSpec
+from fewbits.extend import Layout
 from fewbits.kernels import features, forms
-from fewbits.kernels.forms import TABLE_GROUPS, Bytes, Tiles, Words, table_group
+from fewbits.kernels.weight_layouts import TABLE_GROUPS, Int4Tiles, Int8Rows, PackedInt32, table_group
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits
 from fewbits.testing.kernel_setup import decoded
@@ -50,22 +51,22 @@ def read_alike(form, words):
         assert same_bits(form.decoded(where), words.decoded(where))
     for target in (torch.float32, torch.float16, torch.float64):
         assert same_bits(form.dequantize(target), words.dequantize(target))
-    assert same_bits(form.steps(), words.steps())
+    assert same_bits(form.centered_codes(), words.centered_codes())
 
 
 @given(weights(8))
 def test_bytes_give_back_what_they_were_made_of(words):
-    form = Bytes.of(words)
+    form = Int8Rows.of(words)
     read_alike(form, words)
-    read_alike(Words.of(form), words)
+    read_alike(PackedInt32.of(form), words)
 
 
 @given(weights(4))
 def test_tiles_give_back_what_they_were_made_of(words):
-    assume(Tiles.refuses(words) is None)
-    form = Tiles.of(words)
+    assume(Int4Tiles.refuses(words) is None)
+    form = Int4Tiles.of(words)
     read_alike(form, words)
-    read_alike(Words.of(form), words)
+    read_alike(PackedInt32.of(form), words)
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (65, 96), (129, 257), (40, 40), (33, 33), (200, 130)], ids=str)
@@ -73,14 +74,14 @@ def test_tiles_give_back_what_they_were_made_of(words):
 def test_tiles_of_both_widths_give_back_what_they_were_made_of(sizes, symmetric, tile_width):
     spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=symmetric)
     words = any_words(spec, *sizes)
-    form = Tiles.of(words)
+    form = Int4Tiles.of(words)
     assert form.width == tile_width
     read_alike(form, words)
 
 
 @given(weights(8))
 def test_bytes_are_signed_codes_filled_up_with_zeros(words):
-    form, columns = Bytes.of(words), words.layout.columns
+    form, columns = Int8Rows.of(words), words.layout.columns
     assert form.signed.dtype == torch.int8
     assert form.signed.shape == (words.layout.rows, -(-columns // 16) * 16)
     assert torch.equal(form.signed[:, :columns], words.value(torch.float32).codes())
@@ -90,8 +91,8 @@ def test_bytes_are_signed_codes_filled_up_with_zeros(words):
 
 @given(weights(4))
 def test_tiles_lie_as_torch_packs_them(words):
-    assume(Tiles.refuses(words) is None)
-    form = Tiles.of(words)
+    assume(Int4Tiles.refuses(words) is None)
+    form = Int4Tiles.of(words)
     count, wide, half = form.tiles.shape
     rows, columns = words.layout.matrix_shape
     codes = torch.full((count * 2 * half, wide), 8, dtype=torch.int32)
@@ -105,8 +106,8 @@ def test_tiles_lie_as_torch_packs_them(words):
 
 @given(weights(4))
 def test_the_table_of_tiles_holds_scales_and_what_code_8_stands_for(words):
-    assume(Tiles.refuses(words) is None)
-    form = Tiles.of(words)
+    assume(Int4Tiles.refuses(words) is None)
+    form = Int4Tiles.of(words)
     rows, columns = words.layout.matrix_shape
     groups = form.table.shape[0]
     assert form.group in TABLE_GROUPS
@@ -125,8 +126,8 @@ def test_the_table_of_tiles_holds_scales_and_what_code_8_stands_for(words):
 
 @given(weights(4))
 def test_tiles_take_at_most_twice_the_memory_of_their_codes(words):
-    assume(Tiles.refuses(words) is None)
-    assert Tiles.of(words).tiles.numel() <= words.layout.rows * words.layout.columns
+    assume(Int4Tiles.refuses(words) is None)
+    assert Int4Tiles.of(words).tiles.numel() <= words.layout.rows * words.layout.columns
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_groups_of_the_table_are_the_widest_that_fit(width, columns, group):
     assert table_group(spec, columns) == group
 
 
-@pytest.mark.parametrize(("form", "bits"), [(Bytes, 8), (Tiles, 4)])
+@pytest.mark.parametrize(("form", "bits"), [(Int8Rows, 8), (Int4Tiles, 4)])
 @pytest.mark.parametrize("sizes", [(128, 128), (64, 256), (192, 64), (128, 130), (100, 128), (65, 96)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_words_that_nobody_else_has_may_be_written_over(form, bits, sizes, symmetric):
@@ -146,7 +147,7 @@ def test_words_that_nobody_else_has_may_be_written_over(form, bits, sizes, symme
     words = any_words(spec, *sizes)
     own = attrs.evolve(words, packed=words.packed.clone())
     where = own.packed.data_ptr()
-    made = form.of(own, over=True)
+    made = form.of(own, reuse_memory=True)
     read_alike(made, words)
     held = made.tensors()[form.data[0]]
     assert (held.data_ptr() == where) == (held.nbytes == words.packed.nbytes)
@@ -157,9 +158,11 @@ def test_words_that_nobody_else_has_may_be_written_over(form, bits, sizes, symme
 
 def test_a_form_that_is_there_is_not_made_again():
     words = any_words(QuantSpec(bits=8, granularity="channel"), 20, 30)
-    assert Words.of(words).packed is words.packed
-    assert all(Words.of_value(words.value(torch.float32)).tensors()[name] is t for name, t in words.tensors().items())
-    form = Bytes.of(words)
+    assert PackedInt32.of(words).packed is words.packed
+    assert all(
+        PackedInt32.of_value(words.value(torch.float32)).tensors()[name] is t for name, t in words.tensors().items()
+    )
+    form = Int8Rows.of(words)
     assert form.scale is words.scale
 
 
@@ -170,7 +173,7 @@ def other_device(spec):
 
 def of_another_cut(spec):
     value = quantize(torch.ones(64, 64), spec, layout=Layout.of((64, 64), inputs=(0,)))
-    return Words.of_value(value)
+    return PackedInt32.of_value(value)
 
 
 LEVELS = tuple((code - 8) / 8 for code in range(16))
@@ -180,30 +183,30 @@ CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4
 @pytest.mark.parametrize(
     ("form", "words", "why"),
     [
-        (Bytes, any_words(CHANNEL4, 64, 64), "codes of 4 bits, not 8"),
-        (Tiles, any_words(CHANNEL8, 64, 64), "codes of 8 bits, not 4"),
-        (Bytes, other_device(CHANNEL8), "on meta, not on the CPU"),
-        (Tiles, other_device(CHANNEL4), "on meta, not on the CPU"),
-        (Bytes, of_another_cut(CHANNEL8), "no matrix of outputs by inputs"),
-        (Tiles, of_another_cut(CHANNEL4), "no matrix of outputs by inputs"),
-        (Bytes, any_words(CHANNEL8, 64, 64, dtype=torch.float64), "float64 scales"),
-        (Tiles, any_words(CHANNEL4, 64, 64, dtype=torch.float64), "float64 scales"),
-        (Tiles, any_words(QuantSpec(bits=4, granularity="channel", levels=LEVELS), 64, 64), "levels"),
-        (Tiles, any_words(QuantSpec(bits=4, granularity="group", group_size=40), 64, 80), "no multiple of 32"),
-        (Tiles, any_words(CHANNEL4, 3, 3), "more than twice the memory"),
+        (Int8Rows, any_words(CHANNEL4, 64, 64), "codes of 4 bits, not 8"),
+        (Int4Tiles, any_words(CHANNEL8, 64, 64), "codes of 8 bits, not 4"),
+        (Int8Rows, other_device(CHANNEL8), "on meta, not on the CPU"),
+        (Int4Tiles, other_device(CHANNEL4), "on meta, not on the CPU"),
+        (Int8Rows, of_another_cut(CHANNEL8), "no matrix of outputs by inputs"),
+        (Int4Tiles, of_another_cut(CHANNEL4), "no matrix of outputs by inputs"),
+        (Int8Rows, any_words(CHANNEL8, 64, 64, dtype=torch.float64), "float64 scales"),
+        (Int4Tiles, any_words(CHANNEL4, 64, 64, dtype=torch.float64), "float64 scales"),
+        (Int4Tiles, any_words(QuantSpec(bits=4, granularity="channel", levels=LEVELS), 64, 64), "levels"),
+        (Int4Tiles, any_words(QuantSpec(bits=4, granularity="group", group_size=40), 64, 80), "no multiple of 32"),
+        (Int4Tiles, any_words(CHANNEL4, 3, 3), "more than twice the memory"),
     ],
 )
 def test_what_a_form_cannot_hold_is_refused_with_a_reason(form, words, why):
     assert why in form.refuses(words)
-    assert Words.refuses(words) is None
+    assert PackedInt32.refuses(words) is None
 
 
 def test_without_torch_s_kernel_there_are_no_tiles(monkeypatch):
     monkeypatch.setattr(features, "tile_width", lambda: None)
-    assert Tiles.refuses(any_words(CHANNEL4, 64, 64)) == features.NO_TILES
+    assert Int4Tiles.refuses(any_words(CHANNEL4, 64, 64)) == features.NO_TILES
 
 
-@pytest.mark.parametrize(("form", "bits"), [(Words, 8), (Words, 4), (Bytes, 8), (Tiles, 4)])
+@pytest.mark.parametrize(("form", "bits"), [(PackedInt32, 8), (PackedInt32, 4), (Int8Rows, 8), (Int4Tiles, 4)])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("row", [-1, 100, 110, 127, 128, 1000])
 def test_a_row_that_is_not_there_is_not_read(form, bits, granularity, row):
@@ -213,6 +216,6 @@ def test_a_row_that_is_not_there_is_not_read(form, bits, granularity, row):
 
 
 def test_every_form_has_a_name_and_says_what_it_holds():
-    assert set(forms.FORMS) == {"words", "bytes", "tiles"}
-    for form in forms.FORMS.values():
+    assert set(forms.WEIGHT_LAYOUTS) == {"words", "bytes", "tiles"}
+    for form in forms.WEIGHT_LAYOUTS.values():
         assert set(form.data) <= {field.name for field in attrs.fields(form)}

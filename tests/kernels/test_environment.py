@@ -126,7 +126,7 @@ def test_what_somebody_holds_of_a_failed_conversion_is_left_alone():
         model[1].weight[0, 0] = float("nan")
     quantizer = fewbits.Int8PerChannel()
     quantizer.prepare(model, inplace=True)
-    with pytest.raises(fewbits.NumericsError):
+    with pytest.raises(fewbits.errors.NumericsError):
         quantizer.convert()
     held = model.state_dict()["0.weight_packed"]
     before = held.clone()

@@ -49,7 +49,7 @@ class Conversion:
     Attributes:
         make: of one tensor, by its row, with its observer if it is to have codes.
         by_rows: whether it makes of some rows of a tensor what it makes of them in the whole one.
-        recipe: what else than ledger and tensors decides on the codes; see `fewbits.quantizers.recipe.described`.
+        recipe: what else than ledger and tensors decides on the codes; see `fewbits.conversion.recipe.described`.
     """
 
     make: Callable[[LedgerRow, Tensor, Observer | None], Value]

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fewbits.checkpoint.compressed_weight import CompressedWeight, matrix_form
 from fewbits.checkpoint.folder import CheckpointFiles
 from fewbits.checkpoint.metadata import part_name
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
 from fewbits.errors import FormatError
+from fewbits.formats.compressed_weight import CompressedWeight, matrix_form
 from fewbits.numerics.float8 import float8_codes
 from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.tensor import pack_zero_point

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
-from fewbits.checkpoint.compressed_parts import (
-    StoredTensors,
-    column_order,
-    packed_codes,
-    scale_and_zero_point,
-    stated_shape,
-)
-from fewbits.checkpoint.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
 from fewbits.checkpoint.folder import find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.errors import FormatError
+from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
+from fewbits.formats.compressed_parts import (
+    StoredTensors,
+    column_order,
+    packed_codes,
+    scale_and_zero_point,
+    stated_shape,
+)
+from fewbits.formats.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.tensor import QuantizedTensor, shape_part
 from fewbits.selection.ledger import Fate, Ledger, LedgerRow

@@ -14,7 +14,9 @@ from fewbits.calibration import InputWatch
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.saving import Value, save, value_digest, value_tensors
 from fewbits.checkpoint.serializer import Serializer
+from fewbits.conversion.job import Conversion, Job, named
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
+from fewbits.formats.fp8 import tell_unscaled
 from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.walk import parent_of
 from fewbits.numerics.affine import check_params
@@ -23,11 +25,9 @@ from fewbits.numerics.metrics import Measurement, measure
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
-from fewbits.quantizers.job import Conversion, Job, named
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed
 from fewbits.sources.base import LiveSource, Target
-from fewbits.sources.fp8 import tell_unscaled
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import check_reload, examine
 from fewbits.validation.report import Report

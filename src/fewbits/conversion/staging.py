@@ -1,4 +1,4 @@
-"""`Workplace`: the hidden directory beside a result in which it is made, so that an interrupted run can go on.
+"""`StagingDirectory`: the hidden directory beside a result in which it is made, so that an interrupted run can go on.
 
 ::
 
@@ -23,22 +23,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewbits.checkpoint.claim import Claim
 from fewbits.checkpoint.header import parse_object
 from fewbits.checkpoint.journal import Journal, Seal, read_journal
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.publishing import check_place, move_into_place, remove_tree
 from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory, write_durably
+from fewbits.conversion.locking import DirectoryLock
 from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 
 #: What a run depends on, by what it is called in messages; JSON.
-Terms = Mapping[str, Any]
+RunInputs = Mapping[str, Any]
 
 #: Stands, in terms, for what cannot be compared, such as a function: a later run cannot tell whether it is the same.
 INCOMPARABLE = "cannot be compared"
 
 
-class Workplace:
+class StagingDirectory:
     """Where a result is made.
 
     Args:
@@ -58,11 +58,11 @@ class Workplace:
         name = hashlib.sha256(os.fsencode(self._target.name)).hexdigest()[:16]
         self.path = self._target.parent / f".fewbits-{name}.work"
         self.files = self.path / "files"
-        self._claim = Claim(self.path, output.path, self._is_own)
+        self._claim = DirectoryLock(self.path, output.path, self._is_own)
 
     # For the one process that begins and finishes.
 
-    def begin(self, terms: Terms) -> bool:
+    def begin(self, terms: RunInputs) -> bool:
         """Make the workplace, or go on with the one that is there. No other process can begin before this is through.
 
         Returns:
@@ -78,7 +78,7 @@ class Workplace:
         if resume and not self._output.replace and not self._unfinished() and self._is_published():
             self._remove_remains()
             return False
-        advice = ", or replace it (--force, Output(replace=True))"
+        advice = ", or replace it (--replace, Output(replace=True))"
         check_place(self._output.path, folder=self.folder, replace=self._output.replace, advice=advice)
         with as_checkpoint_error(f"{self._output.path} cannot be written"):
             self._claim.take()
@@ -97,12 +97,11 @@ class Workplace:
             self._claim.hold(shared=True)
         return True
 
-    def _begin_anew(self, terms: Terms, *, there: bool) -> None:
+    def _begin_anew(self, terms: RunInputs, *, there: bool) -> None:
         if there and not self._output.replace:
             raise ArgumentError(
-                f"{self._output.path} was begun by an earlier run that did not come to its end. Go on with it "
-                "(--resume, Output(resume=True)) or begin anew (--force, Output(replace=True)); what it has done is in "
-                f"{self.path}"
+                f"an earlier run began {self._output.path} and did not finish; its work is in {self.path}. Continue it "
+                "(--resume, Output(resume=True)), or start over (--replace, Output(replace=True))"
             )
         self._run.unlink(missing_ok=True)  # first: what is left without it is no unfinished run
         for entry in self.path.iterdir():
@@ -148,7 +147,7 @@ class Workplace:
 
     # For every process that writes.
 
-    def join(self, terms: Terms) -> None:
+    def join(self, terms: RunInputs) -> None:
         """Take part in what another process has begun.
 
         Raises:
@@ -239,15 +238,15 @@ class Workplace:
             return within or path in (self.path, self.files, self._journals)
         return path.parent != self.path or path in (self._run, self._new_run)
 
-    def _refuse_incomparable(self, terms: Terms) -> None:
+    def _refuse_incomparable(self, terms: RunInputs) -> None:
         if INCOMPARABLE in json.dumps(terms):
             raise ArgumentError(
                 f"{self._output.path} cannot be gone on with: its scheme, or its observer, holds something that cannot "
-                "be compared with what it was begun with, such as a function; begin anew (--force, "
+                "be compared with what it was begun with, such as a function; begin anew (--replace, "
                 "Output(replace=True))"
             )
 
-    def _check(self, terms: Terms) -> None:
+    def _check(self, terms: RunInputs) -> None:
         try:
             found = parse_object(self._run.read_bytes(), self._run, "record of a run")
         except FewbitsError:
@@ -256,12 +255,12 @@ class Workplace:
         if changed := list(_differences(before if isinstance(before, dict) else {}, json.loads(json.dumps(terms)))):
             raise ArgumentError(
                 f"{self._output.path} was begun with something else, and cannot be gone on with: {'; '.join(changed)}. "
-                "Bring back what it was begun with, or begin anew (--force, Output(replace=True))"
+                "Bring back what it was begun with, or begin anew (--replace, Output(replace=True))"
             )
         if self._target.is_file() and not found.get("replaces") and not self._output.replace:
             raise ArgumentError(
                 f"{self._output.path} has come there since the run was begun that would replace it; move it away, or "
-                "let it be replaced (--force, Output(replace=True))"
+                "let it be replaced (--replace, Output(replace=True))"
             )
 
 
@@ -272,7 +271,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _differences(before: Terms, now: Terms) -> Iterator[str]:
+def _differences(before: RunInputs, now: RunInputs) -> Iterator[str]:
     """What has changed, in words."""
     for name in [*now, *(name for name in before if name not in now)]:
         old, new = before.get(name), now.get(name)

@@ -20,20 +20,20 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import CheckpointWriter
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import STEM, Shard, write_index
-from fewbits.checkpoint.workplace import Terms, Workplace
+from fewbits.conversion.job import Share
+from fewbits.conversion.recipe import described, fingerprint
+from fewbits.conversion.staging import RunInputs, StagingDirectory
+from fewbits.conversion.streaming import Converted, Streaming
 from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
+from fewbits.formats.fp8 import tell_unscaled
 from fewbits.numerics.metrics import Measurement, Tally
-from fewbits.quantizers.job import Share
-from fewbits.quantizers.recipe import described, fingerprint
-from fewbits.quantizers.streaming import Converted, Streaming
 from fewbits.selection.progress import Progress, Step
-from fewbits.sources.fp8 import tell_unscaled
 from fewbits.sources.model_config import Readers
 
 _RESUME = "what is done is kept: --resume, or Output(resume=True), goes on with it"
 
 _CHANGED = (
-    "the source has changed since this run was begun, and the run cannot be gone on with: begin anew (--force, "
+    "the source has changed since this run was begun, and the run cannot be gone on with: begin anew (--replace, "
     "Output(replace=True)), or bring back the source as it was"
 )
 
@@ -74,7 +74,7 @@ class FileRun:
         streaming: Streaming,
         serializer: Serializer,
         shards: Sequence[Shard],
-        workplace: Workplace,
+        workplace: StagingDirectory,
         *,
         readers: Readers | None,
         paranoid: bool,
@@ -106,7 +106,7 @@ class FileRun:
         }
 
     def begin(self) -> bool:
-        """Make the place, or take over what is there; see `Workplace.begin`.
+        """Make the place, or take over what is there; see `StagingDirectory.begin`.
 
         Raises:
             ArgumentError: also if the source is in that place, where it would be removed.
@@ -119,10 +119,10 @@ class FileRun:
         return self.begun
 
     def join(self) -> None:
-        """Take part in what another process has begun; see `Workplace.join`."""
+        """Take part in what another process has begun; see `StagingDirectory.join`."""
         self._workplace.join(self._terms())
 
-    def _terms(self) -> Terms:
+    def _terms(self) -> RunInputs:
         """Everything that the bytes of the result depend on."""
         streaming = self._streaming
         return {
@@ -148,7 +148,7 @@ class FileRun:
             CheckpointError: if one cannot be written. What has been written stays for another run.
             NumericsError: if a tensor cannot be converted.
         """
-        told = _Told(self._progress, sum(self.sizes[file] for file in files))
+        told = _RunProgress(self._progress, sum(self.sizes[file] for file in files))
         with self._keeping():
             complete = self._workplace.seals()
             # What is there comes first: the rate of what follows is that of this run.
@@ -184,7 +184,7 @@ class FileRun:
         """Let other processes begin. What is not published stays."""
         self._workplace.release()
 
-    def _write(self, shard: Shard, told: _Told) -> None:
+    def _write(self, shard: Shard, told: _RunProgress) -> None:
         with self._workplace.journal(shard.file) as journal:
             if journal.seal is not None and self._is_sound(shard, journal.seal):
                 self._check_source(shard, journal.notes)
@@ -205,11 +205,11 @@ class FileRun:
             journal.add(seal)
 
     def _fill(
-        self, shard: Shard, writer: CheckpointWriter, journal: Journal, taken: Sequence[Note], told: _Told
+        self, shard: Shard, writer: CheckpointWriter, journal: Journal, taken: Sequence[Note], told: _RunProgress
     ) -> dict[str, Measurement]:
         """Write all that is missing of a file."""
         done = {note.tensor: note.stop for note in taken}
-        found = _Found()
+        found = _Measurements()
         for note in taken:
             if note.tally is not None:
                 found.add(Chunk(shard.ledger[note.tensor], note.start, note.stop), Tally.from_dict(note.tally))
@@ -226,7 +226,7 @@ class FileRun:
             writer.set_measurement(row, found.measured.get(row.name))
         return found.measured
 
-    def _put(self, ready: Converted, writer: CheckpointWriter, journal: Journal, found: _Found) -> None:
+    def _put(self, ready: Converted, writer: CheckpointWriter, journal: Journal, found: _Measurements) -> None:
         chunk, row = ready.chunk, ready.chunk.row
         writer.append(chunk, ready.value)
         tally = None if ready.tally is None else ready.tally.to_dict()
@@ -303,7 +303,7 @@ class FileRun:
         )
 
 
-class _Found:
+class _Measurements:
     """What has been found out about tensors: of those that are through, no more than their measurement is held."""
 
     def __init__(self) -> None:
@@ -330,7 +330,7 @@ def _measurement(fields: Mapping[str, Any]) -> Measurement:
     return Measurement(**{**fields, "broken_at": None if broken is None else (broken[0], broken[1])})
 
 
-class _Told:
+class _RunProgress:
     """Tells how far a conversion is, over all its files."""
 
     def __init__(self, progress: Progress, total: int) -> None:

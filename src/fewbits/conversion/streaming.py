@@ -14,15 +14,14 @@ from torch import Tensor
 from fewbits.checkpoint.chunks import Chunk, chunks
 from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.saving import Value
+from fewbits.conversion.budget import Budget, Demand
+from fewbits.conversion.job import Conversion, named
+from fewbits.conversion.pool import in_order
 from fewbits.errors import NumericsError
 from fewbits.numerics.metrics import Tally, unit_of
 from fewbits.numerics.quantize import check_chosen, check_finite
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.observers.base import Observer
-from fewbits.quantizers.budget import Budget, Demand
-from fewbits.quantizers.job import Conversion, named
-from fewbits.quantizers.pool import in_order
-from fewbits.quantizers.settled import SettledObserver
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.file import FileSource
 
@@ -101,7 +100,7 @@ class Streaming:
         spec = row.spec.for_dtype(row.dtype).weight_only()
         shape = (row.layout.rows, row.layout.columns)
         seen = (self._finite(chunk) for chunk in pieces)
-        return SettledObserver(*named(row, lambda: check_chosen(observer.observe_chunks(seen, spec), spec, shape)))
+        return FixedObserver(*named(row, lambda: check_chosen(observer.observe_chunks(seen, spec), spec, shape)))
 
     def _finite(self, chunk: Chunk) -> Tensor:
         tensor = self.source.read_chunk(chunk.row.name, chunk)
@@ -137,3 +136,14 @@ class Streaming:
             if isinstance(spec, CastSpec):
                 check_finite(tensor, spec.dtype, first=chunk.start, shape=chunk.row.shape)
             raise
+
+
+class FixedObserver(Observer):
+    """Gives the one scale and zero point that another observer has chosen for a whole weight."""
+
+    def __init__(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        self.scale, self.zero_point = scale, zero_point
+
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """What was chosen, whatever the weight."""
+        return self.scale, self.zero_point

@@ -19,10 +19,10 @@ from typing import Literal
 import attrs
 import torch
 
-from fewbits.checkpoint.compressed_config import CompressionConfig, WeightScheme
 from fewbits.checkpoint.metadata import part_name
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
+from fewbits.formats.compressed_config import CompressionConfig, WeightScheme
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.float8 import FLOAT8_DTYPES, float8_spec
 from fewbits.numerics.layout import Layout

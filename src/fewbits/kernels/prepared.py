@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.forms import Form
+from fewbits.kernels.weight_layouts import WeightLayout
 
 
 @attrs.define(eq=False)
-class Laid:
+class PreparedWeight:
     """Exchanged as one, so that no thread ever meets the kernels of one form with the tensors of another.
 
     Attributes:
@@ -24,7 +24,7 @@ class Laid:
         device: where it is.
     """
 
-    form: Form
+    form: WeightLayout
     kernels: tuple[Kernel[Any], ...] = ()
     description: str | None = None
     columns: int = attrs.field(init=False)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import chunks
-from fewbits.checkpoint.compressed_tensors import CompressedTensors
 from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.errors import FormatError
+from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import LedgerRow

@@ -1,4 +1,4 @@
-"""`Claim`: a directory that is ours alone while a result is begun, and shared with other writers from then on."""
+"""`DirectoryLock`: a directory that is ours alone while a run begins, and shared with other writers afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fewbits.checkpoint.journal import lock, unlock
 from fewbits.errors import ArgumentError, CheckpointError
 
 
-class Claim:
+class DirectoryLock:
     """A directory, and what this process may do there. The system forgets a claim when its process ends.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.digests import digest
-from fewbits.checkpoint.workplace import INCOMPARABLE
+from fewbits.conversion.staging import INCOMPARABLE
 
 
 def described(value: object) -> Any:

@@ -12,7 +12,7 @@ from fewbits.selection.ledger import Ledger
 Ragged = Literal["auto", "shorter", "fallback", "error"]
 
 
-def fitted(spec: QuantSpec, info: TensorInfo, ragged: Ragged, reason: str) -> tuple[Spec, str]:
+def resolve_spec(spec: QuantSpec, info: TensorInfo, ragged: Ragged, reason: str) -> tuple[Spec, str]:
     """The spec as it can be used for this tensor, and the reason for the ledger."""
     if not info.rounds_inputs:
         spec = spec.weight_only()

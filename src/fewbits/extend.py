@@ -1,0 +1,51 @@
+"""Names for authors of strategies, and for frameworks that embed fewbits.
+
+To write a scheme, subclass `fewbits.Quantizer`. The other base classes, and the values that they exchange, are here.
+"""
+
+from fewbits.calibration import Observed
+from fewbits.checkpoint.safetensors import SafetensorsSerializer
+from fewbits.checkpoint.serializer import (
+    ChunkReader,
+    ChunkWriter,
+    Entry,
+    Header,
+    Reader,
+    ResumableWriter,
+    Serializer,
+    Writer,
+)
+from fewbits.checkpoint.shards import Shard
+from fewbits.conversion.job import Share
+from fewbits.kernels.base import Kernel, Operand
+from fewbits.numerics.layout import Layout, WeightMatrix
+from fewbits.numerics.spec import Spec
+from fewbits.observers.base import Observer
+from fewbits.selection.info import TensorInfo
+from fewbits.selection.progress import Progress
+from fewbits.selection.selector import Decision, Selector
+
+__all__ = [
+    "ChunkReader",
+    "ChunkWriter",
+    "Decision",
+    "Entry",
+    "Header",
+    "Kernel",
+    "Layout",
+    "Observed",
+    "Observer",
+    "Operand",
+    "Progress",
+    "Reader",
+    "ResumableWriter",
+    "SafetensorsSerializer",
+    "Selector",
+    "Serializer",
+    "Shard",
+    "Share",
+    "Spec",
+    "TensorInfo",
+    "WeightMatrix",
+    "Writer",
+]

@@ -1,0 +1,1 @@
+"""Formats that other tools write: compressed-tensors, FP8 weights with scales."""
