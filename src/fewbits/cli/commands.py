@@ -123,9 +123,7 @@ def cli() -> None:
 @click.option("--no-validate", is_flag=True, help="Do not compare the result with IN.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished run, if there is one.")
 @click.option("--paranoid", is_flag=True, help="With --resume: read again what was read of IN, in case it has changed.")
-@click.option(
-    "--replace", is_flag=True, help="Replace OUT if it exists. Without --resume: restart an unfinished run."
-)
+@click.option("--replace", is_flag=True, help="Replace OUT if it exists. Without --resume: restart an unfinished run.")
 @click.option("--fail-under", **_FAIL_UNDER)
 @_quiet
 @_json
