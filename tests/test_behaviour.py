@@ -596,7 +596,9 @@ def test_every_public_error_can_be_raised():
         node.func.id for tree in TREES.values() for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }  # fmt: skip
-    errors = [value for value in vars(fewbits).values() if isinstance(value, type) and issubclass(value, Exception)]
+    errors = [
+        value for value in vars(fewbits.errors).values() if isinstance(value, type) and issubclass(value, Exception)
+    ]
     assert len(errors) > 10
     assert [error.__name__ for error in errors if error.__name__ not in called] == ["FewbitsError"]
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import fewbits
 from fewbits import QuantSpec
 from fewbits.extend import Layout
-from fewbits.kernels import choose, forms
+from fewbits.kernels import choose
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.testing.kernel_setup import any_codes, generator, with_inputs
@@ -24,7 +25,7 @@ BY_NAME: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in choose.KERN
 
 def any_words(
     spec: QuantSpec, rows: int, columns: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> forms.PackedInt32:
+) -> PackedInt32:
     """Any codes, scales of both signs and any zero points, in the canonical form."""
     draws, shape = generator(seed), spec.scale_shape(rows, columns)
     scale = torch.rand(shape, generator=draws).add_(0.1) * (1 - 2 * torch.randint(2, shape, generator=draws))
@@ -36,11 +37,11 @@ def any_words(
     )
 
 
-def with_codes(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None = None) -> forms.PackedInt32:
+def with_codes(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None = None) -> PackedInt32:
     value = QuantizedTensor.from_codes(
         codes, scale, zero_point, spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
     )
-    return forms.PackedInt32.of_value(with_inputs(value, spec))
+    return PackedInt32.of_value(with_inputs(value, spec))
 
 
 def linear(outputs: int, inputs: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:

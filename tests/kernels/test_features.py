@@ -43,7 +43,7 @@ def answers():
 
 
 @pytest.mark.parametrize(
-    "surroundings",
+    "environment",
     [
         lambda: torch.device("meta"),
         torch.inference_mode,

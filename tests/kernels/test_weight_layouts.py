@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fewbits import QuantSpec
 from fewbits.extend import Layout
-from fewbits.kernels import features, forms
+from fewbits.kernels import features, weight_layouts
 from fewbits.kernels.weight_layouts import TABLE_GROUPS, Int4Tiles, Int8Rows, PackedInt32, table_group
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits
@@ -216,6 +216,6 @@ def test_a_row_that_is_not_there_is_not_read(form, bits, granularity, row):
 
 
 def test_every_form_has_a_name_and_says_what_it_holds():
-    assert set(forms.WEIGHT_LAYOUTS) == {"words", "bytes", "tiles"}
-    for form in forms.WEIGHT_LAYOUTS.values():
+    assert set(weight_layouts.WEIGHT_LAYOUTS) == {"words", "bytes", "tiles"}
+    for form in weight_layouts.WEIGHT_LAYOUTS.values():
         assert set(form.data) <= {field.name for field in attrs.fields(form)}
