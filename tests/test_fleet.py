@@ -123,7 +123,7 @@ def test_a_result_that_is_there_is_compared_with_its_source(source):
     assert [share.converted for share in result.quantizer.shares] == [0]
     other = fleet(source, "int8-tensor", resume=True)
     assert other.begin() == []
-    with pytest.raises(fewbits.errors.ArgumentError, match="is not what this would make"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="differs from what this run would make"):
         other.finish()
     assert files_in(source.parent) == before
 
@@ -144,7 +144,7 @@ def test_only_arguments_travel(source, pickler, scheme):
     assert pickler.dumps(run) == before
     there = pickle.loads(before)
     there.write(file)
-    with pytest.raises(fewbits.errors.StateError, match="goes with begin"):
+    with pytest.raises(fewbits.errors.StateError, match=r"call begin\(\) first"):
         there.finish()
     with pytest.raises(fewbits.errors.CheckpointError, match="another process is at work"):
         fleet(source, scheme, resume=True).begin()
@@ -180,7 +180,7 @@ def test_files_that_are_missing_are_named_and_can_still_be_written(source, whole
 
 def test_calls_out_of_order_are_refused(source):
     run = fleet(source)
-    with pytest.raises(fewbits.errors.StateError, match="goes with begin"):
+    with pytest.raises(fewbits.errors.StateError, match=r"call begin\(\) first"):
         run.finish()
     with pytest.raises(fewbits.errors.CheckpointError, match="has not been begun"):
         run.write(shards(source.parent)[0].file)
@@ -190,7 +190,7 @@ def test_calls_out_of_order_are_refused(source):
     for file in files:
         run.write(file)
     run.finish()
-    with pytest.raises(fewbits.errors.StateError, match="goes with begin"):
+    with pytest.raises(fewbits.errors.StateError, match=r"call begin\(\) first"):
         run.finish()
     with pytest.raises(fewbits.errors.CheckpointError, match="is complete"):
         run.write(files[0])

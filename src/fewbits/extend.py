@@ -16,7 +16,7 @@ from fewbits.checkpoint.serializer import (
     Writer,
 )
 from fewbits.checkpoint.shards import Shard
-from fewbits.conversion.job import Share
+from fewbits.conversion.file_writer import Share
 from fewbits.kernels.base import Kernel, Operand
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.spec import Spec

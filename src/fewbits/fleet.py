@@ -1,4 +1,4 @@
-"""`FleetRun`: one conversion from disk to disk, shared by processes that somebody else starts."""
+"""`FleetRun`: a conversion from disk to disk, shared by processes that the caller starts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fewbits.api import Result, resolve_settings
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.config.config import QuantizationConfig
-from fewbits.conversion.file_run import FileRun
-from fewbits.conversion.job import Share
+from fewbits.conversion.coordinator import Coordinator
+from fewbits.conversion.file_writer import Share
 from fewbits.errors import ArgumentError, StateError
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
@@ -25,33 +25,33 @@ from fewbits.selection.selector import Selector
 
 
 class FleetRun:
-    """A conversion from disk to disk whose files are written by any processes that see the same file system.
+    """A conversion from disk to disk, shared by processes on one file system.
 
-    One process, the driver, calls `begin`, has each file written by a `write` somewhere, and calls `finish`::
+    One process, the driver, calls `begin`, has some process call `write` for each file, and calls `finish`::
 
         run = FleetRun("model", "int4", output=Output("model-int4", resume=True))
         shares = client.gather(client.map(run.write, run.begin()))  # Dask
         result = run.finish(shares)
 
-    It can be pickled, for which only its arguments count: what `begin` holds stays with the driver. The result has the
-    bytes that `quantize` gives.
+    A pickled `FleetRun` carries its arguments only; the run that `begin` has started stays with the driver. The result
+    has the same bytes as that of `quantize`.
 
     Args:
         source: the path of a checkpoint; made absolute.
-        scheme: as in `fewbits.quantize`. A `Quantizer` is copied in each process, and stays as it is.
-        output: where the result goes, and how; made absolute. `resume` and `replace` count in `begin`, `threads` and
-            `max_memory` in each process that writes.
+        scheme: as in `fewbits.quantize`. Each process works with a copy of a `Quantizer`.
+        output: where the result goes, and how; made absolute. `begin` reads `resume` and `replace`; each process that
+            writes reads `threads` and `max_memory`.
         entry: as in `fewbits.quantize`.
         config: as in `fewbits.quantize`.
-        validate: likewise; files are compared with the source where they are written; `finish` checks all digests.
+        validate: whether `write` compares each file with the source, and `finish` checks all digests.
         observer: as in `fewbits.quantize`.
-        activation_observer: likewise.
-        selector: likewise.
-        serializer: likewise.
-        settings: likewise.
+        activation_observer: as in `fewbits.quantize`.
+        selector: as in `fewbits.quantize`.
+        serializer: as in `fewbits.quantize`.
+        settings: as in `fewbits.quantize`.
 
     Raises:
-        ArgumentError: as `fewbits.quantize` does; for a source that is no path; if `output.distributed`.
+        ArgumentError: as `fewbits.quantize` does; if the source is no path; if `output.distributed`.
     """
 
     def __init__(
@@ -81,89 +81,87 @@ class FleetRun:
             "serializer": serializer,
         }
         self._config, self._quantizer = resolve_settings(scheme, config, strategies, settings)
-        # A worker may be somewhere else.
+        # A worker may run in another directory.
         self._source = os.path.abspath(source)
         self._output = attrs.evolve(output, path=Path(os.path.abspath(output.path)))
         self._validate, self._entry = validate, entry
-        self._begun: tuple[Quantizer, FileRun] | None = None
+        self._begun: tuple[Quantizer, Coordinator] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_begun": None}
 
     def begin(self) -> list[str]:
-        """Make the place where the result is made, or take over that of an earlier run, and keep other drivers out.
+        """Make the staging directory, or take over that of an interrupted run, and keep other drivers out.
 
         Returns:
-            the files of the result. Each wants a `write`, which for one that an earlier run has completed just reads it
-            back. None, if there is a complete result and `Output(resume=True)`: `finish` compares it with the source.
+            the files of the result; call `write` for each. A file that an earlier run has completed is only read back.
+            The list is empty if `Output(resume=True)` finds a complete result: `finish` compares that with the source.
 
         Raises:
             StateError: if this object has begun already.
-            ArgumentError: if something is in the way, or an unfinished run is and the output does not say what to do
-                about it, or that run depends on something that has changed.
-            CheckpointError: if it cannot be made, or another process is at work there.
-            FewbitsError: what `fewbits.quantize` raises before it looks at a number.
+            ArgumentError: if the output exists and may not be replaced; if an unfinished run exists, and `output` sets
+                neither `resume` nor `replace`; or if an input of the resumed run has changed.
+            CheckpointError: if the directory cannot be made, or another process is at work there.
+            FewbitsError: whatever `fewbits.quantize` raises before it reads a weight.
         """
         if self._begun is not None:
             raise StateError("begin() has been called; write the files, then call finish(), or release() to let go")
-        quantizer, run = self._prepared()
-        files = [*run.sizes] if run.begin() else []
-        self._begun = quantizer, run
+        quantizer, coordinator = self._prepared()
+        files = coordinator.begin()
+        self._begun = quantizer, coordinator
         return files
 
     def write(self, file: str, *, progress: Progress = no_progress) -> Share:
-        """Write one file of the result: all of it, or what another process has left to do when it died.
+        """Write one file of the result, or the part of it that a process has not written before it died.
 
-        For any process, as often as needed, after `begin`. A file that is complete is read back, and stays.
+        Any process may call this after `begin`, as often as needed. A complete file is only read back.
 
         Args:
-            file: its name, one of those that `begin` has returned.
-            progress: told about every piece of it.
+            file: a name that `begin` has returned.
+            progress: called before and after every chunk.
 
         Returns:
             what this process has done.
 
         Raises:
-            ArgumentError: if it is not a file of the result, or something that the result depends on has changed since
-                `begin`: the source, the arguments, the version of fewbits or torch.
-            CheckpointError: if the run has not been begun or is complete, another process is writing the file, or
-                something cannot be read or written. What has been written stays for the next `write`.
+            ArgumentError: if it is not a file of the result, or an input has changed since `begin`: the source, the
+                arguments, the version of fewbits or torch.
+            CheckpointError: if the run has not begun or is complete, if another process is writing the file, or if
+                something cannot be read or written. The next `write` continues after the written part.
             NumericsError: if a tensor cannot be converted.
         """
-        _, run = self._prepared(progress)
-        if file not in run.sizes:
+        _, coordinator = self._prepared(progress)
+        if file not in coordinator.sizes:
             raise ArgumentError(
-                f"{file!r} is not a file of {self._output.path}{did_you_mean(file, run.sizes)}; "
+                f"{file!r} is not a file of {self._output.path}{did_you_mean(file, coordinator.sizes)}; "
                 "begin() returns the names"
             )
         try:
-            run.join()
-            run.write([file])
+            return coordinator.write([file])
         finally:
-            run.release()
-        return run.share
+            coordinator.release()
 
     def finish(self, shares: Sequence[Share] = (), *, progress: Progress = no_progress) -> Result:
-        """Publish the result: index, companions, and all files at once. Then check it, unless ``validate=False``.
+        """Publish the index, companion files and all files at once. Then check them, unless ``validate=False``.
 
         Args:
-            shares: what the calls of `write` have returned, to be found in `result.quantizer.shares`.
-            progress: told about every tensor that is checked.
+            shares: what the calls of `write` have returned; kept in `result.quantizer.shares`.
+            progress: called for every tensor that is checked.
 
         Raises:
             StateError: unless this object has begun.
-            CheckpointError: if files are not complete, which it names: everything stays, and they can still be
-                written. If something else fails, other drivers may go on (``Output(resume=True)``).
-            ArgumentError: if a result was there already, and is not what this would have made.
+            CheckpointError: naming the incomplete files, if any: everything stays, and they can still be written. After
+                any other failure, other drivers may continue (``Output(resume=True)``).
+            ArgumentError: if a complete result existed already, and differs from what this run would have written.
             ValidationError: as `fewbits.quantize` does.
         """
         if self._begun is None:
-            raise StateError("finish() goes with begin(), in the same process; Output(resume=True) goes on with a run")
-        quantizer, run = self._begun
-        if run.begun:
-            run.check_complete()
+            raise StateError("call begin() first, in this process; Output(resume=True) continues an interrupted run")
+        quantizer, coordinator = self._begun
+        if coordinator.begun:
+            coordinator.check_complete()
         try:
-            quantizer._conclude(run, self._output, shares)
+            quantizer.adopt(coordinator.finish(shares))
         finally:
             self.release()
         report = None
@@ -173,13 +171,13 @@ class FleetRun:
         return Result(self._output.path, quantizer.ledger, report, quantizer)
 
     def release(self) -> None:
-        """Let other drivers begin. What has been written stays, for ``Output(resume=True)``."""
+        """Let other drivers begin. Written files stay, for ``Output(resume=True)``."""
         if self._begun is not None:
             self._begun[1].release()
             self._begun = None
 
-    def _prepared(self, progress: Progress = no_progress) -> tuple[Quantizer, FileRun]:
-        """The quantizer that knows the source, and the run, not begun: both from the arguments and from headers."""
+    def _prepared(self, progress: Progress = no_progress) -> tuple[Quantizer, Coordinator]:
+        """Plan the run, from the arguments and the headers of the source."""
         quantizer = copy.deepcopy(self._quantizer)
         quantizer.prepare(self._source, entry=self._entry)
-        return quantizer, quantizer._shared_run(self._output, measuring=self._validate, progress=progress)
+        return quantizer, quantizer.share(self._output, compare=self._validate, progress=progress)

@@ -529,7 +529,7 @@ def test_an_interruption_that_leaves_something_says_how_to_go_on(cli, folder, mo
     monkeypatch.setattr("fewbits.cli.commands.shown_progress", lambda **_: contextlib.nullcontext(interrupt))
     code, out, err = cli(*QUANTIZE)
     assert (code, out) == (2, "")
-    assert err.startswith("fewbits: interrupted; what is done is kept: --resume")
+    assert err.startswith("fewbits: interrupted; finished work is kept: continue with --resume")
     assert sorted(name.partition("-")[0] for name in os.listdir(folder)) == [".fewbits", "in"]
 
 
@@ -541,7 +541,7 @@ def test_an_interruption_of_the_check_says_that_the_file_is_there_and_how_to_che
     monkeypatch.setattr("fewbits.cli.commands.shown_progress", lambda **_: contextlib.nullcontext(interrupt_the_check))
     code, _, err = cli(*QUANTIZE)
     assert code == 2
-    assert err == ("fewbits: interrupted; out is complete, and not verified yet: fewbits verify out --against in\n")
+    assert err == ("fewbits: interrupted; out is complete, but not verified yet: fewbits verify out --against in\n")
     assert sorted(os.listdir(folder)) == ["in", "out"]
 
 

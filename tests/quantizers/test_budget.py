@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import fewbits
-from fewbits.conversion.budget import Budget, Demand, settle
+from fewbits.conversion.budget import Budget, Demand, choose_budget
 from fewbits.errors import ArgumentError
 from fp8 import codes, scales
 from lifecycle_helpers import quantize_small
@@ -53,14 +53,14 @@ def large(tmp_path):
 
 
 def test_without_a_limit_nothing_is_cut(large):
-    assert settle(demand(large), fewbits.Output("out"), 16) == Budget(16, 1 << 22)
+    assert choose_budget(demand(large), fewbits.Output("out"), 16) == Budget(16, 1 << 22)
 
 
 @pytest.mark.parametrize("limit", [192, 200, 300, 500, 1000])
 @pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4", "fp16"])
 def test_a_limit_makes_chunks_smaller_and_then_threads_fewer(large, scheme, limit):
     needs = demand(large, scheme)
-    budget = settle(needs, fewbits.Output("out", max_memory=limit * MB), 8)
+    budget = choose_budget(needs, fewbits.Output("out", max_memory=limit * MB), 8)
     assert needs.total(budget) <= limit * MB
     assert 1 <= budget.threads <= 8
     if budget.threads < 8:  # one more, in the smallest chunks, would not do
@@ -80,18 +80,18 @@ def test_a_limit_makes_chunks_smaller_and_then_threads_fewer(large, scheme, limi
 )
 def test_a_weight_that_is_needed_as_a_whole_is_refused_with_the_limit_that_would_do(large, options, scheme):
     needs = demand(large, scheme, **options)
-    with pytest.raises(ArgumentError, match=r"embed\.weight.*needed as a whole") as refused:
-        settle(needs, fewbits.Output("out", max_memory="1GB"), 4)
+    with pytest.raises(ArgumentError, match=r"embed\.weight.*must be in memory as a whole") as refused:
+        choose_budget(needs, fewbits.Output("out", max_memory="1GB"), 4)
     least = int(re.search(r"at least ([\d,]+)", str(refused.value))[1].replace(",", ""))
     assert least > 2 * 128_000 * 8192
-    assert settle(needs, fewbits.Output("out", max_memory=least), 4).threads == 1
+    assert choose_budget(needs, fewbits.Output("out", max_memory=least), 4).threads == 1
 
 
 def test_a_tensor_that_does_not_lie_in_order_is_counted_as_a_whole(tmp_path):
     torch.save({"t.weight": torch.zeros(8000, 4000).t(), "b.weight": torch.zeros(64, 64)}, tmp_path / "in.bin")
     output = fewbits.Output(tmp_path / "out", max_memory="200MB")
     for act in (fewbits.plan, fewbits.quantize):
-        with pytest.raises(ArgumentError, match=r"on t\.weight.*needed as a whole; raise the limit$") as refused:
+        with pytest.raises(ArgumentError, match=r"on t\.weight.*must be in memory as a whole; raise the limit$") as refused:
             act(tmp_path / "in.bin", "int8", output=output)
     least = int(re.search(r"at least ([\d,]+)", str(refused.value))[1].replace(",", ""))
     assert least > 2 * 4 * 8000 * 4000

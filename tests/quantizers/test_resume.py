@@ -224,8 +224,8 @@ def test_a_source_that_has_changed_is_refused(tmp_path, begun, change):
 @pytest.mark.parametrize(
     ("recipe", "why"),
     [
-        ({"scheme": "int4"}, "what becomes of each tensor"),
-        ({"scheme": "int8-scales"}, "what becomes of each tensor"),
+        ({"scheme": "int4"}, "fates of tensors"),
+        ({"scheme": "int8-scales"}, "fates of tensors"),
         ({"scheme": "int8", "max_shard_size": 30_000}, "files of the result"),
     ],
 )
@@ -277,7 +277,7 @@ def test_another_observer_is_refused(tmp_path, source, first, second, alike):
 
 
 def test_another_release_is_refused(tmp_path, begun, monkeypatch):
-    monkeypatch.setattr("fewbits.conversion.file_run.__version__", "99.0")
+    monkeypatch.setattr("fewbits.conversion.coordinator.__version__", "99.0")
     with pytest.raises(fewbits.errors.ArgumentError, match=r"fewbits was .*, is 99\.0"):
         run(begun, tmp_path / "out", resume=True)
 
@@ -300,7 +300,7 @@ def test_a_source_that_changes_during_a_run_is_told_of_at_once_and_how_to_begin_
     progress = touched_at(source / "model-00002-of-00002.safetensors", stop)
     with cut(10), pytest.raises((fewbits.errors.CheckpointError, KeyboardInterrupt)) as ended:
         run(source, tmp_path / "out", progress=progress)
-    assert "the run cannot be gone on with: begin anew (--replace" in str(ended.value)
+    assert "the run cannot be resumed: start over (--replace" in str(ended.value)
     assert "--resume" not in str(ended.value)
     with pytest.raises(fewbits.errors.ArgumentError, match="cannot be gone on with: source"):
         run(source, tmp_path / "out", resume=True)
@@ -314,7 +314,7 @@ def test_a_source_that_cannot_be_read_for_a_while_leaves_a_run_that_is_gone_on_w
         if step.done > 60_000 and source.exists():
             source.rename(tmp_path / "away")
 
-    with cut(10), pytest.raises(fewbits.errors.CheckpointError, match="what is done is kept: --resume"):
+    with cut(10), pytest.raises(fewbits.errors.CheckpointError, match="finished work is kept: continue with --resume"):
         run(source, tmp_path / "out", progress=away)
     (tmp_path / "away").rename(source)
     (share,) = run(source, tmp_path / "out", resume=True)
@@ -332,7 +332,7 @@ def test_a_paranoid_run_reads_the_source_again(tmp_path, begun, paranoid):
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     if paranoid:
-        changed = f"{read} has changed since it was read, between elements 0 .* begin anew"
+        changed = f"{read} has changed since it was read, between elements 0 .* start over"
         with pytest.raises(fewbits.errors.CheckpointError, match=changed):
             run(begun, tmp_path / "out", resume=True, paranoid=True)
     else:
@@ -554,7 +554,7 @@ def test_what_no_run_has_put_there_is_neither_removed_nor_written_to(tmp_path, b
 def test_a_source_where_the_result_is_made_is_refused(tmp_path):
     source = write_shards(_workplace_of(tmp_path / "out") / "files", checkpoint(), 1)
     before = files_in(tmp_path)
-    with pytest.raises(fewbits.errors.ArgumentError, match="is where the result is made"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="lies in .*, where the result is made"):
         run(source, tmp_path / "out")
     assert files_in(tmp_path) == before
 
@@ -621,7 +621,7 @@ def test_nobody_begins_anew_while_one_of_many_still_writes(tmp_path, begun):
     output = fewbits.Output(tmp_path / "out", resume=True, max_shard_size=12_000)
     quantizer = SCHEMES["int8"]()
     quantizer.prepare(begun)
-    other = quantizer._job.run(quantizer._conversion(), quantizer.serializer, output, measuring=True, shared=True)
+    other = quantizer.share(output)
     other.join()
     try:
         with pytest.raises(fewbits.errors.CheckpointError, match="out: another process is at work"):
@@ -679,7 +679,7 @@ def test_a_complete_result_of_tied_tensors_in_several_files_is_recognised(tmp_pa
 
 def test_a_complete_result_in_other_files_is_refused(tmp_path, source):
     run(source, tmp_path / "out")
-    with pytest.raises(fewbits.errors.ArgumentError, match="it has other files"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="it consists of other files"):
         run(source, tmp_path / "out", resume=True, max_shard_size=30_000)
 
 

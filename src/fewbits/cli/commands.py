@@ -26,7 +26,7 @@ from fewbits.cli.ranks import join_group, own_rank
 from fewbits.cli.stderr import Stderr, complain, is_json_asked_for, warnings_as_events
 from fewbits.cli.stdout import NOT_READ, stdout_watched
 from fewbits.config.config import QuantizationConfig
-from fewbits.conversion.job import Share
+from fewbits.conversion.file_writer import Share
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.quantizers.resolving import Ragged
 from fewbits.quantizers.schemes import SCHEMES

@@ -1,7 +1,7 @@
-"""How much memory a conversion from disk to disk takes, and how it is cut to stay within a limit.
+"""Estimate the memory of a conversion from disk to disk, and choose chunks and threads that stay within a limit.
 
-The figures were set above what `/proc` said of conversions with fixed chunks. They are no proof: slow tests hold
-processes to limits that are settled with them.
+The constants lie above the memory that was measured with fixed chunks. They prove nothing: slow tests run conversions
+under an enforced limit.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 
-#: Bytes that a process takes for more threads, buffers of files, and what torch sets up when it is first used.
+#: Bytes for further threads, file buffers, and what torch allocates on first use.
 _FIXED = 112 << 20
-#: Bytes of everything that is known of one tensor: its rows in ledger and header, as objects and as JSON.
+#: Bytes for the metadata of one tensor: its rows in ledger and header, as objects and as JSON.
 _PER_TENSOR = 20 << 10
-#: Bytes for each element of the blocks that are quantized at a time, in float32, as codes, and in between.
+#: Bytes for each element of a block while it is quantized: float32, codes, and intermediate results.
 _PER_ELEMENT = 4 * 24
-#: Bytes for each element of the block that is compared with its source, in float64.
+#: Bytes for each element of a block while it is compared with its source, in float64.
 _PER_COMPARED = 14 * 8
-#: Bytes for each element of the block of an FP8 weight that is dequantized: codes, indices, numbers, scales, products.
+#: Bytes for each element of a block of an FP8 weight while it is dequantized: codes, indices, values, scales, products.
 _PER_DEQUANTIZED = 32
-#: Copies in float32 of a weight that has to be seen as a whole.
+#: Copies in float32 of a weight that is quantized as a whole.
 _WHOLE_COPIES = 4
 
 
 @attrs.frozen
 class Budget:
-    """How a conversion is cut.
+    """Threads and chunk size of a conversion.
 
     Attributes:
-        threads: that work at a time.
-        chunk_elements: of one chunk.
+        threads: how many work at a time.
+        chunk_elements: elements in one chunk.
     """
 
     threads: int
@@ -49,58 +49,59 @@ class Budget:
 
 @attrs.frozen
 class Demand:
-    """What a conversion needs memory for.
+    """Everything that decides how much memory a conversion needs.
 
     Attributes:
         ledger: all tensors.
         observers: by tensor name.
-        by_rows: whether the scheme makes of some rows what it makes of them in the whole weight.
-        measuring: whether the result is compared with the source.
-        gathered: bytes that reading any of a tensor takes, by its name, where it does not lie in order in its file.
+        by_rows: whether the scheme can convert a few rows of a weight alone; see `TensorEncoder.by_rows`.
+        comparing: whether the result is compared with the source.
+        gathered: bytes that reading any part of a tensor takes, by tensor name, for tensors that are not contiguous in
+            their file.
     """
 
     ledger: Ledger
     observers: Mapping[str, Observer]
     by_rows: bool
-    measuring: bool
+    comparing: bool
     gathered: Mapping[str, int] = attrs.field(factory=dict)
 
     def sees_whole(self, row: LedgerRow) -> bool:
-        """Whether a weight has to be in memory as a whole."""
+        """Whether the whole weight must be in memory at once."""
         if row.layout is None or not isinstance(row.spec, QuantSpec):
             return False
         gathers = self.observers[row.name].gathers_chunks
         return not self.by_rows or not row.layout.in_order or (row.spec.granularity == "tensor" and gathers)
 
     def needed(self, row: LedgerRow, budget: Budget) -> int:
-        """Bytes for the work on one tensor, besides what is needed for all."""
+        """Bytes for the work on one tensor."""
         total = max(1, math.prod(row.shape))
         width = row.dtype.itemsize + row.bytes_after / total
-        # Those that are worked on or wait for their turn to be written, and the one that is.
+        # With threads: one chunk in work on each, one that waits to be written, and one that is written.
         waiting = 1 if budget.threads == 1 else budget.threads + 2
         reading = _PER_DEQUANTIZED * min(total, BLOCK_ELEMENTS) * (row.dequantized_from is not None)
         once = self.gathered.get(row.name, 0)
         if self.sees_whole(row):
             return int(once + total * (waiting * width + budget.threads * _WHOLE_COPIES * 4) + budget.threads * reading)
         block = min(total, max(BLOCK_ELEMENTS, row.layout.columns if row.layout is not None else 1))
-        working = (_PER_ELEMENT + _PER_COMPARED * self.measuring) * block if row.spec is not None else 0
+        working = (_PER_ELEMENT + _PER_COMPARED * self.comparing) * block if row.spec is not None else 0
         pieces = waiting * chunks.chunk_elements(row, budget.chunk_elements) * width
         return int(once + pieces + budget.threads * (reading + working))
 
     def largest(self, budget: Budget) -> LedgerRow:
-        """The tensor that needs most."""
+        """The tensor that needs the most memory."""
         return max(self.ledger.stored, key=lambda row: self.needed(row, budget))
 
     def total(self, budget: Budget) -> int:
-        """Bytes for everything."""
+        """Bytes for the whole conversion."""
         return _FIXED + _PER_TENSOR * len(self.ledger) + self.needed(self.largest(budget), budget)
 
 
-def settle(demand: Demand, output: Output, threads: int) -> Budget:
-    """Cut a conversion so that it stays within the limit of its output: smaller chunks first, then fewer threads.
+def choose_budget(demand: Demand, output: Output, threads: int) -> Budget:
+    """Stay within the memory limit of an output: choose smaller chunks first, then fewer threads.
 
     Raises:
-        ArgumentError: if nothing would; it names the tensor that needs most, and the least limit that would do.
+        ArgumentError: if that is not enough; it names the tensor that needs the most, and the smallest possible limit.
     """
     budget = Budget(threads, chunks.CHUNK_ELEMENTS)
     if output.max_memory is None:
@@ -113,11 +114,11 @@ def settle(demand: Demand, output: Output, threads: int) -> Budget:
         else:
             row, least = demand.largest(budget), demand.total(budget)
             gathered = row.name in demand.gathered
-            whole = ", which is needed as a whole" if gathered or demand.sees_whole(row) else ""
+            whole = ", which must be in memory as a whole" if gathered or demand.sees_whole(row) else ""
             advice = ", or exclude it" if whole and not gathered else ""
             raise ArgumentError(
                 f"max_memory is {output.max_memory:,} bytes, and at least {least:,} are needed: "
-                f"{least - demand.needed(row, budget):,} for the program and all that is known of tensors, and "
+                f"{least - demand.needed(row, budget):,} for the program and the metadata of all tensors, and "
                 f"{demand.needed(row, budget):,} for the work on {row.name}, shape {row.shape}, "
                 f"{dtype_name(row.dtype)}, {row.fate}{whole}; raise the limit{advice}"
             )

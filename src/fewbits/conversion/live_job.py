@@ -14,7 +14,8 @@ from fewbits.calibration import InputWatch
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.saving import Value, save, value_digest, value_tensors
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.conversion.job import Conversion, Job, named
+from fewbits.conversion.encoder import TensorEncoder, naming
+from fewbits.conversion.job import Job, measurements
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
 from fewbits.formats.fp8 import tell_unscaled
 from fewbits.nn.classes import rounds_inputs
@@ -38,22 +39,19 @@ _WAY_BACK = (
 
 
 class LiveJob(Job):
-    """What is done with a source in memory. In place, what a call has done before it failed stays done."""
+    """The conversion of a model or a state dict.
+
+    In place, a second `convert` continues where a failed one stopped.
+    """
 
     source: LiveSource
 
-    def __init__(
-        self,
-        source: LiveSource,
-        ledger: Ledger,
-        observers: Mapping[str, Observer],
-        input_observers: Mapping[str, Observer],
-    ) -> None:
-        super().__init__(source, ledger, observers, input_observers)
-        self.measures = source.inplace
+    def __init__(self, source: LiveSource, ledger: Ledger, observer: Observer, activation_observer: Observer) -> None:
+        super().__init__(source, ledger, observer, activation_observer)
+        self.compares = source.inplace
         if not isinstance(source, ModuleSource):
             self.refuse_calibration()
-        self._watch = InputWatch(_watched(source, ledger, self.wanting, input_observers))
+        self._watch = InputWatch(_watched(source, ledger, self.data_observers, self.input_observers))
         self._target: Target | None = None
         self._done: set[str] = set()
         self._measured: dict[str, Measurement] = {}
@@ -61,14 +59,14 @@ class LiveJob(Job):
 
     def convert(
         self,
-        conversion: Conversion,
+        encoder: TensorEncoder,
         serializer: Serializer,
         *,
         output: str | os.PathLike[str] | Output | None,
-        measuring: bool,
+        comparing: bool,
         progress: Progress,
     ) -> object:
-        """Take every row from source to target; where the last call stopped, if it was in place."""
+        """Convert every tensor that an earlier call has not converted in place."""
         if output is not None:
             raise ArgumentError("output= goes with a path; a result in memory is returned, and written by save(path)")
         if unseen := self._watch.unseen():
@@ -82,11 +80,11 @@ class LiveJob(Job):
             target = self._target = self._target or self.source.target(self.ledger)
             for row in followed("convert", self.ledger.stored, progress):
                 if row.name not in self._done:
-                    self._convert_row(row, target, conversion, measuring)
+                    self._convert_row(row, target, encoder, comparing)
             tell_unscaled(self.ledger)
             return target.finish()
 
-    def _convert_row(self, row: LedgerRow, target: Target, conversion: Conversion, measuring: bool) -> None:
+    def _convert_row(self, row: LedgerRow, target: Target, encoder: TensorEncoder, comparing: bool) -> None:
         tensor = self.source.read(row.name)
         if (tuple(tensor.shape), tensor.dtype) != (row.shape, row.dtype):
             raise SourceError(
@@ -95,12 +93,13 @@ class LiveJob(Job):
             )
         value: Value = tensor
         if row.spec is not None:
-            value = named(row, lambda: conversion.make(row, tensor, self.observers.get(row.name)))
+            with naming(row):
+                value = encoder.encode(row, tensor, self.observers.get(row.name))
         if isinstance(row.spec, QuantSpec) and row.spec.activations and isinstance(value, QuantizedTensor):
             value = attrs.evolve(
                 value, spec=row.spec.for_dtype(row.dtype), input_scale=self._input_scale(row, tensor.device)
             )
-        if measuring and row.spec is not None:
+        if comparing and row.spec is not None:
             self._measured[row.name] = measure(tensor, value)
             if self.source.inplace:
                 self._digests[row.name] = value_digest(value)
@@ -109,10 +108,13 @@ class LiveJob(Job):
 
     def _input_scale(self, row: LedgerRow, device: torch.device) -> Tensor | None:
         observer = self.input_observers.get(row.name)
-        return None if observer is None else named(row, lambda: static_scale(observer).to(device))
+        if observer is None:
+            return None
+        with naming(row):
+            return static_scale(observer).to(device)
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
-        """Check the result against the source, the ledger, and itself after a save and a load."""
+        """Check the result against the source and the ledger, and save and load it once."""
         target, inplace = self._result(), self.source.inplace
 
         def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
@@ -133,31 +135,30 @@ class LiveJob(Job):
         return self.report
 
     def _changed(self, target: Target) -> dict[str, str]:
-        """What has changed since it was measured in `convert`, when the source was still there."""
+        """Values that have changed since `convert` compared them with the source."""
         return {
-            name: "it is not what was measured when it was converted"
+            name: "it has changed since it was converted and measured"
             for name, digest in self._digests.items()
             if value_digest(target.value(name)) != digest
         }
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
-        """Write the result, with every figure that was measured."""
+        """Write the result, with every measurement."""
         if self.source.unstorable:
             raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
-        found = {t.name: t.measurement for t in self.report.tensors if t.measurement} if self.report else {}
         save(
             serializer,
             path,
             self.ledger,
             self._result().value,
-            measurements=self._measured | found,
+            measurements=self._measured | measurements(self.report),
             architecture=self.source.architecture,
             extra=self.source.extra,
             max_shard_size=max_shard_size,
         )
 
     def drop(self) -> None:
-        """Take the hooks off the prepared model; say so if it stays quantized in part."""
+        """Take the hooks off the prepared model; warn if the model stays quantized in part."""
         self._watch.remove()
         stored = [row.name for row in self.ledger.stored if row.spec is not None]
         left = [name for name in stored if name not in self._done]
@@ -171,12 +172,12 @@ class LiveJob(Job):
 
 
 def _watched(
-    source: LiveSource, ledger: Ledger, wanting: Mapping[str, Observer], static: Mapping[str, Observer]
+    source: LiveSource, ledger: Ledger, data_observers: Mapping[str, Observer], static: Mapping[str, Observer]
 ) -> list[tuple[str, nn.Module, Observer]]:
-    """(weight, module that uses it, an observer of its inputs), for all observers that need data.
+    """List (name of a weight, module that uses it, observer of the module's inputs).
 
-    Of modules with tied weights any will do for an observer of the weight; where inputs are rounded, all are watched
-    that round them, each under its own name.
+    An observer of a tied weight watches any one of its modules. Observers of rounded inputs watch every module that
+    rounds its inputs, each under its own name.
     """
     if not isinstance(source, ModuleSource):
         return []
@@ -185,26 +186,26 @@ def _watched(
     # A module at two paths is watched once.
     for slot in {slot.key: slot for slot in source.slots}.values():
         name = holder[slot.name]
-        if name in wanting:
-            watched.append((name, slot.module, wanting[name]))
+        if name in data_observers:
+            watched.append((name, slot.module, data_observers[name]))
         if name in static and rounds_inputs(slot.module, slot.local, parent_of(source.module(), slot)):
             watched.append((slot.name, slot.module, static[name]))
     return watched
 
 
 def static_scale(observer: Observer) -> Tensor:
-    """The scale of a layer's int8 inputs that its observer chooses.
+    """Ask an observer for the scale of a layer's int8 inputs.
 
     Raises:
-        NumericsError: if it is negative, zero or not finite.
-        CalibrationError: if the observer has seen nothing, or nothing but zeros, or does not look at inputs.
+        NumericsError: if the scale is negative, zero or not finite.
+        CalibrationError: if the observer has seen nothing but zeros or nothing at all, or does not look at inputs.
     """
     scale, _ = check_params(*observer.input_params(INPUT_SPEC), INPUT_SPEC, (1, 1))
     if float(scale) < 0:
         raise NumericsError(f"{type(observer).__name__} chose {float(scale)} as a scale of inputs; it must be positive")
     if float(scale) <= torch.finfo(torch.float32).tiny:
         raise CalibrationError(
-            f"{type(observer).__name__} has seen nothing but zeros, or numbers next to them; observe other inputs, or "
+            f"{type(observer).__name__} has seen only zeros, or numbers close to zero; observe other inputs, or "
             "override the activations of this layer with None"
         )
     return scale

@@ -1,4 +1,4 @@
-"""`Streaming`: chunks of a checkpoint on disk, read, converted, and compared with what they were made from."""
+"""`Streaming`: reads a checkpoint on disk in chunks, converts each, and compares it with the source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fewbits.checkpoint.chunks import Chunk, chunks
 from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.saving import Value
 from fewbits.conversion.budget import Budget, Demand
-from fewbits.conversion.job import Conversion, named
+from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.pool import in_order
 from fewbits.errors import NumericsError
 from fewbits.numerics.metrics import Tally, unit_of
@@ -31,10 +31,10 @@ class Converted:
     """A chunk that is ready to be written.
 
     Attributes:
-        chunk: which.
+        chunk: its place in its tensor.
         value: its stored form.
-        source: SHA-256 of its bytes as they were read.
-        tally: how its stored form compares with it; None if that was not asked for.
+        source: SHA-256 of its bytes in the source.
+        tally: the comparison with the source, if asked for.
     """
 
     chunk: Chunk
@@ -45,25 +45,25 @@ class Converted:
 
 @attrs.frozen(eq=False)
 class Streaming:
-    """How the chunks of one source are converted."""
+    """Converts one source, a chunk at a time."""
 
     source: FileSource
     demand: Demand
-    conversion: Conversion
+    encoder: TensorEncoder
     budget: Budget
 
     def convert(self, ledger: Ledger, done: Mapping[str, int]) -> Iterator[Converted]:
-        """Convert everything in a ledger, in its order, on as many threads as the budget has.
+        """Convert all tensors of a ledger, in order, on as many threads as the budget allows.
 
         Args:
-            ledger: all of it, or that of one file.
-            done: how many elements of a tensor are there already, by its name.
+            ledger: of all tensors, or those of one file.
+            done: how many elements of a tensor to skip, by tensor name: an earlier run has converted them.
         """
         return in_order(self._tasks(ledger, done), self.budget.threads)
 
     def source_digest(self, chunk: Chunk) -> str:
-        """SHA-256 of a chunk's bytes as they are now."""
-        # Bytes are read as they lie, however they are quantized.
+        """SHA-256 of a chunk's bytes in the source now."""
+        # Without a layout, elements are read in the order of the file.
         flat = attrs.evolve(chunk.row, fate="kept", spec=None, layout=None)
         found = hashlib.sha256()
         for start in range(chunk.start, chunk.stop, self.budget.chunk_elements):
@@ -83,15 +83,15 @@ class Streaming:
                     yield partial(self._convert, chunk, observer, unit)
 
     def _chunks(self, row: LedgerRow, done: int | None = None) -> Iterator[Chunk]:
-        """Those that are not done. A scheme of somebody else's may need to see all of a weight."""
+        """The chunks from element `done` on; one whole chunk, if the scheme must see all rows."""
         if done == math.prod(row.shape):
             return iter([])
-        if self.conversion.by_rows or row.layout is None:
+        if self.encoder.by_rows or row.layout is None:
             return chunks(row, self.budget.chunk_elements, start=done or 0)
         return iter([Chunk.whole(row)])
 
     def _observer(self, row: LedgerRow, pieces: Sequence[Chunk]) -> Observer | None:
-        """The observer of a row, which has chosen already if one scale serves chunks that it will not see together."""
+        """The observer of a row. If several chunks share one scale, it has chosen that scale from all of them."""
         observer = self.demand.observers.get(row.name)
         if observer is None or len(pieces) == 1 or not isinstance(row.spec, QuantSpec):
             return observer
@@ -100,7 +100,8 @@ class Streaming:
         spec = row.spec.for_dtype(row.dtype).weight_only()
         shape = (row.layout.rows, row.layout.columns)
         seen = (self._finite(chunk) for chunk in pieces)
-        return FixedObserver(*named(row, lambda: check_chosen(observer.observe_chunks(seen, spec), spec, shape)))
+        with naming(row):
+            return FixedObserver(*check_chosen(observer.observe_chunks(seen, spec), spec, shape))
 
     def _finite(self, chunk: Chunk) -> Tensor:
         tensor = self.source.read_chunk(chunk.row.name, chunk)
@@ -108,8 +109,8 @@ class Streaming:
         return tensor
 
     def _unit(self, row: LedgerRow, pieces: Sequence[Chunk]) -> float:
-        """What to take sums of squares in; only of float64 tensors this reads the source."""
-        if not self.demand.measuring or row.spec is None or row.dtype != torch.float64:
+        """The unit for sums of squares. Only float64 tensors need another unit than 1, found by reading them."""
+        if not self.demand.comparing or row.spec is None or row.dtype != torch.float64:
             return 1.0
         return unit_of(self.source.read_chunk(row.name, chunk) for chunk in pieces)
 
@@ -119,18 +120,19 @@ class Streaming:
         read = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         if row.spec is None:
             return Converted(chunk, tensor, read, None)
-        value = named(row, lambda: self._make(chunk, tensor, observer))
+        with naming(row):
+            value = self._encode(chunk, tensor, observer)
         tally = None
-        if self.demand.measuring:
+        if self.demand.comparing:
             tally = Tally(unit)
             tally.add(tensor, value)
         return Converted(chunk, value, read, tally)
 
-    def _make(self, chunk: Chunk, tensor: Tensor, observer: Observer | None) -> Value:
+    def _encode(self, chunk: Chunk, tensor: Tensor, observer: Observer | None) -> Value:
         try:
-            return self.conversion.make(chunk.described(), tensor, observer)
+            return self.encoder.encode(chunk.described(), tensor, observer)
         except NumericsError:
-            # That says where in the chunk; where in the tensor is what people can look up.
+            # The error has a position in the chunk; raise one with the position in the tensor.
             spec = chunk.row.spec
             check_finite(tensor, first=chunk.start, shape=chunk.row.shape)
             if isinstance(spec, CastSpec):
@@ -139,11 +141,11 @@ class Streaming:
 
 
 class FixedObserver(Observer):
-    """Gives the one scale and zero point that another observer has chosen for a whole weight."""
+    """Returns the scale and zero point that another observer has chosen for a whole weight."""
 
     def __init__(self, scale: Tensor, zero_point: Tensor | None) -> None:
         self.scale, self.zero_point = scale, zero_point
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """What was chosen, whatever the weight."""
+        """Return the chosen scale and zero point for any weight."""
         return self.scale, self.zero_point

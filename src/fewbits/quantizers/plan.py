@@ -1,8 +1,8 @@
-"""From decisions to the ledger: every tensor's fate, before a number has been looked at."""
+"""Plan the ledger: the fate of every tensor, from names, shapes and dtypes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import attrs
 
@@ -12,18 +12,29 @@ from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, Spec
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.ledger import Fate, Ledger, LedgerRow
+from fewbits.selection.ledger import UNLESS_ASKED, Fate, Ledger, LedgerRow
+from fewbits.selection.rules import TypeRule, is_of_type, type_name
 from fewbits.selection.selector import Decision
 
-#: The spec for a tensor, and the reason for the ledger.
+#: Returns the spec for a tensor, and the reason for the ledger.
 Choose = Callable[[TensorInfo, Decision], tuple[Spec, str]]
 
 
+def skip_reason(info: TensorInfo, skip_types: Iterable[TypeRule], scheme: str) -> str | None:
+    """Why a scheme would rather keep a tensor; None if it would not."""
+    for rule in skip_types:
+        if is_of_type(info, rule):
+            kind = "an embedding by name," if info.is_embedding_by_name else f"{type_name(rule)} is"
+            return f"{kind} kept by {scheme} {UNLESS_ASKED}"
+    return None
+
+
 def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Choose) -> Ledger:
-    """One row for every tensor; names that share a storage share one fate.
+    """Make one row for every tensor; names that share a storage share one fate.
 
     Raises:
-        SelectionError: if the decisions are not one a tensor, contradict one another, or leave nothing to quantize.
+        SelectionError: unless there is one decision for each tensor, and if decisions contradict one another or leave
+            nothing to quantize.
         SourceError: if two tensors have the same name.
         FormatError: if two tensors would have the same name in a file.
     """
@@ -40,7 +51,7 @@ def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Cho
     ledger = Ledger(rows[info.name] for info in infos)
     if not any(row.spec is not None for row in ledger):
         raise SelectionError(f"nothing is left to quantize:\n{ledger.summary()}")
-    stored_entries(ledger)  # two tensors of one name in a file are found now
+    stored_entries(ledger)  # raises if two tensors would have the same name in a file
     return ledger
 
 
@@ -54,7 +65,7 @@ def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) ->
     else:
         first = _as_declared(first, decision)
         rounding = [info for info, _ in group if info.rounds_inputs]
-        # Scales of inputs and of rows meet in an output channel: rows must be those of every layer that has it.
+        # Scales of inputs and of rows multiply in each output channel, so all layers must agree on the rows.
         alike = bool(rounding) and all(info.layout == first.layout for info in rounding)
         spec, reason = choose(attrs.evolve(first, rounds_inputs=alike), decision)
         spec = spec.for_dtype(first.dtype)
@@ -66,7 +77,7 @@ def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) ->
 
 
 def _common(group: Sequence[tuple[TensorInfo, Decision]]) -> Decision:
-    """The decision that holds for all names: keep wins, unless a rule of the user's says quantize."""
+    """One decision for all names: "keep" wins, unless a user's rule says "quantize"."""
     named = [decision for _, decision in group if decision.named]
     overrides = {decision.override for decision in named} - {None}
     axes = {decision.input_axes for _, decision in group} - {None}
@@ -74,17 +85,13 @@ def _common(group: Sequence[tuple[TensorInfo, Decision]]) -> Decision:
         names = ", ".join(f"{info.name} ({decision.reason})" for info, decision in group if decision.named or axes)
         raise SelectionError(f"one storage, two fates: {names}; tied tensors are quantized together or kept together")
     decisions = named or [decision for _, decision in group]
-    # The decision of a rule that asks for a spec of its own speaks for all names.
+    # A rule with an override speaks for all names.
     chosen = min(decisions, key=lambda decision: (decision.quantize, decision.override is None))
     return attrs.evolve(chosen, input_axes=next(iter(axes), None))
 
 
 def _as_declared(info: TensorInfo, decision: Decision) -> TensorInfo:
-    """The tensor, cut along the axes that a rule declares.
-
-    Raises:
-        SelectionError: if it does not have these axes.
-    """
+    """The tensor with the layout that a rule declares."""
     if decision.input_axes is None:
         return info
     try:
@@ -129,7 +136,7 @@ def _alias(info: TensorInfo, of: str) -> LedgerRow:
 
 
 def _merged_rows(infos: Sequence[TensorInfo]) -> Iterator[LedgerRow]:
-    """The rows of scales that are read together with their weights; a storage that several share is counted once."""
+    """Rows of scales that are read together with their weights; a shared storage is counted once."""
     counted: set[Hashable] = set()
     for info in infos:
         if info.merged_into is not None:

@@ -1,19 +1,53 @@
-"""Fitting a spec to one tensor: rows that groups do not divide, inputs that cannot be rounded."""
+"""Resolve the arguments of a `Quantizer`: its strategies, and the spec for one tensor."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.spec import QuantSpec, Spec
+from fewbits.observers import OBSERVERS
+from fewbits.observers.base import Observer
+from fewbits.observers.min_max import MinMaxObserver
+from fewbits.observers.named import ObserverRecipe, make_observer
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger
 
 Ragged = Literal["auto", "shorter", "fallback", "error"]
 
 
+def resolve_observer(name: str, value: ObserverRecipe | None) -> Observer:
+    """Make an observer that is given by name; return any other unchanged. None gives the default.
+
+    Raises:
+        ArgumentError: if `value` is neither an observer nor the name of one.
+    """
+    if value is None:
+        return MinMaxObserver()
+    if isinstance(value, Observer):
+        return value
+    if isinstance(value, (str, Mapping)):
+        return make_observer(name, value)
+    known = ", ".join(map(repr, OBSERVERS))
+    raise ArgumentError(f"{name} must be an instance of Observer, or the name of one: {known}; not {value!r}")
+
+
+def resolve_strategy(name: str, value: Any, expected: type, default: Callable[[], Any]) -> Any:
+    """Check that a strategy is an instance of its base class, and not the class itself. None gives the default.
+
+    Raises:
+        ArgumentError: if it is something else.
+    """
+    if value is None:
+        return default()
+    if not isinstance(value, expected):
+        raise ArgumentError(f"{name} must be an instance of {expected.__name__}, not {value!r}")
+    return value
+
+
 def resolve_spec(spec: QuantSpec, info: TensorInfo, ragged: Ragged, reason: str) -> tuple[Spec, str]:
-    """The spec as it can be used for this tensor, and the reason for the ledger."""
+    """The spec that fits this tensor, and the reason for the ledger."""
     if not info.rounds_inputs:
         spec = spec.weight_only()
     if not info.declared:
@@ -31,7 +65,7 @@ def resolve_spec(spec: QuantSpec, info: TensorInfo, ragged: Ragged, reason: str)
 
 
 def refuse_ragged(ledger: Ledger, ragged: Ragged) -> None:
-    """Under "error", refuse rows that groups do not divide.
+    """Refuse rows that groups do not divide, if `ragged` is "error".
 
     Raises:
         SelectionError: naming every such tensor with its shape.
@@ -52,7 +86,7 @@ def refuse_ragged(ledger: Ledger, ragged: Ragged) -> None:
 
 
 def check_ragged(ragged: Ragged) -> Ragged:
-    """A policy for ragged rows, if it is one.
+    """Refuse an unknown policy for ragged rows.
 
     Raises:
         ArgumentError: listing the policies.

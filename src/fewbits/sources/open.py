@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fewbits.checkpoint.state_dicts import entry_of
 from fewbits.errors import ArgumentError
-from fewbits.sources.base import Source
+from fewbits.sources.base import LiveSource
 from fewbits.sources.file import FileSource
 from fewbits.sources.mapping import MappingSource
 from fewbits.sources.module import ModuleSource
 
 
-def open_source(source: object, *, inplace: bool = False, entry: str | None = None) -> Source:
+def open_source(source: object, *, inplace: bool = False, entry: str | None = None) -> FileSource | LiveSource:
     """The source for a model, a state dict, or the path of a checkpoint.
 
     Args:

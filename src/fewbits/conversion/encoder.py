@@ -1,0 +1,91 @@
+"""`TensorEncoder`: turns one tensor into its stored form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import attrs
+from torch import Tensor
+
+from fewbits.checkpoint.saving import Value
+from fewbits.errors import ArgumentError, CalibrationError, NumericsError
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import WeightMatrix
+from fewbits.numerics.plain import not_plain
+from fewbits.numerics.quantize import cast, check_finite, quantize
+from fewbits.numerics.spec import CastSpec, QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.observers.base import Observer
+from fewbits.selection.ledger import LedgerRow
+
+#: Makes the codes of one weight; see `fewbits.Quantizer.quantize_tensor`.
+QuantizeTensor = Callable[[WeightMatrix, QuantSpec, Observer], QuantizedTensor]
+
+
+@attrs.frozen(eq=False)
+class TensorEncoder:
+    """Turns one tensor into its stored form: codes and scales, or another dtype.
+
+    Attributes:
+        scheme: the name of the scheme's class, for messages.
+        recipe: everything that decides on the codes besides the ledger and the tensors; a resumed run compares it with
+            `fewbits.conversion.recipe.described`.
+        quantize_tensor: how the scheme makes codes; None rounds each weight to the nearest code.
+    """
+
+    scheme: str
+    recipe: object
+    quantize_tensor: QuantizeTensor | None = None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a few rows of a weight get the same codes alone as within the whole weight."""
+        return self.quantize_tensor is None
+
+    def encode(self, row: LedgerRow, tensor: Tensor, observer: Observer | None) -> Value:
+        """Encode one tensor.
+
+        Args:
+            row: the tensor's row of the ledger.
+            tensor: its values.
+            observer: picks the scales, if the tensor gets codes.
+
+        Raises:
+            NumericsError: if the tensor holds NaN or Inf, or `quantize_tensor` breaks its contract.
+        """
+        if isinstance(row.spec, CastSpec):
+            return cast(tensor, row.spec.dtype)
+        if row.spec is None or row.layout is None or observer is None:
+            raise ArgumentError(f"{row.name} is {row.fate}; only quantized and cast tensors are converted")
+        weight, spec = WeightMatrix(tensor, row.layout), row.spec.weight_only()
+        if self.quantize_tensor is None:
+            return quantize(weight, spec, observer.observe_weight)
+        check_finite(tensor)  # `quantize` checks each block
+        value = self.quantize_tensor(weight, spec, observer)
+        self._check(value, spec, row)
+        return value
+
+    def _check(self, value: object, spec: QuantSpec, row: LedgerRow) -> None:
+        """Refuse a result of `quantize_tensor` that breaks its contract."""
+        call = f"{self.scheme}.quantize_tensor"
+        if not isinstance(value, QuantizedTensor):
+            raise NumericsError(f"{call} returned a {type(value).__name__}, not a QuantizedTensor")
+        if (value.spec, value.layout, value.dtype) != (spec, row.layout, row.dtype):
+            raise NumericsError(
+                f"{call} returned {value.spec} of shape {value.shape} in {dtype_name(value.dtype)}; "
+                "it must keep the spec, layout and dtype it was given"
+            )
+        for part, tensor in value.parts().items():
+            if why := not_plain(tensor):
+                raise NumericsError(f"{call} returned a QuantizedTensor whose part {part!r} {why}")
+
+
+@contextmanager
+def naming(row: LedgerRow) -> Iterator[None]:
+    """Put the tensor's name, shape, dtype and scheme in front of an error about its numbers."""
+    try:
+        yield
+    except (NumericsError, CalibrationError) as error:
+        where = f"{row.name}, shape {row.shape}, {dtype_name(row.dtype)}, to {row.scheme}"
+        raise type(error)(f"{where}: {error}") from error

@@ -1,0 +1,143 @@
+"""`Scheme`: how tensors are encoded: the spec, the strategies, and the two methods that an author may override."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import attrs
+import torch
+
+from fewbits.checkpoint.safetensors import SafetensorsSerializer
+from fewbits.checkpoint.serializer import Serializer
+from fewbits.conversion.encoder import TensorEncoder
+from fewbits.errors import ArgumentError
+from fewbits.numerics.layout import WeightMatrix
+from fewbits.numerics.quantize import quantize
+from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.observers.base import Observer
+from fewbits.observers.named import ObserverRecipe
+from fewbits.quantizers.plan import plan, skip_reason
+from fewbits.quantizers.resolving import (
+    Ragged,
+    check_ragged,
+    refuse_ragged,
+    resolve_observer,
+    resolve_spec,
+    resolve_strategy,
+)
+from fewbits.selection.info import TensorInfo
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.rules import TypeRule, check_types
+from fewbits.selection.selector import Decision, LayerSelector, Selector
+
+
+class Scheme(ABC):
+    """How tensors are encoded. `fewbits.Quantizer` adds the lifecycle; subclass that one.
+
+    Attributes:
+        spec: how the codes of this scheme look.
+        name: the scheme's name in tables and messages; by default the name of the class.
+        default_skip: classes that this scheme keeps unless asked.
+        min_elements: smaller tensors are kept unless asked: their scales, names and shapes would cost about as much as
+            their codes save.
+    """
+
+    spec: Spec
+    name: ClassVar[str]
+    default_skip: ClassVar[tuple[TypeRule, ...]] = ()
+    min_elements: ClassVar[int] = 512
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
+    def __init__(
+        self,
+        *,
+        observer: ObserverRecipe | None = None,
+        activation_observer: ObserverRecipe | None = None,
+        selector: Selector | None = None,
+        serializer: Serializer | None = None,
+        skip_types: Sequence[TypeRule] | None = None,
+        scale_dtype: torch.dtype | None = None,
+        ragged: Ragged = "auto",
+    ) -> None:
+        """Choose strategies.
+
+        Args:
+            observer: picks scales and zero points: a name in `fewbits.observers.OBSERVERS` such as ``"mse"``, a table
+                with that ``name`` and the observer's arguments, or an observer. Every layer gets a fresh copy.
+            activation_observer: picks the scales of inputs, for specs with static int8 activations; given like
+                `observer`.
+            selector: decides which tensors are quantized.
+            serializer: writes and reads the result.
+            skip_types: classes, or their names, that are kept unless a rule of the selector names them; None takes the
+                scheme's `default_skip`.
+            scale_dtype: the dtype of all scales; None takes the dtype of each weight.
+            ragged: how to treat rows that groups do not divide. ``"auto"``: rows shorter than one group get per-channel
+                int8, longer ones a shorter last group. ``"shorter"``: a shorter last (or only) group. ``"fallback"``:
+                per-channel int8. ``"error"``: `prepare` refuses them by name.
+
+        Raises:
+            ArgumentError: if an argument is not allowed, or the class has no spec.
+        """
+        if not isinstance(getattr(self, "spec", None), Spec):
+            raise ArgumentError(f"{type(self).__name__} has no spec; set one: spec = QuantSpec(...) or CastSpec(...)")
+        self.observer = resolve_observer("observer", observer)
+        self.activation_observer = resolve_observer("activation_observer", activation_observer)
+        self.selector: Selector = resolve_strategy("selector", selector, Selector, LayerSelector)
+        self.serializer: Serializer = resolve_strategy("serializer", serializer, Serializer, SafetensorsSerializer)
+        self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
+        if scale_dtype is not None and isinstance(self.spec, CastSpec):
+            raise ArgumentError(f"{self.name} has no scales; scale_dtype is for schemes with scales")
+        self.scale_dtype = scale_dtype
+        self.ragged = check_ragged(ragged)
+
+    def spec_for(self, info: TensorInfo) -> Spec:
+        """The spec for one tensor; `info.layout` says which axes are rows. A rule of the selector overrides it."""
+        return self.spec
+
+    def quantize_tensor(self, weight: WeightMatrix, spec: QuantSpec, observer: Observer) -> QuantizedTensor:
+        """Make the codes of one weight.
+
+        Args:
+            weight: the tensor as a matrix.
+            spec: how the codes must look. Its `scale_dtype` is set, and `activations` is None.
+            observer: the layer's own copy, after calibration.
+        """
+        return quantize(weight, spec, observer.observe_weight)
+
+    def _plan(self, infos: Sequence[TensorInfo]) -> Ledger:
+        """Decide the fate of every tensor."""
+        infos = [
+            attrs.evolve(info, skip=skip_reason(info, self.skip_types, self.name), min_elements=self.min_elements)
+            for info in infos
+        ]
+        ledger = plan(infos, list(self.selector.select(infos)), self._choose)
+        refuse_ragged(ledger, self.ragged)
+        return ledger
+
+    def _choose(self, info: TensorInfo, decision: Decision) -> tuple[Spec, str]:
+        """The spec for a tensor, and the reason for the ledger."""
+        own = self.spec_for(info)
+        spec = own if decision.override is None else decision.override.spec(own)
+        reason = decision.reason if spec == self.spec or decision.override else f"{self.name} chose {spec} for it"
+        if isinstance(spec, CastSpec):
+            return spec, reason
+        if self.scale_dtype is not None and (decision.override is None or spec.scale_dtype is None):
+            spec = attrs.evolve(spec, scale_dtype=self.scale_dtype)
+        return resolve_spec(spec, info, self.ragged, reason)
+
+    def _encoder(self) -> TensorEncoder:
+        """The encoder with the strategies of this scheme."""
+        scheme = type(self).__name__
+        if getattr(self.quantize_tensor, "__func__", None) is Scheme.quantize_tensor:
+            return TensorEncoder(scheme, self.observer)
+        # The ledger has what the selector decided; all else may be read by `quantize_tensor`.
+        apart = {"selector", "serializer", "activation_observer", "_state", "_job"}
+        settings = {name: value for name, value in vars(self).items() if name not in apart}
+        return TensorEncoder(scheme, [type(self), settings], self.quantize_tensor)
