@@ -279,7 +279,9 @@ RULES_OF_THE_SELECTOR = {
 @pytest.mark.parametrize("rule", RULES_OF_THE_SELECTOR)
 def test_rules_and_a_selector_exclude_each_other(rule):
     config = QuantizationConfig(**{rule: RULES_OF_THE_SELECTOR[rule]})
-    with pytest.raises(ArgumentError, match=f"^{rule}: rules of the default selector; give them to yours instead"):
+    with pytest.raises(
+        ArgumentError, match=f"^{rule}: rules of the default selector; pass them to your selector instead"
+    ):
         config.quantizer(selector=LayerSelector())
 
 
@@ -322,9 +324,13 @@ WRONG = [
     ),
     ("observer", {"name": "percentile", "percentile": 300}, "percentile"),
     ("observer", {"name": "percentile", "percentile": "99"}, "percentile"),
-    ("observer", 5, r"observer is named in a config, .* not 5; .* quantize\(\.\.\., observer=\.\.\.\)"),
-    ("observer", MinMaxObserver, "observer is named in a config"),
-    ("activation_observer", MinMaxObserver(), "activation_observer is named in a config"),
+    (
+        "observer",
+        5,
+        r"observer must be a name or a table .* not 5; .* quantize\(\.\.\., observer=\.\.\.\)",
+    ),
+    ("observer", MinMaxObserver, "observer must be a name or a table in a config"),
+    ("activation_observer", MinMaxObserver(), "activation_observer must be a name or a table in a config"),
     *(
         (rule, value, rf"{rule} must be a list of name patterns, such as \['lm_head'\], not ")
         for rule in ("include", "exclude", "modules_to_not_convert")
@@ -384,12 +390,12 @@ def test_a_malformed_rule_is_refused_when_the_config_is_made(setting, value, mes
 @pytest.mark.parametrize(
     ("scheme", "setting", "message"),
     [
-        ("int8", {"group_size": 64}, "'int8' does not take group_size, which goes with 'int4'"),
-        ("fp16", {"symmetric": True}, "'fp16' does not take symmetric, which goes with 'int4'"),
+        ("int8", {"group_size": 64}, "'int8' does not take group_size, a setting of 'int4'"),
+        ("fp16", {"symmetric": True}, "'fp16' does not take symmetric, a setting of 'int4'"),
         (
             "int4",
             {"activations": "static"},
-            "'int4' does not take activations, which goes with 'int8-tensor' and 'int8'",
+            "'int4' does not take activations, a setting of 'int8-tensor' and 'int8'",
         ),
         ("fp16", {"scale_dtype": "float16"}, "fp16 has no scales"),
     ],
@@ -478,7 +484,7 @@ def test_a_file_written_by_hand(tmp_path):
         ("c.json", b'{"scheme": "int8",', "not a valid config file: .*line 1"),
         ("c.json", b"", "not a valid config file"),
         ("c.json", b"[]", r"a config is a table of settings, not \[\]"),
-        ("c.json", b'{"scheme": "int8", "overrides": {"a": "keep", "b": "int8", "a": "int4"}}', "stands twice"),
+        ("c.json", b'{"scheme": "int8", "overrides": {"a": "keep", "b": "int8", "a": "int4"}}', "appears twice"),
         ("c.json", b'{"scheme": "\xff"}', "not a valid config file: .*utf-8"),
         ("c.yaml", b"scheme: int8", r"ends in \.toml or \.json"),
         ("c", b"", r"ends in \.toml or \.json"),

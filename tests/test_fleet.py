@@ -123,7 +123,7 @@ def test_a_result_that_is_there_is_compared_with_its_source(source):
     assert [share.converted for share in result.quantizer.shares] == [0]
     other = fleet(source, "int8-tensor", resume=True)
     assert other.begin() == []
-    with pytest.raises(fewbits.errors.ArgumentError, match="differs from what this run would make"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="differs from the result for"):
         other.finish()
     assert files_in(source.parent) == before
 
@@ -185,7 +185,7 @@ def test_calls_out_of_order_are_refused(source):
     with pytest.raises(fewbits.errors.CheckpointError, match="has not been begun"):
         run.write(shards(source.parent)[0].file)
     files = run.begin()
-    with pytest.raises(fewbits.errors.StateError, match="has been called"):
+    with pytest.raises(fewbits.errors.StateError, match="has been called already"):
         run.begin()
     for file in files:
         run.write(file)
@@ -242,7 +242,7 @@ def test_what_has_changed_since_begin_is_refused(source, change):
         path = source / ("config.json" if change == "companion" else "model-00002-of-00003.safetensors")
         status = path.stat()
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    with pytest.raises(fewbits.errors.ArgumentError, match="was begun with something else"):
+    with pytest.raises(fewbits.errors.ArgumentError, match="its inputs changed"):
         run.write(file)
 
 
@@ -269,8 +269,8 @@ def shards(folder):
     ("arguments", "message"),
     [
         ({"source": torch.nn.Linear(8, 8)}, "must be a path"),
-        ({"output": fewbits.Output("out", distributed=True)}, "goes without it"),
-        ({"scheme": None}, "neither a scheme nor a config"),
+        ({"output": fewbits.Output("out", distributed=True)}, "does not need it"),
+        ({"scheme": None}, "give a scheme or a config"),
         ({"grup_size": 8}, "did you mean 'group_size'"),
     ],
 )

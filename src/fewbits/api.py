@@ -1,4 +1,4 @@
-"""`quantize`: the whole lifecycle in one call; `verify`: a file against its source."""
+"""`quantize` runs the whole lifecycle, `plan` previews it, and `verify` checks a file against its source."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from fewbits.validation.verify import verify as verify_file
 
 @attrs.frozen(eq=False, repr=False)
 class Result:
-    """What `quantize` returns.
+    """The result of `quantize`.
 
     Attributes:
-        model: what came in, quantized: a model, a mapping {name: Tensor or QuantizedTensor}, or the path of a file.
+        model: the quantized model, mapping {name: Tensor or QuantizedTensor}, or path, like the source.
         ledger: the fate of every tensor.
-        report: what validation found; None if it was not asked for.
-        quantizer: the quantizer that did it. It holds the float source too, until its `reset`.
+        report: the report of the validation; None with ``validate=False``.
+        quantizer: the quantizer. It holds the float source too, until its `reset`.
     """
 
     model: Any
@@ -70,38 +70,38 @@ def quantize(
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Result:
-    """Make a model, a state dict or a checkpoint smaller, and prove it.
+    """Make a model, a state dict or a checkpoint smaller, and validate the result.
 
-    What is given here outranks `config`, and that the defaults.
+    Arguments override `config`, and `config` overrides the defaults.
 
     Args:
         source: an `nn.Module`, a state dict, or the path of a checkpoint: a safetensors file, one of `torch.save`, or a
             directory of either.
-        scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a `Quantizer` of your own, newly made, which
-            brings its own settings. It can be left out if there is a `config`.
+        scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a new `Quantizer` with settings of its own.
+            Optional with a `config`.
         entry: the name of the state dict in a mapping, or a file of `torch.save`, that holds more than that, as a
             training checkpoint does; ``"a.b"`` names an entry within an entry.
-        config: settings; those given here replace them one by one, each as a whole.
-        output: where to write the result, if `source` is a path; an `Output` says how, too.
-        data: calibration batches, for observers that need them. Of these, the first 150 samples are run, unless the
-            setting ``samples=`` says how many, or ``samples=None`` that all are; see `Quantizer.observe`. The report's
-            `observed` has the number, and whether data was left.
+        config: settings. A setting that is also an argument is replaced, not merged.
+        output: where to write the result, a path or an `Output`; required if `source` is a path.
+        data: calibration batches, for observers that need them. The first 150 samples are run; the setting
+            ``samples=`` changes that, and ``samples=None`` runs all; see `Quantizer.observe`. The report's `observed`
+            has the number, and whether data was left.
         forward: runs one batch, ``forward(model, batch)``.
-        inplace: quantize the model or mapping itself. If an error or an interruption ends it halfway, the model is
-            usable and quantized in part, and the event ``quantized_in_part`` says so: `dequantize` gives a float copy,
-            in which the weights that were converted are rounded.
+        inplace: quantize the model or mapping itself. After an error or an interruption, the model is usable and partly
+            quantized, and the event ``quantized_in_part`` is emitted. `dequantize` then gives a float copy, in which
+            the converted weights are rounded.
         validate: check the result.
-        compute: what the layers of a model may do to be fast; see `set_compute`.
+        compute: how the layers of a model may compute; see `set_compute`.
         observer: picks the scales of weights: a name or a table as in the config, or an observer.
-        activation_observer: likewise for the inputs of layers.
+        activation_observer: picks the scales of inputs; given like `observer`.
         selector: decides which tensors are quantized, in place of the rules in the settings.
-        serializer: writes and reads the result; None stands for safetensors.
-        progress: told about every tensor, before and after it.
+        serializer: writes and reads the result; by default a safetensors file.
+        progress: called before and after every tensor.
         settings: any other setting of `QuantizationConfig`, such as ``group_size=64`` or ``exclude=["lm_head"]``.
 
     Raises:
-        ArgumentError: for a scheme or a setting that does not exist, or arguments that do not go together.
-        FewbitsError: what the steps raise; see `Quantizer`.
+        ArgumentError: for an unknown scheme or setting, or arguments that contradict each other.
+        FewbitsError: the errors of the steps; see `Quantizer`.
     """
     strategies = {
         "observer": observer,
@@ -120,7 +120,7 @@ def quantize(
         if validate:
             report = quantizer.validate(on_failure=config.on_failure, fail_under=config.fail_under, progress=progress)
     except BaseException:
-        if quantizer is not scheme:  # nobody else can: its hooks must not stay on the model
+        if quantizer is not scheme:  # the caller has no quantizer to take the hooks off the model
             quantizer.reset()
         raise
     return Result(model, quantizer.ledger, report, quantizer)
@@ -128,10 +128,10 @@ def quantize(
 
 @attrs.frozen(eq=False, repr=False)
 class Plan:
-    """What `quantize` would do, known from names, shapes and dtypes alone.
+    """A preview of `quantize`, from names, shapes and dtypes alone.
 
     Attributes:
-        ledger: the fate of every tensor, with its bytes before and after, exactly.
+        ledger: the fate of every tensor, with its exact bytes before and after.
         shards: the files of the result, with the ledger of each; none if the source is in memory.
         left_behind: files of a source directory that look like weights and would not be part of the result.
         opens_in: who could open the result, and why others could not; None unless the source is the directory of a
@@ -158,20 +158,20 @@ def plan(
     serializer: Serializer | None = None,
     **settings: Any,
 ) -> Plan:
-    """See what `quantize` would make of a source, before anything is spent. Of a checkpoint only headers are read.
+    """Preview `quantize`: the fate and size of every tensor. Only the headers of a checkpoint are read.
 
     Args:
         source: as in `quantize`.
-        scheme: likewise; a `Quantizer` is back in the state CREATED afterwards.
-        entry: likewise.
-        config: likewise.
-        output: where the result of a path would go; None stands for a place beside the source.
+        scheme: as in `quantize`; a `Quantizer` returns to the state CREATED.
+        entry: as in `quantize`.
+        config: as in `quantize`.
+        output: where the result of a path would go; by default beside the source.
         selector: as in `quantize`.
-        serializer: likewise.
-        settings: likewise.
+        serializer: as in `quantize`.
+        settings: as in `quantize`.
 
     Raises:
-        FewbitsError: what `quantize` would raise before it looks at a number.
+        FewbitsError: the errors that `quantize` would raise before it reads a weight.
     """
     _, quantizer = resolve_settings(scheme, config, {"selector": selector, "serializer": serializer}, settings)
     quantizer.prepare(source, entry=entry)
@@ -193,29 +193,27 @@ def verify(
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
-    """Re-read what was written, and check it: digests, structure, and every element against its source.
+    """Read a quantized file and check its digests, its structure, and every element against the source.
 
-    Codes are decoded by the layout that the file states, not through any module. Other tools' checkpoints in the
-    formats of compressed-tensors are read too: they have no digests, and an error beyond half a step is a note there.
+    Codes are decoded without any module, by the layout in the file. Checkpoints of compressed-tensors are read too:
+    they have no digests, and an error beyond half a step is only a note.
 
     Args:
-        path: the file, or the directory of several.
-        against: what it was made from: a model, a state dict, or the path of a checkpoint. None checks the file alone.
-        entry: of `against`, as in `quantize`.
-        serializer: reads the file; None stands for safetensors.
+        path: the file, or a directory of several.
+        against: the source: a model, a state dict, or the path of a checkpoint. None checks the file alone.
+        entry: the entry of `against`, as in `quantize`.
+        serializer: reads the file; by default as a safetensors file.
         fail_under: SQNR in dB below which a tensor fails.
-        progress: told about every tensor, before and after it.
+        progress: called before and after every tensor.
 
     Raises:
-        FormatError: if it is neither fewbits' nor compressed-tensors', or its parts contradict one another.
+        FormatError: if the file is from neither fewbits nor compressed-tensors, or its parts contradict one another.
         DigestError: if its header is damaged. Damaged tensors are failures in the report.
         CheckpointError: if a file cannot be read.
-        ArgumentError: if `against` is nothing that can be compared with, or has no such entry.
+        ArgumentError: if `against` cannot be compared with, or has no such entry.
     """
     if against is None and entry is not None:
-        raise ArgumentError(
-            f"entry={entry!r} is of what the file was made from; pass that, too: against=, or --against"
-        )
+        raise ArgumentError(f"entry={entry!r} is an entry of the source; pass the source too: against=, or --against")
     source = None if against is None else open_source(against, entry=entry)
     return verify_file(path, source, serializer=serializer, fail_under=fail_under, progress=progress)
 
@@ -226,16 +224,16 @@ def resolve_settings(
     strategies: dict[str, Any],
     settings: dict[str, Any],
 ) -> tuple[QuantizationConfig, Quantizer]:
-    """What arguments as those of `quantize` come to.
+    """Merge arguments like those of `quantize`.
 
     Args:
         scheme: as in `quantize`.
-        config: likewise.
-        strategies: observers, selector and serializer, by the names of the arguments; None for those not given.
-        settings: likewise.
+        config: as in `quantize`.
+        strategies: observers, selector and serializer, by argument name; None if missing.
+        settings: as in `quantize`.
 
     Returns:
-        the settings that count, and the quantizer.
+        the merged settings, and the quantizer.
 
     Raises:
         ArgumentError: as `quantize` does.
@@ -248,14 +246,10 @@ def resolve_settings(
     check_settings(settings, also=[*inspect.signature(quantize).parameters][:-1])
     if isinstance(scheme, Quantizer):
         return _run_settings(scheme, config, strategies, settings), scheme
-    # A strategy that is named, not made, is a setting.
-    named = {key: value for key, value in strategies.items() if key.endswith("observer") and _is_recipe(value)}
+    # An observer that is given by name is a setting.
+    named = {key: value for key, value in strategies.items() if isinstance(value, (str, Mapping)) and "observer" in key}
     config = _merged(scheme, config, settings | named)
     return config, config.quantizer(**{key: value for key, value in strategies.items() if key not in named})
-
-
-def _is_recipe(value: object) -> bool:
-    return isinstance(value, (str, Mapping))
 
 
 def _merged(scheme: object, config: QuantizationConfig | None, settings: dict[str, Any]) -> QuantizationConfig:
@@ -266,21 +260,21 @@ def _merged(scheme: object, config: QuantizationConfig | None, settings: dict[st
     if config is not None:
         return config.replace(**settings)
     if scheme is None:
-        raise ArgumentError(f"there is neither a scheme nor a config; the schemes are {', '.join(map(repr, SCHEMES))}")
+        raise ArgumentError(f"give a scheme or a config; the schemes are {', '.join(map(repr, SCHEMES))}")
     return QuantizationConfig(**settings)
 
 
 def _run_settings(
     quantizer: Quantizer, config: QuantizationConfig | None, strategies: dict[str, Any], settings: dict[str, Any]
 ) -> QuantizationConfig:
-    """The settings of the run, for a quantizer that brings all others itself."""
+    """The settings of the run, for a quantizer that has its own settings otherwise."""
     config = config or QuantizationConfig()
     given = [*settings, *(name for name, value in strategies.items() if value is not None), *config.changed()]
     foreign = [name for name in dict.fromkeys(given) if name not in RUN_SETTINGS]
     if foreign:
         cls = type(quantizer).__name__
         raise ArgumentError(
-            f"{', '.join(foreign)}: these belong to the quantizer, {cls}(...); rules of selection to its selector, "
+            f"{', '.join(foreign)}: pass these to the quantizer, {cls}(...), and rules to its selector, "
             f"{cls}(selector=LayerSelector(...))"
         )
     return config.replace(**settings)

@@ -3,21 +3,21 @@
 ::
 
     FewbitsError
-    ├── ArgumentError          (ValueError)      an argument outside what is allowed
+    ├── ArgumentError          (ValueError)      an argument that is not allowed
     ├── StateError             (RuntimeError)    a lifecycle call out of order
     ├── SelectionError         (ValueError)      a pattern that matches nothing, a rule that contradicts another
     ├── SourceError            (ValueError)      a model or checkpoint that cannot be quantized as it is
-    ├── CalibrationError       (RuntimeError)    calibration data that is missing or cannot be fed
-    ├── NumericsError          (ArithmeticError) numbers that no code can stand for
+    ├── CalibrationError       (RuntimeError)    calibration data that is missing, or that the model cannot run
+    ├── NumericsError          (ArithmeticError) numbers that no code can represent
     │   ├── NonFiniteError                       NaN or Inf in a tensor
     │   └── RangeError                           a scale or a value beyond what its dtype can hold
     ├── ReadOnlyWeightError    (AttributeError)  an attempt to assign to a quantized weight
     ├── CheckpointError        (OSError)         a file that cannot be read or written
-    │   ├── FormatError                          not a file of ours, or a damaged one
-    │   ├── DigestError                          bytes that are not the bytes that were written
-    │   └── MismatchError                        a file and a model that do not fit each other
+    │   ├── FormatError                          not a file of fewbits, or a damaged one
+    │   ├── DigestError                          bytes that have changed since they were written
+    │   └── MismatchError                        a file and a model that do not match
     ├── RankError              (RuntimeError)    another process of the same run has failed
-    └── ValidationError        (RuntimeError)    the result is not what was promised; carries the report
+    └── ValidationError        (RuntimeError)    the result is wrong or inaccurate; carries the report
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FewbitsError(Exception):
 
 
 class ArgumentError(FewbitsError, ValueError):
-    """An argument has a value outside what is allowed."""
+    """An argument has a value that is not allowed."""
 
 
 class StateError(FewbitsError, RuntimeError):
@@ -42,11 +42,11 @@ class SelectionError(FewbitsError, ValueError):
 
 
 class SourceError(FewbitsError, ValueError):
-    """What was handed to `prepare` cannot be quantized as it is."""
+    """A model or checkpoint cannot be quantized as it is."""
 
 
 class CalibrationError(FewbitsError, RuntimeError):
-    """Calibration data is missing, or does not fit the model."""
+    """Calibration data is missing, or the model cannot run it."""
 
 
 class NumericsError(FewbitsError, ArithmeticError):
@@ -62,7 +62,7 @@ class RangeError(NumericsError):
 
 
 class ReadOnlyWeightError(FewbitsError, AttributeError):
-    """A quantized weight was assigned to; it can be read, not written."""
+    """A quantized weight was assigned to; it is read-only."""
 
 
 class CheckpointError(FewbitsError, OSError):
@@ -78,11 +78,11 @@ class DigestError(CheckpointError):
 
 
 class MismatchError(CheckpointError):
-    """A checkpoint and the model it is loaded into do not fit each other."""
+    """A checkpoint does not match the model it is loaded into."""
 
 
 class RankError(FewbitsError, RuntimeError):
-    """Another process that works on the same result has failed, and said why."""
+    """Another process that works on the same result has failed; its own error says why."""
 
 
 class ValidationError(FewbitsError, RuntimeError):

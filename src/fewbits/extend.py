@@ -1,6 +1,6 @@
 """Names for authors of strategies, and for frameworks that embed fewbits.
 
-To write a scheme, subclass `fewbits.Quantizer`. The other base classes, and the values that they exchange, are here.
+To write a scheme, subclass `fewbits.Quantizer`. This module has the other base classes, and the values they exchange.
 """
 
 from fewbits.calibration import Observed

@@ -73,7 +73,7 @@ class FleetRun:
             raise ArgumentError(f"a FleetRun goes from disk to disk; its source must be a path, not {source!r}")
         output = Output.of(output)
         if output.distributed:
-            raise ArgumentError("distributed=True is for the ranks of torch.distributed; a FleetRun goes without it")
+            raise ArgumentError("distributed=True is for the ranks of torch.distributed; a FleetRun does not need it")
         strategies = {
             "observer": observer,
             "activation_observer": activation_observer,
@@ -102,10 +102,10 @@ class FleetRun:
             ArgumentError: if the output exists and may not be replaced; if an unfinished run exists, and `output` sets
                 neither `resume` nor `replace`; or if an input of the resumed run has changed.
             CheckpointError: if the directory cannot be made, or another process is at work there.
-            FewbitsError: whatever `fewbits.quantize` raises before it reads a weight.
+            FewbitsError: the errors that `fewbits.quantize` raises before it reads a weight.
         """
         if self._begun is not None:
-            raise StateError("begin() has been called; write the files, then call finish(), or release() to let go")
+            raise StateError("begin() has been called already; write the files and call finish(), or call release()")
         quantizer, coordinator = self._prepared()
         files = coordinator.begin()
         self._begun = quantizer, coordinator
@@ -121,7 +121,7 @@ class FleetRun:
             progress: called before and after every chunk.
 
         Returns:
-            what this process has done.
+            the work of this process.
 
         Raises:
             ArgumentError: if it is not a file of the result, or an input has changed since `begin`: the source, the
@@ -145,14 +145,14 @@ class FleetRun:
         """Publish the index, companion files and all files at once. Then check them, unless ``validate=False``.
 
         Args:
-            shares: what the calls of `write` have returned; kept in `result.quantizer.shares`.
+            shares: the results of all calls of `write`; kept in `result.quantizer.shares`.
             progress: called for every tensor that is checked.
 
         Raises:
             StateError: unless this object has begun.
             CheckpointError: naming the incomplete files, if any: everything stays, and they can still be written. After
                 any other failure, other drivers may continue (``Output(resume=True)``).
-            ArgumentError: if a complete result existed already, and differs from what this run would have written.
+            ArgumentError: if a complete result existed already, and differs from the result of this run.
             ValidationError: as `fewbits.quantize` does.
         """
         if self._begun is None:

@@ -1,3 +1,3 @@
-"""Every setting as one value, from Python, from a file or from the command line."""
+"""All settings as one value, from Python, a file or the command line."""
 
 from fewbits.config.config import QuantizationConfig as QuantizationConfig

@@ -1,4 +1,4 @@
-"""`QuantizationConfig`: every setting as one value, for Python, for files and for the command line."""
+"""`QuantizationConfig`: all settings as one value, for Python, files and the command line."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from fewbits.selection.rules import OverrideRule, TypeRule, parse_override
 from fewbits.selection.selector import LayerSelector, Selector
 from fewbits.validation.report import CRITICAL_DB
 
-#: The version of the form that `QuantizationConfig.to_dict` writes and `QuantizationConfig.from_dict` reads.
+#: The format version that `QuantizationConfig.to_dict` writes and `QuantizationConfig.from_dict` reads.
 VERSION = 1
 
-#: The settings of a run; all others belong to the quantizer.
+#: The settings of a run; the others belong to the quantizer.
 RUN_SETTINGS = ("samples", "fail_under", "on_failure")
 
 _SCHEME_SETTINGS = ("group_size", "symmetric", "activations", "scale_dtype", "ragged", "skip_types")
@@ -63,8 +63,9 @@ def _check_observer(_: Any, field: Any, recipe: object) -> None:
         make_observer(field.name, recipe)
     elif recipe is not None:
         raise ArgumentError(
-            f"{field.name} is named in a config, such as 'percentile' or {{'name': 'percentile', 'percentile': 99.9}}, "
-            f"not {recipe!r}; an observer of your own goes to quantize(..., {field.name}=...)"
+            f"{field.name} must be a name or a table in a config, such as 'percentile' or "
+            f"{{'name': 'percentile', 'percentile': 99.9}}, not {recipe!r}; pass an observer of your own to "
+            f"quantize(..., {field.name}=...)"
         )
 
 
@@ -76,23 +77,23 @@ _AXES = must_be("a table by name pattern, such as {'experts.*.weight': 1}", is_t
 
 @attrs.frozen(kw_only=True, repr=False)
 class QuantizationConfig:
-    """Every setting of `fewbits.quantize`, checked, immutable, and the same wherever it comes from.
+    """Every setting of `fewbits.quantize`, checked and immutable.
 
-    None stands for the scheme's own choice. Whatever goes in, sequences are held as tuples, mappings as immutable
-    mappings, and dtypes by name.
+    None stands for the scheme's default. Sequences become tuples, mappings become immutable mappings, and dtypes become
+    names.
 
     Attributes:
         scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"`` or ``"fp16"``.
-        group_size: weights of a row that share a scale, for schemes with groups.
-        symmetric: without zero points, for schemes that leave the choice.
+        group_size: how many neighbouring weights of a row share a scale, for schemes with groups.
+        symmetric: whether there are no zero points, for schemes that support both.
         activations: whether layers round their inputs to int8 too: ``"dynamic"`` or ``"static"``; None: no.
-        scale_dtype: the name of the dtype that scales are stored in; None stands for each weight's own.
-        ragged: what becomes of rows that groups do not divide; see `Quantizer`.
+        scale_dtype: the name of the dtype of stored scales; None takes the dtype of each weight.
+        ragged: how to treat rows that groups do not divide; see `Quantizer`.
         observer: picks the scales of weights: a name in `fewbits.observers.OBSERVERS`, or a table with that ``name``
             and the observer's arguments.
-        activation_observer: likewise for the inputs of layers.
-        include: see `LayerSelector`, as for the next seven.
-        exclude: name patterns of what is kept.
+        activation_observer: picks the scales of inputs; given like `observer`.
+        include: name patterns of tensors to quantize. For this and the next seven settings, see `LayerSelector`.
+        exclude: name patterns of tensors to keep.
         include_types: classes, or names of classes.
         exclude_types: classes, or names of classes.
         modules_to_not_convert: `exclude` under another name.
@@ -101,13 +102,13 @@ class QuantizationConfig:
         input_axes: {pattern: the axes of the weight that are inputs}.
         min_elements: smaller tensors are kept unless a rule names them.
         skip_types: classes, or their names, that are kept unless a rule names them.
-        samples: how many calibration samples are looked at; None: all that come.
+        samples: how many calibration samples to run; None: all.
         fail_under: SQNR in dB below which a tensor fails validation.
-        on_failure: whether a failed validation is an ``"error"``, a ``"warn"``ing, or is left to the report
+        on_failure: whether a failed validation raises (``"error"``), warns (``"warn"``), or only appears in the report
             (``"ignore"``).
 
     Raises:
-        ArgumentError: for a value outside what is listed here, or settings that do not go together.
+        ArgumentError: for a value that is not allowed, or settings that contradict each other.
         SelectionError: for a malformed pattern.
 
     >>> config = QuantizationConfig(scheme="int4", group_size=64, overrides={"lm_head": "keep"})
@@ -157,7 +158,7 @@ class QuantizationConfig:
     on_failure: OnFailure = attrs.field(default="error", validator=one_of(*get_args(OnFailure)))
 
     def __attrs_post_init__(self) -> None:
-        # What the scheme, the selector or a spec refuses is refused here, not on first use.
+        # Raise errors of the scheme, the selector and the overrides now, not on first use.
         own = self.quantizer().spec
         for pattern, rule in self.overrides.items():
             if (override := parse_override(pattern, rule)) is not None:
@@ -167,14 +168,14 @@ class QuantizationConfig:
         return f"QuantizationConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in self.changed())})"
 
     def changed(self) -> tuple[str, ...]:
-        """The names of the settings that are not as they are by default."""
+        """The names of the settings that differ from their defaults."""
         return tuple(name for name in SETTINGS if getattr(self, name) != _DEFAULTS[name])
 
     def replace(self, **settings: Any) -> QuantizationConfig:
-        """This config with some settings replaced, each as a whole: lists and tables are not joined.
+        """Copy this config with some settings replaced. Lists and tables are replaced, not merged.
 
         Raises:
-            ArgumentError: for a setting that does not exist, or as for the config itself.
+            ArgumentError: for an unknown setting, or a value that is not allowed.
             SelectionError: for a malformed rule.
         """
         check_settings(settings)
@@ -188,16 +189,16 @@ class QuantizationConfig:
         selector: Selector | None = None,
         serializer: Serializer | None = None,
     ) -> Quantizer:
-        """A new quantizer with these settings.
+        """Make a quantizer with these settings.
 
         Args:
-            observer: used in place of the `observer` that is named here.
-            activation_observer: used in place of the `activation_observer` that is named here.
-            selector: used in place of the default one, whose rules are settings.
-            serializer: writes and reads the result; None stands for safetensors.
+            observer: replaces the `observer` of this config.
+            activation_observer: replaces the `activation_observer` of this config.
+            selector: replaces the default selector and its rules.
+            serializer: writes and reads the result; by default a safetensors file.
 
         Raises:
-            ArgumentError: for a selector where rules are set, or what is no strategy of its kind.
+            ArgumentError: for a selector if the config has rules, or an argument that is no such strategy.
         """
         return SCHEMES[self.scheme](
             observer=self.observer if observer is None else observer,
@@ -208,22 +209,21 @@ class QuantizationConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description that `from_dict` reads: the version, and every setting, defaults included.
+        """Describe the config for JSON: the version and all settings, with their defaults and classes by name.
 
-        Whoever reads it need not know the defaults of the day. Classes are written by name.
+        Defaults are included because they may change; `from_dict` reads the result.
         """
         return {"version": VERSION, **{name: plain(getattr(self, name)) for name in SETTINGS}}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> QuantizationConfig:
-        """Read back what `to_dict` wrote, or what was written by hand: without ``version`` it is taken as version 1.
+        """Read a table of settings, by hand or from `to_dict`.
 
         Args:
-            settings: the settings by name. ``scheme`` must be there, all others may be left out.
+            settings: the settings by name. ``scheme`` is required. ``version`` defaults to 1.
 
         Raises:
-            ArgumentError: for an unknown version, a missing scheme, a setting that does not exist, or a value that is
-                not allowed.
+            ArgumentError: for an unknown version, a missing scheme, an unknown setting, or a value that is not allowed.
             SelectionError: for a malformed rule.
         """
         if not isinstance(settings, Mapping):
@@ -241,10 +241,10 @@ class QuantizationConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> QuantizationConfig:
-        """Read a TOML or JSON file, by its suffix; what is in it is said at `from_dict`.
+        """Read a TOML or JSON file, by its suffix; see `from_dict` for its contents.
 
         Raises:
-            ArgumentError: naming the file, if it cannot be read, or for what `from_dict` refuses.
+            ArgumentError: naming the file, if it cannot be read, or for the errors of `from_dict`.
             SelectionError: naming the file, for a malformed rule.
         """
         try:
@@ -258,7 +258,9 @@ class QuantizationConfig:
             return LayerSelector(**rules)
         given = [name for name in self.changed() if name in rules]
         if given:
-            raise ArgumentError(f"{', '.join(given)}: rules of the default selector; give them to yours instead")
+            raise ArgumentError(
+                f"{', '.join(given)}: rules of the default selector; pass them to your selector instead"
+            )
         return selector
 
     def _scheme_settings(self) -> dict[str, Any]:
@@ -267,7 +269,7 @@ class QuantizationConfig:
             taking = takers(name)
             if self.scheme not in taking:
                 known = " and ".join(map(repr, taking))
-                raise ArgumentError(f"{self.scheme!r} does not take {name}, which goes with {known}")
+                raise ArgumentError(f"{self.scheme!r} does not take {name}, a setting of {known}")
         if self.scale_dtype is not None:
             settings["scale_dtype"] = dtype_from_name(self.scale_dtype)
         return settings
@@ -280,14 +282,14 @@ _DEFAULTS = {name: getattr(QuantizationConfig(), name) for name in SETTINGS}
 
 
 def check_settings(settings: Iterable[str], also: Iterable[str] = ()) -> None:
-    """Refuse names that are no settings.
+    """Refuse unknown settings.
 
     Args:
         settings: the names.
-        also: further names that may have been meant.
+        also: further names to suggest for a misspelled one.
 
     Raises:
-        ArgumentError: with the nearest setting, and all that there are.
+        ArgumentError: with the nearest setting, and all settings.
     """
     for name in settings:
         if name not in SETTINGS:

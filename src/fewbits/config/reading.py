@@ -1,4 +1,4 @@
-"""Reading TOML and JSON."""
+"""Read TOML and JSON files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fewbits.errors import ArgumentError
 
 
 def read(path: Path) -> Any:
-    """What a file holds; its suffix says in which language.
+    """Parse a TOML or JSON file, by its suffix.
 
     Raises:
-        ArgumentError: if it cannot be read, or is not in that language.
+        ArgumentError: if it cannot be read or parsed.
     """
     parse = _parser(path.suffix.lower())
     try:
         return parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ArgumentError(f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # the parsers' own, and of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # errors of the parsers, and of bytes that are not UTF-8
         raise ArgumentError(f"not a valid config file: {error}") from None
 
 
 def _parser(suffix: str) -> Callable[[str], Any]:
-    """What parses files of this suffix; Python has its own TOML parser from 3.11 on."""
+    """Find the parser for a suffix. Python has a TOML parser from 3.11 on."""
     if suffix == ".json":
         return lambda text: json.loads(text, object_pairs_hook=_without_repeats)
     if suffix != ".toml":
@@ -42,5 +42,5 @@ def _parser(suffix: str) -> Callable[[str], Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+        raise ValueError(f"a key appears twice among {[key for key, _ in pairs]}")
     return table

@@ -1,4 +1,4 @@
-"""What a config holds: values that never change, the checks they pass, and how they look in JSON."""
+"""Values of a config: make them immutable, check them, and convert them to JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fewbits.numerics.spec import Spec, spec_from_dict
 
 @attrs.frozen(eq=False, repr=False)
 class Table(Mapping[str, Any]):
-    """A mapping that never changes, so that a config can be a key and be sent to another process."""
+    """An immutable mapping. It makes a config hashable and picklable."""
 
     _items: dict[str, Any]
 
@@ -36,24 +36,24 @@ class Table(Mapping[str, Any]):
         return repr(self._items)
 
 
-# Converters make what was given immutable; what they do not know they leave to the validators.
+# Converters make arguments immutable. They return an unknown type unchanged, for the validators to refuse.
 
 
 def frozen(value: Any) -> Any:
-    """Lists as tuples and mappings as tables, all the way down."""
+    """Convert nested lists to tuples, and nested mappings to tables."""
     if isinstance(value, Mapping):
         return Table({key: frozen(entry) for key, entry in value.items()})
     return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 def frozen_sequence(value: Any) -> Any:
-    """What can be gone through as a tuple; one string or one class is no sequence."""
+    """Convert an iterable to a tuple; a string, a class or a mapping stays as it is."""
     single = isinstance(value, (str, bytes, type, Mapping))
     return tuple(value) if isinstance(value, Iterable) and not single else value
 
 
 def frozen_overrides(value: Any) -> Any:
-    """Rules by pattern: dtypes by name become dtypes, and what a spec's `to_dict` writes becomes the spec."""
+    """Convert rules: names of dtypes become dtypes, and tables from a spec's `to_dict` become specs."""
     if not isinstance(value, Mapping):
         return value
     return Table({pattern: _frozen_override(pattern, rule) for pattern, rule in value.items()})
@@ -72,17 +72,17 @@ def _frozen_override(pattern: str, rule: Any) -> Any:
 
 
 def dtype_as_name(value: Any) -> Any:
-    """A dtype as its name."""
+    """Convert a dtype to its name."""
     return dtype_name(value) if isinstance(value, torch.dtype) else value
 
 
 def in_order(table: Any) -> Any:
-    """What tables are compared by: of overrides the last that matches wins, so their order counts."""
+    """The items of a table, to compare with their order: the last override that matches wins."""
     return tuple(table.items())
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Convert a value for JSON."""
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple):
@@ -96,7 +96,7 @@ def plain(value: Any) -> Any:
 
 
 def must_be(allowed: str, holds: Callable[[Any], bool]) -> Callable[[Any, Any, Any], None]:
-    """A validator that says what is allowed, unless `holds`."""
+    """Make a validator that raises with the allowed values, unless `holds` is true."""
 
     def check(_: Any, field: Any, value: Any) -> None:
         if not holds(value):
@@ -106,28 +106,28 @@ def must_be(allowed: str, holds: Callable[[Any], bool]) -> Callable[[Any, Any, A
 
 
 def one_of(*choices: Any) -> Callable[[Any, Any, Any], None]:
-    """One of the choices, and of its very type: 1 is not True."""
+    """Make a validator for a list of choices. Types must match: 1 is not True."""
     allowed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
     return must_be(allowed, lambda value: any(type(value) is type(c) and value == c for c in choices))
 
 
 def whole(least: int) -> Callable[[Any], bool]:
-    """Whether a value is an integer, and not less."""
+    """Make a test for integers from `least` up."""
     return lambda value: type(value) is int and value >= least
 
 
 def or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """The same test, passed by None too."""
+    """Make a test that None passes too."""
     return lambda value: value is None or holds(value)
 
 
 def sequence_of(*kinds: type) -> Callable[[Any], bool]:
-    """Whether a value is a sequence of nothing but these."""
+    """Make a test for sequences of these types."""
     return lambda value: isinstance(value, tuple) and all(isinstance(entry, kinds) for entry in value)
 
 
 def is_table(value: Any) -> bool:
-    """Whether a value is, or came as, a mapping."""
+    """Whether a value is a mapping, which its converter has made a table."""
     return isinstance(value, Table)
 
 

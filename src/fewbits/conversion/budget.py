@@ -20,7 +20,7 @@ from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 
-#: Bytes for further threads, file buffers, and what torch allocates on first use.
+#: Bytes for further threads, file buffers, and torch's allocations on first use.
 _FIXED = 112 << 20
 #: Bytes for the metadata of one tensor: its rows in ledger and header, as objects and as JSON.
 _PER_TENSOR = 20 << 10

@@ -45,7 +45,7 @@ class Written:
         path: the file or directory.
         headers: the digest in the header of each file, by file name.
         measured: how each tensor compares with its source, if it was compared.
-        shares: what each process has done.
+        shares: the work of each process.
     """
 
     path: Path
@@ -126,11 +126,11 @@ class Coordinator:
         Where `begin` has found a complete result, compare all of that with the source instead.
 
         Args:
-            shares: what the calls of `write` have returned.
+            shares: the results of all calls of `write`.
 
         Raises:
             CheckpointError: if a file is missing or cannot be written.
-            ArgumentError: if a complete result differs from what this run would write.
+            ArgumentError: if a complete result differs from the one that this run would write.
         """
         if not self.begun:
             return self._accept()
@@ -161,7 +161,7 @@ class Coordinator:
             failures = ["it consists of other files", *failures]
         if failures:
             raise ArgumentError(
-                f"{self._path} exists already, and differs from what this run would make of {self._source.path}: "
+                f"{self._path} exists already, and differs from the result for {self._source.path}: "
                 f"{failures[0]}. Give another path, or replace it (--replace, Output(replace=True))"
             )
         share = Share(tuple(self.sizes), 0, sum(self.sizes.values()))
@@ -174,7 +174,7 @@ class Coordinator:
         self._staging.join(self._inputs())
 
     def write(self, files: Sequence[str]) -> Share:
-        """Write some files of the result, as far as they are missing.
+        """Write the missing parts of some files of the result.
 
         Raises:
             ArgumentError: if something that the result depends on has changed since the lead's `begin`.
@@ -235,7 +235,7 @@ class Coordinator:
                 raise
 
     def _has_source_changed(self) -> bool:
-        """Whether the source differs from what this run has read. An unreadable source may come back."""
+        """Whether the source has changed since `begin` or `join`. An unreadable source may come back."""
         try:
             return self._writer.source_changed or self._source.fingerprint() != self._source_state
         except CheckpointError:

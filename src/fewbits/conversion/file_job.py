@@ -53,7 +53,7 @@ class FileJob(Job):
 
     @property
     def shares(self) -> tuple[Share, ...]:
-        """What each process has done for the result."""
+        """The work of each process."""
         return () if self._written is None else self._written.shares
 
     @property
@@ -147,7 +147,7 @@ class FileJob(Job):
         return self.source.folder is not None or output.max_shard_size is not None
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
-        """Check every digest on disk. Compare with the source whatever was not compared during the conversion."""
+        """Check every digest on disk, and compare with the source all tensors that `convert` has not compared."""
         path = self._result()
 
         def look() -> Report:

@@ -21,7 +21,7 @@ from fewbits.selection.progress import Progress, Step
 
 @attrs.frozen
 class Share:
-    """What one process has done for a result on disk.
+    """The work of one process on a result on disk.
 
     Attributes:
         files: the files that it wrote, or found complete.
@@ -42,11 +42,11 @@ class FileWriter:
         serializer: the format of the files.
         shards: the files of the result.
         staging: where the files are written.
-        paranoid: whether to read again whatever an earlier run has read of the source.
+        paranoid: whether to read the source again, as far as an earlier run has read it.
         progress: called before and after every chunk.
 
     Attributes:
-        source_changed: whether the source differs from what an earlier run has read.
+        source_changed: whether the source has changed since an earlier run read it.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class FileWriter:
             return False
 
     def _check_source(self, shard: Shard, notes: Sequence[Note]) -> None:
-        """Read again what an earlier run has read of the source, if paranoid."""
+        """If paranoid, read the source again, as far as an earlier run has read it."""
         for note in notes if self._paranoid else ():
             chunk = _chunk(shard, note)
             if self.streaming.source_digest(chunk) != note.source:

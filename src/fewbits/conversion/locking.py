@@ -1,4 +1,4 @@
-"""`DirectoryLock`: a directory that is ours alone while a run begins, and shared with other writers afterwards."""
+"""`DirectoryLock`: an exclusive lock on a directory while a run begins, shared with other writers afterwards."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fewbits.errors import ArgumentError, CheckpointError
 
 
 class DirectoryLock:
-    """A directory, and what this process may do there. The system forgets a claim when its process ends.
+    """A lock on a directory. The operating system releases it when the process ends.
 
     Args:
-        path: of the directory.
-        output: of the result, which messages name.
-        is_own: whether something in it is what a run would put there.
+        path: the directory.
+        output: the path of the result, for messages.
+        is_own: whether a run would put such a file or directory there.
     """
 
     def __init__(self, path: Path, output: Path, is_own: Callable[[Path, int], bool]) -> None:
@@ -25,11 +25,11 @@ class DirectoryLock:
         self._lock: int | None = None
 
     def take(self) -> None:
-        """Make the directory if there is none, and keep other processes out of it.
+        """Make the directory if it is missing, and lock it exclusively.
 
         Raises:
-            CheckpointError: if one of them is in there.
-            ArgumentError: if something is in there that no run has put there: it must not be lost.
+            CheckpointError: if another process holds the lock.
+            ArgumentError: if the directory holds a foreign file, which must not be lost.
         """
         self._path.mkdir(exist_ok=True)
         try:
@@ -40,10 +40,10 @@ class DirectoryLock:
             raise
 
     def hold(self, *, shared: bool) -> None:
-        """Keep other processes out; with `shared`, those that would begin.
+        """Lock the directory. A shared lock lets other processes join, but not begin.
 
         Raises:
-            CheckpointError: if one of them is in there.
+            CheckpointError: if another process holds a conflicting lock.
         """
         if not hasattr(os, "O_DIRECTORY"):
             return
@@ -51,10 +51,10 @@ class DirectoryLock:
             self._lock = os.open(self._path, os.O_DIRECTORY)
         lock(self._lock, self._output, shared=shared)
         if not os.path.samestat(os.fstat(self._lock), self._path.stat()):
-            raise CheckpointError(f"{self._output}: another process has just left it; try again")
+            raise CheckpointError(f"{self._output}: another process has just removed it; try again")
 
     def release(self) -> None:
-        """Let other processes begin."""
+        """Release the lock."""
         if self._lock is not None:
             unlock(self._lock)
             os.close(self._lock)
@@ -64,9 +64,9 @@ class DirectoryLock:
         inside = (Path(at, name) for at, folders, files in os.walk(self._path) for name in (*folders, *files))
         for path in [self._path, *inside]:
             mode = path.lstat().st_mode
-            # A link could lead to anything.
+            # A link could lead outside the directory.
             if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)) or not self._is_own(path, mode):
                 raise ArgumentError(
-                    f"{self._output} is made in {self._path}, and {path} is nothing that a run would put there; "
+                    f"{self._output} is made in {self._path}, but no run has put {path} there; "
                     "move it away, or give another path to write to"
                 )

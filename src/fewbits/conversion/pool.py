@@ -1,4 +1,4 @@
-"""Work on several threads, its results in order, and no more of them at a time than are asked for."""
+"""Run tasks on several threads, with results in order and bounded memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ _Made = TypeVar("_Made")
 
 
 def in_order(tasks: Iterable[Callable[[], _Made]], threads: int) -> Iterator[_Made]:
-    """The results of some tasks, in their order.
+    """Run tasks, and yield their results in the order of the tasks.
 
-    Each thread computes alone: torch's own, for one operation, would only get in their way. At most one result more
-    than there are threads waits to be taken, so that memory stays bounded, and each thread works in the same memory
-    from task to task.
+    Torch's own threads are off, because they would compete with these. At most `threads` + 1 results wait, so that
+    memory stays bounded. Each thread reuses its scratch memory from task to task.
 
     Args:
-        tasks: taken one after the other, on the thread that takes the results.
-        threads: how many work at a time; with one, the calling thread does it.
+        tasks: iterated on the thread that takes the results.
+        threads: how many tasks run at a time; 1 runs them on the calling thread.
     """
     before, grad = torch.get_num_threads(), torch.is_grad_enabled()
     memory = _OfThread()
@@ -43,7 +42,7 @@ def _in_order(
     tasks: Iterable[Callable[[], _Made]], threads: int, act: Callable[[Callable[[], _Made]], _Made]
 ) -> Iterator[_Made]:
     waiting: deque[Future[_Made]] = deque()
-    # What a thread sets for itself becomes the start value of threads that come later.
+    # A number that another thread sets now would become the start value of these threads.
     pool = ThreadPoolExecutor(threads, "fewbits", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for task in tasks:
@@ -57,13 +56,11 @@ def _in_order(
 
 
 class _OfThread(threading.local):
-    """Memory of its own for each thread."""
-
     def __init__(self) -> None:
         self.kept = Scratch()
 
 
 def _act(task: Callable[[], _Made], grad: bool, memory: _OfThread) -> _Made:
-    """Do a task as the calling thread would: whether gradients are recorded is a matter of each thread."""
+    """Run a task with the caller's gradient mode, which torch keeps per thread."""
     with torch.set_grad_enabled(grad), working_in(memory.kept):
         return task()

@@ -1,8 +1,8 @@
-"""Several processes at one result: who does what, and how they hear of one another."""
+"""`Ranks`: how the processes of one run exchange results and errors, and share the files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,16 +13,16 @@ from fewbits.errors import ArgumentError, RankError
 
 _Made = TypeVar("_Made")
 
-#: One rank may write for days while another waits; that a rank has died is noticed at once, whatever this is.
-_PATIENCE = timedelta(days=365)
+#: One rank may write for days while another waits. The others notice a dead rank at once, not after the timeout.
+_TIMEOUT = timedelta(days=365)
 
 
 class Ranks:
-    """One process, at everything.
+    """A single process.
 
     Attributes:
-        rank: which of them this is; 0 leads.
-        count: how many there are.
+        rank: the number of this process; rank 0 leads.
+        count: how many processes there are.
     """
 
     rank = 0
@@ -36,10 +36,10 @@ class Ranks:
             self.leave()
 
     def leave(self) -> None:
-        """Do no more with the others, who hear of it at once wherever they wait for this one."""
+        """Leave the group. Ranks that wait for this one notice at once."""
 
     def lead(self, act: Callable[[], _Made]) -> _Made:
-        """Let rank 0 do something, and give all of them what it made.
+        """Call `act` on rank 0, and return its result on all ranks.
 
         Raises:
             RankError: on the others, if rank 0 fails.
@@ -47,10 +47,10 @@ class Ranks:
         return act()
 
     def gather(self, value: _Made) -> list[_Made]:
-        """What each rank has, in their order. They wait for one another here.
+        """Wait for all ranks, and return the value of each, in order.
 
         Raises:
-            RankError: if one of them is gone.
+            RankError: if a rank is gone.
         """
         return [value]
 
@@ -65,14 +65,14 @@ class Group(Ranks):
     def __init__(self) -> None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ArgumentError(
-                "distributed=True goes with a process group: start with torchrun, and call "
+                "distributed=True needs a process group: start with torchrun, and call "
                 "torch.distributed.init_process_group('gloo') first"
             )
         import torch.distributed as dist
 
         self._dist = dist
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def leave(self) -> None:
         self._dist.destroy_process_group(self._group)
@@ -80,17 +80,17 @@ class Group(Ranks):
 
     def lead(self, act: Callable[[], _Made]) -> _Made:
         if self.rank:
-            error, made = self._told([None])
+            error, made = self._broadcast([None])
             if error is not None:
                 raise RankError(f"ended, because rank 0 did: {error}")
             return made  # type: ignore[no-any-return]
         try:
             made = act()
         except BaseException as error:
-            with suppress(RankError):  # its own error says more
-                self._told([(str(error) or type(error).__name__, None)])
+            with suppress(RankError):  # `error` says more
+                self._broadcast([(str(error) or type(error).__name__, None)])
             raise
-        self._told([(None, made)])
+        self._broadcast([(None, made)])
         return made
 
     def gather(self, value: _Made) -> list[_Made]:
@@ -98,7 +98,7 @@ class Group(Ranks):
         self._call(lambda: self._dist.all_gather_object(found, value, group=self._group))
         return found
 
-    def _told(self, message: list[Any]) -> Any:
+    def _broadcast(self, message: list[Any]) -> Any:
         self._call(lambda: self._dist.broadcast_object_list(message, src=0, group=self._group))
         return message[0]
 
@@ -107,26 +107,26 @@ class Group(Ranks):
             act()
         except RuntimeError as error:
             raise RankError(
-                "another rank has ended before the result was complete, and says why; what is done is kept: --resume "
-                f"goes on with any number of ranks ({_reason(error)})"
+                "another rank has ended before the result was complete; its own error says why. Finished work is kept: "
+                f"continue with --resume, with any number of ranks ({_reason(error)})"
             ) from None
 
 
 def _reason(error: RuntimeError) -> str:
-    """What gloo says, without the place in its source before it and the advice behind it."""
+    """The message of gloo, without the source location in front and the advice behind."""
     line = str(error).partition("\n")[0]
     return (line.partition("] ")[2] or line).partition(". ")[0]
 
 
 def spread(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Spread files over ranks: the largest first, each to the rank that has least so far.
+    """Spread files over ranks: the largest first, each to the rank with the smallest load so far.
 
     Args:
-        sizes: of each file.
-        count: of ranks.
+        sizes: the size of each file.
+        count: the number of ranks.
 
     Returns:
-        the files of each rank, in the order they came in.
+        the files of each rank, in the order of `sizes`.
 
     >>> spread({"a": 4, "b": 3, "c": 3, "d": 2}, 2)
     [['a', 'd'], ['b', 'c']]
@@ -137,9 +137,5 @@ def spread(sizes: Mapping[str, int], count: int) -> list[list[str]]:
         rank = loads.index(min(loads))
         shares[rank].append(file)
         loads[rank] += sizes[file]
-    return [_as_given(sizes, share) for share in shares]
-
-
-def _as_given(sizes: Mapping[str, int], share: Sequence[str]) -> list[str]:
-    chosen = set(share)
-    return [file for file in sizes if file in chosen]
+    order = {file: index for index, file in enumerate(sizes)}
+    return [sorted(share, key=order.__getitem__) for share in shares]

@@ -1,4 +1,4 @@
-"""What decides on the codes of a run, in words that two processes can compare."""
+"""Describe values as JSON, so that two runs can compare the inputs of their codes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fewbits.conversion.staging import INCOMPARABLE
 
 
 def described(value: object) -> Any:
-    """A value as JSON: equal for two values only if they are alike.
+    """Describe a value as JSON. Two descriptions are equal only if the values are alike.
 
-    What nobody can look into, such as a function or an open file, is `INCOMPARABLE`.
+    A value without visible contents, such as a function or an open file, becomes `INCOMPARABLE`.
     """
     return _described(value, {})
 
 
 def _described(value: object, seen: dict[int, object]) -> Any:
-    """Likewise; `seen` holds, by identity, what has been described already, so that a cycle comes to an end."""
+    # `seen` guards against cycles. It holds the objects, so that no id is reused.
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -53,12 +53,12 @@ def _mapping(values: Mapping[Any, object], seen: dict[int, object]) -> Any:
 def _bytes(tensor: Tensor) -> str:
     try:
         return digest(tensor.detach().cpu().contiguous())
-    except RuntimeError:  # it has none, such as one on the meta device
+    except RuntimeError:  # a tensor without memory, such as one on the meta device
         return INCOMPARABLE
 
 
 def _fields(value: object) -> dict[str, object] | None:
-    """What an object is made of; None if that cannot be seen."""
+    """The attributes of an object; None if they are not visible."""
     slots = getattr(type(value), "__attrs_attrs__", None)
     if slots is not None:
         return {field.name: getattr(value, field.name) for field in slots}
@@ -68,5 +68,5 @@ def _fields(value: object) -> dict[str, object] | None:
 
 
 def fingerprint(value: object) -> str:
-    """A digest of a value that JSON can hold."""
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,14 +1,14 @@
-"""`StagingDirectory`: the hidden directory beside a result in which it is made, so that an interrupted run can go on.
+"""`StagingDirectory`: the hidden directory beside a result where it is made, so that an interrupted run can resume.
 
 ::
 
     .fewbits-<digest of the result's name>.work/
-        run.json                what the run depends on, and whether it was begun over an earlier result
-        files/                  what will be the result: complete files, and unfinished ones, which no reader takes
-        journal/<file>.jsonl    how far each of them is, file.jsonl if it is not a directory; see
+        run.json                the inputs of the run, and whether it replaces an earlier result
+        files/                  files of the result: complete ones, and unfinished ones, which readers reject
+        journal/<file>.jsonl    the written chunks of each file; file.jsonl if the result is a single file; see
                                 `fewbits.checkpoint.journal`
 
-It is gone when the result is published.
+Publishing the result removes the directory.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory, write_du
 from fewbits.conversion.locking import DirectoryLock
 from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 
-#: What a run depends on, by what it is called in messages; JSON.
+#: Everything that the bytes of the result depend on, by its name in messages; JSON.
 RunInputs = Mapping[str, Any]
 
-#: Stands, in terms, for what cannot be compared, such as a function: a later run cannot tell whether it is the same.
+#: Placeholder in `RunInputs` for values that a later run cannot compare, such as functions.
 INCOMPARABLE = "cannot be compared"
 
 
 class StagingDirectory:
-    """Where a result is made.
+    """The directory where a result is made.
 
     Args:
-        output: where the result goes, and whether an earlier run is gone on with, or replaced.
-        folder: whether it is a directory.
+        output: where the result goes, and whether to resume or replace an earlier run.
+        folder: whether the result is a directory.
         names: the files of the result.
 
     Attributes:
-        files: where they are written.
+        path: the staging directory.
+        files: where the files of the result are written.
         folder: whether the result is a directory.
     """
 
@@ -58,21 +59,20 @@ class StagingDirectory:
         name = hashlib.sha256(os.fsencode(self._target.name)).hexdigest()[:16]
         self.path = self._target.parent / f".fewbits-{name}.work"
         self.files = self.path / "files"
-        self._claim = DirectoryLock(self.path, output.path, self._is_own)
+        self._lock = DirectoryLock(self.path, output.path, self._is_own)
 
-    # For the one process that begins and finishes.
+    # For the lead.
 
-    def begin(self, terms: RunInputs) -> bool:
-        """Make the workplace, or go on with the one that is there. No other process can begin before this is through.
+    def begin(self, inputs: RunInputs) -> bool:
+        """Make the directory, or resume with an existing one. No other process can begin until this call returns.
 
         Returns:
-            whether there is anything to do; False if there is a result already, and no unfinished one, and the output
-            says to go on.
+            whether there is anything to do; False if the output says to resume, and the result is complete.
 
         Raises:
-            ArgumentError: if the output is in the way, or an unfinished run is, or one that cannot be gone on with, or
-                something that no run has put there.
-            CheckpointError: if it cannot be made, or another process is at work there.
+            ArgumentError: if the output exists and may not be replaced; if an unfinished run exists that the output
+                does not mention, or that cannot be resumed; or if the directory holds foreign files.
+            CheckpointError: if the directory cannot be made, or another process is at work there.
         """
         resume = self._output.resume
         if resume and not self._output.replace and not self._unfinished() and self._is_published():
@@ -81,50 +81,50 @@ class StagingDirectory:
         advice = ", or replace it (--replace, Output(replace=True))"
         check_place(self._output.path, folder=self.folder, replace=self._output.replace, advice=advice)
         with as_checkpoint_error(f"{self._output.path} cannot be written"):
-            self._claim.take()
+            self._lock.take()
             there = self._unfinished()
             try:
                 if there and resume:
-                    self._check(terms)
-                    self._refuse_incomparable(terms)
+                    self._check(inputs)
+                    self._refuse_incomparable(inputs)
                 else:
-                    self._begin_anew(terms, there=there)
+                    self._start_over(inputs, there=there)
             except BaseException:
-                # Nothing of an earlier run is lost for an error of this one.
+                # An error of this run must not remove the work of an earlier one.
                 (self.release if there else self.discard)()
                 raise
-            # From here on others may join, and none begin, until the last of those that write is gone.
-            self._claim.hold(shared=True)
+            # From here on, other processes may join but not begin, until the last writer has released the lock.
+            self._lock.hold(shared=True)
         return True
 
-    def _begin_anew(self, terms: RunInputs, *, there: bool) -> None:
+    def _start_over(self, inputs: RunInputs, *, there: bool) -> None:
         if there and not self._output.replace:
             raise ArgumentError(
                 f"an earlier run began {self._output.path} and did not finish; its work is in {self.path}. Continue it "
                 "(--resume, Output(resume=True)), or start over (--replace, Output(replace=True))"
             )
-        self._run.unlink(missing_ok=True)  # first: what is left without it is no unfinished run
+        self._run.unlink(missing_ok=True)  # first: without it, remaining files are not an unfinished run
         for entry in self.path.iterdir():
             _remove(entry)
         self.files.mkdir()
         self._journals.mkdir()
-        record = {"terms": terms, "replaces": self._target.exists()}
+        record = {"inputs": inputs, "replaces": self._target.exists()}
         write_durably(self._new_run, json.dumps(record).encode())
         self._new_run.rename(self._run)
         sync_directory(self.path)
 
     def clear(self) -> None:
-        """Remove everything but the files of the result: what an earlier try has left of what goes beside them."""
+        """Remove companion files that an earlier attempt has copied."""
         with as_checkpoint_error(f"{self._output.path} cannot be written"):
             for entry in self.files.iterdir():
                 if entry.name not in self._names:
                     _remove(entry)
 
     def publish(self) -> None:
-        """Give the finished files their place, and remove all else.
+        """Move the finished files to the output path, and remove the directory.
 
         Raises:
-            CheckpointError: if that cannot be done.
+            CheckpointError: if that fails.
         """
         if self.folder:
             move_into_place(self.files, self._target, replace=self._output.replace)
@@ -135,45 +135,45 @@ class StagingDirectory:
         self.discard()
 
     def discard(self) -> None:
-        """Remove everything."""
+        """Remove the directory."""
         with contextlib.suppress(OSError):
-            self._run.unlink()  # first, as above
-        remove_tree(self.path, "what a run has left cannot be removed")
+            self._run.unlink()  # first, as in `_start_over`
+        remove_tree(self.path, "the remains of a run cannot be removed")
         self.release()
 
     def release(self) -> None:
         """Let other processes begin."""
-        self._claim.release()
+        self._lock.release()
 
-    # For every process that writes.
+    # For workers.
 
-    def join(self, terms: RunInputs) -> None:
-        """Take part in what another process has begun.
+    def join(self, inputs: RunInputs) -> None:
+        """Take part in a run that another process has begun.
 
         Raises:
-            CheckpointError: if there is nothing of the kind.
-            ArgumentError: if it depends on something else.
+            CheckpointError: if no run has begun.
+            ArgumentError: if that run has other inputs.
         """
         if not self._unfinished():
             raise CheckpointError(
-                f"{self._output.path} has not been begun, is complete, or is not where this process looks (all that "
-                "write must see one file system); there is nothing to write"
+                f"there is nothing to write for {self._output.path}: its run has not been begun, is complete, or lies "
+                "on a file system that this process does not see"
             )
         with as_checkpoint_error(f"{self._output.path} cannot be written"):
-            self._claim.hold(shared=True)
-        self._check(terms)
+            self._lock.hold(shared=True)
+        self._check(inputs)
 
     def journal(self, file: str) -> Journal:
-        """The journal of one file, to write it."""
+        """Open the journal of one file."""
         return Journal(self._journal_path(file))
 
     def seals(self) -> dict[str, Seal]:
-        """The files that are complete, as their journals say."""
+        """The last journal entry of each complete file, by file name."""
         seals = {file: read_journal(self._journal_path(file))[1] for file in self._names}
         return {file: seal for file, seal in seals.items() if seal is not None}
 
     def has_progress(self) -> bool:
-        """Whether anything has been done that is worth going on with; what cannot be read might be."""
+        """Whether a later run could continue with anything. A journal that cannot be read counts."""
         try:
             return any(notes or seal for notes, seal in map(read_journal, map(self._journal_path, self._names)))
         except CheckpointError:
@@ -181,10 +181,10 @@ class StagingDirectory:
 
     @contextlib.contextmanager
     def in_place(self, hint: str = "") -> Iterator[None]:
-        """Name, in errors, files as they will be called: what they are called meanwhile means nothing to anybody.
+        """Replace the names of staged files in error messages by their final names.
 
         Args:
-            hint: goes behind the message.
+            hint: text to append to the message.
         """
         try:
             yield
@@ -192,8 +192,8 @@ class StagingDirectory:
             message = str(error).replace(str(self._run), str(self._output.path))
             for name in self._names:
                 final = self._output.path / name if self.folder else self._output.path
-                for meanwhile in (self.files / name, self._journal_path(name)):
-                    message = message.replace(str(meanwhile), str(final))
+                for staged in (self.files / name, self._journal_path(name)):
+                    message = message.replace(str(staged), str(final))
             raise type(error)(message.replace(str(self.files), str(self._output.path)) + hint) from error
 
     @property
@@ -209,11 +209,11 @@ class StagingDirectory:
         return self.path / "journal"
 
     def _journal_path(self, file: str) -> Path:
-        # A result that is one file may have the longest name there can be.
+        # A single file may have the longest name that the file system allows, so its journal has a fixed name.
         return self._journals / f"{file if self.folder else 'file'}.jsonl"
 
     def _unfinished(self) -> bool:
-        """Whether a run was begun and not published; of one that was published just the remains may be there."""
+        """Whether a run has begun and was not published. Remains of a published run do not count."""
         return self._run.is_file() and (self.files.is_dir() if self.folder else not self._was_moved())
 
     def _was_moved(self) -> bool:
@@ -225,42 +225,41 @@ class StagingDirectory:
         return any(path.iterdir()) if self.folder and path.is_dir() else path.is_file()
 
     def _remove_remains(self) -> None:
-        """Of a run that ended when its result was published, before it had tidied up."""
+        """Remove the directory of a run that has published its result and then ended early."""
         if self.path.is_dir():
             with as_checkpoint_error(f"{self._output.path} cannot be written"):
-                self._claim.take()
+                self._lock.take()
             self.discard()
 
     def _is_own(self, path: Path, mode: int) -> bool:
-        """Whether a file or a directory is what a run makes."""
+        """Whether a run makes such a file or directory."""
         if stat.S_ISDIR(mode):
             within = self.files in path.parents and path.name not in self._names
             return within or path in (self.path, self.files, self._journals)
         return path.parent != self.path or path in (self._run, self._new_run)
 
-    def _refuse_incomparable(self, terms: RunInputs) -> None:
-        if INCOMPARABLE in json.dumps(terms):
+    def _refuse_incomparable(self, inputs: RunInputs) -> None:
+        if INCOMPARABLE in json.dumps(inputs):
             raise ArgumentError(
-                f"{self._output.path} cannot be gone on with: its scheme, or its observer, holds something that cannot "
-                "be compared with what it was begun with, such as a function; begin anew (--replace, "
-                "Output(replace=True))"
+                f"cannot resume {self._output.path}: its scheme, or its observer, holds something that two runs cannot "
+                "compare, such as a function; start over (--replace, Output(replace=True))"
             )
 
-    def _check(self, terms: RunInputs) -> None:
+    def _check(self, inputs: RunInputs) -> None:
         try:
             found = parse_object(self._run.read_bytes(), self._run, "record of a run")
         except FewbitsError:
             found = {}
-        before = found.get("terms")
-        if changed := list(_differences(before if isinstance(before, dict) else {}, json.loads(json.dumps(terms)))):
+        before = found.get("inputs")
+        if changed := list(_differences(before if isinstance(before, dict) else {}, json.loads(json.dumps(inputs)))):
             raise ArgumentError(
-                f"{self._output.path} was begun with something else, and cannot be gone on with: {'; '.join(changed)}. "
-                "Bring back what it was begun with, or begin anew (--replace, Output(replace=True))"
+                f"cannot resume {self._output.path}: its inputs changed: {'; '.join(changed)}. "
+                "Restore them, or start over (--replace, Output(replace=True))"
             )
         if self._target.is_file() and not found.get("replaces") and not self._output.replace:
             raise ArgumentError(
-                f"{self._output.path} has come there since the run was begun that would replace it; move it away, or "
-                "let it be replaced (--replace, Output(replace=True))"
+                f"{self._output.path} was created after the run began that would replace it; move it away, or "
+                "allow replacing it (--replace, Output(replace=True))"
             )
 
 
@@ -272,7 +271,7 @@ def _remove(path: Path) -> None:
 
 
 def _differences(before: RunInputs, now: RunInputs) -> Iterator[str]:
-    """What has changed, in words."""
+    """Describe every changed input."""
     for name in [*now, *(name for name in before if name not in now)]:
         old, new = before.get(name), now.get(name)
         if old == new:
@@ -284,7 +283,7 @@ def _differences(before: RunInputs, now: RunInputs) -> Iterator[str]:
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The keys whose values differ; behind each, in brackets, those within it."""
+    """List the keys whose values differ; after each, in brackets, the differing keys of a nested mapping."""
     found = []
     for key in sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
         before, now = old.get(key), new.get(key)

@@ -95,7 +95,7 @@ class Quantizer(Scheme):
 
     @property
     def shares(self) -> tuple[Share, ...]:
-        """What each process did to write the result; empty for a result in memory."""
+        """The work of each process on the result; empty for a result in memory."""
         return self._job.shares if isinstance(self._job, FileJob) else ()
 
     def shards(self, output: str | os.PathLike[str] | Output) -> tuple[Shard, ...]:
@@ -193,7 +193,7 @@ class Quantizer(Scheme):
         compute: Compute = "auto",
         progress: Progress = no_progress,
     ) -> Any:
-        """Quantize the source as it is now, a tensor at a time.
+        """Quantize the source with its current weights, a tensor at a time.
 
         Args:
             output: where to write the result, a path or an `Output`; required if the source is a path.
@@ -312,7 +312,7 @@ class Quantizer(Scheme):
         """Take over a result that processes have shared, in place of calling `convert`.
 
         Args:
-            written: what the coordinator of `share` has finished.
+            written: the result of `Coordinator.finish`.
 
         Raises:
             StateError: in any state but PREPARED and OBSERVED.

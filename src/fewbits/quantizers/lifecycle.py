@@ -1,4 +1,4 @@
-"""States, and the one table that says which call is legal in which."""
+"""The states of a quantizer, and the table of legal calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class State(enum.Enum):
 
 _C, _P, _O, _D, _V = State
 
-#: call -> (states it is legal in, the state it leads to; None for no change).
+#: call -> (states in which it is legal, next state; None for no change).
 TRANSITIONS: dict[str, tuple[frozenset[State], State | None]] = {
     "prepare": (frozenset({_C}), _P),
     "observe": (frozenset({_P, _O}), _O),
@@ -29,7 +29,7 @@ TRANSITIONS: dict[str, tuple[frozenset[State], State | None]] = {
     "reset": (frozenset(State), _C),
 }
 
-#: What has to happen first, when a call comes too early.
+#: The missing calls, for a call that comes too early.
 _MISSING = {"observe": "prepare(model)", "convert": "prepare(model)", "validate": "convert()", "save": "convert()"}
 _ORDER = list(State)
 

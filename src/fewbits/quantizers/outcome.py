@@ -1,4 +1,4 @@
-"""What follows a validation: events, and an error or a warning if it failed."""
+"""Announce a validation: events, and an error or a warning if it failed."""
 
 from __future__ import annotations
 

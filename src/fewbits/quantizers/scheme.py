@@ -137,7 +137,7 @@ class Scheme(ABC):
         scheme = type(self).__name__
         if getattr(self.quantize_tensor, "__func__", None) is Scheme.quantize_tensor:
             return TensorEncoder(scheme, self.observer)
-        # The ledger has what the selector decided; all else may be read by `quantize_tensor`.
+        # The ledger holds the decisions of the selector. `quantize_tensor` may read any other attribute.
         apart = {"selector", "serializer", "activation_observer", "_state", "_job"}
         settings = {name: value for name, value in vars(self).items() if name not in apart}
         return TensorEncoder(scheme, [type(self), settings], self.quantize_tensor)

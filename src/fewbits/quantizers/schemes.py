@@ -1,4 +1,4 @@
-"""The schemes that come with the library."""
+"""The built-in schemes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fewbits.quantizers.base import Quantizer
 
 
 class _Int8(Quantizer):
-    """What both int8 schemes share."""
+    """The base of both int8 schemes."""
 
     def __init__(self, activations: Activations | None = None, **strategies: Any) -> None:
         self.spec = attrs.evolve(type(self).spec, activations=activations)  # type: ignore[arg-type]
@@ -22,13 +22,13 @@ class _Int8(Quantizer):
 
 
 class Int8PerTensor(_Int8):
-    """8 bits a weight, one scale for a whole tensor. Prefer `Int8PerChannel`, which costs next to nothing more.
+    """8 bits per weight, one scale for each tensor. Prefer `Int8PerChannel`: it is more accurate and hardly larger.
 
     Args:
-        activations: whether Linear layers and convolutions round their inputs to int8 too: ``"dynamic"``, with a
-            scale for every row (of a convolution, for every sample), ``"static"``, with one scale for each layer, which
-            `observe` has to find, or None, not at all.
-        strategies: what every `Quantizer` takes.
+        activations: whether Linear layers and convolutions round their inputs to int8 too. ``"dynamic"``: one scale for
+            each row (of a convolution: for each sample). ``"static"``: one scale for each layer, which `observe` finds.
+            None: no rounding.
+        strategies: the arguments of `Quantizer`.
     """
 
     name = "int8-tensor"
@@ -36,13 +36,13 @@ class Int8PerTensor(_Int8):
 
 
 class Int8PerChannel(_Int8):
-    """8 bits a weight, one scale for every output channel (row).
+    """8 bits per weight, one scale for each output channel (row).
 
     Args:
-        activations: whether Linear layers and convolutions round their inputs to int8 too: ``"dynamic"``, with a
-            scale for every row (of a convolution, for every sample), ``"static"``, with one scale for each layer, which
-            `observe` has to find, or None, not at all.
-        strategies: what every `Quantizer` takes.
+        activations: whether Linear layers and convolutions round their inputs to int8 too. ``"dynamic"``: one scale for
+            each row (of a convolution: for each sample). ``"static"``: one scale for each layer, which `observe` finds.
+            None: no rounding.
+        strategies: the arguments of `Quantizer`.
     """
 
     name = "int8"
@@ -50,14 +50,14 @@ class Int8PerChannel(_Int8):
 
 
 class Int4Grouped(Quantizer):
-    """4 bits a weight, one scale for every group of neighbouring inputs.
+    """4 bits per weight, one scale for each group of neighbouring inputs.
 
     Embeddings and normalizations are kept unless asked for.
 
     Args:
         group_size: inputs in a group.
         symmetric: without a zero point.
-        strategies: what every `Quantizer` takes.
+        strategies: the arguments of `Quantizer`.
     """
 
     name = "int4"
@@ -75,7 +75,7 @@ class Int4Grouped(Quantizer):
 
 
 class FP16Cast(Quantizer):
-    """Half precision in store, the input's own dtype in arithmetic. A value beyond half's range is an error."""
+    """Weights stored in half precision; layers compute in the dtype of their input. Larger values raise an error."""
 
     name = "fp16"
     spec = SPECS["fp16"]
