@@ -1,5 +1,4 @@
-"""What any other program could do with a file: read it, decode it, edit it, sign it anew. Nothing here uses fewbits
-to read; the quantizer and the strategies at the end make the files."""
+"""Read, decode, edit and sign files without fewbits. The quantizer and the strategies at the end make the files."""
 
 import hashlib
 import json
@@ -23,7 +22,7 @@ DIGEST_KEY = "fewbits.header_digest"
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file as its header and its payload."""
+    """The header and the payload of a safetensors file."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
@@ -34,7 +33,7 @@ def joined(header: dict[str, Any], payload: bytes) -> bytes:
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """Our own metadata, parsed, without the prefix of its keys."""
+    """The parsed metadata of fewbits, without the prefix of its keys."""
     strings = split(path.read_bytes())[0]["__metadata__"]
     return {
         key.removeprefix("fewbits."): value if key == DIGEST_KEY else json.loads(value)
@@ -44,7 +43,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
 
 
 def sign(header: dict[str, Any]) -> None:
-    """Give an edited header the digest it needs to pass for genuine."""
+    """Give an edited header a valid digest."""
     strings = {key: value for key, value in header["__metadata__"].items() if key != DIGEST_KEY}
     described = {
         name: [DTYPE_NAMES[entry["dtype"]], *entry["shape"]] for name, entry in header.items() if name != "__metadata__"
@@ -54,7 +53,7 @@ def sign(header: dict[str, Any]) -> None:
 
 
 def forged(data: bytes, edit: Callable[[dict[str, str]], None]) -> bytes:
-    """A file whose metadata was edited by somebody who knows how to sign it."""
+    """A file with edited metadata and a valid digest."""
     header, payload = split(data)
     edit(header["__metadata__"])
     sign(header)
@@ -62,7 +61,7 @@ def forged(data: bytes, edit: Callable[[dict[str, str]], None]) -> bytes:
 
 
 def forged_tensor(data: bytes, name: str, content: bytes) -> bytes:
-    """A file in which one tensor has other bytes, and the digests that go with them."""
+    """A file in which one tensor has other bytes, with valid digests."""
     header, payload = split(data)
     start, stop = header[name]["data_offsets"]
     digests = json.loads(header["__metadata__"]["fewbits.digests"])
@@ -73,7 +72,7 @@ def forged_tensor(data: bytes, name: str, content: bytes) -> bytes:
 
 
 def forged_ledger(data: bytes, edit: Callable[[dict[str, Any]], Any]) -> bytes:
-    """A file whose ledger was edited likewise; `edit` gets the rows by name."""
+    """A file with an edited ledger and a valid digest; `edit` gets the rows by name."""
 
     def change(strings: dict[str, str]) -> None:
         rows = {row["name"]: row for row in json.loads(strings["fewbits.ledger"])}
@@ -84,7 +83,7 @@ def forged_ledger(data: bytes, edit: Callable[[dict[str, Any]], Any]) -> bytes:
 
 
 def decoded(path: Path, name: str) -> Tensor:
-    """A quantized tensor in float64, by the layout that the file states."""
+    """A quantized tensor in float64, decoded by the layout in the file."""
     row = next(row for row in metadata_of(path)["ledger"] if row["name"] == name)
     stored, spec, layout = safetensors.torch.load_file(path), row["spec"], row["layout"]
     bits, offset = spec["bits"], 1 << (spec["bits"] - 1)
@@ -110,7 +109,7 @@ def read_codes(words: list[int], bits: int, count: int) -> list[int]:
 
 
 class AnyScheme(fewbits.Quantizer):
-    """Plain rounding to whatever spec is asked for, of tensors of any size and rows of any length."""
+    """Rounds to nearest with any spec, for tensors of any size and rows of any length."""
 
     name = "any"
 
@@ -133,7 +132,7 @@ def specs() -> st.SearchStrategy[fewbits.QuantSpec]:
 
 
 def state(seed: int = 0) -> dict[str, Tensor]:
-    """A small state dict: matrices, a kernel, an embedding, what is kept, two names for one storage."""
+    """A small state dict: matrices, a kernel, an embedding, kept tensors, and two names for one storage."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -167,7 +166,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], count: int) -> Path:
 
 
 def save(path: Path, source: object, scheme: object = "int8", **options: Any) -> fewbits.Result:
-    """Quantize something that is not a file, and write it. For schemes given by name no tensor is too small."""
+    """Quantize a source in memory, and write it. Schemes given by name have no minimum size."""
     rules = {"min_elements": 1} if isinstance(scheme, str) and "selector" not in options else {}
     result = fewbits.quantize(source, scheme, on_failure="ignore", **rules | options)
     result.save(path)

@@ -1,4 +1,4 @@
-"""Models, random models, and strategies of an outside author, for the tests of selection, lifecycle and validation."""
+"""Models, random models, and outside strategies, for tests of selection, lifecycle and validation."""
 
 import base64
 import inspect
@@ -15,20 +15,20 @@ import fewbits.testing
 from fewbits import LayerSelector, MinMaxObserver
 from fewbits.extend import Entry, Reader, Serializer, TensorInfo, Writer
 
-# For properties that write files: waiting for the disk is most of their time.
+# For properties that write files: they mostly wait for the disk.
 FEWER_EXAMPLES = settings(max_examples=settings.default.max_examples // 3)
 
 RULES = frozenset(inspect.signature(LayerSelector).parameters)
 
 
 def small(scheme=fewbits.Int8PerChannel, *args, **options):
-    """A quantizer for which no tensor is too small; rules among the options go to its selector."""
+    """A quantizer without a minimum size. Options that are rules go to its selector."""
     rules = {name: options.pop(name) for name in RULES & options.keys()}
     return scheme(*args, **{"selector": LayerSelector(**{"min_elements": 1} | rules)} | options)
 
 
 def quantize_small(source, scheme="int8", **options):
-    """`fewbits.quantize`, for which no tensor is too small; quantizers and selectors bring rules of their own."""
+    """`fewbits.quantize` without a minimum size, unless a quantizer or a selector is given."""
     rules = {"min_elements": 1} if isinstance(scheme, str) and "selector" not in options else {}
     return fewbits.quantize(source, scheme, **rules | options)
 
@@ -39,7 +39,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def mlp(seed=0, width=32):
-    """Linear, ReLU, Linear, with weights that depend on nothing but the seed."""
+    """Linear, ReLU, Linear, with weights that depend only on the seed."""
     generator = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 8))
     with torch.no_grad():
@@ -71,7 +71,7 @@ def named_tensors(model):
 
 
 def distinct_bytes(tensors):
-    """The bytes of the storages behind some tensors, each counted once."""
+    """The bytes of the storages of some tensors; a shared storage counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -81,7 +81,7 @@ def as_bytes(tensor):
 
 
 def snapshot(tensors):
-    """What must not change: names, shapes, dtypes, bits."""
+    """Names, shapes, dtypes and bits, to compare later."""
     return {name: (tuple(t.shape), t.dtype, as_bytes(t)) for name, t in tensors.items()}
 
 
@@ -91,7 +91,7 @@ def files_in(folder):
 
 
 def visible(folder):
-    """The names in a folder, without the hidden directory in which an unfinished result waits to be gone on with."""
+    """The names in a folder, without the staging directory of an unfinished run."""
     return sorted(path.name for path in Path(folder).iterdir() if not path.name.endswith(".work"))
 
 
@@ -126,7 +126,7 @@ def entry(name, shape=(4, 8), **fields):
 
 
 class Watcher(MinMaxObserver):
-    """Shows every input to a function, and widens its scales by the largest input it has seen."""
+    """Passes every input to a function, and widens its scales by the largest input."""
 
     needs_data = True
 
@@ -147,7 +147,7 @@ class Watcher(MinMaxObserver):
 
 
 class JsonSerializer(Serializer):
-    """One JSON document with base64 in it; remembers which paths it wrote and read."""
+    """A serializer for JSON with base64; it remembers the paths that it wrote and read."""
 
     def __init__(self):
         self.written, self.opened = [], []

@@ -19,12 +19,12 @@ SCHEMES = ["int8", "int8-tensor", "int4", "fp16"]
 
 
 def mlp(seed=0):
-    """Linear, ReLU, Linear, with weights that are not too small to be quantized."""
+    """Linear, ReLU, Linear, with weights large enough to be quantized."""
     return lifecycle_helpers.mlp(seed, width=64)
 
 
 def poor():
-    """A model that one scale for all weights serves badly: one large weight, and thousands that round to zero."""
+    """A model for which a single scale is bad: one large weight, and thousands that round to zero."""
     model = nn.Sequential(nn.Linear(256, 128))
     with torch.no_grad():
         model[0].weight.fill_(3.5e-3)[0, 0] = 1.0
@@ -125,7 +125,7 @@ def test_an_unknown_scheme_is_refused_with_the_nearest(scheme, near):
 
 
 @pytest.mark.parametrize("junk", [8, Int8PerChannel, ("int8",), ["int8"], {"scheme": "int8"}], ids=repr)
-def test_what_is_no_scheme_is_refused(junk):
+def test_a_scheme_of_another_type_is_refused(junk):
     with pytest.raises(ArgumentError, match="scheme"):
         fewbits.quantize(mlp(), junk)
 
@@ -135,7 +135,7 @@ def test_without_a_scheme_or_a_config_the_schemes_are_listed():
         fewbits.quantize(mlp())
 
 
-def test_a_setting_that_the_scheme_does_not_take_is_refused_with_those_that_do():
+def test_a_setting_of_other_schemes_is_refused_with_their_names():
     with pytest.raises(ArgumentError, match="'int8' does not take group_size, a setting of 'int4'"):
         fewbits.quantize(mlp(), "int8", group_size=64)
 
@@ -145,7 +145,7 @@ def test_a_setting_that_the_scheme_does_not_take_is_refused_with_those_that_do()
     [("groupsize", "group_size"), ("exlude", "exclude"), ("ouput", "output"), ("validat", "validate"), ("zzz", None)],
 )
 @pytest.mark.parametrize("scheme", ["int4", Int8PerChannel()], ids=["named", "own"])
-def test_an_unknown_setting_is_refused_with_the_nearest_and_all_there_are(scheme, wrong, near):
+def test_an_unknown_setting_is_refused_with_the_nearest_and_all_settings(scheme, wrong, near):
     with pytest.raises(ArgumentError) as caught:
         fewbits.quantize(mlp(), scheme, **{wrong: 64})
     hint = f" (did you mean {near!r}?)" if near else ""
@@ -184,7 +184,7 @@ def test_rules_and_a_selector_exclude_each_other(rule, value, in_config):
 
 
 @pytest.mark.parametrize("rule", ["include", "exclude"])
-def test_one_string_in_place_of_a_list_is_refused(rule):
+def test_a_string_is_refused_as_a_list(rule):
     with pytest.raises(ArgumentError, match=rf"{rule} must be a list of name patterns"):
         fewbits.quantize(mlp(), "int8", **{rule: "0"})
 
@@ -194,21 +194,21 @@ def test_a_pattern_that_matches_nothing_is_refused():
         fewbits.quantize(mlp(), "int8", exclude=["1"])
 
 
-# What outranks what.
+# Keywords, config and defaults.
 
 
 def spec_of(scheme=None, **settings):
     return fewbits.quantize(mlp(), scheme, **settings).ledger["0.weight"].spec
 
 
-def test_a_config_does_what_the_same_settings_do(tmp_path):
+def test_a_config_gives_the_same_bytes_as_the_same_settings(tmp_path):
     settings = {"group_size": 8, "symmetric": False, "exclude": ["2"], "observer": "mse"}
     fewbits.quantize(mlp(), config=QuantizationConfig(scheme="int4", **settings)).save(tmp_path / "config")
     fewbits.quantize(mlp(), "int4", **settings).save(tmp_path / "keywords")
     assert (tmp_path / "config").read_bytes() == (tmp_path / "keywords").read_bytes()
 
 
-def test_keywords_outrank_the_config_and_that_the_defaults():
+def test_keywords_outrank_the_config_and_the_config_the_defaults():
     config = QuantizationConfig(scheme="int4", group_size=8, symmetric=False)
     assert (spec_of(config=config).group_size, spec_of(config=config).symmetric) == (8, False)
     outranked = spec_of(config=config, group_size=4)
@@ -217,14 +217,14 @@ def test_keywords_outrank_the_config_and_that_the_defaults():
     assert spec_of("int4", ragged="shorter").symmetric is True
 
 
-def test_a_scheme_outranks_that_of_the_config():
+def test_a_scheme_outranks_the_scheme_of_the_config():
     config = QuantizationConfig(scheme="int4", exclude=["2"])
     result = fewbits.quantize(mlp(), "int8", config=config)
     assert result.ledger["0.weight"].spec.bits == 8
     assert result.ledger["2.weight"].fate == "kept"
 
 
-def test_a_setting_of_the_config_that_another_scheme_does_not_take_is_refused():
+def test_a_setting_of_the_config_is_refused_if_the_new_scheme_does_not_take_it():
     config = QuantizationConfig(scheme="int4", group_size=8)
     with pytest.raises(ArgumentError, match="'int8' does not take group_size"):
         fewbits.quantize(mlp(), "int8", config=config)
@@ -244,7 +244,7 @@ def test_a_config_stays_as_it_is():
 
 
 @pytest.mark.parametrize("junk", ["config.toml", {"scheme": "int8"}, QuantizationConfig], ids=repr)
-def test_what_is_no_config_is_refused_with_how_to_make_one(junk):
+def test_a_config_of_another_type_is_refused_with_advice(junk):
     with pytest.raises(ArgumentError, match=r"config must be a QuantizationConfig, not .*from_file\(path\)"):
         fewbits.quantize(mlp(), config=junk)
 
@@ -270,7 +270,7 @@ def test_an_observer_can_be_named(name, recipe):
     assert result.report.ok
 
 
-def test_an_observer_can_be_given_and_outranks_the_one_that_is_named():
+def test_an_observer_object_outranks_a_named_observer():
     observer = Watcher()
     config = QuantizationConfig(observer="mse", activation_observer="histogram")
     result = fewbits.quantize(mlp(), config=config, observer=observer, data=[torch.randn(4, 16)])
@@ -291,7 +291,7 @@ def test_an_observer_can_be_given_and_outranks_the_one_that_is_named():
         ("serializer", {"name": "json"}, "serializer must be an instance of Serializer"),
     ],
 )
-def test_what_is_no_strategy_is_refused(strategy, junk, message):
+def test_a_strategy_of_another_type_is_refused(strategy, junk, message):
     with pytest.raises(ArgumentError, match=message):
         fewbits.quantize(mlp(), "int8", **{strategy: junk})
 
@@ -305,14 +305,14 @@ def test_a_selector_and_a_serializer_are_used(tmp_path):
 
 
 def seen_samples(batches, **settings):
-    """How many samples the first layer is shown."""
+    """The number of samples that reach the first layer."""
     shapes = []
     observer = Watcher(lambda x: shapes.append(tuple(x.shape)))
     fewbits.quantize(mlp(), "int8", data=batches, observer=observer, **settings)
     return sum(rows for rows, columns in shapes if columns == 16)
 
 
-def test_samples_say_how_much_data_is_looked_at():
+def test_samples_limits_how_much_data_is_run():
     batches = [torch.randn(1, 16) for _ in range(200)]
     assert seen_samples(batches) == 150
     assert seen_samples(batches, samples=7) == 7
@@ -333,7 +333,7 @@ def test_forward_runs_the_batches():
 
 
 @pytest.mark.parametrize(("mishap", "raised"), [(KeyboardInterrupt, KeyboardInterrupt), (ValueError, CalibrationError)])
-def test_whatever_is_raised_the_model_is_let_go(mishap, raised):
+def test_any_error_removes_the_hooks_from_the_model(mishap, raised):
     model = mlp()
 
     def forward(model, batch):
@@ -345,7 +345,7 @@ def test_whatever_is_raised_the_model_is_let_go(mishap, raised):
     assert snapshot(model.state_dict()) == snapshot(mlp().state_dict())
 
 
-# A quantizer of one's own.
+# A custom quantizer.
 
 
 @pytest.mark.parametrize(
@@ -362,13 +362,13 @@ def test_whatever_is_raised_the_model_is_let_go(mishap, raised):
         ("config", QuantizationConfig(exclude=["0"])),
     ],
 )
-def test_settings_of_a_quantizer_go_to_the_quantizer(name, value):
+def test_settings_of_a_quantizer_are_refused_beside_it(name, value):
     given = value.changed()[0] if name == "config" else name
     with pytest.raises(ArgumentError, match=rf"^{given}: pass these to the quantizer, Int8PerChannel\("):
         fewbits.quantize(mlp(), Int8PerChannel(), **{name: value})
 
 
-def test_settings_of_the_run_go_with_a_quantizer():
+def test_settings_of_the_run_are_allowed_beside_a_quantizer():
     config = QuantizationConfig(fail_under=1000, on_failure="error")
     with pytest.raises(ValidationError, match="is below 1000 dB"):
         fewbits.quantize(mlp(), Int8PerChannel(), config=config)
@@ -401,7 +401,7 @@ def test_without_validation_there_is_no_report(inplace):
     assert result.quantizer.state is State.CONVERTED
 
 
-def test_in_place_without_measuring_a_later_validation_says_what_it_could_not_check():
+def test_in_place_without_comparing_a_later_validation_names_the_missing_checks():
     result = fewbits.quantize(mlp(), "int8", validate=False, inplace=True)
     report = result.quantizer.validate()
     assert report.ok
@@ -422,26 +422,26 @@ def test_a_failure_can_be_a_warning():
     assert not result.report.ok
 
 
-def test_a_failure_can_be_left_to_the_report():
+def test_a_failure_can_appear_only_in_the_report():
     result = fewbits.quantize(poor(), "int8-tensor", on_failure="ignore")
     assert not result.report.ok
     assert result.quantizer.state is State.VALIDATED
 
 
 @pytest.mark.parametrize(("fail_under", "ok"), [(-100, True), (0, True), (1000, False)])
-def test_fail_under_moves_the_line(fail_under, ok):
+def test_fail_under_decides_which_tensors_fail(fail_under, ok):
     report = fewbits.quantize(mlp(), "int4", group_size=8, on_failure="ignore", fail_under=fail_under).report
     assert report.ok is ok
 
 
 @pytest.mark.parametrize("reaction", ["raise", None, True])
-def test_an_unknown_reaction_to_failures_is_refused_before_anything_is_written(checkpoint, reaction):
+def test_an_unknown_on_failure_is_refused_before_anything_is_written(checkpoint, reaction):
     with pytest.raises(ArgumentError, match="on_failure must be 'error', 'warn' or 'ignore'"):
         fewbits.quantize(checkpoint, "int8", output=checkpoint.with_name("out"), on_failure=reaction)
     assert list(files_in(checkpoint.parent)) == ["source.safetensors"]
 
 
-def test_progress_is_told_before_and_after_every_tensor_of_each_activity():
+def test_progress_is_called_before_and_after_every_tensor_of_each_activity():
     told = []
     ledger = fewbits.quantize(mlp(), "int8", progress=told.append).ledger
     assert [step.activity for step in told] == ["convert"] * 2 * len(ledger) + ["validate"] * 2 * len(ledger)
@@ -454,7 +454,7 @@ def test_progress_is_told_before_and_after_every_tensor_of_each_activity():
 
 @pytest.mark.parametrize("source", ["module", "mapping", "file"])
 @pytest.mark.parametrize("activity", ["convert", "validate"])
-def test_an_error_in_progress_comes_through(checkpoint, source, activity):
+def test_an_error_in_progress_reaches_the_caller(checkpoint, source, activity):
     def fail(step):
         if step.activity == activity:
             raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""What a user may take for granted, each promise in one short test: through public names alone, and through disk."""
+"""Promises to users, one short test each, through public names and files only."""
 
 import ast
 import gc
@@ -18,7 +18,7 @@ import fewbits
 from fewbits.cli import main
 
 SCHEMES = ["int8", "int8-tensor", "int4", "fp16"]
-#: What SQNR normal weights have at least, and how much of four bytes is left at most, scales and shapes included.
+#: The least SQNR of normal weights, and the largest size relative to float32, scales and shapes included.
 LEAST_DB = {"int8": 40, "int8-tensor": 35, "int4": 18, "fp16": 70}
 MOST_BYTES = {"int8": 0.26, "int8-tensor": 0.26, "int4": 0.14, "fp16": 0.51}
 
@@ -31,7 +31,7 @@ def _seed():
 
 
 def normal(module):
-    """The module with normal weights, which do not depend on how its class fills them."""
+    """The module with normally distributed weights, independent of the initialization of its class."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
@@ -43,13 +43,13 @@ def mlp():
 
 
 def sqnr_db(true, found):
-    """Signal over noise in decibels, in double precision."""
+    """Signal-to-noise ratio in dB, in float64."""
     true, found = true.detach().double(), found.detach().double()
     return 10 * (true.square().sum() / (true - found).square().sum()).log10().item()
 
 
 def through_disk(model, scheme, path, into=None, **settings):
-    """Quantized, saved, and loaded into a fresh model; or into a mapping."""
+    """Quantize, save, and load into a fresh model, or into a mapping."""
     fewbits.quantize(model, scheme, **settings).save(path)
     return fewbits.load(path, into=into)
 
@@ -63,7 +63,7 @@ def payload(path):
 
 
 @pytest.mark.parametrize("activations", [None, "dynamic", "static"])
-def test_four_bits_asked_for_are_four_bits_in_the_model_and_in_the_file(activations, tmp_path):
+def test_int4_has_four_bits_in_the_model_and_in_the_file(activations, tmp_path):
     class FourBits(fewbits.Quantizer):
         spec = fewbits.QuantSpec(bits=4, granularity="channel", activations=activations)
 
@@ -80,14 +80,14 @@ def test_four_bits_asked_for_are_four_bits_in_the_model_and_in_the_file(activati
         assert 8 < len(codes.unique()) <= 16
 
 
-def test_what_int4_keeps_is_nothing_to_int8():
+def test_int8_does_not_use_the_default_skips_of_int4():
     model = nn.Sequential(nn.Embedding(64, 128), nn.Linear(128, 64))
     fates = {scheme: fewbits.quantize(model, scheme).ledger["0.weight"].fate for scheme in ("int4", "int8")}
     assert fates == {"int4": "kept", "int8": "quantized"}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_four_bits_are_as_good_as_four_bits_can_be_and_keep_signs_and_range(symmetric, tmp_path):
+def test_int4_reaches_its_expected_sqnr_and_keeps_signs_and_range(symmetric, tmp_path):
     weight = torch.randn(256, 512)
     found = through_disk({"w": weight}, "int4", tmp_path / "f", symmetric=symmetric)["w"].dequantize()
     assert sqnr_db(weight, found) > LEAST_DB["int4"]
@@ -133,7 +133,7 @@ def test_a_row_of_any_length_keeps_its_last_weight(columns, tmp_path):
 
 @pytest.mark.parametrize("bias", [True, False])
 @every_scheme
-def test_a_file_alone_fills_a_fresh_model_with_the_same_bits(scheme, bias, tmp_path):
+def test_a_file_fills_a_fresh_model_with_the_same_bits(scheme, bias, tmp_path):
     def make():
         return normal(nn.Sequential(nn.Linear(256, 64, bias=bias), nn.ReLU(), nn.Linear(64, 256, bias=bias)))
 
@@ -144,14 +144,14 @@ def test_a_file_alone_fills_a_fresh_model_with_the_same_bits(scheme, bias, tmp_p
     assert type(loaded[0]) is type(result.model[0]) is not nn.Linear or scheme == "fp16"
 
 
-def test_a_file_says_how_wide_its_codes_are_and_how_they_are_grouped(tmp_path):
+def test_a_file_states_bits_and_group_size(tmp_path):
     spec = through_disk(mlp(), "int4", tmp_path / "f", group_size=64, symmetric=False)["0.weight"].spec
     assert (spec.bits, spec.granularity, spec.group_size, spec.symmetric) == (4, "group", 64, False)
 
 
 @pytest.mark.parametrize("kind", [str, Path])
 @every_scheme
-def test_a_path_may_be_text_or_a_path(scheme, kind, tmp_path):
+def test_a_path_may_be_a_str_or_a_path(scheme, kind, tmp_path):
     path = kind(tmp_path / "quantized.safetensors")
     result = fewbits.quantize(mlp(), scheme)
     result.save(path)
@@ -170,7 +170,7 @@ def test_a_path_may_be_text_or_a_path(scheme, kind, tmp_path):
     ids=["linear", "convolution", "recurrent", "embedding"],
 )
 @every_scheme
-def test_a_model_and_its_file_are_as_small_as_the_bits_say(scheme, make, tmp_path):
+def test_a_model_and_its_file_have_the_expected_size(scheme, make, tmp_path):
     model = nn.ModuleList([normal(make())])
     save_file(model.state_dict(), tmp_path / "float")
     result = fewbits.quantize(model, scheme, skip_types=[])
@@ -178,17 +178,17 @@ def test_a_model_and_its_file_are_as_small_as_the_bits_say(scheme, make, tmp_pat
     assert (tmp_path / "small").stat().st_size < MOST_BYTES[scheme] * (tmp_path / "float").stat().st_size + 8192
     assert payload(tmp_path / "small") < MOST_BYTES[scheme] * payload(tmp_path / "float")
     held = sum(tensor.nbytes for tensor in [*result.model.parameters(), *result.model.buffers()])
-    assert held < 1.1 * payload(tmp_path / "small")  # a kernel may keep a table of scales of its own
+    assert held < 1.1 * payload(tmp_path / "small")  # a kernel may keep its own table of scales
     kinds = {tensor.dtype for name, tensor in load_file(tmp_path / "small").items() if not name.endswith("_shape")}
     assert kinds <= {torch.int32, torch.float32 if scheme != "fp16" else torch.float16}
 
 
-# Layers of all kinds, wherever they are.
+# Layers of all kinds, anywhere in a model.
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-def test_a_convolution_pads_as_its_original_does(rank, mode, tmp_path):
+def test_a_convolution_pads_like_the_float_one(rank, mode, tmp_path):
     def make():
         return normal(getattr(nn, f"Conv{rank}d")(16, 16, 3, padding=1, padding_mode=mode))
 
@@ -206,7 +206,7 @@ def test_a_convolution_pads_as_its_original_does(rank, mode, tmp_path):
     ],
     ids=["linear", "convolution"],
 )
-def test_a_forward_leaves_no_float_weight_behind(scheme, make, x):
+def test_no_float_weight_stays_after_a_forward(scheme, make, x):
     module = fewbits.quantize(make(), scheme).model
     float_size = make().weight.nbytes
     before = {id(t) for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)}
@@ -218,7 +218,7 @@ def test_a_forward_leaves_no_float_weight_behind(scheme, make, x):
 
 
 @every_scheme
-def test_an_embedding_is_in_the_state_dict_and_in_the_file(scheme, tmp_path):
+def test_an_embedding_is_quantized_in_the_state_dict_and_in_the_file(scheme, tmp_path):
     model, ids = normal(nn.Sequential(nn.Embedding(64, 128))), torch.arange(64)
     result = fewbits.quantize(model, scheme, include=["0"])
     assert any(name.startswith("0.weight") for name in result.model.state_dict())
@@ -269,7 +269,7 @@ def test_every_weight_is_quantized_wherever_it_is(scheme, make, tmp_path):
     assert payload(tmp_path / "f") < 0.6 * sum(parameter.nbytes for parameter in model.parameters())
 
 
-def test_one_layer_that_is_named_is_the_only_one_that_is_quantized():
+def test_include_quantizes_only_the_named_layer():
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)), nn.Conv1d(32, 32, 3))
     quantized = fewbits.quantize(model, "int8", include=["3"]).ledger
     assert [row.name for row in quantized if row.fate == "quantized"] == ["3.weight"]
@@ -278,7 +278,7 @@ def test_one_layer_that_is_named_is_the_only_one_that_is_quantized():
             fewbits.quantize(model, "int8", **rule)
 
 
-# Data, and figures.
+# Data and measurements.
 
 
 def test_calibration_data_decide_on_the_scales_of_inputs(tmp_path):
@@ -294,7 +294,7 @@ def test_calibration_data_decide_on_the_scales_of_inputs(tmp_path):
 
 
 @every_scheme
-def test_figures_are_those_of_the_bytes_and_of_the_weights(scheme, tmp_path):
+def test_reported_bytes_and_errors_match_the_file_and_the_weights(scheme, tmp_path):
     model = mlp()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -334,8 +334,8 @@ def test_a_zero_point_is_rounded_to_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["minmax", "percentile", "mse", "histogram"])
-def test_any_observer_finds_numbers_wherever_they_lie(name, tmp_path):
-    """All in one place, far from zero, and of many sizes."""
+def test_every_observer_handles_any_distribution(name, tmp_path):
+    """Constant, far from zero, and of many magnitudes."""
     lonely, wide = torch.full((32, 64), 10.5), torch.cat([torch.randn(16, 512) * 2, torch.randn(16, 512) * 100])
     for weight in (lonely, -lonely, wide):
         found = through_disk({"w": weight}, "int8", tmp_path / "f", observer=name)["w"].dequantize()
@@ -345,7 +345,7 @@ def test_any_observer_finds_numbers_wherever_they_lie(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["MinMaxObserver", "PercentileObserver", "MSEObserver", "HistogramObserver"])
 @pytest.mark.parametrize("order", [1, -1], ids=["narrow first", "wide first"])
-def test_batches_of_other_ranges_count_as_what_they_are(name, order):
+def test_batches_with_other_ranges_have_their_due_weight(name, order):
     spec = fewbits.QuantSpec(bits=8, granularity="tensor", symmetric=False)
     observer = getattr(fewbits, name)()
     for batch in [torch.rand(1000) * 4, torch.rand(1000) * 388, torch.full((1000,), 10.5)][::order]:
@@ -356,7 +356,7 @@ def test_batches_of_other_ranges_count_as_what_they_are(name, order):
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["narrow first", "wide first"])
-def test_a_few_outliers_do_not_move_the_numbers_of_other_batches(order):
+def test_a_few_outliers_do_not_distort_other_batches(order):
     observer = fewbits.PercentileObserver(98)
     for batch in [torch.rand(10_000) * 4, torch.rand(100) * 388][::order]:
         observer.observe_input(batch)
@@ -378,7 +378,7 @@ def test_a_zero_point_is_one_of_the_codes_and_the_range_reaches_zero(name, low, 
 
 
 @pytest.mark.parametrize("name", ["minmax", "moving-average", "percentile", "mse", "histogram"])
-def test_one_number_that_is_not_finite_is_an_error_never_a_result(name):
+def test_a_nonfinite_number_always_raises_an_error(name):
     model, data = mlp(), torch.randn(50, 256)
     data[3, 4] = float("nan")
     with pytest.raises(fewbits.errors.CalibrationError, match="NaN"):
@@ -393,7 +393,7 @@ def test_one_number_that_is_not_finite_is_an_error_never_a_result(name):
 
 
 @pytest.mark.parametrize("data", [None, [torch.ones(50, 8, 16, 16)]], ids=["without data", "with data"])
-def test_a_model_in_half_takes_floats_and_keeps_what_is_excluded(data, tmp_path):
+def test_a_half_model_is_quantized_and_keeps_excluded_weights(data, tmp_path):
     def make():
         return nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8)).eval()
 
@@ -411,7 +411,7 @@ def test_a_model_in_half_takes_floats_and_keeps_what_is_excluded(data, tmp_path)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @every_scheme
-def test_a_model_of_any_dtype_comes_out_quantized_and_computes_in_it(scheme, dtype, tmp_path):
+def test_a_model_of_any_dtype_is_quantized_and_computes_in_that_dtype(scheme, dtype, tmp_path):
     if (scheme, dtype) == ("fp16", torch.float16):
         with pytest.raises(fewbits.errors.SelectionError, match="float16 already"):
             fewbits.quantize(mlp().to(dtype), scheme)
@@ -435,11 +435,11 @@ def test_a_quantized_model_moves_as_a_whole(scheme, dtype, device):
     assert (y.device.type, y.dtype) == (device, dtype)
 
 
-# Settings do what they say.
+# Settings.
 
 
 @pytest.mark.parametrize("as_config", [False, True], ids=["keyword", "config"])
-def test_one_scale_for_a_tensor_or_one_for_every_row_is_what_was_asked_for(as_config, tmp_path):
+def test_the_scheme_decides_between_one_scale_per_tensor_and_per_row(as_config, tmp_path):
     weight = torch.randn(32, 64) * torch.logspace(-2, 0, 32)[:, None]
     scales = {}
     for scheme in ("int8-tensor", "int8"):
@@ -451,7 +451,7 @@ def test_one_scale_for_a_tensor_or_one_for_every_row_is_what_was_asked_for(as_co
 
 
 @every_scheme
-def test_dequantizing_gives_plain_layers_with_the_weights_that_were_computed_with(scheme, tmp_path):
+def test_dequantize_gives_float_layers_with_the_same_weights(scheme, tmp_path):
     x = torch.randn(2, 256)
     quantized = through_disk(mlp(), scheme, tmp_path / "f", into=mlp())
     fewbits.set_compute(quantized, "exact")
@@ -467,7 +467,7 @@ def test_dequantizing_gives_plain_layers_with_the_weights_that_were_computed_wit
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """Run the command line in this process and in `tmp_path`: exit code, standard output, standard error."""
+    """Run the command line in this process, in `tmp_path`; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -492,7 +492,7 @@ def test_a_state_dict_a_file_and_the_command_line_need_no_class_and_give_the_sam
 
 
 class Payload:
-    """What runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -520,14 +520,14 @@ def test_a_pickle_is_refused_and_never_run(write, tmp_path, cli):
 
 
 @pytest.mark.parametrize("arguments", [["--scheme", "int8", "--bits", "5"], ["--scheme", "int5"]], ids=" ".join)
-def test_what_the_command_line_does_not_know_is_an_error_in_the_exit_code(arguments, tmp_path, cli):
+def test_unknown_arguments_of_the_command_line_set_the_exit_code(arguments, tmp_path, cli):
     save_file(dict(mlp().state_dict()), tmp_path / "in")
     code, out, _ = cli("quantize", "in", "-o", "out", *arguments)
     assert (code, out) == (2, "")
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_every_command_that_is_listed_works(tmp_path, cli):
+def test_every_listed_command_works(tmp_path, cli):
     save_file(dict(mlp().state_dict()), tmp_path / "in")
     listed = cli("--help")[1].partition("Commands:")[2].splitlines()
     assert {line.split()[0] for line in listed if line.strip()} == {"quantize", "inspect", "verify"}
@@ -537,11 +537,11 @@ def test_every_command_that_is_listed_works(tmp_path, cli):
     assert cli("--version")[1].split()[-1] == fewbits.__version__
 
 
-# What it costs.
+# Costs.
 
 
 class Counting(TorchDispatchMode):
-    """Lists the operations that torch runs."""
+    """Records the operations that torch runs."""
 
     def __init__(self):
         super().__init__()
@@ -553,7 +553,7 @@ class Counting(TorchDispatchMode):
 
 
 @every_scheme
-def test_a_forward_takes_no_more_steps_for_a_larger_layer_and_reads_no_number_out(scheme):
+def test_the_number_of_operations_in_a_forward_does_not_depend_on_the_layer_size(scheme):
     steps = []
     for size in (256, 1024):
         module = fewbits.quantize(nn.Linear(size, size), scheme).model
@@ -576,7 +576,7 @@ class TiedModel(nn.Module):
 
 
 @every_scheme
-def test_tied_weights_are_one_in_the_model_in_the_file_and_in_what_is_loaded(scheme, tmp_path):
+def test_tied_weights_stay_tied_in_the_model_the_file_and_the_loaded_model(scheme, tmp_path):
     result = fewbits.quantize(TiedModel(), scheme, include=["head"])
     result.save(tmp_path / "f")
     once = MOST_BYTES[scheme] * TiedModel().head.weight.nbytes
@@ -585,13 +585,13 @@ def test_tied_weights_are_one_in_the_model_in_the_file_and_in_what_is_loaded(sch
         assert sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) < 1.02 * once
 
 
-# How it is made.
+# The package.
 
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in Path(fewbits.__file__).parent.rglob("*.py")}
 
 
 def test_every_public_error_can_be_raised():
-    """Abstract ones by way of those below them."""
+    """Abstract errors are raised through their subclasses."""
     called = {
         node.func.id for tree in TREES.values() for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
@@ -603,7 +603,7 @@ def test_every_public_error_can_be_raised():
     assert [error.__name__ for error in errors if error.__name__ not in called] == ["FewbitsError"]
 
 
-def test_no_function_imports_from_the_package_but_the_one_that_tells_of_missing_extras():
+def test_only_the_function_that_reports_missing_extras_imports_from_the_package():
     found = [
         (path.parent.name, path.name)
         for path, tree in TREES.items()
@@ -615,7 +615,7 @@ def test_no_function_imports_from_the_package_but_the_one_that_tells_of_missing_
     assert found == [("cli", "__init__.py")]
 
 
-def test_no_test_is_shipped_as_a_part_of_the_library():
+def test_the_library_contains_no_tests():
     names = [n.name for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     assert len(names) > 300
     assert not [name for name in names if name.startswith("test_")]

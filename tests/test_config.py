@@ -1,4 +1,4 @@
-"""`QuantizationConfig`: what it takes, what it refuses, and that it is the same after every journey."""
+"""`QuantizationConfig`: allowed and refused values, and round trips through dict, file and pickle."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from fewbits.observers import OBSERVERS
 from fewbits.quantizers.schemes import SCHEMES
 from lifecycle_helpers import FEWER_EXAMPLES
 
-# Settings as a file has them: nothing but strings, numbers, booleans, lists and tables.
+# Settings as in a file: only strings, numbers, booleans, lists and tables.
 
 NAMES = st.text("ab_0*?", min_size=1, max_size=3)
 PATTERNS = st.lists(NAMES, min_size=1, max_size=3).map(".".join) | st.sampled_from(["re:.*", "re:[a=]+", 're:a"\\d'])
@@ -70,7 +70,7 @@ CONFIGS = SETTINGS_OF_FILES.map(QuantizationConfig.from_dict)
 
 
 def toml(value):
-    """A value as TOML has it; tables inline."""
+    """A value in TOML syntax, with inline tables."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)} = {toml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list):
@@ -79,7 +79,7 @@ def toml(value):
 
 
 def without_none(value):
-    """TOML has no null: what is None is left out."""
+    """Write TOML. Settings that are None are left out, because TOML has no null."""
     if isinstance(value, dict):
         return {key: without_none(entry) for key, entry in value.items() if entry is not None}
     return value
@@ -101,7 +101,7 @@ def test_a_config_survives_json(config):
 
 @FEWER_EXAMPLES
 @given(SETTINGS_OF_FILES)
-def test_a_file_says_what_the_dict_says(tmp_path_factory, settings):
+def test_a_file_gives_the_same_config_as_its_dict(tmp_path_factory, settings):
     folder = tmp_path_factory.mktemp("config")
     (folder / "c.json").write_text(json.dumps(settings), encoding="utf-8")
     (folder / "c.toml").write_text(toml_document(settings), encoding="utf-8")
@@ -119,7 +119,7 @@ def test_a_config_survives_pickle_deepcopy_and_its_own_repr(config):
 
 
 @given(CONFIGS, SETTINGS_OF_FILES)
-def test_replacing_every_setting_leaves_nothing_of_the_old_config(old, settings):
+def test_replacing_every_setting_gives_a_new_config(old, settings):
     new = QuantizationConfig.from_dict(settings)
     everything = {name: value for name, value in new.to_dict().items() if name != "version"}
     assert old.replace(**everything) == new
@@ -134,7 +134,7 @@ def test_a_replaced_setting_is_the_only_one_that_changes(config):
 
 
 @given(CONFIGS)
-def test_every_config_makes_a_quantizer_as_it_says(config):
+def test_every_config_makes_a_quantizer_with_its_settings(config):
     quantizer = config.quantizer()
     assert type(quantizer) is SCHEMES[config.scheme]
     assert quantizer.ragged == config.ragged
@@ -151,17 +151,17 @@ def test_every_config_makes_a_quantizer_as_it_says(config):
 
 
 @given(CONFIGS)
-def test_changed_names_what_is_needed_to_say_it_again(config):
+def test_the_changed_settings_alone_give_an_equal_config(config):
     assert QuantizationConfig(**{name: getattr(config, name) for name in config.changed()}) == config
 
 
-def test_by_default_it_is_int8_and_nothing_is_changed():
+def test_the_default_is_int8_without_changed_settings():
     assert QuantizationConfig().scheme == "int8"
     assert QuantizationConfig().changed() == ()
     assert repr(QuantizationConfig()) == "QuantizationConfig()"
 
 
-def test_the_defaults_are_those_of_the_parts():
+def test_the_defaults_match_those_of_quantizer_selector_and_validation():
     selector, quantizer = vars(LayerSelector()), QuantizationConfig().quantizer()
     assert vars(quantizer.selector) == selector
     assert isinstance(quantizer.observer, MinMaxObserver)
@@ -173,7 +173,7 @@ def test_a_dict_has_the_version_and_every_setting():
     assert QuantizationConfig().to_dict()["version"] == VERSION == 1
 
 
-def test_nothing_that_is_given_or_taken_is_shared():
+def test_a_config_shares_nothing_with_its_arguments_or_results():
     rule, patterns, recipe = {"scheme": "int4", "group_size": 64}, ["a"], {"name": "percentile", "percentile": 99.0}
     overrides = {"b": rule}
     config = QuantizationConfig(scheme="int4", exclude=patterns, overrides=overrides, observer=recipe)
@@ -220,7 +220,7 @@ def test_dtypes_and_classes_are_written_by_name():
     assert json.loads(json.dumps(written)) == written
 
 
-def test_a_spec_among_the_overrides_survives():
+def test_a_spec_in_the_overrides_survives_a_dict():
     levels = tuple(float(level) for level in range(-8, 8))
     spec = QuantSpec(4, "group", group_size=32, levels=levels)
     config = QuantizationConfig(overrides={"a": spec, "b": CastSpec(torch.bfloat16)})
@@ -231,7 +231,7 @@ def test_a_spec_among_the_overrides_survives():
 
 
 @pytest.mark.parametrize("given", [("a", "b"), iter(["a", "b"]), {"a": 1, "b": 2}.keys()], ids=type)
-def test_any_sequence_of_patterns_does(given):
+def test_patterns_may_be_any_sequence(given):
     assert QuantizationConfig(exclude=given).exclude == ("a", "b")
 
 
@@ -242,12 +242,12 @@ def test_an_observer_by_name_is_made(name):
     assert type(quantizer.activation_observer) is OBSERVERS[name]
 
 
-def test_a_recipe_says_what_the_observer_is_made_with():
+def test_a_table_has_the_arguments_of_the_observer():
     made = QuantizationConfig(observer={"name": "percentile", "percentile": 97.5}).quantizer().observer
     assert 97.5 in vars(made).values()
 
 
-def test_every_quantizer_is_a_new_one():
+def test_every_call_makes_a_new_quantizer():
     config = QuantizationConfig(observer="mse")
     one, other = config.quantizer(), config.quantizer()
     assert one is not other
@@ -255,7 +255,7 @@ def test_every_quantizer_is_a_new_one():
     assert one.state is fewbits.State.CREATED
 
 
-def test_strategies_take_the_place_of_what_is_named():
+def test_strategy_objects_replace_named_ones():
     observer, selector, serializer = MinMaxObserver(), LayerSelector(), fewbits.extend.SafetensorsSerializer()
     quantizer = QuantizationConfig(observer="mse", activation_observer="histogram").quantizer(
         observer=observer, activation_observer=observer, selector=selector, serializer=serializer
@@ -287,13 +287,13 @@ def test_rules_and_a_selector_exclude_each_other(rule):
 
 @pytest.mark.parametrize("strategy", ["observer", "activation_observer", "selector", "serializer"])
 @pytest.mark.parametrize("junk", [0, "", object, MinMaxObserver])
-def test_what_is_no_strategy_is_refused(strategy, junk):
+def test_a_strategy_of_another_type_is_refused(strategy, junk):
     named = junk == "" and "observer" in strategy
     with pytest.raises(ArgumentError, match=f"no {strategy} ''" if named else f"{strategy} must be an instance of"):
         QuantizationConfig().quantizer(**{strategy: junk})
 
 
-# What is refused, and how.
+# Refused settings.
 
 WRONG = [
     ("scheme", "int44", r"there is no scheme 'int44' \(did you mean 'int4'\?\); there are 'int8-tensor', 'int8', "),
@@ -363,7 +363,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("setting", "value", "message"), WRONG, ids=lambda v: str(v)[:20])
-def test_a_wrong_value_is_refused_with_what_is_allowed(setting, value, message):
+def test_a_wrong_value_is_refused_with_the_allowed_values(setting, value, message):
     with pytest.raises(ArgumentError, match=message):
         QuantizationConfig(**{setting: value})
 
@@ -400,7 +400,7 @@ def test_a_malformed_rule_is_refused_when_the_config_is_made(setting, value, mes
         ("fp16", {"scale_dtype": "float16"}, "fp16 has no scales"),
     ],
 )
-def test_what_the_scheme_does_not_take_is_refused_with_those_that_do(scheme, setting, message):
+def test_a_setting_of_other_schemes_is_refused_with_their_names(scheme, setting, message):
     with pytest.raises(ArgumentError, match=message):
         QuantizationConfig(scheme=scheme, **setting)
     taken = QuantizationConfig(scheme="int4" if scheme != "int4" else "int8", **setting) if scheme != "fp16" else None
@@ -408,7 +408,7 @@ def test_what_the_scheme_does_not_take_is_refused_with_those_that_do(scheme, set
         (taken or QuantizationConfig()).replace(scheme=scheme, **setting)
 
 
-def test_replace_refuses_what_is_no_setting():
+def test_replace_refuses_an_unknown_setting():
     with pytest.raises(ArgumentError, match=r"no setting 'groupsize' \(did you mean 'group_size'\?\); there are"):
         QuantizationConfig().replace(groupsize=64)
 
@@ -429,16 +429,16 @@ def test_replace_refuses_what_is_no_setting():
         (None, "a config is a table of settings, not None"),
     ],
 )
-def test_a_dict_that_is_no_config_is_refused(settings, message):
+def test_an_invalid_dict_is_refused(settings, message):
     with pytest.raises(ArgumentError, match=message):
         QuantizationConfig.from_dict(settings)
 
 
-def test_without_a_version_it_is_the_first():
+def test_a_missing_version_means_version_1():
     assert QuantizationConfig.from_dict({"scheme": "int4"}) == QuantizationConfig(scheme="int4")
 
 
-def test_a_dict_that_is_read_stays_as_it_is():
+def test_from_dict_does_not_change_its_argument():
     settings = {"version": 1, "scheme": "int4"}
     QuantizationConfig.from_dict(settings)
     assert settings == {"version": 1, "scheme": "int4"}
@@ -503,14 +503,14 @@ def test_an_error_in_a_file_names_the_file(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing.toml", "folder.json"])
-def test_what_cannot_be_read_is_named(tmp_path, name):
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(ArgumentError, match=r"cannot be read: (No such file|Is a directory)") as caught:
         QuantizationConfig.from_file(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_without_a_toml_parser_it_says_what_to_install(tmp_path, monkeypatch):
+def test_without_a_toml_parser_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tomllib", None)
     monkeypatch.setitem(sys.modules, "tomli", None)
     (tmp_path / "c.toml").write_text('scheme = "int8"')

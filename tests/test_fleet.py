@@ -1,4 +1,4 @@
-"""One conversion whose files other processes write: by hand, and on Dask's local cluster."""
+"""`FleetRun`: other processes write the files, by hand and on a local Dask cluster."""
 
 import itertools
 import multiprocessing
@@ -35,7 +35,7 @@ def source(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The files that one process makes."""
+    """The files that a single process writes."""
     folder = tmp_path_factory.mktemp("whole")
     source = write_shards(folder / "model", tensors(), 3)
     (source / "config.json").write_text("{}")
@@ -49,10 +49,10 @@ def fleet(source, scheme="int8", **storage_spec):
     return fewbits.FleetRun(source, scheme, output=fewbits.Output(source.parent / "out", **storage_spec), **settings)
 
 
-# What it makes.
+# The result.
 
 
-def test_a_file_at_a_time_gives_what_one_process_gives(source, whole):
+def test_writing_files_one_by_one_gives_the_same_bytes_as_one_process(source, whole):
     run = fleet(source)
     files = run.begin()
     assert len(files) > 3
@@ -89,7 +89,7 @@ def test_files_may_be_written_in_any_order_and_more_than_once_and_the_driver_may
     assert files_in(folder / "out") == whole
 
 
-def test_a_single_file_is_a_result_too(source):
+def test_the_result_may_be_a_single_file(source):
     one = next(source.glob("*.safetensors"))
     run = fewbits.FleetRun(one, "int8", output=source.parent / "one.safetensors", validate=False)
     (file,) = run.begin()
@@ -100,14 +100,14 @@ def test_a_single_file_is_a_result_too(source):
     assert fewbits.verify(result.model, one).ok
 
 
-def test_a_file_that_is_complete_is_only_read_back(source):
+def test_a_complete_file_is_only_read_back(source):
     run = fleet(source)
     file = run.begin()[0]
     first, second = run.write(file), run.write(file)
     assert (second.converted, second.resumed) == (0, first.converted)
 
 
-def test_a_result_that_is_there_is_compared_with_its_source(source):
+def test_an_existing_result_is_compared_with_its_source(source):
     def make(**storage_spec):
         run = fleet(source, **storage_spec)
         for file in run.begin():
@@ -128,16 +128,16 @@ def test_a_result_that_is_there_is_compared_with_its_source(source):
     assert files_in(source.parent) == before
 
 
-# What travels.
+# Pickling.
 
 
 class Rounded(fewbits.Int8PerChannel):
-    """A scheme of somebody's."""
+    """A custom scheme."""
 
 
 @pytest.mark.parametrize("pickler", [pickle, cloudpickle], ids=["pickle", "cloudpickle"])
 @pytest.mark.parametrize("scheme", ["int8", Rounded(observer=fewbits.MSEObserver())], ids=["name", "quantizer"])
-def test_only_arguments_travel(source, pickler, scheme):
+def test_a_pickled_run_has_only_its_arguments(source, pickler, scheme):
     run = fleet(source, scheme)
     before = pickler.dumps(run)
     file = run.begin()[0]
@@ -159,10 +159,10 @@ def test_paths_mean_the_same_in_another_directory(source, monkeypatch):
     assert run.finish().model == source.parent / "out"
 
 
-# What is refused.
+# Refused calls.
 
 
-def test_files_that_are_missing_are_named_and_can_still_be_written(source, whole):
+def test_missing_files_are_named_and_can_still_be_written(source, whole):
     run = fleet(source)
     first, *others = run.begin()
     for file in others:
@@ -205,7 +205,7 @@ def test_a_file_that_is_not_part_of_the_result_is_refused(source):
         run.write(file.replace("00001", "00009", 1))
 
 
-def test_an_unfinished_run_is_neither_lost_nor_gone_on_with_unasked(source):
+def test_an_unfinished_run_is_neither_removed_nor_resumed_unasked(source):
     run = fleet(source)
     file = run.begin()[0]
     run.write(file)
@@ -217,7 +217,7 @@ def test_an_unfinished_run_is_neither_lost_nor_gone_on_with_unasked(source):
     assert again.write(file).resumed == 0
 
 
-def test_going_on_and_replacing_go_together(source, whole):
+def test_resume_and_replace_work_together(source, whole):
     (source.parent / "out").mkdir()
     (source.parent / "out" / "old.txt").write_text("")
     run = fleet(source, replace=True)
@@ -233,7 +233,7 @@ def test_going_on_and_replacing_go_together(source, whole):
 
 
 @pytest.mark.parametrize("change", ["source", "companion", "settings"])
-def test_what_has_changed_since_begin_is_refused(source, change):
+def test_inputs_that_changed_since_begin_are_refused(source, change):
     run = fleet(source)
     file = run.begin()[0]
     if change == "settings":
@@ -246,7 +246,7 @@ def test_what_has_changed_since_begin_is_refused(source, change):
         run.write(file)
 
 
-def test_numbers_that_cannot_be_quantized_name_their_tensor(tmp_path):
+def test_an_error_about_numbers_names_the_tensor(tmp_path):
     broken = tensors()
     broken["layers.2.weight"][3, 5] = float("nan")
     run = fleet(write_shards(tmp_path / "model", broken, 2))
@@ -274,7 +274,7 @@ def shards(folder):
         ({"grup_size": 8}, "did you mean 'group_size'"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused_at_once(arguments, message):
+def test_contradicting_arguments_are_refused_at_once(arguments, message):
     arguments = {"source": "model", "scheme": "int4", "output": "out", **arguments}
     with pytest.raises(fewbits.errors.ArgumentError, match=message):
         fewbits.FleetRun(arguments.pop("source"), arguments.pop("scheme"), **arguments)
@@ -291,8 +291,8 @@ def test_threads_may_write_at_once(source, whole):
     assert files_in(source.parent / "out") == whole
 
 
-def test_a_file_is_written_by_one_at_a_time(source, whole):
-    """A scheduler may have taken a worker for lost that is not."""
+def test_only_one_process_at_a_time_writes_a_file(source, whole):
+    """As after a scheduler took a running worker for lost."""
     run = fleet(source)
     files = run.begin()
     refused = []
@@ -314,7 +314,7 @@ def test_a_file_is_written_by_one_at_a_time(source, whole):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_workers_that_were_forked_do_not_keep_out_who_goes_on(source):
+def test_forked_workers_do_not_block_a_resumed_run(source):
     run = fleet(source)
     run.begin()
     reading, writing = os.pipe()
@@ -345,7 +345,7 @@ def _die(run, file):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_what_a_worker_that_died_has_left_is_written_by_another(source, whole):
+def test_another_worker_finishes_the_file_of_a_dead_worker(source, whole):
     run = fleet(source)
     files = run.begin()
     process = multiprocessing.get_context("spawn").Process(target=_die, args=(run, files[0]))
@@ -358,7 +358,7 @@ def test_what_a_worker_that_died_has_left_is_written_by_another(source, whole):
     assert files_in(source.parent / "out") == whole
 
 
-def test_dasks_local_cluster_gives_what_one_process_gives(source, whole):
+def test_a_local_dask_cluster_writes_the_same_bytes_as_one_process(source, whole):
     from distributed import Client, LocalCluster
 
     with (

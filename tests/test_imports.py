@@ -1,4 +1,4 @@
-"""What `import fewbits` brings in beyond torch and safetensors, and what it leaves alone."""
+"""Side effects of `import fewbits`: imported packages, registered operations, settings."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ def python(code):
     return done
 
 
-def test_importing_fewbits_brings_in_no_optional_package_and_none_of_torch_ao():
+def test_importing_fewbits_imports_neither_optional_packages_nor_torch_ao():
     code = """if True:
         import json, sys
         import torch, safetensors, safetensors.torch
@@ -34,12 +34,12 @@ def test_importing_fewbits_brings_in_no_optional_package_and_none_of_torch_ao():
     }
     assert "fewbits" in added
     assert {name.partition(".")[0] for name in added} & optional == set()
-    # The compiler takes longer to import than all of fewbits; it is imported by what compiles.
+    # The compiler takes longer to import than fewbits; only code that compiles imports it.
     slow = ("torch.ao", "torch._dynamo", "torch._inductor", "torch.export", "torch.distributed", "sympy", "asyncio")
     assert [name for name in added if name.startswith(slow)] == []
 
 
-def test_importing_fewbits_registers_nothing_but_its_operations_and_changes_no_setting():
+def test_importing_fewbits_only_registers_its_operations():
     code = """if True:
         import logging, warnings, torch, safetensors.torch, structlog
         def settings():

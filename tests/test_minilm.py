@@ -68,22 +68,22 @@ def pooled(report):
     return pooled_sqnr_db(measured)
 
 
-def test_int8_is_as_exact_as_it_should_be(files):
+def test_int8_reaches_its_expected_sqnr(files):
     assert pooled(files["int8"][1].report) == pytest.approx(40.05, abs=0.1)
 
 
-def test_int4_is_as_exact_as_it_should_be(files):
+def test_int4_reaches_its_expected_sqnr(files):
     assert pooled(files["int4"][1].report) >= 17.85
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_file_is_as_large_as_the_ledger_says(files, scheme):
+def test_the_file_has_the_size_in_the_ledger(files, scheme):
     path, result = files[scheme]
     assert len(split(path.read_bytes())[1]) == result.ledger.bytes_after
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_file_passes_against_the_checkpoint(files, minilm_path, scheme):
+def test_the_file_passes_verify_against_the_checkpoint(files, minilm_path, scheme):
     report = verify(files[scheme][0], open_source(minilm_path))
     assert report.ok, report.summary()
     assert all(tensor.measurement.broken_at is None for tensor in report.tensors if tensor.measurement)
@@ -107,18 +107,18 @@ def assert_close_enough(scheme, cosines, count):
     assert cosines.min() > least
     assert cosines.mean() > mean
     if scheme == "int8":
-        # Rounding every row to 8 bits moves two of the sentences further; groups of 128 do not (below).
+        # Per-row int8 moves two sentences beyond this; groups of 128 do not (see below).
         assert (cosines > 0.999).sum() >= count - 2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_embeddings_of_sentences_stay_close(files, config, tokens, float_embeddings, scheme):
+def test_sentence_embeddings_stay_close(files, config, tokens, float_embeddings, scheme):
     model = fewbits.load(files[scheme][0], into=transformers.BertModel(config).eval())
     assert_close_enough(scheme, F.cosine_similarity(embeddings(model, tokens), float_embeddings), count=200)
 
 
 class Int8Grouped(fewbits.Quantizer):
-    """8 bits a weight, groups of 128."""
+    """8 bits per weight, groups of 128."""
 
     spec = fewbits.QuantSpec(bits=8, granularity="group", group_size=128)
 
@@ -165,7 +165,7 @@ def test_a_model_of_another_size_is_refused(files, config):
 
 
 def nearest(embeddings):
-    """For each sentence the one that is nearest to it."""
+    """The nearest other sentence for each sentence."""
     directions = F.normalize(embeddings, dim=1)
     return (directions @ directions.T).fill_diagonal_(-1).argmax(1)
 

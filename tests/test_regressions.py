@@ -1,4 +1,4 @@
-"""Ways to a silent wrong result that were once open."""
+"""Bugs that once gave a wrong result in silence."""
 
 import gc
 import weakref
@@ -41,7 +41,7 @@ def test_the_state_dict_of_a_quantized_model_is_not_quantized_again():
         fewbits.quantize(model.state_dict(), "int8")
 
 
-def test_a_module_that_deepcopy_does_not_copy_is_refused_before_the_source_is_touched():
+def test_a_module_that_deepcopy_does_not_copy_is_refused_before_the_source_changes():
     class Stubborn(nn.Linear):
         def __deepcopy__(self, memo):
             return self
@@ -59,7 +59,7 @@ def test_loading_keeps_the_parameters_that_others_refer_to(tmp_path):
     assert fewbits.load(tmp_path / "f", into=model)[1].weight is gain
 
 
-def test_a_weight_that_its_module_holds_in_a_list_too_is_kept():
+def test_a_weight_that_is_also_in_a_list_of_its_module_is_kept():
     class Behind(nn.Module):
         def __init__(self):
             super().__init__()
@@ -97,7 +97,7 @@ def test_a_weight_that_is_used_behind_the_module_tree_is_an_error():
     assert fewbits.quantize(nn.Sequential(Behind(), nn.Linear(32, 32)), "int8", exclude=["0"]).report.ok
 
 
-def test_a_tensor_that_is_born_while_observing_is_an_error():
+def test_a_tensor_that_is_created_during_observe_raises_an_error():
     class Lazy(nn.Module):
         def __init__(self):
             super().__init__()
@@ -114,7 +114,7 @@ def test_a_tensor_that_is_born_while_observing_is_an_error():
         quantizer.convert()
 
 
-def test_validation_is_of_the_file_that_is_there(tmp_path):
+def test_validation_checks_the_current_file(tmp_path):
     for name, factor in (("one", 1.0), ("other", 3.0)):
         save_file({"w": W * factor}, tmp_path / name)
     quantizer = fewbits.Int8PerChannel()
@@ -124,7 +124,7 @@ def test_validation_is_of_the_file_that_is_there(tmp_path):
     assert not quantizer.validate(on_failure="ignore").ok
 
 
-def test_validation_is_of_the_model_that_was_handed_out():
+def test_validation_checks_the_returned_model():
     quantizer = fewbits.Int8PerChannel()
     quantizer.prepare(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
     model = quantizer.convert()
@@ -134,7 +134,7 @@ def test_validation_is_of_the_model_that_was_handed_out():
 
 
 @pytest.mark.parametrize("change", ["replace", "remove", "add", "reshape"])
-def test_a_mapping_is_read_when_it_is_converted(change):
+def test_convert_reads_the_current_mapping(change):
     state = {"a": W.clone(), "b": W.clone()}
     quantizer = fewbits.Int8PerChannel()
     quantizer.prepare(state)
@@ -154,7 +154,7 @@ def test_a_mapping_is_read_when_it_is_converted(change):
         quantizer.convert()
 
 
-def test_a_conjugate_view_is_no_alias():
+def test_a_conjugate_view_is_not_an_alias():
     z = torch.tensor([[1 + 2j, 3 - 4j]])
     result = fewbits.quantize({"a": z, "b": z.conj(), "w": W}, "int8").model
     assert torch.equal(result["b"], z.conj())
@@ -173,7 +173,7 @@ def test_extra_state_is_never_left_out_of_a_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_child_in_the_place_of_the_stored_weight_is_not_lost():
+def test_a_child_named_like_the_stored_weight_is_not_lost():
     layer = nn.Linear(32, 32)
     layer.weight_stored = nn.Linear(32, 32)
     result = fewbits.quantize(layer, "int8")
@@ -190,7 +190,7 @@ def test_saving_over_the_float_source_is_refused(tmp_path):
         quantizer.save(tmp_path / "source")
 
 
-def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
+def test_saving_keeps_links_and_devices(tmp_path):
     result = fewbits.quantize(nn.Linear(32, 32), "int8")
     (tmp_path / "target").write_bytes(b"old")
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -201,7 +201,7 @@ def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
         result.save("/dev/null")
 
 
-def test_in_place_every_float_weight_is_let_go_as_it_is_replaced():
+def test_in_place_every_float_weight_is_freed_when_it_is_replaced():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     weights = [weakref.ref(layer.weight) for layer in model]
     quantizer = fewbits.Int8PerChannel()
@@ -229,14 +229,14 @@ def test_loading_and_quantizing_work_under_another_default_device(tmp_path):
     assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
 
 
-def test_an_embedding_finds_its_rows_however_its_weight_is_cut():
+def test_an_embedding_finds_its_rows_in_any_layout():
     model = nn.Embedding(32, 32)
     quantized = fewbits.quantize(model, fewbits.Int8PerChannel(selector=LayerSelector(input_axes={"weight": 0}))).model
     ids = torch.tensor([[3, 0], [31, 3]])
     assert torch.equal(quantized(ids), quantized.weight[ids])
 
 
-def test_an_embedding_finds_its_rows_when_its_weight_is_tied_to_a_module_that_cuts_it_otherwise():
+def test_an_embedding_finds_its_rows_when_a_tied_module_has_another_layout():
     transformers = pytest.importorskip("transformers.pytorch_utils")
     tied = nn.ModuleList([transformers.Conv1D(32, 32), nn.Embedding(32, 32)])
     tied[1].weight = tied[0].weight
@@ -247,7 +247,7 @@ def test_an_embedding_finds_its_rows_when_its_weight_is_tied_to_a_module_that_cu
 
 
 def uneven(module):
-    """The module with channels of very different sizes, along both of the first axes."""
+    """The module, with channels of very different magnitudes along both of the first axes."""
     with torch.no_grad():
         sizes = torch.logspace(-2, 1, module.weight.shape[0])
         module.weight.mul_(sizes.reshape(-1, *[1] * (module.weight.dim() - 1)))
@@ -255,14 +255,14 @@ def uneven(module):
 
 
 def rounds_inputs_right(model, quantized, x):
-    """Whether int8 inputs and weights change the output by no more than such codes may."""
+    """Whether the output changes by no more than int8 codes allow."""
     with torch.no_grad():
         weights_only = fewbits.dequantize(quantized)(x)
         return bool((quantized(x) - weights_only).abs().max() < 0.02 * model(x).abs().max())
 
 
 def right_or_refused(make, model, x, error):
-    """Whether what is made computes right; it may be refused too, with the name of the weight."""
+    """Whether the result computes correctly, or is refused with the name of the weight."""
     try:
         quantized = make()
     except error as refusal:
@@ -271,7 +271,7 @@ def right_or_refused(make, model, x, error):
 
 
 def loaded_with_int8_inputs(model, into, path):
-    """From a state dict, where no class tells how a weight is cut, into a layer."""
+    """Load into a layer from a state dict, where no class gives the layout."""
     fewbits.quantize(dict(model.state_dict()), "int8", activations="dynamic", min_elements=1).save(path)
     return fewbits.load(path, into=into)
 
@@ -296,7 +296,7 @@ def test_a_state_dict_gives_layers_with_int8_inputs(make, shape, tmp_path):
     ],
     ids=["square", "not square", "grouped"],
 )
-def test_a_layer_with_int8_inputs_whose_weight_a_state_dict_cuts_otherwise_is_right_or_refused(make, shape, tmp_path):
+def test_int8_inputs_with_another_layout_in_a_state_dict_are_right_or_refused(make, shape, tmp_path):
     torch.manual_seed(0)
     model = uneven(make())
     assert right_or_refused(
@@ -305,7 +305,7 @@ def test_a_layer_with_int8_inputs_whose_weight_a_state_dict_cuts_otherwise_is_ri
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 24)], ids=["square", "not square"])
-def test_a_layer_with_int8_inputs_that_a_rule_cuts_otherwise_is_right_or_refused(shape):
+def test_int8_inputs_with_a_layout_from_a_rule_are_right_or_refused(shape):
     torch.manual_seed(0)
     model = uneven(nn.Linear(*shape))
     quantizer = fewbits.Int8PerChannel(activations="dynamic", selector=LayerSelector(input_axes={"weight": 0}))
@@ -313,7 +313,7 @@ def test_a_layer_with_int8_inputs_that_a_rule_cuts_otherwise_is_right_or_refused
     assert right_or_refused(lambda: fewbits.quantize(model, quantizer).model, model, x, SelectionError)
 
 
-def test_tied_convolutions_with_int8_inputs_that_cut_their_weight_otherwise_are_right_or_refused():
+def test_tied_convolutions_with_int8_inputs_and_different_layouts_are_right_or_refused():
     torch.manual_seed(0)
     model, x = nn.ModuleList([uneven(nn.ConvTranspose1d(16, 16, 3)), nn.Conv1d(16, 16, 3)]), torch.randn(2, 16, 9)
     model[1].weight = model[0].weight
@@ -324,7 +324,7 @@ def test_tied_convolutions_with_int8_inputs_that_cut_their_weight_otherwise_are_
 
 
 class WideScales(fewbits.extend.Observer):
-    """A hundredth wider than it need be: too much for numbers at the end of the range."""
+    """Scales a hundredth too wide, which overflows at the end of the range."""
 
     def observe_weight(self, weight, spec):
         return fewbits.MinMaxObserver().observe_weight(weight, spec)[0] * 1.01, None
@@ -334,7 +334,7 @@ class Int4Channel(fewbits.Quantizer):
     spec = fewbits.QuantSpec(bits=4, granularity="channel")
 
 
-def test_a_weight_that_reads_as_inf_is_a_failure():
+def test_a_weight_that_decodes_to_inf_is_a_failure():
     quantizer = small(Int4Channel, observer=WideScales())
     quantizer.prepare({"weight": torch.full((1, 32), torch.finfo(torch.float32).max)})
     assert quantizer.convert()["weight"].dequantize().isinf().all()
@@ -342,7 +342,7 @@ def test_a_weight_that_reads_as_inf_is_a_failure():
 
 
 class Repairs(fewbits.Int8PerChannel):
-    """Would make codes of anything."""
+    """A scheme that accepts any numbers."""
 
     def quantize_tensor(self, weight, spec, observer):
         return super().quantize_tensor(
@@ -351,7 +351,7 @@ class Repairs(fewbits.Int8PerChannel):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_no_scheme_can_make_codes_of_what_is_not_finite(bad):
+def test_no_scheme_accepts_nonfinite_weights(bad):
     layer = nn.Linear(32, 32)
     with torch.no_grad():
         layer.weight[3, 5] = bad

@@ -12,7 +12,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class WithOneScale(fewbits.Int8PerChannel):
-    """A scheme that makes something else of some rows of a weight than of them in the whole one."""
+    """A scheme whose codes for a row depend on the other rows of the weight."""
 
     name = "one scale"
 
@@ -40,7 +40,7 @@ SCHEMES = {
 
 
 def checkpoint():
-    """Tensors of many shapes, among them ones of a hundred chunks where chunks are small."""
+    """Tensors of many shapes. Some have a hundred chunks if chunks are small."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape, dtype=torch.float32):

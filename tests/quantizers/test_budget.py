@@ -1,4 +1,4 @@
-"""A limit on memory: conversions are cut to stay within it, refused if they cannot, and processes held to it."""
+"""`max_memory`: conversions stay within the limit or are refused, and processes run under an enforced limit."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def source(tmp_path):
 
 
 def demand(source, scheme="int8", **options):
-    """What quantizing a source with tensors of gigabytes would need; of the file only the header is there."""
+    """The memory demand of a source with tensors of gigabytes. Only the header of the file exists."""
     named = isinstance(scheme, str)
     quantizer = fewbits.QuantizationConfig(scheme=scheme).quantizer() if named else scheme
     quantizer.prepare(source)
@@ -38,7 +38,7 @@ def demand(source, scheme="int8", **options):
 
 @pytest.fixture
 def large(tmp_path):
-    """A header of a checkpoint of 40 GB; its bytes are a hole."""
+    """A checkpoint of 40 GB: a header, and a sparse file."""
     shapes = {"embed.weight": (128_000, 8192), "up.weight": (28_672, 8192), "conv.weight": (1 << 12, 1 << 10, 3, 3)}
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -52,7 +52,7 @@ def large(tmp_path):
     return tmp_path / "large"
 
 
-def test_without_a_limit_nothing_is_cut(large):
+def test_without_a_limit_chunks_and_threads_keep_their_defaults(large):
     assert choose_budget(demand(large), fewbits.Output("out"), 16) == Budget(16, 1 << 22)
 
 
@@ -63,7 +63,7 @@ def test_a_limit_makes_chunks_smaller_and_then_threads_fewer(large, scheme, limi
     budget = choose_budget(needs, fewbits.Output("out", max_memory=limit * MB), 8)
     assert needs.total(budget) <= limit * MB
     assert 1 <= budget.threads <= 8
-    if budget.threads < 8:  # one more, in the smallest chunks, would not do
+    if budget.threads < 8:  # one more thread would exceed the limit even with the smallest chunks
         assert needs.total(Budget(budget.threads + 1, 1 << 18)) > limit * MB
     elif budget.chunk_elements < 1 << 22:
         assert needs.total(Budget(8, 2 * budget.chunk_elements)) > limit * MB
@@ -78,7 +78,7 @@ def test_a_limit_makes_chunks_smaller_and_then_threads_fewer(large, scheme, limi
     ],
     ids=["custom", "observer", "axes"],
 )
-def test_a_weight_that_is_needed_as_a_whole_is_refused_with_the_limit_that_would_do(large, options, scheme):
+def test_a_weight_that_must_be_in_memory_as_a_whole_is_refused_with_the_smallest_possible_limit(large, options, scheme):
     needs = demand(large, scheme, **options)
     with pytest.raises(ArgumentError, match=r"embed\.weight.*must be in memory as a whole") as refused:
         choose_budget(needs, fewbits.Output("out", max_memory="1GB"), 4)
@@ -87,7 +87,7 @@ def test_a_weight_that_is_needed_as_a_whole_is_refused_with_the_limit_that_would
     assert choose_budget(needs, fewbits.Output("out", max_memory=least), 4).threads == 1
 
 
-def test_a_tensor_that_does_not_lie_in_order_is_counted_as_a_whole(tmp_path):
+def test_a_tensor_that_is_not_contiguous_in_its_file_counts_as_a_whole(tmp_path):
     torch.save({"t.weight": torch.zeros(8000, 4000).t(), "b.weight": torch.zeros(64, 64)}, tmp_path / "in.bin")
     output = fewbits.Output(tmp_path / "out", max_memory="200MB")
     for act in (fewbits.plan, fewbits.quantize):
@@ -98,10 +98,10 @@ def test_a_tensor_that_does_not_lie_in_order_is_counted_as_a_whole(tmp_path):
     assert fewbits.plan(tmp_path / "in.bin", "int8", output=fewbits.Output(tmp_path / "out", max_memory=least)).shards
 
 
-def test_a_limit_that_nothing_fits_into_is_refused_before_anything_is_written(source, tmp_path):
+def test_a_limit_that_is_too_small_is_refused_before_anything_is_written(source, tmp_path):
     with pytest.raises(ArgumentError, match=r"max_memory is 1,000,000 bytes, and at least [\d,]+ are needed"):
         quantize_small(source, "int8", output=fewbits.Output(tmp_path / "out", max_memory="1MB"))
-    with pytest.raises(ArgumentError, match=r"raise the limit$"):  # without this tensor, the next one needs as much
+    with pytest.raises(ArgumentError, match=r"raise the limit$"):  # the next tensor needs as much
         fewbits.plan(source, "int8", output=fewbits.Output(tmp_path / "out", max_memory="1MB"))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -114,7 +114,7 @@ def test_a_limit_changes_nothing_in_the_result(source, tmp_path, limit):
 
 
 @pytest.mark.parametrize("limit", [0, -1, "much", 1.5])
-def test_a_limit_that_is_none_is_refused(limit):
+def test_an_invalid_limit_is_refused(limit):
     with pytest.raises(ArgumentError, match="max_memory must be"):
         fewbits.Output("out", max_memory=limit)
 
@@ -141,7 +141,7 @@ HELD = """if True:
 @pytest.mark.parametrize(("limit", "threads"), [(192 * MB, 1), (224 * MB, 2), (512 * MB, 4)])
 @pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4", "fp16"])
 def test_a_process_stays_within_the_limit(tmp_path, scheme, limit, threads):
-    """A quarter of a gigabyte, one tensor and many, where a breach of the limit kills the process."""
+    """Quantize 256 MB, in one tensor or many. Exceeding the limit kills the process."""
     generator = torch.Generator().manual_seed(0)
     tensors = {"large.weight": torch.randn(24_000, 4096, generator=generator).bfloat16()}
     tensors |= {f"layers.{i}.weight": torch.randn(512, 512, generator=generator) for i in range(64)}
@@ -153,7 +153,7 @@ def test_a_process_stays_within_the_limit(tmp_path, scheme, limit, threads):
 @pytest.mark.parametrize(("limit", "threads"), [(192 * MB, 1), (512 * MB, 4)])
 @pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "fp16"])
 def test_a_process_that_dequantizes_stays_within_the_limit(tmp_path, scheme, limit, threads):
-    """Blocks, and the worst there is: rows of two elements, each with a scale."""
+    """Quantize blocks, and the worst case: rows of two elements, each with a scale."""
     tensors = {"large.weight": codes((24_000, 4096)), "large.weight_scale_inv": scales((188, 32))}
     tensors |= {"rows.weight": codes((10_000_000, 2)), "rows.weight_scale": scales((10_000_000, 1))}
     hold_to_limit(tmp_path, tensors, scheme, limit, threads)

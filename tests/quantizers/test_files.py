@@ -1,4 +1,4 @@
-"""From file to file: the bytes of the result in memory, whatever the chunks, threads and files of the source."""
+"""From file to file: any chunks, threads and source files give the bytes of a result in memory."""
 
 import gc
 import json
@@ -33,7 +33,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """What the state dict in memory gives, saved in one file and in many, by scheme and size of blocks."""
+    """The saved result of a state dict in memory, in one file and in many, by scheme and block size."""
     made = {}
 
     def make(scheme, block):
@@ -56,7 +56,7 @@ def expected(tmp_path_factory):
     chunk=st.integers(1, 40),
     block=st.sampled_from([1 << 18, 100]),
 )
-def test_the_files_are_those_of_the_result_in_memory(
+def test_files_have_the_bytes_of_a_result_in_memory(
     tmp_path_factory, sources, expected, scheme, source, threads, chunk, block
 ):
     folder = tmp_path_factory.mktemp("out")
@@ -80,7 +80,7 @@ def test_the_files_are_those_of_the_result_in_memory(
 
 @pytest.fixture
 def folder(tmp_path):
-    """A directory as people publish it: shards, configuration, and what does not belong to them."""
+    """A directory like those on model hubs: shards, configuration, and unrelated files."""
     folder = write_shards(tmp_path / "model", checkpoint(), 3)
     for name in ("config.json", "tokenizer.json", "1_Pooling/config.json", "README.md"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ def folder(tmp_path):
     return folder
 
 
-def test_what_goes_with_the_tensors_is_carried_over_and_the_rest_is_named(folder, tmp_path, caplog):
+def test_companion_files_are_copied_and_other_files_are_named(folder, tmp_path, caplog):
     (tmp_path / "secret").write_text("secret")
     (folder / "link.json").symlink_to(tmp_path / "secret")
     (folder / "elsewhere").symlink_to(tmp_path)
@@ -109,13 +109,13 @@ def test_what_goes_with_the_tensors_is_carried_over_and_the_rest_is_named(folder
         assert name in caplog.text
 
 
-def test_a_directory_is_the_same_checkpoint_by_its_index(folder, tmp_path):
+def test_a_directory_and_its_index_are_the_same_checkpoint(folder, tmp_path):
     quantize_small(folder, "int8", output=tmp_path / "by folder")
     quantize_small(folder / INDEX, "int8", output=tmp_path / "by index")
     assert files_in(tmp_path / "by folder") == files_in(tmp_path / "by index")
 
 
-def test_a_tensor_that_the_index_does_not_know_is_carried_through(folder, tmp_path):
+def test_a_tensor_that_the_index_does_not_list_is_carried_through(folder, tmp_path):
     index = json.loads((folder / INDEX).read_text())
     del index["weight_map"]["norm.weight"]
     (folder / INDEX).write_text(json.dumps(index))
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_contradicts_itself_is_refused_before_anything_is_writ
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4", "fp16"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_number_in_any_chunk_is_named_by_its_place_in_the_tensor(tmp_path, monkeypatch, scheme, dtype, value):
+def test_a_nonfinite_number_in_any_chunk_is_named_by_its_index(tmp_path, monkeypatch, scheme, dtype, value):
     monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 300)
     weight = torch.rand(6, 50, 20).to(dtype)
@@ -179,7 +179,7 @@ def test_a_bad_number_in_any_chunk_is_named_by_its_place_in_the_tensor(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_number_that_a_cast_cannot_hold_is_named_by_its_place(tmp_path, monkeypatch):
+def test_a_number_beyond_the_range_of_a_cast_is_named_by_its_index(tmp_path, monkeypatch):
     monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 100)
     weight = torch.rand(70, 20)
@@ -189,7 +189,7 @@ def test_a_number_that_a_cast_cannot_hold_is_named_by_its_place(tmp_path, monkey
         quantize_small(tmp_path / "in", "fp16", output=tmp_path / "out")
 
 
-def test_a_scale_that_no_dtype_can_hold_is_refused_in_any_chunk(tmp_path, monkeypatch):
+def test_a_scale_beyond_the_range_of_its_dtype_is_refused_in_any_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 100)
     weight = torch.rand(70, 20)
@@ -199,7 +199,7 @@ def test_a_scale_that_no_dtype_can_hold_is_refused_in_any_chunk(tmp_path, monkey
         quantize_small(tmp_path / "in", "int8", scale_dtype="float16", output=tmp_path / "out")
 
 
-def test_a_source_that_changes_meanwhile_leaves_nothing_that_could_be_gone_on_with(folder, tmp_path):
+def test_a_source_that_changes_during_the_run_leaves_nothing_behind(folder, tmp_path):
     def change(step):
         if step.done:
             path = folder / "model-00003-of-00003.safetensors"
@@ -217,7 +217,7 @@ def test_a_source_that_changes_meanwhile_leaves_nothing_that_could_be_gone_on_wi
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_progress_is_told_of_every_byte_once(folder, tmp_path, threads):
+def test_progress_counts_every_byte_once(folder, tmp_path, threads):
     steps = []
     output = fewbits.Output(tmp_path / "out", threads=threads)
     ledger = quantize_small(folder, "int4", output=output, progress=steps.append).ledger
@@ -228,8 +228,8 @@ def test_progress_is_told_of_every_byte_once(folder, tmp_path, threads):
 
 
 @pytest.mark.slow
-def test_of_tensors_that_are_through_no_sums_are_held(tmp_path):
-    """They would grow with the file; what is measured is a few numbers a tensor."""
+def test_no_tallies_are_held_for_finished_tensors(tmp_path):
+    """Tallies would grow with the file; a measurement is a few numbers per tensor."""
     safetensors.torch.save_file({f"{index}.weight": torch.randn(8, 64) for index in range(40)}, tmp_path / "in")
     held = []
     output = fewbits.Output(tmp_path / "out", threads=1)
@@ -243,7 +243,7 @@ def test_of_tensors_that_are_through_no_sums_are_held(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out.pt", "out.BIN", "out.gguf"])
-def test_a_file_is_not_given_a_name_of_another_kind(sources, tmp_path, name):
+def test_an_output_with_the_suffix_of_another_format_is_refused(sources, tmp_path, name):
     with pytest.raises(
         fewbits.errors.ArgumentError, match=r"what is written is a \.safetensors file: call it out\.safetensors"
     ):
@@ -255,7 +255,7 @@ def test_a_file_is_not_given_a_name_of_another_kind(sources, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_any_other_name_will_do_and_so_does_every_name_for_another_format(sources, tmp_path):
+def test_other_suffixes_are_allowed_and_another_serializer_may_use_any(sources, tmp_path):
     for name in ("out", "out.v1", "OUT.SAFETENSORS"):
         quantize_small(sources["one"], "int8", output=tmp_path / name)
     quantizer = SCHEMES["int8"](serializer=JsonSerializer())
@@ -273,7 +273,7 @@ def test_a_directory_that_exists_is_replaced_only_if_asked(folder, tmp_path):
     assert files_in(tmp_path / "out") != before
 
 
-def test_a_directory_is_not_given_the_name_of_a_file(folder, sources, tmp_path):
+def test_a_directory_with_the_name_of_a_file_is_refused(folder, sources, tmp_path):
     for call in (fewbits.plan, quantize_small):
         with pytest.raises(
             fewbits.errors.ArgumentError, match=r"out\.safetensors is the name of .*directory, such as .*/out$"
@@ -291,7 +291,7 @@ def test_a_directory_is_not_given_the_name_of_a_file(folder, sources, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["does not exist", "is a file"])
-def test_a_directory_that_is_missing_above_the_output_is_named_before_any_work_is_done(folder, tmp_path, missing):
+def test_a_missing_parent_directory_is_named_before_any_work(folder, tmp_path, missing):
     if missing == "is a file":
         (tmp_path / "no").touch()
     before = files_in(tmp_path)
@@ -319,7 +319,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_a_link_is_replaced_by_no_directory_unless_asked_and_stays_a_link(folder, tmp_path, link):
+def test_a_linked_directory_is_replaced_only_if_asked_and_the_link_stays(folder, tmp_path, link):
     LINKS[link](tmp_path / "target")
     (tmp_path / "out").symlink_to(tmp_path / "target")
     before = files_in(tmp_path)
@@ -335,8 +335,8 @@ def test_a_link_is_replaced_by_no_directory_unless_asked_and_stays_a_link(folder
 
 
 @pytest.mark.parametrize("refusal", ["raised", "ignored"])
-def test_a_directory_that_was_replaced_and_cannot_be_removed_is_named(folder, tmp_path, monkeypatch, caplog, refusal):
-    """That of another user: its parent lets it be renamed, and it does not let its files be removed."""
+def test_a_replaced_directory_that_cannot_be_removed_is_named(folder, tmp_path, monkeypatch, caplog, refusal):
+    """It belongs to another user: its parent allows renaming it, but its files cannot be removed."""
     remove = shutil.rmtree
 
     def refused(path, **how):
@@ -371,7 +371,7 @@ def test_the_source_is_never_replaced_nor_written_into(folder, tmp_path, given, 
     assert files_in(tmp_path) == before
 
 
-def test_what_appears_at_the_output_meanwhile_is_not_removed(folder, tmp_path):
+def test_a_directory_that_appears_at_the_output_during_the_run_is_not_removed(folder, tmp_path):
     def intrude(step):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "theirs").write_text("precious")
@@ -384,7 +384,7 @@ def test_what_appears_at_the_output_meanwhile_is_not_removed(folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "theirs"}
 
 
-def test_an_interrupt_while_a_directory_is_replaced_gives_the_old_one_back(folder, tmp_path, monkeypatch):
+def test_an_interrupt_during_the_replacement_restores_the_old_directory(folder, tmp_path, monkeypatch):
     quantize_small(folder, "int8", output=tmp_path / "out")
     before, rename = files_in(tmp_path / "out"), type(tmp_path).rename
 
@@ -403,7 +403,7 @@ def test_an_interrupt_while_a_directory_is_replaced_gives_the_old_one_back(folde
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 
-def test_an_error_names_the_output_and_not_the_name_it_has_meanwhile(folder, tmp_path, monkeypatch):
+def test_an_error_names_the_output_and_not_the_staged_file(folder, tmp_path, monkeypatch):
     def full(self, data, position):
         raise OSError(28, "No space left on device")
 
@@ -415,7 +415,7 @@ def test_an_error_names_the_output_and_not_the_name_it_has_meanwhile(folder, tmp
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "another result"])
-def test_what_was_damaged_since_is_not_saved_again_as_sound(folder, tmp_path, damage):
+def test_a_damaged_result_is_not_saved_again(folder, tmp_path, damage):
     quantizer = small()
     quantizer.prepare(folder)
     quantizer.convert(output=tmp_path / "out")
@@ -432,14 +432,14 @@ def test_what_was_damaged_since_is_not_saved_again_as_sound(folder, tmp_path, da
 
 
 class Halves(fewbits.MinMaxObserver):
-    """Picks otherwise than the class whose `observe_chunks` it inherits."""
+    """Overrides `observe_weight`, and inherits `observe_chunks`."""
 
     def observe_weight(self, weight, spec):
         scale, zero_point = super().observe_weight(weight, spec)
         return scale / 2, zero_point
 
 
-def test_an_observer_that_picks_otherwise_does_so_of_chunks_too(tmp_path, monkeypatch):
+def test_an_observer_that_overrides_observe_weight_is_used_for_chunks_too(tmp_path, monkeypatch):
     monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 100)
     tensors = {"m.weight": torch.rand(90, 30)}
@@ -452,7 +452,7 @@ def test_an_observer_that_picks_otherwise_does_so_of_chunks_too(tmp_path, monkey
 
 
 @pytest.mark.parametrize("chosen", [None, (1, 2, 3), (torch.ones(2), None), (torch.tensor([math.nan]), None)])
-def test_what_an_observer_chooses_for_chunks_is_checked(tmp_path, monkeypatch, chosen):
+def test_scales_that_an_observer_chooses_for_chunks_are_checked(tmp_path, monkeypatch, chosen):
     class Odd(fewbits.MinMaxObserver):
         def observe_weight(self, weight, spec):
             return chosen
@@ -473,7 +473,7 @@ def test_an_index_that_contradicts_its_files_is_refused(folder, tmp_path):
         quantize_small(folder, "int8", output=tmp_path / "out")
 
 
-def test_one_file_of_several_without_an_index_is_not_taken_for_all(folder):
+def test_several_files_without_an_index_are_refused(folder):
     for name in (INDEX, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors",
                  "consolidated.safetensors", "pytorch_model.bin.index.json"):  # fmt: skip
         (folder / name).unlink()
@@ -483,13 +483,13 @@ def test_one_file_of_several_without_an_index_is_not_taken_for_all(folder):
 
 
 @pytest.mark.parametrize("options", [{"threads": 0}, {"threads": "2"}, {"threads": True}, {"max_shard_size": "many"}])
-def test_an_output_that_makes_no_sense_is_refused(tmp_path, options):
+def test_an_invalid_output_is_refused(tmp_path, options):
     with pytest.raises(fewbits.errors.ArgumentError, match=next(iter(options))):
         fewbits.Output(tmp_path, **options)
 
 
 @given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 4))
-def test_results_come_in_order_and_no_more_of_them_wait_than_are_asked_for(delays, threads):
+def test_results_come_in_order_and_few_of_them_wait(delays, threads):
     running, most = [], []
 
     def task(index):
@@ -510,7 +510,7 @@ def test_results_come_in_order_and_no_more_of_them_wait_than_are_asked_for(delay
     assert max(most, default=0) <= threads + 1
 
 
-def test_an_error_on_a_thread_is_that_of_the_caller_and_threads_are_as_before():
+def test_an_error_on_a_thread_reaches_the_caller_and_torch_threads_are_restored():
     before, seen = torch.get_num_threads(), set()
 
     def task(index):

@@ -1,4 +1,4 @@
-"""In place, an error halfway leaves a source quantized in part: it says so, and there are ways forward and back."""
+"""In place, an error halfway leaves a partly quantized source: a warning says so, and how to continue or undo it."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ MODELS = {"mlp": lambda: mlp(), "tied": lambda: TiedLM(), "mapping": lambda: mlp
 
 
 def interrupting(after):
-    """A `progress` that raises once so many tensors are through."""
+    """A `progress` that raises after some tensors."""
     names = set()
 
     def progress(step):
@@ -35,11 +35,11 @@ def floats(source):
 
 @FEWER_EXAMPLES
 @given(st.sampled_from(sorted(MODELS)), st.sampled_from(["int8", "int4", "fp16"]), st.integers(0, 6))
-def test_what_was_interrupted_in_place_can_be_dequantized_and_quantized_again(kind, scheme, after):
+def test_a_partly_quantized_source_can_be_dequantized_and_quantized_again(kind, scheme, after):
     torch.manual_seed(0)
     source = MODELS[kind]()
     before = {name: tensor.detach().clone() for name, tensor in floats(source).items()}
-    with contextlib.suppress(KeyboardInterrupt):  # the last numbers are beyond the end
+    with contextlib.suppress(KeyboardInterrupt):  # the last parameters are larger than the number of tensors
         quantize_small(source, scheme, inplace=True, validate=False, progress=interrupting(after))
     back = fewbits.dequantize(source)
     assert floats(back).keys() == before.keys()
@@ -52,7 +52,7 @@ def test_what_was_interrupted_in_place_can_be_dequantized_and_quantized_again(ki
 
 
 @pytest.mark.parametrize(("kind", "after"), [("mlp", 2), ("tied", 4), ("mapping", 2)])
-def test_an_interruption_in_place_is_a_warning_with_the_way_back(kind, after):
+def test_an_interruption_in_place_warns_and_says_how_to_dequantize(kind, after):
     source = MODELS[kind]()
     with structlog.testing.capture_logs() as events, pytest.raises(KeyboardInterrupt):
         quantize_small(source, inplace=True, progress=interrupting(after))
@@ -80,7 +80,7 @@ def test_no_warning_where_nothing_or_everything_was_converted(after):
     assert "quantized_in_part" not in {event["event"] for event in events}
 
 
-def test_an_error_of_the_numbers_halfway_is_told_likewise_and_another_try_says_what_to_do():
+def test_a_nonfinite_number_halfway_warns_too_and_a_second_try_says_what_to_do():
     source = mlp()
     source[2].weight.data[0, 0] = torch.nan
     with structlog.testing.capture_logs() as events, pytest.raises(NonFiniteError, match=r"2\.weight"):
@@ -93,7 +93,7 @@ def test_an_error_of_the_numbers_halfway_is_told_likewise_and_another_try_says_w
     assert quantize_small(fewbits.dequantize(source)).report.ok
 
 
-def test_a_quantizer_of_ones_own_goes_on_where_it_was_interrupted():
+def test_a_quantizer_continues_where_it_was_interrupted():
     source, quantizer = mlp(), small()
     with pytest.raises(KeyboardInterrupt):
         fewbits.quantize(source, quantizer, inplace=True, progress=interrupting(2))
@@ -103,7 +103,7 @@ def test_a_quantizer_of_ones_own_goes_on_where_it_was_interrupted():
     assert all(torch.equal(source[i].weight, whole[i].weight) for i in (0, 2))
 
 
-def test_an_interruption_elsewhere_leaves_the_source_as_it_was():
+def test_an_interruption_that_is_not_in_place_leaves_the_source_unchanged():
     source = mlp()
     before = snapshot(named_tensors(source))
     with pytest.raises(KeyboardInterrupt):

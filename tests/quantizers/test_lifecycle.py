@@ -1,4 +1,4 @@
-"""The lifecycle beyond its table: failures that change nothing, retries, hooks, and what a subclass may not do."""
+"""The lifecycle beyond its table: failures that change nothing, retries, hooks, and limits for subclasses."""
 
 from functools import partial
 
@@ -58,7 +58,7 @@ def test_a_class_in_place_of_an_instance_is_refused(keyword, cls):
 
 @pytest.mark.parametrize("keyword", ["observer", "selector", "serializer"])
 @pytest.mark.parametrize("junk", ["min_max", 0, False, {}])
-def test_junk_in_place_of_a_strategy_is_refused(keyword, junk):
+def test_a_strategy_of_another_type_is_refused(keyword, junk):
     with pytest.raises(ArgumentError, match=keyword):
         small(**{keyword: junk})
 
@@ -66,18 +66,18 @@ def test_junk_in_place_of_a_strategy_is_refused(keyword, junk):
 @pytest.mark.parametrize(
     ("keyword", "base"), [("observer", MinMaxObserver), ("selector", LayerSelector), ("serializer", JsonSerializer)]
 )
-def test_a_strategy_that_counts_as_false_is_used_all_the_same(keyword, base):
+def test_a_falsy_strategy_is_used(keyword, base):
     strategy = type("Empty", (base,), {"__len__": lambda self: 0})()
     assert getattr(small(**{keyword: strategy}), keyword) is strategy
 
 
 @pytest.mark.parametrize("single", ["Embedding", nn.Embedding])
-def test_one_type_to_skip_in_place_of_a_list_is_refused(single):
+def test_skip_types_must_be_a_list(single):
     with pytest.raises(fewbits.FewbitsError, match="skip_types"):
         small(skip_types=single)
 
 
-def test_ledger_and_report_say_which_call_they_wait_for():
+def test_a_missing_ledger_or_report_names_the_missing_call():
     quantizer = small()
     with pytest.raises(StateError, match=r"no ledger in state CREATED; call prepare\(model\)"):
         _ = quantizer.ledger
@@ -101,7 +101,7 @@ NOT_PREPARABLE = [
 
 
 @pytest.mark.parametrize(("options", "source", "error"), NOT_PREPARABLE)
-def test_a_prepare_that_fails_leaves_the_quantizer_as_it_was(options, source, error):
+def test_a_failed_prepare_changes_nothing(options, source, error):
     quantizer = small(**options)
     with pytest.raises(error):
         quantizer.prepare(source())
@@ -110,7 +110,7 @@ def test_a_prepare_that_fails_leaves_the_quantizer_as_it_was(options, source, er
         _ = quantizer.ledger
 
 
-def test_one_quantizer_serves_one_source_after_another():
+def test_a_quantizer_can_be_reused_after_reset():
     quantizer = small()
     for seed in range(2):
         model = mlp(seed)
@@ -121,7 +121,7 @@ def test_one_quantizer_serves_one_source_after_another():
         quantizer.reset()
 
 
-def test_neither_source_nor_its_hooks_nor_its_flags_change():
+def test_the_source_its_hooks_and_its_flags_do_not_change():
     model = TiedLM().train()
     model.norm.eval()
     model.gate_proj.weight.requires_grad = False
@@ -160,7 +160,7 @@ def test_the_result_shares_no_memory_with_the_source():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_hooks_of_the_quantizer_are_gone_after_convert_and_reset(inplace):
+def test_convert_and_reset_remove_the_hooks_of_the_quantizer(inplace):
     model = mlp()
     quantizer = small(observer=Watcher())
     prepared = quantizer.prepare(model, inplace=inplace)
@@ -174,7 +174,7 @@ def test_hooks_of_the_quantizer_are_gone_after_convert_and_reset(inplace):
     assert hook_count(prepared) == hook_count(result) == 0
 
 
-def test_hooks_come_back_after_a_convert_that_fails():
+def test_a_failed_convert_restores_the_hooks():
     quantizer = small(observer=Watcher())
     prepared = quantizer.prepare(with_nan(mlp()))
     quantizer.observe([torch.randn(2, 16)])
@@ -186,7 +186,7 @@ def test_hooks_come_back_after_a_convert_that_fails():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("make", [Int8PerChannel, fewbits.Int8PerTensor, FP16Cast, partial(fewbits.Int4Grouped, 8)])
-def test_a_number_that_is_not_finite_is_named_with_its_tensor(make, value):
+def test_a_nonfinite_number_is_named_with_its_tensor(make, value):
     quantizer = small(make)
     quantizer.prepare(with_nan(mlp(), value=value))
     with pytest.raises(NonFiniteError, match=rf"2\.weight, shape \(8, 32\), float32, .*index \(3, 5\) is {value}"):
@@ -197,7 +197,7 @@ def test_a_number_that_is_not_finite_is_named_with_its_tensor(make, value):
 
 
 @pytest.mark.parametrize("already_there", [False, True])
-def test_a_convert_that_fails_leaves_no_file_and_no_trace(tmp_path, already_there):
+def test_a_failed_convert_leaves_no_file(tmp_path, already_there):
     source, output = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
     save_file(with_nan(mlp()).state_dict(), source)
     if already_there:
@@ -228,7 +228,7 @@ def test_an_interrupted_convert_leaves_no_file(tmp_path):
     assert sorted(files_in(tmp_path)) == ["out.safetensors", "source.safetensors"]
 
 
-def test_in_place_a_failure_leaves_a_model_that_runs_and_a_convert_that_goes_on():
+def test_after_a_failure_in_place_the_model_runs_and_convert_continues():
     model, x = with_nan(mlp()), torch.randn(2, 16)
     quantizer = small()
     quantizer.prepare(model, inplace=True)
@@ -242,7 +242,7 @@ def test_in_place_a_failure_leaves_a_model_that_runs_and_a_convert_that_goes_on(
     assert snapshot(model.state_dict()) == snapshot(expected.state_dict())
 
 
-def test_weights_are_read_when_they_are_converted():
+def test_convert_reads_the_current_weights():
     model = mlp()
     quantizer = small()
     quantizer.prepare(model)
@@ -263,12 +263,12 @@ def test_a_scheme_needs_a_spec():
 
 
 @pytest.mark.parametrize("junk", ["int8", 8, None, QuantSpec])
-def test_a_spec_that_is_none_is_refused(junk):
+def test_an_invalid_spec_is_refused(junk):
     with pytest.raises(ArgumentError, match="Odd has no spec"):
         type("Odd", (Quantizer,), {"spec": junk})()
 
 
-def test_a_spec_may_be_set_in_the_instance():
+def test_a_spec_may_be_set_on_the_instance():
     class Chosen(Quantizer):
         def __init__(self, bits, **strategies):
             self.spec = QuantSpec(bits=bits, granularity="channel")
@@ -313,7 +313,7 @@ def _other_dtype(value, weight, spec):
     [_other_spec, _other_layout, _other_dtype, lambda value, weight, spec: weight.tensor, lambda *_: None],
     ids=["spec", "layout", "dtype", "a float tensor", "nothing"],
 )
-def test_what_quantize_tensor_returns_must_be_what_was_announced(replace):
+def test_quantize_tensor_must_return_the_announced_spec_layout_and_dtype(replace):
     quantizer = replacing_quantize_tensor(replace)
     quantizer.prepare(mlp())
     with pytest.raises(fewbits.FewbitsError, match=r"0\.weight.*Odd\.quantize_tensor returned"):
@@ -322,7 +322,7 @@ def test_what_quantize_tensor_returns_must_be_what_was_announced(replace):
 
 
 @pytest.mark.parametrize("source", [mlp, lambda: mlp().state_dict()])
-def test_output_goes_with_a_path_only(tmp_path, source):
+def test_only_a_path_takes_an_output(tmp_path, source):
     quantizer = small()
     quantizer.prepare(source())
     with pytest.raises(ArgumentError, match="output= goes with a path"):
@@ -336,14 +336,14 @@ def test_output_goes_with_a_path_only(tmp_path, source):
     [("weight_packed", torch.ones(3)), ("weight_scale", torch.ones(3)), ("weight_shape", torch.ones(3))],
 )
 @pytest.mark.parametrize("as_module", [False, True])
-def test_a_name_that_a_file_would_hold_twice_is_refused_in_prepare(names, tensor, as_module):
+def test_prepare_refuses_names_that_collide_in_a_file(names, tensor, as_module):
     model = nn.Linear(16, 4)
     model.register_buffer(names, tensor)
     with pytest.raises(fewbits.FewbitsError, match=names):
         small().prepare(model if as_module else model.state_dict())
 
 
-def test_figures_of_a_damaged_result_can_be_saved(tmp_path):
+def test_measurements_of_a_damaged_result_can_be_saved(tmp_path):
     quantizer = small()
     quantizer.prepare(mlp())
     result = quantizer.convert()

@@ -1,4 +1,4 @@
-"""From decisions to the ledger: one storage has one fate."""
+"""`plan`: decisions become a ledger, and each storage has one fate."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ MUST_KEEP, MUST_TAKE = Decision(False, "excluded", named=True), Decision(True, "
 
 
 def planned(infos, decisions, spec=INT8):
-    """The ledger, with one tensor more that is always quantized."""
+    """The ledger of these tensors and of one that is always quantized."""
     infos, decisions = [*infos, entry("other")], [*decisions, TAKE]
     return plan(infos, decisions, lambda info, decision: (spec, decision.reason))
 
@@ -52,7 +52,7 @@ def test_rules_that_contradict_each_other_on_one_storage_are_refused(decisions):
 
 
 @given(st.lists(st.sampled_from([KEEP, TAKE, MUST_TAKE]), min_size=1, max_size=4))
-def test_the_first_name_holds_the_storage_and_all_others_are_its_aliases(decisions):
+def test_the_first_name_holds_the_storage_and_the_others_are_aliases(decisions):
     names = [f"tensor{i}" for i in range(len(decisions))]
     head, *aliases = list(planned(tied(*names), decisions))[:-1]
     assert head.name == names[0]
@@ -71,7 +71,7 @@ def test_an_obstacle_of_one_name_holds_for_all_names_of_the_storage():
     assert planned(infos, [TAKE, TAKE])["a"].reason == "a buffer"
 
 
-def test_a_tensor_that_has_the_dtype_of_the_cast_already_is_kept():
+def test_a_tensor_that_already_has_the_dtype_of_a_cast_is_kept():
     infos = [entry("half", dtype=torch.float16), entry("brain", dtype=torch.bfloat16)]
     ledger = planned(infos, [TAKE, TAKE], CastSpec(torch.float16))
     assert (ledger["half"].fate, ledger["half"].reason) == ("kept", "it is float16 already")

@@ -1,4 +1,4 @@
-"""Rows that groups do not divide: four ways to deal with them, for every scheme that has groups."""
+"""Rows that groups do not divide: four policies, for every scheme with groups."""
 
 from functools import partial
 
@@ -72,7 +72,7 @@ def test_every_policy_on_rows_of_any_length(ragged, scheme, columns, size):
 )
 @pytest.mark.parametrize("ragged", POLICIES)
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_what_a_policy_makes_of_rows_is_within_its_bound(scheme, ragged, columns, kind, tmp_path):
+def test_every_policy_stays_within_the_error_bound(scheme, ragged, columns, kind, tmp_path):
     if ragged == "error" and kind in ("shorter", "ragged", "one more"):
         with pytest.raises(SelectionError, match="groups do not divide the rows of 1 tensors"):
             prepared({"w": weight(columns)}, scheme, 16, ragged=ragged)
@@ -127,7 +127,7 @@ def test_an_error_names_every_tensor_with_its_shape_and_what_to_do(as_module):
     ],
     ids=str,
 )
-def test_an_error_counts_only_what_has_groups_that_do_not_divide(rules):
+def test_an_error_counts_only_tensors_whose_rows_the_groups_do_not_divide(rules):
     ledger = prepared({"a": weight(20, 16), "b": weight(32)}, Int4Grouped, 16, ragged="error", **rules)
     assert str(ledger["b"].spec) == "int4 group 16"
 
@@ -140,7 +140,7 @@ def test_schemes_without_groups_take_any_rows(scheme, ragged):
 
 
 @given(st.sampled_from(POLICIES), st.integers(1, 40), st.integers(1, 40), st.booleans())
-def test_the_group_size_of_an_override_is_what_counts(ragged, columns, size, named_scheme):
+def test_the_policy_applies_to_the_group_size_of_an_override(ragged, columns, size, named_scheme):
     rule = {"group_size": size} | ({"scheme": "int4"} if named_scheme else {})
     fate = expected(ragged, columns, size)
     if fate is None:
@@ -152,7 +152,7 @@ def test_the_group_size_of_an_override_is_what_counts(ragged, columns, size, nam
     assert row.reason == ("override 'w'" if fate[0] else fate[1])
 
 
-def test_a_group_size_that_a_scheme_chooses_for_a_tensor_is_what_counts():
+def test_the_policy_applies_to_the_group_size_that_a_scheme_chooses():
     class Chooses(Grouped):
         def spec_for(self, info):
             return QuantSpec(bits=5, granularity="group", group_size=10)
@@ -169,7 +169,7 @@ def test_the_fallback_keeps_the_scale_dtype(ragged, columns):
 
 
 @pytest.mark.parametrize("junk", ["longer", None, "", True, "AUTO", ["auto"]])
-def test_a_policy_that_does_not_exist_is_refused_with_those_there_are(junk):
+def test_an_unknown_policy_is_refused_with_the_known_ones(junk):
     with pytest.raises(ArgumentError, match="ragged must be one of 'auto', 'shorter', 'fallback', 'error'"):
         Int4Grouped(ragged=junk)
 

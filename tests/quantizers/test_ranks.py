@@ -1,4 +1,4 @@
-"""Several processes at one result: how files are spread, and what torchrun makes of it."""
+"""Several ranks write one result: how files are spread, and runs under torchrun."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def test_every_file_goes_to_one_rank_in_the_order_of_the_result(sizes, count):
 
 
 @given(sizes=sizes, count=st.integers(1, 9))
-def test_no_rank_has_more_than_another_by_more_than_its_smallest_file(sizes, count):
-    """Before it got that file, its last one, no rank had less."""
+def test_the_loads_of_two_ranks_differ_by_at_most_the_smallest_file(sizes, count):
+    """Each rank had the smallest load when it got its last file."""
     loads = [[sizes[file] for file in share] for share in spread(sizes, count)]
     least = min(map(sum, loads))
     for load in loads:
@@ -44,18 +44,18 @@ def test_no_rank_has_more_than_another_by_more_than_its_smallest_file(sizes, cou
 
 
 @given(sizes=sizes, count=st.integers(1, 9), data=st.data())
-def test_who_writes_what_does_not_depend_on_the_order_of_files(sizes, count, data):
+def test_the_spread_does_not_depend_on_the_order_of_files(sizes, count, data):
     shuffled = {file: sizes[file] for file in data.draw(st.permutations(list(sizes)))}
     assert [set(share) for share in spread(sizes, count)] == [set(share) for share in spread(shuffled, count)]
 
 
-def test_a_process_group_is_asked_for_by_name(tmp_path):
+def test_a_missing_process_group_is_named(tmp_path):
     source = write_shards(tmp_path / "model", {"a.weight": torch.ones(32, 32)}, 1)
     with pytest.raises(fewbits.errors.ArgumentError, match="init_process_group"):
         fewbits.quantize(source, "int8", output=fewbits.Output(tmp_path / "out", distributed=True))
 
 
-# Under torchrun. Starting it takes some ten seconds; what one start can show is shown by one.
+# Under torchrun. A start takes about ten seconds, so each test checks as much as it can.
 
 SIZE = "5kB"
 
@@ -88,7 +88,7 @@ def source(tmp_path):
 
 
 def assert_is_that_of_one_process(source, scheme, **settings):
-    """The result, and nothing else is left."""
+    """The files of the result; nothing else is left."""
     assert visible(source.parent) == ["model", "out"]
     assert len(os.listdir(source.parent)) == 2
     fewbits.quantize(source, scheme, output=fewbits.Output(source.parent / "one", max_shard_size=SIZE), **settings)
@@ -96,7 +96,7 @@ def assert_is_that_of_one_process(source, scheme, **settings):
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_give_what_one_process_gives(source, ranks):
+def test_ranks_write_the_same_bytes_as_one_process(source, ranks):
     scheme = ["--scheme", "int4", "--group-size", 64]
     done = run(torchrun(ranks, *quantize(source, *scheme, "--max-shard-size", SIZE, "--json")))
     assert done.returncode == 0, done.stderr
@@ -115,7 +115,7 @@ def test_ranks_give_what_one_process_gives(source, ranks):
 
 
 def last_file_of(source, rank):
-    """A tensor that a rank comes to last."""
+    """The last tensor that a rank converts."""
     planned = fewbits.plan(source, "int8", output=fewbits.Output(source.parent / "out", max_shard_size=SIZE))
     load = {shard.file: sum(row.bytes_before for row in shard.ledger) for shard in planned.shards}
     file = spread(load, 2)[rank][-1]
@@ -158,8 +158,8 @@ CATCHING = """
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_and_goes_on_running_leaves_nobody_waiting(tmp_path, source):
-    """In a notebook, say, where an error does not end the process."""
+def test_no_rank_waits_for_a_failed_rank_that_keeps_running(tmp_path, source):
+    """As in a notebook, where an error does not end the process."""
     broken = tensors()
     broken[last_file_of(source, rank=1)][3, 5] = float("nan")
     write_shards(source, broken, 3)
@@ -179,7 +179,7 @@ def ranks_of(parent):
             variables = dict(
                 pair.split(b"=", 1) for pair in (path / "environ").read_bytes().split(b"\0") if b"=" in pair
             )
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         if started_by == parent and b"RANK" in variables:
             found[int(variables[b"RANK"])] = int(path.name)
@@ -189,7 +189,7 @@ def ranks_of(parent):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes as Linux shows them")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_process_goes_on_with_what_a_killed_rank_has_left(tmp_path, rank):
+def test_one_process_continues_after_a_rank_was_killed(tmp_path, rank):
     source = write_shards(tmp_path / "model", tensors(20_000), 3)
     process = subprocess.Popen(
         torchrun(2, *quantize(source, "--max-shard-size", "3MB")),

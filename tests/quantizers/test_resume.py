@@ -1,4 +1,4 @@
-"""A run that did not come to its end, and another that goes on with it: the same bytes, whatever happened."""
+"""An interrupted run and a second run that resumes it: the same bytes in every case."""
 
 import contextlib
 import errno
@@ -26,11 +26,11 @@ from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize
 
 
 class Stopped(BaseException):
-    """As a process is by a signal: whatever comes, nobody catches it."""
+    """Ends a run like a signal: no handler catches it."""
 
 
 def stop_at(moment):
-    """A progress that ends the run at a step of the conversion."""
+    """A `progress` that ends the run at one step."""
     steps = []
 
     def stop(step):
@@ -50,15 +50,17 @@ def cut(chunk, block=100):
         yield
 
 
-def workplace(folder):
+def staging_directory(folder):
     (found,) = [path for path in folder.iterdir() if path.name.endswith(".work")]
     return found
 
 
 def notes(folder):
-    """Every chunk that the journals say is done."""
+    """The notes of all journals, one for each written chunk."""
     lines = [
-        line for path in sorted((workplace(folder) / "journal").iterdir()) for line in path.read_text().splitlines()
+        line
+        for path in sorted((staging_directory(folder) / "journal").iterdir())
+        for line in path.read_text().splitlines()
     ]
     return [note for note in map(json.loads, lines) if "tensor" in note]
 
@@ -86,7 +88,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, source):
-    """The files of a run that nothing disturbed, by scheme."""
+    """The files of an uninterrupted run, by scheme."""
     made = {}
 
     def make(scheme):
@@ -136,7 +138,7 @@ def _flip(path, dice):
     damage=st.sampled_from(list(DAMAGE)),
     seed=st.integers(0, 10),
 )
-def test_what_is_gone_on_with_ends_as_if_nothing_had_happened(
+def test_a_resumed_run_gives_the_same_bytes(
     tmp_path_factory, source, whole, scheme, moments, threads, chunks, damage, seed
 ):
     folder = tmp_path_factory.mktemp("out")
@@ -146,7 +148,7 @@ def test_what_is_gone_on_with_ends_as_if_nothing_had_happened(
         if shares is not None:
             break
         if list(folder.glob(".*.work")):
-            DAMAGE[damage](workplace(folder), random.Random(seed))
+            DAMAGE[damage](staging_directory(folder), random.Random(seed))
     else:
         with cut(chunks[-1]):
             run(source, folder / "out", scheme, resume=True, threads=threads)
@@ -167,15 +169,17 @@ def test_nothing_is_converted_twice(tmp_path_factory, source, scheme, moment):
 
 
 @pytest.mark.parametrize("moment", range(3, 75, 6))
-def test_until_all_is_complete_there_is_nothing_that_a_loader_takes_for_a_model(tmp_path, source, moment):
+def test_no_loader_accepts_an_unfinished_result(tmp_path, source, moment):
     with cut(10):
         run(source, tmp_path / "out", "int8", stop_at(moment))
     assert visible(tmp_path) == []
-    files = workplace(tmp_path) / "files"
-    for path in (tmp_path / "out", tmp_path, workplace(tmp_path), files):
+    files = staging_directory(tmp_path) / "files"
+    for path in (tmp_path / "out", tmp_path, staging_directory(tmp_path), files):
         with pytest.raises(fewbits.errors.CheckpointError):
             fewbits.load(path)
-    sealed = {path.stem for path in (workplace(tmp_path) / "journal").iterdir() if '"header"' in path.read_text()}
+    sealed = {
+        path.stem for path in (staging_directory(tmp_path) / "journal").iterdir() if '"header"' in path.read_text()
+    }
     for path in files.iterdir():
         if path.name not in sealed:
             with pytest.raises(fewbits.errors.FormatError):
@@ -186,7 +190,7 @@ def test_until_all_is_complete_there_is_nothing_that_a_loader_takes_for_a_model(
 
 @pytest.fixture
 def begun(tmp_path):
-    """A source that may be changed, and a run of it that was stopped half-way."""
+    """A source that tests may change, after a run that stopped halfway."""
     source = write_shards(tmp_path / "model", checkpoint(), 2)
     (source / "config.json").write_text("{}")
     with cut(10):
@@ -195,7 +199,7 @@ def begun(tmp_path):
 
 
 def retouch(path, data=None):
-    """Change a file, and its time too if the system's clock is too coarse to."""
+    """Change a file and its modification time, which a coarse clock might not change."""
     before = path.stat()
     path.write_bytes(path.read_bytes() if data is None else data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
@@ -211,7 +215,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_has_changed_is_refused(tmp_path, begun, change):
+def test_a_changed_source_is_refused(tmp_path, begun, change):
     CHANGES[change](begun)
     before = files_in(tmp_path)
     with pytest.raises(fewbits.errors.ArgumentError, match=re.escape(f"{change} changed")):
@@ -229,13 +233,13 @@ def test_a_source_that_has_changed_is_refused(tmp_path, begun, change):
         ({"scheme": "int8", "max_shard_size": 30_000}, "files of the result"),
     ],
 )
-def test_another_recipe_is_refused(tmp_path, begun, recipe, why):
+def test_changed_settings_are_refused(tmp_path, begun, recipe, why):
     with pytest.raises(fewbits.errors.ArgumentError, match=f"its inputs changed.*{why}"):
         run(begun, tmp_path / "out", resume=True, **recipe)
 
 
 class Scaled(fewbits.Int8PerChannel):
-    """A scheme with a setting that no ledger shows."""
+    """A scheme with a setting that does not show in the ledger."""
 
     def __init__(self, factor):
         super().__init__()
@@ -246,8 +250,8 @@ class Scaled(fewbits.Int8PerChannel):
 
 
 @pytest.mark.parametrize(("factor", "alike"), [(1.0, True), (1.5, False), (lambda: 1.0, False)])
-def test_another_setting_of_a_scheme_is_refused(tmp_path, source, factor, alike):
-    """Of a function nobody can tell whether it is the same."""
+def test_a_changed_attribute_of_a_scheme_is_refused(tmp_path, source, factor, alike):
+    """Two functions cannot be compared."""
     first = factor if callable(factor) else 1.0
     with pytest.raises(Stopped):
         fewbits.quantize(source, Scaled(first), output=tmp_path / "out", progress=stop_at(10))
@@ -283,7 +287,7 @@ def test_another_release_is_refused(tmp_path, begun, monkeypatch):
 
 
 def touched_at(path, stop):
-    """Change a file when a run is at some tensor, then let it go on, or be interrupted."""
+    """Change a file during a run, which continues or is interrupted."""
 
     def progress(step):
         if step.done > 60_000:
@@ -295,7 +299,7 @@ def touched_at(path, stop):
 
 
 @pytest.mark.parametrize("stop", [True, False])
-def test_a_source_that_changes_during_a_run_is_told_of_at_once_and_how_to_begin_anew(tmp_path, stop):
+def test_a_source_that_changes_during_a_run_is_reported_with_advice_to_start_over(tmp_path, stop):
     source = write_shards(tmp_path / "model", checkpoint(), 2)
     progress = touched_at(source / "model-00002-of-00002.safetensors", stop)
     with cut(10), pytest.raises((fewbits.errors.CheckpointError, KeyboardInterrupt)) as ended:
@@ -307,7 +311,7 @@ def test_a_source_that_changes_during_a_run_is_told_of_at_once_and_how_to_begin_
     assert run(source, tmp_path / "out", replace=True)
 
 
-def test_a_source_that_cannot_be_read_for_a_while_leaves_a_run_that_is_gone_on_with(tmp_path):
+def test_a_run_can_be_resumed_after_its_source_was_unreadable(tmp_path):
     source = write_shards(tmp_path / "model", checkpoint(), 2)
 
     def away(step):
@@ -323,7 +327,7 @@ def test_a_source_that_cannot_be_read_for_a_while_leaves_a_run_that_is_gone_on_w
 
 @pytest.mark.parametrize("paranoid", [True, False])
 def test_a_paranoid_run_reads_the_source_again(tmp_path, begun, paranoid):
-    """A change that size, time and header do not tell."""
+    """The change keeps size, time and header."""
     path = begun / "model-00001-of-00002.safetensors"
     status, data = path.stat(), bytearray(path.read_bytes())
     entries, _, payload = read_header(path)
@@ -339,12 +343,12 @@ def test_a_paranoid_run_reads_the_source_again(tmp_path, begun, paranoid):
         run(begun, tmp_path / "out", resume=True)
 
 
-def test_a_paranoid_run_is_content_with_a_source_that_is_the_same(tmp_path, begun, source):
+def test_a_paranoid_run_accepts_an_unchanged_source(tmp_path, begun, source):
     run(begun, tmp_path / "out", resume=True, paranoid=True)
     assert visible(tmp_path) == ["model", "out"]
 
 
-def test_what_was_begun_is_neither_lost_nor_gone_on_with_unasked(tmp_path, begun):
+def test_an_unfinished_run_is_neither_removed_nor_resumed_unasked(tmp_path, begun):
     before = files_in(tmp_path)
     with pytest.raises(fewbits.errors.ArgumentError, match=r"--resume.*--replace"):
         run(begun, tmp_path / "out")
@@ -353,7 +357,7 @@ def test_what_was_begun_is_neither_lost_nor_gone_on_with_unasked(tmp_path, begun
     assert share.resumed == 0
 
 
-def test_a_result_that_is_complete_is_compared_with_its_source(tmp_path, source):
+def test_a_complete_result_is_compared_with_its_source(tmp_path, source):
     (first,) = run(source, tmp_path / "out")
     before = files_in(tmp_path / "out")
     (share,) = run(source, tmp_path / "out", resume=True)
@@ -362,7 +366,7 @@ def test_a_result_that_is_complete_is_compared_with_its_source(tmp_path, source)
 
 
 @pytest.mark.parametrize("other", ["another source", "another scheme", "damage", "nothing of ours"])
-def test_a_result_that_is_not_what_this_would_make_is_refused(tmp_path, source, other):
+def test_a_complete_result_that_differs_is_refused(tmp_path, source, other):
     run(source, tmp_path / "out")
     scheme = "int8"
     if other == "another source":
@@ -377,12 +381,12 @@ def test_a_result_that_is_not_what_this_would_make_is_refused(tmp_path, source, 
         run(source, tmp_path / "out", scheme, resume=True)
 
 
-def test_without_an_earlier_run_there_is_nothing_to_go_on_with(tmp_path, source, whole):
+def test_resume_without_an_earlier_run_starts_one(tmp_path, source, whole):
     (share,) = run(source, tmp_path / "out", resume=True)
     assert share.resumed == 0
 
 
-def test_numbers_that_cannot_be_quantized_leave_nothing_to_go_on_with(tmp_path):
+def test_nonfinite_numbers_leave_no_unfinished_run(tmp_path):
     tensors = checkpoint()
     tensors["wide.weight"][0, 5] = float("nan")
     source = write_shards(tmp_path / "model", tensors, 2)
@@ -391,7 +395,7 @@ def test_numbers_that_cannot_be_quantized_leave_nothing_to_go_on_with(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_a_format_that_cannot_be_gone_on_with_keeps_its_complete_files(tmp_path, source):
+def test_a_format_without_resumable_files_keeps_its_complete_files(tmp_path, source):
     def convert(serializer, progress=None, **how):
         quantizer = small(serializer=serializer)
         quantizer.prepare(source)
@@ -434,7 +438,7 @@ def test_two_processes_do_not_write_the_same_result(tmp_path, source):
     assert fewbits.verify(tmp_path / "out", source).ok
 
 
-def test_a_single_file_is_gone_on_with_too(tmp_path, source):
+def test_a_single_file_is_resumed_too(tmp_path, source):
     file = source / "model-00001-of-00003.safetensors"
     with cut(10):
         assert run(file, tmp_path / "one.safetensors", "int4", stop_at(20), max_shard_size=None) is None
@@ -444,8 +448,8 @@ def test_a_single_file_is_gone_on_with_too(tmp_path, source):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_a_limit_that_gives_as_many_files_cut_elsewhere_is_refused(tmp_path):
-    """Files of the same names that hold other tensors do not go together."""
+def test_another_shard_size_with_the_same_number_of_files_is_refused(tmp_path):
+    """The files have the same names and hold other tensors."""
     tensors = {f"{name}.weight": torch.randn(64, 64) for name in "abcde"}
     source = write_shards(tmp_path / "model", tensors, 1)
     sizes = [
@@ -466,7 +470,7 @@ def test_a_limit_that_gives_as_many_files_cut_elsewhere_is_refused(tmp_path):
 
 
 class Attached(fewbits.Int8PerChannel):
-    """A scheme that holds something, and rounds by itself."""
+    """A scheme with an attribute and its own rounding."""
 
     def __init__(self, held):
         super().__init__()
@@ -493,7 +497,7 @@ def _ring():
     ],
     ids=["a ring", "a module", "a logger", "a tensor without bytes", "a sparse tensor"],
 )
-def test_whatever_a_scheme_holds_it_can_be_run(tmp_path, source, held, alike):
+def test_a_scheme_may_have_attributes_of_any_type(tmp_path, source, held, alike):
     with pytest.raises(Stopped):
         fewbits.quantize(source, Attached(held()), output=tmp_path / "out", progress=stop_at(10))
     refused = contextlib.nullcontext() if alike else pytest.raises(fewbits.errors.ArgumentError, match="scheme")
@@ -501,7 +505,7 @@ def test_whatever_a_scheme_holds_it_can_be_run(tmp_path, source, held, alike):
         fewbits.quantize(source, Attached(held()), output=fewbits.Output(tmp_path / "out", resume=True))
 
 
-def _workplace_of(target):
+def _staging_directory_of(target):
     return target.parent / f".fewbits-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.work"
 
 
@@ -534,11 +538,11 @@ def _replaced(path):
 
 @pytest.mark.parametrize("how", [{}, {"resume": True}, {"replace": True}], ids=str)
 @pytest.mark.parametrize("what", [*FOREIGN, *FOREIGN_INSIDE])
-def test_what_no_run_has_put_there_is_neither_removed_nor_written_to(tmp_path, begun, what, how):
+def test_foreign_files_in_the_staging_directory_are_neither_removed_nor_changed(tmp_path, begun, what, how):
     precious = tmp_path / "precious" / "data"
     precious.parent.mkdir()
     precious.write_text("mine")
-    work = workplace(tmp_path)
+    work = staging_directory(tmp_path)
     if what in FOREIGN:
         shutil.rmtree(work)
         FOREIGN[what](work, precious)
@@ -551,8 +555,8 @@ def test_what_no_run_has_put_there_is_neither_removed_nor_written_to(tmp_path, b
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_source_where_the_result_is_made_is_refused(tmp_path):
-    source = write_shards(_workplace_of(tmp_path / "out") / "files", checkpoint(), 1)
+def test_a_source_in_the_staging_directory_is_refused(tmp_path):
+    source = write_shards(_staging_directory_of(tmp_path / "out") / "files", checkpoint(), 1)
     before = files_in(tmp_path)
     with pytest.raises(fewbits.errors.ArgumentError, match=r"lies in .*, where the result is made"):
         run(source, tmp_path / "out")
@@ -561,13 +565,13 @@ def test_a_source_where_the_result_is_made_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """A source that is one file, and not a directory: so is its result."""
+    """A source that is a single file, like its result."""
     path = tmp_path_factory.mktemp("one") / "model.safetensors"
     safetensors.torch.save_file(checkpoint(), path)
     return path
 
 
-def test_a_file_may_have_the_longest_name_there_can_be(tmp_path, one):
+def test_a_file_may_have_the_longest_possible_name(tmp_path, one):
     target = tmp_path / ("n" * (255 - len(".safetensors")) + ".safetensors")
     with cut(10):
         assert run(one, target, progress=stop_at(50), max_shard_size=None) is None
@@ -576,8 +580,8 @@ def test_a_file_may_have_the_longest_name_there_can_be(tmp_path, one):
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_what_a_published_run_has_left_is_no_run_to_go_on_with(tmp_path, source, one, single, monkeypatch):
-    """It was killed between publishing and the last of its tidying up."""
+def test_remains_of_a_published_run_are_not_an_unfinished_run(tmp_path, source, one, single, monkeypatch):
+    """The run was killed after publishing, while it removed its directory."""
     target = tmp_path / "out.safetensors" if single else tmp_path / "out"
     how = {"max_shard_size": None} if single else {}
 
@@ -589,7 +593,7 @@ def test_what_a_published_run_has_left_is_no_run_to_go_on_with(tmp_path, source,
     with monkeypatch.context() as patch:
         patch.setattr("fewbits.conversion.staging.remove_tree", stop)
         assert run(one if single else source, target, **how) is None
-    assert workplace(tmp_path)
+    assert staging_directory(tmp_path)
     (share,) = run(one if single else source, target, resume=True, **how)
     assert share.converted == 0
     assert os.listdir(tmp_path) == [target.name]
@@ -616,8 +620,8 @@ def test_a_directory_that_cannot_be_replaced_is_refused_before_anything_is_done(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_nobody_begins_anew_while_one_of_many_still_writes(tmp_path, begun):
-    """The first process has failed; another has not noticed yet."""
+def test_no_run_starts_over_while_another_process_still_writes(tmp_path, begun):
+    """The first process has failed, and a second one has not noticed yet."""
     output = fewbits.Output(tmp_path / "out", resume=True, max_shard_size=12_000)
     quantizer = SCHEMES["int8"]()
     quantizer.prepare(begun)
@@ -632,8 +636,8 @@ def test_nobody_begins_anew_while_one_of_many_still_writes(tmp_path, begun):
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_a_file_that_has_come_there_meanwhile_is_not_replaced_unasked(tmp_path, one, earlier):
-    """One that was there when the run was begun was to be replaced."""
+def test_a_file_that_was_created_during_the_run_is_not_replaced_unasked(tmp_path, one, earlier):
+    """A file that existed when the run began is replaced."""
     target = tmp_path / "out.safetensors"
     how = {"max_shard_size": None}
     if earlier:
@@ -654,9 +658,9 @@ def test_a_file_that_has_come_there_meanwhile_is_not_replaced_unasked(tmp_path, 
 @pytest.mark.parametrize(
     "forged", [{"written": {"e": [float("inf"), ""]}}, {"tally": {}}, {"tally": {"unit": "no"}}], ids=str
 )
-def test_a_line_that_no_run_has_written_is_the_end_of_a_journal(tmp_path, begun, forged):
-    """With a digest that is right: its fields are what nothing can be made of."""
-    path = next(path for path in (workplace(tmp_path) / "journal").iterdir() if path.stat().st_size)
+def test_an_invalid_line_ends_a_journal(tmp_path, begun, forged):
+    """The digest of the line is right, but its fields are invalid."""
+    path = next(path for path in (staging_directory(tmp_path) / "journal").iterdir() if path.stat().st_size)
     first, *others = path.read_text().splitlines(keepends=True)
     fields = json.loads(first) | forged
     del fields["check"]
@@ -683,17 +687,17 @@ def test_a_complete_result_in_other_files_is_refused(tmp_path, source):
         run(source, tmp_path / "out", resume=True, max_shard_size=30_000)
 
 
-def test_a_complete_file_that_was_damaged_is_not_complete_any_more(tmp_path, begun):
-    journals = {path.stem: path for path in (workplace(tmp_path) / "journal").iterdir()}
+def test_a_complete_file_that_was_damaged_is_written_again(tmp_path, begun):
+    journals = {path.stem: path for path in (staging_directory(tmp_path) / "journal").iterdir()}
     file = next(name for name, path in journals.items() if '"header"' in path.read_text())
-    path = workplace(tmp_path) / "files" / file
+    path = staging_directory(tmp_path) / "files" / file
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with cut(10):
         run(begun, tmp_path / "out", "int8", stop_at(1), resume=True)
     assert '"header"' not in journals[file].read_text()
 
 
-def test_progress_ends_with_all_that_there_is(tmp_path, begun):
+def test_progress_of_a_resumed_run_ends_with_all_bytes(tmp_path, begun):
     steps = []
     run(begun, tmp_path / "out", "int8", steps.append, resume=True)
     done = [step.done for step in steps if step.activity == "convert"]
@@ -704,7 +708,7 @@ def test_progress_ends_with_all_that_there_is(tmp_path, begun):
 
 @pytest.fixture
 def work(monkeypatch):
-    """How often a tensor is compared with its source, and how often the bytes of files are read."""
+    """Counts comparisons of each tensor with its source, and reads of each file."""
     counted = {"compared": 0, "read": 0}
     compare, read = Tally.add, FileBytes.read_into
 
@@ -725,10 +729,10 @@ def test_each_tensor_is_compared_once_and_each_part_of_the_result_read_twice(tmp
     source = write_shards(tmp_path / "model", {f"{index}.weight": torch.randn(8, 16) for index in range(5)}, 2)
     parts = 5 * 3  # codes, scales and shape of each tensor
     whole = fewbits.quantize(source, "int8", output=tmp_path / "out", min_elements=0)
-    # The source once; what was written once before it is published, and once more in validation.
+    # The source is read once. The result is read before it is published, and again in validation.
     assert work == {"compared": 5, "read": 5 + 2 * parts}
     work.update(compared=0, read=0)
     resumed = fewbits.quantize(source, "int8", output=fewbits.Output(tmp_path / "out", resume=True), min_elements=0)
-    # The result is read for its digests, beside the source, and for its digests in validation.
+    # The result is read for its digests, for the comparison with the source, and for its digests in validation.
     assert work == {"compared": 5, "read": 5 + 3 * parts}
     assert resumed.report == whole.report

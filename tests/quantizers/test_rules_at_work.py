@@ -1,4 +1,4 @@
-"""Rules of selection at work: what they make of models and state dicts, and what the ledger says of it."""
+"""Rules of selection, applied to models and state dicts, and their traces in the ledger."""
 
 import json
 
@@ -17,7 +17,7 @@ from lifecycle_helpers import TiedLM, mlp, quantize_small, small
 
 
 class Bag(nn.Module):
-    """Parameters that nothing runs."""
+    """A module with parameters and no forward."""
 
 
 def ledger_of(source, scheme=Int8PerChannel, *args, **options):
@@ -37,7 +37,7 @@ def resolved(spec, dtype=torch.float32):
 # Names.
 
 
-def test_excluding_layer_1_of_twelve_keeps_layer_1_alone():
+def test_excluding_layer_1_of_twelve_keeps_only_layer_1():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -68,7 +68,7 @@ def test_a_part_of_a_component_is_an_error_that_names_the_component():
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-tensor", "int4"])
 @pytest.mark.parametrize("as_module", [True, False])
-def test_512_elements_are_the_least_that_get_codes_by_default(scheme, as_module):
+def test_by_default_tensors_below_512_elements_are_kept(scheme, as_module):
     model = Bag()
     for name, shape in {"below": (7, 73), "at": (16, 32), "above": (27, 19)}.items():
         model.register_parameter(name, nn.Parameter(torch.rand(shape)))
@@ -87,13 +87,13 @@ def test_512_elements_are_the_least_that_get_codes_by_default(scheme, as_module)
     assert quantized(overrides={"below": "int8"}) == ({"below", "at", "above"}, "override 'below'")
 
 
-def test_a_cast_has_no_least_size_unless_it_is_asked_for():
+def test_a_cast_has_no_minimum_size_unless_asked():
     tensors = {"one": torch.ones(1, 1), "more": torch.ones(8, 8)}
     assert fewbits.quantize(tensors, "fp16").ledger.count("cast") == 2
     assert fewbits.quantize(tensors, "fp16", min_elements=2).ledger.count("cast") == 1
 
 
-def test_a_scheme_may_have_a_least_size_of_its_own():
+def test_a_scheme_may_set_its_own_minimum_size():
     class Coarse(fewbits.Quantizer):
         spec = QuantSpec(bits=4, granularity="tensor")
         min_elements = 100
@@ -126,7 +126,7 @@ OVERRIDES = {
 
 @pytest.mark.parametrize(("rule", "spec"), OVERRIDES.values(), ids=OVERRIDES)
 @pytest.mark.parametrize("as_module", [True, False])
-def test_an_override_changes_the_spec_of_what_it_names_alone(rule, spec, as_module):
+def test_an_override_changes_only_the_specs_of_the_tensors_it_names(rule, spec, as_module):
     model = nn.ModuleDict({"a": nn.Linear(96, 8), "b": nn.Linear(96, 8)})
     source = model if as_module else dict(model.state_dict())
     result = quantize_small(source, small(Int4Grouped, 32, overrides={"a": rule}))
@@ -136,7 +136,7 @@ def test_an_override_changes_the_spec_of_what_it_names_alone(rule, spec, as_modu
     assert result.ledger["b.weight"].reason == "selected"
 
 
-def test_codes_of_an_override_are_those_of_a_quantizer_of_its_own():
+def test_an_override_gives_the_same_codes_as_its_scheme():
     tensors = {"a": matrix(), "b": matrix(seed=1)}
     mixed = quantize_small(tensors, small(Int4Grouped, 32, overrides={"b": "int8"})).model
     assert mixed["a"].equal(quantize_small(tensors, "int4", group_size=32).model["a"])
@@ -154,12 +154,12 @@ def test_codes_of_an_override_are_those_of_a_quantizer_of_its_own():
     ],
     ids=str,
 )
-def test_an_override_that_names_no_scale_dtype_takes_the_quantizer_s(asked, rule, expected):
+def test_an_override_without_a_scale_dtype_takes_that_of_the_quantizer(asked, rule, expected):
     ledger = ledger_of({"w": matrix()}, scale_dtype=asked, overrides={"w": rule})
     assert ledger["w"].spec.scale_dtype == expected
 
 
-def test_an_override_outranks_what_a_scheme_chooses_for_a_tensor():
+def test_an_override_outranks_spec_for():
     class Mixed(fewbits.Quantizer):
         spec = QuantSpec(bits=4, granularity="channel")
 
@@ -177,14 +177,14 @@ def test_an_override_outranks_what_a_scheme_chooses_for_a_tensor():
     }
 
 
-def test_fields_that_do_not_go_with_the_scheme_are_refused_in_prepare():
+def test_prepare_refuses_fields_that_contradict_the_scheme():
     quantizer = small(overrides={"0": {"granularity": "group"}})
     with pytest.raises(SelectionError, match=r"overrides\['0'\].* does not go with int8 channel: group_size"):
         quantizer.prepare(mlp())
     assert quantizer.state is fewbits.State.CREATED
 
 
-def test_overrides_are_in_the_file_and_come_back(tmp_path):
+def test_overrides_survive_save_and_load(tmp_path):
     model = mlp()
     result = quantize_small(model, small(overrides={"0": {"scheme": "int4", "group_size": 8}, "2": "fp16"}))
     result.save(tmp_path / "f")
@@ -202,7 +202,7 @@ TIED = ["embed_tokens", "lm_head"]
 
 @pytest.mark.parametrize("name", TIED)
 @pytest.mark.parametrize("scheme", [Int8PerChannel, lambda **o: Int4Grouped(16, **o)], ids=["int8", "int4"])
-def test_an_override_of_one_name_speaks_for_all_names_of_a_tensor(name, scheme):
+def test_an_override_of_one_name_holds_for_all_names_of_a_tensor(name, scheme):
     row = ledger_of(TiedLM(), scheme, overrides={name: "int8-tensor"})["embed_tokens.weight"]
     assert (row.spec, row.reason) == (resolved(SPECS["int8-tensor"]), f"override {name!r}")
 
@@ -247,7 +247,7 @@ def test_rules_that_contradict_each_other_on_one_tensor_are_refused(rules):
 
 
 @pytest.mark.parametrize("as_module", [True, False])
-def test_declared_axes_change_the_cut_and_are_in_the_ledger(as_module, tmp_path):
+def test_declared_input_axes_change_the_layout_and_the_ledger(as_module, tmp_path):
     model = Bag()
     for name in ("experts", "plain"):
         model.register_parameter(name, nn.Parameter(torch.rand(3, 8, 64)))
@@ -276,7 +276,7 @@ def test_any_axes_can_be_the_inputs(shape, data):
 
 @pytest.mark.parametrize("axes", [2, -3, [0, 2], [0, 0], [1, -1]], ids=str)
 @pytest.mark.parametrize("as_module", [True, False])
-def test_axes_that_a_tensor_does_not_have_are_an_error_that_names_it(axes, as_module):
+def test_axes_that_a_tensor_does_not_have_raise_an_error_with_its_name(axes, as_module):
     model = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(8, 4)})
     source = model if as_module else dict(model.state_dict())
     with pytest.raises(SelectionError, match=r"input_axes: a\.weight, shape \(4, 16\): "):
@@ -293,7 +293,7 @@ def test_axes_that_contradict_each_other_on_one_tensor_are_refused_with_both_nam
         ledger_of(TiedLM(), input_axes={"embed_tokens": 1, "lm_head": 0})
 
 
-def test_axes_go_with_an_override_and_with_groups():
+def test_input_axes_work_with_overrides_and_groups():
     rules = {"input_axes": {"w": 0}, "overrides": {"w": {"scheme": "int4", "group_size": 4}}}
     value = quantize_small({"w": matrix(8, 96)}, small(**rules)).model["w"]
     assert value.scale.shape == (96, 2)
@@ -304,7 +304,7 @@ def test_axes_of_a_tensor_that_is_cast_change_nothing():
     assert (row.fate, row.layout) == ("cast", None)
 
 
-# What a selector of an outside author may decide.
+# Decisions of a selector by an outside author.
 
 
 def test_a_selector_may_decide_on_specs_and_axes():

@@ -1,4 +1,4 @@
-"""The built-in schemes: what they choose for which tensor, and what they keep."""
+"""The built-in schemes: the specs that they choose, and the tensors that they keep."""
 
 from functools import partial
 
@@ -49,7 +49,7 @@ def test_a_ragged_last_group_is_a_shorter_group(columns, group_size, symmetric):
 
 
 @pytest.mark.parametrize("junk", [0, -1, 1.5, "128", None, True])
-def test_a_group_size_that_is_no_positive_integer_is_refused(junk):
+def test_a_group_size_must_be_a_positive_integer(junk):
     with pytest.raises(ArgumentError, match="group_size must be a positive integer"):
         small(Int4Grouped, junk)
 
@@ -99,7 +99,7 @@ def test_int4_keeps_embeddings_by_name_where_there_are_no_classes(name):
     ],
 )
 @pytest.mark.parametrize("as_module", [False, True])
-def test_int4_quantizes_an_embedding_that_is_asked_for(asking, as_module):
+def test_int4_quantizes_an_embedding_if_asked(asking, as_module):
     model = nn.ModuleDict({"wte": nn.Embedding(10, 32), "head": nn.Linear(32, 8)})
     ledger = ledger_of(small(Int4Grouped, 16, **asking), model if as_module else model.state_dict())
     assert ledger["wte.weight"].fate == "quantized"
@@ -139,7 +139,7 @@ def test_a_tied_embedding_is_kept_with_its_output_layer_unless_a_rule_names_one_
         ("scalar", torch.tensor(1.0), "0 dimensions; two are needed"),
     ],
 )
-def test_what_cannot_be_quantized_is_kept_bit_for_bit_with_a_reason(scheme, name, tensor, reason):
+def test_tensors_that_cannot_be_quantized_are_kept_bit_for_bit_with_a_reason(scheme, name, tensor, reason):
     result = quantize_small({name: tensor, "other": weight(4, 256)}, small(scheme))
     assert (result.ledger[name].fate, result.ledger[name].reason) == ("kept", reason)
     assert result.model[name].dtype == tensor.dtype
@@ -156,7 +156,7 @@ def test_a_rule_that_names_a_bias_does_not_make_it_a_weight(scheme):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8)])
-def test_scales_have_the_dtype_of_the_weight_unless_another_is_asked_for(scheme, dtype):
+def test_scales_have_the_dtype_of_the_weight_unless_set(scheme, dtype):
     for asked in (None, *DTYPES):
         result = quantize_small({"w": weight(4, 32, dtype)}, small(scheme, scale_dtype=asked))
         assert result.model["w"].scale.dtype == (asked or dtype)
@@ -175,20 +175,20 @@ def test_the_fallback_takes_the_scale_dtype_too():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fp16_casts_what_is_not_half_already(dtype):
+def test_fp16_casts_tensors_that_are_not_half(dtype):
     result = quantize_small({"w": weight(4, 8, dtype), "other": weight(4, 8)}, "fp16")
     assert result.ledger["w"].fate == ("kept" if dtype == torch.float16 else "cast")
     assert torch.equal(result.model["w"], weight(4, 8, dtype).half())
 
 
-def test_fp16_has_nothing_to_do_on_a_model_in_half():
+def test_fp16_refuses_a_model_in_half():
     with pytest.raises(SelectionError, match=r"nothing is left(?s:.*)it is float16 already"):
         small(FP16Cast).prepare(mlp().half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_value_beyond_half_is_an_error_that_names_tensor_and_index(dtype, sign):
+def test_a_value_beyond_half_raises_an_error_with_tensor_and_index(dtype, sign):
     tensors = {"fine": weight(4, 8, dtype), "big": weight(4, 8, dtype)}
     tensors["big"][2, 7] = sign * 1e6
     quantizer = small(FP16Cast)
@@ -204,7 +204,7 @@ def test_values_that_round_to_the_largest_half_are_cast(value):
 
 
 @pytest.mark.parametrize("make", [Int8PerChannel, partial(Int4Grouped, 8)])
-def test_a_scale_beyond_its_dtype_is_an_error_that_names_the_tensor(make):
+def test_a_scale_beyond_its_dtype_raises_an_error_with_the_tensor(make):
     quantizer = small(make, scale_dtype=torch.float16)
     quantizer.prepare({"huge": torch.full((2, 16), 1e30)})
     with pytest.raises(RangeError, match=r"huge, shape \(2, 16\).*scale"):

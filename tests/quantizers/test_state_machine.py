@@ -1,4 +1,4 @@
-"""Every order of calls, on models, mappings and files: what is illegal is refused and changes nothing."""
+"""Every order of calls, on models, mappings and files: an illegal call is refused and changes nothing."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ TOO_EARLY_OR_TOO_LATE = {
         "OBSERVED": "convert()",
     },
 }
-# Random walks seldom get far by themselves, so each begins somewhere on the way.
+# Random walks seldom reach late states, so each walk begins in a random state.
 BEGINNINGS = [(), ("observe",), ("convert",), ("observe", "convert"), ("convert", "validate")]
 KINDS = ["module", "module in place", "mapping", "mapping in place", "path"]
 
@@ -64,7 +64,7 @@ class Lifecycle(RuleBasedStateMachine):
         if "mapping" in kind:
             return dict(mlp().state_dict())
         path = self.folder / "source.safetensors"
-        if not path.exists():  # written once: a file that changes after it was prepared is refused
+        if not path.exists():  # written only once: a file that changes after `prepare` is refused
             save_file(mlp().state_dict(), path)
         return path
 

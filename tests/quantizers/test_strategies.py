@@ -39,7 +39,7 @@ def test_an_observer_sees_the_inputs_of_each_layer():
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
-def test_an_observer_sees_what_the_users_own_loop_shows_it():
+def test_an_observer_sees_inputs_of_a_loop_of_the_users_own():
     seen = []
     quantizer = small(observer=Watcher(seen.append))
     prepared = quantizer.prepare(mlp())
@@ -72,7 +72,7 @@ def test_an_observer_changes_the_result():
     assert torch.equal(watched[0].weight_stored.scale, plain[0].weight_stored.scale * peak)
 
 
-def test_every_layer_has_an_observer_of_its_own_and_the_recipe_sees_nothing():
+def test_every_layer_has_its_own_copy_of_the_observer():
     recipe = Watcher()
     result = quantize_small(mlp(), "int8", observer=recipe, data=data()).model
     plain = quantize_small(mlp(), "int8").model
@@ -93,7 +93,7 @@ def test_observing_twice_adds_up():
     assert snapshot(quantizer.convert().state_dict()) == snapshot(once.state_dict())
 
 
-def test_reset_forgets_what_was_seen():
+def test_reset_forgets_the_observed_inputs():
     quantizer = small(observer=Watcher())
     quantizer.prepare(mlp())
     quantizer.observe(data())
@@ -103,7 +103,7 @@ def test_reset_forgets_what_was_seen():
         quantizer.convert()
 
 
-def test_convert_without_data_names_the_layers_that_saw_none():
+def test_convert_names_the_layers_without_data():
     quantizer = small(observer=Watcher())
     quantizer.prepare(mlp())
     with pytest.raises(CalibrationError, match=r"0\.weight, 2\.weight.*call observe"):
@@ -121,7 +121,7 @@ def test_convert_names_only_the_layers_that_the_data_did_not_reach():
     quantizer.convert()
 
 
-def test_one_of_the_layers_that_share_a_weight_is_enough():
+def test_data_for_one_of_the_layers_that_share_a_weight_is_enough():
     model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
     model["b"].weight = model["a"].weight
     quantizer = small(observer=Watcher())
@@ -131,7 +131,7 @@ def test_one_of_the_layers_that_share_a_weight_is_enough():
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_an_observer_that_needs_data_cannot_serve_tensors_without_a_forward(tmp_path, as_file):
+def test_an_observer_that_needs_data_is_refused_without_a_forward(tmp_path, as_file):
     source = dict(mlp().state_dict())
     if as_file:
         save_file(source, tmp_path / "model.safetensors")
@@ -160,14 +160,14 @@ class Broken(Observer):
         (torch.ones(32, 1), torch.zeros(32, 1, dtype=torch.int32)),
     ],
 )
-def test_an_observer_that_returns_nonsense_is_refused_with_the_tensors_name(scale, zero_point):
+def test_invalid_scales_of_an_observer_are_refused_with_the_name_of_the_tensor(scale, zero_point):
     quantizer = small(observer=Broken(scale, zero_point))
     quantizer.prepare(mlp())
     with pytest.raises(NumericsError, match=r"0\.weight, .*an observer"):
         quantizer.convert()
 
 
-def test_an_observer_may_clip_and_the_bound_says_so():
+def test_an_observer_may_clip_and_the_bound_becomes_wider():
     class Clips(MinMaxObserver):
         def observe_weight(self, weight, spec):
             scale, zero_point = super().observe_weight(weight, spec)
@@ -186,7 +186,7 @@ class Chooses(Selector):
         return self._choose(infos)
 
 
-def test_a_selector_decides():
+def test_a_selector_decides_which_tensors_are_quantized():
     def only_wide(infos):
         return [Decision(info.shape[-1] > 16, "wide" if info.shape[-1] > 16 else "narrow") for info in infos]
 
@@ -208,7 +208,7 @@ def test_a_selector_with_a_wrong_number_of_decisions_is_refused(surplus):
         small(selector=selector).prepare(mlp())
 
 
-def test_a_selector_is_told_names_shapes_classes_and_what_the_scheme_skips():
+def test_a_selector_gets_names_shapes_classes_and_default_skips():
     told = []
 
     def listen(infos):
@@ -231,7 +231,7 @@ def test_a_selector_is_told_names_shapes_classes_and_what_the_scheme_skips():
 
 @given(random_models())
 @FEWER_EXAMPLES
-def test_any_model_survives_a_serializer_of_the_users(tmp_path_factory, model):
+def test_any_model_survives_a_custom_serializer(tmp_path_factory, model):
     serializer = JsonSerializer()
     result = quantize_small(model, "int8", serializer=serializer, fail_under=0)
     path = tmp_path_factory.mktemp("json") / "model.json"
@@ -268,7 +268,7 @@ def test_the_serializer_writes_the_result_of_a_file(tmp_path):
     assert set(files_in(tmp_path)) == {"model.safetensors", "model.json"}
 
 
-def test_a_serializer_that_loses_a_bit_is_found_out():
+def test_a_serializer_that_loses_a_bit_is_detected():
     class Lossy(JsonSerializer):
         def reader(self, path):
             reader = super().reader(path)
