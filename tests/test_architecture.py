@@ -54,6 +54,7 @@ FRONT_DOORS = {
     "fewbits.api.quantize",
     "fewbits.api.plan",
     "fewbits.checkpoint.loading.load",
+    "fewbits.checkpoint.saving.save",
     "fewbits.fleet.FleetRun.__init__",
     "fewbits.selection.selector.LayerSelector.__init__",
 }

@@ -267,7 +267,7 @@ def _merged(scheme: object, config: QuantizationConfig | None, settings: dict[st
 def _run_settings(
     quantizer: Quantizer, config: QuantizationConfig | None, strategies: dict[str, Any], settings: dict[str, Any]
 ) -> QuantizationConfig:
-    """The settings of the run, for a quantizer that has its own settings otherwise."""
+    """The settings of the run; all others belong to the quantizer."""
     config = config or QuantizationConfig()
     given = [*settings, *(name for name, value in strategies.items() if value is not None), *config.changed()]
     foreign = [name for name in dict.fromkeys(given) if name not in RUN_SETTINGS]

@@ -6,11 +6,11 @@
     ├── ArgumentError          (ValueError)      an argument that is not allowed
     ├── StateError             (RuntimeError)    a lifecycle call out of order
     ├── SelectionError         (ValueError)      a pattern that matches nothing, a rule that contradicts another
-    ├── SourceError            (ValueError)      a model or checkpoint that cannot be quantized as it is
+    ├── SourceError            (ValueError)      a model or checkpoint that cannot be quantized
     ├── CalibrationError       (RuntimeError)    calibration data that is missing, or that the model cannot run
     ├── NumericsError          (ArithmeticError) numbers that no code can represent
     │   ├── NonFiniteError                       NaN or Inf in a tensor
-    │   └── RangeError                           a scale or a value beyond what its dtype can hold
+    │   └── RangeError                           a scale or a value beyond the range of its dtype
     ├── ReadOnlyWeightError    (AttributeError)  an attempt to assign to a quantized weight
     ├── CheckpointError        (OSError)         a file that cannot be read or written
     │   ├── FormatError                          not a file of fewbits, or a damaged one
@@ -42,7 +42,7 @@ class SelectionError(FewbitsError, ValueError):
 
 
 class SourceError(FewbitsError, ValueError):
-    """A model or checkpoint cannot be quantized as it is."""
+    """A model or checkpoint cannot be quantized."""
 
 
 class CalibrationError(FewbitsError, RuntimeError):

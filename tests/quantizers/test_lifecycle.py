@@ -331,6 +331,33 @@ def test_only_a_path_takes_an_output(tmp_path, source):
     assert not files_in(tmp_path)
 
 
+@pytest.mark.parametrize("source", [mlp, lambda: mlp().state_dict()])
+def test_only_the_conversion_of_a_path_can_be_shared(tmp_path, source):
+    quantizer = small()
+    with pytest.raises(StateError, match=r"call prepare\(model\) first"):
+        quantizer.share(tmp_path / "out")
+    quantizer.prepare(source())
+    for call in (lambda: quantizer.share(tmp_path / "out"), lambda: quantizer.adopt(None)):
+        with pytest.raises(ArgumentError, match="only the conversion of a path can be shared"):
+            call()
+    assert quantizer.state is State.PREPARED
+    assert not files_in(tmp_path)
+
+
+def test_a_shared_conversion_gives_the_same_bytes_as_convert(tmp_path):
+    save_file(mlp().state_dict(), tmp_path / "in.safetensors")
+    alone, lead, worker = small(), small(), small()
+    for quantizer in (alone, lead, worker):
+        quantizer.prepare(tmp_path / "in.safetensors")
+    alone.convert(output=tmp_path / "alone.safetensors")
+    run = lead.share(tmp_path / "shared.safetensors")
+    share = worker.share(tmp_path / "shared.safetensors").write(run.begin())
+    lead.adopt(run.finish([share]))
+    assert lead.shares == (share,)
+    assert lead.validate().ok
+    assert (tmp_path / "shared.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("names", "tensor"),
     [("weight_packed", torch.ones(3)), ("weight_scale", torch.ones(3)), ("weight_shape", torch.ones(3))],

@@ -79,7 +79,7 @@ _AXES = must_be("a table by name pattern, such as {'experts.*.weight': 1}", is_t
 class QuantizationConfig:
     """Every setting of `fewbits.quantize`, checked and immutable.
 
-    None stands for the scheme's default. Sequences become tuples, mappings become immutable mappings, and dtypes become
+    None means the default of the scheme. Sequences become tuples, mappings become immutable mappings, and dtypes become
     names.
 
     Attributes:

@@ -66,14 +66,13 @@ class FileJob(Job):
         encoder: TensorEncoder,
         serializer: Serializer,
         *,
-        output: str | os.PathLike[str] | Output | None,
+        output: Output | None,
         comparing: bool,
         progress: Progress,
     ) -> Path:
         """Write the result. It appears at its path only after all of it was written, read back and checked."""
         if output is None:
             raise ArgumentError(f"quantizing the file {self.source.path} needs output=, the path to write to")
-        output = Output.of(output)
         self._written = None
         ranks = Group() if output.distributed else Ranks()
         with ranks:

@@ -31,7 +31,7 @@ class Job(ABC):
     Attributes:
         observers: the copies of `observer`, by tensor name.
         input_observers: the copies of `activation_observer`, by tensor name.
-        compares: whether `convert` compares the result with the source unless told otherwise.
+        compares: whether `convert` compares the result with the source by default.
         observed: how much data all calls of `observe` have run; None if there was none.
         report: the report of the last validation.
     """
@@ -70,7 +70,7 @@ class Job(ABC):
         encoder: TensorEncoder,
         serializer: Serializer,
         *,
-        output: str | os.PathLike[str] | Output | None,
+        output: Output | None,
         comparing: bool,
         progress: Progress,
     ) -> object:

@@ -62,7 +62,7 @@ class LiveJob(Job):
         encoder: TensorEncoder,
         serializer: Serializer,
         *,
-        output: str | os.PathLike[str] | Output | None,
+        output: Output | None,
         comparing: bool,
         progress: Progress,
     ) -> object:
@@ -125,8 +125,7 @@ class LiveJob(Job):
             self.ledger,
             pairs,
             sum(tensor.nbytes for tensors in stored for tensor in tensors.values()),
-            measured=self._measured if inplace else {},
-            damaged=self._changed(target) if inplace else {},
+            known={**self._measured, **self._changed(target)} if inplace else {},
             fail_under=fail_under,
             progress=progress,
         )

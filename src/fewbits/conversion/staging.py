@@ -58,7 +58,8 @@ class StagingDirectory:
             self._target = Path(os.path.realpath(output.path))
         name = hashlib.sha256(os.fsencode(self._target.name)).hexdigest()[:16]
         self.path = self._target.parent / f".fewbits-{name}.work"
-        self.files = self.path / "files"
+        self.files, self._journals = self.path / "files", self.path / "journal"
+        self._run, self._new_run = self.path / "run.json", self.path / "run.json.new"
         self._lock = DirectoryLock(self.path, output.path, self._is_own)
 
     # For the lead.
@@ -195,18 +196,6 @@ class StagingDirectory:
                 for staged in (self.files / name, self._journal_path(name)):
                     message = message.replace(str(staged), str(final))
             raise type(error)(message.replace(str(self.files), str(self._output.path)) + hint) from error
-
-    @property
-    def _run(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def _new_run(self) -> Path:
-        return self.path / "run.json.new"
-
-    @property
-    def _journals(self) -> Path:
-        return self.path / "journal"
 
     def _journal_path(self, file: str) -> Path:
         # A single file may have the longest name that the file system allows, so its journal has a fixed name.

@@ -6,7 +6,7 @@ are rounded to int8, the products are summed as whole numbers, exactly, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
     check_floating(x)
     if not rounds_inputs(weight):
         return F.linear(x, weight.operand(x.dtype), None if bias is None else bias.to(x.dtype))
-    return integer_product(F.linear, x, weight, bias, sample_dims=(-1,), channel_dim=-1)
+    return integer_product(F.linear, x, weight, bias)
 
 
 def check_floating(x: Tensor) -> None:
@@ -87,8 +87,7 @@ def integer_product(
     weight: Operand,
     bias: Tensor | None,
     *,
-    sample_dims: Sequence[int],
-    channel_dim: int,
+    spatial: int = 0,
     sums: Callable[[Tensor], Tensor] | None = None,
     sum_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
@@ -102,19 +101,20 @@ def integer_product(
         x: floating input.
         weight: with int8 activations in its spec.
         bias: one number for each output channel, or None.
-        sample_dims: the axes of `x` that share one dynamic scale.
-        channel_dim: the axis of the output that runs over its channels.
+        spatial: how many spatial axes follow the channels in `x` and in the output. They and the channels of one sample
+            share one dynamic scale.
         sums: another way to the same whole numbers, from int8 codes.
         sum_dtype: the dtype that `product` sums whole numbers in; it must hold each of them.
     """
     wide, dtype = x.to(compute_dtype(x.dtype)), compute_dtype(x.dtype)
 
     def per_channel(values: Tensor) -> Tensor:
-        return values.to(dtype).reshape(-1, *[1] * (-1 - channel_dim))
+        return values.to(dtype).reshape(-1, *[1] * spatial)
 
     with torch.no_grad():
         still = wide.detach()  # forward mode does not heed `no_grad`
-        x_scale = dynamic_scale(still, sample_dims) if weight.input_scale is None else weight.input_scale.to(dtype)
+        sample = tuple(range(-1 - spatial, 0))
+        x_scale = dynamic_scale(still, sample) if weight.input_scale is None else weight.input_scale.to(dtype)
         codes = encode_input(still, x_scale)
         # NaN has no integer code: what holds some goes the way that keeps it. A transform lets nobody look.
         if sums is None or is_transformed(x) or codes.sum().isnan():

@@ -65,8 +65,7 @@ class QuantizedConvolution(QuantizedModule):
             input,
             stored,
             bias,
-            sample_dims=range(-1 - spatial, 0),
-            channel_dim=-1 - spatial,
+            spatial=spatial,
             sums=sums,
             sum_dtype=sum_dtype,
         )

@@ -134,7 +134,7 @@ class Quantizer(Scheme):
             StateError: in any state but CREATED.
             ArgumentError: if `source` cannot be quantized, or has no such entry.
             SelectionError: if a rule matches nothing, or nothing is left to quantize.
-            SourceError: if the source cannot be quantized as it is.
+            SourceError: if the source cannot be quantized, such as a model that cannot be copied.
             CalibrationError: if an observer needs data, and the source cannot run any.
             CheckpointError: if a file cannot be read.
         """
@@ -222,7 +222,8 @@ class Quantizer(Scheme):
             raise ArgumentError(f"compute={compute!r} goes with a model; a state dict or a file has no layers")
         encoder = self._encoder()
         comparing = job.compares if compare is None else compare
-        result = job.convert(encoder, self.serializer, output=output, comparing=comparing, progress=progress)
+        target = None if output is None else Output.of(output)
+        result = job.convert(encoder, self.serializer, output=target, comparing=comparing, progress=progress)
         if isinstance(result, nn.Module):
             inplace = isinstance(job.source, LiveSource) and job.source.inplace
             # Other code may hold tensors that its `quantize_tensor` made, or tensors of the caller's own model.

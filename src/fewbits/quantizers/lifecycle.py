@@ -29,7 +29,7 @@ TRANSITIONS: dict[str, tuple[frozenset[State], State | None]] = {
     "reset": (frozenset(State), _C),
 }
 
-#: The missing calls, for a call that comes too early.
+#: The call that is missing before a call that is too early.
 _MISSING = {"observe": "prepare(model)", "convert": "prepare(model)", "validate": "convert()", "save": "convert()"}
 _ORDER = list(State)
 

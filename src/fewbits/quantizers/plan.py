@@ -73,7 +73,8 @@ def _group_rows(group: Sequence[tuple[TensorInfo, Decision]], choose: Choose) ->
             head = _row(first, "kept", f"it is {spec} already")
         else:
             head = _row(first, "cast" if isinstance(spec, CastSpec) else "quantized", reason, spec)
-    return [head, *(_alias(info, first.name) for info, _ in group[1:])]
+    why = f"shares its storage with {first.name}"
+    return [head, *(_row(info, "alias", why, alias_of=first.name) for info, _ in group[1:])]
 
 
 def _common(group: Sequence[tuple[TensorInfo, Decision]]) -> Decision:
@@ -100,8 +101,10 @@ def _as_declared(info: TensorInfo, decision: Decision) -> TensorInfo:
         raise SelectionError(f"input_axes: {info.name}, shape {info.shape}: {error}") from None
 
 
-def _row(info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None) -> LedgerRow:
-    if info.dequantized_from is not None:
+def _row(
+    info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None, *, alias_of: str | None = None
+) -> LedgerRow:
+    if info.dequantized_from is not None and alias_of is None:
         reason = f"{reason}; dequantized from {dtype_name(info.dequantized_from)}"
     row = LedgerRow(
         name=info.name,
@@ -109,30 +112,16 @@ def _row(info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None) ->
         dtype=info.dtype,
         fate=fate,
         reason=reason,
-        bytes_before=info.nbytes,
+        bytes_before=info.nbytes if alias_of is None else 0,
         bytes_after=0,
         spec=spec,
         layout=info.layout if fate == "quantized" else None,
         persistent=info.persistent,
         dequantized_from=info.dequantized_from,
         merged_into=info.merged_into,
+        alias_of=alias_of,
     )
     return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in row_entries(row).values()))
-
-
-def _alias(info: TensorInfo, of: str) -> LedgerRow:
-    return LedgerRow(
-        name=info.name,
-        shape=info.shape,
-        dtype=info.dtype,
-        fate="alias",
-        reason=f"shares its storage with {of}",
-        bytes_before=0,
-        bytes_after=0,
-        alias_of=of,
-        persistent=info.persistent,
-        dequantized_from=info.dequantized_from,
-    )
 
 
 def _merged_rows(infos: Sequence[TensorInfo]) -> Iterator[LedgerRow]:

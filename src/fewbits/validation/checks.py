@@ -36,8 +36,7 @@ def examine(
     pairs: Pairs,
     bytes_after: int,
     *,
-    measured: Mapping[str, Measurement] | None = None,
-    damaged: Mapping[str, str] | None = None,
+    known: Mapping[str, Measurement | str] | None = None,
     uncompared: str = "no source to compare with",
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
@@ -48,8 +47,8 @@ def examine(
         ledger: what was promised.
         pairs: gives every stored tensor and, where asked for and there, what it was made from.
         bytes_after: bytes of the result's tensors, counted from them.
-        measured: measurements taken while the source was there, by name; these are not taken again.
-        damaged: what is wrong with tensors that must not be read, by name.
+        known: results that need no examination, by tensor name: a measurement from the conversion, or what is wrong
+            with a tensor that must not be read.
         uncompared: why tensors are not compared that `pairs` gives no source for.
         fail_under: SQNR in dB below which a tensor is critical, which is a failure.
         progress: told about every tensor, before and after it.
@@ -58,13 +57,14 @@ def examine(
         ArgumentError: if `fail_under` is no number of decibels.
     """
     check_fail_under(fail_under)
-    measured, damaged = measured or {}, damaged or {}
+    known = known or {}
     tensors = []
     for row in followed("validate", ledger.stored, progress):
-        if row.name in damaged:
-            tensors.append(TensorReport(row.name, row.fate, row.scheme, None, None, (damaged[row.name],)))
+        result = known.get(row.name)
+        if isinstance(result, str):
+            tensors.append(TensorReport(row.name, row.fate, row.scheme, None, None, (result,)))
         else:
-            tensors.append(examine_tensor(row, pairs, measured.get(row.name), fail_under))
+            tensors.append(examine_tensor(row, pairs, result, fail_under))
     failures = []
     if bytes_after != ledger.bytes_after:
         failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, the result has {bytes_after:,}")
