@@ -209,7 +209,7 @@ class Coordinator:
                 "comparison with the source": demand.comparing,
                 "serializer": described(type(self._writer.serializer)),
             },
-            # Another limit on their size can give as many files of the same names, cut at other tensors.
+            # Another shard size can give files of the same names that hold other tensors.
             "files of the result": [
                 [shard.file, fingerprint([row.name for row in shard.ledger])] for shard in self.shards
             ],

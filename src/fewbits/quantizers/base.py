@@ -53,11 +53,11 @@ class Quantizer(Scheme):
     _state = State.CREATED
     _job: Job | None = None
 
-    # Where it is.
+    # State and results.
 
     @property
     def state(self) -> State:
-        """Where this quantizer is in its life."""
+        """The state of the lifecycle."""
         return self._state
 
     @property
@@ -226,7 +226,7 @@ class Quantizer(Scheme):
         result = job.convert(encoder, self.serializer, output=target, comparing=comparing, progress=progress)
         if isinstance(result, nn.Module):
             inplace = isinstance(job.source, LiveSource) and job.source.inplace
-            # Other code may hold tensors that its `quantize_tensor` made, or tensors of the caller's own model.
+            # A custom `quantize_tensor` may keep its tensors, and the caller those of a model quantized in place.
             prepack(result, compute, reuse_memory=encoder.quantize_tensor is None and not inplace)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result

@@ -8,7 +8,7 @@ from fewbits.errors import StateError
 
 
 class State(enum.Enum):
-    """Where a quantizer is in its life."""
+    """The states of the lifecycle."""
 
     CREATED = "created"
     PREPARED = "prepared"

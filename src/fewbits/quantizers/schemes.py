@@ -75,7 +75,10 @@ class Int4Grouped(Quantizer):
 
 
 class FP16Cast(Quantizer):
-    """Weights stored in half precision; layers compute in the dtype of their input. Larger values raise an error."""
+    """Weights stored in half precision; layers compute in the dtype of their input.
+
+    Values beyond the range of float16 raise an error.
+    """
 
     name = "fp16"
     spec = SPECS["fp16"]
