@@ -91,20 +91,20 @@ def integer_product(
     sums: Callable[[Tensor], Tensor] | None = None,
     sum_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Round `x` to int8, multiply whole numbers, and scale: ``(sum of q_x * (q_w - zero_point)) * s_x * s_w + bias``.
+    """Round `x` to int8, multiply integers, and scale: ``(sum of q_x * (q_w - zero_point)) * s_x * s_w + bias``.
 
-    The sum is exact: float64 holds whole numbers up to 2**53. It is rounded to float32 (float64 for float64 inputs) and
+    The sum is exact: float64 holds integers up to 2**53. It is rounded to float32 (float64 for float64 inputs) and
     multiplied with the input's scale first. Gradients are those of the product with the dequantized weight.
 
     Args:
         product: the operation.
         x: floating input.
-        weight: with int8 activations in its spec.
+        weight: a weight whose spec has int8 activations.
         bias: one number for each output channel, or None.
         spatial: how many spatial axes follow the channels in `x` and in the output. They and the channels of one sample
             share one dynamic scale.
-        sums: another way to the same whole numbers, from int8 codes.
-        sum_dtype: the dtype that `product` sums whole numbers in; it must hold each of them.
+        sums: a faster function from int8 codes to the same integers.
+        sum_dtype: the dtype in which `product` sums integers; it must hold every sum.
     """
     wide, dtype = x.to(compute_dtype(x.dtype)), compute_dtype(x.dtype)
 
@@ -112,20 +112,20 @@ def integer_product(
         return values.to(dtype).reshape(-1, *[1] * spatial)
 
     with torch.no_grad():
-        still = wide.detach()  # forward mode does not heed `no_grad`
+        still = wide.detach()  # forward mode ignores `no_grad`
         sample = tuple(range(-1 - spatial, 0))
         x_scale = dynamic_scale(still, sample) if weight.input_scale is None else weight.input_scale.to(dtype)
         codes = encode_input(still, x_scale)
         # NaN has no integer code: what holds some goes the way that keeps it. A transform lets nobody look.
         if sums is None or is_transformed(x) or codes.sum().isnan():
-            # Autocast leaves float64 alone, and would round sums in float32.
+            # Autocast does not touch float64; it would round sums in float32.
             with nullcontext() if sum_dtype == torch.float64 else torch.autocast("cpu", enabled=False):
                 summed = product(codes.to(sum_dtype), weight.centered_codes().to(sum_dtype))
         else:
             summed = sums(codes.to(torch.int8))
         output = summed.to(dtype) * x_scale * per_channel(weight.scale.flatten())
     if _has_slope(x):
-        # Rounding has no slope: gradients go straight through it, to the inputs that were not clipped.
+        # Rounding has no slope: gradients pass through it, to the inputs that were not clipped.
         unclipped = wide if weight.input_scale is None else clip_input(wide, x_scale)
         smooth = product(unclipped, weight.operand(dtype))
         output = output + (smooth - smooth.detach())
