@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,13 @@ def snapshot(source: nn.Module | Mapping[str, Value]) -> Snapshot:
 def _bytes_of(tensor: Tensor) -> bytes:
     tensor = in_memory(tensor)  # a name, so that it lives until its bytes are copied
     return bytes(tensor_bytes(tensor))
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A new folder that goes away at the end."""
+    with tempfile.TemporaryDirectory(prefix="fewbits-") as name:
+        yield Path(name)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -7,30 +7,24 @@ from typing import Any
 
 import attrs
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.reference import Reference
 from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
-from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import sqnr_db
-from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import same_bits
-from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, for_all
+from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect
 from fewbits.testing.environment import snapshot
-from fewbits.testing.kernel_setup import (
+from fewbits.testing.kernel_outputs import (
     INPUTS,
+    OUTPUT_CHECKS,
     PAIRS,
     ROWS,
     KernelSetup,
-    as_dynamic,
-    bound,
+    check_result,
     exact,
-    extreme_inputs,
     generator,
-    of_extremes,
-    of_whole_numbers,
+    in_parts,
     words,
 )
 from fewbits.testing.strategies import FLOATS
@@ -39,13 +33,9 @@ _WHY = Contract("fewbits.extend.Kernel.supports", "Why this kernel cannot comput
 _FORMS = Contract("fewbits.extend.Kernel.supports", "in whatever form it is now")
 _TAKES = Contract("fewbits.extend.Kernel.takes", "Why this kernel does not compute with this input of so many rows")
 _FORM = Contract("fewbits.extend.Kernel.prepack", "The weight in the form that this kernel reads")
-_OUTPUT = Contract("fewbits.extend.Kernel.linear", "(rows, outputs), in float32")
 _UNCHANGED = Contract("fewbits.extend.Kernel.linear", "Neither argument is changed")
 _ROUND_TRIP = Contract("fewbits.testing.check_kernel", "gives the canonical form back, bit for bit")
 _ACCURATE = Contract("fewbits.testing.check_kernel", "an SQNR of at least 50 dB")
-_NEAR = Contract("fewbits.testing.check_kernel", "times the sum of the magnitudes that are added up")
-_WHOLE = Contract("fewbits.testing.check_kernel", "the output is exact")
-_EXACT = Contract("fewbits.testing.check_kernel", "the bits of `fewbits.kernels.reference.Reference`")
 _SOME = Contract("fewbits.testing.check_kernel", "It computes with at least one of these weights.")
 _SAME = Contract("fewbits.testing.check_kernel", "The same input gives the same bits")
 
@@ -120,42 +110,7 @@ def outputs_are_accurate(setup: KernelSetup) -> None:
             weight, own = setup.measured(spec, 256, 256, dtype)
             for rows in ROWS:
                 x = setup.normal((max(rows, 32), 256), kind, 1)
-                _check_accuracy(setup, weight, _by(rows, x), min(50.0, own + 10))
-
-
-def any_size_is_computed(setup: KernelSetup) -> None:
-    """Odd sizes, one row and many: shape, dtype and every element are right."""
-
-    def right(
-        spec: QuantSpec, dtype: torch.dtype, kind: torch.dtype, sizes: tuple[int, int], rows: int, seed: int
-    ) -> None:
-        weight = setup.weight(spec, *sizes, dtype, seed)
-        _check_outputs(setup, weight, [setup.normal((rows, sizes[1]), kind, seed + 1)])
-
-    size = st.sampled_from([1, 7, 33, 40, 64, 65, 129, 160, 200])
-    drawn = st.sampled_from(FLOATS), st.sampled_from(INPUTS), st.tuples(size, size), st.sampled_from(ROWS)
-    for spec in setup.specs():
-        for_all(setup.examples, right, st.just(spec), *drawn, st.integers(0, 99))
-
-
-def every_code_is_read_right(setup: KernelSetup) -> None:
-    """An input that is zero but for one power of two picks out codes; each is there, exactly."""
-    for spec in setup.specs():
-        for outputs, inputs in ((5, 33), (70, 160)):
-            if spec.levels is None:
-                weight = of_whole_numbers(setup, spec, outputs, inputs)
-                if not setup.rounds(weight):
-                    _check_picked(setup, weight)
-
-
-def integer_sums_are_exact(setup: KernelSetup) -> None:
-    """With int8 inputs, codes at both ends of their range and everywhere else give the bits of the reference."""
-    for spec in setup.specs():
-        for inputs in (1, 33, 1025, 4096):
-            for dtype, kind in PAIRS:
-                weight = of_extremes(setup, spec, inputs, dtype)
-                if setup.rounds(weight):
-                    _check_outputs(setup, weight, (extreme_inputs(setup, r, inputs).to(kind) for r in (3, 200)))
+                _check_accuracy(setup, weight, in_parts(rows, x), min(50.0, own + 10))
 
 
 def arguments_stay(setup: KernelSetup) -> None:
@@ -176,7 +131,7 @@ def outputs_are_reproducible(setup: KernelSetup) -> None:
             expect(same_bits(other.linear(x, form), first), f"{words(form, x)}: other bits", _SAME)
         for strided in (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2], x[:1].expand_as(x)):
             if kernel.takes(strided, x.shape[0]) is None:
-                _check_result(setup, form, strided, kernel.linear(strided, form))
+                check_result(setup, form, strided, kernel.linear(strided, form))
 
 
 def _weights(setup: KernelSetup, sizes: list[tuple[int, int]]) -> Iterator[PackedInt32]:
@@ -205,6 +160,18 @@ def _is_reason(why: object) -> bool:
     return why is None or (isinstance(why, str) and why.strip() != "")
 
 
+def _check_accuracy(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Tensor], least: float) -> None:
+    """Over many rows, however few at a time, so that chance plays no part."""
+    found = list(setup.computed(weight, inputs))
+    if not found:
+        return
+    x, output = (torch.cat(parts) for parts in zip(*found, strict=True))
+    expected, _ = exact(weight, x, rounds=setup.rounds(weight))
+    noise = sqnr_db(float(expected.square().sum()), float((output.double() - expected).square().sum()))
+    what = f"{words(weight, found[0][0])} and others"
+    expect(noise >= least, f"{what}: {noise:.1f} dB against float64, not {least:.1f}", _ACCURATE)
+
+
 def _check_form(weight: PackedInt32, form: WeightLayout) -> None:
     what, rows, dtype = f"{weight.spec}, {weight.layout.shape}", weight.layout.rows, weight.scale.dtype
     same = form.value(dtype).equal(weight.value(dtype))
@@ -219,66 +186,11 @@ def _check_form(weight: PackedInt32, form: WeightLayout) -> None:
     expect(alike, f"{what}: it dequantizes to something else", _ROUND_TRIP)
 
 
-def _by(rows: int, x: Tensor) -> list[Tensor]:
-    """An input in parts of that many rows; the last is filled up with zeros."""
-    parts = [x[start : start + rows] for start in range(0, x.shape[0], rows)]
-    return [*parts[:-1], torch.cat([parts[-1], x.new_zeros(rows - parts[-1].shape[0], x.shape[1])])]
-
-
-def _check_accuracy(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Tensor], least: float) -> None:
-    """Over many rows, however few at a time, so that chance plays no part."""
-    found = list(setup.computed(weight, inputs))
-    if not found:
-        return
-    x, output = (torch.cat(parts) for parts in zip(*found, strict=True))
-    expected, _ = exact(weight, x, rounds=setup.rounds(weight))
-    noise = sqnr_db(float(expected.square().sum()), float((output.double() - expected).square().sum()))
-    what = f"{words(weight, found[0][0])} and others"
-    expect(noise >= least, f"{what}: {noise:.1f} dB against float64, not {least:.1f}", _ACCURATE)
-
-
-def _check_outputs(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Tensor]) -> None:
-    for x, found in setup.computed(weight, inputs):
-        _check_result(setup, weight, x, found)
-
-
-def _check_result(setup: KernelSetup, weight: WeightLayout, x: Tensor, found: Tensor) -> None:
-    """Shape, dtype, and every element."""
-    what, shape = words(weight, x), (x.shape[0], weight.layout.rows)
-    right = found.dtype in (torch.float32, x.dtype, torch.bfloat16) and found.device == x.device
-    expect(
-        right and tuple(found.shape) == shape,
-        f"{what}: the output has shape {tuple(found.shape)} in {dtype_name(found.dtype)}",
-        _OUTPUT,
-    )
-    rounds = setup.rounds(weight)
-    if rounds and weight.spec.granularity != "group" and weight.spec.levels is None:
-        reference = Reference().linear(x, as_dynamic(PackedInt32.of(weight)))
-        same = torch.equal(found.to(x.dtype), reference)
-        expect(same, f"{what}: the output has other bits than the reference", _EXACT)
-        return
-    expected, size = exact(weight, x, rounds=rounds)
-    worst = float(((found.double() - expected).abs() - bound(size, x.shape[1], found.dtype, rounds=rounds)).amax())
-    expect(worst <= 0, f"{what}: an element is off by {worst:.3g} more than rounding allows", _NEAR)
-
-
-def _check_picked(setup: KernelSetup, weight: PackedInt32) -> None:
-    columns = weight.layout.columns
-    powers = 2.0 ** torch.arange(-3, 4, device=setup.device).repeat(columns)[:columns]
-    inputs = (x for rows in ROWS for x in _by(rows, torch.diag(powers)))
-    for x, found in setup.computed(weight, inputs):
-        expected, _ = exact(weight, x, rounds=False)
-        same = torch.equal(found.double(), expected)
-        expect(same, f"{words(weight, x)}: a code is taken for another", _WHOLE)
-
-
 _CHECKS: tuple[Callable[[KernelSetup], None], ...] = (
     it_says_why_not,
     prepacking_loses_nothing,
     outputs_are_accurate,
-    any_size_is_computed,
-    every_code_is_read_right,
-    integer_sums_are_exact,
+    *OUTPUT_CHECKS,
     arguments_stay,
     outputs_are_reproducible,
 )

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import attrs
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbits.api import verify
+from fewbits.api import Result, quantize, verify
 from fewbits.checkpoint.loading import load
-from fewbits.checkpoint.serializer import Serializer
+from fewbits.checkpoint.serializer import Entry, Header, Serializer, Writer
 from fewbits.errors import CheckpointError, FewbitsError, FormatError
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
-from fewbits.testing.environment import files_in, snapshot, undetected_damage
+from fewbits.testing.environment import Snapshot, files_in, folder, snapshot, undetected_damage
 from fewbits.testing.models import SmallModel, ids
-from fewbits.testing.quantizer_setup import folder
-from fewbits.testing.serializer_setup import TENSORS, SerializerSetup, entries, put
 from fewbits.testing.strategies import tensors
 
 _READ = Contract("fewbits.extend.Reader", "entries: every tensor in it.")
@@ -35,8 +35,16 @@ _OPEN = Contract("fewbits.extend.Serializer.reader", "CheckpointError: if it can
 _BEGIN = Contract("fewbits.extend.Serializer.writer", "CheckpointError: if it cannot be begun.")
 _ALIAS = Contract("fewbits.testing.check_serializer", "Writing into a tensor that was read never changes the file.")
 _RESULT = Contract("fewbits.extend.Serializer", "Writes and reads the result of a quantization.")
-
 _NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+
+#: One of each kind.
+TENSORS = {
+    "layers.0.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "layers.0.bias": torch.tensor([1.5, -2.0, float("nan")], dtype=torch.bfloat16),
+    "steps": torch.tensor(7),
+    "mask": torch.tensor([[True, False]]),
+    "nothing": torch.empty(0, 5),
+}
 
 
 def check_serializer(serializer: Serializer, *, suffix: str = ".model", max_examples: int = EXAMPLES) -> list[Check]:
@@ -59,6 +67,56 @@ def check_serializer(serializer: Serializer, *, suffix: str = ".model", max_exam
     """
     setup = SerializerSetup(copy_of(serializer, Serializer, "check_serializer"), suffix, max_examples)
     return checks(serializer, _CHECKS, setup)
+
+
+@attrs.frozen
+class SerializerSetup:
+    """A serializer to check.
+
+    Attributes:
+        recipe: the one that was given; never used itself.
+        suffix: how the names of its files end.
+        examples: how many a check that draws them looks at.
+    """
+
+    recipe: Serializer
+    suffix: str
+    examples: int
+
+    def make(self) -> Serializer:
+        """A copy."""
+        return copy.deepcopy(self.recipe)
+
+    def path(self, there: Path) -> Path:
+        """Where to write a file in a folder."""
+        return there / f"model{self.suffix}"
+
+    def begin(self, path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Writer:
+        """A writer that is told of somewhat longer metadata than it will get."""
+        announced = {key: value + " " * 9 for key, value in (metadata or {"key": "value"}).items()}
+        return self.make().writer(path, Header(entries(stored), announced))
+
+    def write(self, path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Snapshot:
+        """Write a whole file.
+
+        Returns:
+            what is read back of it before it is closed.
+        """
+        with self.begin(path, stored, metadata) as writer:
+            put(writer, stored)
+            reader = writer.seal(metadata or {})
+            read = snapshot({name: reader.read(name) for name in reader.entries})
+            writer.close()
+        return read
+
+    def read(self, path: Path) -> Snapshot:
+        """Every tensor of a file."""
+        reader = self.make().reader(path)
+        return snapshot({name: reader.read(name) for name in reader.entries})
+
+    def quantized(self) -> Result:
+        """A model that is quantized, for this serializer."""
+        return quantize(SmallModel(), "int8", serializer=self.make(), validate=False)
 
 
 def tensors_come_back(setup: SerializerSetup) -> None:
@@ -223,6 +281,17 @@ def _at(path: Path) -> bytes | None:
 
 def _short(strings: Mapping[str, str]) -> str:
     return str({key: value if len(value) < 100 else f"{value[:20]!r} and so on" for key, value in strings.items()})
+
+
+def entries(stored: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """What a header says of these tensors."""
+    return {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
+
+
+def put(writer: Writer, stored: Mapping[str, Tensor]) -> None:
+    """Write all tensors, the last one first: any order must do."""
+    for name in reversed(list(stored)):
+        writer.write(name, stored[name])
 
 
 _CHECKS = (

@@ -1,4 +1,4 @@
-"""What `check_kernel` tries a kernel on: weights, inputs, and what is to come out."""
+"""The kernel under test, and the checks of its outputs against float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.kernels.base import Kernel
@@ -20,7 +21,13 @@ from fewbits.numerics.metrics import measure
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.testing.check import Contract, expect, for_all
+from fewbits.testing.strategies import FLOATS
 
+_OUTPUT = Contract("fewbits.extend.Kernel.linear", "(rows, outputs), in float32")
+_NEAR = Contract("fewbits.testing.check_kernel", "times the sum of the magnitudes that are added up")
+_WHOLE = Contract("fewbits.testing.check_kernel", "the output is exact")
+_EXACT = Contract("fewbits.testing.check_kernel", "the bits of `fewbits.kernels.reference.Reference`")
 LEVELS = (-1.0, -0.7, -0.5, -0.35, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 #: The specs of the weights that a kernel is tried on.
@@ -125,6 +132,82 @@ class KernelSetup:
                 yield x, packed[0].linear(x, packed[1])
 
 
+def any_size_is_computed(setup: KernelSetup) -> None:
+    """Odd sizes, one row and many: shape, dtype and every element are right."""
+
+    def right(
+        spec: QuantSpec, dtype: torch.dtype, kind: torch.dtype, sizes: tuple[int, int], rows: int, seed: int
+    ) -> None:
+        weight = setup.weight(spec, *sizes, dtype, seed)
+        _check_outputs(setup, weight, [setup.normal((rows, sizes[1]), kind, seed + 1)])
+
+    size = st.sampled_from([1, 7, 33, 40, 64, 65, 129, 160, 200])
+    drawn = st.sampled_from(FLOATS), st.sampled_from(INPUTS), st.tuples(size, size), st.sampled_from(ROWS)
+    for spec in setup.specs():
+        for_all(setup.examples, right, st.just(spec), *drawn, st.integers(0, 99))
+
+
+def every_code_is_read_right(setup: KernelSetup) -> None:
+    """An input that is zero but for one power of two picks out codes; each is there, exactly."""
+    for spec in setup.specs():
+        for outputs, inputs in ((5, 33), (70, 160)):
+            if spec.levels is None:
+                weight = of_whole_numbers(setup, spec, outputs, inputs)
+                if not setup.rounds(weight):
+                    _check_picked(setup, weight)
+
+
+def integer_sums_are_exact(setup: KernelSetup) -> None:
+    """With int8 inputs, codes at both ends of their range and everywhere else give the bits of the reference."""
+    for spec in setup.specs():
+        for inputs in (1, 33, 1025, 4096):
+            for dtype, kind in PAIRS:
+                weight = of_extremes(setup, spec, inputs, dtype)
+                if setup.rounds(weight):
+                    _check_outputs(setup, weight, (extreme_inputs(setup, r, inputs).to(kind) for r in (3, 200)))
+
+
+def in_parts(rows: int, x: Tensor) -> list[Tensor]:
+    """An input in parts of that many rows; the last is filled up with zeros."""
+    parts = [x[start : start + rows] for start in range(0, x.shape[0], rows)]
+    return [*parts[:-1], torch.cat([parts[-1], x.new_zeros(rows - parts[-1].shape[0], x.shape[1])])]
+
+
+def _check_outputs(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Tensor]) -> None:
+    for x, found in setup.computed(weight, inputs):
+        check_result(setup, weight, x, found)
+
+
+def check_result(setup: KernelSetup, weight: WeightLayout, x: Tensor, found: Tensor) -> None:
+    """Shape, dtype, and every element."""
+    what, shape = words(weight, x), (x.shape[0], weight.layout.rows)
+    right = found.dtype in (torch.float32, x.dtype, torch.bfloat16) and found.device == x.device
+    expect(
+        right and tuple(found.shape) == shape,
+        f"{what}: the output has shape {tuple(found.shape)} in {dtype_name(found.dtype)}",
+        _OUTPUT,
+    )
+    rounds = setup.rounds(weight)
+    if rounds and weight.spec.granularity != "group" and weight.spec.levels is None:
+        reference = Reference().linear(x, as_dynamic(PackedInt32.of(weight)))
+        same = torch.equal(found.to(x.dtype), reference)
+        expect(same, f"{what}: the output has other bits than the reference", _EXACT)
+        return
+    expected, size = exact(weight, x, rounds=rounds)
+    worst = float(((found.double() - expected).abs() - bound(size, x.shape[1], found.dtype, rounds=rounds)).amax())
+    expect(worst <= 0, f"{what}: an element is off by {worst:.3g} more than rounding allows", _NEAR)
+
+
+def _check_picked(setup: KernelSetup, weight: PackedInt32) -> None:
+    columns = weight.layout.columns
+    powers = 2.0 ** torch.arange(-3, 4, device=setup.device).repeat(columns)[:columns]
+    inputs = (x for rows in ROWS for x in in_parts(rows, torch.diag(powers)))
+    for x, found in setup.computed(weight, inputs):
+        expected, _ = exact(weight, x, rounds=False)
+        same = torch.equal(found.double(), expected)
+        expect(same, f"{words(weight, x)}: a code is taken for another", _WHOLE)
+
+
 def with_inputs(value: QuantizedTensor, spec: QuantSpec) -> QuantizedTensor:
     """The same codes for a layer that rounds its inputs as `spec` says."""
     scale = torch.tensor([0.02], device=value.scale.device) if spec.activations == "static" else None
@@ -219,3 +302,10 @@ def generator(seed: int) -> torch.Generator:
 def words(weight: WeightLayout, x: Tensor) -> str:
     """A weight and an input, for messages."""
     return f"{weight.spec}, {weight.layout.shape}, input {tuple(x.shape)} in {dtype_name(x.dtype)}"
+
+
+OUTPUT_CHECKS = (
+    any_size_is_computed,
+    every_code_is_read_right,
+    integer_sums_are_exact,
+)
