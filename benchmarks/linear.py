@@ -13,22 +13,20 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from benchmarks import cli, dense, ours, overhead, peers, promises
-from benchmarks.contender import Contender, Layer, copies
+from benchmarks import cli, ours, peers, promises
+from benchmarks.contender import BASELINE, Contender, Layer, copies, dense
 from benchmarks.presets import PRESETS, Case, Preset, listing, resolved, scheme, shape
 from benchmarks.report import Cell, Failure, Report, aligned, faster, milliseconds, pivot
 from benchmarks.timing import Cycle, interleave, reason
 
 
 def entrants(preset: Preset, case: Case) -> list[Contender]:
-    """Everybody who takes part in a case, the dense layers first."""
     own = ours.contenders(preset.schemes, preset.dtypes, case.group_size)
     others = peers.contenders(preset.dtypes, case.group_size) if preset.peers else []
-    return [*map(dense.dense, preset.floats()), *own, *(other for other in others if other.build is not None)]
+    return [*map(dense, preset.floats()), *own, *(other for other in others if other.build is not None)]
 
 
 def measure(report: Report, preset: Preset, *, rounds: int, multiple: float, turn: float) -> None:
-    """Fill a report with the cells of a preset."""
     for case in preset.cases:
         _measure_case(report, preset, case, rounds, multiple, turn)
 
@@ -37,7 +35,6 @@ Built = dict[str, tuple[Contender, list[Layer]]]
 
 
 def _measure_case(report: Report, preset: Preset, case: Case, rounds: int, multiple: float, turn: float) -> None:
-    """All numbers of rows, with the same layers, which are let go of afterwards."""
     weight = torch.randn(case.outputs, case.inputs) / case.inputs**0.5
     built = _build(report, case, entrants(preset, case), weight, multiple)
     for rows in preset.rows:
@@ -45,7 +42,6 @@ def _measure_case(report: Report, preset: Preset, case: Case, rounds: int, multi
 
 
 def _build(report: Report, case: Case, contenders: Sequence[Contender], weight: Tensor, multiple: float) -> Built:
-    """Layers of each contender, enough not to fit the cache; who fails is written down."""
     built: Built = {}
     for contender in contenders:
         count = copies(weight.numel(), contender.bits, multiple)
@@ -59,7 +55,6 @@ def _build(report: Report, case: Case, contenders: Sequence[Contender], weight: 
 def _measure_rows(
     report: Report, case: Case, built: Built, weight: Tensor, rows: int, rounds: int, turn: float
 ) -> None:
-    """Time everybody with inputs of so many rows."""
     x = torch.randn(rows, case.inputs)
     where = {"case": str(case), "M": rows}
     with torch.no_grad():  # not inference_mode, which some of the others do not bear
@@ -70,25 +65,22 @@ def _measure_rows(
         for name, seconds in timed.seconds.items():
             contender, layers = built[name]
             facts = _facts(contender, layers, inputs[name], reference)
-            report.cells.append(Cell(where, name, seconds, timed.seconds.get(dense.BASELINE, ()), facts))
+            report.cells.append(Cell(where, name, seconds, timed.seconds.get(BASELINE, ()), facts))
     report.failures += [Failure(where, name, why) for name, why in timed.failures.items()]
 
 
 def _facts(contender: Contender, layers: list[Layer], x: Tensor, reference: Tensor) -> dict[str, object]:
-    """What else belongs to a cell; the kernel, if the layer is ours."""
     known = ours.explained(layers[0], x) if contender.package == "fewbits" else {}
     about = {"package": contender.package, "dtype": str(x.dtype).removeprefix("torch."), "layers": len(layers)}
     return {**about, "sqnr_db": sqnr_db(layers[0](x), reference), **known}
 
 
 def sqnr_db(output: Tensor, reference: Tensor) -> float | None:
-    """Signal to noise against the float weight's output, None if they are equal: nobody is fast by computing less."""
     noise = (output.double() - reference.double()).square().sum()
     return float(10 * torch.log10(reference.double().square().sum() / noise)) if noise else None
 
 
 def table(report: Report) -> str:
-    """For every case: ratios, times, kernels, and what was promised."""
     parts = []
     for case, group in groupby(report.cells, key=lambda cell: cell.case["case"]):
         cells = list(group)
@@ -109,7 +101,6 @@ def _kernel(cell: Cell) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
     made = cli.with_peers(cli.parser(f"{__doc__}\n{listing()}"), default=None)
     made.add_argument("--preset", choices=[*PRESETS], default="table", help="what the other options do not say; table")
     made.add_argument("--shape", type=cli.listed(shape), metavar="OUTxIN,...", help="of the weights")
@@ -119,19 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--scheme", type=cli.listed(scheme), metavar="NAME,...", help=", ".join(ours.SCHEMES))
     made.add_argument("--cache-multiple", type=float, default=4, help="stored bytes of the layers, in last caches; 4")
     made.add_argument("--turn", type=float, default=0.1, help="seconds of one turn, at least; 0.1")
-    made.add_argument("--overhead", action="store_true", help="the cost of our modules beside their ATen calls, alone")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a ratio that is promised is not reached")
     arguments = made.parse_args(argv)
-    if arguments.overhead:
-        return overhead.run(arguments)
     preset = resolved(arguments)
     arguments.peers = preset.peers
     report = cli.begin("linear", arguments)
     measure(report, preset, rounds=arguments.rounds, multiple=arguments.cache_multiple, turn=arguments.turn)
-    found = promises.checked(report.cells)
-    report.extra["promises"] = [promise.to_dict() for promise in found]
-    cli.finish(report, "\n\n".join(filter(None, [table(report), promises.table(found)])), arguments)
-    return int(arguments.check and not all(promise.held for promise in found))
+    return cli.finish(report, table(report), arguments, promises.checked(report.cells))
 
 
 if __name__ == "__main__":

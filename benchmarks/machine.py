@@ -10,30 +10,15 @@ from typing import Any
 
 import torch
 
-#: What decides between kernels.
-CAPABILITIES = (
-    "avx2",
-    "avx512_f",
-    "avx512_bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx_vnni",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-)
-
 #: Assumed where the system does not say: 32 MiB, more than most machines have.
 USUAL_CACHE = 32 * 2**20
 
 
 def machine() -> dict[str, Any]:
-    """Processor, instruction sets, threads and cache, JSON-able."""
-    held = capabilities()
     return {
         "cpu": cpu_name(),
         "architecture": platform.machine(),
-        "capabilities": [name for name in CAPABILITIES if held.get(name)],
+        "capabilities": [name for name, value in capabilities().items() if value is True],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache(),
@@ -41,18 +26,15 @@ def machine() -> dict[str, Any]:
 
 
 def capabilities() -> dict[str, Any]:
-    """What torch knows of the processor; nothing where it does not tell."""
     tell = getattr(torch.cpu, "get_capabilities", None)
     return {} if tell is None else tell()
 
 
 def has_vnni() -> bool:
-    """Whether 8-bit products are summed exactly in 32 bits, over 512 bits at a time."""
     return bool(capabilities().get("avx512_vnni"))
 
 
 def cpu_name() -> str:
-    """The processor's name and model numbers, as Linux tells them; what Python knows elsewhere."""
     fields = dict(_cpu_fields())
     if "model name" not in fields:
         return platform.processor() or "unknown"
@@ -69,7 +51,6 @@ def _cpu_fields() -> Iterator[tuple[str, str]]:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core."""
     sizes = [_bytes(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max(sizes, default=USUAL_CACHE)
 
@@ -81,7 +62,6 @@ def _bytes(size: str) -> int:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -27,15 +27,12 @@ MADE = "made"
 
 
 def write(path: Path, tensors: int, seed: int) -> None:
-    """A file of small tensors, in layers of ten."""
     generator = torch.Generator().manual_seed(seed)
     names = (f"layers.{index // 10}.experts.{index % 10}.weight" for index in range(tensors))
     save_file({name: torch.randn(SHAPE, generator=generator) for name in names}, path)
 
 
 def steps(source: Path, output: Path, threads: int) -> dict[str, Callable[[], object]]:
-    """What is timed, in this order: each needs the result of the first."""
-
     def quantize(resume: bool) -> object:
         return fewbits.quantize(source, "int8", output=fewbits.Output(output, resume=resume, threads=threads))
 
@@ -48,7 +45,6 @@ def steps(source: Path, output: Path, threads: int) -> dict[str, Callable[[], ob
 
 
 def measure(report: Report, source: Path, folder: Path, rounds: int, threads: int) -> None:
-    """Fill a report with one cell for each step."""
     seconds: dict[str, list[float]] = {}
     for index in range(rounds):
         output = folder / f"{index}.safetensors"
@@ -61,7 +57,6 @@ def measure(report: Report, source: Path, folder: Path, rounds: int, threads: in
 
 
 def table(report: Report, tensors: int) -> str:
-    """Seconds, milliseconds for each tensor, and the ratio to making the result."""
     lines = [("", "seconds of the CPU", "ms a tensor", "of making it")]
     for cell in report.cells:
         figures = f"{cell.median:.2f}", f"{cell.median / tensors * 1000:.3f}", f"{1 / cell.speed:.2f}"
@@ -70,8 +65,7 @@ def table(report: Report, tensors: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for."""
-    made = cli.parser(__doc__, rounds=3)
+    made = cli.parser(__doc__, rounds=3, check=False)
     made.add_argument("--tensors", type=cli.positive, default=20_000, metavar="N", help="how many; 20000")
     arguments = made.parse_args(argv)
     report = cli.begin("many_tensors", arguments)

@@ -17,15 +17,6 @@ from benchmarks.timing import Call, reason
 
 @attrs.frozen
 class Scheme:
-    """A quantizer, and how its layers may compute.
-
-    Attributes:
-        quantizer: makes it, for a group size.
-        bits: of a code.
-        grouped: whether the group size matters.
-        compute: the argument of `convert`; None leaves it at its default, ``"auto"``.
-    """
-
     quantizer: Callable[[int], fewbits.Quantizer]
     bits: int
     grouped: bool = False
@@ -59,12 +50,10 @@ USUAL = ("int8", "int4", "int8-dynamic", "int4-compute-int8")
 
 
 def contenders(schemes: Sequence[str], dtypes: Sequence[torch.dtype], group_size: int) -> list[Contender]:
-    """Every scheme with inputs of every dtype."""
     return [_contender(name, SCHEMES[name], dtype, group_size) for name in schemes for dtype in dtypes]
 
 
 def label(scheme: str, dtype: torch.dtype) -> str:
-    """What tables call it."""
     suffix = "" if dtype == torch.float32 else f", {short(dtype)}"
     return f"fewbits {scheme}{suffix}"
 
@@ -77,7 +66,6 @@ def _contender(name: str, scheme: Scheme, dtype: torch.dtype, group_size: int) -
 
 
 def _start(scheme: Scheme, group_size: int, layer: nn.Linear) -> Call:
-    """Settle everything that does not touch the weight; what is left is `convert`, which does not validate."""
     quantizer = scheme.quantizer(group_size)
     quantizer.prepare(layer)
     options: dict[str, Any] = {} if scheme.compute is None else {"compute": scheme.compute}
@@ -90,7 +78,6 @@ def _built(convert: Callable[[], Any]) -> Layer:
 
 
 def explained(layer: Layer, x: Tensor) -> dict[str, Any]:
-    """Which kernel runs for this input, and why not the others; nothing for what is not ours."""
     explain = getattr(fewbits, "explain", None)
     if explain is None or not isinstance(layer, nn.Module):
         return {}

@@ -18,11 +18,9 @@ PACKAGES = tuple(peer.PACKAGE for peer in PEERS)
 
 
 def absent() -> list[str]:
-    """The distributions that are not installed."""
     return [peer.PACKAGE for peer in PEERS if missing(peer.MODULES)]
 
 
 def contenders(dtypes: Sequence[torch.dtype], group_size: int) -> list[Contender]:
-    """Those of every peer that is installed, with inputs of every dtype that it takes."""
     present = [peer for peer in PEERS if not missing(peer.MODULES)]
     return [contender for peer in present for dtype in dtypes for contender in peer.contenders(dtype, group_size)]

@@ -12,7 +12,6 @@ MODULES = ("bitsandbytes",)
 
 
 def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
-    """Its own blocks, which are of 64."""
     kinds = {"nf4": (_nf4, 4), "int8": (_int8, 8)}
     return [
         Contender(

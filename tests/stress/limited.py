@@ -15,14 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import cli, disk
+from benchmarks.report import said
 from safetensors.torch import load_file
 
 import fewbits
-from benchmarks import cli, disk
-from benchmarks.measured import Measured, measure
-from benchmarks.report import broken, said
 from fewbits.checkpoint.output import MAX_SHARD_SIZE
 from fewbits.quantizers.schemes import SCHEMES
+from stress.measured import Measured, measure
 
 #: A twin's result is cut into files of this share of the twin, so that there are several to compare.
 TWIN_FILES = 8
@@ -63,12 +63,11 @@ def same_as_in_memory(twin: Path, output: Path, scheme: str, shard: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
     made = cli.parser(__doc__, rounds=None)
-    made.add_argument("source", type=Path, metavar="DIR", help="the checkpoint, such as of benchmarks.synthetic")
+    made.add_argument("source", type=Path, metavar="DIR", help="the checkpoint, such as of stress.synthetic")
     made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where results are put meanwhile")
     made.add_argument("--scheme", choices=[*SCHEMES], default="int4", help="int4")
     made.add_argument("--max-memory", type=disk.size, default=512 * disk.MB, metavar="SIZE", help="512MB")
     made.add_argument("--twin", type=Path, metavar="DIR", help="a smaller checkpoint, to be compared with memory")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     limit, threads, scheme = arguments.max_memory, arguments.threads, arguments.scheme
     twin = None if arguments.twin is None else arguments.twin.absolute()
@@ -88,9 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard = disk.folder_size(twin) // TWIN_FILES
             small = quantize(twin, output, scheme, limit, threads, shard)
             lines += checked(small, limit) if small.code else [same_as_in_memory(twin, output, scheme, shard)]
-    report.extra["promises"] = lines
-    cli.finish(report, "\n".join(lines), arguments)
-    return int(arguments.check and broken(lines))
+    return cli.finish(report, "", arguments, lines)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-
 from benchmarks import cli, disk
-from benchmarks.report import aligned, broken, said
-from benchmarks.unfinished import Job
+from benchmarks.report import aligned, said
+
+from stress import process
+from stress.unfinished import Job
 
 FIRST, LAST = 0.05, 0.95
 #: A run that takes so many times as long as the undisturbed one hangs.
@@ -68,31 +69,31 @@ def undisturbed(job: Job, output: Path, threads: int) -> float:
         RuntimeError: if it fails.
     """
     start = time.perf_counter()
-    ran = disk.run(disk.command(*job.arguments(output)), threads)
+    ran = process.run(process.command(*job.arguments(output)), threads)
     if ran.returncode:
-        raise RuntimeError(f"exit code {ran.returncode}: {disk.last_line(ran.stderr)}")
+        raise RuntimeError(f"exit code {ran.returncode}: {process.last_line(ran.stderr)}")
     return time.perf_counter() - start
 
 
 def killed(job: Job, output: Path, threads: int, after: float) -> None:
     """Start the command line, and kill it after so many seconds, if it still runs then."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(disk.command(*job.arguments(output)), env=disk.environment(threads), **quiet)
+    child = subprocess.Popen(process.command(*job.arguments(output)), env=process.environment(threads), **quiet)
     try:
-        process.wait(after)
+        child.wait(after)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        child.kill()
+        child.wait()
 
 
 def resumed(job: Job, output: Path, threads: int, patience: float) -> tuple[dict[str, Any], str]:
     """Go on with what was killed: what its JSON says of bytes, or why it failed."""
     try:
-        ran = disk.run(disk.command(*job.arguments(output, "--resume")), threads, patience)
+        ran = process.run(process.command(*job.arguments(output, "--resume")), threads, patience)
     except subprocess.TimeoutExpired:
         return {}, f"not finished after {patience:.0f} s"
     if ran.returncode:
-        return {}, f"exit code {ran.returncode}: {disk.last_line(ran.stderr)}"
+        return {}, f"exit code {ran.returncode}: {process.last_line(ran.stderr)}"
     return json.loads(ran.stdout)["converted"], ""
 
 
@@ -141,12 +142,11 @@ def table(job: Job, found: Sequence[Killed]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
     made = cli.parser(__doc__, rounds=None)
-    made.add_argument("source", type=Path, metavar="DIR", help="a checkpoint, such as of benchmarks.synthetic")
+    made.add_argument("source", type=Path, metavar="DIR", help="a checkpoint, such as of stress.synthetic")
     made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where results are put meanwhile")
     made.add_argument("--scheme", default="int4", help="int4")
     made.add_argument("--moments", type=cli.positive, default=50, metavar="N", help="how often it is killed; 50")
     made.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of the result's files; 5GB")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     source, threads = arguments.source.absolute(), arguments.threads
     disk.need_room(made, arguments.out, 2 * disk.folder_size(source))
@@ -163,9 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = list(trouble(job, threads, found))
     finished = sum(each.finished for each in found)
     lines = [said(f"{len(found)} runs of {seconds:.1f} s killed and gone on with, {finished} had finished", not wrong)]
-    report.extra |= {"seconds": seconds, "runs": [attrs.asdict(each) for each in found], "promises": lines + wrong}
-    cli.finish(report, "\n".join([table(job, found), *lines, *wrong]), arguments)
-    return int(arguments.check and broken(lines))
+    report.extra |= {"seconds": seconds, "runs": [attrs.asdict(each) for each in found]}
+    return cli.finish(report, table(job, found), arguments, [*lines, *wrong])
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cli, disk
+from benchmarks.report import Report, aligned, said
+
 import fewbits
-from benchmarks import cli, disk, synthetic
-from benchmarks.killing import remove, resumed
-from benchmarks.report import Report, aligned, broken, said
-from benchmarks.unfinished import Job
+from stress import process, synthetic
+from stress.killing import remove, resumed
+from stress.unfinished import Job
 
 #: What the rank with most to do may have, in parts of the one with least.
 UNEVEN = 1.5
@@ -45,10 +47,10 @@ def torchrun(ranks: int, arguments: Sequence[str]) -> list[str]:
 def even(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
     """Run on so many ranks: what came of it in words, and what each rank has done."""
     start = time.perf_counter()
-    ran = disk.run(torchrun(ranks, job.arguments(output)), 1, PATIENCE)
+    ran = process.run(torchrun(ranks, job.arguments(output)), 1, PATIENCE)
     seconds = time.perf_counter() - start
     if ran.returncode:
-        return [said(f"{ranks} ranks: exit code 0, found {ran.returncode}: {disk.last_line(ran.stderr)}", False)], []
+        return [said(f"{ranks} ranks: exit code 0, found {ran.returncode}: {process.last_line(ran.stderr)}", False)], []
     same = disk.digests(output) == expected
     remove(output)
     told = json.loads(ran.stdout)["ranks"]
@@ -68,19 +70,19 @@ def killed(ranks: int, job: Job, output: Path) -> tuple[int, str]:
         RuntimeError: if it ended before, or no rank can be found.
     """
     with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(
-            torchrun(ranks, job.arguments(output)), env=disk.environment(1), stdout=subprocess.DEVNULL, stderr=told
+        child = subprocess.Popen(
+            torchrun(ranks, job.arguments(output)), env=process.environment(1), stdout=subprocess.DEVNULL, stderr=told
         )
         while job.recorded(output) < MIDDLE * job.total:
-            if process.poll() is not None:
+            if child.poll() is not None:
                 told.seek(0)
-                raise RuntimeError(f"it ended with {process.returncode} before a rank was killed: {told.read()[-300:]}")
+                raise RuntimeError(f"it ended with {child.returncode} before a rank was killed: {told.read()[-300:]}")
             time.sleep(LOOK)
-        victims = sorted(workers(process.pid))
+        victims = sorted(workers(child.pid))
         if not victims:
             raise RuntimeError("no rank was found that could be killed")
         os.kill(victims[-1], signal.SIGKILL)
-        code = process.wait(PATIENCE)
+        code = child.wait(PATIENCE)
         told.seek(0)
         return code, told.read()
 
@@ -135,9 +137,9 @@ def prepared(work: Path, scheme: str, size: int, shards: int, seed: int) -> Job:
 def measure(report: Report, job: Job, work: Path, counts: Sequence[int]) -> list[str]:
     """Every number of ranks, then the one that is killed: all promises, in words."""
     output = work / "out"
-    ran = disk.run(disk.command(*job.arguments(output)), 1)
+    ran = process.run(process.command(*job.arguments(output)), 1)
     if ran.returncode:
-        return [said(f"one process: exit code 0, found {ran.returncode}: {disk.last_line(ran.stderr)}", False)]
+        return [said(f"one process: exit code 0, found {ran.returncode}: {process.last_line(ran.stderr)}", False)]
     expected = disk.digests(output)
     remove(output)
     lines: list[str] = []
@@ -157,7 +159,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--ranks", type=cli.listed(cli.positive), default=[1, 2, 4], metavar="N,...", help="1,2,4")
     made.add_argument("--scheme", default="int4", help="int4")
     made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where everything is put meanwhile")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     disk.need_room(made, arguments.out, 3 * arguments.size)
     report = cli.begin("torchrun", arguments)
@@ -165,9 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = Path(folder).absolute()
         job = prepared(work, arguments.scheme, arguments.size, arguments.shards, arguments.seed)
         lines = measure(report, job, work, arguments.ranks)
-    report.extra["promises"] = lines
-    cli.finish(report, "\n".join([table(report.extra.get("ranks", [])), *lines]), arguments)
-    return int(arguments.check and broken(lines))
+    return cli.finish(report, table(report.extra.get("ranks", [])), arguments, lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A dry run of a checkpoint of hundreds of gigabytes: how long it takes, what it reads, what memory it takes.
 
-The checkpoint is sparse (see `benchmarks.synthetic`): its headers are real, its tensors are holes that take no room,
+The checkpoint is sparse (see `stress.synthetic`): its headers are real, its tensors are holes that take no room,
 and that nobody should read. What is read besides headers are mostly modules that Python imports: a dry run of a small
 checkpoint, of a few megabytes, says how much that is, and is taken off. Of the small checkpoint the bytes that were
 predicted for each file are compared with those that are written. Linux only.
@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cli, disk, synthetic
-from benchmarks.measured import Measured, measure
-from benchmarks.report import broken, said
+from benchmarks import cli, disk
+from benchmarks.report import said
+
+from stress import process, synthetic
+from stress.measured import Measured, measure
 
 #: Seconds from the start of the process to its end.
 SECONDS = 10.0
@@ -41,7 +43,7 @@ def dry_run(source: Path, scheme: str, threads: int, *options: object) -> tuple[
 
 def described(source: Path) -> int:
     """Bytes of a checkpoint that say where its tensors are."""
-    headers = sum(disk.header_of(path)[0] for path in source.glob("*.safetensors"))
+    headers = sum(process.header_of(path)[0] for path in source.glob("*.safetensors"))
     return headers + sum(path.stat().st_size for path in source.glob("*.json"))
 
 
@@ -62,8 +64,8 @@ def predicted(source: Path, scheme: str, threads: int, work: Path) -> str:
     told = dry_run(source, scheme, threads, *options)[1]
     expected = {shard["file"]: shard["bytes"] for shard in told["shards"]}
     output = work / "out"
-    ran = disk.run(disk.command("quantize", source, "-o", output, "--scheme", scheme, *options), threads)
-    written = {path.name: disk.tensor_bytes(path) for path in sorted(output.glob("*.safetensors"))}
+    ran = process.run(process.command("quantize", source, "-o", output, "--scheme", scheme, *options), threads)
+    written = {path.name: process.tensor_bytes(path) for path in sorted(output.glob("*.safetensors"))}
     held = ran.returncode == 0 and written == expected
     return said(
         f"{sum(expected.values()):,} bytes of tensors predicted in {len(expected)} files, written "
@@ -79,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--shards", type=cli.positive, default=200, metavar="N", help="files; 200")
     made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where the checkpoint is put")
     made.add_argument("--scheme", default="int4", help="int4")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     disk.need_room(made, arguments.out, 4 * SMALL)
     report = cli.begin("dryrun", arguments)
@@ -93,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = checks(taken, dry_run(small, scheme, threads)[0], large)
         lines.append(predicted(small, scheme, threads, Path(work).absolute()))
         report.extra |= {"figures": {**taken.figures, "wall": taken.wall, "described": described(large)}}
-    report.extra["promises"] = lines
-    cli.finish(report, "\n".join(lines), arguments)
-    return int(arguments.check and broken(lines))
+    return cli.finish(report, "", arguments, lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The command line of fewbits in this process, and what it took, above what the process had after ``import fewbits``.
 
-Run by `benchmarks.limited` and `benchmarks.dryrun`, in a process of its own, because a peak cannot be reset.
+Run by `stress.limited` and `stress.dryrun`, in a process of its own, because a peak cannot be reset.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import attrs
 
 import fewbits  # what it takes is not counted: it is here before the first figure is read
-from benchmarks import disk
 from fewbits.cli import main as command_line
+from stress import process
 
 
 @attrs.frozen
@@ -53,12 +53,12 @@ def measure(*arguments: object, threads: int, limit: int | None = None) -> Measu
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         start = time.perf_counter()
-        ran = disk.run(
-            [sys.executable, "-m", "benchmarks.measured", str(file), str(limit or 0), *map(str, arguments)], threads
+        ran = process.run(
+            [sys.executable, "-m", "stress.measured", str(file), str(limit or 0), *map(str, arguments)], threads
         )
         wall = time.perf_counter() - start
         figures = json.loads(file.read_text()) if file.exists() else {}
-    return Measured(ran.returncode, ran.stdout, disk.last_line(ran.stderr), wall, figures)
+    return Measured(ran.returncode, ran.stdout, process.last_line(ran.stderr), wall, figures)
 
 
 def sizes() -> dict[str, int]:

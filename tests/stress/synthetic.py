@@ -1,6 +1,6 @@
 """A checkpoint in bfloat16 out of a seed, with the names and shapes of a decoder of transformers.
 
-    python -m benchmarks.synthetic DIR --size 6GB --shards 3 --largest 1.5GB --seed 0
+    python -m stress.synthetic DIR --size 6GB --shards 3 --largest 1.5GB --seed 0
 
 `lm_head` is the largest tensor, layers have projections and norms, `embed_tokens` takes what is left. Values are
 normal, each tensor's from a generator of its own, so that they do not depend on how the checkpoint is cut into files.
@@ -24,8 +24,8 @@ from typing import BinaryIO
 
 import attrs
 import torch
-
 from benchmarks import cli, disk
+
 from fewbits.checkpoint.raw import tensor_bytes
 
 #: Elements that are made and written at a time. Another number gives other values, so it is no option.
