@@ -1,4 +1,4 @@
-"""What all benchmarks share on the command line: rounds, threads, peers, and where the results go."""
+"""Command line options that all benchmarks share, and the report at the end."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ from benchmarks.machine import machine, versions
 from benchmarks.report import Report, broken
 
 T = TypeVar("T")
+Parser = argparse.ArgumentParser
 
 OURS = ("fewbits", "torch")
 
 
-def parser(description: str | None, rounds: int | None = 7, *, check: bool = True) -> argparse.ArgumentParser:
+def parser(description: str | None, rounds: int | None = 7, *, check: bool = True, peers: bool = False) -> Parser:
     """Make a parser with the options of every benchmark; `rounds` is None where nothing is timed."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
-        made.add_argument("--rounds", type=positive, default=rounds, help=f"how often everything is timed; {rounds}")
-    made.add_argument("--threads", type=positive, default=2, help="of torch and of the peers; 2")
-    made.add_argument("--seed", type=int, default=0, help="of weights and inputs")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write every round's times, machine and versions")
+        made.add_argument("--rounds", type=positive, default=rounds, help=f"rounds; {rounds}")
+    made.add_argument("--threads", type=positive, default=2, help="threads of torch and the peers; 2")
+    made.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
+    made.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the times of every round, the machine and the versions"
+    )
+    if peers:
+        made.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other libraries")
     if check:
         made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
-    return made
-
-
-def with_peers(made: argparse.ArgumentParser, default: bool | None = True) -> argparse.ArgumentParser:
-    made.add_argument(
-        "--peers", action=argparse.BooleanOptionalAction, default=default, help="time the other libraries found here"
-    )
     return made
 
 
@@ -46,6 +44,7 @@ def positive(text: str) -> int:
 
 
 def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Parse arguments separated by commas."""
     return lambda text: [parse(part.strip()) for part in text.split(",") if part.strip()]
 
 
@@ -57,6 +56,7 @@ def dtype(text: str) -> torch.dtype:
 
 
 def begin(benchmark: str, arguments: argparse.Namespace, packages: Sequence[str] = ()) -> Report:
+    """Set threads and seed, and start a report with machine and versions."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     settings = {key: value for key, value in vars(arguments).items() if key != "json"}

@@ -1,4 +1,4 @@
-"""`Contender`: one way of storing and running a linear layer, ours or another's."""
+"""`Contender`: one way to store and run a linear layer, by fewbits or another library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.machine import last_level_cache
 from benchmarks.timing import Call
 
-#: What everything is compared with.
+#: Names of the two contenders that times are compared with.
 BASELINE = "dense fp32"
 COPY = "copy_"
 
@@ -24,6 +24,13 @@ Layer = Callable[[Tensor], Tensor]
 
 @attrs.frozen
 class Contender:
+    """One way to store and run a linear layer.
+
+    `build` makes a layer from a float layer that it may change. `start` takes such a layer and returns the call that
+    quantizes it. `bits` is the least storage of one weight: it decides how many layers overflow a cache. Where
+    `anew` is false, layers are copied, because building one takes long.
+    """
+
     name: str
     package: str
     dtype: torch.dtype = torch.float32
@@ -43,6 +50,7 @@ class Contender:
 
 
 def later(quantize: Callable[[nn.Linear], object]) -> Callable[[nn.Linear], Call]:
+    """Make a `Contender.start` from a function that quantizes at once."""
     return lambda layer: partial(quantize, layer)
 
 
@@ -53,6 +61,7 @@ def linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
 
 
 def copies(elements: int, bits: float, multiple: float, most: int = 512) -> int:
+    """Count the layers, at least two, that hold this multiple of the bytes of the last cache."""
     stored = elements * bits / 8
     return min(most, max(2, math.ceil(multiple * last_level_cache() / stored)))
 

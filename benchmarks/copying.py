@@ -1,14 +1,14 @@
-"""A checkpoint quantized from disk to disk, beside copying its files, round by round.
+"""Time a quantization from disk to disk against a copy of the same files.
 
-The copy is ``cp`` of the same files, and ``sync`` of what it made: their bytes are on the disk when the clock stops.
-Ours is `fewbits.quantize` from path to path with ``validate=False``: it reads, quantizes, hashes each tensor, writes,
-waits for the disk (fsync of files and directories), reads back what it wrote and compares the SHA-256 of every tensor,
-and gives the directory its name. Comparing elements with the source is not counted, and imports are not. Contenders
-take turns, in another order each round; what they made is removed before the next. Ratios are within a round.
+The copy runs ``cp`` and ``sync``, so its bytes are on the disk when the clock stops. fewbits runs `fewbits.quantize`
+from path to path with ``validate=False``: it reads, quantizes, hashes each tensor, writes, calls fsync on files and
+directories, reads the result back, compares the SHA-256 of every tensor, and renames the directory. Imports and the
+comparison with the source are not timed. Contenders take turns in rotating order; every result is removed before the
+next turn. Ratios are taken within a round.
 
-The source is read once before, so that it comes from memory where there is enough. Needed are the bytes of the source
-on the disk of ``--out``; in memory, the source for its cache, and as much again where ``--out`` is a file system in
-memory, such as /dev/shm. That is where threads are compared: on a disk they would wait for it together.
+A first pass reads the source, so that it is cached. The disk of ``--out`` needs room for one result, and memory needs
+room for the cached source. Threads are compared only where ``--out`` lies in memory (/dev/shm): on a disk both would
+wait for the disk.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from benchmarks.timing import rotated, timed
 from fewbits.quantizers.schemes import SCHEMES
 
 COPY = "cp and sync"
-#: Our time in copies, at most, and what is aimed at.
+#: Scheme -> (promised, desired) time of fewbits, as a multiple of a copy.
 PROMISED = {"int8": (4.0, 2.0), "int4": (6.0, 3.0)}
-#: How many times faster two threads are than one.
+#: With this scheme, two threads are so many times faster than one.
 TWICE, FASTER = "int4", 1.5
 
 
@@ -74,6 +74,7 @@ def measure(report: Report, calls: dict[str, Callable[..., None]], output: Path,
 
 
 def ratios(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Compute the least, median and largest ratio within a round."""
     found = [mine / theirs for mine, theirs in zip(own, other, strict=True)]
     return min(found), statistics.median(found), max(found)
 
@@ -117,7 +118,7 @@ def need_room(made: argparse.ArgumentParser, source: Path, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(__doc__, rounds=3)
     made.add_argument("source", type=Path, metavar="DIR", help="a checkpoint, such as tests/stress/synthetic.py writes")
-    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where results are put meanwhile")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="directory for temporary results")
     made.add_argument(
         "--scheme", type=cli.listed(str), default=[*PROMISED], metavar="NAME,...", help=", ".join(SCHEMES)
     )

@@ -24,12 +24,16 @@ PROMPT = (504, 3575, 282, 4649, 314, 7042, 28, 253, 2240, 335, 260, 4626, 1268, 
 
 @attrs.frozen
 class Decoded:
+    """Seconds for one token after the first, and the tokens or the text, if the library returns them."""
+
     seconds: float
     tokens: Sequence[int] = ()
     text: str = ""
 
 
 class Watch:
+    """A stopping criterion that never stops: it records the time of each token."""
+
     def __init__(self) -> None:
         self.times: list[float] = []
 
@@ -102,6 +106,7 @@ def load() -> nn.Module:
 
 
 def rewrite(kind: str, target: Path) -> Path:
+    """Write the GGUF file with its Q4_1 layers quantized again as Q8_0 or Q4_0."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
     from gguf.quants import dequantize, quantize
 

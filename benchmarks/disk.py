@@ -1,4 +1,4 @@
-"""What the benchmarks of checkpoints on disk share: sizes, room, bytes of files, the command line as a process."""
+"""Helpers for benchmarks and stress tests of checkpoints on disk: sizes, free space, digests."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fewbits._sizes import parse_size
 from fewbits.errors import ArgumentError
 
 MB = 10**6
-#: Where files lie in memory, if the system has such a place.
+#: A file system in memory, if the system has one.
 SHM = Path("/dev/shm")
-#: How much room is left over besides what a benchmark writes.
+#: Space to leave free.
 SPARE = 256 * MB
 
 

@@ -1,6 +1,6 @@
-"""What `import fewbits` costs after `import torch` and `import safetensors.torch`, as a share of what these cost.
+"""Compare the time of `import fewbits` with the time of `import torch` and `import safetensors.torch`.
 
-Every round is a process of its own, and takes the cumulative times that Python's ``-X importtime`` reports.
+Every round starts a new process and reads the cumulative times of Python's ``-X importtime``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks import cli
 from benchmarks.report import Cell, said
 
 CODE = "import torch, safetensors.torch; import fewbits"
-#: What `import fewbits` may cost, as a share of what it needs anyway.
+#: The largest share of the time of torch and safetensors that `import fewbits` may add.
 PROMISED = 0.25
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     theirs, ours = zip(*(seconds() for _ in range(arguments.rounds)), strict=True)
     report.cells = [Cell({}, "torch and safetensors", theirs, theirs), Cell({}, "fewbits", ours, theirs)]
     share = 1 / report.cells[1].speed
-    line = said(f"fewbits takes at most {PROMISED:.0%} of what torch and safetensors take", share <= PROMISED)
+    line = said(f"fewbits takes at most {PROMISED:.0%} of the time of torch and safetensors", share <= PROMISED)
     table = "\n".join(f"{cell.contender:<22} {cell.median:.3f} s" for cell in report.cells)
     return cli.finish(report, f"{table}\nshare {share:.1%}", arguments, [line])
 

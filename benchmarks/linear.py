@@ -1,7 +1,7 @@
-"""One linear layer: dense, ours, and those of other libraries, in one run.
+"""Time one linear layer: dense, by fewbits, and by other libraries, in one run.
 
-Layers are timed in turns, round by round, and each contender has so many of them that their weights do not fit the
-last cache. Ratios are to dense float32, within a round; ± is half the way from the fastest to the slowest round.
+Contenders take turns in every round. Each has so many layers that their weights overflow the last cache. Ratios are
+to dense float32, within a round; ± is half the distance from the fastest to the slowest round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import cli, ours, peers, promises
 from benchmarks.contender import BASELINE, Contender, Layer, copies, dense
 from benchmarks.presets import PRESETS, Case, Preset, listing, resolved, scheme, shape
-from benchmarks.report import Cell, Failure, Report, aligned, faster, milliseconds, pivot
+from benchmarks.report import Cell, Failure, Report, aligned, milliseconds, pivot
 from benchmarks.timing import Cycle, interleave, reason
 
 
@@ -47,7 +47,7 @@ def _build(report: Report, case: Case, contenders: Sequence[Contender], weight: 
         count = copies(weight.numel(), contender.bits, multiple)
         try:
             built[contender.name] = contender, contender.layers(weight, count)
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure({"case": str(case)}, contender.name, reason(error)))
     return built
 
@@ -57,7 +57,7 @@ def _measure_rows(
 ) -> None:
     x = torch.randn(rows, case.inputs)
     where = {"case": str(case), "M": rows}
-    with torch.no_grad():  # not inference_mode, which some of the others do not bear
+    with torch.no_grad():  # some peers fail in inference_mode
         inputs = {name: x.to(contender.dtype) for name, (contender, _) in built.items()}
         calls = {name: Cycle(layers, inputs[name]) for name, (_, layers) in built.items()}
         timed = interleave(calls, rounds, turn=turn)
@@ -84,11 +84,13 @@ def table(report: Report) -> str:
     parts = []
     for case, group in groupby(report.cells, key=lambda cell: cell.case["case"]):
         cells = list(group)
-        parts.append(f"{case}: times faster than dense fp32\n{aligned(pivot(cells, 'M', faster))}")
+        parts.append(
+            f"{case}: times faster than dense fp32\n{aligned(pivot(cells, 'M', lambda cell: f'{cell.speed:.2f}x'))}"
+        )
         parts.append(f"{case}: one call\n{aligned(pivot(cells, 'M', milliseconds))}")
         parts.append(f"{case}: dB of the output\n{aligned(pivot(cells, 'M', _decibels))}")
         if named := [cell for cell in cells if "kernel" in cell.facts]:
-            parts.append(f"{case}: kernel\n{aligned(pivot(named, 'M', _kernel))}")
+            parts.append(f"{case}: kernel\n{aligned(pivot(named, 'M', lambda cell: cell.facts['kernel']))}")
     return "\n\n".join(parts)
 
 
@@ -96,20 +98,17 @@ def _decibels(cell: Cell) -> str:
     return "equal" if cell.facts["sqnr_db"] is None else f"{cell.facts['sqnr_db']:.1f}"
 
 
-def _kernel(cell: Cell) -> str:
-    return str(cell.facts["kernel"])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    made = cli.with_peers(cli.parser(f"{__doc__}\n{listing()}"), default=None)
-    made.add_argument("--preset", choices=[*PRESETS], default="table", help="what the other options do not say; table")
-    made.add_argument("--shape", type=cli.listed(shape), metavar="OUTxIN,...", help="of the weights")
-    made.add_argument("--rows", type=cli.listed(cli.positive), metavar="M,...", help="of the inputs")
-    made.add_argument("--dtype", type=cli.listed(cli.dtype), metavar="DTYPE,...", help="of the inputs")
-    made.add_argument("--group-size", type=cli.listed(cli.positive), metavar="N,...", help="of grouped weights")
+    made = cli.parser(f"{__doc__}\n{listing()}", peers=True)
+    made.set_defaults(peers=None)
+    made.add_argument("--preset", choices=[*PRESETS], default="table", help="defaults for the other options; table")
+    made.add_argument("--shape", type=cli.listed(shape), metavar="OUTxIN,...", help="shapes of the weights")
+    made.add_argument("--rows", type=cli.listed(cli.positive), metavar="M,...", help="rows or dtypes of the inputs")
+    made.add_argument("--dtype", type=cli.listed(cli.dtype), metavar="DTYPE,...", help="rows or dtypes of the inputs")
+    made.add_argument("--group-size", type=cli.listed(cli.positive), metavar="N,...", help="group sizes")
     made.add_argument("--scheme", type=cli.listed(scheme), metavar="NAME,...", help=", ".join(ours.SCHEMES))
-    made.add_argument("--cache-multiple", type=float, default=4, help="stored bytes of the layers, in last caches; 4")
-    made.add_argument("--turn", type=float, default=0.1, help="seconds of one turn, at least; 0.1")
+    made.add_argument("--cache-multiple", type=float, default=4, help="bytes of all layers, in last caches; 4")
+    made.add_argument("--turn", type=float, default=0.1, help="least seconds of one turn; 0.1")
     arguments = made.parse_args(argv)
     preset = resolved(arguments)
     arguments.peers = preset.peers

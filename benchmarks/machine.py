@@ -1,16 +1,18 @@
-"""What a run says about the machine and the versions it ran on."""
+"""The machine and the versions that a run used."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-#: Assumed where the system does not say: 32 MiB, more than most machines have.
+#: Assumed where the system reports no cache size: 32 MiB, more than most machines have.
 USUAL_CACHE = 32 * 2**20
 
 
@@ -26,8 +28,7 @@ def machine() -> dict[str, Any]:
 
 
 def capabilities() -> dict[str, Any]:
-    tell = getattr(torch.cpu, "get_capabilities", None)
-    return {} if tell is None else tell()
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def has_vnni() -> bool:
@@ -35,19 +36,13 @@ def has_vnni() -> bool:
 
 
 def cpu_name() -> str:
-    fields = dict(_cpu_fields())
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
     if "model name" not in fields:
         return platform.processor() or "unknown"
     numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
     return f"{fields['model name']} ({', '.join(numbers)})"
-
-
-def _cpu_fields() -> Iterator[tuple[str, str]]:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    for line in text.split("\n\n")[0].splitlines():
-        key, _, value = line.partition(":")
-        yield key.strip(), value.strip()
 
 
 def last_level_cache() -> int:
@@ -64,8 +59,6 @@ def _bytes(size: str) -> int:
 def versions(packages: Iterable[str]) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in packages:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

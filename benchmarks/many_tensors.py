@@ -1,9 +1,9 @@
-"""What a tensor costs, however small it is: thousands of small tensors are quantized, resumed, verified and loaded.
+"""Measure the cost of one small tensor: quantize, resume, verify and load thousands of them.
 
     python -m benchmarks.many_tensors --tensors 20000 --rounds 3
 
-Each step is timed in seconds of this process on the CPU, which other programs disturb less than the clock. The table
-has the median of the rounds, milliseconds for each tensor, and the ratio to making the result in the same round.
+Times are CPU seconds of this process, which other programs disturb less than the clock. The table shows the median of
+the rounds, milliseconds per tensor, and the ratio to quantizing in the same round.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import fewbits
 from benchmarks import cli
 from benchmarks.report import Cell, Report, aligned
 
-#: Of each tensor, in float32: 12 kB.
+#: Shape of each tensor: 12 kB in float32.
 SHAPE = (48, 64)
 MADE = "made"
 

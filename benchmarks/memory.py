@@ -1,11 +1,11 @@
-"""Resident memory: the peak while converting, and what a model takes that has run a hundred forwards.
+"""Measure resident memory while converting, and after a hundred forwards of a quantized model.
 
-Each case runs in a process of its own, above what that process took once it was warm. Exits with 1 if a promise is not
-held. Linux only. MB are 10**6 bytes.
+Each case runs in its own process, which is warmed up first. The exit code is 1 if a promise is broken. Linux only.
+MB are 10**6 bytes.
 
-peak: what the peak (VmHWM) rises by while a gibibyte of float32 is converted, less source and result: under 64 MiB.
-resident: anonymous and file pages, after a hundred forwards of a model of at least a gigabyte stored: at most 1.10
-times the stored bytes and 50 MB; with groups of 32, 1.25 times and 50 MB.
+peak: the rise of the peak (VmHWM) while a gibibyte of float32 is converted, less source and result: under 64 MiB.
+resident: anonymous and file pages after a hundred forwards of a model with at least a gigabyte stored: at most 1.10
+times the stored bytes plus 50 MB; with groups of 32, 1.25 times plus 50 MB.
 """
 
 from __future__ import annotations

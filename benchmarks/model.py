@@ -1,8 +1,8 @@
-"""A whole language model, SmolLM2-135M, decoding: dense, ours, and llama.cpp, in one run.
+"""Time SmolLM2-135M decoding: dense, by fewbits, and by llama.cpp, in one run.
 
-64 tokens, greedily, after a prompt of 20: torch through transformers' `generate` with a static cache, eagerly;
-llama.cpp through the xllamacpp wheel, with layers in Q8_0 and Q4_0 and embeddings in Q8_0, made from the same weights.
-Times are of one token, from the first to the last. Contenders take turns, round by round.
+Each contender generates 64 tokens greedily after a prompt of 20: torch eagerly through transformers' `generate` with a
+static cache; llama.cpp through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the same weights. The time
+of one token counts from the first token to the last. Contenders take turns in every round.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from benchmarks.timing import PAUSE, reason, rotated
 
 BASELINE = "dense fp32"
 
-#: What decodes so many tokens.
+#: Decodes this number of tokens.
 Decode = Callable[[int], Decoded]
 
 
 @attrs.frozen
 class Variant:
+    """The dtype and scheme of the model in torch, with settings of `fewbits.quantize`."""
+
     dtype: torch.dtype = torch.float32
     scheme: str | None = None
     settings: Mapping[str, Any] = attrs.field(factory=dict)
@@ -48,7 +50,7 @@ class Variant:
         return quantized
 
 
-#: int4 keeps embeddings, which here are the output layer, unless asked; the third of ours asks.
+#: The embedding is the output layer here. int4 keeps it unless a rule names it.
 _SMALL = {"overrides": {"model.embed_tokens": "int8"}}
 VARIANTS: Mapping[str, Variant] = {
     BASELINE: Variant(),
@@ -60,7 +62,7 @@ VARIANTS: Mapping[str, Variant] = {
     "fewbits int4, output int8, bf16": Variant(torch.bfloat16, "int4", _SMALL),
 }
 DENSE = (BASELINE, "dense bf16")
-#: Ours that are faster than both.
+#: Contenders that must be faster than both dense models.
 PROMISED = ("fewbits int8", "fewbits int4")
 LLAMA = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
 
@@ -75,7 +77,7 @@ def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds:
             try:
                 last[name] = decoders[name](min(tokens, 8) if r < 0 else tokens)
                 seconds[name] += [last[name].seconds] if r >= 0 else []
-            except Exception as error:  # whatever it is, the others go on
+            except Exception as error:  # one failure must not stop the others
                 report.failures.append(Failure(where, name, reason(error)))
                 del seconds[name]
     for name, times in seconds.items():
@@ -95,7 +97,7 @@ def dense_and_ours(report: Report, model: nn.Module, names: Sequence[str]) -> di
     for name in names:
         try:
             made[name] = VARIANTS[name].of(model)
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure({}, name, reason(error)))
     return made
 
@@ -106,7 +108,7 @@ def llamas(report: Report, folder: Path, threads: int) -> dict[str, Decode]:
         try:
             server = LlamaCpp(decoding.rewrite(kind, folder / f"{kind}.gguf"), threads)
             made[name] = partial(server.generate, decoding.PROMPT)
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure({}, name, reason(error)))
     return made
 
@@ -135,8 +137,8 @@ def checks(report: Report) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = cli.with_peers(cli.parser(__doc__, rounds=5))
-    made.add_argument("--tokens", type=cli.positive, default=64, help="to decode; 64")
+    made = cli.parser(__doc__, rounds=5, peers=True)
+    made.add_argument("--tokens", type=cli.positive, default=64, help="tokens to decode; 64")
     made.add_argument("--variant", type=lambda text: text.split(";"), default=list(VARIANTS), metavar="NAME;...")
     arguments = made.parse_args(argv)
     unknown = [name for name in arguments.variant if name not in VARIANTS]

@@ -1,4 +1,4 @@
-"""fewbits as a contender, and what it says about the kernels it takes."""
+"""fewbits as a contender, and the kernels that it chose."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _int4(group_size: int) -> fewbits.Quantizer:
     return fewbits.Int4Grouped(group_size=group_size)
 
 
-#: What ``--scheme`` may name.
+#: Values of ``--scheme``.
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(_int8, 8),
     "int4": Scheme(_int4, 4, grouped=True),
@@ -45,7 +45,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8-exact": Scheme(_int8, 8, compute="exact"),
     "int4-exact": Scheme(_int4, 4, grouped=True, compute="exact"),
 }
-#: What is measured unless asked otherwise.
+#: Default of ``--scheme``.
 USUAL = ("int8", "int4", "int8-dynamic", "int4-compute-int8")
 
 
@@ -84,5 +84,5 @@ def explained(layer: Layer, x: Tensor) -> dict[str, Any]:
     try:
         row = explain(layer, x).rows[0]
         return {"kernel": row.kernel, "refused": dict(row.refused)}
-    except Exception as error:  # said in the table, in the kernel's place
+    except Exception as error:  # the table shows the error as the kernel
         return {"kernel": f"explain failed: {reason(error)}"}

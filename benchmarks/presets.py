@@ -1,4 +1,4 @@
-"""What `benchmarks.linear` measures: cases that are asked for often, by name."""
+"""Named sets of cases for `benchmarks.linear`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def scheme(text: str) -> str:
     if text not in ours.SCHEMES:
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(ours.SCHEMES)}")
+        raise argparse.ArgumentTypeError(f"unknown scheme {text}; the schemes are {', '.join(ours.SCHEMES)}")
     return text
 
 

@@ -1,7 +1,7 @@
-"""The ratios that fewbits is built to reach, and whether a run reached them.
+"""The speed ratios that fewbits promises, and a check of one run against them.
 
-A promise is that one contender is at least so many times as fast as another, in the same run, on a 4096x4096 layer
-unless it says otherwise. They differ between processors with VNNI and without.
+A promise names two contenders and the least ratio of their speeds in the same run. Most promises are about a 4096x4096
+layer. Processors with and without VNNI have different promises.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ WITHOUT_VNNI = {
     "fewbits int4": (2.2, 2.5, 0.60, 0.70),
     "fewbits int8-dynamic": (None, None, 1.6, 1.6),
 }
-#: At any other number of rows.
+#: Least ratio to dense at any other number of rows.
 NO_CLIFF = {"fewbits int8": 0.6, "fewbits int4": 0.5}
 
-#: One row, float32: ours against those that store as many bits, by what their names begin with.
+#: One row: fewbits against peers with as many bits. A peer matches if its name starts with one of these.
 PYTHON_PEERS = {
     "fewbits int8": ("torchao int8, fp32", "quanto qint8, fp32", "bitsandbytes int8, fp32"),
     "fewbits int4": ("torchao intx int4", "quanto qint4, fp32", "bitsandbytes nf4, fp32", "hqq 4 bit g64, fp32"),

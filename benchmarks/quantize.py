@@ -1,8 +1,8 @@
-"""How long it takes to quantize one float32 layer, ours and others', beside copying it.
+"""Time the quantization of one float32 layer, by fewbits and by other libraries, against a copy of its weight.
 
-Ours is `Quantizer.convert`, which does not validate; `prepare`, which does not read the weight, comes before. Each gets
-a layer of its own, made before the clock starts. Ratios are to ``dst.copy_(src)`` of the weight into touched memory, in
-the same round.
+fewbits runs `Quantizer.convert`, which does not validate; `prepare`, which does not read the weight, runs before.
+Every contender gets a fresh layer, made before the clock starts. Ratios are to ``dst.copy_(src)`` of the weight into
+touched memory, in the same round.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from benchmarks import cli, ours, peers
 from benchmarks.contender import COPY, Contender, copy_contender, linear
 from benchmarks.presets import scheme, shape
-from benchmarks.report import Cell, Failure, Report, aligned, milliseconds, pivot, said, slower
+from benchmarks.report import Cell, Failure, Report, aligned, milliseconds, said
 from benchmarks.timing import PAUSE, reason, rotated, timed
 
-#: Our time in copies of the weight, at most.
+#: The longest promised time, in copies of the weight.
 PROMISED = {"fewbits int8": 4.0, "fewbits int4": 8.0}
-#: How many times faster than the Python peers we are at least.
+#: The least ratio to the time of the Python peers.
 FASTER = 4.0
 PYTHON_PEERS = ("torchao", "optimum-quanto", "bitsandbytes", "hqq")
-#: What takes longer than this for one layer, in seconds, is timed in the first round only.
+#: A contender that takes more seconds than this is timed in the first round only.
 PATIENCE = 5.0
 
 
@@ -38,7 +38,7 @@ def measure(report: Report, contenders: Sequence[Contender], weight: Tensor, rou
         for name in rotated(list(alive), r):
             try:
                 _turn(alive[name], weight, seconds[name], warming=r < 0)
-            except Exception as error:  # whatever it is, the others go on
+            except Exception as error:  # one failure must not stop the others
                 report.failures.append(Failure(where, name, reason(error)))
                 del alive[name]
     copying = seconds[COPY]
@@ -63,8 +63,7 @@ def time_once(contender: Contender, weight: Tensor) -> float:
 
 
 def table(report: Report) -> str:
-    times, ratios = (pivot(report.cells, "shape", show) for show in (milliseconds, slower))
-    lines = [(t[0], t[1], r[1]) for t, r in zip(times[1:], ratios[1:], strict=True)]
+    lines = [(cell.contender, milliseconds(cell), f"{1 / cell.speed:.2f}x") for cell in report.cells]
     return aligned([("", "one layer", "in copies"), *lines])
 
 
@@ -85,9 +84,11 @@ def checks(report: Report) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = cli.with_peers(cli.parser(__doc__))
-    made.add_argument("--shape", type=shape, default=(4096, 4096), metavar="OUTxIN", help="of the weight; 4096x4096")
-    made.add_argument("--group-size", type=cli.positive, default=128, metavar="N", help="of grouped weights; 128")
+    made = cli.parser(__doc__, peers=True)
+    made.add_argument(
+        "--shape", type=shape, default=(4096, 4096), metavar="OUTxIN", help="shape of the weight; 4096x4096"
+    )
+    made.add_argument("--group-size", type=cli.positive, default=128, metavar="N", help="group size; 128")
     made.add_argument("--scheme", type=cli.listed(scheme), default=["int8", "int4"], metavar="NAME,...")
     arguments = made.parse_args(argv)
     report = cli.begin("quantize", arguments, ["numpy"] if arguments.peers else [])

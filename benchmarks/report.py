@@ -1,4 +1,4 @@
-"""What a benchmark found: cells of times, as a table and as JSON."""
+"""The result of a benchmark: one cell of times per contender and case, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import attrs
 
 @attrs.frozen
 class Cell:
+    """The seconds of one contender in one case, one number per round, beside those of its baseline."""
+
     case: Mapping[str, Any]
     contender: str
     seconds: Sequence[float]
@@ -98,6 +100,7 @@ def broken(lines: Sequence[str]) -> bool:
 
 
 def pivot(cells: Sequence[Cell], column: str, show: Callable[[Cell], str]) -> list[tuple[str, ...]]:
+    """Make a table with a line per contender and a column per value of one part of the case."""
     names = list(dict.fromkeys(cell.contender for cell in cells))
     values = list(dict.fromkeys(cell.case[column] for cell in cells))
     at = {(cell.contender, cell.case[column]): show(cell) for cell in cells}
@@ -114,11 +117,3 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def milliseconds(cell: Cell) -> str:
     return f"{cell.median * 1e3:.3g} ms ±{cell.spread * 50:.0f}%"
-
-
-def faster(cell: Cell) -> str:
-    return f"{cell.speed:.2f}x"
-
-
-def slower(cell: Cell) -> str:
-    return f"{1 / cell.speed:.2f}x"

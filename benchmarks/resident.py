@@ -1,8 +1,7 @@
-"""What one model takes in resident memory after a hundred forwards, measured in a process of its own.
+"""Measure the memory of one conversion or one quantized model, for `benchmarks.memory`.
 
-Run by `benchmarks.memory`. The process is warmed first: a tiny model of the same kind is made, or loaded, and run. Then
-layers are quantized one at a time, their floats dropped, or all are loaded from a file, and run. What resident memory
-has risen by, anonymous and file pages both, is compared with the bytes that are stored.
+It runs in its own process, because a peak cannot be reset. A tiny model warms the process up. Then layers are
+quantized one at a time, or loaded from a file, and run. The rise of resident memory is compared with the stored bytes.
 """
 
 from __future__ import annotations
@@ -24,16 +23,14 @@ MB = 10**6
 PEAK_LIMIT = 64 * 2**20
 #: (scheme, layers, rows and columns of each): a gibibyte of float32 in many layers, and in one.
 PEAK_CASES = [(scheme, layers, side) for layers, side in ((64, 2048), (1, 16384)) for scheme in ("int8", "int4")]
-#: Inputs of a hundred forwards: mostly one row, some with so many that blocks of the weight are expanded.
+#: Rows of a hundred forwards: mostly one, and some large enough for kernels that expand blocks of the weight.
 ROWS = (1,) * 96 + (32, 32, 256, 256)
 
 
 @attrs.frozen
 class Stored:
-    scheme: str
     group_size: int | None
     allowed: float
-    slack: int = 50 * MB
 
     def quantizer(self) -> fewbits.Quantizer:
         return fewbits.Int8PerChannel() if self.group_size is None else fewbits.Int4Grouped(self.group_size)
@@ -44,14 +41,10 @@ class Stored:
         return quantizer.convert(), quantizer.ledger.bytes_after
 
     def limit(self, stored: int) -> int:
-        return int(self.allowed * stored) + self.slack
+        return int(self.allowed * stored) + 50 * MB
 
 
-KINDS = {
-    "int8": Stored("int8", None, 1.10),
-    "int4-g128": Stored("int4", 128, 1.10),
-    "int4-g32": Stored("int4", 32, 1.25),
-}
+KINDS = {"int8": Stored(None, 1.10), "int4-g128": Stored(128, 1.10), "int4-g32": Stored(32, 1.25)}
 WAYS = ("converted", "loaded")
 #: Outputs and inputs of the layers that warm the process up.
 SMALL = 256

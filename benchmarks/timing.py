@@ -1,4 +1,4 @@
-"""Timing contenders round by round, so that whatever disturbs the machine disturbs them all."""
+"""Time contenders in turns, round by round, so that a disturbance of the machine reaches all of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 Call = Callable[[], object]
 T = TypeVar("T")
 
-#: Between two contenders, in seconds: the threads of the one stop spinning before the other starts.
+#: Seconds between two contenders, in which the threads of the first stop spinning.
 PAUSE = 0.03
-#: What one contender's turn in a round shall last at least, in seconds.
+#: Least seconds of a turn.
 TURN = 0.1
-#: Calls in a turn, at least, so that its median means something; of what takes longer than `LONG` seconds, one.
+#: Least calls in a turn, so that their median is robust; a call longer than `LONG` seconds runs once.
 CALLS, LONG = 3, 0.3
 
 
@@ -66,7 +66,7 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
 def _tried(failures: dict[str, str], name: str, act: Callable[..., T], *arguments: object) -> T | None:
     try:
         return act(*arguments)
-    except Exception as error:  # a contender may fail in any way; the others go on
+    except Exception as error:  # one failure must not stop the others
         failures[name] = reason(error)
         return None
 
