@@ -1,6 +1,6 @@
-"""The benchmarks: that the harness measures what it says, on layers so small that no time means anything.
+"""The harness of the benchmarks, on layers so small that their times mean nothing.
 
-And, marked slow, the two whose figures are promises on any machine: those of memory.
+The tests marked slow check promises on any machine: those of memory.
 """
 
 import json
@@ -169,7 +169,7 @@ def test_linear_measures_every_contender_in_every_case(tmp_path, capsys):
     assert all(cell["case"] == "64x128 g128" and len(cell["seconds"]) == 1 for cell in found["cells"])
     dense_cell, *_, last = found["cells"]
     assert (dense_cell["speed"], dense_cell["sqnr_db"], last["dtype"]) == (1.0, None, "bfloat16")
-    # Whatever a layer computes with, it computes the product: a wrong one reads about 0 dB.
+    # Each kernel computes the product: a wrong product has about 0 dB.
     assert all(cell["sqnr_db"] is None or cell["sqnr_db"] > 12 for cell in found["cells"])
     assert found["machine"]["threads"] == found["settings"]["threads"] == 1
     assert "times faster than dense fp32" in capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_what_takes_very_long_is_quantized_once(monkeypatch):
 
 
 class Parrot(nn.Module):
-    """Says what comes after: `generate` as transformers has it, as far as the benchmarks use it."""
+    """A model whose `generate` counts up, with the arguments of transformers."""
 
     def __init__(self) -> None:
         super().__init__()

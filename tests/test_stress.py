@@ -218,7 +218,7 @@ def journal(folder, file, *lines):
     path.write_bytes(b"".join(lines))
 
 
-def test_what_journals_have_recorded_is_counted_in_bytes_of_the_source(tmp_path, source):
+def test_journals_are_counted_in_bytes_of_the_source(tmp_path, source):
     job = Job.of(source, "int4", "--threads", 1)
     name, other = sorted(job.item)[:2]
     assert job.total == sum(info.nbytes for info in FileSource(source).infos)
@@ -232,7 +232,7 @@ def test_what_journals_have_recorded_is_counted_in_bytes_of_the_source(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killing_sees_whatever_is_not_as_promised(source):
+def test_killing_reports_every_broken_promise(source):
     job = Job.of(source, "int4")
     done = job.total // 2
     left = job.total - done
@@ -264,13 +264,13 @@ def test_moments_are_spread_over_the_run():
 
 @LINUX
 @pytest.mark.slow
-def test_a_conversion_that_is_killed_is_gone_on_with(tmp_path, capsys):
+def test_a_killed_conversion_is_resumed(tmp_path, capsys):
     source, out = tmp_path / "source", tmp_path / "out"
     synthetic.write(source, synthetic.shape_of(100 * MB), shards=2)
     out.mkdir()
     asked = [str(source), "--out", str(out), "--moments", "4", "--max-shard-size", "10MB", "--threads", "2", "--check"]
     assert killing.main(asked) == 0, capsys.readouterr().out
-    assert re.search(r"held: 4 runs of [\d.]+ s killed and gone on with", capsys.readouterr().out)
+    assert re.search(r"held: 4 runs of [\d.]+ s killed and resumed", capsys.readouterr().out)
     assert list(out.iterdir()) == []
 
 

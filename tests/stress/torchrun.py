@@ -1,10 +1,9 @@
-"""A checkpoint quantized by several processes, which torchrun starts, beside one.
+"""Quantize a checkpoint in several processes of torchrun, and compare the result with that of one process.
 
-The checkpoint is made here: files of equal size, with the same number of layers in each, and as many files in the
-result. With 1, 2 and 4 ranks the files must be those of one process, byte by byte, and the ranks have about as much
-to do as each other. Then a rank is killed with SIGKILL in the middle: torchrun has to end with an exit code that is not
-0, and a message, and one process that goes on with ``--resume`` to give the same files. Exits with 1 if ``--check``
-finds a promise broken. Linux only.
+The program makes a checkpoint of equal files with equally many layers, and quantizes it into equally many files. With
+1, 2 and 4 ranks the files must have the bytes of one process, and the ranks must have similar work. Then SIGKILL ends
+one rank in the middle: torchrun must exit with a code other than 0 and a message, and one process that resumes with
+``--resume`` must give the same files. Linux only.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from stress import process, synthetic
 from stress.killing import remove, resumed
 from stress.unfinished import Job
 
-#: What the rank with most to do may have, in parts of the one with least.
+#: The largest allowed ratio of the work of two ranks.
 UNEVEN = 1.5
-#: Where a rank is killed: when so much of the source is done.
+#: A rank is killed when this share of the source is done.
 MIDDLE = 0.4
-#: Seconds that no run takes.
+#: A run that takes more seconds hangs.
 PATIENCE = 3600.0
 #: Between two looks at the journals, in seconds.
 LOOK = 0.01
@@ -45,7 +44,7 @@ def torchrun(ranks: int, arguments: Sequence[str]) -> list[str]:
 
 
 def even(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Run on so many ranks: what came of it in words, and what each rank has done."""
+    """Run on so many ranks; return the promises as lines, and the work of each rank."""
     start = time.perf_counter()
     ran = process.run(torchrun(ranks, job.arguments(output)), 1, PATIENCE)
     seconds = time.perf_counter() - start
@@ -64,10 +63,10 @@ def even(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> tuple[
 
 
 def killed(ranks: int, job: Job, output: Path) -> tuple[int, str]:
-    """Kill the last rank in the middle: the exit code of torchrun, and what was said.
+    """Kill the last rank in the middle; return the exit code and the messages of torchrun.
 
     Raises:
-        RuntimeError: if it ended before, or no rank can be found.
+        RuntimeError: if the run ended too early, or no rank was found.
     """
     with tempfile.TemporaryFile("w+") as told:
         child = subprocess.Popen(
@@ -80,7 +79,7 @@ def killed(ranks: int, job: Job, output: Path) -> tuple[int, str]:
             time.sleep(LOOK)
         victims = sorted(workers(child.pid))
         if not victims:
-            raise RuntimeError("no rank was found that could be killed")
+            raise RuntimeError("no rank was found")
         os.kill(victims[-1], signal.SIGKILL)
         code = child.wait(PATIENCE)
         told.seek(0)
@@ -88,20 +87,20 @@ def killed(ranks: int, job: Job, output: Path) -> tuple[int, str]:
 
 
 def workers(parent: int) -> Iterator[int]:
-    """The processes that a process has started and that run fewbits."""
+    """Yield the child processes that run fewbits."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            # After the name, which is in brackets and may hold anything: the state, and the parent.
+            # The name is in brackets and may hold any character; state and parent follow it.
             started_by = int((path / "stat").read_text().rpartition(")")[2].split()[1])
             arguments = (path / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         if started_by == parent and b"fewbits" in arguments:
             yield int(path.name)
 
 
 def interrupted(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> list[str]:
-    """Kill a rank, go on with one process: what came of it in words."""
+    """Kill a rank and resume with one process; return the promises as lines."""
     try:
         code, message = killed(ranks, job, output)
     except RuntimeError as error:
@@ -111,13 +110,13 @@ def interrupted(ranks: int, job: Job, output: Path, expected: dict[str, str]) ->
     lines = [said(told_why, code != 0 and bool(reason))]
     told, failed = resumed(job, output, 1, PATIENCE)
     same = output.exists() and disk.digests(output) == expected
-    lines.append(said(f"gone on with by one process to the same files, {told or failed}", same))
+    lines.append(said(f"one process resumed it to the same files, {told or failed}", same))
     remove(output)
     return lines
 
 
 def table(told: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """What each rank has done."""
+    """Show the work of each rank."""
     lines = [("ranks", "rank", "MB", "files")]
     for ranks in told:
         for each in ranks:
@@ -127,7 +126,7 @@ def table(told: Sequence[Sequence[dict[str, Any]]]) -> str:
 
 
 def prepared(work: Path, scheme: str, size: int, shards: int, seed: int) -> Job:
-    """A checkpoint of so many equal files, to be quantized into as many."""
+    """Write a checkpoint of equal files, to be quantized into equally many."""
     source = work / "source"
     synthetic.write(source, synthetic.equal_shape(size, shards), shards=shards, seed=seed)
     each = -(-fewbits.plan(source, scheme).ledger.bytes_after // shards)
@@ -135,7 +134,7 @@ def prepared(work: Path, scheme: str, size: int, shards: int, seed: int) -> Job:
 
 
 def measure(report: Report, job: Job, work: Path, counts: Sequence[int]) -> list[str]:
-    """Every number of ranks, then the one that is killed: all promises, in words."""
+    """Run with every number of ranks, then with a killed rank; return all promises as lines."""
     output = work / "out"
     ran = process.run(process.command(*job.arguments(output)), 1)
     if ran.returncode:
@@ -152,13 +151,13 @@ def measure(report: Report, job: Job, work: Path, counts: Sequence[int]) -> list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
+    """Return the exit code: 1 if ``--check`` finds a broken promise."""
     made = cli.parser(__doc__, rounds=None)
     made.add_argument("--size", type=disk.size, default=2 * 10**9, help="of the source; 2GB")
     made.add_argument("--shards", type=cli.positive, default=16, metavar="N", help="its files; 16")
     made.add_argument("--ranks", type=cli.listed(cli.positive), default=[1, 2, 4], metavar="N,...", help="1,2,4")
     made.add_argument("--scheme", default="int4", help="int4")
-    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where everything is put meanwhile")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="directory for temporary files")
     arguments = made.parse_args(argv)
     disk.need_room(made, arguments.out, 3 * arguments.size)
     report = cli.begin("torchrun", arguments)

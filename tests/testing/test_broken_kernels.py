@@ -187,23 +187,23 @@ CASES = [
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match):
+def test_the_fault_is_found(make, name, match):
     caught(check_kernel(make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_kernel(Right()), CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [Right(), OnBytes(), FloatSums()], ids=lambda kernel: kernel.name)
-def test_the_kernels_that_are_broken_here_are_right_otherwise(kernel):
+def test_the_kernels_pass_without_their_faults(kernel):
     for check in check_kernel(kernel):
         check()
 
 
 @pytest.mark.parametrize(("make", "expected"), [(OnBytes, {None}), (FloatSums, {None, "dynamic", "static"})])
-def test_a_kernel_is_asked_about_int8_inputs_if_it_rounds_them(make, expected):
+def test_only_kernels_that_round_inputs_get_specs_with_int8_inputs(make, expected):
     asked = set()
 
     class Asks(make):

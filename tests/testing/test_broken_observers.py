@@ -179,15 +179,15 @@ CASES = [
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match):
+def test_the_fault_is_found(make, name, match):
     caught(check_observer(make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_observer(Plain()), CASES)
 
 
 @pytest.mark.parametrize("observer", [Plain(), RightPeaks()], ids=lambda observer: type(observer).__name__)
-def test_the_observers_that_are_broken_here_are_right_otherwise(observer):
+def test_the_observers_pass_without_their_faults(observer):
     for check in check_observer(observer):
         check()

@@ -82,7 +82,7 @@ class Nameless(Int8):
 
 
 class KnowsNoState(Int8):
-    """What an author can do who reaches for private methods."""
+    """An author may override private methods."""
 
     def _advance(self, call, **fields):
         if call != "convert":
@@ -182,15 +182,15 @@ CASES = [
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match, monkeypatch):
+def test_the_fault_is_found(make, name, match, monkeypatch):
     caught(check_quantizer(make(monkeypatch) if make is untied else make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_quantizer(Int8PerChannel()), CASES)
 
 
-def test_the_scheme_that_is_broken_here_is_right_otherwise():
+def test_the_scheme_passes_without_its_faults():
     assert issubclass(Int8, Base)
     for check in check_quantizer(Int8()):
         check()

@@ -89,14 +89,14 @@ CASES = [
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match):
+def test_the_fault_is_found(make, name, match):
     caught(check_selector(make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_selector(LayerSelector()), CASES)
 
 
-def test_the_selector_that_is_broken_here_is_right_otherwise():
+def test_the_selector_passes_without_its_faults():
     for check in check_selector(Everything()):
         check()

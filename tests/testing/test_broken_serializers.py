@@ -174,7 +174,7 @@ CASES = [
     pytest.param(JsonSerializer, "a_failed_write_leaves_the_old_file", "lacks most of its tensors", id="incomplete"),
     pytest.param(Remembers, "damage_is_found", "verify finds none", id="remembers"),
     pytest.param(JsonSerializer, "damage_is_found", "(JSON|Unicode)DecodeError", id="errors-of-json"),
-    pytest.param(JsonSerializer, "what_cannot_be_opened_is_named", "FileNotFoundError in place of", id="raw-errors"),
+    pytest.param(JsonSerializer, "unreadable_files_are_errors", "FileNotFoundError, not", id="raw-errors"),
     pytest.param(MapsForWriting, "reading_never_changes_a_file", "changes the file", id="maps-for-writing"),
     pytest.param(TakesStringsOnly, "models_are_saved_and_loaded", "removesuffix", id="strings-only"),
 ]
@@ -182,14 +182,14 @@ CASES = [
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match):
+def test_the_fault_is_found(make, name, match):
     caught(check_serializer(make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_serializer(Changed()), CASES)
 
 
-def test_the_serializer_that_is_broken_here_is_right_otherwise():
+def test_the_serializer_passes_without_its_faults():
     for check in check_serializer(Changed()):
         check()

@@ -1,4 +1,4 @@
-"""A package of somebody else's passes the kit as it is, with the public names alone."""
+"""A package from outside passes the kit and uses public names only."""
 
 import ast
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_weighing_by_inputs_lowers_the_error_of_the_output():
     assert noise(observer=InputWeightedObserver()) < noise()
 
 
-def test_an_archive_holds_what_a_safetensors_file_would(tmp_path):
+def test_an_archive_gives_back_the_quantized_tensors(tmp_path):
     result = fewbits.quantize({"weight": weights()}, NormalCodebook(serializer=ZipSerializer()))
     result.save(tmp_path / "model.zip")
     loaded = fewbits.load(tmp_path / "model.zip", serializer=ZipSerializer())
@@ -55,7 +55,7 @@ def test_an_archive_holds_what_a_safetensors_file_would(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)
-def test_it_uses_public_names_alone(path):
+def test_it_uses_public_names_only(path):
     public = {f"fewbits.{name}" for name in fewbits.__all__}
     public |= {"fewbits", "fewbits.testing"} | {f"fewbits.testing.{name}" for name in fewbits.testing.__all__}
     used = set()

@@ -1,4 +1,4 @@
-"""`check_kernel`: whether a kernel computes what `Kernel` promises."""
+"""`check_kernel`: check a kernel against the promises of `Kernel`."""
 
 from __future__ import annotations
 
@@ -34,62 +34,64 @@ _FORMS = Contract("fewbits.extend.Kernel.supports", "in whatever form it is now"
 _TAKES = Contract("fewbits.extend.Kernel.takes", "Why this kernel does not compute with this input of so many rows")
 _FORM = Contract("fewbits.extend.Kernel.prepack", "The weight in the form that this kernel reads")
 _UNCHANGED = Contract("fewbits.extend.Kernel.linear", "Neither argument is changed")
-_ROUND_TRIP = Contract("fewbits.testing.check_kernel", "gives the canonical form back, bit for bit")
+_ROUND_TRIP = Contract("fewbits.testing.check_kernel", "gives the packed int32 codes back, bit for bit")
 _ACCURATE = Contract("fewbits.testing.check_kernel", "an SQNR of at least 50 dB")
-_SOME = Contract("fewbits.testing.check_kernel", "It computes with at least one of these weights.")
+_SOME = Contract("fewbits.testing.check_kernel", "The kernel accepts at least one of the weights.")
 _SAME = Contract("fewbits.testing.check_kernel", "The same input gives the same bits")
 
 
 def check_kernel(
     kernel: Kernel[Any], *, device: str | torch.device = "cpu", max_examples: int = EXAMPLES
 ) -> list[Check]:
-    """The checks of a kernel.
+    """Make the checks of a kernel.
 
-    What is asked beyond the docstrings of `Kernel`, of the weights and inputs that it computes with:
+    Beyond the docstrings of `Kernel`, the checks require of all weights and inputs that the kernel accepts:
 
-    - It computes with at least one of these weights.
-    - A prepacked weight gives the canonical form back, bit for bit, and whoever reads codes, rows or numbers out of it
-      gets those of the canonical form.
+    - The kernel accepts at least one of the weights.
+    - A prepacked weight gives the packed int32 codes back, bit for bit. Codes, rows and numbers read from it equal
+      those of the original weight.
     - With weights and inputs from a normal distribution, 256 outputs of 256 inputs, the output has an SQNR of at least
-      50 dB against float64 and the same codes; 10 dB more than the codes have themselves is enough.
-    - Of any size and strides, each element of the output is off by at most ``(1 + 2**-8) ** 4 - 1 + inputs * 2**-23``
-      times the sum of the magnitudes that are added up: as many roundings to bfloat16, and sums in float32.
-    - Where a row of the input is a power of two and zeros, and scales are powers of two, the output is exact.
-    - If it rounds inputs to int8, the output has the bits of `fewbits.kernels.reference.Reference` with a spec whose
-      `activations` say so. Where a weight has groups, whole numbers are added up exactly, and scaled sums in float32.
+      50 dB against float64 with the same codes; 10 dB more than the SQNR of the codes is enough.
+    - For any size and strides, the error of an output element is at most ``(1 + 2**-8) ** 4 - 1 + inputs * 2**-23``
+      times the sum of the magnitudes of the addends. This allows four roundings to bfloat16, and sums in float32.
+    - If a row of the input is one power of two and zeros, and scales are powers of two, the output is exact.
+    - A kernel that rounds inputs to int8 gives the bits of `fewbits.kernels.reference.Reference` with a spec that has
+      `activations`. For grouped weights, integers are added exactly, and scaled sums in float32.
     - The same input gives the same bits.
 
     Args:
-        kernel: newly made.
-        device: where weights and inputs are.
-        max_examples: how many examples a check that draws them looks at.
+        kernel: a new kernel.
+        device: of weights and inputs.
+        max_examples: number of examples that a check draws.
 
     Raises:
-        ArgumentError: if it is no instance of `Kernel`.
+        ArgumentError: if `kernel` is not an instance of `Kernel`.
     """
     setup = KernelSetup(copy_of(kernel, Kernel, "check_kernel"), torch.device(device), max_examples)
     return checks(kernel, _CHECKS, setup)
 
 
 def it_says_why_not(setup: KernelSetup) -> None:
-    """`supports` and `takes` give None or a reason in words, of every weight and input, and None at least once."""
+    """`supports` and `takes` return None or a reason for every weight and input, and None at least once."""
     can = 0
     for weight in _weights(setup, [(1, 1), (3, 33), (128, 256)]):
         kernel, why = setup.make(), setup.make().supports(weight)
-        expect(_is_reason(why), f"of {weight.spec} it says {why!r}, neither None nor words", _WHY)
+        expect(_is_reason(why), f"for {weight.spec} supports() returns {why!r}, neither None nor a reason", _WHY)
         if why is not None:
             continue
         again = kernel.supports(kernel.prepack(weight))
-        expect(again is None, f"of {weight.spec} it says {again!r} once it has prepacked it", _FORMS)
+        expect(again is None, f"for {weight.spec}, once prepacked, supports() returns {again!r}", _FORMS)
         for x in _inputs(setup, weight.layout.columns):
             why = kernel.takes(x, x.shape[0])
-            expect(_is_reason(why), f"of {words(weight, x)} it says {why!r}, neither None nor words", _TAKES)
+            expect(
+                _is_reason(why), f"for {words(weight, x)} takes() returns {why!r}, neither None nor a reason", _TAKES
+            )
             can += why is None
-    expect(can > 0, "it computes with none of the weights and inputs that it is tried on", _SOME)
+    expect(can > 0, "it accepts none of the weights and inputs of this check", _SOME)
 
 
 def prepacking_loses_nothing(setup: KernelSetup) -> None:
-    """A weight in the kernel's form reads as it did, and gives the canonical form back; the given one is unchanged."""
+    """A prepacked weight reads like the original, and gives its packed codes back; the original is unchanged."""
     for weight in _weights(setup, [(1, 1), (7, 33), (70, 130), (128, 256)]):
         before = snapshot(weight.tensors())
         packed = setup.packed(weight)
@@ -104,7 +106,7 @@ def prepacking_loses_nothing(setup: KernelSetup) -> None:
 
 
 def outputs_are_accurate(setup: KernelSetup) -> None:
-    """At least 50 dB against float64, or 10 dB more than the codes have."""
+    """Outputs have 50 dB against float64, or 10 dB more than the codes."""
     for spec in setup.specs():
         for dtype, kind in PAIRS:
             weight, own = setup.measured(spec, 256, 256, dtype)
@@ -114,7 +116,7 @@ def outputs_are_accurate(setup: KernelSetup) -> None:
 
 
 def arguments_stay(setup: KernelSetup) -> None:
-    """Neither input nor weight is changed, and asking changes nothing either."""
+    """Neither `supports` nor `linear` changes the input or the weight."""
     for kernel, form, x in _computed(setup, 8, 64):
         held = {"x": x} | {f"weight.{name}": tensor for name, tensor in form.tensors().items()}
         before = snapshot(held)
@@ -124,7 +126,7 @@ def arguments_stay(setup: KernelSetup) -> None:
 
 
 def outputs_are_reproducible(setup: KernelSetup) -> None:
-    """Two calls, of one kernel or of two, give the same bits; an input of other strides is computed too."""
+    """Two calls, of one kernel or of two, give the same bits; inputs with other strides are right too."""
     for kernel, form, x in _computed(setup, 64, 256):
         first = kernel.linear(x, form)
         for other in (kernel, setup.make()):
@@ -135,7 +137,7 @@ def outputs_are_reproducible(setup: KernelSetup) -> None:
 
 
 def _weights(setup: KernelSetup, sizes: list[tuple[int, int]]) -> Iterator[PackedInt32]:
-    """Weights of all specs and dtypes, of these sizes."""
+    """Make weights of all specs and dtypes in these sizes."""
     for spec in setup.specs():
         for dtype in FLOATS:
             yield from (setup.weight(spec, outputs, inputs, dtype) for outputs, inputs in sizes)
@@ -146,7 +148,7 @@ def _inputs(setup: KernelSetup, inputs: int) -> Iterator[Tensor]:
 
 
 def _computed(setup: KernelSetup, outputs: int, inputs: int) -> Iterator[tuple[Kernel[Any], WeightLayout, Tensor]]:
-    """Every weight and input of these sizes that the kernel computes with."""
+    """Yield every weight and input of these sizes that the kernel accepts."""
     for spec in setup.specs():
         for dtype, kind in PAIRS:
             packed = setup.packed(setup.weight(spec, outputs, inputs, dtype))
@@ -161,7 +163,7 @@ def _is_reason(why: object) -> bool:
 
 
 def _check_accuracy(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Tensor], least: float) -> None:
-    """Over many rows, however few at a time, so that chance plays no part."""
+    """Measure over many rows, so that chance plays no part."""
     found = list(setup.computed(weight, inputs))
     if not found:
         return
@@ -180,10 +182,10 @@ def _check_form(weight: PackedInt32, form: WeightLayout) -> None:
     for where in (slice(None), slice(rows // 3, rows // 3 + 2), some):
         expect(same_bits(form.codes(where), weight.codes(where)), f"{what}: other codes of rows {where}", _ROUND_TRIP)
         alike = same_bits(form.decoded(where), weight.decoded(where))
-        expect(alike, f"{what}: rows {where} stand for something else", _ROUND_TRIP)
+        expect(alike, f"{what}: rows {where} decode to other numbers", _ROUND_TRIP)
     alike = same_bits(form.dequantize(dtype), weight.dequantize(dtype))
     alike &= same_bits(form.centered_codes(), weight.centered_codes())
-    expect(alike, f"{what}: it dequantizes to something else", _ROUND_TRIP)
+    expect(alike, f"{what}: it dequantizes to other numbers", _ROUND_TRIP)
 
 
 _CHECKS: tuple[Callable[[KernelSetup], None], ...] = (

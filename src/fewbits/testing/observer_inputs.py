@@ -1,4 +1,4 @@
-"""The observer under test, and the checks of what it learns from inputs."""
+"""The observer under test, and the checks of its behaviour on inputs."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _NOTHING = Contract(
     "fewbits.extend.Observer.input_params", "if nothing was seen, or this observer does not look at inputs"
 )
 _MERGED = Contract("fewbits.extend.Observer.merge", "as if this one had seen it too")
-_SMALL = Contract("fewbits.testing.check_observer", "What it keeps of the inputs does not grow with their number.")
+_SMALL = Contract("fewbits.testing.check_observer", "Its state does not grow with the number of inputs.")
 
-#: Batches of which the state may be kept, and batches after which it must not have grown.
+#: The state after many batches must not be larger than after few.
 _FEW, _MANY = 5, 200
 
 #: Inputs of the layers whose inputs are shown.
@@ -48,9 +48,9 @@ class ObserverSetup:
     """An observer to check.
 
     Attributes:
-        recipe: the one that was given; never used itself.
-        specs: for which it is made.
-        examples: how many a check that draws them looks at.
+        recipe: the original observer; checks use copies.
+        specs: the specs that it supports.
+        examples: number of examples that a check draws.
     """
 
     recipe: Observer
@@ -58,34 +58,34 @@ class ObserverSetup:
     examples: int
 
     def shown(self, batches: list[Tensor]) -> Observer:
-        """A copy that has seen these inputs."""
+        """Copy the observer, and show it these inputs."""
         observer = copy.deepcopy(self.recipe).fresh()
         for batch in batches:
             observer.observe_input(batch)
         return observer
 
     def ready(self, columns: int) -> Observer:
-        """A copy that can be asked about weights with this many columns."""
+        """Copy the observer, ready for weights with this many columns."""
         return self.shown([inputs(columns, seed) for seed in range(2)] if self.recipe.needs_data else [])
 
 
 def inputs(columns: int, seed: int) -> Tensor:
-    """An input of a Linear layer: (8, columns)."""
+    """Draw an input of a Linear layer: (8, columns)."""
     return torch.randn(8, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def normal_weight() -> Tensor:
-    """(8, 32), from a normal distribution."""
+    """Draw a weight of shape (8, 32) from a normal distribution."""
     return torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(3))
 
 
 def input_spec(symmetric: bool) -> QuantSpec:
-    """How inputs are to be rounded."""
+    """Make a spec for inputs."""
     return QuantSpec(bits=8, granularity="tensor", symmetric=symmetric)
 
 
 def picks_for_inputs(setup: ObserverSetup) -> bool:
-    """Whether it picks scales for inputs that it has seen."""
+    """Whether the observer chooses scales for inputs."""
     try:
         setup.shown([inputs(COLUMNS, 1)]).input_params(input_spec(symmetric=True))
     except CalibrationError:
@@ -94,7 +94,7 @@ def picks_for_inputs(setup: ObserverSetup) -> bool:
 
 
 def answers(observer: Observer, spec: QuantSpec) -> list[Tensor]:
-    """The scales that an observer picks for a weight, and for inputs if it does."""
+    """Return the scales of a weight, and of inputs if the observer chooses them."""
     scales = [observer.observe_weight(normal_weight(), resolved(spec))[0]]
     try:
         return [*scales, observer.input_params(input_spec(symmetric=True))[0]]
@@ -103,38 +103,38 @@ def answers(observer: Observer, spec: QuantSpec) -> list[Tensor]:
 
 
 def asked(observer: Observer, spec: QuantSpec) -> list[Any]:
-    """The same, bit for bit."""
+    """Return these scales bit for bit."""
     return [bits((scale, None)) for scale in answers(observer, spec)]
 
 
 def bits(params: Params) -> object:
-    """Scale and zero point as something to compare."""
+    """Make scale and zero point comparable."""
     scale, zero_point = params
     return snapshot({"scale": scale} | ({} if zero_point is None else {"zero_point": zero_point.to(torch.int64)}))
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles what an object holds; code is named, so that classes need not be importable."""
+    """Pickles the state of an object; code is named, so that classes need not be importable."""
 
     def persistent_id(self, value: object) -> str | None:
-        """A name in the place of code."""
+        """Name code instead of pickling it."""
         return repr(value) if isinstance(value, (type, types.FunctionType, types.ModuleType)) else None
 
 
 def size(observer: Observer) -> int:
-    """The bytes that an observer holds."""
+    """Count the bytes of the state of an observer."""
     stream = io.BytesIO()
     _Pickler(stream).dump(observer)
     return stream.tell()
 
 
 def resolved(spec: QuantSpec) -> QuantSpec:
-    """The spec with scales in float32."""
+    """Resolve the spec with scales in float32."""
     return attrs.evolve(spec, scale_dtype=torch.float32)
 
 
 def fresh_forgets(setup: ObserverSetup) -> None:
-    """`fresh` gives a copy that has seen nothing, and leaves the one it is called on as it is."""
+    """`fresh` returns a copy without inputs, and does not change the observer."""
 
     def forgets(spec: QuantSpec, ones: list[Tensor], others: list[Tensor]) -> None:
         used = setup.shown(ones)
@@ -144,16 +144,16 @@ def fresh_forgets(setup: ObserverSetup) -> None:
         for batch in others:
             copy.observe_input(batch)
         expect(asked(copy, spec) == asked(setup.shown(others), spec), "a fresh copy remembers inputs", _FRESH)
-        expect(asked(used, spec) == before, "what a fresh copy has seen changes the one it was made from", _FRESH)
+        expect(asked(used, spec) == before, "inputs of a fresh copy change the original", _FRESH)
 
     small, large = [inputs(COLUMNS, 1)], [inputs(COLUMNS, 2) * 3]
-    # What is forgotten hardly depends on the spec.
+    # Forgetting hardly depends on the spec, so few examples are enough.
     for ones, others in ((small, large), (large, small)):
         for_all(1 + setup.examples // 10, forgets, setup.specs, st.just(ones), st.just(others))
 
 
 def needs_data_is_true(setup: ObserverSetup) -> None:
-    """With `needs_data` the inputs make a difference to the scales of weights; without it they make none."""
+    """Inputs change the scales of weights if, and only if, `needs_data` is set."""
     # Inputs that differ in everything: size, balance of the columns, number.
     shown = [inputs(COLUMNS, 1)], [inputs(COLUMNS, seed) * torch.logspace(-2, 2, COLUMNS) for seed in range(3)]
     differences = 0
@@ -165,7 +165,7 @@ def needs_data_is_true(setup: ObserverSetup) -> None:
 
     for_all(setup.examples, count, setup.specs)
     if setup.recipe.needs_data:
-        expect(differences > 0, "it says that it needs data, and inputs make no difference to any scale", _NEEDS)
+        expect(differences > 0, "needs_data is set, but inputs change no scale", _NEEDS)
     else:
         expect(differences == 0, "inputs change its scales of weights; set needs_data = True", _NEEDS)
 
@@ -179,7 +179,7 @@ def inputs_get_one_positive_scale(setup: ObserverSetup) -> None:
             setup.recipe.fresh().input_params(spec)
         except CalibrationError:
             continue
-        fail("it picks a scale for inputs before it has seen any", _NOTHING)
+        fail("it chooses a scale for inputs before it has seen any", _NOTHING)
 
     def positive(x: Tensor, symmetric: bool) -> None:
         spec = input_spec(symmetric)
@@ -195,14 +195,14 @@ def inputs_get_one_positive_scale(setup: ObserverSetup) -> None:
 
 
 def merging_equals_seeing_all(setup: ObserverSetup) -> None:
-    """A copy that takes in what another has seen ends up as if it had seen it; or merging is refused."""
+    """`merge` equals seeing the inputs of both observers, or is refused."""
     small, large = [inputs(COLUMNS, 1), inputs(COLUMNS, 2)], [inputs(COLUMNS, 3) * 2, inputs(COLUMNS, 4)]
     for first, second in ((small, large), (large, small)):
         _check_merged(setup, first, second)
 
 
 def it_keeps_little(setup: ObserverSetup) -> None:
-    """What it holds after many inputs is no larger than after a few."""
+    """The state after many inputs is no larger than after a few."""
     few, many = (size(setup.shown([inputs(COLUMNS, seed) for seed in range(count)])) for count in (_FEW, _MANY))
     limit = few * 1.5 + 1024
     expect(many <= limit, f"it holds {few:,} bytes after {_FEW} inputs, {many:,} bytes after {_MANY}", _SMALL)
@@ -216,7 +216,7 @@ def _check_merged(setup: ObserverSetup, first: list[Tensor], second: list[Tensor
         merged.merge(other)
     except CalibrationError:
         return
-    expect(asked(other, spec) == before, "merge() changes what it takes in", _MERGED)
+    expect(asked(other, spec) == before, "merge() changes its argument", _MERGED)
     for found, expected in zip(answers(merged, spec), answers(both, spec), strict=True):
         near = torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=0)
         expect(near, f"merged it gives scales up to {float(found.max()):.6g}, not {float(expected.max()):.6g}", _MERGED)

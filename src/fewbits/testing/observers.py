@@ -1,4 +1,4 @@
-"""`check_observer`: whether an observer keeps what `Observer` promises."""
+"""`check_observer`: check an observer against the promises of `Observer`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fewbits.validation.report import CRITICAL_DB
 
 _SCALES = Contract("fewbits.extend.Observer.observe_weight", "finite and not zero")
 _READ_ONLY = Contract("fewbits.extend.Observer.observe_weight", "finite, not to be written to")
-_RANGE = Contract("fewbits.testing.check_observer", "A scale is out of range only for numbers larger than")
+_RANGE = Contract("fewbits.testing.check_observer", "A scale may be out of range only for numbers larger than")
 _ALONE = Contract("fewbits.testing.check_observer", "The scales of a row depend on that row and the inputs alone.")
 _USEFUL = Contract("fewbits.testing.check_observer", "at most 10 dB below that of `MinMaxObserver`")
 
@@ -37,27 +37,26 @@ _USEFUL = Contract("fewbits.testing.check_observer", "at most 10 dB below that o
 def check_observer(
     observer: Observer, *, specs: st.SearchStrategy[QuantSpec] | None = None, max_examples: int = EXAMPLES
 ) -> list[Check]:
-    """The checks of an observer.
+    """Make the checks of an observer.
 
-    It is shown the inputs of Linear layers: floating, (samples, columns).
+    The observer sees inputs of Linear layers: floating, (samples, columns).
 
-    What is asked beyond the docstrings of `Observer`:
+    Beyond the docstrings of `Observer`, the checks require:
 
     - The scales of a row depend on that row and the inputs alone. A weight comes in blocks of any number of rows.
-    - A scale is out of range only for numbers larger than a sixteenth of what its dtype can hold.
-    - What it keeps of the inputs does not grow with their number.
+    - A scale may be out of range only for numbers larger than a sixteenth of the largest number of its dtype.
+    - Its state does not grow with the number of inputs.
     - On weights from a normal distribution, the SQNR is at most 10 dB below that of `MinMaxObserver`, or above the
       10 dB below which a tensor fails.
-    - If two copies can be merged, scales agree with those of one that has seen all to five digits.
+    - Scales after a merge agree to five digits with those of one observer that has seen all inputs.
 
     Args:
-        observer: newly made.
-        specs: a Hypothesis strategy for the specs that it is made for; None stands for all,
-            ``fewbits.testing.specs()``.
-        max_examples: how many examples a check that draws them looks at.
+        observer: a new observer.
+        specs: a Hypothesis strategy for the specs that it supports; by default all, ``fewbits.testing.specs()``.
+        max_examples: number of examples that a check draws.
 
     Raises:
-        ArgumentError: if it is no instance of `Observer`.
+        ArgumentError: if `observer` is not an instance of `Observer`.
     """
     recipe = copy_of(observer, Observer, "check_observer")
     setup = ObserverSetup(recipe, any_spec() if specs is None else specs, max_examples)
@@ -65,7 +64,7 @@ def check_observer(
 
 
 def scales_fit_the_spec(setup: ObserverSetup) -> None:
-    """Scales and zero points have the shape, dtype and range that the spec asks for, whatever the weight."""
+    """Scales and zero points of any weight have the shape, dtype and range of the spec."""
 
     def fit(case: tuple[Tensor, QuantSpec]) -> None:
         rows, spec = case
@@ -84,14 +83,14 @@ def scales_fit_the_spec(setup: ObserverSetup) -> None:
 
 
 def rows_stand_alone(setup: ObserverSetup) -> None:
-    """A row gets the same scales in a block of its own, and when it is asked about again."""
+    """A row gets the same scales again, and in a block of its own."""
 
     def alone(case: tuple[Tensor, QuantSpec]) -> None:
         rows, spec = case
         observer = setup.ready(rows.shape[1])
         whole = observer.observe_weight(rows, spec)
         again = observer.observe_weight(rows, spec)
-        expect(bits(again) == bits(whole), f"{words(case)}: asked again, it gives other scales", _ALONE)
+        expect(bits(again) == bits(whole), f"{words(case)}: a second call gives other scales", _ALONE)
         if spec.granularity != "tensor":
             each = [observer.observe_weight(row.unsqueeze(0), spec) for row in rows.unbind()]
             scale, zero_points = torch.cat([one[0] for one in each]), [one[1] for one in each if one[1] is not None]
@@ -102,10 +101,10 @@ def rows_stand_alone(setup: ObserverSetup) -> None:
 
 
 def nothing_is_written_to(setup: ObserverSetup) -> None:
-    """Neither a weight nor an input is changed."""
+    """The observer changes neither a weight nor an input."""
 
     def unchanged(case: tuple[Tensor, QuantSpec], seed: int) -> None:
-        # Rows of their own memory: torch itself refuses to write to some views, and says nothing of who may not.
+        # A copy, because torch itself refuses writes to some views.
         rows, spec = case[0].clone(memory_format=torch.contiguous_format), case[1]
         x = inputs(rows.shape[1], seed)
         before = snapshot({"weight": rows, "input": x})
@@ -116,7 +115,7 @@ def nothing_is_written_to(setup: ObserverSetup) -> None:
 
 
 def it_is_of_use(setup: ObserverSetup) -> None:
-    """Normally distributed weights keep about the SQNR that they have with `MinMaxObserver`."""
+    """Normally distributed weights have about the SQNR of `MinMaxObserver`."""
 
     def useful(spec: QuantSpec) -> None:
         spec, weight = resolved(spec), normal_weight()
@@ -129,7 +128,7 @@ def it_is_of_use(setup: ObserverSetup) -> None:
 
 
 def a_model_can_be_quantized_with_it(setup: ObserverSetup) -> None:
-    """It serves a quantizer from prepare to a report without failures."""
+    """A quantizer with this observer reaches a report without failures."""
     types = ["Linear"] if setup.recipe.needs_data else []
     quantizer = Int8PerChannel(observer=setup.recipe, selector=LayerSelector(include_types=types, min_elements=1))
     quantizer.prepare(SmallModel())
@@ -143,7 +142,7 @@ def a_model_can_be_quantized_with_it(setup: ObserverSetup) -> None:
 def cases(
     draw: st.DrawFn, specs: st.SearchStrategy[QuantSpec], relative_limit: float = 1.0
 ) -> tuple[Tensor, QuantSpec]:
-    """Rows of a weight as an observer is shown them, and a spec."""
+    """Draw rows of a weight in the form that an observer sees, and a spec."""
     dtype = draw(st.sampled_from(FLOATS))
     spec = draw(specs).for_dtype(dtype)
     limit = relative_limit * min(torch.finfo(d).max for d in (dtype, spec.scale_dtype or dtype))
@@ -153,7 +152,7 @@ def cases(
 
 
 def words(case: tuple[Tensor, QuantSpec]) -> str:
-    """What a case is, for a message."""
+    """Describe a case, for messages."""
     rows, spec = case
     return f"{spec}, {rows.shape[0]} rows of {rows.shape[1]} in {dtype_name(rows.dtype)}"
 
