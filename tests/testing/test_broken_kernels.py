@@ -161,11 +161,11 @@ class WantsContiguous(Right):
 
 
 CASES = [
-    pytest.param(SupportsNothing, "it_says_why_not", "it computes with none of the weights", id="nothing"),
-    pytest.param(TakesNothing, "it_says_why_not", "it computes with none of the weights", id="no-input"),
-    pytest.param(AnswersFalse, "it_says_why_not", "it says False, neither None nor words", id="false"),
-    pytest.param(GivesNoReason, "it_says_why_not", "it says '', neither None nor words", id="no-reason"),
-    pytest.param(WantsWords, "it_says_why_not", "'it is no words' once it has prepacked it", id="only-words"),
+    pytest.param(SupportsNothing, "it_says_why_not", "it accepts none of the weights", id="nothing"),
+    pytest.param(TakesNothing, "it_says_why_not", "it accepts none of the weights", id="no-input"),
+    pytest.param(AnswersFalse, "it_says_why_not", "returns False, neither None nor a reason", id="false"),
+    pytest.param(GivesNoReason, "it_says_why_not", "returns '', neither None nor a reason", id="no-reason"),
+    pytest.param(WantsWords, "it_says_why_not", "once prepacked, supports() returns 'it is no words'", id="only-words"),
     pytest.param(PrepacksNothing, "prepacking_loses_nothing", "prepacked as PackedInt32, not Int8Rows", id="no-form"),
     pytest.param(NoLowestCode, "prepacking_loses_nothing", "gives another value back", id="lost-code"),
     pytest.param(LosesTheScale, "prepacking_loses_nothing", "gives another value back", id="lost-scale"),
@@ -174,14 +174,14 @@ CASES = [
     pytest.param(RoundsWeightsAgain, "outputs_are_accurate", "dB against float64", id="rounds-again"),
     pytest.param(AlwaysFloat64, "any_size_is_computed", "has shape .* in float64", id="float64"),
     pytest.param(Flattens, "any_size_is_computed", "the output has shape", id="flattens"),
-    pytest.param(InBlocksOfEight, "any_size_is_computed", "an element is off by", id="blocks"),
-    pytest.param(TakesNoughtForOne, "every_code_is_read_right", "a code is taken for another", id="one-code"),
-    pytest.param(OffByOne, "integer_sums_are_exact", "other bits than the reference", id="off-by-one"),
-    pytest.param(SumsInFloat16, "integer_sums_are_exact", "other bits than the reference", id="float16-sums"),
+    pytest.param(InBlocksOfEight, "any_size_is_computed", "exceeds the allowed rounding by", id="blocks"),
+    pytest.param(TakesNoughtForOne, "every_code_is_read_right", "a code is read as another code", id="one-code"),
+    pytest.param(OffByOne, "integer_sums_are_exact", "differs from that of the reference", id="off-by-one"),
+    pytest.param(SumsInFloat16, "integer_sums_are_exact", "differs from that of the reference", id="float16-sums"),
     pytest.param(InPlace, "arguments_stay", "an argument has changed", id="in-place"),
     pytest.param(WeightInPlace, "arguments_stay", "an argument has changed", id="weight-in-place"),
     pytest.param(Noisy, "outputs_are_reproducible", "other bits", id="noisy"),
-    pytest.param(WantsContiguous, "outputs_are_reproducible", "an element is off|other bits", id="strides"),
+    pytest.param(WantsContiguous, "outputs_are_reproducible", "exceeds the allowed rounding|other bits", id="strides"),
 ]
 
 

@@ -77,12 +77,12 @@ CASES = [
     pytest.param(ParametersOnly, "every_tensor_gets_a_decision", r"\d+ decisions for \d+ tensors", id="too-few"),
     pytest.param(WithoutReasons, "every_tensor_gets_a_decision", "the reason for .* is ''", id="without-reasons"),
     pytest.param(NoBooleans, "every_tensor_gets_a_decision", "not True or False: .*quantize", id="no-booleans"),
-    pytest.param(BareBooleans, "every_tensor_gets_a_decision", "True, no Decision", id="bare-booleans"),
-    pytest.param(AGenerator, "every_tensor_gets_a_decision", "a generator, no sequence", id="a-generator"),
+    pytest.param(BareBooleans, "every_tensor_gets_a_decision", "True, not a Decision", id="bare-booleans"),
+    pytest.param(AGenerator, "every_tensor_gets_a_decision", "a generator, not a sequence", id="a-generator"),
     pytest.param(KnowsClasses, "any_tensors_get_decisions_or_an_error", "AttributeError", id="knows-classes"),
-    pytest.param(OnlyOnce, "decisions_are_reproducible", "asked a second time", id="only-once"),
-    pytest.param(Remembers, "decisions_are_reproducible", "asked about others in between", id="remembers"),
-    pytest.param(SortsInPlace, "what_it_is_told_stays", "the list of tensors .* has changed", id="sorts-in-place"),
+    pytest.param(OnlyOnce, "decisions_are_reproducible", "a second call decides otherwise", id="only-once"),
+    pytest.param(Remembers, "decisions_are_reproducible", "a call for other tensors changes", id="remembers"),
+    pytest.param(SortsInPlace, "the_descriptions_stay", "it changes the list of descriptions", id="sorts-in-place"),
     pytest.param(ByName, "the_ledger_covers_everything", "one storage, two fates", id="by-name"),
 ]
 

@@ -97,5 +97,5 @@ def test_every_scheme_and_observer_is_checked():
 
 
 def test_every_cpu_has_a_kernel_for_every_weight_layout():
-    assert [kernel.form.__name__ for kernel in KERNELS if absent(kernel) is None][-1] == "Form"
+    assert [kernel.form.__name__ for kernel in KERNELS if absent(kernel) is None][-1] == "WeightLayout"
     assert {"byte_blocks", "word_blocks", "float_sums"} <= {kernel.name for kernel in KERNELS if absent(kernel) is None}

@@ -76,7 +76,7 @@ def test_a_selector_is_checked_on_models_only():
 
 def test_rules_that_do_not_fit_the_model_ask_for_another_model():
     checks = check_selector(fewbits.LayerSelector(include=["layers"]))
-    with pytest.raises(ConformanceError, match="pass one that they fit as model="):
+    with pytest.raises(ConformanceError, match="pass a model that they fit as model="):
         checks[0]()
 
 

@@ -97,12 +97,12 @@ def prepacking_loses_nothing(setup: KernelSetup) -> None:
         packed = setup.packed(weight)
         expect(snapshot(weight.tensors()) == before, f"{weight.spec}: prepacking changed the given weight", _FORM)
         if packed is not None:
-            kernel, form = packed
-            fits = isinstance(form, kernel.form)
-            expect(fits, f"{weight.spec}: prepacked as {type(form).__name__}, not {kernel.form.__name__}", _FORM)
-            _check_form(weight, form)
-            _check_form(weight, kernel.prepack(form))
-            _check_form(weight, kernel.prepack(attrs.evolve(weight, packed=weight.packed.clone()), reuse_memory=True))
+            kernel, layout = packed
+            fits = isinstance(layout, kernel.form)
+            expect(fits, f"{weight.spec}: prepacked as {type(layout).__name__}, not {kernel.form.__name__}", _FORM)
+            _check_layout(weight, layout)
+            _check_layout(weight, kernel.prepack(layout))
+            _check_layout(weight, kernel.prepack(attrs.evolve(weight, packed=weight.packed.clone()), reuse_memory=True))
 
 
 def outputs_are_accurate(setup: KernelSetup) -> None:
@@ -117,23 +117,23 @@ def outputs_are_accurate(setup: KernelSetup) -> None:
 
 def arguments_stay(setup: KernelSetup) -> None:
     """Neither `supports` nor `linear` changes the input or the weight."""
-    for kernel, form, x in _computed(setup, 8, 64):
-        held = {"x": x} | {f"weight.{name}": tensor for name, tensor in form.tensors().items()}
+    for kernel, layout, x in _computed(setup, 8, 64):
+        held = {"x": x} | {f"weight.{name}": tensor for name, tensor in layout.tensors().items()}
         before = snapshot(held)
-        kernel.supports(form)
-        kernel.linear(x, form)
-        expect(snapshot(held) == before, f"{words(form, x)}: an argument has changed", _UNCHANGED)
+        kernel.supports(layout)
+        kernel.linear(x, layout)
+        expect(snapshot(held) == before, f"{words(layout, x)}: an argument has changed", _UNCHANGED)
 
 
 def outputs_are_reproducible(setup: KernelSetup) -> None:
     """Two calls, of one kernel or of two, give the same bits; inputs with other strides are right too."""
-    for kernel, form, x in _computed(setup, 64, 256):
-        first = kernel.linear(x, form)
+    for kernel, layout, x in _computed(setup, 64, 256):
+        first = kernel.linear(x, layout)
         for other in (kernel, setup.make()):
-            expect(same_bits(other.linear(x, form), first), f"{words(form, x)}: other bits", _SAME)
+            expect(same_bits(other.linear(x, layout), first), f"{words(layout, x)}: other bits", _SAME)
         for strided in (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2], x[:1].expand_as(x)):
             if kernel.takes(strided, x.shape[0]) is None:
-                check_result(setup, form, strided, kernel.linear(strided, form))
+                check_result(setup, layout, strided, kernel.linear(strided, layout))
 
 
 def _weights(setup: KernelSetup, sizes: list[tuple[int, int]]) -> Iterator[PackedInt32]:
@@ -174,17 +174,17 @@ def _check_accuracy(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Te
     expect(noise >= least, f"{what}: {noise:.1f} dB against float64, not {least:.1f}", _ACCURATE)
 
 
-def _check_form(weight: PackedInt32, form: WeightLayout) -> None:
+def _check_layout(weight: PackedInt32, layout: WeightLayout) -> None:
     what, rows, dtype = f"{weight.spec}, {weight.layout.shape}", weight.layout.rows, weight.scale.dtype
-    same = form.value(dtype).equal(weight.value(dtype))
+    same = layout.value(dtype).equal(weight.value(dtype))
     expect(same, f"{what}: it gives another value back", _ROUND_TRIP)
     some = torch.randint(rows, (5,), generator=generator(5)).to(weight.scale.device)
     for where in (slice(None), slice(rows // 3, rows // 3 + 2), some):
-        expect(same_bits(form.codes(where), weight.codes(where)), f"{what}: other codes of rows {where}", _ROUND_TRIP)
-        alike = same_bits(form.decoded(where), weight.decoded(where))
+        expect(same_bits(layout.codes(where), weight.codes(where)), f"{what}: other codes of rows {where}", _ROUND_TRIP)
+        alike = same_bits(layout.decoded(where), weight.decoded(where))
         expect(alike, f"{what}: rows {where} decode to other numbers", _ROUND_TRIP)
-    alike = same_bits(form.dequantize(dtype), weight.dequantize(dtype))
-    alike &= same_bits(form.centered_codes(), weight.centered_codes())
+    alike = same_bits(layout.dequantize(dtype), weight.dequantize(dtype))
+    alike &= same_bits(layout.centered_codes(), weight.centered_codes())
     expect(alike, f"{what}: it dequantizes to other numbers", _ROUND_TRIP)
 
 
