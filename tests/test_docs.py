@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from fewbits.cli import main
+from test_architecture import ROOMS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -175,3 +176,10 @@ $ git clone somewhere && make test
 """
     (tmp_path / "right.md").write_text(text, encoding="utf-8")
     run_document(tmp_path / "right.md", tmp_path)
+
+
+def test_the_diagram_of_rooms_has_every_room_once():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    diagram = next(block.source for block in blocks(text) if block.language == "mermaid")
+    names = [name for label in re.findall(r'\["([^<]*)<br>', diagram) for name in label.split(", ")]
+    assert sorted(names) == sorted({*ROOMS} - {"_version", "__main__", "integrations"})
