@@ -1,46 +1,42 @@
-"""What all benchmarks share on the command line: rounds, threads, peers, and where the results go."""
+"""Command line options that all benchmarks share, and the report at the end."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from benchmarks import peers
 from benchmarks.machine import machine, versions
-from benchmarks.plot import Panel, draw, timings
-from benchmarks.report import Report
+from benchmarks.report import Report, broken
 
 T = TypeVar("T")
+Parser = argparse.ArgumentParser
 
 OURS = ("fewbits", "torch")
 
 
-def parser(description: str | None, rounds: int | None = 7) -> argparse.ArgumentParser:
-    """With the options that every benchmark has; `rounds` is how often it times by default, None if it does not."""
+def parser(description: str | None, rounds: int | None = 7, *, check: bool = True, peers: bool = False) -> Parser:
+    """Make a parser with the options of every benchmark; `rounds` is None where nothing is timed."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
-        made.add_argument("--rounds", type=positive, default=rounds, help=f"how often everything is timed; {rounds}")
-    made.add_argument("--threads", type=positive, default=2, help="of torch and of the peers; 2")
-    made.add_argument("--seed", type=int, default=0, help="of weights and inputs")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write every round's times, machine and versions")
-    made.add_argument("--plot", type=Path, metavar="FILE", help="draw the results (needs matplotlib)")
-    return made
-
-
-def with_peers(made: argparse.ArgumentParser, default: bool | None = True) -> argparse.ArgumentParser:
-    """And with the choice whether other libraries take part."""
+        made.add_argument("--rounds", type=positive, default=rounds, help=f"rounds; {rounds}")
+    made.add_argument("--threads", type=positive, default=2, help="threads of torch and the peers; 2")
+    made.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
     made.add_argument(
-        "--peers", action=argparse.BooleanOptionalAction, default=default, help="time the other libraries found here"
+        "--json", type=Path, metavar="FILE", help="write the times of every round, the machine and the versions"
     )
+    if peers:
+        made.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other libraries")
+    if check:
+        made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     return made
 
 
 def positive(text: str) -> int:
-    """An argument from 1 up."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
@@ -48,12 +44,11 @@ def positive(text: str) -> int:
 
 
 def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """An argument with commas in it."""
+    """Parse arguments separated by commas."""
     return lambda text: [parse(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def dtype(text: str) -> torch.dtype:
-    """An argument such as ``float32``."""
     found = getattr(torch, text, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise argparse.ArgumentTypeError(f"{text} is not a floating dtype of torch")
@@ -61,10 +56,10 @@ def dtype(text: str) -> torch.dtype:
 
 
 def begin(benchmark: str, arguments: argparse.Namespace, packages: Sequence[str] = ()) -> Report:
-    """Settle threads and seed; a report that knows where it was made."""
+    """Set threads and seed, and start a report with machine and versions."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    settings = {key: _plain(value) for key, value in vars(arguments).items() if key not in ("json", "plot")}
+    settings = {key: value for key, value in vars(arguments).items() if key != "json"}
     asked = getattr(arguments, "peers", False)
     return Report(
         benchmark,
@@ -75,24 +70,10 @@ def begin(benchmark: str, arguments: argparse.Namespace, packages: Sequence[str]
     )
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
-
-
-def finish(report: Report, table: str, arguments: argparse.Namespace, panels: Sequence[Panel] | None = None) -> None:
-    """Print, and write what was asked for: the JSON first, because a plot may fail.
-
-    Args:
-        report: what was found.
-        table: as text.
-        arguments: of the command line.
-        panels: what to plot; None stands for the times of all cells.
-    """
-    print("\n\n".join(part for part in (report.heading(), table, report.trouble()) if part))
+def finish(report: Report, table: str, arguments: argparse.Namespace, promises: Sequence[str] = ()) -> int:
+    """Print the report, write the JSON, and return the exit code: 1 if ``--check`` finds a broken promise."""
+    report.extra["promises"] = list(promises)
+    print("\n\n".join(filter(None, (report.heading(), table, "\n".join(promises), report.trouble()))))
     if arguments.json is not None:
         report.write(arguments.json)
-    if arguments.plot is not None:
-        title = f"{report.benchmark}: {report.machine['cpu']}, {report.machine['threads']} threads"
-        draw(timings(report.cells) if panels is None else panels, title, arguments.plot)
+    return int(getattr(arguments, "check", False) and broken(promises))

@@ -1,4 +1,4 @@
-"""`Contender`: one way of storing and running a linear layer, ours or another's."""
+"""`Contender`: one way to store and run a linear layer, by fewbits or another library."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from torch import Tensor, nn
 from benchmarks.machine import last_level_cache
 from benchmarks.timing import Call
 
+#: Names of the two contenders that times are compared with.
+BASELINE = "dense fp32"
+COPY = "copy_"
+
 Layer = Callable[[Tensor], Tensor]
 
 
 @attrs.frozen
 class Contender:
-    """One way of storing and running a linear layer.
+    """One way to store and run a linear layer.
 
-    Attributes:
-        name: what tables call it.
-        package: the distribution it comes from.
-        dtype: of its inputs and outputs.
-        bits: stored for one weight, at least; it tells how many layers do not fit a cache.
-        build: makes the layer from a float one, which is the contender's to change; None if it only quantizes.
-        start: takes a float layer, of its own likewise, and returns the call that quantizes it, which is what
-            `benchmarks.quantize` times; None if there is nothing to quantize.
-        anew: whether further layers are built, not copied. Copies are for what takes long to build.
+    `build` makes a layer from a float layer that it may change. `start` takes such a layer and returns the call that
+    quantizes it. `bits` is the least storage of one weight: it decides how many layers overflow a cache. Where
+    `anew` is false, layers are copied, because building one takes long.
     """
 
     name: str
@@ -42,7 +40,6 @@ class Contender:
     anew: bool = True
 
     def layers(self, weight: Tensor, count: int) -> list[Layer]:
-        """As many layers, each with memory of its own, all from the same weight."""
         first = self._built(weight)
         return [first, *(self._built(weight) if self.anew else copy.deepcopy(first) for _ in range(count - 1))]
 
@@ -53,29 +50,41 @@ class Contender:
 
 
 def later(quantize: Callable[[nn.Linear], object]) -> Callable[[nn.Linear], Call]:
-    """A `Contender.start` for what has nothing to settle before it quantizes."""
+    """Make a `Contender.start` from a function that quantizes at once."""
     return lambda layer: partial(quantize, layer)
 
 
 def linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """A float layer without bias, with a copy of this weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
     return layer.eval()
 
 
 def copies(elements: int, bits: float, multiple: float, most: int = 512) -> int:
-    """How many layers hold this multiple of the last cache's bytes; never fewer than two."""
+    """Count the layers, at least two, that hold this multiple of the bytes of the last cache."""
     stored = elements * bits / 8
     return min(most, max(2, math.ceil(multiple * last_level_cache() / stored)))
 
 
 def missing(modules: Iterable[str]) -> list[str]:
-    """Those of these modules that are not installed."""
     return [name for name in modules if importlib.util.find_spec(name.split(".")[0]) is None]
 
 
 def short(dtype: torch.dtype) -> str:
-    """``fp32`` and the like."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
     return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def dense(dtype: torch.dtype) -> Contender:
+    return Contender(f"dense {short(dtype)}", "torch", dtype, torch.finfo(dtype).bits, build=lambda layer: layer)
+
+
+def copy_contender() -> Contender:
+    """Copy the weight into memory that was touched before."""
+
+    def start(layer: nn.Linear) -> Call:
+        source = layer.weight.detach()
+        target = torch.zeros_like(source)
+        return lambda: target.copy_(source)
+
+    return Contender(COPY, "torch", start=start)

@@ -1,14 +1,14 @@
-"""A checkpoint quantized from disk to disk, beside copying its files, round by round.
+"""Time a quantization from disk to disk against a copy of the same files.
 
-The copy is ``cp`` of the same files, and ``sync`` of what it made: their bytes are on the disk when the clock stops.
-Ours is `fewbits.quantize` from path to path with ``validate=False``: it reads, quantizes, hashes each tensor, writes,
-waits for the disk (fsync of files and directories), reads back what it wrote and compares the SHA-256 of every tensor,
-and gives the directory its name. Comparing elements with the source is not counted, and imports are not. Contenders
-take turns, in another order each round; what they made is removed before the next. Ratios are within a round.
+The copy runs ``cp`` and ``sync``, so its bytes are on the disk when the clock stops. fewbits runs `fewbits.quantize`
+from path to path with ``validate=False``: it reads, quantizes, hashes each tensor, writes, calls fsync on files and
+directories, reads the result back, compares the SHA-256 of every tensor, and renames the directory. Imports and the
+comparison with the source are not timed. Contenders take turns in rotating order; every result is removed before the
+next turn. Ratios are taken within a round.
 
-The source is read once before, so that it comes from memory where there is enough. Needed are the bytes of the source
-on the disk of ``--out``; in memory, the source for its cache, and as much again where ``--out`` is a file system in
-memory, such as /dev/shm. That is where threads are compared: on a disk they would wait for it together.
+A first pass reads the source, so that it is cached. The disk of ``--out`` needs room for one result, and memory needs
+room for the cached source. Threads are compared only where ``--out`` lies in memory (/dev/shm): on a disk both would
+wait for the disk.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ import torch
 
 import fewbits
 from benchmarks import cli, disk
-from benchmarks.report import Cell, Report, aligned, broken, said
+from benchmarks.report import Cell, Report, aligned, said
 from benchmarks.timing import rotated, timed
 from fewbits.quantizers.schemes import SCHEMES
 
 COPY = "cp and sync"
-#: Our time in copies, at most, and what is aimed at.
+#: Scheme -> (promised, desired) time of fewbits, as a multiple of a copy.
 PROMISED = {"int8": (4.0, 2.0), "int4": (6.0, 3.0)}
-#: How many times faster two threads are than one.
+#: With this scheme, two threads are so many times faster than one.
 TWICE, FASTER = "int4", 1.5
 
 
 def copy(source: Path, output: Path) -> None:
-    """What we are compared with."""
     output.mkdir()
     made = [output / path.name for path in disk.files(source)]
     subprocess.run(["cp", *map(str, disk.files(source)), str(output)], check=True)
@@ -47,7 +46,6 @@ def copy(source: Path, output: Path) -> None:
 
 
 def quantize(source: Path, output: Path, scheme: str, threads: int) -> None:
-    """Ours, with so many threads in all."""
     torch.set_num_threads(threads)
     fewbits.quantize(source, scheme, output=fewbits.Output(output, threads=threads), validate=False)
 
@@ -55,7 +53,6 @@ def quantize(source: Path, output: Path, scheme: str, threads: int) -> None:
 def contenders(
     source: Path, output: Path, schemes: Sequence[str], threads: Sequence[int]
 ) -> dict[str, Callable[..., None]]:
-    """By name; each makes the output anew."""
     made: dict[str, Callable[..., None]] = {COPY: functools.partial(copy, source, output)}
     for scheme in schemes:
         for count in threads:
@@ -64,12 +61,10 @@ def contenders(
 
 
 def label(scheme: str, threads: int) -> str:
-    """How one of ours is called."""
     return f"{scheme}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def measure(report: Report, calls: dict[str, Callable[..., None]], output: Path, rounds: int) -> None:
-    """Fill a report with one cell for each contender."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for r in range(rounds):
         for name in rotated(list(calls), r):
@@ -79,13 +74,12 @@ def measure(report: Report, calls: dict[str, Callable[..., None]], output: Path,
 
 
 def ratios(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """Least, median and largest of what is own in parts of the other, within a round."""
+    """Compute the least, median and largest ratio within a round."""
     found = [mine / theirs for mine, theirs in zip(own, other, strict=True)]
     return min(found), statistics.median(found), max(found)
 
 
 def checks(report: Report, threads: Sequence[int], *, twice: bool) -> list[str]:
-    """Whether we are as fast as promised, in words: with most threads, and, if asked for, two against one."""
     seconds = {cell.contender: cell.seconds for cell in report.cells}
     lines = []
     for scheme, (most, aim) in PROMISED.items():
@@ -104,7 +98,6 @@ def checks(report: Report, threads: Sequence[int], *, twice: bool) -> list[str]:
 
 
 def table(report: Report) -> str:
-    """Seconds, and what they are in copies."""
     lines = [("", "seconds, least", "median", "most", "copies, least", "median", "most")]
     for cell in report.cells:
         own = min(cell.seconds), cell.median, max(cell.seconds)
@@ -114,7 +107,6 @@ def table(report: Report) -> str:
 
 
 def need_room(made: argparse.ArgumentParser, source: Path, out: Path) -> None:
-    """Refuse where the copy, or the source in memory, would not fit."""
     size = disk.folder_size(source)
     disk.need_room(made, out, size)
     cached = 0 if disk.in_memory(source) else size
@@ -123,35 +115,26 @@ def need_room(made: argparse.ArgumentParser, source: Path, out: Path) -> None:
         made.error(f"{needed / disk.MB:,.0f} MB of memory are needed, {disk.available() / disk.MB:,.0f} are available")
 
 
-def warm(source: Path) -> None:
-    """Read everything once."""
-    disk.digests(source)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
     made = cli.parser(__doc__, rounds=3)
-    made.add_argument("source", type=Path, metavar="DIR", help="a checkpoint, such as of benchmarks.synthetic")
-    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where results are put meanwhile")
+    made.add_argument("source", type=Path, metavar="DIR", help="a checkpoint, such as tests/stress/synthetic.py writes")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="directory for temporary results")
     made.add_argument(
         "--scheme", type=cli.listed(str), default=[*PROMISED], metavar="NAME,...", help=", ".join(SCHEMES)
     )
     made.add_argument("--compare", type=cli.listed(cli.positive), default=[1, 2], metavar="N,...", help="threads; 1,2")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     if not set(arguments.scheme) <= {*SCHEMES}:
         made.error(f"--scheme {','.join(arguments.scheme)}: the schemes are {', '.join(SCHEMES)}")
     need_room(made, arguments.source, arguments.out)
     report = cli.begin("copying", arguments)
-    warm(arguments.source)
+    disk.digests(arguments.source)  # now its pages are cached
     with tempfile.TemporaryDirectory(dir=arguments.out) as work:
         output = Path(work) / "out"
         calls = contenders(arguments.source, output, arguments.scheme, arguments.compare)
         measure(report, calls, output, arguments.rounds)
     lines = checks(report, arguments.compare, twice=disk.in_memory(arguments.out))
-    report.extra["promises"] = lines
-    cli.finish(report, "\n".join([table(report), *lines]), arguments)
-    return int(arguments.check and broken(lines))
+    return cli.finish(report, table(report), arguments, lines)
 
 
 if __name__ == "__main__":

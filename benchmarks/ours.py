@@ -1,4 +1,4 @@
-"""fewbits as a contender, and what it says about the kernels it takes."""
+"""fewbits as a contender, and the kernels that it chose."""
 
 from __future__ import annotations
 
@@ -17,15 +17,6 @@ from benchmarks.timing import Call, reason
 
 @attrs.frozen
 class Scheme:
-    """A quantizer, and how its layers may compute.
-
-    Attributes:
-        quantizer: makes it, for a group size.
-        bits: of a code.
-        grouped: whether the group size matters.
-        compute: the argument of `convert`; None leaves it at its default, ``"auto"``.
-    """
-
     quantizer: Callable[[int], fewbits.Quantizer]
     bits: int
     grouped: bool = False
@@ -44,7 +35,7 @@ def _int4(group_size: int) -> fewbits.Quantizer:
     return fewbits.Int4Grouped(group_size=group_size)
 
 
-#: What ``--scheme`` may name.
+#: Values of ``--scheme``.
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(_int8, 8),
     "int4": Scheme(_int4, 4, grouped=True),
@@ -54,17 +45,15 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8-exact": Scheme(_int8, 8, compute="exact"),
     "int4-exact": Scheme(_int4, 4, grouped=True, compute="exact"),
 }
-#: What is measured unless asked otherwise.
+#: Default of ``--scheme``.
 USUAL = ("int8", "int4", "int8-dynamic", "int4-compute-int8")
 
 
 def contenders(schemes: Sequence[str], dtypes: Sequence[torch.dtype], group_size: int) -> list[Contender]:
-    """Every scheme with inputs of every dtype."""
     return [_contender(name, SCHEMES[name], dtype, group_size) for name in schemes for dtype in dtypes]
 
 
 def label(scheme: str, dtype: torch.dtype) -> str:
-    """What tables call it."""
     suffix = "" if dtype == torch.float32 else f", {short(dtype)}"
     return f"fewbits {scheme}{suffix}"
 
@@ -77,7 +66,6 @@ def _contender(name: str, scheme: Scheme, dtype: torch.dtype, group_size: int) -
 
 
 def _start(scheme: Scheme, group_size: int, layer: nn.Linear) -> Call:
-    """Settle everything that does not touch the weight; what is left is `convert`, which does not validate."""
     quantizer = scheme.quantizer(group_size)
     quantizer.prepare(layer)
     options: dict[str, Any] = {} if scheme.compute is None else {"compute": scheme.compute}
@@ -90,12 +78,11 @@ def _built(convert: Callable[[], Any]) -> Layer:
 
 
 def explained(layer: Layer, x: Tensor) -> dict[str, Any]:
-    """Which kernel runs for this input, and why not the others; nothing for what is not ours."""
     explain = getattr(fewbits, "explain", None)
     if explain is None or not isinstance(layer, nn.Module):
         return {}
     try:
         row = explain(layer, x).rows[0]
         return {"kernel": row.kernel, "refused": dict(row.refused)}
-    except Exception as error:  # said in the table, in the kernel's place
+    except Exception as error:  # the table shows the error as the kernel
         return {"kernel": f"explain failed: {reason(error)}"}

@@ -1,4 +1,4 @@
-"""What `benchmarks.linear` measures: cases that are asked for often, by name."""
+"""Named sets of cases for `benchmarks.linear`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @attrs.frozen
 class Case:
-    """A weight of (outputs, inputs), and the group size of what is grouped."""
-
     outputs: int
     inputs: int
     group_size: int = GROUP_SIZE
 
     @property
     def shape(self) -> str:
-        """For tables."""
         return f"{self.outputs}x{self.inputs}"
 
     def __str__(self) -> str:
@@ -34,18 +31,6 @@ class Case:
 
 @attrs.frozen
 class Preset:
-    """Cases, each with inputs of so many rows and of these dtypes.
-
-    Attributes:
-        about: what it is for.
-        cases: weights.
-        rows: of the inputs.
-        dtypes: of the inputs of quantized layers.
-        dense: the float layers' dtypes, besides float32 and `dtypes`.
-        schemes: of fewbits.
-        peers: whether other libraries take part.
-    """
-
     about: str
     cases: Sequence[Case] = (Case(4096, 4096),)
     rows: Sequence[int] = (1, 4, 32, 256)
@@ -55,7 +40,6 @@ class Preset:
     peers: bool = False
 
     def floats(self) -> list[torch.dtype]:
-        """The dtypes of the dense layers, float32 first: it is what all are compared with."""
         return list(dict.fromkeys([torch.float32, *self.dtypes, *self.dense]))
 
 
@@ -79,7 +63,6 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def resolved(arguments: argparse.Namespace) -> Preset:
-    """The preset, with whatever the command line says instead."""
     preset = PRESETS[arguments.preset]
     given = {
         "cases": _cases(arguments, preset),
@@ -100,7 +83,6 @@ def _cases(arguments: argparse.Namespace, preset: Preset) -> list[Case] | None:
 
 
 def shape(text: str) -> tuple[int, int]:
-    """An argument such as ``4096x4096``: outputs by inputs."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text} is not OUTPUTSxINPUTS")
@@ -108,14 +90,12 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def scheme(text: str) -> str:
-    """The name of one of our schemes."""
     if text not in ours.SCHEMES:
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(ours.SCHEMES)}")
+        raise argparse.ArgumentTypeError(f"unknown scheme {text}; the schemes are {', '.join(ours.SCHEMES)}")
     return text
 
 
 def listing() -> str:
-    """All presets, for ``--help``."""
     return "presets:\n" + "\n".join(
         f"  {name:8} {p.about}: {', '.join(map(str, p.cases))}; rows {', '.join(map(str, p.rows))}; "
         f"{', '.join(short(d) for d in p.dtypes)}"

@@ -1,7 +1,7 @@
-"""The ratios that fewbits is built to reach, and whether a run reached them.
+"""The speed ratios that fewbits promises, and a check of one run against them.
 
-A promise is that one contender is at least so many times as fast as another, in the same run, on a 4096x4096 layer
-unless it says otherwise. They differ between processors with VNNI and without.
+A promise names two contenders and the least ratio of their speeds in the same run. Most promises are about a 4096x4096
+layer. Processors with and without VNNI have different promises.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import attrs
-
-from benchmarks.dense import BASELINE
+from benchmarks.contender import BASELINE
 from benchmarks.machine import has_vnni
 from benchmarks.presets import ODD_SHAPES
-from benchmarks.report import Cell, aligned
+from benchmarks.report import Cell, said
 
 USUAL = "4096x4096 g128"
 ODD = {str(case) for case in ODD_SHAPES}
@@ -34,10 +31,10 @@ WITHOUT_VNNI = {
     "fewbits int4": (2.2, 2.5, 0.60, 0.70),
     "fewbits int8-dynamic": (None, None, 1.6, 1.6),
 }
-#: At any other number of rows.
+#: Least ratio to dense at any other number of rows.
 NO_CLIFF = {"fewbits int8": 0.6, "fewbits int4": 0.5}
 
-#: One row, float32: ours against those that store as many bits, by what their names begin with.
+#: One row: fewbits against peers with as many bits. A peer matches if its name starts with one of these.
 PYTHON_PEERS = {
     "fewbits int8": ("torchao int8, fp32", "quanto qint8, fp32", "bitsandbytes int8, fp32"),
     "fewbits int4": ("torchao intx int4", "quanto qint4, fp32", "bitsandbytes nf4, fp32", "hqq 4 bit g64, fp32"),
@@ -51,49 +48,22 @@ FAST_PEERS = {
 }
 
 
-@attrs.frozen
-class Promise:
-    """What was promised, and what came of it.
-
-    Attributes:
-        case: of which cells.
-        rows: of their inputs.
-        own: who.
-        others: (whom it is compared with, times faster at least); one of them is enough.
-        got: times faster than each of these.
-    """
-
-    case: str
-    rows: int
-    own: str
-    others: Sequence[tuple[str, float]]
-    got: Sequence[float]
-
-    @property
-    def held(self) -> bool:
-        """Whether one of the comparisons came out as promised."""
-        return any(got >= least for got, (_, least) in zip(self.got, self.others, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return attrs.asdict(self) | {"held": self.held}
-
-
-def checked(cells: Sequence[Cell]) -> list[Promise]:
-    """All promises that these cells can show."""
+def checked(cells: Sequence[Cell]) -> list[str]:
+    """Check all promises that these cells can show: one line each."""
     at = {(cell.case["case"], cell.case["M"], cell.contender): cell for cell in cells}
-    found = []
+    lines = []
     for (case, rows, own), cell in at.items():
         for others in _promised(case, rows, own, [name for c, r, name in at if (c, r) == (case, rows)]):
-            pairs = [(other, least) for other, least in others if (case, rows, other) in at]
-            if pairs:
-                got = [_times(cell, at[case, rows, other]) for other, _ in pairs]
-                found.append(Promise(case, rows, own, pairs, got))
-    return found
+            found = [(other, least, at[case, rows, other]) for other, least in others if (case, rows, other) in at]
+            times = [(name, least, _times(cell, other)) for name, least, other in found]
+            if times:
+                compared = " or ".join(f"{got:.2f} times {name} (at least {least:.2f})" for name, least, got in times)
+                held = any(got >= least for _, least, got in times)
+                lines.append(said(f"{own}, {case}, M {rows}: {compared}", held))
+    return lines
 
 
 def _times(own: Cell, other: Cell) -> float:
-    """How many times faster than another, within a round."""
     return statistics.median([theirs / mine for mine, theirs in zip(own.seconds, other.seconds, strict=True)])
 
 
@@ -101,7 +71,6 @@ Others = list[tuple[str, float]]
 
 
 def _promised(case: str, rows: int, own: str, present: Sequence[str]) -> Iterator[Others]:
-    """Alternatives of whom this contender is faster than, and how much."""
     if case == USUAL:
         if (least := _least(own, rows)) is not None:
             yield [(BASELINE, least)]
@@ -121,7 +90,6 @@ def _least(own: str, rows: int) -> float | None:
 
 
 def _odd(own: str, rows: int) -> float | None:
-    """Shapes and groups that kernels refuse."""
     if own == "fewbits int8" and rows >= 32:
         return 1 / 1.5
     if own == "fewbits int4" and rows >= 32:
@@ -134,25 +102,3 @@ def _against_peers(own: str, present: Sequence[str]) -> Iterator[Others]:
     for table, times in ((PYTHON_PEERS, least), (FAST_PEERS, 1 / 1.1)):
         for start in table.get(own, ()):
             yield from ([(name, times)] for name in present if name.startswith(start))
-
-
-def table(promises: Sequence[Promise]) -> str:
-    """One line each: who, against whom, promised and found."""
-    if not promises:
-        return ""
-    heading = ("promised", "case", "M", "times faster than", "at least", "found", "")
-    lines = [heading, *map(_line, promises)]
-    broken = sum(not promise.held for promise in promises)
-    return f"{aligned(lines)}\n{len(promises) - broken} of {len(promises)} promises held"
-
-
-def _line(promise: Promise) -> tuple[str, ...]:
-    return (
-        promise.own,
-        promise.case,
-        str(promise.rows),
-        " or ".join(other for other, _ in promise.others),
-        " or ".join(f"{least:.2f}" for _, least in promise.others),
-        " or ".join(f"{got:.2f}" for got in promise.got),
-        "" if promise.held else "NOT HELD",
-    )

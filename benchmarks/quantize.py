@@ -1,8 +1,8 @@
-"""How long it takes to quantize one float32 layer, ours and others', beside copying it.
+"""Time the quantization of one float32 layer, by fewbits and by other libraries, against a copy of its weight.
 
-Ours is `Quantizer.convert`, which does not validate; `prepare`, which does not read the weight, comes before. Each gets
-a layer of its own, made before the clock starts. Ratios are to ``dst.copy_(src)`` of the weight into touched memory, in
-the same round.
+fewbits runs `Quantizer.convert`, which does not validate; `prepare`, which does not read the weight, runs before.
+Every contender gets a fresh layer, made before the clock starts. Ratios are to ``dst.copy_(src)`` of the weight into
+touched memory, in the same round.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import cli, dense, ours, peers
-from benchmarks.contender import Contender, linear
+from benchmarks import cli, ours, peers
+from benchmarks.contender import COPY, Contender, copy_contender, linear
 from benchmarks.presets import scheme, shape
-from benchmarks.report import Cell, Failure, Report, aligned, broken, milliseconds, pivot, said, slower
+from benchmarks.report import Cell, Failure, Report, aligned, milliseconds, said
 from benchmarks.timing import PAUSE, reason, rotated, timed
 
-#: Our time in copies of the weight, at most.
+#: The longest promised time, in copies of the weight.
 PROMISED = {"fewbits int8": 4.0, "fewbits int4": 8.0}
-#: How many times faster than the Python peers we are at least.
+#: The least ratio to the time of the Python peers.
 FASTER = 4.0
 PYTHON_PEERS = ("torchao", "optimum-quanto", "bitsandbytes", "hqq")
-#: What takes longer than this for one layer, in seconds, is timed in the first round only.
+#: A contender that takes more seconds than this is timed in the first round only.
 PATIENCE = 5.0
 
 
 def measure(report: Report, contenders: Sequence[Contender], weight: Tensor, rounds: int) -> None:
-    """Fill a report with one cell for each contender."""
     where = {"shape": "x".join(map(str, weight.shape))}
     alive = {contender.name: contender for contender in contenders if contender.start is not None}
     seconds: dict[str, list[float]] = {name: [] for name in alive}
@@ -39,16 +38,15 @@ def measure(report: Report, contenders: Sequence[Contender], weight: Tensor, rou
         for name in rotated(list(alive), r):
             try:
                 _turn(alive[name], weight, seconds[name], warming=r < 0)
-            except Exception as error:  # whatever it is, the others go on
+            except Exception as error:  # one failure must not stop the others
                 report.failures.append(Failure(where, name, reason(error)))
                 del alive[name]
-    copying = seconds[dense.COPY]
+    copying = seconds[COPY]
     for name, contender in alive.items():
         report.cells.append(Cell(where, name, seconds[name], copying, {"package": contender.package}))
 
 
 def _turn(contender: Contender, weight: Tensor, seconds: list[float], *, warming: bool) -> None:
-    """Quantize once: a corner of the weight to warm up, which is when libraries are imported, or all of it."""
     if warming:
         time_once(contender, weight[:64, :256])
     elif not seconds or seconds[0] <= PATIENCE:
@@ -56,7 +54,6 @@ def _turn(contender: Contender, weight: Tensor, seconds: list[float], *, warming
 
 
 def time_once(contender: Contender, weight: Tensor) -> float:
-    """Seconds for one layer of its own."""
     if contender.start is None:
         raise ValueError(f"{contender.name} does not quantize")
     call = contender.start(linear(weight, contender.dtype))
@@ -66,14 +63,11 @@ def time_once(contender: Contender, weight: Tensor) -> float:
 
 
 def table(report: Report) -> str:
-    """Times, and what they are in copies."""
-    times, ratios = (pivot(report.cells, "shape", show) for show in (milliseconds, slower))
-    lines = [(t[0], t[1], r[1]) for t, r in zip(times[1:], ratios[1:], strict=True)]
-    return "\n".join([aligned([("", "one layer", "in copies"), *lines]), *checks(report)])
+    lines = [(cell.contender, milliseconds(cell), f"{1 / cell.speed:.2f}x") for cell in report.cells]
+    return aligned([("", "one layer", "in copies"), *lines])
 
 
 def checks(report: Report) -> list[str]:
-    """Whether we are as fast as promised, in words."""
     at = {cell.contender: cell for cell in report.cells}
     lines = []
     for name, most in PROMISED.items():
@@ -90,20 +84,18 @@ def checks(report: Report) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
-    made = cli.with_peers(cli.parser(__doc__))
-    made.add_argument("--shape", type=shape, default=(4096, 4096), metavar="OUTxIN", help="of the weight; 4096x4096")
-    made.add_argument("--group-size", type=cli.positive, default=128, metavar="N", help="of grouped weights; 128")
+    made = cli.parser(__doc__, peers=True)
+    made.add_argument(
+        "--shape", type=shape, default=(4096, 4096), metavar="OUTxIN", help="shape of the weight; 4096x4096"
+    )
+    made.add_argument("--group-size", type=cli.positive, default=128, metavar="N", help="group size; 128")
     made.add_argument("--scheme", type=cli.listed(scheme), default=["int8", "int4"], metavar="NAME,...")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     report = cli.begin("quantize", arguments, ["numpy"] if arguments.peers else [])
     own = ours.contenders(arguments.scheme, [torch.float32], arguments.group_size)
     others = peers.contenders([torch.float32], arguments.group_size) if arguments.peers else []
-    measure(report, [dense.copy_contender(), *own, *others], torch.randn(arguments.shape), arguments.rounds)
-    report.extra["promises"] = checks(report)
-    cli.finish(report, table(report), arguments)
-    return int(arguments.check and broken(report.extra["promises"]))
+    measure(report, [copy_contender(), *own, *others], torch.randn(arguments.shape), arguments.rounds)
+    return cli.finish(report, table(report), arguments, checks(report))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timing contenders round by round, so that whatever disturbs the machine disturbs them all."""
+"""Time contenders in turns, round by round, so that a disturbance of the machine reaches all of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from torch import Tensor
 Call = Callable[[], object]
 T = TypeVar("T")
 
-#: Between two contenders, in seconds: the threads of the one stop spinning before the other starts.
+#: Seconds between two contenders, in which the threads of the first stop spinning.
 PAUSE = 0.03
-#: What one contender's turn in a round shall last at least, in seconds.
+#: Least seconds of a turn.
 TURN = 0.1
-#: Calls in a turn, at least, so that its median means something; of what takes longer than `LONG` seconds, one.
+#: Least calls in a turn, so that their median is robust; a call longer than `LONG` seconds runs once.
 CALLS, LONG = 3, 0.3
 
 
 class Cycle:
-    """Calls the next of several layers with one input: the weights come from memory, not from a cache."""
-
     def __init__(self, layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> None:
         self._next, self._x, self.length = itertools.cycle(layers), x, len(layers)
 
@@ -35,26 +33,17 @@ class Cycle:
 
 @attrs.frozen
 class Timed:
-    """What came of timing several contenders.
-
-    Attributes:
-        seconds: of one call, for each contender one number a round: the median of its calls in that round.
-        failures: contender -> why it was left out.
-    """
-
     seconds: dict[str, list[float]]
     failures: dict[str, str]
 
 
 def timed(call: Call) -> float:
-    """Seconds that one call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def interleave(calls: Mapping[str, Call], rounds: int, *, turn: float = TURN, pause: float = PAUSE) -> Timed:
-    """Time contenders in turns, each round in another order; one that fails is left out, with its reason."""
     failures: dict[str, str] = {}
     tried = {name: _tried(failures, name, _calls_in_turn, call, turn) for name, call in calls.items()}
     counts = {name: count for name, count in tried.items() if count is not None}
@@ -70,7 +59,6 @@ def interleave(calls: Mapping[str, Call], rounds: int, *, turn: float = TURN, pa
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:
-    """The names from another start, so that nobody always follows the same neighbour."""
     start = by * 3 % len(names) if names else 0
     return [*names[start:], *names[:start]]
 
@@ -78,19 +66,17 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
 def _tried(failures: dict[str, str], name: str, act: Callable[..., T], *arguments: object) -> T | None:
     try:
         return act(*arguments)
-    except Exception as error:  # a contender may fail in any way; the others go on
+    except Exception as error:  # one failure must not stop the others
         failures[name] = reason(error)
         return None
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def _calls_in_turn(call: Call, turn: float) -> int:
-    """Run every layer once, which lets kernels prepare what they prepare at their first call; then count."""
     for _ in range(getattr(call, "length", 1)):
         call()
     once = max(timed(call), 1e-7)

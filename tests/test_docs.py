@@ -1,4 +1,4 @@
-"""Every fenced code block in the documents does what it says.
+"""Every fenced code block in the documents runs.
 
 The blocks of one document run in order and share a namespace and an empty working directory:
 
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from fewbits.cli import main
+from test_architecture import ROOMS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -115,7 +116,7 @@ def run_document(path: Path, directory: Path) -> None:
             json.loads(block.source)
         elif block.language == "toml":
             tomllib.loads(block.source)
-        elif block.language not in ("text", "make"):
+        elif block.language not in ("text", "make", "mermaid"):
             pytest.fail(f"{where}: a block in {block.language or 'no language'!r} would go unchecked")
 
 
@@ -175,3 +176,10 @@ $ git clone somewhere && make test
 """
     (tmp_path / "right.md").write_text(text, encoding="utf-8")
     run_document(tmp_path / "right.md", tmp_path)
+
+
+def test_the_diagram_of_rooms_has_every_room_once():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    diagram = next(block.source for block in blocks(text) if block.language == "mermaid")
+    names = [name for label in re.findall(r'\["([^<]*)<br>', diagram) for name in label.split(", ")]
+    assert sorted(names) == sorted({*ROOMS} - {"_version", "__main__", "integrations"})

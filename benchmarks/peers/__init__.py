@@ -1,7 +1,7 @@
-"""Other libraries that quantize linear layers. None is needed: those that are not installed are named and left out.
+"""Other libraries that quantize linear layers. A report names those that are not installed.
 
-Each module here says which distribution it stands for (`PACKAGE`), which modules it imports (`MODULES`), and lists its
-contenders. Imports of the library itself happen inside, when a contender is built.
+Each module has the name of its distribution (`PACKAGE`), the modules that it imports (`MODULES`), and `contenders`. It
+imports its library only when it builds a contender.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ PACKAGES = tuple(peer.PACKAGE for peer in PEERS)
 
 
 def absent() -> list[str]:
-    """The distributions that are not installed."""
     return [peer.PACKAGE for peer in PEERS if missing(peer.MODULES)]
 
 
 def contenders(dtypes: Sequence[torch.dtype], group_size: int) -> list[Contender]:
-    """Those of every peer that is installed, with inputs of every dtype that it takes."""
     present = [peer for peer in PEERS if not missing(peer.MODULES)]
     return [contender for peer in present for dtype in dtypes for contender in peer.contenders(dtype, group_size)]

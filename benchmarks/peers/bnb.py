@@ -12,7 +12,6 @@ MODULES = ("bitsandbytes",)
 
 
 def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
-    """Its own blocks, which are of 64."""
     kinds = {"nf4": (_nf4, 4), "int8": (_int8, 8)}
     return [
         Contender(
@@ -33,7 +32,7 @@ def _nf4(layer: nn.Linear) -> Layer:
     sizes = layer.in_features, layer.out_features
     module = Linear4bit(*sizes, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
     module.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=module)
-    return module.to("cpu").eval()  # this is what quantizes
+    return module.to("cpu").eval()  # this call quantizes
 
 
 def _int8(layer: nn.Linear) -> Layer:
@@ -41,4 +40,4 @@ def _int8(layer: nn.Linear) -> Layer:
 
     module = Linear8bitLt(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, device="meta")
     module.weight = Int8Params(layer.weight.detach(), requires_grad=False, has_fp16_weights=False)
-    return module.to("cpu").eval()  # this is what quantizes
+    return module.to("cpu").eval()  # this call quantizes

@@ -12,7 +12,6 @@ MODULES = ("hqq",)
 
 
 def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
-    """Its own groups, which are of 64. It takes seconds to quantize: further layers are copies."""
     return [
         Contender(
             f"hqq 4 bit g64, {short(dtype)}",

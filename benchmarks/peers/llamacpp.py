@@ -25,7 +25,6 @@ BLOCK = 32
 
 
 def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
-    """Its two plainest types, in blocks of 32; they only quantize here."""
     if dtype != torch.float32:
         return []
     return [Contender(f"llama.cpp {name}", PACKAGE, dtype, start=partial(_start, name)) for name in TYPES]
@@ -40,7 +39,6 @@ def _start(name: str, layer: nn.Linear) -> Call:
 
 
 def quantize(library: ctypes.CDLL, name: str, source: Tensor, target: Tensor) -> Tensor:
-    """Fill `target`, (rows, bytes of a row), with the blocks of `source`, (rows, columns) in float32."""
     chunks = list(zip(source.chunk(threads()), target.chunk(threads()), strict=True))
     with ThreadPoolExecutor(threads()) as pool:
         for written, (_, part) in zip(pool.map(partial(_chunk, library, name), chunks), chunks, strict=True):
@@ -50,7 +48,6 @@ def quantize(library: ctypes.CDLL, name: str, source: Tensor, target: Tensor) ->
 
 
 def threads() -> int:
-    """As many as torch has."""
     return torch.get_num_threads()
 
 

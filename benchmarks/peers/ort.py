@@ -19,7 +19,6 @@ LARGEST_BLOCK = 256
 
 
 def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
-    """For float32 only: that is what its CPU kernels compute with."""
     if dtype != torch.float32:
         return []
     block = min(group_size, LARGEST_BLOCK)
@@ -37,7 +36,6 @@ def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
 
 
 def _start(bits: int, block: int, layer: nn.Linear) -> Callable[[], tuple[Any, Any]]:
-    """Its own quantizer, which wants (inputs, outputs): that is how an ONNX file holds them."""
     import numpy as np
     from onnxruntime.capi import _pybind_state as native
 
@@ -58,8 +56,6 @@ def _start(bits: int, block: int, layer: nn.Linear) -> Callable[[], tuple[Any, A
 
 
 class Session:
-    """A graph of one MatMulNBits, called with a tensor."""
-
     def __init__(self, model: bytes) -> None:
         import onnxruntime
 
@@ -73,7 +69,6 @@ class Session:
 
     @classmethod
     def of(cls, bits: int, block: int, layer: nn.Linear) -> Layer:
-        """Quantize a layer and put it into a session."""
         codes, scales = _start(bits, block, layer)()
         outputs, inputs = layer.weight.shape
         return cls(_model(codes, scales, inputs, outputs, bits=bits, block_size=block))

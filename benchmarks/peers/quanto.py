@@ -14,7 +14,6 @@ MODULES = ("optimum",)
 
 
 def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
-    """Its own groups, which are of 128 where they fit."""
     return [
         Contender(
             f"quanto qint{bits}, {short(dtype)}",

@@ -16,7 +16,6 @@ MODULES = ("torchao",)
 
 
 def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
-    """Without its prototypes, and without torch.compile, like everybody else here."""
     kinds = {"int8": 8, f"intx int4 g{group_size}": 8, "int8 dynamic": 8}  # int4 takes a byte a weight there
     return [
         Contender(

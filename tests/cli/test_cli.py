@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and the exit code of everything that can go wrong."""
+"""The command line: output, files, and the exit code of every failure."""
 
 import contextlib
 import errno
@@ -323,7 +323,7 @@ def test_version(cli):
     assert fewbits.__version__ in out
 
 
-# Exit code 1: it ran, and the result is not what it should be.
+# Exit code 1: the command ran, but the result is wrong.
 
 
 @pytest.mark.parametrize("against", [[], ["--against", "in"]])
@@ -421,7 +421,7 @@ def own_output(folder):
             id="OUT a directory, forced",
         ),
         pytest.param(["quantize", "in", "-o", "no/out", "--scheme", "int8"], None, "no/out", id="OUT in no directory"),
-        pytest.param([*QUANTIZE, "--paranoid"], None, "--paranoid goes with --resume", id="paranoid of nothing"),
+        pytest.param([*QUANTIZE, "--paranoid"], None, "--paranoid needs --resume", id="paranoid of nothing"),
         pytest.param(QUANTIZE, nan_in_source, r"layers.0.weight", id="NaN"),
         pytest.param([*QUANTIZE[:-1], "fp16"], beyond_half, "big.weight", id="beyond half precision"),
         pytest.param(QUANTIZE, own_output, "written by fewbits", id="IN is quantized"),

@@ -1,4 +1,4 @@
-"""Rates, times left, when to tell, and how it is worded: all of it without a clock and without a terminal."""
+"""Rates, remaining times, the pace of reports, and their wording, without a clock or a terminal."""
 
 import math
 from itertools import pairwise
@@ -14,13 +14,13 @@ from fewbits.selection.progress import Step
 MILLISECONDS = 1000
 SLACK = 1 + 1e-9
 
-#: Milliseconds that pass before a step, and what is done meanwhile.
+#: Milliseconds between two steps, and the work done in them.
 strides = st.tuples(st.integers(0, 100_000), st.integers(0, 10**12))
 
 
 @st.composite
 def runs(draw, activity="convert", known=None):
-    """An activity as steps with their times: it ends with everything done."""
+    """Draw the steps and times of a finished activity."""
     done, now = draw(st.integers(0, 10**12)), draw(st.integers(0, 10**9))
     at = [(now, done)]
     for passed, more in draw(st.lists(strides, max_size=30)):
@@ -35,8 +35,8 @@ def readings(run):
     return [meter.read(step, now) for step, now in run]
 
 
-def told(run, first, every):
-    """The readings of a run that are told, with their times."""
+def reported(run, first, every):
+    """The reported readings of a run, with their times."""
     meter, pace = Meter(), Pace(first, every)
     found = []
     for step, now in run:
@@ -47,7 +47,7 @@ def told(run, first, every):
 
 
 @given(runs())
-def test_readings_never_go_back_are_never_negative_and_end_with_everything_done(run):
+def test_readings_never_go_back_and_end_with_everything_done(run):
     found = readings(run)
     assert all(a.done <= b.done <= (b.total or math.inf) for a, b in pairwise(found))
     assert all(reading.rate is None or reading.rate > 0 for reading in found)
@@ -60,7 +60,7 @@ def test_readings_never_go_back_are_never_negative_and_end_with_everything_done(
 
 
 @given(runs())
-def test_the_rate_is_between_the_least_and_the_greatest_that_there_was(run):
+def test_the_rate_is_between_the_least_and_the_largest_rate_of_the_steps(run):
     marks = [(run[0][1], run[0][0].done)]
     for step, now in run:  # from one time at which something has been done to the next
         if step.done > marks[-1][1] and now > marks[-1][0]:
@@ -72,7 +72,7 @@ def test_the_rate_is_between_the_least_and_the_greatest_that_there_was(run):
 
 
 @given(st.lists(st.integers(1, 100_000), min_size=1, max_size=30), st.integers(1, 10**9))
-def test_a_steady_speed_is_the_rate_however_the_steps_fall(times, speed):
+def test_a_steady_speed_is_the_rate_for_any_steps(times, speed):
     steps, now = [(Step("convert", "t", 0, 10**18), 0.0)], 0
     for passed in times:
         now += passed
@@ -81,40 +81,40 @@ def test_a_steady_speed_is_the_rate_however_the_steps_fall(times, speed):
 
 
 @given(runs(known=True), st.integers(0, 10**12))
-def test_what_was_there_when_a_run_was_taken_up_again_does_not_count(run, before):
+def test_the_work_of_an_earlier_run_does_not_count(run, before):
     resumed = [(Step("convert", step.name, step.done + before, step.total + before), now) for step, now in run]
     assert [reading.rate for reading in readings(resumed)] == [reading.rate for reading in readings(run)]
 
 
 @given(runs("convert"), runs("validate"))
-def test_every_activity_is_measured_afresh(first, second):
+def test_every_activity_starts_a_new_measurement(first, second):
     moved = [(step, now + first[-1][1]) for step, now in second]
     assert readings(first + moved)[len(first) :] == readings(moved)
 
 
-def test_recent_speed_counts_more_than_what_is_long_ago():
+def test_recent_speed_counts_more_than_old_speed():
     slow = [(Step("convert", "t", second, 10**9), float(second)) for second in range(60)]
     fast = [(Step("convert", "t", 60 + 100 * second, 10**9), 60.0 + second) for second in range(60)]
-    assert 90 < readings(slow + fast)[-1].rate < 100
+    assert 90 < readings(slow + fast)[-1].rate <= 100
 
 
-def test_steps_that_go_back_or_beyond_the_total_are_put_right():
+def test_steps_that_go_back_or_beyond_the_total_are_corrected():
     meter = Meter()
     done = [meter.read(Step("convert", "t", done, 10), 0.0) for done in (4, 2, 12)]
     assert [(reading.done, reading.total) for reading in done] == [(4, 10), (4, 10), (12, 12)]
 
 
 @pytest.mark.parametrize(("activity", "unit"), [("convert", "bytes"), ("validate", "bytes"), ("observe", "samples")])
-def test_an_observation_counts_samples_and_all_else_bytes(activity, unit):
+def test_observing_counts_samples_and_everything_else_counts_bytes(activity, unit):
     assert Step(activity, "t", 0, 1).unit == Meter().read(Step(activity, "t", 0, 1), 0.0).unit == unit
 
 
-# When to tell.
+# The pace of reports.
 
 
 @given(runs(), st.integers(0, 20), st.integers(1, 20))
-def test_what_is_told_comes_neither_early_nor_often_and_the_end_at_most_once(run, first, every):
-    found = told(run, first, every)
+def test_reports_are_neither_early_nor_frequent_and_the_end_is_reported_at_most_once(run, first, every):
+    found = reported(run, first, every)
     assert all(now >= run[0][1] + first for _, now in found)
     assert all(b - a >= every or reading.is_finished for (_, a), (reading, b) in pairwise(found))
     assert sum(reading.is_finished for reading, _ in found) <= 1
@@ -123,19 +123,19 @@ def test_what_is_told_comes_neither_early_nor_often_and_the_end_at_most_once(run
 
 
 @given(runs(known=True))
-def test_without_a_delay_the_first_and_the_last_are_told(run):
-    found = [reading for reading, _ in told(run, 0, 5)]
+def test_without_a_delay_the_first_and_the_last_step_are_reported(run):
+    found = [reading for reading, _ in reported(run, 0, 5)]
     assert found[0].name == "t0"
     assert found[-1].done == run[-1][0].done
 
 
 @given(runs())
-def test_an_activity_that_is_over_before_the_first_time_is_not_told_of(run):
+def test_a_short_activity_is_not_reported(run):
     longer = run[-1][1] - run[0][1] + 0.001
-    assert told(run, longer, 1) == []
+    assert reported(run, longer, 1) == []
 
 
-# In words.
+# The wording.
 
 names = st.text(max_size=300) | st.text("ab.[]\x1b\n\r\u202e\ud800é漢", max_size=300)
 amounts = st.integers(0, 10**15)
@@ -159,7 +159,7 @@ def test_a_line_with_a_bar_fits_the_terminal_and_is_one_line(reading, width, asc
 
 
 @given(any_reading(), st.integers(8, 300))
-def test_a_bar_is_as_full_as_it_should_be(reading, width):
+def test_the_full_part_of_a_bar_is_the_share_that_is_done(reading, width):
     _, done, rest, _ = bar_line(reading, width)
     length = len(done) + len(rest)
     assert length == 0 or (reading.total and len(done) == length * reading.done // reading.total)
@@ -174,7 +174,7 @@ def test_a_line_of_a_log_is_one_line(reading):
 
 
 @given(st.text())
-def test_a_printable_name_encodes_and_tells_what_was_there(name):
+def test_a_printable_name_can_be_encoded_and_differs_only_if_it_was_escaped(name):
     shown = printable(name)
     assert shown.isprintable()
     shown.encode()
@@ -224,5 +224,5 @@ def test_amounts_rates_and_times_have_units(done, total, unit, rate, said):
         (86400 * 3 + 4 * 3600, "3 d 4 h"),
     ],
 )
-def test_times_left_are_said_in_two_units_at_most(seconds, said):
+def test_remaining_times_have_two_units_at_most(seconds, said):
     assert duration(seconds) == said

@@ -1,4 +1,4 @@
-"""What people and programs see of a run: a bar on a terminal, lines elsewhere, events with --json."""
+"""The progress of a run: a bar on a terminal, lines elsewhere, events with --json."""
 
 import fcntl
 import itertools
@@ -47,7 +47,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def called(folder, monkeypatch):
-    """Run the command line in this process, by a clock that is `tick` seconds later at every step; its exit code."""
+    """Run the command line with a clock that moves `tick` seconds per step; return the exit code."""
 
     def call(*arguments, tick=0.0):
         ticks = itertools.count(0, tick)
@@ -60,7 +60,7 @@ def called(folder, monkeypatch):
 
 @pytest.fixture
 def piped(called, capsys):
-    """The same with what it printed: exit code, standard output, standard error."""
+    """Run the command line; return exit code, standard output and standard error."""
     return lambda *arguments, tick=0.0: (called(*arguments, tick=tick), *capsys.readouterr())
 
 
@@ -93,7 +93,7 @@ def test_a_long_run_prints_a_line_now_and_then_and_at_the_end_of_each_activity(p
     assert "fewbits: " not in out
 
 
-def test_a_pipe_is_none_the_less_one_where_colours_are_forced(piped, monkeypatch):
+def test_forced_colours_do_not_make_a_pipe_a_terminal(piped, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     assert piped(*QUANTIZE)[2] == ""
@@ -107,7 +107,7 @@ def test_names_cannot_break_a_line(piped):
 
 
 @pytest.mark.parametrize("quiet", ["-q", "--quiet"])
-def test_quiet_silences_progress_and_neither_results_nor_errors(piped, quiet):
+def test_quiet_silences_progress_but_not_results_and_errors(piped, quiet):
     code, out, err = piped(*QUANTIZE, quiet, tick=10)
     assert (code, err) == (0, "")
     assert "written: out" in out
@@ -139,7 +139,7 @@ def test_events_are_lines_of_json_beside_the_document(piped):
 
 
 @pytest.mark.parametrize("name", ["a\nb\x1b[2J\u202e", "漢字", LONG])
-def test_events_have_the_names_as_they_are(piped, name):
+def test_events_have_the_original_names(piped, name):
     write("in", [name])
     assert {event["tensor"] for event in events(piped(*QUANTIZE, "--json")[2])} == {name}
 
@@ -189,7 +189,7 @@ def test_an_interruption_is_an_event(piped, monkeypatch):
 
 
 @pytest.mark.filterwarnings("always::UserWarning")
-def test_warnings_are_events_and_python_is_left_as_it_was(piped, monkeypatch):
+def test_warnings_are_events_and_the_handlers_of_python_are_restored(piped, monkeypatch):
     def warn(file):
         warnings.warn("mind\nthe gap", stacklevel=1)
         logging.getLogger("some").warning("and the %s", "step")
@@ -209,7 +209,7 @@ def test_warnings_are_events_and_python_is_left_as_it_was(piped, monkeypatch):
 
 
 def read_all(master):
-    """What is written to a terminal until its other end is closed."""
+    """Read a terminal until its other end is closed."""
     drawn = b""
     try:
         while piece := os.read(master, 65536):
@@ -222,7 +222,7 @@ def read_all(master):
 
 @pytest.fixture
 def on_terminal(called, monkeypatch):
-    """The same with standard error on a terminal: exit code, and what was drawn."""
+    """Run the command line with standard error on a terminal; return exit code and drawing."""
 
     def call(*arguments, width=80, term="xterm", tick=0.0):
         master, slave = pty.openpty()
@@ -241,7 +241,7 @@ def on_terminal(called, monkeypatch):
 
 
 def lines_in(drawn):
-    """The lines that were drawn, one over the other."""
+    """The lines that were drawn over each other."""
     return [line for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", drawn)) if line]
 
 
@@ -254,7 +254,7 @@ def test_on_a_terminal_there_is_a_bar_on_one_line_that_vanishes(on_terminal, wid
     assert lines[0].startswith("convert   0 %")
     assert lines[-1].startswith("validate 100 %")
     assert all(cell_len(line) <= width for line in lines)
-    assert drawn.count("\n") == 1  # of which the cursor goes back up
+    assert drawn.count("\n") == 1  # after which the cursor moves up again
     assert drawn.endswith("\x1b[1A\x1b[2K")
     assert "\x07" not in drawn
     assert "\x1b]" not in drawn
@@ -283,7 +283,7 @@ def test_with_json_a_terminal_gets_events_too(on_terminal):
     assert events(drawn)[-1]["done"] == events(drawn)[-1]["total"]
 
 
-def test_what_fails_before_it_starts_draws_nothing(on_terminal):
+def test_a_command_that_fails_early_draws_nothing(on_terminal):
     code, drawn = on_terminal("verify", "missing")
     assert code == 2
     assert drawn.startswith("fewbits: missing does not exist")
@@ -343,14 +343,14 @@ def full_disk():
         pytest.param(broken_pipe, ["inspect"], 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_standard_error_that_takes_nothing_changes_no_exit_code(folder, unwritable, arguments, code):
+def test_a_failing_standard_error_changes_no_exit_code(folder, unwritable, arguments, code):
     with unwritable() as stderr, started(*arguments, stderr=stderr) as process:
         out, _ = process.communicate(timeout=120)
     assert process.returncode == code
     assert code or json.loads(out)["report"]["ok"]
 
 
-def test_there_may_be_no_standard_error_at_all(called, capsys, monkeypatch):
+def test_standard_error_may_be_missing(called, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", None)
         assert called(*QUANTIZE, tick=1) == 0
@@ -359,7 +359,7 @@ def test_there_may_be_no_standard_error_at_all(called, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_standard_error_may_be_closed_meanwhile(monkeypatch, as_json):
+def test_standard_error_may_be_closed_during_a_run(monkeypatch, as_json):
     ticks = itertools.count(0, 4)
     monkeypatch.setattr("fewbits.cli.progress.monotonic", lambda: next(ticks))
     with open(os.devnull, "w") as stream, monkeypatch.context() as patch:
@@ -370,8 +370,8 @@ def test_standard_error_may_be_closed_meanwhile(monkeypatch, as_json):
                 progress(Step("convert", "t", done, 2))
 
 
-def run_that_fails(**how):
-    with shown_progress(**how) as progress:
+def run_that_fails(**options):
+    with shown_progress(**options) as progress:
         progress(Step("convert", "t", 0, 1))
         raise ZeroDivisionError
 

@@ -16,7 +16,7 @@ from fewbits.cli.stdout import Stdout
 QUANTIZE = ["quantize", "in.safetensors", "-o", "out.safetensors", "--scheme", "int8"]
 VERIFY = ["verify", "out.safetensors", "--against", "in.safetensors"]
 FULL = "standard output cannot be written: No space left on device"
-DONE = "; all else was done as asked"
+DONE = "; everything else succeeded"
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def quantized(folder):
     return folder
 
 
-# Processes of their own: what Python does when it ends is part of it.
+# Own processes, because the exit of Python is part of the test.
 
 
 def run(redirection):
@@ -50,7 +50,7 @@ def run(redirection):
         (">&- 2>&-", 2, ""),
     ],
 )
-def test_a_file_is_complete_whatever_becomes_of_standard_output(folder, redirection, code, said):
+def test_a_file_is_complete_even_if_standard_output_fails(folder, redirection, code, said):
     done = run(redirection)
     assert (done.returncode, done.stderr) == (code, said)
     written = (folder / "out.safetensors").read_bytes()
@@ -87,7 +87,7 @@ COMMANDS = [["--help"], ["--version"], ["inspect", "-h"], ["inspect", "out.safet
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_every_command_says_in_one_line_that_standard_output_is_full(quantized, monkeypatch, capsys, arguments):
+def test_every_command_reports_a_full_standard_output_in_one_line(quantized, monkeypatch, capsys, arguments):
     assert end_of(arguments, full(), monkeypatch) == 2
     said = capsys.readouterr().err.splitlines()
     if "--json" in arguments:
@@ -97,19 +97,19 @@ def test_every_command_says_in_one_line_that_standard_output_is_full(quantized, 
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_every_command_ends_quietly_when_nobody_reads_its_output(quantized, monkeypatch, capsys, arguments):
+def test_every_command_ends_quietly_without_a_reader(quantized, monkeypatch, capsys, arguments):
     assert end_of(arguments, not_read(), monkeypatch) == 141
     assert [line for line in capsys.readouterr().err.splitlines() if '"error"' in line or "fewbits:" in line] == []
 
 
 @pytest.mark.parametrize("unwritable", [not_read, full])
-def test_a_failed_verification_stays_one_where_it_cannot_be_printed(quantized, monkeypatch, capsys, unwritable):
+def test_a_failed_verification_keeps_its_exit_code_if_it_cannot_be_printed(quantized, monkeypatch, capsys, unwritable):
     save_file({"weight": torch.ones(40, 64)}, "in.safetensors")
     assert end_of(VERIFY, unwritable(), monkeypatch) == 1
     assert DONE not in capsys.readouterr().err
 
 
-def test_there_may_be_no_standard_output_at_all(quantized, monkeypatch, capsys):
+def test_standard_output_may_be_missing(quantized, monkeypatch, capsys):
     assert end_of(VERIFY, None, monkeypatch) == 2
     assert capsys.readouterr().err == f"fewbits: standard output cannot be written: Bad file descriptor{DONE}\n"
 

@@ -16,7 +16,7 @@ from fewbits.kernels.base import Kernel
 from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.testing.kernel_setup import any_codes, generator, with_inputs
+from fewbits.testing.kernel_outputs import any_codes, generator, with_inputs
 
 INT8 = QuantSpec(bits=8, granularity="channel")
 INT4 = QuantSpec(bits=4, granularity="group", group_size=64)

@@ -15,7 +15,7 @@ from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.quantize import quantize
-from fewbits.testing.kernel_setup import decoded, exact
+from fewbits.testing.kernel_outputs import decoded, exact
 from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words, linear, noise_db, normal, quantized
 
 ASYMMETRIC8 = QuantSpec(bits=8, granularity="channel", symmetric=False)

@@ -11,7 +11,7 @@ from fewbits.kernels import features, integers
 from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.weight_layouts import PackedInt32
-from fewbits.testing.kernel_setup import any_codes, as_dynamic, exact, generator
+from fewbits.testing.kernel_outputs import any_codes, as_dynamic, exact, generator
 from kernels.kernel_cases import BY_NAME, INT8, any_words, exactly, linear, normal, quantized, with_codes
 
 needs_int_mm = pytest.mark.skipif(bool(refuses_int_mm()), reason=str(refuses_int_mm()))

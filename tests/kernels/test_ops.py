@@ -12,7 +12,7 @@ from fewbits import QuantSpec
 from fewbits.kernels import features, ops
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, PackedInt32
-from fewbits.testing.kernel_setup import exact
+from fewbits.testing.kernel_outputs import exact
 from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
 
 SPECS = [

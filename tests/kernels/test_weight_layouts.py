@@ -12,7 +12,7 @@ from fewbits.kernels import features, weight_layouts
 from fewbits.kernels.weight_layouts import TABLE_GROUPS, Int4Tiles, Int8Rows, PackedInt32, table_group
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits
-from fewbits.testing.kernel_setup import decoded
+from fewbits.testing.kernel_outputs import decoded
 from kernels.kernel_cases import any_words
 
 SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 130, 257])

@@ -1,7 +1,7 @@
-"""Break the code on purpose and see that the tests notice: ``python tests/mutants/run.py [PATCH...]``.
+"""Break the code on purpose, and check that the tests notice: ``python tests/mutants/run.py [PATCH...]``.
 
-Every patch in this folder is applied to a copy of the project, in which the tests are run. A mutant survives if they
-pass; it is stale if it no longer applies, or if the package cannot be imported any more, which proves nothing.
+Every patch in this folder is applied to a copy of the project, where the tests run. A mutant survives if the tests
+pass. It is stale if it no longer applies, or if the package can no longer be imported, which would prove nothing.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
-#: What `make test` runs, in the order in which most mutants die soonest: to collect all tests takes a minute by itself.
+#: The tests of `make test`, those first that kill most mutants: collecting all tests takes a minute.
 STAGES = (
     ("tests/numerics",),
     (
@@ -38,7 +38,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def tests(folder: Path, stages: Sequence[Sequence[str]]) -> subprocess.CompletedProcess[str]:
-    """Some of what `make test` runs, up to the first failure."""
+    """Run stages of tests up to the first failure."""
     jobs = ["-n", os.environ.get("JOBS", "2"), "--dist", "worksteal"]
     for stage in stages:
         done = run(folder, "-m", "pytest", "-q", "-x", "-m", "not slow", *jobs, *stage)
@@ -48,7 +48,7 @@ def tests(folder: Path, stages: Sequence[Sequence[str]]) -> subprocess.Completed
 
 
 def verdict(patch: Path | None) -> str:
-    """What became of one mutant; of the project as it is, for None."""
+    """Return the fate of a mutant, or of the unchanged project for None."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
         folder = Path(temporary) / "project"
         shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
@@ -59,11 +59,11 @@ def verdict(patch: Path | None) -> str:
         imported = run(folder, "-c", "import fewbits; print(fewbits.__file__)")
         if imported.returncode or not imported.stdout.startswith(str(folder)):
             return f"stale: fewbits cannot be imported from the copy: {imported.stderr.strip()[-200:]}"
-        # The last stage is all tests: unharmed, nothing is to be found sooner.
+        # The last stage runs all tests. The unchanged project needs no earlier stage.
         done = tests(folder, STAGES[-1:] if patch is None else STAGES)
     if done.returncode == 0:
         return "survived"
-    # Stopped at the first failure, pytest exits as if it had been interrupted: what failed is in its summary.
+    # After the first failure pytest exits as if interrupted, but its summary names the failed test.
     failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
     if not failed:
         return f"stale: the tests did not run (pytest exited {done.returncode}): {done.stdout[-500:]}"
@@ -71,17 +71,17 @@ def verdict(patch: Path | None) -> str:
 
 
 def main(names: list[str]) -> int:
-    """Try all mutants, or those that are named.
+    """Try all mutants, or the named ones.
 
     Returns:
-        how many were not killed.
+        the number of mutants that were not killed.
     """
     patches = [Path(name).resolve() for name in names] or sorted(HERE.glob("*.patch"))
     if not patches:
         print("there is no patch to try")
         return 1
     unharmed = verdict(None)
-    print(f"the project as it is: {unharmed}", flush=True)
+    print(f"the unchanged project: {unharmed}", flush=True)
     if unharmed != "survived":
         return 1
     alive = 0

@@ -1,7 +1,7 @@
 """Quantize every module of torch's own test database with every scheme: ``python tests/stress/module_db.py``.
 
-A case is one constructor, one input, one dtype and one scheme. It passes if the quantized module computes what its
-dequantized copy computes, and computes the same after deepcopy, pickle, and the way through a file. A refusal by an
+A case is one constructor, one input, one dtype and one scheme. It passes if the quantized module agrees
+with its dequantized copy, and with itself after deepcopy, pickle and a file. A refusal by an
 error of fewbits counts as refused, with its reason; everything else is a failure. Needs ``expecttest``, as torch's
 tests do. The exit code is 1 if a case failed.
 
@@ -105,7 +105,7 @@ def check(info: ModuleInfo, one: ModuleInput, dtype: torch.dtype, settings: dict
     fresh = build(info, one, dtype)
     if lazy:
         call(fresh, one)
-    same(output, call(fewbits.load(path, into=fresh, compute="exact"), one), "what its file loads as")
+    same(output, call(fewbits.load(path, into=fresh, compute="exact"), one), "the module loaded from its file")
 
 
 def same(output: list[Tensor], other: list[Tensor], what: str) -> None:

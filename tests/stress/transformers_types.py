@@ -1,9 +1,9 @@
 """Take tiny models of every transformers type through files: ``python tests/stress/transformers_types.py [TYPE...]``.
 
-Each model goes the way of a user: ``save_pretrained``, ``fewbits quantize DIR -o OUT``, ``fewbits.load(OUT, into=)`` a
-model that was built anew. Every tensor that comes back is compared with the source. A type whose files have other
-names than its modules is listed: transformers converts these names while it loads, fewbits does not yet. The exit code
-is 1 if a type failed for any other reason.
+Each model takes the path of a user: ``save_pretrained``, ``fewbits quantize DIR -o OUT``, and ``fewbits.load`` into a
+new model. Every loaded tensor is compared with the source. A type whose files have other names than its modules is
+listed: transformers converts these names while it loads, fewbits does not yet. The exit code is 1 if a type failed for
+any other reason.
 """
 
 import collections
@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPP
 import fewbits
 from fewbits.cli.commands import cli
 
-#: What the attributes of a config are set to, where it has them as larger numbers.
+#: Attributes of a config that are reduced to these numbers.
 SMALL = {
     "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embed_dim": 64, "hidden_dim": 64, "emb_dim": 64,
     "word_embed_proj_dim": 64, "embedding_size": 64, "projection_dim": 64, "encoder_hidden_size": 64,
@@ -94,7 +94,7 @@ def saved_names(folder: Path) -> set[str]:
 
 
 def differences(loaded: nn.Module, source: nn.Module) -> Iterator[str]:
-    """Every tensor of a loaded model that is not that of the source, to within what 8 bits leave."""
+    """Yield the names of tensors that differ from the source by more than 8 bits allow."""
     before = source.state_dict()
     for name, tensor in fewbits.dequantize(loaded).state_dict().items():
         if not near(tensor, before[name]):
@@ -113,7 +113,7 @@ def through_files(kind: str, folder: Path) -> str:
     """Take one type through files.
 
     Returns:
-        what became of it.
+        the outcome.
     """
     try:
         source = build(kind)

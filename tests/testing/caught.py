@@ -1,4 +1,4 @@
-"""How the tests of broken strategies ask the kit."""
+"""Assertions for the tests of broken strategies."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from fewbits.testing import ConformanceError
 
 
 def caught(checks, name, match):
-    """The named check fails, says what matches, and cites a promise or names the error that was raised."""
+    """Assert that the named check fails with this message, and cites a promise or chains the original error."""
     check = {str(check): check for check in checks}[name]
     with pytest.raises(ConformanceError, match=match) as found:
         check()
@@ -14,5 +14,5 @@ def caught(checks, name, match):
 
 
 def covered(checks, cases):
-    """Every check is seen to fail in one of the cases."""
+    """Assert that each check fails in one of the cases."""
     assert {str(check) for check in checks} == {case.values[1] for case in cases}

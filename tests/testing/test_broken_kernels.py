@@ -161,11 +161,11 @@ class WantsContiguous(Right):
 
 
 CASES = [
-    pytest.param(SupportsNothing, "it_says_why_not", "it computes with none of the weights", id="nothing"),
-    pytest.param(TakesNothing, "it_says_why_not", "it computes with none of the weights", id="no-input"),
-    pytest.param(AnswersFalse, "it_says_why_not", "it says False, neither None nor words", id="false"),
-    pytest.param(GivesNoReason, "it_says_why_not", "it says '', neither None nor words", id="no-reason"),
-    pytest.param(WantsWords, "it_says_why_not", "'it is no words' once it has prepacked it", id="only-words"),
+    pytest.param(SupportsNothing, "it_says_why_not", "it accepts none of the weights", id="nothing"),
+    pytest.param(TakesNothing, "it_says_why_not", "it accepts none of the weights", id="no-input"),
+    pytest.param(AnswersFalse, "it_says_why_not", "returns False, neither None nor a reason", id="false"),
+    pytest.param(GivesNoReason, "it_says_why_not", "returns '', neither None nor a reason", id="no-reason"),
+    pytest.param(WantsWords, "it_says_why_not", "once prepacked, supports() returns 'it is no words'", id="only-words"),
     pytest.param(PrepacksNothing, "prepacking_loses_nothing", "prepacked as PackedInt32, not Int8Rows", id="no-form"),
     pytest.param(NoLowestCode, "prepacking_loses_nothing", "gives another value back", id="lost-code"),
     pytest.param(LosesTheScale, "prepacking_loses_nothing", "gives another value back", id="lost-scale"),
@@ -174,36 +174,36 @@ CASES = [
     pytest.param(RoundsWeightsAgain, "outputs_are_accurate", "dB against float64", id="rounds-again"),
     pytest.param(AlwaysFloat64, "any_size_is_computed", "has shape .* in float64", id="float64"),
     pytest.param(Flattens, "any_size_is_computed", "the output has shape", id="flattens"),
-    pytest.param(InBlocksOfEight, "any_size_is_computed", "an element is off by", id="blocks"),
-    pytest.param(TakesNoughtForOne, "every_code_is_read_right", "a code is taken for another", id="one-code"),
-    pytest.param(OffByOne, "integer_sums_are_exact", "other bits than the reference", id="off-by-one"),
-    pytest.param(SumsInFloat16, "integer_sums_are_exact", "other bits than the reference", id="float16-sums"),
+    pytest.param(InBlocksOfEight, "any_size_is_computed", "exceeds the allowed rounding by", id="blocks"),
+    pytest.param(TakesNoughtForOne, "every_code_is_read_right", "a code is read as another code", id="one-code"),
+    pytest.param(OffByOne, "integer_sums_are_exact", "differs from that of the reference", id="off-by-one"),
+    pytest.param(SumsInFloat16, "integer_sums_are_exact", "differs from that of the reference", id="float16-sums"),
     pytest.param(InPlace, "arguments_stay", "an argument has changed", id="in-place"),
     pytest.param(WeightInPlace, "arguments_stay", "an argument has changed", id="weight-in-place"),
     pytest.param(Noisy, "outputs_are_reproducible", "other bits", id="noisy"),
-    pytest.param(WantsContiguous, "outputs_are_reproducible", "an element is off|other bits", id="strides"),
+    pytest.param(WantsContiguous, "outputs_are_reproducible", "exceeds the allowed rounding|other bits", id="strides"),
 ]
 
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match):
+def test_the_fault_is_found(make, name, match):
     caught(check_kernel(make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_kernel(Right()), CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [Right(), OnBytes(), FloatSums()], ids=lambda kernel: kernel.name)
-def test_the_kernels_that_are_broken_here_are_right_otherwise(kernel):
+def test_the_kernels_pass_without_their_faults(kernel):
     for check in check_kernel(kernel):
         check()
 
 
 @pytest.mark.parametrize(("make", "expected"), [(OnBytes, {None}), (FloatSums, {None, "dynamic", "static"})])
-def test_a_kernel_is_asked_about_int8_inputs_if_it_rounds_them(make, expected):
+def test_only_kernels_that_round_inputs_get_specs_with_int8_inputs(make, expected):
     asked = set()
 
     class Asks(make):

@@ -158,19 +158,19 @@ CASES = [
     pytest.param(NoZeroPoint, "scales_fit_the_spec", "zero point", id="no-zero-point"),
     pytest.param(Refuses, "scales_fit_the_spec", "is refused: too large for me", id="refuses"),
     pytest.param(OneScaleForABlock, "rows_stand_alone", "row by row it gives other scales", id="blocks"),
-    pytest.param(Drifts, "rows_stand_alone", "asked again, it gives other scales", id="drifts"),
+    pytest.param(Drifts, "rows_stand_alone", "a second call gives other scales", id="drifts"),
     pytest.param(ClipsInPlace, "nothing_is_written_to", "is written to", id="writes-to-weights"),
     pytest.param(SortsInputs, "nothing_is_written_to", "is written to", id="writes-to-inputs"),
     pytest.param(NeverForgets, "fresh_forgets", "a fresh copy remembers inputs", id="never-forgets"),
     pytest.param(GivesItselfAway, "fresh_forgets", "not a copy", id="no-copy"),
     pytest.param(SaysNothing, "needs_data_is_true", "set needs_data = True", id="says-nothing"),
-    pytest.param(NeedsNothing, "needs_data_is_true", "make no difference", id="needs-nothing"),
+    pytest.param(NeedsNothing, "needs_data_is_true", "inputs change no scale", id="needs-nothing"),
     pytest.param(ZeroForZeros, "inputs_get_one_positive_scale", "zero, NaN or Inf", id="zero-for-zeros"),
     pytest.param(AScalar, "inputs_get_one_positive_scale", "needs shape", id="a-scalar"),
     pytest.param(NegativeScale, "inputs_get_one_positive_scale", "the scale of inputs is -", id="negative"),
     pytest.param(Guesses, "inputs_get_one_positive_scale", "before it has seen any", id="guesses"),
     pytest.param(MergesNothing, "merging_equals_seeing_all", "merged it gives", id="merges-nothing"),
-    pytest.param(MergesInto, "merging_equals_seeing_all", "changes what it takes in", id="merges-into"),
+    pytest.param(MergesInto, "merging_equals_seeing_all", "changes its argument", id="merges-into"),
     pytest.param(Hoards, "it_keeps_little", "bytes after 200", id="hoards"),
     pytest.param(Hundreds, "it_is_of_use", "normal weights in", id="hundreds"),
     pytest.param(InFloat32, "a_model_can_be_quantized_with_it", "NumericsError: .*bfloat16", id="no-model"),
@@ -179,15 +179,15 @@ CASES = [
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match):
+def test_the_fault_is_found(make, name, match):
     caught(check_observer(make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_observer(Plain()), CASES)
 
 
 @pytest.mark.parametrize("observer", [Plain(), RightPeaks()], ids=lambda observer: type(observer).__name__)
-def test_the_observers_that_are_broken_here_are_right_otherwise(observer):
+def test_the_observers_pass_without_their_faults(observer):
     for check in check_observer(observer):
         check()

@@ -82,7 +82,7 @@ class Nameless(Int8):
 
 
 class KnowsNoState(Int8):
-    """What an author can do who reaches for private methods."""
+    """An author may override private methods."""
 
     def _advance(self, call, **fields):
         if call != "convert":
@@ -154,17 +154,24 @@ CASES = [
     pytest.param(Truncates, "lifecycle_of_a_file", "error bound is broken", id="truncates-file"),
     pytest.param(Truncates, "every_element_keeps_its_bound", "times its bound", id="truncates"),
     pytest.param(KnowsNoState, "lifecycle_of_a_model", "the state is OBSERVED, not CONVERTED", id="state"),
-    pytest.param(WritesToTheWeight, "lifecycle_of_a_state_dict", "prepared has changed|bound is broken", id="writes"),
+    pytest.param(
+        WritesToTheWeight,
+        "lifecycle_of_a_state_dict",
+        "the prepared state dict has changed|bound is broken",
+        id="writes",
+    ),
     pytest.param(
         GuardsNothing,
         "illegal_calls_change_nothing",
         r"observe\(\) in state .*CREATED raises Attr",
         id="guards-nothing",
     ),
-    pytest.param(OtherEveryTime, "in_place_gives_the_same", "in place, the result has other bits", id="other-in-place"),
+    pytest.param(
+        OtherEveryTime, "in_place_gives_the_same", "in-place quantization gives other bits", id="other-in-place"
+    ),
     pytest.param(OtherEveryTime, "one_call_gives_the_same", "other bits than the steps", id="other-in-one-call"),
     pytest.param(OtherEveryTime, "results_are_reproducible", "a second run gives other bits", id="other-every-time"),
-    pytest.param(OneScaleForABlock, "results_are_reproducible", "in smaller blocks it gives other bits", id="blocks"),
+    pytest.param(OneScaleForABlock, "results_are_reproducible", "smaller blocks give other bits", id="blocks"),
     pytest.param(RefusesLargeNumbers, "every_element_keeps_its_bound", "is refused: .*too large for me", id="refuses"),
     pytest.param(ZeroScales, "awkward_groups_keep_their_bound", "zero, NaN or Inf", id="zero-scales"),
     pytest.param(lambda: Int8(serializer=LosesABit()), "files_give_back_every_bit", "not the bytes", id="loses-a-bit"),
@@ -182,15 +189,15 @@ CASES = [
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match, monkeypatch):
+def test_the_fault_is_found(make, name, match, monkeypatch):
     caught(check_quantizer(make(monkeypatch) if make is untied else make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_quantizer(Int8PerChannel()), CASES)
 
 
-def test_the_scheme_that_is_broken_here_is_right_otherwise():
+def test_the_scheme_passes_without_its_faults():
     assert issubclass(Int8, Base)
     for check in check_quantizer(Int8()):
         check()

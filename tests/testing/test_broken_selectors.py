@@ -77,26 +77,26 @@ CASES = [
     pytest.param(ParametersOnly, "every_tensor_gets_a_decision", r"\d+ decisions for \d+ tensors", id="too-few"),
     pytest.param(WithoutReasons, "every_tensor_gets_a_decision", "the reason for .* is ''", id="without-reasons"),
     pytest.param(NoBooleans, "every_tensor_gets_a_decision", "not True or False: .*quantize", id="no-booleans"),
-    pytest.param(BareBooleans, "every_tensor_gets_a_decision", "True, no Decision", id="bare-booleans"),
-    pytest.param(AGenerator, "every_tensor_gets_a_decision", "a generator, no sequence", id="a-generator"),
+    pytest.param(BareBooleans, "every_tensor_gets_a_decision", "True, not a Decision", id="bare-booleans"),
+    pytest.param(AGenerator, "every_tensor_gets_a_decision", "a generator, not a sequence", id="a-generator"),
     pytest.param(KnowsClasses, "any_tensors_get_decisions_or_an_error", "AttributeError", id="knows-classes"),
-    pytest.param(OnlyOnce, "decisions_are_reproducible", "asked a second time", id="only-once"),
-    pytest.param(Remembers, "decisions_are_reproducible", "asked about others in between", id="remembers"),
-    pytest.param(SortsInPlace, "what_it_is_told_stays", "the list of tensors .* has changed", id="sorts-in-place"),
+    pytest.param(OnlyOnce, "decisions_are_reproducible", "a second call decides otherwise", id="only-once"),
+    pytest.param(Remembers, "decisions_are_reproducible", "a call for other tensors changes", id="remembers"),
+    pytest.param(SortsInPlace, "the_descriptions_stay", "it changes the list of descriptions", id="sorts-in-place"),
     pytest.param(ByName, "the_ledger_covers_everything", "one storage, two fates", id="by-name"),
 ]
 
 
 @pytest.mark.usefixtures("first_failure")
 @pytest.mark.parametrize(("make", "name", "match"), CASES)
-def test_it_is_found(make, name, match):
+def test_the_fault_is_found(make, name, match):
     caught(check_selector(make(), max_examples=60), name, match)
 
 
-def test_every_check_is_seen_to_fail():
+def test_every_check_fails_for_some_fault():
     covered(check_selector(LayerSelector()), CASES)
 
 
-def test_the_selector_that_is_broken_here_is_right_otherwise():
+def test_the_selector_passes_without_its_faults():
     for check in check_selector(Everything()):
         check()

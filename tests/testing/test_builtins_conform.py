@@ -1,4 +1,4 @@
-"""What comes with the library passes the kit that outside authors are given."""
+"""The built-in strategies pass the conformance kit."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_it_conforms(check):
     check()
 
 
-#: With and without instructions for bfloat16, where that makes a difference to what is computed.
+#: With and without instructions for bfloat16, where the results differ.
 BF16 = dict.fromkeys(("byte_blocks", "tile_blocks", "word_blocks"), (True, False)) | {"grouped_int_mm": (False,)}
 #: Every kernel is checked with and without bfloat16, which takes a minute with as many examples as an author gets.
 EXAMPLES = min(10, settings.default.max_examples // 6)
@@ -77,7 +77,7 @@ KERNEL_CHECKS = [
 
 
 def absent(kernel):
-    """What this CPU, or this torch, lacks for a kernel; None if it has it."""
+    """The feature that this CPU or torch lacks for a kernel; None if it has all."""
     spec = QuantSpec(bits=8 if kernel.form is Int8Rows else 4, granularity="channel")
     why = kernel.supports(PackedInt32.of_value(quantize(torch.ones(64, 64), spec)))
     lacking = features.NO_TILES, features.NO_BYTES, features.INEXACT, "_int_mm is slow on a CPU without VNNI"
@@ -92,10 +92,10 @@ def test_a_kernel_conforms(kernel, check, bf16, monkeypatch):
     check()
 
 
-def test_no_scheme_and_no_observer_is_left_out():
+def test_every_scheme_and_observer_is_checked():
     assert SUBJECTS.keys() >= SCHEMES.keys() | OBSERVERS.keys()
 
 
-def test_every_cpu_has_a_kernel_for_every_form():
-    assert [kernel.form.__name__ for kernel in KERNELS if absent(kernel) is None][-1] == "Form"
+def test_every_cpu_has_a_kernel_for_every_weight_layout():
+    assert [kernel.form.__name__ for kernel in KERNELS if absent(kernel) is None][-1] == "WeightLayout"
     assert {"byte_blocks", "word_blocks", "float_sums"} <= {kernel.name for kernel in KERNELS if absent(kernel) is None}

@@ -1,4 +1,4 @@
-"""What a check is, what it says when it fails, and what the kit leaves alone."""
+"""Checks: their names and messages, and the state that they leave unchanged."""
 
 import copy
 import inspect
@@ -31,7 +31,7 @@ CONTRACTS = sorted(set(contracts()), key=str)
 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=str)
-def test_every_docstring_says_what_is_cited(contract):
+def test_every_cited_docstring_has_the_quoted_words(contract):
     said = inspect.getdoc(pkgutil.resolve_name(contract.where))
     assert re.sub(r"\s+", " ", contract.quote) in re.sub(r"\s+", " ", said)
 
@@ -42,7 +42,7 @@ def test_checks_have_names_of_their_own():
     assert all(re.fullmatch(r"[a-z_]+", name) for name in names)
 
 
-def test_a_check_says_what_is_wrong_and_what_was_promised():
+def test_a_failed_check_names_the_fault_and_the_promise():
     def wrong():
         fail("the scale is 0", Contract("fewbits.extend.Observer", "not zero"))
 
@@ -64,23 +64,23 @@ def test_any_other_error_is_a_failure_with_its_cause():
 
 @pytest.mark.parametrize("function", ALL, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("given", [Int8PerChannel, object(), None], ids=["class", "object", "None"])
-def test_what_is_no_instance_of_the_interface_is_refused(function, given):
+def test_other_objects_than_instances_of_the_interface_are_refused(function, given):
     with pytest.raises(ArgumentError, match=f"{function.__name__} takes an instance of"):
         function(given)
 
 
-def test_a_selector_is_not_checked_on_something_that_is_no_model():
+def test_a_selector_is_checked_on_models_only():
     with pytest.raises(ArgumentError, match="model= takes a model"):
         check_selector(fewbits.LayerSelector(), model={"weight": torch.ones(2, 2)})
 
 
-def test_rules_that_do_not_fit_the_model_ask_for_one_that_they_fit():
+def test_rules_that_do_not_fit_the_model_ask_for_another_model():
     checks = check_selector(fewbits.LayerSelector(include=["layers"]))
-    with pytest.raises(ConformanceError, match="pass one that they fit as model="):
+    with pytest.raises(ConformanceError, match="pass a model that they fit as model="):
         checks[0]()
 
 
-def test_what_is_given_is_not_used_itself():
+def test_checks_use_a_copy_of_the_strategy():
     class Counts(MinMaxObserver):
         calls = 0
 
@@ -95,7 +95,7 @@ def test_what_is_given_is_not_used_itself():
     assert given.calls == 0
 
 
-def test_more_examples_are_looked_at_if_asked_for():
+def test_max_examples_sets_the_number_of_examples():
     seen = []
 
     class Shows(MinMaxObserver):
@@ -111,7 +111,7 @@ def test_more_examples_are_looked_at_if_asked_for():
     assert 3 <= counts[0] < 30 <= counts[1]
 
 
-def test_an_observer_can_be_checked_for_some_specs_alone():
+def test_an_observer_can_be_checked_for_some_specs_only():
     class Symmetric(MinMaxObserver):
         def observe_weight(self, weight, spec):
             if not spec.symmetric:
@@ -124,7 +124,7 @@ def test_an_observer_can_be_checked_for_some_specs_alone():
         check_observer(Symmetric())[0]()
 
 
-def test_threads_blocks_and_modules_are_as_before():
+def test_threads_blocks_and_modules_are_restored():
     from fewbits.numerics import layout
 
     before = torch.get_num_threads(), layout.BLOCK_ELEMENTS, sys.modules[__name__]
@@ -134,7 +134,7 @@ def test_threads_blocks_and_modules_are_as_before():
     assert (torch.get_num_threads(), layout.BLOCK_ELEMENTS, sys.modules[__name__]) == before
 
 
-def test_a_small_model_has_what_it_says():
+def test_a_small_model_has_the_documented_parts():
     model = fewbits.testing.SmallModel()
     assert model.lm_head.weight is model.embed_tokens.weight
     assert model.second.weight is model.first.weight

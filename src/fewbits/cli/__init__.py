@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line and exit with its code."""
     _occupy_standard_descriptors()
-    # The tables say what the events say.
+    # The tables hold the information of the events.
     logging.getLogger("fewbits").addHandler(logging.NullHandler())
     try:
         from fewbits.cli.commands import run
@@ -21,12 +21,13 @@ def main() -> None:
 
 
 def _occupy_standard_descriptors() -> None:
-    """Lead standard streams that are closed nowhere: files opened later would take their numbers, and their place.
+    """Open the null device in place of closed standard streams.
 
-    A library that prints to standard error would then print into the result.
+    Otherwise a result file would get the number of such a stream, and a library that prints to standard error would
+    print into the result.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number

@@ -52,13 +52,13 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            raise click.Abort(*stop.args) from None  # click itself would write an empty line, which is no event
+            raise click.Abort(*stop.args) from None  # click would write an empty line between the events
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fewbits")
 def cli() -> None:
-    r"""Make PyTorch checkpoints smaller, and check every number that was written.
+    r"""Make PyTorch checkpoints smaller, and check every written number.
 
     \b
     For example:
@@ -67,8 +67,8 @@ def cli() -> None:
       fewbits inspect small.safetensors
       fewbits verify small.safetensors --against model.safetensors
 
-    Exit codes: 0 for success, 1 if verification failed, 2 if the command could not do what was asked, 141 if nobody
-    reads what it prints.
+    Exit codes: 0 for success, 1 if verification failed, 2 if the command could not run, 141 if the
+    reader of its output went away.
     """
 
 
@@ -91,7 +91,7 @@ def cli() -> None:
     "exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Keep tensors with such names as they are. Repeatable.",
+    help="Keep tensors with such names unchanged. Repeatable.",
 )
 @click.option(
     "--override",
@@ -101,7 +101,9 @@ def cli() -> None:
     help="Another scheme for tensors with such names: int8, int4:64 (groups of 64), or keep. Repeatable.",
 )
 @click.option("--group-size", type=int, metavar="N", help="Weights that share a scale; for int4, whose default is 128.")
-@click.option("--ragged", type=click.Choice(get_args(Ragged)), help="What to do if groups do not divide a row evenly.")
+@click.option(
+    "--ragged", type=click.Choice(get_args(Ragged)), help="How to handle rows that groups do not divide evenly."
+)
 @click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
 @click.option("--embeddings", is_flag=True, help="Quantize embeddings too; int4 keeps them by default.")
 @click.option(
@@ -109,20 +111,18 @@ def cli() -> None:
     metavar="SIZE",
     help="Most bytes in each file of a directory; 5GB by default. A larger tensor has a file of its own.",
 )
-@click.option(
-    "--max-memory", metavar="SIZE", help="Most memory to use, such as 2GB, beyond what the bare program uses."
-)
+@click.option("--max-memory", metavar="SIZE", help="Most memory to use, such as 2GB, beyond that of the bare program.")
 @click.option(
     "--threads",
     type=int,
     metavar="N",
     help="How many tensors, or pieces of large ones, to convert at a time; by default as many as torch has threads.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would become of the tensors, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan for all tensors, and write nothing.")
 @_tensors
 @click.option("--no-validate", is_flag=True, help="Do not compare the result with IN.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished run, if there is one.")
-@click.option("--paranoid", is_flag=True, help="With --resume: read again what was read of IN, in case it has changed.")
+@click.option("--paranoid", is_flag=True, help="With --resume: read all of IN again, in case it changed.")
 @click.option("--replace", is_flag=True, help="Replace OUT if it exists. Without --resume: restart an unfinished run.")
 @click.option("--fail-under", **_FAIL_UNDER)
 @_quiet
@@ -150,20 +150,24 @@ def quantize(
 
     IN is a file (safetensors, or a state dict written by torch.save), or a directory of safetensors files.
 
-    A PATTERN matches whole parts of a dotted name: layers.1 matches layers.1.weight, and not layers.10.weight. A part
-    may have * and ? in it.
+    A PATTERN matches whole parts of a dotted name: layers.1 matches layers.1.weight, but not layers.10.weight. * and ?
+    match within a part.
 
     Under torchrun, every process writes some of the files of a directory.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if paranoid and not resume:
-        raise click.UsageError("--paranoid goes with --resume: it is about what an earlier run has read.")
+        raise click.UsageError("--paranoid needs --resume: it checks the work of an earlier run.")
     settings = _settings(config, embeddings, options)
     rank = join_group()
-    how: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
-    how |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
-    target = Output.beside(source, **how) if output is None else Output(output, replace=replace, **how)
+    options_of_output: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
+    options_of_output |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
+    target = (
+        Output.beside(source, **options_of_output)
+        if output is None
+        else Output(output, replace=replace, **options_of_output)
+    )
     if dry_run:
         planned = plan(source, entry=entry, config=settings, output=target)
         return SUCCESS if rank else _show_plan(planned, settings, tensors, as_json)
@@ -177,7 +181,7 @@ def quantize(
             config=settings,
             output=target,
             validate=not no_validate,
-            on_failure="ignore",  # the summary and the exit code tell
+            on_failure="ignore",  # the summary and the exit code report failures
             progress=progress,
         )
     if not rank:
@@ -185,12 +189,12 @@ def quantize(
     return SUCCESS if result.report is None or result.report.ok else FAILED
 
 
-@cli.command(short_help="Show what a result holds.")
+@cli.command(short_help="Show the contents of a result.")
 @click.argument("file", metavar="FILE", type=_path)
 @_tensors
 @_json
 def inspect(file: Path, tensors: bool, as_json: bool) -> int:
-    """Show what a FILE, or a directory, that fewbits wrote holds."""
+    """Show the contents of a FILE, or a directory, that fewbits wrote."""
     checkpoint = Checkpoint(file)
     metadata = checkpoint.metadata
     if as_json:
@@ -206,7 +210,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 
 @cli.command(short_help="Check a result, and compare it with its source.")
 @click.argument("file", metavar="FILE", type=_path)
-@click.option("--against", type=_path, metavar="SOURCE", help="The checkpoint that FILE was made from.")
+@click.option("--against", type=_path, metavar="SOURCE", help="The checkpoint from which FILE was made.")
 @click.option("--entry", **_ENTRY)
 @_tensors
 @click.option("--fail-under", default=CRITICAL_DB, **_FAIL_UNDER)
@@ -221,9 +225,9 @@ def verify(
     quiet: bool,
     as_json: bool,
 ) -> int:
-    """Check a FILE, or a directory, that fewbits wrote: its digests, its structure, and each element against SOURCE.
+    """Check digests and structure of a FILE or directory that fewbits wrote, and each element against SOURCE.
 
-    FILE may also be one that another tool wrote in the format of compressed-tensors; such files have no digests.
+    FILE may also be a compressed-tensors file of another tool; such files have no digests.
     """
     with shown_progress(as_json=as_json, quiet=quiet) as progress:
         report = verify_file(file, against, entry=entry, fail_under=fail_under, progress=progress)
@@ -235,13 +239,13 @@ def verify(
 
 
 def run() -> int:
-    """Run the command line; every error that fewbits knows is one paragraph, not a traceback.
+    """Run the command line, and print an error of fewbits as one paragraph without a traceback.
 
     Returns:
         the exit code.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of tensors and files can be what no encoding holds
+        if isinstance(stream, io.TextIOWrapper):  # some names of tensors and files cannot be encoded
             stream.reconfigure(errors="backslashreplace")
     stderr, as_json = Stderr(own_rank()), is_json_asked_for(sys.argv[1:])
     with warnings_as_events(stderr) if as_json else nullcontext(), stdout_watched(sys.stdout) as stdout:
@@ -255,10 +259,10 @@ def run() -> int:
 
 
 def _unwritten(error: OSError, code: int, stderr: Stderr, as_json: bool) -> int:
-    """The exit code of a command that could not print its result. Its own code stays, unless that is success."""
+    """Return the exit code of a command that could not print its result: its own code, unless that is success."""
     if error.errno == errno.EPIPE:
         return code or NOT_READ
-    done = "" if code else "; all else was done as asked"
+    done = "" if code else "; everything else succeeded"
     code = code or BAD_USAGE
     message = f"standard output cannot be written: {error.strerror or error}{done}"
     complain(stderr, OSError(message), code, as_json=as_json)
@@ -266,12 +270,13 @@ def _unwritten(error: OSError, code: int, stderr: Stderr, as_json: bool) -> int:
 
 
 def is_terminal() -> bool:
-    """Whether somebody reads standard output on a terminal; None stands for a stream that was closed at the start."""
+    """Whether standard output is a terminal."""
+    # A stream that was closed at the start is None.
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _show(found: Ledger | Report, tensors: bool) -> None:
-    """Print a summary and, where that is asked for, a line for every tensor, whose names are whole in a pipe."""
+    """Print a summary and, if `tensors`, a line for every tensor. A pipe gets full names."""
     width = shutil.get_terminal_size().columns if is_terminal() else None
     if tensors:
         click.echo(found.table(width))
@@ -322,7 +327,7 @@ def _tell_readers(opens_in: str | None) -> None:
 
 
 def _work(shares: Sequence[Share]) -> dict[str, Any]:
-    """How much of the source was converted, by whom."""
+    """Count the converted bytes of the source, in all and per rank."""
     converted = {"bytes": sum(s.converted for s in shares), "resumed_bytes": sum(s.resumed for s in shares)}
     ranks = [
         {"rank": rank, "bytes": share.converted + share.resumed, "converted": share.converted, "files": share.files}
@@ -340,7 +345,7 @@ def _tell_work(shares: Sequence[Share]) -> None:
 
 
 def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:
-    """The options that were given over what is in the file."""
+    """Merge the options into the settings of the config file."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "overrides" in given:
         given["overrides"] = _overrides(given["overrides"])
@@ -354,7 +359,7 @@ def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) ->
 
 
 def _overrides(options: Sequence[str]) -> dict[str, str | dict[str, Any]]:
-    """The rules in the order they count in: a pattern that is given again counts as last."""
+    """Order the rules: a repeated pattern takes its last place."""
     overrides: dict[str, str | dict[str, Any]] = {}
     for pattern, rule in map(_override, options):
         overrides.pop(pattern, None)
@@ -363,7 +368,7 @@ def _overrides(options: Sequence[str]) -> dict[str, str | dict[str, Any]]:
 
 
 def _override(option: str) -> tuple[str, str | dict[str, Any]]:
-    """A pattern and its rule, out of ``PATTERN=SCHEME`` or ``PATTERN=SCHEME:GROUP_SIZE``."""
+    """Split ``PATTERN=SCHEME`` or ``PATTERN=SCHEME:GROUP_SIZE`` into a pattern and its rule."""
     pattern, _, rule = option.rpartition("=")
     scheme, colon, size = rule.partition(":")
     if not pattern or not scheme or (colon and not size.isdecimal()):

@@ -1,4 +1,4 @@
-"""How far an activity is, in words: for a line in a log, and for a bar of a given width."""
+"""Word the progress of an activity: as a line of a log, and as a bar of a given width."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LEAST_BAR, _WIDEST_BAR, _LEAST_NAME = 8, 30, 10
 
 
 def log_line(reading: Reading) -> str:
-    """One line without an end, such as ``convert 37 %, 2.1 of 5.6 GB, 310 MB/s, 11 s left, lm_head.weight``."""
+    """Return one line, such as ``convert 37 %, 2.1 of 5.6 GB, 310 MB/s, 11 s left, lm_head.weight``."""
     head = f"{reading.activity} {_percent(reading)}".rstrip()
     parts = (head, _amount(reading), _rate(reading), _left(reading), elide(printable(reading.name), NAME_WIDTH))
     return ", ".join(filter(None, parts))
 
 
 class Line(NamedTuple):
-    """A line with a bar in it; the bar may have no width."""
+    """A line with a bar, which may be empty."""
 
     before: str
     bar_done: str
@@ -33,15 +33,15 @@ class Line(NamedTuple):
 
 
 def bar_line(reading: Reading, width: int, *, ascii_only: bool = False) -> Line:
-    """A line of at most `width` characters: as much as fits, and what matters most first.
+    """Lay out a reading in at most `width` characters. The least important parts give way first.
 
     Args:
-        reading: what it tells.
+        reading: the progress to show.
         width: of the terminal, in columns.
-        ascii_only: draw with what every encoding has.
+        ascii_only: draw the bar with ASCII characters.
     """
     before = f"{reading.activity} {_percent(reading):>5}".rstrip()[:width]
-    left, amount, rate = _fitting((_left(reading), _amount(reading), _rate(reading)), width - len(before))
+    left, amount, rate = _parts_that_fit((_left(reading), _amount(reading), _rate(reading)), width - len(before))
     facts = amount + rate + left
     room = width - len(before) - len(facts)
     done, rest = _bar(reading, width, room - 2, "#." if ascii_only else "━─")
@@ -52,12 +52,12 @@ def bar_line(reading: Reading, width: int, *, ascii_only: bool = False) -> Line:
 
 
 def printable(name: str) -> str:
-    """A name with escapes in place of what would move the cursor, end the line, or cannot be encoded."""
+    """Escape the characters of a name that move the cursor, end the line, or cannot be encoded."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: ``11 s``, ``4 min 05 s``, ``12 min``, ``2 h 40 min``, ``3 d 4 h``."""
+    """Format seconds for people: ``11 s``, ``4 min 05 s``, ``12 min``, ``2 h 40 min``, ``3 d 4 h``."""
     whole = math.ceil(seconds)
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if days:
@@ -69,16 +69,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
 
 
-def _fitting(parts: Sequence[str], room: int) -> Iterator[str]:
-    """Each part with a gap before it, or nothing in place of one that does not fit beside those before it."""
+def _parts_that_fit(parts: Sequence[str], room: int) -> Iterator[str]:
+    """Yield each part after a gap, or an empty string for a part that does not fit beside the earlier ones."""
     for part in parts:
-        fitting = f"  {part}" if part and len(part) + 2 <= room else ""
-        room -= len(fitting)
-        yield fitting
+        shown = f"  {part}" if part and len(part) + 2 <= room else ""
+        room -= len(shown)
+        yield shown
 
 
 def _bar(reading: Reading, width: int, room: int, characters: str) -> tuple[str, str]:
-    """The two parts of the bar, as long as becomes a line of that width; none if there is no room, or no total."""
+    """Draw both parts of the bar; both are empty if there is no room, or no total."""
     length = min(_WIDEST_BAR, max(_LEAST_BAR, width // 10))
     if not reading.total or length > room:
         return "", ""
@@ -87,7 +87,7 @@ def _bar(reading: Reading, width: int, room: int, characters: str) -> tuple[str,
 
 
 def _percent(reading: Reading) -> str:
-    """Rounded down: 100 % means all."""
+    """Round down, so that 100 % means finished."""
     return f"{100 * reading.done // reading.total} %" if reading.total else ""
 
 
@@ -110,10 +110,10 @@ def _rate(reading: Reading) -> str:
 
 
 def _left(reading: Reading) -> str:
-    """Nothing when there is nothing left."""
+    """Return an empty string at the end, or while the time is unknown."""
     return f"{duration(reading.seconds_left)} left" if reading.seconds_left else ""
 
 
 def _size(count: float) -> tuple[str, int]:
-    """The unit for so many bytes, and its size."""
+    """Choose the unit for a number of bytes."""
     return next((unit for unit in _SIZES if count >= unit[1]), _SIZES[-1])

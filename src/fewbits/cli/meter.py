@@ -1,15 +1,17 @@
-"""How fast an activity is, how long it will still take, and when to say so. The caller brings the clock."""
+"""How far and how fast an activity is, and when to report it. The caller brings the clock."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import attrs
+from rich.console import Console, RenderableType
+from rich.progress import Progress, Task
 
 from fewbits.selection.progress import Step
 
-#: Seconds over which the rate is smoothed: what is longer ago than a few of these counts for next to nothing.
-SMOOTHING = 15.0
+#: Seconds over which `rich.progress` averages the rate.
+PERIOD = 30.0
 
 
 @attrs.frozen
@@ -19,10 +21,10 @@ class Reading:
     Attributes:
         activity: as in `Step`.
         name: of the tensor, or the batch.
-        done: as in `Step`; never less than it was.
-        total: as in `Step`; never less than `done` where it is known, 0 where it is not.
+        done: as in `Step`; it never decreases during an activity.
+        total: as in `Step`; at least `done`, or 0 while the total is unknown.
         unit: of `done` and `total`, ``"bytes"`` or ``"samples"``.
-        rate: units per second, lately; None before anything was done and some time has passed.
+        rate: units per second; None until something is done and time has passed.
     """
 
     activity: str
@@ -34,12 +36,12 @@ class Reading:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all of it is done; never while the total is not known."""
+        """Whether everything is done. False while the total is unknown."""
         return 0 < self.total == self.done
 
     @property
     def seconds_left(self) -> float | None:
-        """What the rest takes at this rate; None if that cannot be told."""
+        """Seconds until the end at this rate; None while the rate or the total is unknown."""
         if self.is_finished:
             return 0.0
         if not self.total or self.rate is None:
@@ -47,71 +49,91 @@ class Reading:
         return (self.total - self.done) / self.rate
 
 
-class Meter:
-    """Makes readings out of steps.
+class Meter(Progress):
+    """Turns steps into readings, and draws the last one once `start` was called.
 
-    The rate is a mean over time in which the past fades, so that it follows a disk that slows down and does not jump
-    with every tensor. What was done before the first step of an activity does not count.
+    `rich.progress` estimates the rate. Work that an earlier run did before the first step of an activity does not
+    count.
+
+    Args:
+        console: where to draw; None for a meter that never starts.
+        draw: renders a reading.
     """
 
-    def __init__(self) -> None:
-        self._activity: str | None = None
-        self._done = self._counted = 0
-        self._at = self._fading = self._seconds = 0.0
+    def __init__(self, console: Console | None = None, draw: Callable[[Reading], RenderableType] = str) -> None:
+        self._now = self._updated = 0.0
+        self._draw = draw
+        self._reading: Reading | None = None
+        self._first = self._done = 0
+        super().__init__(
+            console=console,
+            refresh_per_second=4,
+            speed_estimate_period=PERIOD,
+            transient=True,
+            redirect_stdout=False,
+            get_time=lambda: self._now,
+        )
 
     def read(self, step: Step, now: float) -> Reading:
-        """The reading of a step.
+        """Take the reading of a step.
 
         Args:
-            step: each one is of the same activity as the one before, or the first of another.
-            now: seconds on any clock that never goes back.
+            step: of the same activity as the step before, or the first of another activity.
+            now: seconds on a clock that never goes back.
         """
-        if step.activity != self._activity:
-            self._begin(step, now)
+        self._now = now
+        if self._reading is None or step.activity != self._reading.activity:
+            self._begin(step)
         self._done = max(self._done, step.done)
-        self._count(now)
-        rate = self._fading / self._seconds if self._seconds else None
         total = max(step.total, self._done) if step.total else 0
-        return Reading(step.activity, step.name, self._done, total, step.unit, rate)
+        self._reading = Reading(step.activity, step.name, self._done, total, step.unit, self._rate())
+        return self._reading
 
-    def _begin(self, step: Step, now: float) -> None:
-        self._activity, self._done, self._counted = step.activity, step.done, step.done
-        self._at, self._fading, self._seconds = now, 0.0, 0.0
+    def get_renderable(self) -> RenderableType:
+        """Draw the last reading."""
+        return "" if self._reading is None else self._draw(self._reading)
 
-    def _count(self, now: float) -> None:
-        """Take in what was done since the last time; time in which nothing was done waits until something is."""
-        seconds, done = now - self._at, self._done - self._counted
-        if seconds <= 0 or not done:
-            return
-        keep = math.exp(-seconds / SMOOTHING)
-        self._fading = keep * self._fading + done
-        self._seconds = keep * self._seconds + seconds
-        self._counted, self._at = self._done, now
+    def _begin(self, step: Step) -> None:
+        for task in self.task_ids:
+            self.remove_task(task)
+        self.add_task(step.activity, total=None, completed=step.done)
+        self._first = self._done = step.done
+        self._updated = self._now
+
+    def _rate(self) -> float | None:
+        """The speed of the last seconds, or of the whole activity while too few steps lie within them."""
+        task: Task = self.tasks[0]
+        if self._now > self._updated:  # steps at the same instant have no speed: they count with the next one
+            self.update(task.id, completed=self._done)
+            self._updated = self._now
+        elapsed = task.elapsed
+        mean = (self._done - self._first) / elapsed if elapsed else None
+        return task.speed or mean or None
 
 
 class Pace:
-    """When to tell about an activity: not at once, not too often, and at its end if it took any time at all.
+    """When to report an activity: neither at once nor too often, and at its end unless it was short.
 
     Args:
-        first: seconds into an activity before it is told about for the first time.
-        every: seconds between one time and the next.
+        first: seconds into an activity before its first report.
+        every: seconds between two reports.
     """
 
     def __init__(self, first: float, every: float) -> None:
         self._first, self._every = first, every
         self._activity: str | None = None
         self._next = 0.0
-        self._told = self._ended = False
+        self._reported = self._ended = False
 
     def is_due(self, reading: Reading, now: float) -> bool:
-        """Whether to tell now. The end of an activity is told once, if it was told about or the time for that is up."""
+        """Whether to report now. The end is reported once, if `first` seconds have passed or a report came before."""
         if reading.activity != self._activity:
             self._activity, self._next = reading.activity, now + self._first
-            self._told = self._ended = False
+            self._reported = self._ended = False
         if self._ended:
             return False
         self._ended = reading.is_finished
-        due = now >= self._next or (self._ended and self._told)
+        due = now >= self._next or (self._ended and self._reported)
         if due:
-            self._told, self._next = True, now + self._every
+            self._reported, self._next = True, now + self._every
         return due

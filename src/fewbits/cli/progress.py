@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, now and then a line elsewhere, and events for programs."""
+"""Progress on standard error: a bar on a terminal, a line now and then elsewhere, events for programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TextIO, cast
 
 import attrs
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
 from rich.text import Text
 
 from fewbits.cli.formatting import bar_line, log_line
@@ -21,14 +20,14 @@ from fewbits.selection.progress import Progress, Step, no_progress
 
 @contextmanager
 def shown_progress(*, as_json: bool, quiet: bool) -> Iterator[Progress]:
-    """A `fewbits.selection.progress.Progress` that tells people, or a program, on standard error.
+    """Give a `fewbits.selection.progress.Progress` that writes to standard error.
 
     Args:
         as_json: write events, one JSON object a line, on a terminal too.
-        quiet: tell nobody.
+        quiet: write nothing.
     """
     stderr = Stderr(own_rank())
-    # rich would take a pipe for a terminal where FORCE_COLOR is set, as it is in many a CI.
+    # FORCE_COLOR, which many CI systems set, makes rich take a pipe for a terminal.
     console = Console(file=cast(TextIO, stderr), force_terminal=stderr.isatty())
     if quiet:
         yield no_progress
@@ -41,16 +40,16 @@ def shown_progress(*, as_json: bool, quiet: bool) -> Iterator[Progress]:
 
 
 class _RunProgress:
-    """Tells about steps, at a pace."""
+    """Reports steps at a pace."""
 
-    def __init__(self, pace: Pace, tell: Callable[[Reading], object]) -> None:
-        self._meter, self._pace, self._tell = Meter(), pace, tell
+    def __init__(self, pace: Pace, report: Callable[[Reading], object]) -> None:
+        self._meter, self._pace, self._report = Meter(), pace, report
 
     def __call__(self, step: Step) -> None:
         now = monotonic()
         reading = self._meter.read(step, now)
         if self._pace.is_due(reading, now):
-            self._tell(reading)
+            self._report(reading)
 
 
 def _write_event(stderr: Stderr, reading: Reading) -> None:
@@ -72,26 +71,25 @@ def _rounded(value: float | None) -> float | None:
 
 @attrs.frozen
 class _Bar:
-    """A reading, drawn on one line of whatever width the terminal has by then."""
+    """A reading on one line, as wide as the terminal is when it is drawn."""
 
     reading: Reading
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         before, done, rest, after = bar_line(self.reading, options.max_width, ascii_only=options.ascii_only)
-        line = Text(before, no_wrap=True, overflow="crop")  # a name may have characters of two columns
+        line = Text(before, no_wrap=True, overflow="crop")  # a character of a name may take two columns
         yield line.append(done, "bar.complete").append(rest, "bar.back").append(after)
 
 
 def _drawn(console: Console) -> Iterator[Progress]:
-    """A line that is drawn again four times a second, from the first step on, and vanishes in the end."""
-    meter = Meter()
-    live = Live(console=console, transient=True, redirect_stdout=False)
+    """Draw a bar from the first step on, and remove it at the end."""
+    meter = Meter(console, _Bar)
 
     def show(step: Step) -> None:
-        live.update(_Bar(meter.read(step, monotonic())))
-        live.start(refresh=True)  # once; it does nothing after that
+        meter.read(step, monotonic())
+        meter.start()  # has no effect on a meter that was started
 
     try:
         yield show
     finally:
-        live.stop()
+        meter.stop()

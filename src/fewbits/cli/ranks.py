@@ -1,4 +1,4 @@
-"""Under torchrun: one process of many."""
+"""The process group of torchrun."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import os
 
 from fewbits.errors import ArgumentError
 
-#: What torchrun tells each process.
+#: Environment variables that torchrun sets for each process.
 _RANK, _COUNT = "RANK", "WORLD_SIZE"
 
 
 def own_rank() -> int | None:
-    """The rank that torchrun has given this process; None if it is alone."""
+    """Return the rank that torchrun gave this process; None for a single process."""
     rank, count = os.environ.get(_RANK), os.environ.get(_COUNT, "1")
     return int(rank) if rank is not None and rank.isdecimal() and count != "1" else None
 
 
 def join_group() -> int | None:
-    """Make the process group that torchrun has prepared.
+    """Join the process group of torchrun.
 
     Returns:
-        the rank of this process; None if it is alone.
+        the rank of this process; None for a single process.
 
     Raises:
-        ArgumentError: if that does not work out.
+        ArgumentError: if torch has no distributed package, or joining fails.
     """
     rank = own_rank()
     if rank is None:

@@ -1,4 +1,4 @@
-"""Standard error, as text or as events, and never a reason to fail: nobody may be there to read it any more."""
+"""Standard error as text or events. A reader that went away never makes the program fail."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import click
 
 
 class Stderr:
-    """Standard error as it was when this was made. What cannot be written is dropped.
+    """The standard error of this moment. Text that cannot be written is dropped.
 
     Args:
-        rank: of this process, if there are several; every event and complaint says it.
+        rank: of this process, if there are several; every event and message names it.
     """
 
     def __init__(self, rank: int | None = None) -> None:
         self._rank = rank
-        self._stream: TextIO | None = sys.stderr  # None where a process has been started without it
+        self._stream: TextIO | None = sys.stderr  # None in a process that was started without it
 
     @property
     def encoding(self) -> str:
-        """What the stream writes text as."""
+        """The encoding of the stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
@@ -34,15 +34,15 @@ class Stderr:
         return self._stream is not None and not self._stream.closed and self._stream.isatty()
 
     def write(self, text: str) -> int:
-        """Write text, if that still goes anywhere."""
+        """Write text, and ignore a failure."""
         if self._stream is not None:
-            with suppress(OSError, ValueError):  # nobody reads it, the disk is full, or it has been closed
+            with suppress(OSError, ValueError):  # the reader went away, the disk is full, or the stream is closed
                 self._stream.write(text)
                 self._stream.flush()
         return len(text)
 
     def flush(self) -> None:
-        """Nothing waits: `write` has flushed."""
+        """Do nothing: `write` flushes."""
 
     def event(self, event: str, **fields: str | float | None) -> None:
         """Write one line: a JSON object."""
@@ -50,22 +50,22 @@ class Stderr:
         self.write(json.dumps({"event": event, **rank, **fields}, allow_nan=False) + "\n")
 
     def complain(self, message: str) -> None:
-        """Write a paragraph about what is wrong."""
+        """Write a message as a paragraph."""
         self.write(f"fewbits: {'' if self._rank is None else f'rank {self._rank}: '}{message}\n")
 
 
 def is_json_asked_for(arguments: Sequence[str]) -> bool:
-    """Whether ``--json`` is among the arguments of a command line, also of one that cannot be parsed."""
+    """Whether the arguments ask for ``--json``, even if they cannot be parsed."""
     return "--json" in takewhile(lambda argument: argument != "--", arguments)
 
 
 def complain(stderr: Stderr, error: Exception, code: int, *, as_json: bool) -> None:
-    """Say in a paragraph, or in an event, what is wrong.
+    """Report an error as a paragraph or as an event.
 
     Args:
-        stderr: where.
-        error: one of fewbits' own or of click's; click's `Abort` stands for an interruption.
-        code: that the process will exit with.
+        stderr: the stream.
+        error: of fewbits or click; click's `Abort` means an interruption.
+        code: the exit code of the process.
         as_json: write an event.
     """
     message = error.format_message() if isinstance(error, click.ClickException) else str(error) or "interrupted"
@@ -79,7 +79,7 @@ def complain(stderr: Stderr, error: Exception, code: int, *, as_json: bool) -> N
 
 @contextmanager
 def warnings_as_events(stderr: Stderr) -> Iterator[None]:
-    """Make an event of every warning meanwhile, of Python's `warnings` and of every logger."""
+    """Write an event for every warning of Python's `warnings` and of every logger."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""Standard output that nobody reads, or that is full, stops no work: the exit code tells afterwards."""
+"""Standard output whose failure stops no work. The exit code reports it afterwards."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO
 
-#: What a shell says of a process that ended because nobody reads its output any more: 128 and the number of SIGPIPE.
+#: The exit code of a process whose output has no reader, as in a shell: 128 and the number of SIGPIPE.
 NOT_READ = 141
 
 
 class Stdout(io.TextIOBase):
-    """A stream that raises nothing: it remembers the first error, and drops what comes after it.
+    """A stream that never raises: it remembers the first error and drops all later text.
 
     Args:
-        stream: where text goes; None where a process was started without standard output.
+        stream: the target; None in a process that was started without standard output.
 
     Attributes:
-        error: why text could not be written; None if all of it was.
+        error: the first error; None if all text was written.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -29,7 +29,7 @@ class Stdout(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """What the stream writes text as."""
+        """The encoding of the stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
@@ -37,7 +37,7 @@ class Stdout(io.TextIOBase):
         return self._stream is not None and self._stream.isatty()
 
     def write(self, text: str) -> int:
-        """Write text, unless that has failed before."""
+        """Write text, unless an earlier write failed."""
         stream = self._stream
         if stream is None:
             self.error = self.error or OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -46,7 +46,7 @@ class Stdout(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Write what waits in buffers, unless that has failed before."""
+        """Flush the buffers, unless an earlier write failed."""
         if self._stream is not None:
             self._try(self._stream.flush)
 
@@ -59,7 +59,7 @@ class Stdout(io.TextIOBase):
                 self._discard()
 
     def _discard(self) -> None:
-        """Lead the descriptor nowhere: Python would write what is left in buffers when it ends, and fail again."""
+        """Redirect the descriptor to the null device: at exit, Python would flush its buffers and fail again."""
         if self._stream is not None:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -67,7 +67,7 @@ class Stdout(io.TextIOBase):
 
 @contextmanager
 def stdout_watched(stream: TextIO | None) -> Iterator[Stdout]:
-    """Let everything that is printed meanwhile go through a `Stdout`."""
+    """Redirect everything that is printed to a `Stdout`."""
     watched = Stdout(stream)
     with redirect_stdout(watched):
         try:

@@ -1,4 +1,4 @@
-"""The conformance kit: does a strategy of your own keep what its interface promises?
+"""The conformance kit: checks that a strategy of your own keeps the promises of its interface.
 
 ::
 
@@ -7,8 +7,8 @@
         check()
 
 Each of `check_quantizer`, `check_observer`, `check_selector`, `check_serializer` and `check_kernel` returns a list of
-checks with names, to be called without arguments. Beside them are the Hypothesis strategies that they draw from, for
-tests of your own. This package needs Hypothesis: ``pip install 'fewbits[testing]'``.
+named checks, each called without arguments. The Hypothesis strategies that they draw from are here too, for tests of
+your own. This package needs Hypothesis: ``pip install 'fewbits[testing]'``.
 """
 
 try:

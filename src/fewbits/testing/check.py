@@ -1,4 +1,4 @@
-"""`Check`: one named requirement, to be called; `ConformanceError`: what it raises where it is not met."""
+"""`Check`, one named requirement of an interface, and `ConformanceError`, which a failed check raises."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from fewbits.errors import ArgumentError, FewbitsError
 _Setup = TypeVar("_Setup")
 _Strategy = TypeVar("_Strategy")
 
-#: How many examples a check that draws them looks at, unless it is told otherwise.
+#: Default number of examples that a check draws.
 EXAMPLES = 10
 
 
 class ConformanceError(FewbitsError, AssertionError):
-    """A strategy does not do what its interface promises; the message cites the docstring that promises it."""
+    """A strategy breaks a promise of its interface. The message cites the docstring with the promise."""
 
 
 @attrs.frozen
 class Contract:
-    """A promise, and the docstring that states it.
+    """A promise in a docstring.
 
     Attributes:
-        where: the dotted name of the class or function with the docstring.
-        quote: what it says there.
+        where: the dotted name of the documented class or function.
+        quote: the words of the promise.
     """
 
     where: str
@@ -42,11 +42,11 @@ class Contract:
 
 @attrs.frozen
 class Check:
-    """One requirement of an interface. Calling it does nothing if it is met.
+    """One requirement of an interface. Calling it raises if the requirement is not met.
 
     Attributes:
-        name: what is required, in words joined by underscores.
-        subject: the class that is checked.
+        name: the requirement, in words joined by underscores.
+        subject: the name of the class under test.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Check:
         """Run the check.
 
         Raises:
-            ConformanceError: if the requirement is not met, or anything else is raised on the way.
+            ConformanceError: if the requirement is not met, or the strategy raises another error.
         """
         try:
             self._run()
@@ -71,23 +71,23 @@ class Check:
 
 
 def checks(subject: object, functions: Sequence[Callable[[_Setup], None]], setup: _Setup) -> list[Check]:
-    """A check for every function, named after it."""
+    """Make a check from every function, with its name."""
     name = type(subject).__name__
     return [Check(function.__name__, name, functools.partial(function, setup)) for function in functions]
 
 
 def expect(holds: bool, wrong: str, contract: Contract) -> None:
-    """Go on if something holds.
+    """Raise if a condition does not hold.
 
     Raises:
-        ConformanceError: with what is wrong and what was promised, if it does not.
+        ConformanceError: with the fault and the promise.
     """
     if not holds:
         fail(wrong, contract)
 
 
 def fail(wrong: str, contract: Contract) -> NoReturn:
-    """Say what is wrong, and what was promised.
+    """Raise an error with the fault and the promise.
 
     Raises:
         ConformanceError: always.
@@ -98,10 +98,10 @@ def fail(wrong: str, contract: Contract) -> NoReturn:
 def for_all(examples: int, holds: Callable[..., None], *strategies: SearchStrategy[Any]) -> None:
     """Call `holds` with values drawn from `strategies`.
 
-    Whether they are the same at every run is decided by the Hypothesis profile that is in force.
+    The active Hypothesis profile decides whether the values repeat in every run.
 
     Raises:
-        Exception: what `holds` raises for the simplest values that were found to make it.
+        Exception: the error that `holds` raises for the simplest failing values.
     """
     settings(max_examples=examples, deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))(
         given(*strategies)(holds)
@@ -109,10 +109,10 @@ def for_all(examples: int, holds: Callable[..., None], *strategies: SearchStrate
 
 
 def copy_of(value: _Strategy, kind: type, function: str) -> _Strategy:
-    """A copy of a strategy, if it is one of the right kind.
+    """Copy a strategy, and check its type.
 
     Raises:
-        ArgumentError: if it is not; the usual mistake is to pass its class.
+        ArgumentError: if it has another type; the usual mistake is to pass its class.
     """
     if not isinstance(value, kind):
         raise ArgumentError(f"{function} takes an instance of {kind.__name__}, newly made, not {value!r}")

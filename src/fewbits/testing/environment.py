@@ -1,8 +1,9 @@
-"""What the checks look at from outside: bits, files, threads, blocks, modules that cannot be imported."""
+"""Helpers of the checks: compare bits and files, damage files, change threads and blocks, hide modules."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,41 +17,47 @@ from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError
 from fewbits.numerics import layout
 from fewbits.numerics.tensor import in_memory
+from fewbits.testing.check import Contract, expect
 from fewbits.validation.verify import verify
 
-#: Names, and what must be equal of two tensors for them to be the same.
+_DIGESTS = Contract("fewbits.verify", "digests, structure, and every element against its source")
+
+#: Name -> (shape, dtype, bytes). Equal snapshots mean equal tensors.
 Snapshot = dict[str, tuple[tuple[int, ...], torch.dtype, bytes]]
 
-#: Bytes of a file in which a bit is flipped, one at a time.
+#: Number of bytes of a file that are damaged, one at a time.
 _FLIPS = 40
 
 
 def snapshot(source: nn.Module | Mapping[str, Value]) -> Snapshot:
-    """Every tensor of a model's state dict or of a mapping, codes and scales each under their own name."""
+    """Record every tensor of a model's state dict or a mapping; codes and scales have names of their own."""
     values = source.state_dict() if isinstance(source, nn.Module) else source
     parts = {part: tensor for name, value in values.items() for part, tensor in value_tensors(name, value).items()}
     return {name: (tuple(tensor.shape), tensor.dtype, _bytes_of(tensor)) for name, tensor in parts.items()}
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    tensor = in_memory(tensor)  # a name, so that it lives until its bytes are copied
+    tensor = in_memory(tensor)  # the name keeps it alive until its bytes are copied
     return bytes(tensor_bytes(tensor))
 
 
+@contextmanager
+def folder() -> Iterator[Path]:
+    """Give a new folder, and remove it at the end."""
+    with tempfile.TemporaryDirectory(prefix="fewbits-") as name:
+        yield Path(name)
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones included, with its bytes."""
+    """Read every file below a folder, hidden files included."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def undetected_damage(path: Path, serializer: Serializer) -> tuple[list[int], int]:
-    """Flip a bit here and there in copies of a file that fewbits wrote, one at a time, and verify them.
-
-    Returns:
-        the positions at which a flipped bit is not found although something reads differently, and the number of those
-        at which it is found.
+def check_damage(path: Path, serializer: Serializer) -> None:
+    """Flip one bit in each of several copies of a file: `verify` must find it if it changes the result of reading.
 
     Raises:
-        Exception: what verifying raises besides the `CheckpointError` that it should.
+        Exception: if `verify` raises anything but a `CheckpointError`.
     """
     whole, expected = path.read_bytes(), _as_read(path, serializer)
     step = max(1, len(whole) // _FLIPS)
@@ -58,7 +65,7 @@ def undetected_damage(path: Path, serializer: Serializer) -> tuple[list[int], in
     for position in sorted({*range(step // 2, len(whole), step), len(whole) - 1}):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << position % 8
-        # A new file each time: somebody may still have the last one mapped.
+        # The serializer may still map the last file, so each copy has a name of its own.
         copy = path.with_name(f"damaged-{position}-{path.name}")
         copy.write_bytes(damaged)
         if _is_found(copy, serializer):
@@ -66,7 +73,8 @@ def undetected_damage(path: Path, serializer: Serializer) -> tuple[list[int], in
         elif _as_read(copy, serializer) != expected:
             missed.append(position)
         copy.unlink()
-    return missed, found
+    expect(not missed, f"flipped bits in bytes {missed} change the tensors, and verify finds nothing", _DIGESTS)
+    expect(found > 0, "verify finds none of the flipped bits", _DIGESTS)
 
 
 def _is_found(path: Path, serializer: Serializer) -> bool:
@@ -77,14 +85,14 @@ def _is_found(path: Path, serializer: Serializer) -> bool:
 
 
 def _as_read(path: Path, serializer: Serializer) -> tuple[Snapshot, Mapping[str, str]]:
-    """Everything that a reader gives of a file; copied, because tensors may alias it."""
+    """Read everything in a file; tensors are copied, because they may alias the file."""
     reader = serializer.reader(path)
     return snapshot({name: reader.read(name).clone() for name in reader.entries}), dict(reader.metadata)
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Inside, torch computes with this many threads."""
+    """Let torch compute with this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -95,7 +103,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def blocks_of(elements: int) -> Iterator[None]:
-    """Inside, tensors are worked on in blocks of this many elements, in whole rows."""
+    """Let fewbits process tensors in blocks of this many elements, in whole rows."""
     before = layout.BLOCK_ELEMENTS
     layout.BLOCK_ELEMENTS = elements
     try:
@@ -106,9 +114,9 @@ def blocks_of(elements: int) -> Iterator[None]:
 
 @contextmanager
 def not_importable(name: str) -> Iterator[None]:
-    """Inside, importing this module fails; what was imported from it before goes on working."""
+    """Make the import of a module fail; earlier imports keep working."""
     before = sys.modules.get(name)
-    sys.modules[name] = None  # type: ignore[assignment]  # the import system takes it for a module that is not there
+    sys.modules[name] = None  # type: ignore[assignment]  # the import system treats it as missing
     try:
         yield
     finally:

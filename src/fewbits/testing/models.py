@@ -1,4 +1,4 @@
-"""Models to try strategies on: one that runs, and a Hypothesis strategy for any structure."""
+"""Models for the checks: one that runs, and a Hypothesis strategy for any structure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewbits.testing.strategies import FLOATS, OTHER_DTYPES
 
-#: How many different ids `SmallModel` takes.
+#: Number of different ids of `SmallModel`.
 VOCABULARY = 40
 
 
@@ -21,7 +21,7 @@ class SmallModel(nn.Module):
     layer in bfloat16, a normalization and a buffer.
 
     Args:
-        seed: of its weights, which depend on nothing else.
+        seed: of its weights.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -46,7 +46,7 @@ class SmallModel(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The logits of every position."""
+        """Compute the logits of every position."""
         x = self.norm(self.embed_tokens(ids))
         x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
         x = self.down(torch.relu(self.up(x)) + torch.tanh(self.again(x)))
@@ -57,12 +57,12 @@ class SmallModel(nn.Module):
 
 
 def ids(seed: int = 0, samples: int = 3) -> Tensor:
-    """One batch for `SmallModel`: (samples, 6), int64."""
+    """Draw one batch for `SmallModel`: (samples, 6), int64."""
     return torch.randint(VOCABULARY, (samples, 6), generator=torch.Generator().manual_seed(seed))
 
 
 class Bag(nn.Module):
-    """Parameters and buffers that nothing runs."""
+    """Parameters and buffers without a forward."""
 
 
 _SIZES = st.integers(1, 4)
@@ -93,7 +93,7 @@ _LEAVES: st.SearchStrategy[nn.Module] = st.one_of(
 
 @st.composite
 def models(draw: st.DrawFn) -> nn.Module:
-    """Nested modules of many kinds and dtypes, with tied tensors and shared modules; never without a Linear.
+    """Draw nested modules of many kinds and dtypes, with tied tensors, shared modules, and at least one Linear.
 
     They hold tensors and cannot be run. Most tensors are tiny: ``LayerSelector(min_elements=1)`` quantizes them.
     """
@@ -115,7 +115,7 @@ def models(draw: st.DrawFn) -> nn.Module:
 
 
 def _tie(draw: st.DrawFn, leaves: Sequence[nn.Module]) -> None:
-    """Let some layers share a weight: the very parameter, or another one over the same memory."""
+    """Let some layers share a weight: the same parameter, or another parameter over the same memory."""
     holders = [leaf for leaf in leaves if isinstance(getattr(leaf, "weight", None), nn.Parameter)]
     for one in holders:
         for other in holders:

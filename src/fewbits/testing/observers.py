@@ -1,4 +1,4 @@
-"""`check_observer`: whether an observer keeps what `Observer` promises."""
+"""`check_observer`: check an observer against the promises of `Observer`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbits.errors import CalibrationError, NumericsError, RangeError
+from fewbits.errors import NumericsError, RangeError
 from fewbits.numerics.affine import check_params
-from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.dtypes import compute_dtype, dtype_name
+from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import QuantSpec
@@ -21,71 +22,41 @@ from fewbits.selection.selector import LayerSelector
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
 from fewbits.testing.environment import snapshot
 from fewbits.testing.models import SmallModel, ids
-from fewbits.testing.observer_setup import (
-    COLUMNS,
-    ObserverSetup,
-    answers,
-    asked,
-    bits,
-    cases,
-    input_spec,
-    inputs,
-    normal_weight,
-    picks_for_inputs,
-    resolved,
-    size,
-    words,
-)
-from fewbits.testing.strategies import seeds, weights
+from fewbits.testing.observer_inputs import COLUMNS, INPUT_CHECKS, ObserverSetup, bits, inputs, normal_weight, resolved
+from fewbits.testing.strategies import FLOATS, layouts, seeds, weights
 from fewbits.testing.strategies import specs as any_spec
 from fewbits.validation.report import CRITICAL_DB
 
 _SCALES = Contract("fewbits.extend.Observer.observe_weight", "finite and not zero")
 _READ_ONLY = Contract("fewbits.extend.Observer.observe_weight", "finite, not to be written to")
-_RANGE = Contract("fewbits.testing.check_observer", "A scale is out of range only for numbers larger than")
+_RANGE = Contract("fewbits.testing.check_observer", "A scale may be out of range only for numbers larger than")
 _ALONE = Contract("fewbits.testing.check_observer", "The scales of a row depend on that row and the inputs alone.")
-_FRESH = Contract("fewbits.extend.Observer.fresh", "A copy of this recipe that has seen nothing.")
-_NEEDS = Contract(
-    "fewbits.extend.Observer", "whether `observe_input` must have seen a layer's inputs before its weight is"
-)
-_INPUTS = Contract(
-    "fewbits.extend.Observer.input_params", "positive; and zero point, int32, (1,), or None if the spec is"
-)
-_NOTHING = Contract(
-    "fewbits.extend.Observer.input_params", "if nothing was seen, or this observer does not look at inputs"
-)
-_MERGED = Contract("fewbits.extend.Observer.merge", "as if this one had seen it too")
-_SMALL = Contract("fewbits.testing.check_observer", "What it keeps of the inputs does not grow with their number.")
 _USEFUL = Contract("fewbits.testing.check_observer", "at most 10 dB below that of `MinMaxObserver`")
-
-#: Batches of which the state may be kept, and batches after which it must not have grown.
-_FEW, _MANY = 5, 200
 
 
 def check_observer(
     observer: Observer, *, specs: st.SearchStrategy[QuantSpec] | None = None, max_examples: int = EXAMPLES
 ) -> list[Check]:
-    """The checks of an observer.
+    """Make the checks of an observer.
 
-    It is shown the inputs of Linear layers: floating, (samples, columns).
+    The observer sees inputs of Linear layers: floating, (samples, columns).
 
-    What is asked beyond the docstrings of `Observer`:
+    Beyond the docstrings of `Observer`, the checks require:
 
     - The scales of a row depend on that row and the inputs alone. A weight comes in blocks of any number of rows.
-    - A scale is out of range only for numbers larger than a sixteenth of what its dtype can hold.
-    - What it keeps of the inputs does not grow with their number.
+    - A scale may be out of range only for numbers larger than a sixteenth of the largest number of its dtype.
+    - Its state does not grow with the number of inputs.
     - On weights from a normal distribution, the SQNR is at most 10 dB below that of `MinMaxObserver`, or above the
       10 dB below which a tensor fails.
-    - If two copies can be merged, scales agree with those of one that has seen all to five digits.
+    - Scales after a merge agree to five digits with those of one observer that has seen all inputs.
 
     Args:
-        observer: newly made.
-        specs: a Hypothesis strategy for the specs that it is made for; None stands for all,
-            ``fewbits.testing.specs()``.
-        max_examples: how many examples a check that draws them looks at.
+        observer: a new observer.
+        specs: a Hypothesis strategy for the specs that it supports; by default all, ``fewbits.testing.specs()``.
+        max_examples: number of examples that a check draws.
 
     Raises:
-        ArgumentError: if it is no instance of `Observer`.
+        ArgumentError: if `observer` is not an instance of `Observer`.
     """
     recipe = copy_of(observer, Observer, "check_observer")
     setup = ObserverSetup(recipe, any_spec() if specs is None else specs, max_examples)
@@ -93,7 +64,7 @@ def check_observer(
 
 
 def scales_fit_the_spec(setup: ObserverSetup) -> None:
-    """Scales and zero points have the shape, dtype and range that the spec asks for, whatever the weight."""
+    """Scales and zero points of any weight have the shape, dtype and range of the spec."""
 
     def fit(case: tuple[Tensor, QuantSpec]) -> None:
         rows, spec = case
@@ -112,14 +83,14 @@ def scales_fit_the_spec(setup: ObserverSetup) -> None:
 
 
 def rows_stand_alone(setup: ObserverSetup) -> None:
-    """A row gets the same scales in a block of its own, and when it is asked about again."""
+    """A row gets the same scales again, and in a block of its own."""
 
     def alone(case: tuple[Tensor, QuantSpec]) -> None:
         rows, spec = case
         observer = setup.ready(rows.shape[1])
         whole = observer.observe_weight(rows, spec)
         again = observer.observe_weight(rows, spec)
-        expect(bits(again) == bits(whole), f"{words(case)}: asked again, it gives other scales", _ALONE)
+        expect(bits(again) == bits(whole), f"{words(case)}: a second call gives other scales", _ALONE)
         if spec.granularity != "tensor":
             each = [observer.observe_weight(row.unsqueeze(0), spec) for row in rows.unbind()]
             scale, zero_points = torch.cat([one[0] for one in each]), [one[1] for one in each if one[1] is not None]
@@ -130,10 +101,10 @@ def rows_stand_alone(setup: ObserverSetup) -> None:
 
 
 def nothing_is_written_to(setup: ObserverSetup) -> None:
-    """Neither a weight nor an input is changed."""
+    """The observer changes neither a weight nor an input."""
 
     def unchanged(case: tuple[Tensor, QuantSpec], seed: int) -> None:
-        # Rows of their own memory: torch itself refuses to write to some views, and says nothing of who may not.
+        # A copy, because torch itself refuses writes to some views.
         rows, spec = case[0].clone(memory_format=torch.contiguous_format), case[1]
         x = inputs(rows.shape[1], seed)
         before = snapshot({"weight": rows, "input": x})
@@ -143,83 +114,8 @@ def nothing_is_written_to(setup: ObserverSetup) -> None:
     for_all(setup.examples, unchanged, cases(setup.specs, 1 / 16), seeds)
 
 
-def fresh_forgets(setup: ObserverSetup) -> None:
-    """`fresh` gives a copy that has seen nothing, and leaves the one it is called on as it is."""
-
-    def forgets(spec: QuantSpec, ones: list[Tensor], others: list[Tensor]) -> None:
-        used = setup.shown(ones)
-        before = asked(used, spec)
-        copy = used.fresh()
-        expect(copy is not used, "fresh() returns the observer itself, not a copy", _FRESH)
-        for batch in others:
-            copy.observe_input(batch)
-        expect(asked(copy, spec) == asked(setup.shown(others), spec), "a fresh copy remembers inputs", _FRESH)
-        expect(asked(used, spec) == before, "what a fresh copy has seen changes the one it was made from", _FRESH)
-
-    small, large = [inputs(COLUMNS, 1)], [inputs(COLUMNS, 2) * 3]
-    # What is forgotten hardly depends on the spec.
-    for ones, others in ((small, large), (large, small)):
-        for_all(1 + setup.examples // 10, forgets, setup.specs, st.just(ones), st.just(others))
-
-
-def needs_data_is_true(setup: ObserverSetup) -> None:
-    """With `needs_data` the inputs make a difference to the scales of weights; without it they make none."""
-    # Inputs that differ in everything: size, balance of the columns, number.
-    shown = [inputs(COLUMNS, 1)], [inputs(COLUMNS, seed) * torch.logspace(-2, 2, COLUMNS) for seed in range(3)]
-    differences = 0
-
-    def count(spec: QuantSpec) -> None:
-        nonlocal differences
-        one, other = (bits(setup.shown(batches).observe_weight(normal_weight(), resolved(spec))) for batches in shown)
-        differences += one != other
-
-    for_all(setup.examples, count, setup.specs)
-    if setup.recipe.needs_data:
-        expect(differences > 0, "it says that it needs data, and inputs make no difference to any scale", _NEEDS)
-    else:
-        expect(differences == 0, "inputs change its scales of weights; set needs_data = True", _NEEDS)
-
-
-def inputs_get_one_positive_scale(setup: ObserverSetup) -> None:
-    """`input_params` gives a positive scale for any inputs, or `CalibrationError` for all."""
-    if not picks_for_inputs(setup):
-        return
-    for spec in (input_spec(symmetric=True), input_spec(symmetric=False)):
-        try:
-            setup.recipe.fresh().input_params(spec)
-        except CalibrationError:
-            continue
-        fail("it picks a scale for inputs before it has seen any", _NOTHING)
-
-    def positive(x: Tensor, symmetric: bool) -> None:
-        spec = input_spec(symmetric)
-        scale, zero_point = setup.shown([x]).input_params(spec)
-        try:
-            check_params(scale, zero_point, spec.for_dtype(torch.float32), (1, 1))
-        except NumericsError as error:
-            fail(f"inputs of shape {tuple(x.shape)} in {dtype_name(x.dtype)}: {error}", _INPUTS)
-        expect(bool(scale > 0), f"the scale of inputs is {float(scale)}", _INPUTS)
-
-    limit = torch.finfo(torch.float32).max / 16
-    for_all(setup.examples, positive, weights(min_dims=1, max_dims=4, limit=limit), st.booleans())
-
-
-def merging_equals_seeing_all(setup: ObserverSetup) -> None:
-    """A copy that takes in what another has seen ends up as if it had seen it; or merging is refused."""
-    small, large = [inputs(COLUMNS, 1), inputs(COLUMNS, 2)], [inputs(COLUMNS, 3) * 2, inputs(COLUMNS, 4)]
-    for first, second in ((small, large), (large, small)):
-        _check_merged(setup, first, second)
-
-
-def it_keeps_little(setup: ObserverSetup) -> None:
-    """What it holds after many inputs is no larger than after a few."""
-    few, many = (size(setup.shown([inputs(COLUMNS, seed) for seed in range(count)])) for count in (_FEW, _MANY))
-    limit = few * 1.5 + 1024
-    expect(many <= limit, f"it holds {few:,} bytes after {_FEW} inputs, {many:,} bytes after {_MANY}", _SMALL)
-
-
 def it_is_of_use(setup: ObserverSetup) -> None:
-    """Normally distributed weights keep about the SQNR that they have with `MinMaxObserver`."""
+    """Normally distributed weights have about the SQNR of `MinMaxObserver`."""
 
     def useful(spec: QuantSpec) -> None:
         spec, weight = resolved(spec), normal_weight()
@@ -232,7 +128,7 @@ def it_is_of_use(setup: ObserverSetup) -> None:
 
 
 def a_model_can_be_quantized_with_it(setup: ObserverSetup) -> None:
-    """It serves a quantizer from prepare to a report without failures."""
+    """A quantizer with this observer reaches a report without failures."""
     types = ["Linear"] if setup.recipe.needs_data else []
     quantizer = Int8PerChannel(observer=setup.recipe, selector=LayerSelector(include_types=types, min_elements=1))
     quantizer.prepare(SmallModel())
@@ -242,29 +138,30 @@ def a_model_can_be_quantized_with_it(setup: ObserverSetup) -> None:
     expect(report.ok, f"validate found: {'; '.join(report.failures)}", _SCALES)
 
 
-def _check_merged(setup: ObserverSetup, first: list[Tensor], second: list[Tensor]) -> None:
-    merged, other, both = setup.shown(first), setup.shown(second), setup.shown(first + second)
-    spec = QuantSpec(bits=8, granularity="channel")
-    before = asked(other, spec)
-    try:
-        merged.merge(other)
-    except CalibrationError:
-        return
-    expect(asked(other, spec) == before, "merge() changes what it takes in", _MERGED)
-    for found, expected in zip(answers(merged, spec), answers(both, spec), strict=True):
-        near = torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=0)
-        expect(near, f"merged it gives scales up to {float(found.max()):.6g}, not {float(expected.max()):.6g}", _MERGED)
+@st.composite
+def cases(
+    draw: st.DrawFn, specs: st.SearchStrategy[QuantSpec], relative_limit: float = 1.0
+) -> tuple[Tensor, QuantSpec]:
+    """Draw rows of a weight in the form that an observer sees, and a spec."""
+    dtype = draw(st.sampled_from(FLOATS))
+    spec = draw(specs).for_dtype(dtype)
+    limit = relative_limit * min(torch.finfo(d).max for d in (dtype, spec.scale_dtype or dtype))
+    weight = draw(weights((dtype,), min_dims=1, limit=limit))
+    rows = WeightMatrix(weight, draw(layouts(tuple(weight.shape)))).whole()
+    return rows if spec.granularity == "tensor" else rows.to(compute_dtype(dtype)), spec
+
+
+def words(case: tuple[Tensor, QuantSpec]) -> str:
+    """Describe a case, for messages."""
+    rows, spec = case
+    return f"{spec}, {rows.shape[0]} rows of {rows.shape[1]} in {dtype_name(rows.dtype)}"
 
 
 _CHECKS = (
     scales_fit_the_spec,
     rows_stand_alone,
     nothing_is_written_to,
-    fresh_forgets,
-    needs_data_is_true,
-    inputs_get_one_positive_scale,
-    merging_equals_seeing_all,
-    it_keeps_little,
+    *INPUT_CHECKS,
     it_is_of_use,
     a_model_can_be_quantized_with_it,
 )

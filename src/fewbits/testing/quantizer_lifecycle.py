@@ -1,23 +1,28 @@
-"""Checks of quantizers: the lifecycle, on every kind of source."""
+"""The scheme under test, and the checks of its lifecycle on every kind of source."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import attrs
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewbits.api import quantize, verify
 from fewbits.errors import CalibrationError, StateError
+from fewbits.numerics.spec import QuantSpec
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.lifecycle import TRANSITIONS, State
+from fewbits.selection.selector import LayerSelector
 from fewbits.testing.check import Contract, expect, fail, for_all
-from fewbits.testing.environment import files_in, snapshot
-from fewbits.testing.models import SmallModel, models
-from fewbits.testing.quantizer_setup import QuantizerSetup, batches, folder
+from fewbits.testing.environment import files_in, folder, snapshot
+from fewbits.testing.models import SmallModel, ids, models
 
 _LIFE = Contract("fewbits.Quantizer", "prepare, observe, convert, validate, save")
 _UNTOUCHED = Contract("fewbits.Quantizer.prepare", "It is not modified.")
@@ -29,8 +34,75 @@ _COVERED = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known
 _NO_FORWARD = Contract("fewbits.errors.CalibrationError", "Calibration data is missing, or does not fit the model.")
 
 
+@attrs.frozen(slots=False)
+class QuantizerSetup:
+    """A scheme to check. The checks use copies of `recipe`."""
+
+    recipe: Quantizer
+    examples: int
+
+    def make(self) -> Quantizer:
+        """Copy the quantizer, for tensors of any size; for Linear layers only if its observer needs data."""
+        quantizer = copy.deepcopy(self.recipe)
+        types = ["Linear"] if quantizer.observer.needs_data else []
+        quantizer.selector = LayerSelector(include_types=types, min_elements=1)
+        return quantizer
+
+    def make_for_tensors(self) -> Quantizer:
+        """Copy the quantizer, for sources without module classes."""
+        quantizer = copy.deepcopy(self.recipe)
+        quantizer.selector = LayerSelector(min_elements=1)
+        return quantizer
+
+    @cached_property
+    def needs_forward(self) -> bool:
+        """Whether it needs a model, because it must see the inputs of layers."""
+        quantizer = self.make()
+        quantizer.prepare(SmallModel())
+        specs = [row.spec for row in quantizer.ledger]
+        static = any(isinstance(spec, QuantSpec) and spec.activations == "static" for spec in specs)
+        return static or quantizer.observer.needs_data
+
+    def prepared(self, model: nn.Module, *, inplace: bool = False) -> Quantizer:
+        """Prepare a quantizer and show it two batches."""
+        quantizer = self.make()
+        quantizer.prepare(model, inplace=inplace)
+        quantizer.observe(batches(model))
+        return quantizer
+
+    def converted(self, model: nn.Module, *, inplace: bool = False) -> tuple[Quantizer, Any]:
+        """Quantize a model; return the quantizer and the result."""
+        quantizer = self.prepared(model, inplace=inplace)
+        return quantizer, quantizer.convert()
+
+    def of_weight(self, weight: Tensor) -> Quantizer:
+        """Prepare a quantizer for a source with this weight, under the name ``"weight"``."""
+        if self.needs_forward:
+            return self.prepared(linear(weight))
+        quantizer = self.make_for_tensors()
+        # Casting the weight to its own dtype leaves nothing to do, which is an error. The other tensor prevents that.
+        quantizer.prepare({"weight": weight, "other": torch.ones(2, 32, dtype=torch.float64)})
+        return quantizer
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    """Make a Linear layer with this weight, (outputs, inputs)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
+def batches(model: nn.Module) -> list[Tensor]:
+    """Draw two batches for a model of the kit."""
+    if isinstance(model, nn.Linear):
+        generator = torch.Generator().manual_seed(1)
+        shape = (4, model.in_features)
+        return [torch.randn(shape, generator=generator).to(model.weight.dtype) for _ in range(2)]
+    return [ids(seed) for seed in range(2)]
+
+
 def lifecycle_of_a_model(setup: QuantizerSetup) -> None:
-    """A model goes through all states, comes back quantized, and is not touched."""
+    """A model passes all states and comes back quantized; the original does not change."""
     model = SmallModel()
     before = snapshot(model)
     quantizer = setup.make()
@@ -40,12 +112,12 @@ def lifecycle_of_a_model(setup: QuantizerSetup) -> None:
     expect(type(result) is SmallModel, f"a model came back as {type(result).__name__}", _RESULT)
     with folder() as there:
         _validate_and_save(quantizer, model, there / "model.out")
-    expect(snapshot(model) == before, "the model that was prepared has changed", _UNTOUCHED)
+    expect(snapshot(model) == before, "the prepared model has changed", _UNTOUCHED)
     _step(quantizer, State.CREATED, quantizer.reset)
 
 
 def lifecycle_of_a_state_dict(setup: QuantizerSetup) -> None:
-    """A state dict likewise; a scheme that has to see data refuses it."""
+    """A state dict passes all states; a scheme that needs data refuses it."""
     source = dict(SmallModel().state_dict())
     before = snapshot(source)
     quantizer = setup.make_for_tensors()
@@ -56,11 +128,11 @@ def lifecycle_of_a_state_dict(setup: QuantizerSetup) -> None:
     expect(isinstance(result, Mapping) and result.keys() == source.keys(), "other names came back", _RESULT)
     with folder() as there:
         _validate_and_save(quantizer, source, there / "model.out")
-    expect(snapshot(source) == before, "the state dict that was prepared has changed", _UNTOUCHED)
+    expect(snapshot(source) == before, "the prepared state dict has changed", _UNTOUCHED)
 
 
 def lifecycle_of_a_file(setup: QuantizerSetup) -> None:
-    """A file likewise, to another file."""
+    """A file passes all states, into another file."""
     with folder() as there:
         source, output = there / "model.safetensors", there / "quantized.out"
         save_file({name: tensor.clone() for name, tensor in SmallModel().state_dict().items()}, source)
@@ -72,7 +144,7 @@ def lifecycle_of_a_file(setup: QuantizerSetup) -> None:
         result = _step(quantizer, State.CONVERTED, lambda: quantizer.convert(output=output))
         expect(Path(result) == output and output.is_file(), f"the result is {result!r}, not {output}", _RESULT)
         _validate_and_save(quantizer, source, there / "copy.out")
-        expect(files_in(there).items() >= before.items(), "the file that was prepared has changed", _UNTOUCHED)
+        expect(files_in(there).items() >= before.items(), "the prepared file has changed", _UNTOUCHED)
 
 
 def illegal_calls_change_nothing(setup: QuantizerSetup) -> None:
@@ -93,23 +165,23 @@ def illegal_calls_change_nothing(setup: QuantizerSetup) -> None:
 
 
 def in_place_gives_the_same(setup: QuantizerSetup) -> None:
-    """In place, the very model is quantized, to the same bits."""
+    """In place, the same model object is quantized to the same bits."""
     model = SmallModel()
     _, expected = setup.converted(SmallModel())
     _, result = setup.converted(model, inplace=True)
-    expect(result is model, "in place, another model came back", _INPLACE)
-    expect(snapshot(result) == snapshot(expected), "in place, the result has other bits", _INPLACE)
+    expect(result is model, "in-place quantization returns another model", _INPLACE)
+    expect(snapshot(result) == snapshot(expected), "in-place quantization gives other bits", _INPLACE)
 
 
 def one_call_gives_the_same(setup: QuantizerSetup) -> None:
-    """`fewbits.quantize` gives the bits that the steps give."""
+    """`fewbits.quantize` gives the same bits as the single steps."""
     _, expected = setup.converted(SmallModel())
     result = quantize(SmallModel(), setup.make(), data=batches(expected), validate=False)
     expect(snapshot(result.model) == snapshot(expected), "fewbits.quantize gives other bits than the steps", _LIFE)
 
 
 def any_model_is_covered(setup: QuantizerSetup) -> None:
-    """Every tensor of any model has one row in the ledger, and the result keeps what the ledger says."""
+    """Every tensor of any model has one row in the ledger, and tensors with the fate "kept" do not change."""
 
     def covered(model: nn.Module) -> None:
         quantizer = setup.make()
@@ -137,7 +209,7 @@ def _step(quantizer: Quantizer, leads_to: State, call: Callable[[], Any]) -> Any
 
 
 def _validate_and_save(quantizer: Quantizer, source: object, path: Path) -> None:
-    """Validation and a file's verification find nothing wrong, whatever the SQNR."""
+    """Validate and verify without a limit on the SQNR."""
     report = _step(quantizer, State.VALIDATED, lambda: quantizer.validate(on_failure="ignore", fail_under=-math.inf))
     expect(report.ok, f"validate found: {'; '.join(report.failures)}", _VALID)
     _step(quantizer, State.VALIDATED, lambda: quantizer.save(path))
@@ -146,7 +218,7 @@ def _validate_and_save(quantizer: Quantizer, source: object, path: Path) -> None
 
 
 def _is_refused(setup: QuantizerSetup, quantizer: Quantizer, source: Mapping[str, Tensor] | Path) -> bool:
-    """Whether the scheme has to see data; then a source without a forward must be refused."""
+    """Whether the scheme needs data. If so, check that it refuses a source without a forward."""
     if not setup.needs_forward:
         return False
     try:
@@ -154,7 +226,7 @@ def _is_refused(setup: QuantizerSetup, quantizer: Quantizer, source: Mapping[str
     except CalibrationError:
         expect(quantizer.state is State.CREATED, f"a refused prepare leaves state {quantizer.state.name}", _STATE)
     else:
-        fail("it needs data, and takes a source that has no forward to show it any", _NO_FORWARD)
+        fail("it needs data, but accepts a source without a forward", _NO_FORWARD)
     return True
 
 
@@ -166,7 +238,7 @@ def _refuses(quantizer: Quantizer, calls: Mapping[str, Callable[[], object]], th
         try:
             call()
         except StateError:
-            expect(_visible(quantizer, there) == before, f"{name}() was refused, and something has changed", _STATE)
+            expect(_visible(quantizer, there) == before, f"{name}() raises StateError but changes something", _STATE)
         except Exception as error:
             fail(f"{name}() in state {before[0]} raises {type(error).__name__}: {error}", _STATE)
         else:

@@ -1,4 +1,4 @@
-"""`check_selector`: whether a selector keeps what `Selector` promises."""
+"""`check_selector`: check a selector against the promises of its interface."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FIELDS = Contract("fewbits.extend.Decision", "quantize: whether the scheme is a
 _RULES = Contract("fewbits.extend.Selector.select", "SelectionError: if a rule fits no tensor.")
 _OBSTACLE = Contract("fewbits.extend.Selector.select", "A tensor with an `obstacle` cannot be quantized")
 _PURE = Contract("fewbits.testing.check_selector", "The same tensors get the same decisions")
-_INFOS = Contract("fewbits.testing.check_selector", "What it is told is not changed.")
+_INFOS = Contract("fewbits.testing.check_selector", "The descriptions of the tensors do not change.")
 _LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known once a source is prepared.")
 
 
@@ -36,37 +36,37 @@ class _Setup:
         return copy.deepcopy(self.recipe)
 
     def infos(self) -> tuple[TensorInfo, ...]:
-        """What is known of the model's tensors."""
+        """Describe the tensors of the model."""
         return open_source(self.model, inplace=False).infos
 
     def select(self) -> Sequence[Decision]:
-        """The decisions on the model.
+        """Decide on the tensors of the model.
 
         Raises:
-            ConformanceError: if its rules do not go with the model.
+            ConformanceError: if its rules do not fit the model.
         """
         try:
             return self.make().select(self.infos())
         except SelectionError as error:
-            fail(f"its rules do not fit this model, pass one that they fit as model=: {error}", _RULES)
+            fail(f"its rules do not fit this model; pass a model that they fit as model=: {error}", _RULES)
 
 
 def check_selector(selector: Selector, *, model: nn.Module | None = None, max_examples: int = EXAMPLES) -> list[Check]:
-    """The checks of a selector.
+    """Make the checks of a selector.
 
-    What is asked beyond the docstrings of `Selector`:
+    Beyond the docstrings of the selector, the checks require:
 
-    - The same tensors get the same decisions, whatever was decided before.
-    - What it is told is not changed.
-    - Of tensors that its rules do not fit it says so with a `SelectionError`, and with no other error.
+    - The same tensors get the same decisions, independent of earlier calls.
+    - The descriptions of the tensors do not change.
+    - Rules that do not fit the tensors raise a `SelectionError`, and no other error.
 
     Args:
-        selector: newly made.
-        model: one that its rules fit; None stands for `SmallModel`.
-        max_examples: how many examples a check that draws them looks at.
+        selector: a new selector.
+        model: a model that its rules fit; `SmallModel` by default.
+        max_examples: number of examples that a check draws.
 
     Raises:
-        ArgumentError: if `selector` is no instance of `Selector`, or `model` no model.
+        ArgumentError: if `selector` is not an instance of `Selector`, or `model` is not a module.
     """
     if not isinstance(model, (nn.Module, type(None))):
         raise ArgumentError(f"model= takes a model, not a {type(model).__name__}")
@@ -75,7 +75,7 @@ def check_selector(selector: Selector, *, model: nn.Module | None = None, max_ex
 
 
 def every_tensor_gets_a_decision(setup: _Setup) -> None:
-    """One `Decision` for each tensor of the model, with a reason in words."""
+    """Each tensor of the model gets one `Decision` with a reason."""
     _check_decisions(setup.select(), setup.infos())
 
 
@@ -85,39 +85,39 @@ def any_tensors_get_decisions_or_an_error(setup: _Setup) -> None:
     def decided(model: nn.Module) -> None:
         infos = open_source(model, inplace=False).infos
         without_classes = open_source(dict(model.state_dict()), inplace=False).infos
-        for told in (infos, without_classes, list(infos[:1]), ()):
+        for given in (infos, without_classes, list(infos[:1]), ()):
             try:
-                decisions = setup.make().select(told)
+                decisions = setup.make().select(given)
             except SelectionError:
                 continue
-            _check_decisions(decisions, told)
+            _check_decisions(decisions, given)
 
     for_all(setup.examples, decided, models())
 
 
 def decisions_are_reproducible(setup: _Setup) -> None:
-    """Asked again, and asked about other tensors in between, it decides the same."""
+    """A second call, also after a call for other tensors, gives the same decisions."""
     selector, infos, expected = setup.make(), setup.infos(), list(setup.select())
     expect(list(selector.select(infos)) == expected, "another copy decides otherwise", _PURE)
-    expect(list(selector.select(infos)) == expected, "asked a second time, it decides otherwise", _PURE)
+    expect(list(selector.select(infos)) == expected, "a second call decides otherwise", _PURE)
     try:
         selector.select(infos[:1])
     except SelectionError as error:
         expect(str(error) != "", "the error of a rule that does not fit has no message", _RULES)
-    expect(list(selector.select(infos)) == expected, "asked about others in between, it decides otherwise", _PURE)
+    expect(list(selector.select(infos)) == expected, "a call for other tensors changes its decisions", _PURE)
 
 
-def what_it_is_told_stays(setup: _Setup) -> None:
-    """Neither the sequence nor what is in it is changed, and any sequence will do."""
+def the_descriptions_stay(setup: _Setup) -> None:
+    """The sequence of descriptions does not change, and any sequence works."""
     expected = list(setup.select())
-    told = list(setup.infos())
-    found = list(setup.make().select(told))
-    expect(told == list(setup.infos()), "the list of tensors that it was given has changed", _INFOS)
+    given = list(setup.infos())
+    found = list(setup.make().select(given))
+    expect(given == list(setup.infos()), "it changes the list of descriptions", _INFOS)
     expect(found == expected, "it decides otherwise on a list than on a tuple", _PURE)
 
 
 def the_ledger_covers_everything(setup: _Setup) -> None:
-    """A quantizer makes a ledger of its decisions, in which every tensor has its row."""
+    """The ledger of a quantizer has a row for every tensor, as the selector decided."""
     infos, decisions = setup.infos(), setup.select()
     quantizer = Int8PerChannel(selector=setup.make())
     quantizer.prepare(setup.model)
@@ -133,21 +133,21 @@ def the_ledger_covers_everything(setup: _Setup) -> None:
 
 
 def _check_decisions(decisions: Sequence[Decision], infos: Sequence[TensorInfo]) -> None:
-    expect(isinstance(decisions, Sequence), f"select returned a {type(decisions).__name__}, no sequence", _EACH)
+    expect(isinstance(decisions, Sequence), f"select returns a {type(decisions).__name__}, not a sequence", _EACH)
     expect(len(decisions) == len(infos), f"{len(decisions)} decisions for {len(infos)} tensors", _EACH)
     for info, decision in zip(infos, decisions, strict=True):
-        expect(isinstance(decision, Decision), f"for {info.name} there is {decision!r}, no Decision", _EACH)
+        expect(isinstance(decision, Decision), f"for {info.name} it returns {decision!r}, not a Decision", _EACH)
         reason = decision.reason
         expect(isinstance(reason, str) and reason.strip() != "", f"the reason for {info.name} is {reason!r}", _REASON)
         flags = {"quantize": decision.quantize, "named": decision.named}
         wrong = {name: value for name, value in flags.items() if not isinstance(value, bool)}
-        expect(not wrong, f"of the decision on {info.name}, not True or False: {wrong}", _FIELDS)
+        expect(not wrong, f"the decision on {info.name} has fields that are not True or False: {wrong}", _FIELDS)
 
 
 _CHECKS: tuple[Callable[[_Setup], None], ...] = (
     every_tensor_gets_a_decision,
     any_tensors_get_decisions_or_an_error,
     decisions_are_reproducible,
-    what_it_is_told_stays,
+    the_descriptions_stay,
     the_ledger_covers_everything,
 )

@@ -1,25 +1,25 @@
-"""`check_serializer`: whether a serializer keeps what `Serializer`, `Writer` and `Reader` promise."""
+"""`check_serializer`: check a serializer against the promises of `Serializer`, `Writer` and `Reader`."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import attrs
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbits.api import verify
+from fewbits.api import Result, quantize, verify
 from fewbits.checkpoint.loading import load
-from fewbits.checkpoint.serializer import Serializer
+from fewbits.checkpoint.serializer import Entry, Header, Serializer, Writer
 from fewbits.errors import CheckpointError, FewbitsError, FormatError
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
-from fewbits.testing.environment import files_in, snapshot, undetected_damage
+from fewbits.testing.environment import Snapshot, check_damage, files_in, folder, snapshot
 from fewbits.testing.models import SmallModel, ids
-from fewbits.testing.quantizer_setup import folder
-from fewbits.testing.serializer_setup import TENSORS, SerializerSetup, entries, put
 from fewbits.testing.strategies import tensors
 
 _READ = Contract("fewbits.extend.Reader", "entries: every tensor in it.")
@@ -35,30 +35,78 @@ _OPEN = Contract("fewbits.extend.Serializer.reader", "CheckpointError: if it can
 _BEGIN = Contract("fewbits.extend.Serializer.writer", "CheckpointError: if it cannot be begun.")
 _ALIAS = Contract("fewbits.testing.check_serializer", "Writing into a tensor that was read never changes the file.")
 _RESULT = Contract("fewbits.extend.Serializer", "Writes and reads the result of a quantization.")
-
 _NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+
+#: A tensor of each kind.
+TENSORS = {
+    "layers.0.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "layers.0.bias": torch.tensor([1.5, -2.0, float("nan")], dtype=torch.bfloat16),
+    "steps": torch.tensor(7),
+    "mask": torch.tensor([[True, False]]),
+    "nothing": torch.empty(0, 5),
+}
 
 
 def check_serializer(serializer: Serializer, *, suffix: str = ".model", max_examples: int = EXAMPLES) -> list[Check]:
-    """The checks of a serializer.
+    """Make the checks of a serializer.
 
-    What is asked beyond the docstrings of `Serializer`, `Writer` and `Reader`:
+    Beyond the docstrings of `Serializer`, `Writer` and `Reader`, the checks require:
 
-    - Tensors are read back bit for bit: floating ones of 16 to 64 bits, integers, bools, empty ones and scalars, of any
-      strides. Their names and the metadata are any strings that UTF-8 can hold.
+    - Tensors are read back bit for bit: floats of 16 to 64 bits, integers, bools, empty tensors and scalars, with any
+      strides. Names and metadata may be any UTF-8 strings.
     - Writing into a tensor that was read never changes the file.
-    - A file with a tensor missing is not finished.
+    - A file with a missing tensor cannot be finished.
 
     Args:
-        serializer: newly made.
-        suffix: how the names of its files end.
-        max_examples: how many examples a check that draws them looks at.
+        serializer: a new serializer.
+        suffix: the end of its file names.
+        max_examples: number of examples that a check draws.
 
     Raises:
-        ArgumentError: if it is no instance of `Serializer`.
+        ArgumentError: if `serializer` is not an instance of `Serializer`.
     """
     setup = SerializerSetup(copy_of(serializer, Serializer, "check_serializer"), suffix, max_examples)
     return checks(serializer, _CHECKS, setup)
+
+
+@attrs.frozen
+class SerializerSetup:
+    """A serializer to check. The checks use copies of `recipe`."""
+
+    recipe: Serializer
+    suffix: str
+    examples: int
+
+    def make(self) -> Serializer:
+        return copy.deepcopy(self.recipe)
+
+    def path(self, there: Path) -> Path:
+        return there / f"model{self.suffix}"
+
+    def begin(self, path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Writer:
+        """Begin a file, and announce longer metadata than will follow."""
+        announced = {key: value + " " * 9 for key, value in (metadata or {"key": "value"}).items()}
+        return self.make().writer(path, Header(entries(stored), announced))
+
+    def write(self, path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Snapshot:
+        """Write a whole file.
+
+        Returns:
+            the tensors as read back before it is closed.
+        """
+        with self.begin(path, stored, metadata) as writer:
+            put(writer, stored)
+            reader = writer.seal(metadata or {})
+            read = snapshot({name: reader.read(name) for name in reader.entries})
+            writer.close()
+        return read
+
+    def read(self, path: Path) -> Snapshot:
+        reader = self.make().reader(path)
+        return snapshot({name: reader.read(name) for name in reader.entries})
+
+    def quantized(self) -> Result:
+        return quantize(SmallModel(), "int8", serializer=self.make(), validate=False)
 
 
 def tensors_come_back(setup: SerializerSetup) -> None:
@@ -77,7 +125,7 @@ def tensors_come_back(setup: SerializerSetup) -> None:
 
 
 def metadata_comes_back(setup: SerializerSetup) -> None:
-    """Strings survive: of any language, with line ends and quotes, empty and long, and shorter than announced."""
+    """Strings survive: in any language, with line ends and quotes, empty, long, or shorter than announced."""
     hard = {"größe": "重み\n\r\t\"'\\\0 \U0001f600", "empty": "", "long": "x" * 300_000, "fewbits.ledger": "[1, 2]"}
 
     def come_back(strings: dict[str, str]) -> None:
@@ -91,7 +139,7 @@ def metadata_comes_back(setup: SerializerSetup) -> None:
 
 
 def nothing_is_visible_before_close(setup: SerializerSetup) -> None:
-    """Until `close` the path is as it was, with a file of before or without; then there is that file alone."""
+    """Until `close` the path is unchanged, whether a file was there or not; then it holds the new file only."""
     with folder() as there:
         path = setup.path(there)
         for before in ({}, {path.name: b"another file"}):
@@ -99,12 +147,18 @@ def nothing_is_visible_before_close(setup: SerializerSetup) -> None:
                 (there / name).write_bytes(content)
             with setup.begin(path, TENSORS) as writer:
                 put(writer, TENSORS)
-                expect(_at(path) == before.get(path.name), "written, not sealed: the path has changed", _UNSEEN)
+                expect(_at(path) == before.get(path.name), "the path has changed before seal", _UNSEEN)
                 writer.seal({"key": "value"})
-                expect(_at(path) == before.get(path.name), "sealed, not closed: the path has changed", _UNSEEN)
+                expect(_at(path) == before.get(path.name), "the path has changed before close", _UNSEEN)
                 writer.close()
-            expect(files_in(there).keys() == {path.name}, f"besides the file: {sorted(files_in(there))}", _PUBLISH)
-            expect(setup.read(path) == snapshot(TENSORS), "closed: not what was written", _PUBLISH)
+            expect(
+                files_in(there).keys() == {path.name},
+                f"other files are left beside the file: {sorted(files_in(there))}",
+                _PUBLISH,
+            )
+            expect(
+                setup.read(path) == snapshot(TENSORS), "the closed file has other tensors than were written", _PUBLISH
+            )
 
 
 def abort_leaves_nothing(setup: SerializerSetup) -> None:
@@ -123,7 +177,7 @@ def abort_leaves_nothing(setup: SerializerSetup) -> None:
                     writer.seal({})
                 writer.abort()
                 writer.abort()
-                expect(files_in(there) == expected, f"given up, it leaves {sorted(files_in(there))}", _ABORT)
+                expect(files_in(there) == expected, f"abort leaves {sorted(files_in(there))}", _ABORT)
     with folder() as there:
         path = setup.path(there)
         with setup.begin(path, TENSORS) as writer:
@@ -135,7 +189,7 @@ def abort_leaves_nothing(setup: SerializerSetup) -> None:
 
 
 def a_failed_write_leaves_the_old_file(setup: SerializerSetup) -> None:
-    """An error on the way leaves the old file; a file with a tensor missing is an error."""
+    """An error while writing leaves the old file; so does a file with a missing tensor, which is an error."""
     with folder() as there:
         path = setup.path(there)
         setup.write(path, {"old": torch.ones(3)})
@@ -143,28 +197,26 @@ def a_failed_write_leaves_the_old_file(setup: SerializerSetup) -> None:
         with contextlib.suppress(InterruptedError), setup.begin(path, TENSORS) as writer:
             writer.write("mask", TENSORS["mask"])
             raise InterruptedError
-        expect(files_in(there) == expected, "an error on the way changes the folder", _UNSEEN)
+        expect(files_in(there) == expected, "an error while writing changes the folder", _UNSEEN)
         sealed = False
         with contextlib.suppress(FewbitsError), setup.begin(path, TENSORS) as writer:
             writer.write("mask", TENSORS["mask"])
             writer.seal({})
             sealed = True
-        expect(not sealed, "a file is sealed that lacks most of its tensors", _ONCE)
+        expect(not sealed, "a file without most of its tensors can be sealed", _ONCE)
         expect(files_in(there) == expected, "an error in seal changes the folder", _UNSEEN)
 
 
 def damage_is_found(setup: SerializerSetup) -> None:
-    """A flipped bit anywhere is found, or changes nothing that is read."""
+    """`verify` finds a flipped bit anywhere in a file, or the bit does not matter."""
     with folder() as there:
         path = setup.path(there)
         setup.quantized().save(path)
-        missed, found = undetected_damage(path, setup.make())
-    expect(not missed, f"bits flipped in bytes {missed} change what is read, and verify finds nothing", _DIGESTS)
-    expect(found > 0, "of all flipped bits verify finds none", _DIGESTS)
+        check_damage(path, setup.make())
 
 
-def what_cannot_be_opened_is_named(setup: SerializerSetup) -> None:
-    """Files that are missing, of another format, or cut short, and folders that are missing, are errors of ours."""
+def unreadable_files_are_errors(setup: SerializerSetup) -> None:
+    """Missing files and folders, other formats, and cut files raise errors of fewbits."""
     with folder() as there:
         path = setup.path(there)
         _refused(lambda: setup.make().reader(path), CheckpointError, "a missing file", _OPEN)
@@ -186,11 +238,11 @@ def reading_never_changes_a_file(setup: SerializerSetup) -> None:
         before = path.read_bytes()
         setup.make().reader(path).read("layers.0.weight").zero_()
         expect(path.read_bytes() == before, "writing into a tensor that was read changes the file", _ALIAS)
-        expect(setup.read(path) == snapshot(TENSORS), "it is read differently afterwards", _ALIAS)
+        expect(setup.read(path) == snapshot(TENSORS), "the file reads differently afterwards", _ALIAS)
 
 
 def models_are_saved_and_loaded(setup: SerializerSetup) -> None:
-    """It serves `Result.save`, `fewbits.verify` and `fewbits.load`, by strings and by `Path`."""
+    """`Result.save`, `fewbits.verify` and `fewbits.load` work with it, by strings and by `Path`."""
     result = setup.quantized()
     with folder() as there:
         path = setup.path(there)
@@ -202,7 +254,7 @@ def models_are_saved_and_loaded(setup: SerializerSetup) -> None:
         model = load(str(path), into=SmallModel(seed=1), serializer=setup.make())
         with torch.no_grad():
             same = torch.equal(model(ids()), result.model(ids()))
-        expect(same, "a model that was loaded computes something else", _RESULT)
+        expect(same, "the loaded model computes other bits", _RESULT)
     expect(report.sqnr_db is not None, "verify measured nothing", _DIGESTS)
 
 
@@ -212,17 +264,27 @@ def _refused(call: Callable[[], object], expected: type[CheckpointError], what: 
     except expected:
         return
     except Exception as error:
-        fail(f"{what}: {type(error).__name__} in place of {expected.__name__}: {error}", contract)
-    fail(f"{what}: no error", contract)
+        fail(f"{what} raises {type(error).__name__}, not {expected.__name__}: {error}", contract)
+    fail(f"{what} raises no error", contract)
 
 
 def _at(path: Path) -> bytes | None:
-    """What is at a path; None for nothing."""
     return path.read_bytes() if path.exists() else None
 
 
 def _short(strings: Mapping[str, str]) -> str:
     return str({key: value if len(value) < 100 else f"{value[:20]!r} and so on" for key, value in strings.items()})
+
+
+def entries(stored: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Describe these tensors for a header."""
+    return {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
+
+
+def put(writer: Writer, stored: Mapping[str, Tensor]) -> None:
+    """Write all tensors in reverse order, since any order must work."""
+    for name in reversed(list(stored)):
+        writer.write(name, stored[name])
 
 
 _CHECKS = (
@@ -232,7 +294,7 @@ _CHECKS = (
     abort_leaves_nothing,
     a_failed_write_leaves_the_old_file,
     damage_is_found,
-    what_cannot_be_opened_is_named,
+    unreadable_files_are_errors,
     reading_never_changes_a_file,
     models_are_saved_and_loaded,
 )

@@ -1,7 +1,7 @@
-"""Hypothesis strategies: tensors, specs and layouts, with everything that is awkward about them.
+"""Hypothesis strategies: tensors, specs and layouts, awkward cases included.
 
-Some elements of every kind are at the edges: zeros, subnormal numbers, the largest numbers of a dtype, constants, one
-outlier among small numbers. Strides are anything that torch can make.
+Some elements of every kind are edge cases: zeros, subnormal numbers, the largest numbers of a dtype, constants, one
+outlier among small numbers. Strides vary too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec
 
-#: The dtypes of weights and scales; the one that failing examples are reduced to comes first.
+#: Dtypes of weights and scales. Hypothesis reduces failing examples to the first.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-#: What a checkpoint commonly holds besides weights.
+#: Other dtypes in checkpoints.
 OTHER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
-#: Steps between the levels that are drawn: no two of them are nearer to each other than this.
+#: Levels are multiples of one part in so many.
 _LEVEL_GRID = 1 << 12
 
 #: Seeds for a `torch.Generator`.
@@ -31,12 +31,12 @@ seeds: st.SearchStrategy[int] = st.integers(0, 2**32 - 1)
 
 
 def shapes(min_dims: int = 1, max_dims: int = 5, max_elements: int = 120) -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes with at least one element, odd sizes and ones among them.
+    """Draw shapes with at least one element, odd sizes and ones included.
 
     Args:
-        min_dims: how many axes at least.
-        max_dims: how many at most.
-        max_elements: how many elements at most.
+        min_dims: the least number of axes.
+        max_dims: the largest number of axes.
+        max_elements: the largest number of elements.
     """
     sides = st.lists(st.sampled_from([1, 2, 3, 4, 5, 7, 9, 33]), min_size=min_dims, max_size=max_dims)
     return sides.filter(lambda sizes: math.prod(sizes) <= max_elements).map(tuple)
@@ -44,7 +44,7 @@ def shapes(min_dims: int = 1, max_dims: int = 5, max_elements: int = 120) -> st.
 
 @st.composite
 def levels(draw: st.DrawFn, /, bits: int) -> tuple[float, ...]:
-    """A codebook for ``QuantSpec(levels=...)``: ``2**bits`` rising numbers, 0 inside, 1 or -1 the farthest from it."""
+    """Draw a codebook for ``QuantSpec(levels=...)``: ``2**bits`` rising numbers with 0 inside and 1 or -1 at an end."""
     count = 2**bits - 1
     below = draw(st.integers(1, count - 1))
     sides = [_rising(draw, number) for number in (below, count - below)]
@@ -52,19 +52,19 @@ def levels(draw: st.DrawFn, /, bits: int) -> tuple[float, ...]:
 
 
 def _rising(draw: st.DrawFn, count: int) -> list[float]:
-    """That many numbers between 0 and 1, the last one 1."""
+    """Draw so many rising numbers between 0 and 1; the last is 1."""
     inner = st.lists(st.integers(1, _LEVEL_GRID - 1), min_size=count - 1, max_size=count - 1, unique=True)
     return [step / _LEVEL_GRID for step in (*sorted(draw(inner)), _LEVEL_GRID)]
 
 
 @st.composite
 def specs(draw: st.DrawFn, /, scale_dtypes: Sequence[torch.dtype | None] = (None, *FLOATS), **fixed: Any) -> QuantSpec:
-    """Any spec for a weight: all widths, granularities, with and without zero points, levels, all scale dtypes.
+    """Draw a spec of any width, granularity, symmetry, levels and scale dtype.
 
     Args:
-        draw: brought by Hypothesis.
-        scale_dtypes: the dtypes of scales; None stands for the weight's own.
-        fixed: fields of `QuantSpec` that are not drawn.
+        draw: passed by Hypothesis.
+        scale_dtypes: dtypes of scales; None means the dtype of the weight.
+        fixed: fields of `QuantSpec` with fixed values.
     """
     granularity = fixed.get("granularity") or draw(st.sampled_from(["tensor", "channel", "group"]))
     fields: dict[str, Any] = {
@@ -75,18 +75,18 @@ def specs(draw: st.DrawFn, /, scale_dtypes: Sequence[torch.dtype | None] = (None
         "scale_dtype": draw(st.sampled_from(scale_dtypes)),
     }
     fields |= fixed
-    # Large codebooks take long to draw and are made like small ones.
+    # Large codebooks take long to draw, and behave like small ones.
     if "levels" not in fixed and fields["symmetric"] and fields["bits"] <= 4 and draw(st.booleans()):
         fields["levels"] = draw(levels(fields["bits"]))
     return QuantSpec(**fields)
 
 
 def numbers(dtype: torch.dtype, limit: float | None = None) -> st.SearchStrategy[float]:
-    """Numbers of a floating dtype: near one, of any magnitude, and at its edges.
+    """Draw numbers of a floating dtype: near one, of any magnitude, and edge cases.
 
     Args:
         dtype: floating.
-        limit: the largest magnitude; None stands for the largest number of the dtype.
+        limit: the largest magnitude; by default the largest number of the dtype.
     """
     info = torch.finfo(dtype)
     largest = min(info.max, limit or info.max)
@@ -102,7 +102,7 @@ def numbers(dtype: torch.dtype, limit: float | None = None) -> st.SearchStrategy
 
 @st.composite
 def contents(draw: st.DrawFn, /, shape: tuple[int, ...], dtype: torch.dtype, limit: float | None = None) -> Tensor:
-    """A contiguous floating tensor: random or constant, perhaps with one outlier, zero rows, or one sign only."""
+    """Draw a contiguous floating tensor: random or constant, perhaps with an outlier, zero rows, or one sign."""
     palette = torch.tensor(draw(st.lists(numbers(dtype, limit), min_size=1, max_size=6)), dtype=dtype)
     generator = torch.Generator().manual_seed(draw(seeds))
     tensor = palette[torch.randint(len(palette), shape, generator=generator)]
@@ -117,7 +117,7 @@ def contents(draw: st.DrawFn, /, shape: tuple[int, ...], dtype: torch.dtype, lim
 
 @st.composite
 def restrided(draw: st.DrawFn, /, tensor: Tensor) -> Tensor:
-    """The same shape in other strides; an expanded axis repeats its first slice."""
+    """Change the strides; an expanded axis repeats its first slice."""
     kind = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "offset"]))
     axis = draw(st.integers(0, tensor.dim() - 1))
     if kind == "transposed":
@@ -145,15 +145,15 @@ def weights(
     limit: float | None = None,
     max_elements: int = 120,
 ) -> Tensor:
-    """A finite floating tensor with at least one element, of any shape, strides and content.
+    """Draw a finite floating tensor with at least one element, of any shape, strides and content.
 
     Args:
-        draw: brought by Hypothesis.
+        draw: passed by Hypothesis.
         dtypes: floating dtypes to choose from.
-        min_dims: how many axes at least, from 1.
-        max_dims: how many at most.
-        limit: the largest magnitude; None stands for the largest number of the dtype.
-        max_elements: how many elements at most.
+        min_dims: the least number of axes, from 1.
+        max_dims: the largest number of axes.
+        limit: the largest magnitude; by default the largest number of the dtype.
+        max_elements: the largest number of elements.
     """
     shape = draw(shapes(min_dims, max_dims, max_elements))
     return draw(restrided(draw(contents(shape, draw(st.sampled_from(dtypes)), limit))))
@@ -161,19 +161,19 @@ def weights(
 
 @st.composite
 def tensors(draw: st.DrawFn, /, dtypes: Sequence[torch.dtype] = (*FLOATS, *OTHER_DTYPES)) -> Tensor:
-    """Any tensor that a checkpoint may hold: of every dtype, also empty, also without axes, also with NaN and Inf."""
+    """Draw any tensor of a checkpoint: every dtype, perhaps empty, without axes, or with NaN and Inf."""
     dtype = draw(st.sampled_from(dtypes))
     shape = draw(st.one_of(shapes(0, 4), st.sampled_from([(), (0,), (3, 0), (0, 2, 5)])))
     generator = torch.Generator().manual_seed(draw(seeds))
     raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=generator, dtype=torch.uint8)
-    # Any bits will do, but for bools, whose byte is 0 or 1.
+    # Any bits are valid, except for bools, whose byte is 0 or 1.
     tensor = ((raw & 1).bool() if dtype == torch.bool else raw.view(dtype)).reshape(shape)
     return draw(restrided(tensor)) if shape and tensor.numel() and dtype != torch.bool else tensor
 
 
 @st.composite
 def layouts(draw: st.DrawFn, /, shape: tuple[int, ...]) -> Layout:
-    """Any cut of a shape, now and then through a view that splits an axis as grouped convolutions do."""
+    """Draw any cut of a shape, sometimes with a split axis as in grouped convolutions."""
     view = list(shape)
     axis = draw(st.integers(0, len(shape) - 1))
     divisors = [n for n in range(1, shape[axis] + 1) if shape[axis] % n == 0]
@@ -193,13 +193,13 @@ def problems(
     max_elements: int = 120,
     **fixed: Any,
 ) -> tuple[Tensor, QuantSpec, Layout]:
-    """A weight, a spec, and a layout for it.
+    """Draw a weight, a spec, and a layout for the weight.
 
     Args:
-        draw: brought by Hypothesis.
+        draw: passed by Hypothesis.
         dtypes: of the weight.
-        relative_limit: the largest magnitude, as a share of what both the weight's dtype and its scales' can hold.
-        max_elements: how many elements at most.
+        relative_limit: the largest magnitude, as a share of the largest number in the dtypes of weight and scales.
+        max_elements: the largest number of elements.
         fixed: arguments of `specs`.
     """
     dtype = draw(st.sampled_from(dtypes))
@@ -210,5 +210,5 @@ def problems(
 
 
 def rounded(x: float, dtype: torch.dtype) -> float:
-    """The number of a dtype that is nearest to `x`."""
+    """Round `x` to the nearest number of a dtype."""
     return torch.tensor(x, dtype=torch.float64).to(dtype).item()

@@ -1,6 +1,6 @@
-"""What somebody else might publish: a scheme with a codebook, an observer and a serializer for it.
+"""A package from outside: a scheme with a codebook, an observer, and a serializer.
 
-It uses nothing of fewbits but what ``import fewbits`` names.
+It uses only public names of fewbits.
 """
 
 from codebooks.observer import InputWeightedObserver

@@ -1,4 +1,4 @@
-"""`InputWeightedObserver`: scales with the least error in what a layer puts out."""
+"""`InputWeightedObserver`: scales with the least error in the output of a layer."""
 
 import torch
 
@@ -10,7 +10,7 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 
 
 class InputWeightedObserver(Observer):
-    """Tries a few shares of the largest magnitude; an error counts as much as its column's inputs are large."""
+    """Tries a few shares of the largest magnitude; the inputs of a column weight its errors."""
 
     needs_data = True
 
@@ -26,7 +26,7 @@ class InputWeightedObserver(Observer):
 
     def merge(self, other):
         if type(other) is not type(self):
-            raise ArgumentError(f"{self!r} cannot take in what {other!r} has seen")
+            raise ArgumentError(f"{self!r} cannot merge the inputs of {other!r}")
         if other._squares is not None:
             self._squares = other._squares if self._squares is None else self._squares + other._squares
 
@@ -42,7 +42,7 @@ class InputWeightedObserver(Observer):
         return best, zero_point
 
     def _error(self, weight, scale, zero_point, spec):
-        """The weighted error with these scales: float64, in their shape, relative to the scales that are compared."""
+        """The weighted error of each scale, float64, in units of the largest step."""
         columns = weight.shape[1]
         step = per_element(scale, spec, columns)
         shift = 0 if zero_point is None else per_element(zero_point, spec, columns)
@@ -50,23 +50,23 @@ class InputWeightedObserver(Observer):
         return per_scale(error.square() * self._squares / self._squares.amax().clamp(min=1e-300), spec)
 
 
-def nearest(steps, shift, spec):
-    """What the nearest code stands for, in units of its scale."""
+def nearest(scaled, shift, spec):
+    """The nearest level, in units of the scale."""
     if spec.levels is None:
-        return (steps + shift).round().clamp(spec.code_min, spec.code_max) - shift
+        return (scaled + shift).round().clamp(spec.code_min, spec.code_max) - shift
     levels = torch.tensor(spec.levels, dtype=torch.float64)
-    above = torch.bucketize(steps.contiguous(), levels).clamp(1, len(levels) - 1)
+    above = torch.bucketize(scaled.contiguous(), levels).clamp(1, len(levels) - 1)
     low, high = levels[above - 1], levels[above]
-    return torch.where(steps - low < high - steps, low, high)
+    return torch.where(scaled - low < high - scaled, low, high)
 
 
 def per_element(params, spec, columns):
-    """(rows, groups) or (1,) as something that broadcasts over the elements."""
+    """Repeat (rows, groups) or (1,) so that it broadcasts over the elements."""
     return params if params.dim() == 1 else params.repeat_interleave(spec.width(columns), 1)[:, :columns]
 
 
 def per_scale(values, spec):
-    """Sums over what shares a scale."""
+    """Sum the values that share a scale."""
     rows, columns = values.shape
     if spec.granularity == "tensor":
         return values.sum().reshape(1)

@@ -1,4 +1,4 @@
-"""`NormalCodebook`: 16 levels where a normal distribution has its weights."""
+"""`NormalCodebook`: 16 levels at quantiles of the normal distribution."""
 
 from statistics import NormalDist
 
@@ -6,7 +6,7 @@ from fewbits import Quantizer, QuantSpec
 
 
 def normal_levels(bits):
-    """``2**bits`` levels from -1 to 1, as many between any two of them as a normal distribution puts weights there."""
+    """``2**bits`` levels from -1 to 1, with equal probability between neighbours."""
     below, above = 2 ** (bits - 1) - 1, 2 ** (bits - 1)
     quantile = NormalDist().inv_cdf
     negative = [quantile(0.5 - 0.48 * step / below) / quantile(0.98) for step in range(below, 0, -1)]
@@ -15,7 +15,7 @@ def normal_levels(bits):
 
 
 class NormalCodebook(Quantizer):
-    """4 bits a weight in groups; what a code stands for is a quantile of the normal distribution."""
+    """4 bits a weight in groups; each code means a quantile of the normal distribution."""
 
     name = "normal16"
 

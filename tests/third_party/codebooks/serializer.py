@@ -56,7 +56,7 @@ class _Writer(Writer):
 
     def _put(self, name, data):
         try:
-            # With a name alone the time of day would be in the file.
+            # Given only a name, zipfile would store the time of day.
             self._archive.writestr(zipfile.ZipInfo(name), data)
         except OSError as error:
             raise CheckpointError(f"{self._path} cannot be written: {error}") from error
@@ -88,8 +88,8 @@ class _Reader(Reader):
             raise
         except OSError as error:
             raise CheckpointError(f"{self._path} cannot be read: {error}") from error
-        except Exception as error:  # a damaged archive is an error of nearly any class
-            raise FormatError(f"{self._path} is not one of these archives: {error}") from error
+        except Exception as error:  # a damaged archive raises errors of many classes
+            raise FormatError(f"{self._path} is not an archive of this serializer: {error}") from error
 
 
 def _entries(described):

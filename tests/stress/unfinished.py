@@ -1,7 +1,7 @@
-"""What an interrupted run of fewbits has left behind, for the benchmarks that interrupt it.
+"""The files of an interrupted run of fewbits, for the stress programs that interrupt runs.
 
-It lies in a hidden directory beside the result, ``.fewbits-*.work``, with a journal for each file: a line of JSON for
-each chunk of a tensor that has been written.
+They lie in a hidden directory beside the result, ``.fewbits-*.work``. A journal for each file has a line of JSON for
+each written chunk of a tensor.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fewbits.checkpoint.chunks import CHUNK_ELEMENTS, chunk_elements
 
 @attrs.frozen
 class Job:
-    """One conversion that will be interrupted.
+    """A conversion to interrupt.
 
     Attributes:
         source: the checkpoint.
-        scheme: a name.
+        scheme: its name.
         options: of the command line, the same for every run.
-        item: bytes of an element of each tensor that is stored, by name.
-        total: bytes of all of them.
+        item: bytes of an element of each stored tensor, by name.
+        total: bytes of all stored tensors.
         chunk: bytes of the largest chunk.
     """
 
@@ -39,7 +39,7 @@ class Job:
 
     @classmethod
     def of(cls, source: Path, scheme: str, *options: object) -> Job:
-        """What can be told of it without reading a tensor."""
+        """Plan the conversion without reading a tensor."""
         rows = fewbits.plan(source, scheme).ledger.stored
         return cls(
             source,
@@ -51,7 +51,7 @@ class Job:
         )
 
     def arguments(self, output: Path, *more: str) -> list[str]:
-        """Of the command line."""
+        """Make the arguments of the command line."""
         return [
             "quantize",
             str(self.source),
@@ -65,7 +65,7 @@ class Job:
         ]
 
     def recorded(self, output: Path) -> int:
-        """Bytes of the source that are done, as the journals beside an output say."""
+        """Count the bytes of the source that the journals beside an output record as done."""
         done: dict[str, int] = {}
         for line in _lines(output.parent):
             if line.get("tensor") in self.item:
@@ -74,7 +74,7 @@ class Job:
 
 
 def _lines(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Of all journals of unfinished results in a directory; the line a process died in does not count."""
+    """Yield the complete lines of all journals in a directory."""
     for path in folder.glob(".fewbits-*.work/journal/*.jsonl"):
         for line in path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):

@@ -1,10 +1,9 @@
-"""A checkpoint on disk, quantized by a process that the system holds to a limit on memory.
+"""Quantize a checkpoint on disk under a memory limit that the system enforces.
 
-The process runs the command line with ``--max-memory``. It may have no more data (RLIMIT_DATA) than when fewbits was
-imported, and the limit: one allocation too many ends it. What resident memory (VmHWM) rose by is measured as well. With
-``--twin``, a checkpoint small enough for memory is quantized in the same way, and the files compared, byte by byte,
-with those of the same tensors quantized as a state dict. Exits with 1 if ``--check`` finds a promise broken. Linux
-only.
+The process runs the command line with ``--max-memory``. RLIMIT_DATA allows it the data of a process that imported
+fewbits, plus the limit: one more allocation ends it. The rise of resident memory (VmHWM) is measured too. With
+``--twin``, a smaller checkpoint is quantized in the same way, and its files are compared byte by byte with those of the
+same tensors quantized as a state dict. Linux only.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import cli, disk
+from benchmarks.report import said
 from safetensors.torch import load_file
 
 import fewbits
-from benchmarks import cli, disk
-from benchmarks.measured import Measured, measure
-from benchmarks.report import broken, said
 from fewbits.checkpoint.output import MAX_SHARD_SIZE
 from fewbits.quantizers.schemes import SCHEMES
+from stress.measured import Measured, measure
 
-#: A twin's result is cut into files of this share of the twin, so that there are several to compare.
+#: The result of a twin is cut into about so many files.
 TWIN_FILES = 8
 
 
@@ -37,7 +36,7 @@ def quantize(
 
 
 def checked(found: Measured, limit: int) -> list[str]:
-    """What came of it, in words."""
+    """Check the limit and the exit code; return the promise as a line."""
     if found.code or not found.figures:
         return [said(f"exit code 0, found {found.code}: {found.complaint}", False)]
     rise, seconds = found.figures["rise"], found.figures["seconds"]
@@ -48,9 +47,9 @@ def checked(found: Measured, limit: int) -> list[str]:
 
 
 def same_as_in_memory(twin: Path, output: Path, scheme: str, shard: int) -> str:
-    """Whether the files of a result are those that its tensors give as a state dict; a line that says so.
+    """Compare the files of a result with those of its tensors as a state dict; return the promise as a line.
 
-    Their names may differ: those of a directory say which programs open it.
+    Names may differ, because those of a directory depend on the programs that can open it.
     """
     tensors = {name: tensor for path in twin.glob("*.safetensors") for name, tensor in load_file(path).items()}
     expected = output.with_name("in-memory")
@@ -61,20 +60,19 @@ def same_as_in_memory(twin: Path, output: Path, scheme: str, shard: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
+    """Return the exit code: 1 if ``--check`` finds a broken promise."""
     made = cli.parser(__doc__, rounds=None)
-    made.add_argument("source", type=Path, metavar="DIR", help="the checkpoint, such as of benchmarks.synthetic")
-    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where results are put meanwhile")
+    made.add_argument("source", type=Path, metavar="DIR", help="the checkpoint, such as stress.synthetic writes")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="directory for temporary results")
     made.add_argument("--scheme", choices=[*SCHEMES], default="int4", help="int4")
     made.add_argument("--max-memory", type=disk.size, default=512 * disk.MB, metavar="SIZE", help="512MB")
     made.add_argument("--twin", type=Path, metavar="DIR", help="a smaller checkpoint, to be compared with memory")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     limit, threads, scheme = arguments.max_memory, arguments.threads, arguments.scheme
     twin = None if arguments.twin is None else arguments.twin.absolute()
     disk.need_room(made, arguments.out, disk.folder_size(arguments.source))
     report = cli.begin("limited", arguments)
-    logging.getLogger("fewbits").addHandler(logging.NullHandler())  # how good the codes are is no matter here
+    logging.getLogger("fewbits").addHandler(logging.NullHandler())  # the quality of the codes does not matter here
     lines = []
     with tempfile.TemporaryDirectory(dir=arguments.out) as work:
         output = Path(work) / "out"
@@ -88,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard = disk.folder_size(twin) // TWIN_FILES
             small = quantize(twin, output, scheme, limit, threads, shard)
             lines += checked(small, limit) if small.code else [same_as_in_memory(twin, output, scheme, shard)]
-    report.extra["promises"] = lines
-    cli.finish(report, "\n".join(lines), arguments)
-    return int(arguments.check and broken(lines))
+    return cli.finish(report, "", arguments, lines)
 
 
 if __name__ == "__main__":

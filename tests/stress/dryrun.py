@@ -1,9 +1,8 @@
-"""A dry run of a checkpoint of hundreds of gigabytes: how long it takes, what it reads, what memory it takes.
+"""Measure a dry run of a checkpoint of hundreds of gigabytes: its time, its memory, and the bytes that it reads.
 
-The checkpoint is sparse (see `benchmarks.synthetic`): its headers are real, its tensors are holes that take no room,
-and that nobody should read. What is read besides headers are mostly modules that Python imports: a dry run of a small
-checkpoint, of a few megabytes, says how much that is, and is taken off. Of the small checkpoint the bytes that were
-predicted for each file are compared with those that are written. Linux only.
+The checkpoint is sparse (see `stress.synthetic`): its headers are real, and its tensors are holes, which no dry run
+should read. Python itself reads modules, so the bytes read by a dry run of a small checkpoint are subtracted. For the
+small checkpoint, the predicted bytes of each file are compared with the written bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -15,20 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cli, disk, synthetic
-from benchmarks.measured import Measured, measure
-from benchmarks.report import broken, said
+from benchmarks import cli, disk
+from benchmarks.report import said
 
-#: Seconds from the start of the process to its end.
+from stress import process, synthetic
+from stress.measured import Measured, measure
+
+#: The longest allowed time of the process, in seconds.
 SECONDS = 10.0
-#: How often headers and index may be read, and what a file may cost besides: Python reads buffers of 4096 bytes.
+#: Headers and index may be read so often; per file, Python may read two more buffers of 4096 bytes.
 TIMES, BUFFERS = 2, 2 * 4096
-#: The small checkpoint, and the files that its result is cut into.
+#: Bytes and files of the small checkpoint, and the size of the files of its result.
 SMALL, SMALL_SHARDS, SMALL_LIMIT = 8 * disk.MB, 3, "1MB"
 
 
 def dry_run(source: Path, scheme: str, threads: int, *options: object) -> tuple[Measured, dict[str, Any]]:
-    """One in a process of its own: what it took, and what it printed.
+    """Run one in its own process; return its measurements and its JSON.
 
     Raises:
         RuntimeError: if it fails.
@@ -40,13 +41,13 @@ def dry_run(source: Path, scheme: str, threads: int, *options: object) -> tuple[
 
 
 def described(source: Path) -> int:
-    """Bytes of a checkpoint that say where its tensors are."""
-    headers = sum(disk.header_of(path)[0] for path in source.glob("*.safetensors"))
+    """Count the bytes of headers and index."""
+    headers = sum(process.header_of(path)[0] for path in source.glob("*.safetensors"))
     return headers + sum(path.stat().st_size for path in source.glob("*.json"))
 
 
 def checks(large: Measured, small: Measured, source: Path) -> list[str]:
-    """What it took, in words."""
+    """Check time and bytes; return the promises as lines."""
     read = large.figures["read"] - small.figures["read"]
     most = TIMES * described(source) + BUFFERS * len(disk.files(source))
     figures = f"{large.figures['seconds']:.1f} s of them after imports, peak {large.figures['rise'] / disk.MB:.0f} MB"
@@ -57,13 +58,13 @@ def checks(large: Measured, small: Measured, source: Path) -> list[str]:
 
 
 def predicted(source: Path, scheme: str, threads: int, work: Path) -> str:
-    """Whether a dry run of a checkpoint predicts the tensor bytes of every file; a line that says so."""
+    """Check that a dry run predicts the tensor bytes of every file; return the promise as a line."""
     options = ["--max-shard-size", SMALL_LIMIT]
     told = dry_run(source, scheme, threads, *options)[1]
     expected = {shard["file"]: shard["bytes"] for shard in told["shards"]}
     output = work / "out"
-    ran = disk.run(disk.command("quantize", source, "-o", output, "--scheme", scheme, *options), threads)
-    written = {path.name: disk.tensor_bytes(path) for path in sorted(output.glob("*.safetensors"))}
+    ran = process.run(process.command("quantize", source, "-o", output, "--scheme", scheme, *options), threads)
+    written = {path.name: process.tensor_bytes(path) for path in sorted(output.glob("*.safetensors"))}
     held = ran.returncode == 0 and written == expected
     return said(
         f"{sum(expected.values()):,} bytes of tensors predicted in {len(expected)} files, written "
@@ -73,13 +74,12 @@ def predicted(source: Path, scheme: str, threads: int, work: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
+    """Return the exit code: 1 if ``--check`` finds a broken promise."""
     made = cli.parser(__doc__, rounds=None)
     made.add_argument("--size", type=disk.size, default=500 * 10**9, help="of all tensors; 500GB")
     made.add_argument("--shards", type=cli.positive, default=200, metavar="N", help="files; 200")
-    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where the checkpoint is put")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="directory for the checkpoint")
     made.add_argument("--scheme", default="int4", help="int4")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     disk.need_room(made, arguments.out, 4 * SMALL)
     report = cli.begin("dryrun", arguments)
@@ -93,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = checks(taken, dry_run(small, scheme, threads)[0], large)
         lines.append(predicted(small, scheme, threads, Path(work).absolute()))
         report.extra |= {"figures": {**taken.figures, "wall": taken.wall, "described": described(large)}}
-    report.extra["promises"] = lines
-    cli.finish(report, "\n".join(lines), arguments)
-    return int(arguments.check and broken(lines))
+    return cli.finish(report, "", arguments, lines)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""A conversion that is killed at many moments, and gone on with.
+"""Kill a conversion at many moments, and resume it.
 
-The command line runs once undisturbed, then again and again: each time it is killed with SIGKILL, at moments spread
-over 5 to 95 percent of the time that the first run took, and started once more with ``--resume``. Each time the files
-must be those of the undisturbed run, byte by byte. And nothing may be done twice but what had not been recorded: the
-second process converts no more bytes of the source than the journals lacked when the first died, and one chunk for
-each thread. A run that had put its result in its place before it was to be killed counts as finished. Exits with 1 if
-``--check`` finds a promise broken.
+The command line runs once undisturbed. Then it runs again and again: SIGKILL ends it at moments spread over 5 to 95
+percent of the undisturbed time, and a second process resumes it with ``--resume``. Each time the files must have the
+bytes of the undisturbed run. The second process may convert only bytes of the source that the journals lacked when the
+first died, and one more chunk per thread. A run that had published its result before the signal counts as finished.
 """
 
 from __future__ import annotations
@@ -22,28 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-
 from benchmarks import cli, disk
-from benchmarks.report import aligned, broken, said
-from benchmarks.unfinished import Job
+from benchmarks.report import aligned, said
+
+from stress import process
+from stress.unfinished import Job
 
 FIRST, LAST = 0.05, 0.95
-#: A run that takes so many times as long as the undisturbed one hangs.
+#: A run that takes so many times as long as the undisturbed run hangs.
 PATIENCE = 20
 
 
 @attrs.frozen
 class Killed:
-    """What came of one run that was killed and gone on with.
+    """The outcome of one run that was killed and resumed.
 
     Attributes:
-        after: seconds from its start to its end.
-        finished: whether its result was in place already.
-        recorded: bytes of the source that were done, as the journals said.
+        after: seconds from its start to the signal.
+        finished: whether its result was published before the signal.
+        recorded: bytes of the source that the journals recorded as done.
         converted: bytes that the second process converted.
-        resumed: bytes that it took over.
+        resumed: bytes that it took over from the first.
         same: whether the files are those of the undisturbed run.
-        reason: why the second process failed; empty if it did not.
+        reason: the error of the second process; empty if it succeeded.
     """
 
     after: float
@@ -56,48 +55,48 @@ class Killed:
 
 
 def moments(count: int, seconds: float) -> list[float]:
-    """Evenly spread, from first to last."""
+    """Spread the moments evenly from `FIRST` to `LAST`."""
     step = (LAST - FIRST) / max(1, count - 1)
     return [seconds * (FIRST + index * step) for index in range(count)]
 
 
 def undisturbed(job: Job, output: Path, threads: int) -> float:
-    """Seconds that the command line takes.
+    """Measure the seconds of a run.
 
     Raises:
         RuntimeError: if it fails.
     """
     start = time.perf_counter()
-    ran = disk.run(disk.command(*job.arguments(output)), threads)
+    ran = process.run(process.command(*job.arguments(output)), threads)
     if ran.returncode:
-        raise RuntimeError(f"exit code {ran.returncode}: {disk.last_line(ran.stderr)}")
+        raise RuntimeError(f"exit code {ran.returncode}: {process.last_line(ran.stderr)}")
     return time.perf_counter() - start
 
 
 def killed(job: Job, output: Path, threads: int, after: float) -> None:
-    """Start the command line, and kill it after so many seconds, if it still runs then."""
+    """Start the command line, and kill it after so many seconds if it still runs."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(disk.command(*job.arguments(output)), env=disk.environment(threads), **quiet)
+    child = subprocess.Popen(process.command(*job.arguments(output)), env=process.environment(threads), **quiet)
     try:
-        process.wait(after)
+        child.wait(after)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        child.kill()
+        child.wait()
 
 
 def resumed(job: Job, output: Path, threads: int, patience: float) -> tuple[dict[str, Any], str]:
-    """Go on with what was killed: what its JSON says of bytes, or why it failed."""
+    """Resume a killed run; return the byte counts in its JSON, and the error if it failed."""
     try:
-        ran = disk.run(disk.command(*job.arguments(output, "--resume")), threads, patience)
+        ran = process.run(process.command(*job.arguments(output, "--resume")), threads, patience)
     except subprocess.TimeoutExpired:
         return {}, f"not finished after {patience:.0f} s"
     if ran.returncode:
-        return {}, f"exit code {ran.returncode}: {disk.last_line(ran.stderr)}"
+        return {}, f"exit code {ran.returncode}: {process.last_line(ran.stderr)}"
     return json.loads(ran.stdout)["converted"], ""
 
 
 def once(job: Job, output: Path, threads: int, after: float, expected: dict[str, str], patience: float) -> Killed:
-    """Kill and go on, and see what came of it. Nothing is left afterwards."""
+    """Kill and resume a run, record the outcome, and remove all files."""
     killed(job, output, threads, after)
     finished = output.exists()
     recorded = job.total if finished else job.recorded(output)
@@ -108,13 +107,13 @@ def once(job: Job, output: Path, threads: int, after: float, expected: dict[str,
 
 
 def remove(output: Path) -> None:
-    """A result, and what an unfinished one has left beside it."""
+    """Remove a result, and the staging directories beside it."""
     for path in (output, *output.parent.glob(".fewbits-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def trouble(job: Job, threads: int, found: Sequence[Killed]) -> Iterator[str]:
-    """Whatever is not as promised, one line each."""
+    """Yield a line for every broken promise."""
     for each in found:
         most = job.total - each.recorded + threads * job.chunk
         if each.reason:
@@ -124,12 +123,12 @@ def trouble(job: Job, threads: int, found: Sequence[Killed]) -> Iterator[str]:
         elif each.converted > most:
             yield f"killed after {each.after:.2f} s: {each.converted:,} bytes converted again, more than {most:,}"
         elif not each.finished and each.converted + each.resumed != job.total:
-            gone_on = f"{each.converted:,} bytes converted and {each.resumed:,} taken over"
-            yield f"killed after {each.after:.2f} s: {gone_on} are not the {job.total:,} of the source"
+            parts = f"{each.converted:,} bytes converted and {each.resumed:,} taken over"
+            yield f"killed after {each.after:.2f} s: {parts} are not the {job.total:,} of the source"
 
 
 def table(job: Job, found: Sequence[Killed]) -> str:
-    """What was recorded and what was converted again, in percent of the source, over all runs."""
+    """Show the recorded, the converted and the resumed bytes in percent of the source, over all runs."""
     lines = [("", "least", "median", "most")]
     for name, key in (("recorded", "recorded"), ("converted again", "converted"), ("taken over", "resumed")):
         shares = [100 * getattr(each, key) / max(1, job.total) for each in found if not each.finished] or [100.0]
@@ -139,14 +138,13 @@ def table(job: Job, found: Sequence[Killed]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
+    """Return the exit code: 1 if ``--check`` finds a broken promise."""
     made = cli.parser(__doc__, rounds=None)
-    made.add_argument("source", type=Path, metavar="DIR", help="a checkpoint, such as of benchmarks.synthetic")
-    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where results are put meanwhile")
+    made.add_argument("source", type=Path, metavar="DIR", help="a checkpoint, such as stress.synthetic writes")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="directory for temporary results")
     made.add_argument("--scheme", default="int4", help="int4")
-    made.add_argument("--moments", type=cli.positive, default=50, metavar="N", help="how often it is killed; 50")
+    made.add_argument("--moments", type=cli.positive, default=50, metavar="N", help="number of kills; 50")
     made.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of the result's files; 5GB")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
     arguments = made.parse_args(argv)
     source, threads = arguments.source.absolute(), arguments.threads
     disk.need_room(made, arguments.out, 2 * disk.folder_size(source))
@@ -162,10 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [once(job, output, threads, after, expected, patience) for after in moments(arguments.moments, seconds)]
     wrong = list(trouble(job, threads, found))
     finished = sum(each.finished for each in found)
-    lines = [said(f"{len(found)} runs of {seconds:.1f} s killed and gone on with, {finished} had finished", not wrong)]
-    report.extra |= {"seconds": seconds, "runs": [attrs.asdict(each) for each in found], "promises": lines + wrong}
-    cli.finish(report, "\n".join([table(job, found), *lines, *wrong]), arguments)
-    return int(arguments.check and broken(lines))
+    lines = [said(f"{len(found)} runs of {seconds:.1f} s killed and resumed, {finished} had finished", not wrong)]
+    report.extra |= {"seconds": seconds, "runs": [attrs.asdict(each) for each in found]}
+    return cli.finish(report, table(job, found), arguments, [*lines, *wrong])
 
 
 if __name__ == "__main__":

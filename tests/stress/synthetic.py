@@ -1,14 +1,14 @@
-"""A checkpoint in bfloat16 out of a seed, with the names and shapes of a decoder of transformers.
+"""Write a bfloat16 checkpoint from a seed, with the names and shapes of a transformers decoder.
 
-    python -m benchmarks.synthetic DIR --size 6GB --shards 3 --largest 1.5GB --seed 0
+    PYTHONPATH=.:tests python -m stress.synthetic DIR --size 6GB --shards 3 --largest 1.5GB --seed 0
 
-`lm_head` is the largest tensor, layers have projections and norms, `embed_tokens` takes what is left. Values are
-normal, each tensor's from a generator of its own, so that they do not depend on how the checkpoint is cut into files.
-Memory holds a block of one tensor. The same seed gives the same bytes.
+`lm_head` is the largest tensor, layers have projections and norms, and `embed_tokens` fills the rest. Values are
+normal. Each tensor has its own generator, so values do not depend on the cut into files, and the same seed gives the
+same bytes. Memory holds a block of one tensor.
 
-With ``--sparse`` the payload is left as holes: headers, index and lengths are the same, and nothing takes room on a
-file system that knows holes. That is for dry runs, which read nothing else. With ``--equal`` there are only layers, as
-many in every file.
+With ``--sparse`` the payload is a hole: headers, index and lengths are the same, but the files take no space on most
+file systems. Use it for dry runs, which read nothing else. With ``--equal`` there are only layers, the same number in
+every file.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from typing import BinaryIO
 
 import attrs
 import torch
-
 from benchmarks import cli, disk
+
 from fewbits.checkpoint.raw import tensor_bytes
 
-#: Elements that are made and written at a time. Another number gives other values, so it is no option.
+#: Elements per written block. Another number gives other values, so it is not an option.
 BLOCK = 1 << 22
 ITEM = torch.bfloat16.itemsize
-#: Layers that there are at least.
+#: The least number of layers.
 LAYERS = 4
-#: The largest tensor, unless another size is asked for, and the part of all bytes that is its most then.
+#: Default bytes of the largest tensor, which is at most one part in `SHARE` of all bytes.
 LARGEST, SHARE = 1_500_000_000, 4
 
 
 @attrs.frozen
 class Shape:
-    """How large everything is.
+    """The sizes of a checkpoint.
 
     Attributes:
         hidden: width of the layers, a power of two.
-        layers: how many.
+        layers: number of layers.
         embedded: rows of the embedding; 0 for none.
         head: rows of the largest tensor; 0 for none.
     """
@@ -54,7 +54,7 @@ class Shape:
     head: int
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes, in the order of the files."""
+        """Yield names and shapes, in the order of the files."""
         if self.embedded:
             yield "model.embed_tokens.weight", (self.embedded, self.hidden)
         for index in range(self.layers):
@@ -64,7 +64,7 @@ class Shape:
             yield "lm_head.weight", (self.head, self.hidden)
 
     def config(self) -> dict[str, object]:
-        """What a ``config.json`` says of it."""
+        """Make the contents of ``config.json``."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -78,12 +78,12 @@ class Shape:
 
 
 def intermediate(hidden: int) -> int:
-    """Width of the inner projections."""
+    """Compute the width of the inner projections."""
     return hidden * 11 // 4
 
 
 def layer(hidden: int, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of one layer; keys and values have a quarter of the heads."""
+    """Yield names and shapes of one layer; keys and values have a quarter of the heads."""
     few, inner = hidden // 4, intermediate(hidden)
     yield f"{prefix}input_layernorm.weight", (hidden,)
     for name, rows in (("q", hidden), ("k", few), ("v", few), ("o", hidden)):
@@ -94,28 +94,28 @@ def layer(hidden: int, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def layer_size(hidden: int) -> int:
-    """Bytes of one layer."""
+    """Count the bytes of one layer."""
     return sum(map(nbytes, dict(layer(hidden, "")).values()))
 
 
 def nbytes(shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of this shape."""
+    """Count the bytes of a tensor of this shape."""
     return math.prod(shape) * ITEM
 
 
 def shape_of(size: int, largest: int | None = None, *, shards: int = 1) -> Shape:
-    """The widest model with some layers and a largest tensor of these sizes in bytes, to a row more or less.
+    """Find the widest model with about this size and largest tensor, in bytes.
 
     Args:
         size: of all tensors.
-        largest: of the largest; None stands for what is usual, and goes into one of so many files.
-        shards: files that it will be cut into.
+        largest: of the largest tensor; by default `LARGEST`, or less so that it fits into one file.
+        shards: number of files.
 
     Raises:
-        ValueError: if that leaves no room for layers.
+        ValueError: if no room is left for layers.
     """
     largest = min(LARGEST, size // max(SHARE, shards)) if largest is None else largest
-    # The embedding takes what layers leave, up to one of them; of two files' size it would leave one without a tensor.
+    # The embedding fills the rest, up to one layer. If it had the size of two files, one file would have no tensor.
     hidden = _widest(size - largest, largest, most=2 * size // shards)
     head, each = -(-largest // (hidden * ITEM)), layer_size(hidden)
     left = size - head * hidden * ITEM
@@ -124,13 +124,13 @@ def shape_of(size: int, largest: int | None = None, *, shards: int = 1) -> Shape
 
 
 def equal_shape(size: int, shards: int) -> Shape:
-    """Nothing but layers, so many that each file has the same number of them."""
+    """Find a shape of layers only, the same number for every file."""
     hidden = _widest(size * LAYERS // shards, size, most=size)
     return Shape(hidden, shards * max(1, size // layer_size(hidden) // shards), 0, 0)
 
 
 def _widest(left: int, largest: int, *, most: int) -> int:
-    """The width of which some layers fit into so many bytes, a tensor has at most `largest`, and a layer `most`."""
+    """Find the largest width: layers fit into `left` bytes, a tensor into `largest`, one layer into `most`."""
     fitting = [
         width
         for width in (1 << power for power in range(5, 15))
@@ -144,15 +144,15 @@ def _widest(left: int, largest: int, *, most: int) -> int:
 
 
 def cut(shape: Shape, shards: int) -> list[dict[str, tuple[int, ...]]]:
-    """The tensors of each file: neighbours, and about as many bytes in one as in the other.
+    """Cut the tensors, in order, into files of about equal bytes.
 
     Raises:
-        ValueError: if a file would have none, because a tensor is larger than two files should be.
+        ValueError: if a file would be empty, because a tensor is larger than two files.
     """
     parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shards)]
     total, start = sum(nbytes(each) for _, each in shape.tensors()), 0
     for name, each in shape.tensors():
-        # By its middle: a file ends where the next tensor lies mostly in the next one.
+        # The middle of a tensor decides its file.
         parts[(2 * start + nbytes(each)) * shards // (2 * total)][name] = each
         start += nbytes(each)
     if not all(parts):
@@ -165,7 +165,7 @@ def write(folder: Path, shape: Shape, *, shards: int, seed: int = 0, sparse: boo
 
     Raises:
         ValueError: if it cannot be cut into so many files.
-        FileExistsError: if there is something there.
+        FileExistsError: if the directory exists.
     """
     parts = cut(shape, shards)
     folder.mkdir(parents=True)
@@ -202,7 +202,7 @@ def _write_file(path: Path, part: dict[str, tuple[int, ...]], seed: int, sparse:
 
 
 def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: int) -> None:
-    """Normal values: about zero in matrices, as wide as weights usually are, and about one in norms."""
+    """Write normal values: around zero with the usual width in matrices, around one in norms."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     center, width = (0.0, shape[-1] ** -0.5) if len(shape) > 1 else (1.0, 0.1)
     left = math.prod(shape)
@@ -216,7 +216,7 @@ def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: int) 
 
 
 def add_shape(made: argparse.ArgumentParser, size: str, shards: int) -> None:
-    """The options that say what is made."""
+    """Add the options for the sizes."""
     made.add_argument("--size", type=disk.size, default=disk.size(size), help=f"of all tensors; {size}")
     made.add_argument("--shards", type=cli.positive, default=shards, metavar="N", help=f"files; {shards}")
     made.add_argument("--largest", type=disk.size, metavar="SIZE", help="of the largest tensor; 1.5GB, or less")
@@ -224,12 +224,12 @@ def add_shape(made: argparse.ArgumentParser, size: str, shards: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write what the command line asks for."""
+    """Write a checkpoint."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("folder", type=Path, metavar="DIR", help="a new directory")
     add_shape(made, "6GB", 3)
-    made.add_argument("--sparse", action="store_true", help="headers and index alone; the rest is holes")
-    made.add_argument("--equal", action="store_true", help="nothing but layers, as many in every file")
+    made.add_argument("--sparse", action="store_true", help="real headers and index; tensors are holes")
+    made.add_argument("--equal", action="store_true", help="layers only, equally many in every file")
     arguments = made.parse_args(argv)
     size, shards = arguments.size, arguments.shards
     try:

@@ -1,10 +1,9 @@
-"""A checkpoint quantized by several processes, which torchrun starts, beside one.
+"""Quantize a checkpoint in several processes of torchrun, and compare the result with that of one process.
 
-The checkpoint is made here: files of equal size, with the same number of layers in each, and as many files in the
-result. With 1, 2 and 4 ranks the files must be those of one process, byte by byte, and the ranks have about as much
-to do as each other. Then a rank is killed with SIGKILL in the middle: torchrun has to end with an exit code that is not
-0, and a message, and one process that goes on with ``--resume`` to give the same files. Exits with 1 if ``--check``
-finds a promise broken. Linux only.
+The program makes a checkpoint of equal files with equally many layers, and quantizes it into equally many files. With
+1, 2 and 4 ranks the files must have the bytes of one process, and the ranks must have similar work. Then SIGKILL ends
+one rank in the middle: torchrun must exit with a code other than 0 and a message, and one process that resumes with
+``--resume`` must give the same files. Linux only.
 """
 
 from __future__ import annotations
@@ -20,17 +19,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import fewbits
-from benchmarks import cli, disk, synthetic
-from benchmarks.killing import remove, resumed
-from benchmarks.report import Report, aligned, broken, said
-from benchmarks.unfinished import Job
+from benchmarks import cli, disk
+from benchmarks.report import Report, aligned, said
 
-#: What the rank with most to do may have, in parts of the one with least.
+import fewbits
+from stress import process, synthetic
+from stress.killing import remove, resumed
+from stress.unfinished import Job
+
+#: The largest allowed ratio of the work of two ranks.
 UNEVEN = 1.5
-#: Where a rank is killed: when so much of the source is done.
+#: A rank is killed when this share of the source is done.
 MIDDLE = 0.4
-#: Seconds that no run takes.
+#: A run that takes more seconds hangs.
 PATIENCE = 3600.0
 #: Between two looks at the journals, in seconds.
 LOOK = 0.01
@@ -43,12 +44,12 @@ def torchrun(ranks: int, arguments: Sequence[str]) -> list[str]:
 
 
 def even(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Run on so many ranks: what came of it in words, and what each rank has done."""
+    """Run on so many ranks; return the promises as lines, and the work of each rank."""
     start = time.perf_counter()
-    ran = disk.run(torchrun(ranks, job.arguments(output)), 1, PATIENCE)
+    ran = process.run(torchrun(ranks, job.arguments(output)), 1, PATIENCE)
     seconds = time.perf_counter() - start
     if ran.returncode:
-        return [said(f"{ranks} ranks: exit code 0, found {ran.returncode}: {disk.last_line(ran.stderr)}", False)], []
+        return [said(f"{ranks} ranks: exit code 0, found {ran.returncode}: {process.last_line(ran.stderr)}", False)], []
     same = disk.digests(output) == expected
     remove(output)
     told = json.loads(ran.stdout)["ranks"]
@@ -62,44 +63,44 @@ def even(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> tuple[
 
 
 def killed(ranks: int, job: Job, output: Path) -> tuple[int, str]:
-    """Kill the last rank in the middle: the exit code of torchrun, and what was said.
+    """Kill the last rank in the middle; return the exit code and the messages of torchrun.
 
     Raises:
-        RuntimeError: if it ended before, or no rank can be found.
+        RuntimeError: if the run ended too early, or no rank was found.
     """
     with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(
-            torchrun(ranks, job.arguments(output)), env=disk.environment(1), stdout=subprocess.DEVNULL, stderr=told
+        child = subprocess.Popen(
+            torchrun(ranks, job.arguments(output)), env=process.environment(1), stdout=subprocess.DEVNULL, stderr=told
         )
         while job.recorded(output) < MIDDLE * job.total:
-            if process.poll() is not None:
+            if child.poll() is not None:
                 told.seek(0)
-                raise RuntimeError(f"it ended with {process.returncode} before a rank was killed: {told.read()[-300:]}")
+                raise RuntimeError(f"it ended with {child.returncode} before a rank was killed: {told.read()[-300:]}")
             time.sleep(LOOK)
-        victims = sorted(workers(process.pid))
+        victims = sorted(workers(child.pid))
         if not victims:
-            raise RuntimeError("no rank was found that could be killed")
+            raise RuntimeError("no rank was found")
         os.kill(victims[-1], signal.SIGKILL)
-        code = process.wait(PATIENCE)
+        code = child.wait(PATIENCE)
         told.seek(0)
         return code, told.read()
 
 
 def workers(parent: int) -> Iterator[int]:
-    """The processes that a process has started and that run fewbits."""
+    """Yield the child processes that run fewbits."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            # After the name, which is in brackets and may hold anything: the state, and the parent.
+            # The name is in brackets and may hold any character; state and parent follow it.
             started_by = int((path / "stat").read_text().rpartition(")")[2].split()[1])
             arguments = (path / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         if started_by == parent and b"fewbits" in arguments:
             yield int(path.name)
 
 
 def interrupted(ranks: int, job: Job, output: Path, expected: dict[str, str]) -> list[str]:
-    """Kill a rank, go on with one process: what came of it in words."""
+    """Kill a rank and resume with one process; return the promises as lines."""
     try:
         code, message = killed(ranks, job, output)
     except RuntimeError as error:
@@ -109,13 +110,13 @@ def interrupted(ranks: int, job: Job, output: Path, expected: dict[str, str]) ->
     lines = [said(told_why, code != 0 and bool(reason))]
     told, failed = resumed(job, output, 1, PATIENCE)
     same = output.exists() and disk.digests(output) == expected
-    lines.append(said(f"gone on with by one process to the same files, {told or failed}", same))
+    lines.append(said(f"one process resumed it to the same files, {told or failed}", same))
     remove(output)
     return lines
 
 
 def table(told: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """What each rank has done."""
+    """Show the work of each rank."""
     lines = [("ranks", "rank", "MB", "files")]
     for ranks in told:
         for each in ranks:
@@ -125,7 +126,7 @@ def table(told: Sequence[Sequence[dict[str, Any]]]) -> str:
 
 
 def prepared(work: Path, scheme: str, size: int, shards: int, seed: int) -> Job:
-    """A checkpoint of so many equal files, to be quantized into as many."""
+    """Write a checkpoint of equal files, to be quantized into equally many."""
     source = work / "source"
     synthetic.write(source, synthetic.equal_shape(size, shards), shards=shards, seed=seed)
     each = -(-fewbits.plan(source, scheme).ledger.bytes_after // shards)
@@ -133,11 +134,11 @@ def prepared(work: Path, scheme: str, size: int, shards: int, seed: int) -> Job:
 
 
 def measure(report: Report, job: Job, work: Path, counts: Sequence[int]) -> list[str]:
-    """Every number of ranks, then the one that is killed: all promises, in words."""
+    """Run with every number of ranks, then with a killed rank; return all promises as lines."""
     output = work / "out"
-    ran = disk.run(disk.command(*job.arguments(output)), 1)
+    ran = process.run(process.command(*job.arguments(output)), 1)
     if ran.returncode:
-        return [said(f"one process: exit code 0, found {ran.returncode}: {disk.last_line(ran.stderr)}", False)]
+        return [said(f"one process: exit code 0, found {ran.returncode}: {process.last_line(ran.stderr)}", False)]
     expected = disk.digests(output)
     remove(output)
     lines: list[str] = []
@@ -150,14 +151,13 @@ def measure(report: Report, job: Job, work: Path, counts: Sequence[int]) -> list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if ``--check`` finds a promise broken."""
+    """Return the exit code: 1 if ``--check`` finds a broken promise."""
     made = cli.parser(__doc__, rounds=None)
     made.add_argument("--size", type=disk.size, default=2 * 10**9, help="of the source; 2GB")
     made.add_argument("--shards", type=cli.positive, default=16, metavar="N", help="its files; 16")
     made.add_argument("--ranks", type=cli.listed(cli.positive), default=[1, 2, 4], metavar="N,...", help="1,2,4")
     made.add_argument("--scheme", default="int4", help="int4")
-    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="where everything is put meanwhile")
-    made.add_argument("--check", action="store_true", help="exit with 1 if a promise is not held")
+    made.add_argument("--out", type=Path, default=Path("/tmp"), metavar="DIR", help="directory for temporary files")
     arguments = made.parse_args(argv)
     disk.need_room(made, arguments.out, 3 * arguments.size)
     report = cli.begin("torchrun", arguments)
@@ -165,9 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = Path(folder).absolute()
         job = prepared(work, arguments.scheme, arguments.size, arguments.shards, arguments.seed)
         lines = measure(report, job, work, arguments.ranks)
-    report.extra["promises"] = lines
-    cli.finish(report, "\n".join([table(report.extra.get("ranks", [])), *lines]), arguments)
-    return int(arguments.check and broken(lines))
+    return cli.finish(report, table(report.extra.get("ranks", [])), arguments, lines)
 
 
 if __name__ == "__main__":

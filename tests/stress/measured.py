@@ -1,6 +1,6 @@
-"""The command line of fewbits in this process, and what it took, above what the process had after ``import fewbits``.
+"""Run the command line of fewbits in its own process, and measure its time, memory and bytes above ``import fewbits``.
 
-Run by `benchmarks.limited` and `benchmarks.dryrun`, in a process of its own, because a peak cannot be reset.
+A peak cannot be reset, hence the own process.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 
 import attrs
 
-import fewbits  # what it takes is not counted: it is here before the first figure is read
-from benchmarks import disk
+import fewbits  # imported before the first measurement, so that it does not count
 from fewbits.cli import main as command_line
+from stress import process
 
 
 @attrs.frozen
 class Measured:
-    """What one run of the command line took.
+    """The measurements of one run of the command line.
 
     Attributes:
         code: the exit code; negative for a signal.
-        output: what it printed.
-        complaint: the last line that it wrote to stderr.
+        output: its standard output.
+        complaint: the last line of its standard error.
         wall: seconds of the whole process, imports included.
-        figures: `seconds`, `rise` of resident memory in bytes, `read` and `written` in bytes by calls of the system;
-            empty if the process did not live to tell.
+        figures: `seconds`, `rise` of resident memory in bytes, bytes `read` and `written` by system calls; empty if the
+            process was killed.
     """
 
     code: int
@@ -47,34 +47,34 @@ def measure(*arguments: object, threads: int, limit: int | None = None) -> Measu
     Args:
         arguments: of ``fewbits``.
         threads: of torch.
-        limit: bytes of data that the process may have beyond what it has when fewbits is imported; the system refuses
-            it more. None for no limit.
+        limit: bytes of data that the system allows the process beyond those after the import of fewbits; None for no
+            limit.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         start = time.perf_counter()
-        ran = disk.run(
-            [sys.executable, "-m", "benchmarks.measured", str(file), str(limit or 0), *map(str, arguments)], threads
+        ran = process.run(
+            [sys.executable, "-m", "stress.measured", str(file), str(limit or 0), *map(str, arguments)], threads
         )
         wall = time.perf_counter() - start
         figures = json.loads(file.read_text()) if file.exists() else {}
-    return Measured(ran.returncode, ran.stdout, disk.last_line(ran.stderr), wall, figures)
+    return Measured(ran.returncode, ran.stdout, process.last_line(ran.stderr), wall, figures)
 
 
 def sizes() -> dict[str, int]:
-    """Bytes of memory of this process, by the names of Linux."""
+    """Read the memory of this process in bytes, by the names of Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
 
 
 def transferred() -> dict[str, int]:
-    """Bytes that this process has read and written so far, from a cache or not."""
+    """Read the bytes that this process has read and written, cached or not."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
 
 
 def run(limit: int, arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
-    """The exit code of the command line, and what it took; in this process."""
+    """Run the command line in this process; return its exit code and measurements."""
     memory, done, start = sizes(), transferred(), time.perf_counter()
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (memory["VmData"] + limit,) * 2)
@@ -95,7 +95,7 @@ def run(limit: int, arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure one run, and write the figures as JSON to a file: the output is that of the command line."""
+    """Measure one run, and write the figures to a file, since standard output belongs to the command line."""
     file, limit, *arguments = argv
     code, figures = run(int(limit), arguments)
     Path(file).write_text(json.dumps(figures))
