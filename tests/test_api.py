@@ -287,7 +287,7 @@ def test_an_observer_object_outranks_a_named_observer():
         ("observer", {"name": "minmax", "bins": 8}, "'minmax' does not take 'bins'"),
         ("observer", MinMaxObserver, "observer must be an instance of Observer"),
         ("activation_observer", 8, "activation_observer must be an instance of Observer"),
-        ("selector", "layers", "selector must be an instance of Selector"),
+        ("selector", "layers", "selector must be an instance of LayerSelector"),
         ("serializer", {"name": "json"}, "serializer must be an instance of Serializer"),
     ],
 )

@@ -21,7 +21,7 @@ from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
-from fewbits.selection.selector import Selector
+from fewbits.selection.selector import LayerSelector
 from fewbits.sources.open import open_source
 from fewbits.validation.report import CRITICAL_DB, Report
 from fewbits.validation.verify import verify as verify_file
@@ -65,7 +65,7 @@ def quantize(
     compute: Compute = "auto",
     observer: ObserverRecipe | None = None,
     activation_observer: ObserverRecipe | None = None,
-    selector: Selector | None = None,
+    selector: LayerSelector | None = None,
     serializer: Serializer | None = None,
     progress: Progress = no_progress,
     **settings: Any,
@@ -154,7 +154,7 @@ def plan(
     entry: str | None = None,
     config: QuantizationConfig | None = None,
     output: str | os.PathLike[str] | Output | None = None,
-    selector: Selector | None = None,
+    selector: LayerSelector | None = None,
     serializer: Serializer | None = None,
     **settings: Any,
 ) -> Plan:

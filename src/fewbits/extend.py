@@ -23,7 +23,7 @@ from fewbits.numerics.spec import Spec
 from fewbits.observers.base import Observer
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.progress import Progress
-from fewbits.selection.selector import Decision, Selector
+from fewbits.selection.selector import Decision
 
 __all__ = [
     "ChunkReader",
@@ -40,7 +40,6 @@ __all__ = [
     "Reader",
     "ResumableWriter",
     "SafetensorsSerializer",
-    "Selector",
     "Serializer",
     "Shard",
     "Share",

@@ -21,7 +21,7 @@ from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
 from fewbits.selection.nearest import did_you_mean
 from fewbits.selection.progress import Progress, no_progress
-from fewbits.selection.selector import Selector
+from fewbits.selection.selector import LayerSelector
 
 
 class FleetRun:
@@ -65,7 +65,7 @@ class FleetRun:
         validate: bool = True,
         observer: ObserverRecipe | None = None,
         activation_observer: ObserverRecipe | None = None,
-        selector: Selector | None = None,
+        selector: LayerSelector | None = None,
         serializer: Serializer | None = None,
         **settings: Any,
     ) -> None:

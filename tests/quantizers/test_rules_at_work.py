@@ -308,7 +308,7 @@ def test_axes_of_a_tensor_that_is_cast_change_nothing():
 
 
 def test_a_selector_may_decide_on_specs_and_axes():
-    class Chooses(fewbits.extend.Selector):
+    class Chooses(fewbits.LayerSelector):
         def select(self, infos):
             keep, take = LayerSelector(overrides={"a": "keep", "b": "int4"}, input_axes={"b": 0}).select(infos)
             return [keep, attrs.evolve(take, reason="by lot")]

@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits import MinMaxObserver, QuantizedTensor
+from fewbits import LayerSelector, MinMaxObserver, QuantizedTensor
 from fewbits.errors import CalibrationError, NumericsError, SelectionError
-from fewbits.extend import Decision, Observer, Selector
+from fewbits.extend import Decision, Observer
 from lifecycle_helpers import (
     FEWER_EXAMPLES,
     JsonSerializer,
@@ -178,7 +178,7 @@ def test_an_observer_may_clip_and_the_bound_becomes_wider():
     assert {t.measurement.code_min for t in result.report.tensors if t.measurement} == {-128}
 
 
-class Chooses(Selector):
+class Chooses(LayerSelector):
     def __init__(self, choose):
         self._choose = choose
 

@@ -4,46 +4,46 @@ import pytest
 from caught import caught, covered
 
 from fewbits import LayerSelector
-from fewbits.extend import Decision, Selector
+from fewbits.extend import Decision
 from fewbits.testing import check_selector
 
 
-class Everything(Selector):
+class Everything(LayerSelector):
     def select(self, infos):
         return [Decision(True, "everything") for _ in infos]
 
 
-class ParametersOnly(Selector):
+class ParametersOnly(LayerSelector):
     def select(self, infos):
         return [Decision(True, "a parameter") for info in infos if info.kind == "parameter"]
 
 
-class WithoutReasons(Selector):
+class WithoutReasons(LayerSelector):
     def select(self, infos):
         return [Decision(True, "") for _ in infos]
 
 
-class NoBooleans(Selector):
+class NoBooleans(LayerSelector):
     def select(self, infos):
         return [Decision(1, "one") for _ in infos]
 
 
-class BareBooleans(Selector):
+class BareBooleans(LayerSelector):
     def select(self, infos):
         return [True for _ in infos]
 
 
-class AGenerator(Selector):
+class AGenerator(LayerSelector):
     def select(self, infos):
         return (Decision(True, "everything") for _ in infos)
 
 
-class KnowsClasses(Selector):
+class KnowsClasses(LayerSelector):
     def select(self, infos):
         return [Decision(info.owner.__name__ == "Linear", f"a {info.owner.__name__}") for info in infos]
 
 
-class OnlyOnce(Selector):
+class OnlyOnce(LayerSelector):
     asked = 0
 
     def select(self, infos):
@@ -51,7 +51,7 @@ class OnlyOnce(Selector):
         return [Decision(self.asked == 1, f"call {self.asked}") for _ in infos]
 
 
-class Remembers(Selector):
+class Remembers(LayerSelector):
     largest = 0
 
     def select(self, infos):
@@ -59,14 +59,14 @@ class Remembers(Selector):
         return [Decision(True, f"one of {self.largest}") for _ in infos]
 
 
-class SortsInPlace(Selector):
+class SortsInPlace(LayerSelector):
     def select(self, infos):
         if isinstance(infos, list):
             infos.sort(key=lambda info: info.elements)
         return [Decision(True, "everything") for _ in infos]
 
 
-class ByName(Selector):
+class ByName(LayerSelector):
     """Has contradictory wishes for names that share a weight."""
 
     def select(self, infos):

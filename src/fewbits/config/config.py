@@ -38,7 +38,7 @@ from fewbits.quantizers.resolving import Ragged
 from fewbits.quantizers.schemes import SCHEMES, takers
 from fewbits.selection.nearest import checked_name, did_you_mean
 from fewbits.selection.rules import OverrideRule, TypeRule, parse_override
-from fewbits.selection.selector import LayerSelector, Selector
+from fewbits.selection.selector import LayerSelector
 from fewbits.validation.report import CRITICAL_DB
 
 #: The format version that `QuantizationConfig.to_dict` writes and `QuantizationConfig.from_dict` reads.
@@ -186,7 +186,7 @@ class QuantizationConfig:
         *,
         observer: ObserverRecipe | None = None,
         activation_observer: ObserverRecipe | None = None,
-        selector: Selector | None = None,
+        selector: LayerSelector | None = None,
         serializer: Serializer | None = None,
     ) -> Quantizer:
         """Make a quantizer with these settings.
@@ -252,7 +252,7 @@ class QuantizationConfig:
         except (ArgumentError, SelectionError) as error:
             raise type(error)(f"{os.fspath(path)}: {error}") from None
 
-    def _selector(self, selector: Selector | None) -> Selector:
+    def _selector(self, selector: LayerSelector | None) -> LayerSelector:
         rules = {name: getattr(self, name) for name in _RULES}
         if selector is None:
             return LayerSelector(**rules)

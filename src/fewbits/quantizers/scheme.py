@@ -31,7 +31,7 @@ from fewbits.quantizers.resolving import (
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.rules import TypeRule, check_types
-from fewbits.selection.selector import Decision, LayerSelector, Selector
+from fewbits.selection.selector import Decision, LayerSelector
 
 
 class Scheme(ABC):
@@ -60,7 +60,7 @@ class Scheme(ABC):
         *,
         observer: ObserverRecipe | None = None,
         activation_observer: ObserverRecipe | None = None,
-        selector: Selector | None = None,
+        selector: LayerSelector | None = None,
         serializer: Serializer | None = None,
         skip_types: Sequence[TypeRule] | None = None,
         scale_dtype: torch.dtype | None = None,
@@ -89,7 +89,7 @@ class Scheme(ABC):
             raise ArgumentError(f"{type(self).__name__} has no spec; set one: spec = QuantSpec(...) or CastSpec(...)")
         self.observer = resolve_observer("observer", observer)
         self.activation_observer = resolve_observer("activation_observer", activation_observer)
-        self.selector: Selector = resolve_strategy("selector", selector, Selector, LayerSelector)
+        self.selector: LayerSelector = resolve_strategy("selector", selector, LayerSelector, LayerSelector)
         self.serializer: Serializer = resolve_strategy("serializer", serializer, Serializer, SafetensorsSerializer)
         self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
         if scale_dtype is not None and isinstance(self.spec, CastSpec):

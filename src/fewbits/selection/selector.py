@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,22 +41,10 @@ class Decision:
     input_axes: tuple[int, ...] | None = None
 
 
-class Selector(ABC):
-    """Decides which tensors are quantized. The quantizer makes the ledger out of its decisions."""
+class LayerSelector:
+    """Decide which tensors are quantized: by name patterns, by types and by size.
 
-    @abstractmethod
-    def select(self, infos: Sequence[TensorInfo]) -> Sequence[Decision]:
-        """One decision for every tensor, in the same order.
-
-        A tensor with an `obstacle` cannot be quantized, whatever is decided here.
-
-        Raises:
-            SelectionError: if a rule fits no tensor.
-        """
-
-
-class LayerSelector(Selector):
-    """Selects by name patterns, by types and by size.
+    A subclass with another way to decide overrides `select`. The quantizer makes the ledger from the decisions.
 
     What wins: an obstacle, then `exclude`, then `overrides`, then `include`, then `min_elements` and what the scheme
     skips by default.
@@ -109,7 +96,13 @@ class LayerSelector(Selector):
         self._min_elements = min_elements
 
     def select(self, infos: Sequence[TensorInfo]) -> Sequence[Decision]:
-        """One decision for every tensor, in the same order."""
+        """One decision for every tensor, in the same order.
+
+        A tensor with an `obstacle` cannot be quantized, whatever is decided here.
+
+        Raises:
+            SelectionError: if a rule fits no tensor.
+        """
         names = [info.name for info in infos]
         for rule, patterns in (
             ("exclude", self._exclude),

@@ -11,16 +11,16 @@ from torch import nn
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.quantizers.schemes import Int8PerChannel
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.selector import Decision, Selector
+from fewbits.selection.selector import Decision, LayerSelector
 from fewbits.sources.open import open_source
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
 from fewbits.testing.models import SmallModel, models
 
-_EACH = Contract("fewbits.extend.Selector.select", "One decision for every tensor, in the same order.")
+_EACH = Contract("fewbits.LayerSelector.select", "One decision for every tensor, in the same order.")
 _REASON = Contract("fewbits.extend.Decision", "reason: why, in words for the ledger.")
 _FIELDS = Contract("fewbits.extend.Decision", "quantize: whether the scheme is applied to it; otherwise it is kept.")
-_RULES = Contract("fewbits.extend.Selector.select", "SelectionError: if a rule fits no tensor.")
-_OBSTACLE = Contract("fewbits.extend.Selector.select", "A tensor with an `obstacle` cannot be quantized")
+_RULES = Contract("fewbits.LayerSelector.select", "SelectionError: if a rule fits no tensor.")
+_OBSTACLE = Contract("fewbits.LayerSelector.select", "A tensor with an `obstacle` cannot be quantized")
 _PURE = Contract("fewbits.testing.check_selector", "The same tensors get the same decisions")
 _INFOS = Contract("fewbits.testing.check_selector", "The descriptions of the tensors do not change.")
 _LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known once a source is prepared.")
@@ -28,11 +28,11 @@ _LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known 
 
 @attrs.frozen
 class _Setup:
-    recipe: Selector
+    recipe: LayerSelector
     model: nn.Module
     examples: int
 
-    def make(self) -> Selector:
+    def make(self) -> LayerSelector:
         return copy.deepcopy(self.recipe)
 
     def infos(self) -> tuple[TensorInfo, ...]:
@@ -51,7 +51,9 @@ class _Setup:
             fail(f"its rules do not fit this model; pass a model that they fit as model=: {error}", _RULES)
 
 
-def check_selector(selector: Selector, *, model: nn.Module | None = None, max_examples: int = EXAMPLES) -> list[Check]:
+def check_selector(
+    selector: LayerSelector, *, model: nn.Module | None = None, max_examples: int = EXAMPLES
+) -> list[Check]:
     """Make the checks of a selector.
 
     Beyond the docstrings of the selector, the checks require:
@@ -66,11 +68,11 @@ def check_selector(selector: Selector, *, model: nn.Module | None = None, max_ex
         max_examples: number of examples that a check draws.
 
     Raises:
-        ArgumentError: if `selector` is not an instance of `Selector`, or `model` is not a module.
+        ArgumentError: if `selector` is not an instance of `LayerSelector`, or `model` is not a module.
     """
     if not isinstance(model, (nn.Module, type(None))):
         raise ArgumentError(f"model= takes a model, not a {type(model).__name__}")
-    setup = _Setup(copy_of(selector, Selector, "check_selector"), model or SmallModel(), max_examples)
+    setup = _Setup(copy_of(selector, LayerSelector, "check_selector"), model or SmallModel(), max_examples)
     return checks(selector, _CHECKS, setup)
 
 
