@@ -59,6 +59,11 @@ def chosen(x: Tensor, prepared: PreparedWeight) -> Kernel[Any]:
     return choose(prepared.kernels, x, x.numel() // prepared.columns) if _suits(x, prepared) else REFERENCE
 
 
+def rows_of(x: Tensor) -> int:
+    """Count the rows of a layer's input: its vectors along the last axis."""
+    return x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+
+
 def _suits(x: Tensor, prepared: PreparedWeight) -> bool:
     """Whether kernels compute with such an input: a plain one that fits, and no transform at work."""
     # Each line is paid at every call of a layer that may take no longer than ten of them.

@@ -12,8 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fewbits.nn.base import SUFFIX, QuantizedModule
-from fewbits.nn.classes import quantized_class
+from fewbits.nn.base import SUFFIX, QuantizedModule, made_class, quantized_form, replaces_forward
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import slots
 from fewbits.numerics.plain import not_plain
@@ -37,14 +36,15 @@ def obstacle_to(module: nn.Module, name: str) -> str | None:
         return "TorchScript modules cannot be changed; quantize the module it was made from"
     if isinstance(module, _CONTAINERS) and type(module).__name__ != "ParametrizationList":
         return f"{type(module).__name__} is a container, and would take the stored weight for part of its content"
-    if _goes_through_parameters(type(module)):
+    form, replaced = quantized_form(type(module), (name,))
+    if not replaces_forward(type(module), form, replaced) and _goes_through_parameters(type(module)):
         return f"{type(module).__name__}.forward goes through its parameters, and would miss a quantized one"
     if hasattr(module, name + SUFFIX):
         return f"it has an attribute {name + SUFFIX}, where the quantized weight would go"
     if type(module._parameters.get(name)) is not nn.Parameter:
         return f"it is a {type(module._parameters.get(name)).__name__}, not a plain parameter"
     try:
-        quantized_class(type(module), (name,))
+        made_class(type(module), form, replaced)
     except Exception as error:  # whatever a class does when it is subclassed
         return f"{type(module).__name__} cannot be subclassed ({' '.join(str(error).split())})"
     return None
@@ -79,15 +79,15 @@ def _is_foreign(function: FunctionType) -> bool:
 def held_beside(model: nn.Module) -> dict[str, str]:
     """A reason for each parameter whose memory a module holds elsewhere too: in an attribute, a list, a view.
 
-    Such a reference would go on using the float tensor. The lists that recurrent layers keep are made anew.
+    Such a reference would go on using the float tensor. Attributes that the quantized module rebuilds do no harm.
     """
     parameters = {_memory(slot.tensor) for slot in slots(model) if slot.is_parameter} - {None}
     reasons: dict[Hashable, str] = {}
     for path, module in model.named_modules():
+        ignored = _MODULE_STATE | quantized_form(type(module), ())[0].rebuilt_attributes
         for attribute, value in vars(module).items():
-            # Spectral norm and pruning compute a weight anew, out of its original, before every forward.
-            anew = attribute == "_flat_weights" and isinstance(module, nn.RNNBase)
-            if attribute in _MODULE_STATE or anew or f"{attribute}_orig" in module._parameters:
+            # Spectral norm and pruning compute a weight from its original before every forward.
+            if attribute in ignored or f"{attribute}_orig" in module._parameters:
                 continue
             for tensor in _tensors_in(value):
                 where = f"{path}.{attribute}" if path else attribute

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +12,10 @@ from torch import Tensor, nn
 
 from fewbits._table import render_table
 from fewbits.errors import ArgumentError
-from fewbits.kernels.choose import KERNELS, refusal
-from fewbits.kernels.convolution import way_of_sums
-from fewbits.kernels.reference import REFERENCE, rounds_inputs
-from fewbits.kernels.run import chosen
+from fewbits.kernels.run import rows_of
 from fewbits.nn.base import QuantizedModule, stored_weights
 from fewbits.nn.feeding import feed
-from fewbits.nn.modules import QuantizedConvolution, QuantizedLinear
-from fewbits.nn.stored import PackedWeight, StoredWeight
+from fewbits.nn.stored import PackedWeight
 
 
 @attrs.frozen
@@ -99,7 +94,7 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
 @contextmanager
 def _watched(layers: Mapping[str, QuantizedModule], found: list[Computed]) -> Iterator[None]:
     def watch(name: str) -> Any:
-        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def seen(module: QuantizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.extend(_computed(name, module, [*args, *kwargs.values()]))
 
         return seen
@@ -115,37 +110,12 @@ def _watched(layers: Mapping[str, QuantizedModule], found: list[Computed]) -> It
             handle.remove()
 
 
-def _computed(name: str, module: nn.Module, inputs: Sequence[Any]) -> Iterator[Computed]:
+def _computed(name: str, module: QuantizedModule, inputs: Sequence[Any]) -> Iterator[Computed]:
     x = next((value for value in inputs if isinstance(value, Tensor)), None)
     if x is None:
         return
-    rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     for parameter, weight in stored_weights(module).items():
         path = ".".join(filter(None, (name, parameter)))
         form = weight.form().name if isinstance(weight, PackedWeight) else str(weight.spec)
-        kernel, refused = _way(module, parameter, weight, x, rows)
-        yield Computed(path, str(weight.spec), form, rows, x.dtype, kernel, refused)
-
-
-def _way(
-    module: nn.Module, parameter: str, weight: StoredWeight, x: Tensor, rows: int
-) -> tuple[str, Mapping[str, str]]:
-    """What computes one call, and why what is preferred does not."""
-    if isinstance(weight, PackedWeight):
-        if weight.computes and isinstance(module, QuantizedLinear):
-            return _chosen(x, weight, rows)
-        if isinstance(module, QuantizedConvolution) and parameter == "weight" and rounds_inputs(weight):
-            return way_of_sums(module, weight.form(), x, weight.compute)
-    return REFERENCE.name, {}
-
-
-def _chosen(x: Tensor, weight: PackedWeight, rows: int) -> tuple[str, dict[str, str]]:
-    """The kernel of one call, and what the ones before it in the tuple say."""
-    prepared = weight.prepared()
-    kernel, form = chosen(x, prepared), prepared.form
-    preferred = itertools.takewhile(
-        lambda other: other is not kernel, KERNELS if weight.offered is None else weight.offered
-    )
-    reasons = {other: refusal(other, form, weight.compute) or other.takes(x, rows) for other in preferred}
-    otherwise = f"the weight lies in {form.name}" if rows else "there are no rows"
-    return kernel.name, {other.name: why or otherwise for other, why in reasons.items()}
+        kernel, refused = module.explain_call(parameter, x)
+        yield Computed(path, str(weight.spec), form, rows_of(x), x.dtype, kernel, refused)

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from fewbits.errors import ArgumentError, FewbitsError, SourceError
-from fewbits.nn.base import SUFFIX, QuantizedModule, reads, stored_weights
+from fewbits.nn.base import SUFFIX, QuantizedModule, stored_weights
 from fewbits.nn.classes import quantized_class
 from fewbits.nn.copying import deep_copy
+from fewbits.nn.reading import reads
 from fewbits.nn.saving import allow_save_pretrained
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import Slot
