@@ -18,7 +18,8 @@ from fewbits.checkpoint.serializer import (
 from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.file_writer import Share
 from fewbits.kernels.base import Kernel, Operand
-from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, PackedInt32, WeightLayout
+from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout
 from fewbits.nn.base import QuantizedModule
 from fewbits.nn.modules import (
     QuantizedConv1d,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.packed_mm import filled, suits_bf16
-from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, PackedInt32, WeightLayout
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout
 
 _F = TypeVar("_F", bound=WeightLayout)
 
@@ -28,14 +29,14 @@ class Blocks(Kernel[_F]):
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Any input but float64."""
-        return "inputs in float64 ask for float64 products" if x.dtype == torch.float64 else None
+        return "inputs in float64 need float64 products" if x.dtype == torch.float64 else None
 
 
 class ByteBlocks(Blocks[Int8Rows]):
     """Of `Int8Rows`; where a row has one scale, it is multiplied in after the product."""
 
     name: ClassVar[str] = "byte_blocks"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def supports(self, weight: WeightLayout) -> str | None:
         """What `Int8Rows` can hold."""
@@ -63,7 +64,7 @@ class TileBlocks(Blocks[Int4Tiles]):
     """Of `Int4Tiles`."""
 
     name: ClassVar[str] = "tile_blocks"
-    form = Int4Tiles
+    weight_layout = Int4Tiles
 
     def supports(self, weight: WeightLayout) -> str | None:
         """What `Int4Tiles` can hold."""
@@ -105,15 +106,15 @@ class WordBlocks(Blocks[PackedInt32]):
     """Of `PackedInt32`: codes of any width, with or without levels."""
 
     name: ClassVar[str] = "word_blocks"
-    form = PackedInt32
+    weight_layout = PackedInt32
 
     def supports(self, weight: WeightLayout) -> str | None:
         """Matrices, on the CPU."""
         if weight.scale.device.type != "cpu":
             return f"the weight is on {weight.scale.device}, not on the CPU"
         if len(weight.layout.shape) != 2 or weight.layout.permutation != (0, 1) or not weight.layout.columns:
-            return f"it is no matrix of outputs by inputs, but of shape {weight.layout.shape}"
-        return "it has float64 scales, which ask for float64 products" if weight.scale.dtype == torch.float64 else None
+            return f"it is not a matrix of outputs by inputs, but of shape {weight.layout.shape}"
+        return "it has float64 scales, which need float64 products" if weight.scale.dtype == torch.float64 else None
 
     def linear(self, x: Tensor, weight: PackedInt32) -> Tensor:
         """Block by block."""
@@ -121,7 +122,7 @@ class WordBlocks(Blocks[PackedInt32]):
 
 
 def decoded_blocks(x: Tensor, weight: WeightLayout) -> Tensor:
-    """The product with a weight in any form, whose blocks are decoded as it is defined."""
+    """The product with a weight in any layout, whose blocks are decoded as it is defined."""
     x = x.to(product_dtype(weight))
     rows, columns = weight.layout.matrix_shape
     output = x.new_empty(x.shape[0], rows)

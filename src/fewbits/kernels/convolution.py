@@ -46,7 +46,7 @@ def _refuses_any(weight: WeightLayout, x: Tensor, compute: Compute) -> str | Non
     if weight.scale.device.type != "cpu":
         return f"the weight is on {weight.scale.device}, not on the CPU"
     if x.dtype == torch.float64:
-        return "inputs in float64 ask for float64 products"
+        return "inputs in float64 need float64 products"
     return None if x.numel() else "the input has no elements"
 
 

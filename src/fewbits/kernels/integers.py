@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.packed_mm import filled
-from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, WeightLayout
+from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
 from fewbits.numerics.affine import dynamic_scale, encode_input
 
 _F = TypeVar("_F", bound=WeightLayout)
@@ -36,11 +37,11 @@ class Integers(Kernel[_F]):
     rounds_inputs = True
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """What the form can hold, if the sums fit."""
-        reason: str | None = self.form.refuses(weight)
+        """What the layout can hold, if the sums fit."""
+        reason: str | None = self.weight_layout.refuses(weight)
         if reason:
             return reason
-        if weight.spec.granularity == "group" and self.form is Int8Rows:
+        if weight.spec.granularity == "group" and self.weight_layout is Int8Rows:
             return "its sums are of whole rows, and it has groups"
         if weight.layout.columns > MOST_INPUTS:
             return f"sums of {weight.layout.columns} products may not fit int32"
@@ -48,14 +49,14 @@ class Integers(Kernel[_F]):
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Any input but float64, whose sums are rounded to float64."""
-        return "inputs in float64 ask for float64 products" if x.dtype == torch.float64 else None
+        return "inputs in float64 need float64 products" if x.dtype == torch.float64 else None
 
 
 class IntMM(Integers[Int8Rows]):
     """``torch._int_mm``, where it is exact and the CPU has instructions for it."""
 
     name = "int_mm"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def supports(self, weight: WeightLayout) -> str | None:
         """One scale a row, or one for all; zero points or none."""
@@ -74,7 +75,7 @@ class FloatSums(Integers[Int8Rows]):
     """Sums of whole numbers in float32, over as many inputs at a time as they are exact for."""
 
     name = "float_sums"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Not where torch may round the factors of a float product."""
@@ -103,7 +104,7 @@ class GroupedIntMM(Integers[Int4Tiles]):
     """``torch._int_mm`` over one group of four-bit codes after the other; each sum is exact, then scaled and added."""
 
     name = "grouped_int_mm"
-    form = Int4Tiles
+    weight_layout = Int4Tiles
     #: Below, the products of single groups are too small to pay.
     LEAST_ROWS = 128
 

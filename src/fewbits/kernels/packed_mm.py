@@ -14,14 +14,15 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, WeightLayout
+from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
 
 
 class Int8PackMM(Kernel[Int8Rows]):
     """``torch._weight_int8pack_mm``; scales are multiplied in afterwards, in float32."""
 
     name = "int8pack_mm"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def supports(self, weight: WeightLayout) -> str | None:
         """Symmetric codes with one scale a row, or one for all."""
@@ -56,7 +57,7 @@ class Int4PackMM(Kernel[Int4Tiles]):
     """``torch.ops.aten._weight_int4pack_mm_for_cpu``."""
 
     name = "int4pack_mm"
-    form = Int4Tiles
+    weight_layout = Int4Tiles
 
     def supports(self, weight: WeightLayout) -> str | None:
         """What `Int4Tiles` can hold, in tiles of this CPU: an exported program may have been made on another."""
@@ -89,7 +90,7 @@ def suits_bf16(weight: WeightLayout) -> bool:
 def few_rows(x: Tensor, rows: int, most: int) -> str | None:
     """Why an input does not suit a kernel that is bound by the weight's bytes."""
     if x.dtype == torch.float64:
-        return "inputs in float64 ask for float64 products"
+        return "inputs in float64 need float64 products"
     return f"{rows} rows are more than {most}" if rows > most else None
 
 

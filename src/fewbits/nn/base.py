@@ -122,7 +122,7 @@ class QuantizedModule(nn.Module):
         return None if axes is None else Layout.of(shape, inputs=axes)
 
     def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
-        """Name the kernel that computes with a stored weight for this input, and why each preferred kernel does not.
+        """Name the kernel that computes with a stored weight for this input, and say why preferred kernels do not.
 
         Args:
             name: the parameter.

@@ -1,4 +1,4 @@
-"""`explain`: which kernel computes each layer, and why not a faster one."""
+"""`explain`: which kernel computes each layer, and why a faster one does not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fewbits.errors import ArgumentError
 from fewbits.kernels.run import rows_of
 from fewbits.nn.base import QuantizedModule, stored_weights
 from fewbits.nn.feeding import feed
-from fewbits.nn.stored import PackedWeight
+from fewbits.nn.packed import PackedWeight
 
 
 @attrs.frozen
@@ -24,17 +24,17 @@ class Computed:
 
     Attributes:
         name: the layer.
-        scheme: how its weight is stored.
-        form: the form that the weight is in.
-        rows: rows of its input.
-        dtype: of its input.
+        scheme: the spec of its weight.
+        weight_layout: the layout of the weight in memory.
+        rows: the number of rows of its input.
+        dtype: the dtype of its input.
         kernel: the kernel that computed it.
-        refused: the kernels that were preferred, by name, and why each did not.
+        refused: for each preferred kernel, by name, why it did not compute.
     """
 
     name: str
     scheme: str
-    form: str
+    weight_layout: str
     rows: int
     dtype: torch.dtype
     kernel: str
@@ -43,14 +43,15 @@ class Computed:
 
 @attrs.frozen
 class Explanation:
-    """What `explain` found: one row for each call of a quantized layer, in the order of calls."""
+    """The answer of `explain`: one row for each call of a quantized layer, in the order of calls."""
 
     rows: Sequence[Computed]
 
     def __str__(self) -> str:
-        head = ("layer", "scheme", "form", "rows", "input", "kernel")
+        head = ("layer", "scheme", "layout", "rows", "input", "kernel")
         table = [
-            (r.name, r.scheme, r.form, str(r.rows), str(r.dtype).removeprefix("torch."), r.kernel) for r in self.rows
+            (r.name, r.scheme, r.weight_layout, str(r.rows), str(r.dtype).removeprefix("torch."), r.kernel)
+            for r in self.rows
         ]
         reasons: dict[tuple[str, str, str], str] = {}
         for row in self.rows:
@@ -62,18 +63,18 @@ class Explanation:
 
 @torch.no_grad()
 def explain(model: nn.Module, example_input: Any) -> Explanation:
-    """Run a model once, and tell which kernel computed each quantized layer, and why the preferred ones did not.
+    """Run a model once; report which kernel computed each quantized layer, and why preferred kernels did not.
 
     Args:
-        model: a quantized model; it is run in its own mode, without gradients.
+        model: a quantized model. It runs in its current mode, without gradients.
         example_input: a tensor, a tuple of arguments, or a mapping: its entries are keyword arguments, unless the
             model takes the whole mapping as one argument, as `SentenceTransformer` does.
 
     Returns:
-        rows for programs, and a table as text.
+        an explanation: rows for programs; ``str()`` of it is a table.
 
     Raises:
-        ArgumentError: if it is no model, nothing in it is quantized, or `example_input` is None.
+        ArgumentError: if it is not a model, has no quantized layer, or `example_input` is None.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"explain takes a model, not a {type(model).__name__}")
@@ -116,6 +117,6 @@ def _computed(name: str, module: QuantizedModule, inputs: Sequence[Any]) -> Iter
         return
     for parameter, weight in stored_weights(module).items():
         path = ".".join(filter(None, (name, parameter)))
-        form = weight.form().name if isinstance(weight, PackedWeight) else str(weight.spec)
+        layout = weight.weight_layout().name if isinstance(weight, PackedWeight) else str(weight.spec)
         kernel, refused = module.explain_call(parameter, x)
-        yield Computed(path, str(weight.spec), form, rows_of(x), x.dtype, kernel, refused)
+        yield Computed(path, str(weight.spec), layout, rows_of(x), x.dtype, kernel, refused)

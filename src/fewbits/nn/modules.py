@@ -21,7 +21,8 @@ from fewbits.kernels.convolution import FLOATS, PATCHES, sums_of_patches, way_of
 from fewbits.kernels.reference import check_floating, integer_product, rounds_inputs
 from fewbits.kernels.run import chosen, linear, rows_of
 from fewbits.nn.base import QuantizedModule, form_of, stored_weights
-from fewbits.nn.stored import PackedWeight, StoredWeight
+from fewbits.nn.packed import PackedWeight
+from fewbits.nn.stored import StoredWeight
 from fewbits.numerics.layout import Layout
 
 
@@ -48,8 +49,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         kernel = chosen(x, prepared)
         offered = KERNELS if weight.offered is None else weight.offered
         preferred = itertools.takewhile(lambda other: other is not kernel, offered)
-        reasons = {k: refusal(k, prepared.form, weight.compute) or k.takes(x, rows) for k in preferred}
-        otherwise = f"the weight lies in {prepared.form.name}" if rows else "there are no rows"
+        reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
+        otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
         return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class QuantizedConvolution(QuantizedModule):
         weight = self.weight_stored
         if name != "weight" or not isinstance(weight, PackedWeight) or not rounds_inputs(weight):
             return super().explain_call(name, x)
-        return way_of_sums(self, weight.form(), x, weight.compute)
+        return way_of_sums(self, weight.weight_layout(), x, weight.compute)
 
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         spatial, bias, stored = len(self.kernel_size), _bias(self), self.weight_stored
@@ -80,10 +81,10 @@ class QuantizedConvolution(QuantizedModule):
             return convolve(input, weight, None if bias is None else bias.to(input.dtype))
         sums, sum_dtype = None, torch.float64
         if isinstance(stored, PackedWeight) and not torch.compiler.is_compiling():
-            form = stored.form()
-            way, _ = way_of_sums(self, form, input, stored.compute)
+            prepacked = stored.weight_layout()
+            way, _ = way_of_sums(self, prepacked, input, stored.compute)
             if way == PATCHES:
-                sums = partial(sums_of_patches, module=self, weight=form)
+                sums = partial(sums_of_patches, module=self, weight=prepacked)
             elif way == FLOATS:
                 sum_dtype = torch.float32
         # One scale per sample; an input without a batch axis is one sample.
