@@ -189,7 +189,7 @@ def test_what_a_reader_hands_out_is_never_written_to(path):
 
 
 class Asking(nn.Linear):
-    """Reads its weight in a way of its own."""
+    """Computes its weight itself."""
 
     def __getattr__(self, name):
         return super().__getattr__("bias" if name == "weight" and name not in self._parameters else name)
@@ -204,7 +204,7 @@ def test_a_module_that_would_miss_its_weight_leaves_the_whole_model_as_it_was(ma
     quantizer.save(tmp_path / "file")
     into = nn.ModuleDict({"a": seeded(make, 1), "z": Asking(8, 8)})
     before, held = snapshot(into), [id(tensor) for tensor in tensors_in(into)]
-    with pytest.raises(SourceError, match="Asking reads its attribute weight in a way of its own"):
+    with pytest.raises(SourceError, match="Asking computes its attribute weight itself"):
         fewbits.load(tmp_path / "file", into=into, compute=compute)
     assert snapshot(into).equals(before)
     assert [id(tensor) for tensor in tensors_in(into)] == held

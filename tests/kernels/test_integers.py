@@ -220,5 +220,5 @@ def test_zero_points_and_sums_cannot_overflow_together():
 @needs_int_mm
 def test_zero_points_are_not_for_groups():
     spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
-    assert GROUPED.supports(any_words(spec, 64, 64)) == "it has no zero points"
+    assert GROUPED.supports(any_words(spec, 64, 64)) == "it takes no zero points"
     assert isinstance(any_words(spec, 64, 64), PackedInt32)

@@ -67,7 +67,7 @@ class Kernel(ABC, Generic[_L]):
 
     @abstractmethod
     def supports(self, weight: WeightLayout) -> str | None:
-        """Say why this kernel cannot compute with a weight, in whatever layout it is now; None if it can."""
+        """Say why this kernel cannot compute with a weight, which may be in any layout; None if it can."""
 
     @abstractmethod
     def takes(self, x: Tensor, rows: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The reference: the definition of what a layer computes. Other kernels are measured against it.
+"""The reference defines the output of a layer. Other kernels are measured against it.
 
 Without int8 activations, a weight is dequantized to the input's dtype and used in the float operation. With them,
 inputs are rounded to int8, integer products are summed exactly, and the sum is multiplied with both scales.
@@ -116,7 +116,7 @@ def integer_product(
         sample = tuple(range(-1 - spatial, 0))
         x_scale = dynamic_scale(still, sample) if weight.input_scale is None else weight.input_scale.to(dtype)
         codes = encode_input(still, x_scale)
-        # NaN has no integer code: what holds some goes the way that keeps it. A transform lets nobody look.
+        # NaN has no integer code: `product` carries it to the output. Transforms do not allow the check.
         if sums is None or is_transformed(x) or codes.sum().isnan():
             # Autocast does not touch float64; it would round sums in float32.
             with nullcontext() if sum_dtype == torch.float64 else torch.autocast("cpu", enabled=False):

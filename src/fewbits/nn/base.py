@@ -32,7 +32,7 @@ _WAY_OUT = (
 #: The attribute of classes made at run time: the registered class whose forward the quantized form may replace.
 _REPLACED = "_replaced_class"
 
-#: Classes made at run time, by what they were made from: the same pair gives the same class.
+#: Classes made at run time, by float class, quantized form, and replaced class.
 _made: dict[tuple[type[nn.Module], type[QuantizedModule], type[nn.Module]], type[QuantizedModule]] = {}
 
 #: The quantized form of each registered class, by class or by full name.
@@ -45,7 +45,7 @@ class QuantizedModule(nn.Module):
     A forward that reads its parameters as attributes, as all of torch does, needs no change. One forward dequantizes a
     parameter once, however often it reads it. Outside of the module's own forward the tensor is read-only.
 
-    A subclass declares what fewbits must know of a float class. It is registered for its `float_class`; `register`
+    A subclass holds the declarations for a float class. It is registered for its `float_class`; `register`
     names more classes.
 
     Attributes:
@@ -89,7 +89,7 @@ class QuantizedModule(nn.Module):
 
         A forward that this class defines replaces the forward of `float_class`; a subclass that overrides `forward`
         keeps its own. A later registration for the same class replaces an earlier one. Modules that are quantized
-        already stay as they are.
+        already do not change.
 
         Args:
             float_class: the class, or its full name (``"package.module.Class"``) if it should not be imported.

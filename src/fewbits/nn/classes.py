@@ -1,4 +1,4 @@
-"""Look up what the quantized form of a float module declares."""
+"""Look up the declarations of the quantized form of a float module."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The quantized forms of classes that compute with a stored weight, or that need to declare something.
 
 Each form of a torch class is a subclass of that class: ``isinstance`` and every option of the float module keep their
-meaning. `fewbits.nn.swap` changes the class of a float module to its form; nobody constructs a form.
+meaning. `fewbits.nn.swap` changes the class of a float module to its form.
 """
 
 from __future__ import annotations

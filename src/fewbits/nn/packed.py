@@ -93,7 +93,7 @@ class PackedWeight(StoredWeight):
         Args:
             compute: how the layer may gain speed.
             kernels: the kernels to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
-            reuse_memory: whether the memory of the words may be overwritten: nobody else holds or reads it.
+            reuse_memory: whether the memory of the words may be overwritten, if nobody else uses it.
 
         Raises:
             ArgumentError: if the layout of the kernel cannot be registered.

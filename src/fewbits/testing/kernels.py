@@ -30,7 +30,7 @@ from fewbits.testing.kernel_outputs import (
 from fewbits.testing.strategies import FLOATS
 
 _WHY = Contract("fewbits.extend.Kernel.supports", "Say why this kernel cannot compute with a weight")
-_FORMS = Contract("fewbits.extend.Kernel.supports", "in whatever layout it is now")
+_FORMS = Contract("fewbits.extend.Kernel.supports", "which may be in any layout")
 _TAKES = Contract("fewbits.extend.Kernel.takes", "Say why this kernel does not compute with an input of so many rows")
 _FORM = Contract("fewbits.extend.Kernel.prepack", "Convert a weight to the layout that this kernel reads")
 _UNCHANGED = Contract("fewbits.extend.Kernel.linear", "Neither argument is changed")
