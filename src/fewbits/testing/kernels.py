@@ -99,7 +99,9 @@ def prepacking_loses_nothing(setup: KernelSetup) -> None:
         if packed is not None:
             kernel, layout = packed
             fits = isinstance(layout, kernel.weight_layout)
-            expect(fits, f"{weight.spec}: prepacked as {type(layout).__name__}, not {kernel.weight_layout.__name__}", _FORM)
+            expect(
+                fits, f"{weight.spec}: prepacked as {type(layout).__name__}, not {kernel.weight_layout.__name__}", _FORM
+            )
             _check_layout(weight, layout)
             _check_layout(weight, kernel.prepack(layout))
             _check_layout(weight, kernel.prepack(attrs.evolve(weight, packed=weight.packed.clone()), reuse_memory=True))
