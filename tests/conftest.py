@@ -25,7 +25,7 @@ LEFT_OUT = pytest.StashKey[set[str]]()
 @pytest.fixture
 def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers compute as the reference does, for tests that compare its bits: kernels have tests of their own."""
-    monkeypatch.setattr("fewbits.nn.stored.KERNELS", ())
+    monkeypatch.setattr("fewbits.nn.packed.KERNELS", ())
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_a_weight_that_is_also_in_a_list_of_its_module_is_kept():
     model, x = nn.Sequential(Behind(), nn.Linear(32, 32)), torch.ones(2, 32)
     result = fewbits.quantize(model, "int8")
     row = result.ledger["0.layer.weight"]
-    assert (row.fate, row.reason) == ("kept", "0.weights holds it too, and would go on using the float tensor")
+    assert (row.fate, row.reason) == ("kept", "0.weights holds it too, and would keep using the float tensor")
     assert torch.equal(result.model[0](x), model[0](x))
     result.model[0].layer.weight.data.zero_()
     assert not result.model[0](x).any()

@@ -18,6 +18,20 @@ from fewbits.checkpoint.serializer import (
 from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.file_writer import Share
 from fewbits.kernels.base import Kernel, Operand
+from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout
+from fewbits.nn.base import QuantizedModule
+from fewbits.nn.modules import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+    QuantizedLinear,
+)
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.spec import Spec
 from fewbits.observers.base import Observer
@@ -31,12 +45,25 @@ __all__ = [
     "Decision",
     "Entry",
     "Header",
+    "Int4Tiles",
+    "Int8Rows",
     "Kernel",
     "Layout",
     "Observed",
     "Observer",
     "Operand",
+    "PackedInt32",
     "Progress",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedConvTranspose1d",
+    "QuantizedConvTranspose2d",
+    "QuantizedConvTranspose3d",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
+    "QuantizedLinear",
+    "QuantizedModule",
     "Reader",
     "ResumableWriter",
     "SafetensorsSerializer",
@@ -45,6 +72,7 @@ __all__ = [
     "Share",
     "Spec",
     "TensorInfo",
+    "WeightLayout",
     "WeightMatrix",
     "Writer",
 ]

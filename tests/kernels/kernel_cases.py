@@ -26,7 +26,7 @@ BY_NAME: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in choose.KERN
 def any_words(
     spec: QuantSpec, rows: int, columns: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PackedInt32:
-    """Any codes, scales of both signs and any zero points, in the canonical form."""
+    """Any codes, scales of both signs and any zero points, in the canonical layout."""
     draws, shape = generator(seed), spec.scale_shape(rows, columns)
     scale = torch.rand(shape, generator=draws).add_(0.1) * (1 - 2 * torch.randint(2, shape, generator=draws))
     return with_codes(

@@ -78,12 +78,12 @@ def test_int8_rounds_inputs_of_schemes_that_leave_them_alone():
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("compute", ["auto", "int8"])
-def test_all_kernels_of_a_layer_read_the_form_that_it_has(spec, compute):
+def test_all_kernels_of_a_layer_read_the_layout_that_it_has(spec, compute):
     words = any_words(spec, 64, 256)
     kernels = kernels_for(words, compute)
-    form = kernels[0].prepack(words)
-    assert all(isinstance(form, kernel.form) for kernel in kernels)
-    assert kernels_reading(form, compute, KERNELS) == kernels
+    layout = kernels[0].prepack(words)
+    assert all(isinstance(layout, kernel.weight_layout) for kernel in kernels)
+    assert kernels_reading(layout, compute, KERNELS) == kernels
     for rows in ROWS:
         x = normal(rows, 256)
         assert choose(kernels, x, rows).takes(x, rows) is None
@@ -104,10 +104,10 @@ def test_nothing_to_compute_is_the_reference_s():
     [
         ("int8pack_mm", any_words(INT8, 64, 64), "exact", "compute is 'exact'"),
         ("int8pack_mm", any_words(attrs.evolve(INT8, activations="static"), 64, 64), "auto", "has static int8 inputs"),
-        ("float_sums", any_words(INT8, 64, 64), "auto", "the scheme leaves inputs as they are"),
-        ("int8pack_mm", any_words(ASYMMETRIC8, 64, 64), "auto", "it has no zero points"),
-        ("int8pack_mm", any_words(GROUPS8, 64, 64), "auto", "it has no scales for groups"),
-        ("float_sums", any_words(GROUPS8, 64, 64), "int8", "it has groups"),
+        ("float_sums", any_words(INT8, 64, 64), "auto", "the scheme does not round inputs"),
+        ("int8pack_mm", any_words(ASYMMETRIC8, 64, 64), "auto", "it takes no zero points"),
+        ("int8pack_mm", any_words(GROUPS8, 64, 64), "auto", "it takes no scales for groups"),
+        ("float_sums", any_words(GROUPS8, 64, 64), "int8", "the weight has groups"),
         ("int8pack_mm", any_words(INT8, 31, 64), "auto", "too few for 50 dB"),
         ("word_blocks", any_words(INT8, 64, 64, dtype=torch.float64), "auto", "float64 scales"),
     ],
@@ -132,7 +132,7 @@ def test_what_is_no_setting_is_refused(value):
 class Mine(Kernel):
     """Somebody else's kernel."""
 
-    name, form = "mine", PackedInt32
+    name, weight_layout = "mine", PackedInt32
 
     def supports(self, weight):
         return None
@@ -179,17 +179,17 @@ class Pool:
         self.own = min(measure(*pair).sqnr_db for pair in zip(weights, values, strict=True))
         self.words = [PackedInt32.of_value(value) for value in values]
         self.kernels = kernels_for(self.words[0], "auto")
-        self.forms = [self.kernels[0].prepack(words) for words in self.words]
+        self.layouts = [self.kernels[0].prepack(words) for words in self.words]
         self.dense = [decoded(words) for words in self.words]
         self.inputs, self.dtype = shape[1], dtype
 
     def heard(self, kind, rows):
         """SQNR of the outputs in dB, so many rows at a time."""
         found, expected = [], []
-        for seed, (form, dense) in enumerate(zip(self.forms, self.dense, strict=True)):
+        for seed, (layout, dense) in enumerate(zip(self.layouts, self.dense, strict=True)):
             x = inputs(kind, max(16, rows), self.inputs, seed).to(self.dtype)
             parts = [x[start : start + rows] for start in range(0, len(x) - rows + 1, rows)]
-            found += [choose(self.kernels, part, rows).linear(part, form).double().flatten() for part in parts]
+            found += [choose(self.kernels, part, rows).linear(part, layout).double().flatten() for part in parts]
             expected += [(part.double() @ dense.t()).flatten() for part in parts]
         return noise_db(torch.cat(found), torch.cat(expected))
 
@@ -262,17 +262,17 @@ def test_layers_of_a_real_model_read_50_db_or_10_more_than_the_weights(minilm, s
     layers = dict(fewbits.quantize(model, scheme, validate=False).model.named_modules())
     for name, x in given.items():
         stored = layers[name].weight_stored
-        form, dense = stored.form(), decoded(stored.form())
+        layout, dense = stored.weight_layout(), decoded(stored.weight_layout())
         own = measure(model.get_submodule(name).weight, stored.value()).sqnr_db
         for rows in (1, 8, len(x)):
             rounds = [part for part in x[: max(64, rows)].split(rows) if len(part) == rows]
-            found = torch.cat([choose(stored.kernels, part, rows).linear(part, form).double() for part in rounds])
+            found = torch.cat([choose(stored.kernels, part, rows).linear(part, layout).double() for part in rounds])
             heard = noise_db(found, torch.cat(rounds).double() @ dense.t())
             assert heard >= min(50.0, own + 10), f"{name}, {rows} rows: {heard:.1f} dB, weights {own:.1f}"
     assert len(given) >= 37
 
 
 def test_an_int8_layer_is_in_bytes_and_an_int4_layer_in_tiles_where_torch_has_them():
-    assert isinstance(quantized(linear(64, 64), INT8).weight_stored.form(), Int8Rows)
-    expected = "tiles" if features.tile_width() else "words"
-    assert quantized(linear(64, 64), INT4).weight_stored.form().name == expected
+    assert isinstance(quantized(linear(64, 64), INT8).weight_stored.weight_layout(), Int8Rows)
+    expected = "int4_tiles" if features.tile_width() else "packed_int32"
+    assert quantized(linear(64, 64), INT4).weight_stored.weight_layout().name == expected

@@ -84,7 +84,7 @@ def test_an_ensemble_of_stacked_weights(rows):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_threads_that_change_the_form_of_a_weight_change_no_output(scheme):
+def test_threads_that_change_the_layout_of_a_weight_change_no_output(scheme):
     module, x = layer(scheme), normal(20, SHAPE[1]).requires_grad_()
     before, good = {k: v.clone() for k, v in module.state_dict().items()}, module(x).detach()
     found, done = collections.Counter(), threading.Event()

@@ -68,7 +68,7 @@ def test_every_layer_has_a_row():
     by_name = {row.name: row for row in found.rows}
     assert by_name["up.weight"].rows == 6
     assert by_name["up.weight"].dtype == torch.float32
-    assert by_name["up.weight"].form == "bytes"
+    assert by_name["up.weight"].weight_layout == "int8_rows"
     assert by_name["up.weight"].scheme == "int8 channel"
 
 
@@ -107,14 +107,14 @@ def test_reasons_are_what_kernels_say():
     module = quantized(linear(200, 130), INT8)
     (row,) = fewbits.explain(module, normal(500, 130)).rows
     assert "500 rows are more than" in row.refused["int8pack_mm"]
-    assert row.refused["float_sums"] == "compute is 'auto', and the scheme leaves inputs as they are"
+    assert row.refused["float_sums"] == "compute is 'auto', and the scheme does not round inputs"
     (row,) = fewbits.explain(quantized(linear(100, 130), INT8, "exact"), normal(5, 130)).rows
     assert set(row.refused.values()) == {"compute is 'exact'"}
     (row,) = fewbits.explain(module, normal(5, 130, dtype=torch.float64)).rows
     assert "float64" in row.refused["byte_blocks"]
 
 
-def test_an_input_without_rows_is_no_refusal_of_a_form():
+def test_an_input_without_rows_is_no_refusal_of_a_layout():
     (row,) = fewbits.explain(quantized(linear(100, 130), INT8), normal(0, 130)).rows
     assert row.kernel == "reference"
     assert "the weight lies in bytes" not in row.refused["byte_blocks"]

@@ -186,11 +186,11 @@ def test_float_sums_step_aside_where_torch_may_round_factors():
 def test_the_default_dtype_changes_nothing(kernel):
     spec = QuantSpec(bits=4, granularity="group", group_size=64) if kernel is GROUPED else INT8
     words, x = any_words(spec, 64, 128), normal(130, 128)
-    form = kernel.prepack(words)
-    expected = kernel.linear(x, form)
+    layout = kernel.prepack(words)
+    expected = kernel.linear(x, layout)
     torch.set_default_dtype(torch.float64)
     try:
-        found = kernel.linear(x, form)
+        found = kernel.linear(x, layout)
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
@@ -220,5 +220,5 @@ def test_zero_points_and_sums_cannot_overflow_together():
 @needs_int_mm
 def test_zero_points_are_not_for_groups():
     spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
-    assert GROUPED.supports(any_words(spec, 64, 64)) == "it has no zero points"
+    assert GROUPED.supports(any_words(spec, 64, 64)) == "it takes no zero points"
     assert isinstance(any_words(spec, 64, 64), PackedInt32)

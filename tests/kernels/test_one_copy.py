@@ -1,4 +1,4 @@
-"""A private form takes the place of the canonical codes, and gives them back exactly, at any time, to anybody."""
+"""A private layout takes the place of the canonical codes, and gives them back exactly, at any time, to anybody."""
 
 import copy
 import gc
@@ -16,7 +16,7 @@ from torch import nn
 import fewbits
 from fewbits import QuantSpec
 from fewbits.kernels import features
-from fewbits.kernels.weight_layouts import Int4Tiles
+from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.numerics.tensor import same_bits
 from kernels.kernel_cases import INT4, INT8, Of, exactly, linear, noise_db, normal, quantized
 
@@ -39,7 +39,7 @@ def module(request):
 
 @pytest.fixture
 def state(module):
-    """The canonical form."""
+    """The canonical layout."""
     return canonical(exactly(module))
 
 
@@ -64,7 +64,7 @@ def test_the_canonical_words_go(module):
     words = weakref.ref(held(module)["packed"])
     fewbits.set_compute(module, "auto")
     gc.collect()
-    kept = module.weight_stored.form().name == "words"
+    kept = module.weight_stored.weight_layout().name == "packed_int32"
     assert (words() is not None) == kept
     assert ("packed" in held(module)) == kept
 
@@ -78,7 +78,7 @@ def test_the_canonical_words_go(module):
     ],
     ids=str,
 )
-def test_a_form_takes_little_more_than_the_codes(spec, most):
+def test_a_layout_takes_little_more_than_the_codes(spec, most):
     module = quantized(linear(512, 1024), spec)
     assert stored_bytes(held(module)) <= most * stored_bytes(held(exactly(module)))
 
@@ -101,7 +101,7 @@ def test_state_dict(module, state):
     assert alike({k.removeprefix("a."): v for k, v in nn.ModuleDict({"a": module}).state_dict().items()}, state)
 
 
-def test_a_state_dict_is_a_copy_of_a_private_form(module, state):
+def test_a_state_dict_is_a_copy_of_a_private_layout(module, state):
     """What somebody does with it does not reach the layer, as it does not reach a float one that is deep-copied."""
     taken = copy.deepcopy(module.state_dict())
     with torch.no_grad():
@@ -126,28 +126,28 @@ def test_copies_and_pickles(module, state, compute):
     for storage_spec, other in made.items():
         assert alike(other.state_dict(), state), storage_spec
         assert other.weight_stored.compute == compute
-        assert type(other.weight_stored.form()) is type(module.weight_stored.form())
+        assert type(other.weight_stored.weight_layout()) is type(module.weight_stored.weight_layout())
         with torch.no_grad():
             for rows in (1, 40):
                 assert torch.equal(other(normal(rows, SHAPE[1])), module(normal(rows, SHAPE[1]))), storage_spec
 
 
-def test_a_pickle_holds_the_canonical_form_alone(module):
+def test_a_pickle_holds_the_canonical_layout_alone(module):
     assert abs(len(pickle.dumps(module)) - len(pickle.dumps(exactly(module)))) < 200
 
 
-def test_a_pickle_takes_the_form_that_suits_the_cpu_that_reads_it(monkeypatch):
+def test_a_pickle_takes_the_layout_that_suits_the_cpu_that_reads_it(monkeypatch):
     module = quantized(linear(*SHAPE), INT4)
     data, state = pickle.dumps(module), module.state_dict()
     for width in features.WIDTHS:
         monkeypatch.setattr(features, "tile_width", lambda width=width: width)
         other = pickle.loads(data)
-        form = other.weight_stored.form()
-        assert isinstance(form, Int4Tiles)
-        assert form.width == width
+        layout = other.weight_stored.weight_layout()
+        assert isinstance(layout, Int4Tiles)
+        assert layout.width == width
         assert alike(other.state_dict(), state)
     monkeypatch.setattr(features, "tile_width", lambda: None)
-    assert pickle.loads(data).weight_stored.form().name == "words"
+    assert pickle.loads(data).weight_stored.weight_layout().name == "packed_int32"
 
 
 def test_a_changed_dtype_changes_no_stored_tensor(module, state):
@@ -173,7 +173,7 @@ def test_the_meta_device_and_back(module, state):
         for rows in (1, 40):
             # What computes here is what would have, had it never been away.
             assert torch.equal(other(normal(rows, SHAPE[1])), module(normal(rows, SHAPE[1])))
-    assert type(other.weight_stored.form()) is type(module.weight_stored.form())
+    assert type(other.weight_stored.weight_layout()) is type(module.weight_stored.weight_layout())
 
 
 def test_to_empty_and_load(module, state):

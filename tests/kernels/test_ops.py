@@ -11,7 +11,8 @@ import fewbits
 from fewbits import QuantSpec
 from fewbits.kernels import features, ops
 from fewbits.kernels.choose import KERNELS
-from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, PackedInt32
+from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.testing.kernel_outputs import exact
 from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
 
@@ -27,13 +28,13 @@ SPECS = [
 ]
 
 
-def forms_of(words):
-    """The weight in every form that can hold it."""
-    yield from (form.of(words) for form in (PackedInt32, Int8Rows, Int4Tiles) if form.refuses(words) is None)
+def layouts_of(words):
+    """The weight in every layout that can hold it."""
+    yield from (layout.of(words) for layout in (PackedInt32, Int8Rows, Int4Tiles) if layout.refuses(words) is None)
 
 
-def arguments(form, compute="auto"):
-    return list(form.tensors().values()), ops.describe(form, compute, KERNELS)
+def arguments(layout, compute="auto"):
+    return list(layout.tensors().values()), ops.describe(layout, compute, KERNELS)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -41,26 +42,28 @@ def arguments(form, compute="auto"):
 @pytest.mark.parametrize("rows", [(), (1,), (200,), (2, 3)], ids=str)
 def test_the_operation_is_what_it_says(spec, dtype, rows):
     """Odd sizes: what a kernel fills up must not be seen. Shapes, strides and aliases are compared with the fake's."""
-    for form in forms_of(any_words(spec, 100, 130)):
+    for layout in layouts_of(any_words(spec, 100, 130)):
         x = normal(*rows, 130, dtype=dtype)
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.fewbits.linear.default, (x, *arguments(form)), test_utils=tests)
+        torch.library.opcheck(torch.ops.fewbits.linear.default, (x, *arguments(layout)), test_utils=tests)
 
 
 @pytest.mark.parametrize("spec", [INT8, INT4, SPECS[-1]], ids=str)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_the_operation_can_be_differentiated_and_traced(spec):
-    for form in forms_of(any_words(spec, 100, 130)):
+    for layout in layouts_of(any_words(spec, 100, 130)):
         x = normal(5, 130).requires_grad_()
-        torch.library.opcheck(torch.ops.fewbits.linear.default, (x, *arguments(form)))
+        torch.library.opcheck(torch.ops.fewbits.linear.default, (x, *arguments(layout)))
 
 
 @pytest.mark.parametrize("spec", [INT8, INT4, SPECS[-1]], ids=str)
 def test_the_gradient_is_an_operation_too(spec):
-    for form in forms_of(any_words(spec, 100, 130)):
+    for layout in layouts_of(any_words(spec, 100, 130)):
         x, grad = normal(2, 5, 130), normal(2, 5, 100)
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        torch.library.opcheck(torch.ops.fewbits.linear_gradient.default, (grad, x, *arguments(form)), test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.fewbits.linear_gradient.default, (grad, x, *arguments(layout)), test_utils=tests
+        )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -93,9 +96,9 @@ def test_the_operation_chooses_from_the_kernels_that_the_layer_has(names):
 
 
 def test_a_description_is_plain_text_without_the_weight():
-    form = Int8Rows.of(any_words(INT8, 100, 130))
-    fields = json.loads(ops.describe(form, "auto", KERNELS))
-    assert fields["form"] == "bytes"
+    layout = Int8Rows.of(any_words(INT8, 100, 130))
+    fields = json.loads(ops.describe(layout, "auto", KERNELS))
+    assert fields["weight_layout"] == "int8_rows"
     assert fields["tensors"] == ["signed", "scale"]
     assert QuantSpec.__name__ not in json.dumps(fields)
 
@@ -108,27 +111,27 @@ def test_tiles_of_another_instruction_set_are_computed_right(symmetric, monkeypa
     words, x = any_words(attrs.evolve(INT4, symmetric=symmetric), 130, 192), normal(200, 192)
     for width in features.WIDTHS:
         monkeypatch.setattr(features, "tile_width", lambda width=width: width)
-        form = Int4Tiles.of(words)
-        assert form.width == width
+        layout = Int4Tiles.of(words)
+        assert layout.width == width
         monkeypatch.setattr(features, "tile_width", lambda: own)
         for rows in (1, 3, 200):
-            found = torch.ops.fewbits.linear(x[:rows], *arguments(form))
+            found = torch.ops.fewbits.linear(x[:rows], *arguments(layout))
             assert noise_db(found, exact(words, x[:rows], rounds=False)[0]) > 45
             if width != own:
-                assert BY_NAME["int4pack_mm"].supports(form) is not None
+                assert BY_NAME["int4pack_mm"].supports(layout) is not None
 
 
 @torch.no_grad()
-def test_forms_that_this_cpu_would_not_choose_are_computed_right(monkeypatch):
+def test_layouts_that_this_cpu_would_not_choose_are_computed_right(monkeypatch):
     """Of a program that was exported where kernels were others."""
     for spec in (INT8, INT4):
         words, x = any_words(spec, 130, 192), normal(60, 192)
-        described = [(form, arguments(form)) for form in forms_of(words)]
+        described = [(layout, arguments(layout)) for layout in layouts_of(words)]
         for name in ("has_bf16", "has_int8pack", "tile_width", "int_mm_is_exact", "has_vnni"):
             monkeypatch.setattr(features, name, lambda: None)
-        for form, given in described:
+        for layout, given in described:
             found = torch.ops.fewbits.linear(x, *given)
-            assert noise_db(found, exact(words, x, rounds=False)[0]) > 45, form.name
+            assert noise_db(found, exact(words, x, rounds=False)[0]) > 45, layout.name
         monkeypatch.undo()
 
 
@@ -136,7 +139,7 @@ def test_forms_that_this_cpu_would_not_choose_are_computed_right(monkeypatch):
 
 
 class Block(nn.Module):
-    """Layers in several forms, with a residual and a reshape between them."""
+    """Layers in several layouts, with a residual and a reshape between them."""
 
     def __init__(self):
         super().__init__()

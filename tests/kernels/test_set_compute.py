@@ -93,7 +93,7 @@ def test_without_kernels_there_is_the_reference():
     module = quantized(linear(64, 64), INT8)
     fewbits.set_compute(module, "auto", [])
     assert not module.weight_stored.kernels
-    assert isinstance(module.weight_stored.form(), PackedInt32)
+    assert isinstance(module.weight_stored.weight_layout(), PackedInt32)
     with torch.no_grad():
         assert torch.equal(module(normal(3, 64)), exactly(module)(normal(3, 64)))
 

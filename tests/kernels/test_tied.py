@@ -48,7 +48,7 @@ IDS = torch.tensor([[0, 99, 31], [32, 63, 64]])
 
 
 @torch.no_grad()
-def test_rows_are_read_exactly_whatever_the_form(model):
+def test_rows_are_read_exactly_whatever_the_layout(model):
     stored, expected = model.tokens.weight_stored, exactly(model)
     assert stored is model.head.weight_stored
     everything = torch.arange(ROWS)
@@ -61,10 +61,10 @@ def test_rows_are_read_exactly_whatever_the_form(model):
         assert same_bits(model.tokens.weight, expected.head.weight)
 
 
-def test_the_form_is_private_where_there_is_one(model):
-    spec, form = model.head.weight_stored.spec, model.tokens.weight_stored.form().name
-    tiles = "tiles" if features.tile_width() else "words"
-    assert form == {8: "bytes", 4: tiles}.get(spec.bits, "words")
+def test_the_layout_is_private_where_there_is_one(model):
+    spec, layout = model.head.weight_stored.spec, model.tokens.weight_stored.weight_layout().name
+    tiles = "int4_tiles" if features.tile_width() else "packed_int32"
+    assert layout == {8: "int8_rows", 4: tiles}.get(spec.bits, "packed_int32")
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def test_a_state_dict_has_one_copy_of_the_codes_for_both(model):
 
 def test_an_embedding_alone_keeps_its_words():
     model = fewbits.quantize(nn.Embedding(ROWS, COLUMNS), Of(INT8), validate=False).model
-    assert model.weight_stored.form().name == "words"
+    assert model.weight_stored.weight_layout().name == "packed_int32"
     assert not model.weight_stored.kernels
 
 

@@ -1,4 +1,4 @@
-"""Forms give back what they were made of, whatever the sizes, and hold it as torch's kernels read it."""
+"""Layouts give back what they were made of, whatever the sizes, and hold it as torch's kernels read it."""
 
 import attrs
 import pytest
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from fewbits import QuantSpec
 from fewbits.extend import Layout
 from fewbits.kernels import features, weight_layouts
-from fewbits.kernels.weight_layouts import TABLE_GROUPS, Int4Tiles, Int8Rows, PackedInt32, table_group
+from fewbits.kernels.int4_tiles import TABLE_GROUPS, Int4Tiles, table_group
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits
 from fewbits.testing.kernel_outputs import decoded
@@ -22,7 +23,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 @st.composite
 def weights(draw, bits):
-    """A weight in the canonical form, of any size and with any codes."""
+    """A weight in the canonical layout, of any size and with any codes."""
     granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
     spec = QuantSpec(
         bits=bits,
@@ -41,32 +42,32 @@ def tile_width(request, monkeypatch):
     return request.param
 
 
-def read_alike(form, words):
+def read_alike(layout, words):
     rows, dtype = words.layout.rows, words.scale.dtype
-    assert form.value(dtype).equal(words.value(dtype))
-    assert same_bits(form.words(), words.words())
+    assert layout.value(dtype).equal(words.value(dtype))
+    assert same_bits(layout.words(), words.words())
     wheres = [slice(None), slice(rows // 3, rows // 2 + 1), slice(rows - 1, rows), torch.arange(rows).flip(0)]
     for where in [*wheres, torch.tensor([0, rows - 1, 0]), torch.tensor([], dtype=torch.long)]:
-        assert same_bits(form.codes(where), words.codes(where))
-        assert same_bits(form.decoded(where), words.decoded(where))
+        assert same_bits(layout.codes(where), words.codes(where))
+        assert same_bits(layout.decoded(where), words.decoded(where))
     for target in (torch.float32, torch.float16, torch.float64):
-        assert same_bits(form.dequantize(target), words.dequantize(target))
-    assert same_bits(form.centered_codes(), words.centered_codes())
+        assert same_bits(layout.dequantize(target), words.dequantize(target))
+    assert same_bits(layout.centered_codes(), words.centered_codes())
 
 
 @given(weights(8))
 def test_bytes_give_back_what_they_were_made_of(words):
-    form = Int8Rows.of(words)
-    read_alike(form, words)
-    read_alike(PackedInt32.of(form), words)
+    layout = Int8Rows.of(words)
+    read_alike(layout, words)
+    read_alike(PackedInt32.of(layout), words)
 
 
 @given(weights(4))
 def test_tiles_give_back_what_they_were_made_of(words):
     assume(Int4Tiles.refuses(words) is None)
-    form = Int4Tiles.of(words)
-    read_alike(form, words)
-    read_alike(PackedInt32.of(form), words)
+    layout = Int4Tiles.of(words)
+    read_alike(layout, words)
+    read_alike(PackedInt32.of(layout), words)
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (65, 96), (129, 257), (40, 40), (33, 33), (200, 130)], ids=str)
@@ -74,52 +75,52 @@ def test_tiles_give_back_what_they_were_made_of(words):
 def test_tiles_of_both_widths_give_back_what_they_were_made_of(sizes, symmetric, tile_width):
     spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=symmetric)
     words = any_words(spec, *sizes)
-    form = Int4Tiles.of(words)
-    assert form.width == tile_width
-    read_alike(form, words)
+    layout = Int4Tiles.of(words)
+    assert layout.width == tile_width
+    read_alike(layout, words)
 
 
 @given(weights(8))
 def test_bytes_are_signed_codes_filled_up_with_zeros(words):
-    form, columns = Int8Rows.of(words), words.layout.columns
-    assert form.signed.dtype == torch.int8
-    assert form.signed.shape == (words.layout.rows, -(-columns // 16) * 16)
-    assert torch.equal(form.signed[:, :columns], words.value(torch.float32).codes())
-    assert not form.signed[:, columns:].any()
-    assert form.signed.is_contiguous()
+    layout, columns = Int8Rows.of(words), words.layout.columns
+    assert layout.signed.dtype == torch.int8
+    assert layout.signed.shape == (words.layout.rows, -(-columns // 16) * 16)
+    assert torch.equal(layout.signed[:, :columns], words.value(torch.float32).codes())
+    assert not layout.signed[:, columns:].any()
+    assert layout.signed.is_contiguous()
 
 
 @given(weights(4))
 def test_tiles_lie_as_torch_packs_them(words):
     assume(Int4Tiles.refuses(words) is None)
-    form = Int4Tiles.of(words)
-    count, wide, half = form.tiles.shape
+    layout = Int4Tiles.of(words)
+    count, wide, half = layout.tiles.shape
     rows, columns = words.layout.matrix_shape
     codes = torch.full((count * 2 * half, wide), 8, dtype=torch.int32)
     codes[:rows, :columns] = words.codes(slice(None)).int()
     if half * 2 == features.tile_width():
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        assert torch.equal(form.tiles.flatten(), packed.flatten())
-    low, high = (form.tiles & 15).int(), (form.tiles >> 4).int()
+        assert torch.equal(layout.tiles.flatten(), packed.flatten())
+    low, high = (layout.tiles & 15).int(), (layout.tiles >> 4).int()
     assert torch.equal(torch.stack([low, high], 1).permute(0, 1, 3, 2).reshape(codes.shape), codes)
 
 
 @given(weights(4))
 def test_the_table_of_tiles_holds_scales_and_what_code_8_stands_for(words):
     assume(Int4Tiles.refuses(words) is None)
-    form = Int4Tiles.of(words)
+    layout = Int4Tiles.of(words)
     rows, columns = words.layout.matrix_shape
-    groups = form.table.shape[0]
-    assert form.group in TABLE_GROUPS
-    assert not form.table[:, rows:].any()
+    groups = layout.table.shape[0]
+    assert layout.group in TABLE_GROUPS
+    assert not layout.table[:, rows:].any()
     middle = decoded(words, torch.full((rows, columns), 8, dtype=torch.uint8))
     above = decoded(words, torch.full((rows, columns), 9, dtype=torch.uint8))
     for group in range(groups):
-        column = min(group * form.group, columns - 1)
+        column = min(group * layout.group, columns - 1)
         scales = (above - middle)[:, column]
-        torch.testing.assert_close(form.table[group, :rows, 0].double(), scales, rtol=2**-8, atol=0)
-        torch.testing.assert_close(form.table[group, :rows, 1].double(), middle[:, column], rtol=2**-8, atol=0)
-        last = min((group + 1) * form.group, columns) - 1
+        torch.testing.assert_close(layout.table[group, :rows, 0].double(), scales, rtol=2**-8, atol=0)
+        torch.testing.assert_close(layout.table[group, :rows, 1].double(), middle[:, column], rtol=2**-8, atol=0)
+        last = min((group + 1) * layout.group, columns) - 1
         # Columns that share an entry of the table share a scale.
         assert torch.equal(above[:, column], above[:, last])
 
@@ -139,31 +140,31 @@ def test_groups_of_the_table_are_the_widest_that_fit(width, columns, group):
     assert table_group(spec, columns) == group
 
 
-@pytest.mark.parametrize(("form", "bits"), [(Int8Rows, 8), (Int4Tiles, 4)])
+@pytest.mark.parametrize(("layout", "bits"), [(Int8Rows, 8), (Int4Tiles, 4)])
 @pytest.mark.parametrize("sizes", [(128, 128), (64, 256), (192, 64), (128, 130), (100, 128), (65, 96)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_words_that_nobody_else_has_may_be_written_over(form, bits, sizes, symmetric):
+def test_words_that_nobody_else_has_may_be_written_over(layout, bits, sizes, symmetric):
     spec = QuantSpec(bits=bits, granularity="group", group_size=64, symmetric=symmetric)
     words = any_words(spec, *sizes)
     own = attrs.evolve(words, packed=words.packed.clone())
     where = own.packed.data_ptr()
-    made = form.of(own, reuse_memory=True)
+    made = layout.of(own, reuse_memory=True)
     read_alike(made, words)
-    held = made.tensors()[form.data[0]]
+    held = made.tensors()[layout.data[0]]
     assert (held.data_ptr() == where) == (held.nbytes == words.packed.nbytes)
-    kept = form.of(words)
-    assert kept.tensors()[form.data[0]].data_ptr() != words.packed.data_ptr()
+    kept = layout.of(words)
+    assert kept.tensors()[layout.data[0]].data_ptr() != words.packed.data_ptr()
     read_alike(kept, words)
 
 
-def test_a_form_that_is_there_is_not_made_again():
+def test_a_layout_that_is_there_is_not_made_again():
     words = any_words(QuantSpec(bits=8, granularity="channel"), 20, 30)
     assert PackedInt32.of(words).packed is words.packed
     assert all(
         PackedInt32.of_value(words.value(torch.float32)).tensors()[name] is t for name, t in words.tensors().items()
     )
-    form = Int8Rows.of(words)
-    assert form.scale is words.scale
+    layout = Int8Rows.of(words)
+    assert layout.scale is words.scale
 
 
 def other_device(spec):
@@ -181,23 +182,23 @@ CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4
 
 
 @pytest.mark.parametrize(
-    ("form", "words", "why"),
+    ("layout", "words", "why"),
     [
         (Int8Rows, any_words(CHANNEL4, 64, 64), "codes of 4 bits, not 8"),
         (Int4Tiles, any_words(CHANNEL8, 64, 64), "codes of 8 bits, not 4"),
         (Int8Rows, other_device(CHANNEL8), "on meta, not on the CPU"),
         (Int4Tiles, other_device(CHANNEL4), "on meta, not on the CPU"),
-        (Int8Rows, of_another_cut(CHANNEL8), "no matrix of outputs by inputs"),
-        (Int4Tiles, of_another_cut(CHANNEL4), "no matrix of outputs by inputs"),
+        (Int8Rows, of_another_cut(CHANNEL8), "not a matrix of outputs by inputs"),
+        (Int4Tiles, of_another_cut(CHANNEL4), "not a matrix of outputs by inputs"),
         (Int8Rows, any_words(CHANNEL8, 64, 64, dtype=torch.float64), "float64 scales"),
         (Int4Tiles, any_words(CHANNEL4, 64, 64, dtype=torch.float64), "float64 scales"),
         (Int4Tiles, any_words(QuantSpec(bits=4, granularity="channel", levels=LEVELS), 64, 64), "levels"),
-        (Int4Tiles, any_words(QuantSpec(bits=4, granularity="group", group_size=40), 64, 80), "no multiple of 32"),
+        (Int4Tiles, any_words(QuantSpec(bits=4, granularity="group", group_size=40), 64, 80), "not a multiple of 32"),
         (Int4Tiles, any_words(CHANNEL4, 3, 3), "more than twice the memory"),
     ],
 )
-def test_what_a_form_cannot_hold_is_refused_with_a_reason(form, words, why):
-    assert why in form.refuses(words)
+def test_what_a_layout_cannot_hold_is_refused_with_a_reason(layout, words, why):
+    assert why in layout.refuses(words)
     assert PackedInt32.refuses(words) is None
 
 
@@ -206,16 +207,16 @@ def test_without_torch_s_kernel_there_are_no_tiles(monkeypatch):
     assert Int4Tiles.refuses(any_words(CHANNEL4, 64, 64)) == features.NO_TILES
 
 
-@pytest.mark.parametrize(("form", "bits"), [(PackedInt32, 8), (PackedInt32, 4), (Int8Rows, 8), (Int4Tiles, 4)])
+@pytest.mark.parametrize(("layout", "bits"), [(PackedInt32, 8), (PackedInt32, 4), (Int8Rows, 8), (Int4Tiles, 4)])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("row", [-1, 100, 110, 127, 128, 1000])
-def test_a_row_that_is_not_there_is_not_read(form, bits, granularity, row):
+def test_a_row_that_is_not_there_is_not_read(layout, bits, granularity, row):
     words = any_words(QuantSpec(bits=bits, granularity=granularity), 100, 64)
     with pytest.raises(IndexError):
-        form.of(words).decoded(torch.tensor([3, row]))
+        layout.of(words).decoded(torch.tensor([3, row]))
 
 
-def test_every_form_has_a_name_and_says_what_it_holds():
-    assert set(weight_layouts.WEIGHT_LAYOUTS) == {"words", "bytes", "tiles"}
-    for form in weight_layouts.WEIGHT_LAYOUTS.values():
-        assert set(form.data) <= {field.name for field in attrs.fields(form)}
+def test_every_layout_has_a_name_and_says_what_it_holds():
+    assert set(weight_layouts.WEIGHT_LAYOUTS) == {"packed_int32", "int8_rows", "int4_tiles"}
+    for layout in weight_layouts.WEIGHT_LAYOUTS.values():
+        assert set(layout.data) <= {field.name for field in attrs.fields(layout)}

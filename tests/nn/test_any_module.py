@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits.errors import ReadOnlyWeightError, SourceError
-from fewbits.nn.stored import PackedWeight, StoredWeight
+from fewbits.nn.packed import PackedWeight
+from fewbits.nn.stored import StoredWeight
 from nn.any_cases import EVERYTHING, converted, plain, quietly
 from nn.any_modules import MODULES, Bare, Final, OverState, Reducing, Residual, X, matrix
 from nn.cases import fewbits_classes, pickled, same_bits, snapshot, storages, through_torch_save

@@ -1,6 +1,5 @@
 """One quantized module at a time: what it computes, what it holds, and what it goes through unharmed."""
 
-import copy
 import io
 import itertools
 
@@ -21,8 +20,6 @@ from nn.cases import (
     Case,
     convert,
     converted,
-    pickled,
-    reloaded,
     same_bits,
     storages,
     tensors_in,
@@ -308,58 +305,6 @@ def test_methods_that_change_the_dtype_change_what_is_read_and_what_is_computed(
     assert same_bits(module(x), expected(x))
 
 
-def _to_meta_and_back(module: nn.Module) -> nn.Module:
-    state = {name: part.clone() for name, part in module.state_dict().items()}
-    module = module.to("meta")
-    assert all(tensor.is_meta for tensor in tensors_in(module))
-    module = module.to_empty(device="cpu")
-    module.load_state_dict(state)
-    return module
-
-
-def _assigned_from_meta(module: nn.Module) -> nn.Module:
-    state = module.state_dict()
-    module = copy.deepcopy(module).to("meta")
-    module.load_state_dict(state, assign=True)
-    return module
-
-
-def _shared(module: nn.Module) -> nn.Module:
-    module = module.share_memory()
-    assert all(tensor.is_shared() for tensor in tensors_in(module) if tensor.numel())
-    return module
-
-
-JOURNEYS = {
-    "cpu": lambda module: module.cpu(),
-    "to the device it is on": lambda module: module.to("cpu"),
-    "to a dtype": lambda module: module.to(torch.float32),
-    "deepcopy": copy.deepcopy,
-    "shallow copy": copy.copy,
-    "pickle": pickled,
-    "share_memory": _shared,
-    "state dict": reloaded,
-    "assigned state dict": lambda module: reloaded(module, assign=True),
-    "meta and to_empty": _to_meta_and_back,
-    "assigned into meta": _assigned_from_meta,
-    "train and eval": lambda module: module.train().eval().requires_grad_(False),
-}
-
-
-@pytest.mark.parametrize("journey", JOURNEYS)
-@typical_case
-@every_scheme
-def test_a_module_comes_through_unharmed(case, scheme, journey):
-    if refused_by_torch(f"{journey} on {case}", lambda: case.run(JOURNEYS[journey](case.module()))):
-        return
-    module = convert(case.module(), scheme)
-    before, expected = _stored(module), case.run(module)
-    arrived = JOURNEYS[journey](module)
-    assert type(arrived) is type(module)
-    assert all(same_bits(part, before[name]) for name, part in _stored(arrived).items())
-    assert same_bits(case.run(arrived), expected)
-
-
 @every_scheme
 def test_another_memory_format_changes_no_bit_of_the_weight(scheme):
     module = convert(nn.Conv2d(4, 6, 3), scheme)
@@ -369,12 +314,6 @@ def test_another_memory_format_changes_no_bit_of_the_weight(scheme):
     module.to(memory_format=torch.channels_last)
     assert all(same_bits(part, before[name]) for name, part in _stored(module).items())
     torch.testing.assert_close(module(x), expected)
-
-
-@every_scheme
-def test_a_deepcopy_shares_nothing(scheme):
-    module = convert(nn.Linear(12, 5), scheme)
-    assert not storages(module) & storages(copy.deepcopy(module))
 
 
 @every_scheme

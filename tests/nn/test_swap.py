@@ -10,8 +10,8 @@ from torch import nn
 
 import fewbits
 from fewbits.errors import NonFiniteError, SelectionError, SourceError
+from fewbits.nn.base import _registered
 from fewbits.nn.classes import quantized_class
-from fewbits.nn.modules import CAREFUL_CLASSES, OWN_CLASSES
 from nn.cases import (
     CASES,
     COMBINATIONS,
@@ -120,9 +120,12 @@ def test_no_module_of_an_evaluated_model_is_in_training(inplace):
     assert not any(module.training for module in convert(mixed(), inplace=inplace).modules())
 
 
-@pytest.mark.parametrize("base", [*OWN_CLASSES, *CAREFUL_CLASSES], ids=lambda base: base.__name__)
-def test_a_quantized_class_is_a_subclass_of_the_one_it_replaces(base):
-    float_class = base.float_class
+@pytest.mark.parametrize(
+    ("float_class", "base"),
+    [(cls, form) for cls, form in _registered.items() if isinstance(cls, type) and cls.__module__.startswith("torch.")],
+    ids=str,
+)
+def test_a_quantized_class_is_a_subclass_of_the_one_it_replaces(float_class, base):
     for replaced in (float_class, type("Own", (float_class,), {})):
         made = quantized_class(replaced, ["weight"])
         assert issubclass(made, replaced)

@@ -5,8 +5,6 @@ torch's error, so that the summary of a run lists all of these.
 """
 
 import contextlib
-import copy
-import io
 import itertools
 import warnings
 
@@ -33,7 +31,7 @@ from nn.any_cases import (
     torch_nn_classes,
     wanted,
 )
-from nn.cases import fewbits_classes, pickled, same_bits, snapshot, storages, tensors_in, through_torch_save
+from nn.cases import fewbits_classes, same_bits, snapshot, storages, tensors_in, through_torch_save
 
 pytestmark = pytest.mark.usefixtures("reference_only")
 
@@ -212,59 +210,6 @@ def test_a_state_dict_fills_another_quantized_module(case, scheme, assign):
     other.load_state_dict(through_torch_save(module.state_dict()), strict=True, assign=assign)
     assert same_tensors(other.state_dict(), module.state_dict())
     assert same_outputs(case.run(other), case.run(module))
-
-
-def through_torch_save_whole(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-JOURNEYS = {
-    "deepcopy": lambda module: copy.deepcopy(copy.deepcopy(module)),
-    "pickle": lambda module: pickled(copy.deepcopy(module)),
-    "torch.save": through_torch_save_whole,
-    "shallow copy": copy.copy,
-    "share_memory": lambda module: module.cpu().share_memory(),
-    "to_empty": lambda module: _refilled(module),
-    "train and eval": lambda module: module.train().eval().requires_grad_(False),
-}
-
-
-def _refilled(module: nn.Module) -> nn.Module:
-    state = copy.deepcopy(module.state_dict())
-    module.to("meta").to_empty(device="cpu").load_state_dict(state)
-    return module
-
-
-def assert_comes_through_unharmed(case: AnyCase, scheme: str, journey: str) -> None:
-    module, _ = converted(case.module(), scheme)
-    state, expected = copy.deepcopy(module.state_dict()), case.run(module)
-    _, arrived = as_the_original(f"{journey} of {case}", JOURNEYS[journey], case.module(), module)
-    assert type(arrived) is type(module)
-    assert same_tensors(arrived.state_dict(), state)
-    assert same_outputs(case.run(arrived), expected)
-
-
-@pytest.mark.parametrize("journey", JOURNEYS)
-@every_case
-def test_a_module_comes_through_unharmed(case, scheme, journey):
-    assert_comes_through_unharmed(case, scheme, journey)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("journey", JOURNEYS)
-def test_every_combination_comes_through_unharmed(journey):
-    for case, scheme in ALL:
-        with unless_refused():
-            assert_comes_through_unharmed(case, scheme, journey)
-
-
-@every_class
-def test_a_deepcopy_shares_nothing(case, scheme):
-    module, _ = converted(case.module(), scheme)
-    assert not storages(module) & storages(copy.deepcopy(module))
 
 
 MOVES = {

@@ -41,7 +41,7 @@ def file(tmp_path):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("make", [scripted, traced])
 def test_a_torchscript_model_is_refused_with_what_to_take_instead(make, inplace, file):
-    message = "the model is a TorchScript module .* take the nn.Module that it was made from, before torch.jit.script"
+    message = "the model is a TorchScript module .* pass the nn.Module that it was made from, before torch.jit.script"
     with pytest.raises(SourceError, match=message):
         quantize_small(make(), inplace=inplace)
     with pytest.raises(MismatchError, match=message):

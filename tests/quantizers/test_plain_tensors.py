@@ -230,7 +230,7 @@ TOOLS = {
 def test_a_tensor_of_a_quantizing_tool_is_refused_with_the_name_of_the_tool(module, tool, base, tmp_path):
     model, cls = mlp(), of_module(base, module)
     model[2].register_parameter("weight", nn.Parameter(cls(ones())) if base is Wrapper else cls(ones()))
-    words = f"2.weight is of class {cls.__name__}, one of {tool}'s: it is quantized already"
+    words = f"2.weight is a {cls.__name__} of {tool}: it is quantized already"
     for source in (model, model.state_dict(keep_vars=True)):
         with pytest.raises(SourceError, match=f"^{words}"):
             small().prepare(source)
@@ -258,7 +258,7 @@ def test_a_module_of_a_quantizing_tool_is_refused_with_the_name_of_the_tool(modu
         pass
 
     for layer in (of_module(QLinear, module)(8, 8), Derived(8, 8)):
-        with pytest.raises(SourceError, match=rf"^1 is of class {type(layer).__name__}, one of {tool}'s"):
+        with pytest.raises(SourceError, match=rf"^1 is a {type(layer).__name__} of {tool}:"):
             small().prepare(nn.Sequential(nn.Linear(8, 8), layer))
 
 

@@ -327,4 +327,4 @@ def test_an_obstacle_outranks_every_rule():
     model["a"].held = [model["a"].weight]
     for rules in ({"include": ["*"]}, {"overrides": {"*": "int8"}}, {"include_types": [nn.Linear]}):
         row = ledger_of(model, **rules)["a.weight"]
-        assert (row.fate, row.reason) == ("kept", "a.held holds it too, and would go on using the float tensor")
+        assert (row.fate, row.reason) == ("kept", "a.held holds it too, and would keep using the float tensor")

@@ -41,7 +41,7 @@ class OnBytes(Kernel):
     """Right where it says that it is: a kernel need not support everything."""
 
     name = "on_bytes"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def supports(self, weight):
         return Int8Rows.refuses(weight)
@@ -67,14 +67,14 @@ class NoLowestCode(OnBytes):
     """Takes -127 for -128, as symmetric int8 often does."""
 
     def prepack(self, weight, *, reuse_memory=False):
-        form = super().prepack(weight, reuse_memory=reuse_memory)
-        return attrs.evolve(form, signed=form.signed.clamp(min=-127))
+        layout = super().prepack(weight, reuse_memory=reuse_memory)
+        return attrs.evolve(layout, signed=layout.signed.clamp(min=-127))
 
 
 class LosesTheScale(OnBytes):
     def prepack(self, weight, *, reuse_memory=False):
-        form = super().prepack(weight, reuse_memory=reuse_memory)
-        return attrs.evolve(form, scale=form.scale / 2)
+        layout = super().prepack(weight, reuse_memory=reuse_memory)
+        return attrs.evolve(layout, scale=layout.scale / 2)
 
 
 class PrepacksInPlace(OnBytes):

@@ -78,7 +78,7 @@ KERNEL_CHECKS = [
 
 def absent(kernel):
     """The feature that this CPU or torch lacks for a kernel; None if it has all."""
-    spec = QuantSpec(bits=8 if kernel.form is Int8Rows else 4, granularity="channel")
+    spec = QuantSpec(bits=8 if kernel.weight_layout is Int8Rows else 4, granularity="channel")
     why = kernel.supports(PackedInt32.of_value(quantize(torch.ones(64, 64), spec)))
     lacking = features.NO_TILES, features.NO_BYTES, features.INEXACT, "_int_mm is slow on a CPU without VNNI"
     return why if why in lacking else None
@@ -97,5 +97,5 @@ def test_every_scheme_and_observer_is_checked():
 
 
 def test_every_cpu_has_a_kernel_for_every_weight_layout():
-    assert [kernel.form.__name__ for kernel in KERNELS if absent(kernel) is None][-1] == "WeightLayout"
+    assert [kernel.weight_layout.__name__ for kernel in KERNELS if absent(kernel) is None][-1] == "WeightLayout"
     assert {"byte_blocks", "word_blocks", "float_sums"} <= {kernel.name for kernel in KERNELS if absent(kernel) is None}

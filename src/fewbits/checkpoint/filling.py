@@ -14,7 +14,8 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import Value
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
-from fewbits.nn.stored import PackedWeight, StoredWeight, store
+from fewbits.nn.packed import PackedWeight, store
+from fewbits.nn.stored import StoredWeight
 from fewbits.nn.swap import attach, attached
 from fewbits.nn.walk import Slot, slots
 from fewbits.numerics.spec import QuantSpec

@@ -17,10 +17,9 @@ from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
-from fewbits.nn.classes import rounds_inputs
+from fewbits.nn.classes import layout_of, rounds_inputs
 from fewbits.nn.eligibility import held_beside, obstacle_to
 from fewbits.nn.intake import refuse_changed
-from fewbits.nn.layouts import layout_of
 from fewbits.nn.saving import refuse_save_pretrained
 from fewbits.nn.swap import refuse_quantized
 from fewbits.nn.walk import Slot, parent_of, slots

@@ -1,17 +1,18 @@
-"""`Kernel`: the strategy that computes a linear layer, and what it sees of a weight."""
+"""`Kernel`: the strategy that computes a linear layer, and the weights that it computes with."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+import attrs
 import torch
 from torch import Tensor
 
 from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.numerics.spec import Spec
 
-#: What a layer may do to be fast: see `fewbits.set_compute`.
+#: How a layer may gain speed: see `fewbits.set_compute`.
 Compute = Literal["auto", "exact", "int8"]
 
 
@@ -20,65 +21,94 @@ class Operand(Protocol):
 
     @property
     def spec(self) -> Spec:
-        """How it is stored."""
+        """How the weight is stored."""
 
     @property
     def input_scale(self) -> Tensor | None:
         """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
 
     def operand(self, dtype: torch.dtype) -> Tensor:
-        """The weight in its own shape and in `dtype`, to be read only."""
+        """Return the weight in its own shape and in `dtype`; callers must not write to it."""
 
     def centered_codes(self) -> Tensor:
-        """Codes less zero points: float64, in the weight's own shape."""
+        """Return codes minus zero points: float64, in the weight's own shape."""
 
     @property
     def scale(self) -> Tensor:
-        """What they are multiplied with, as stored; of a spec with int8 activations (rows, 1) or (1,)."""
+        """The scales, as stored; with int8 activations (rows, 1) or (1,)."""
 
 
-_F = TypeVar("_F", bound=WeightLayout)
+_L = TypeVar("_L", bound=WeightLayout)
 
 
-class Kernel(ABC, Generic[_F]):
-    """Computes ``x @ weight.T`` with a weight in one form.
+class Kernel(ABC, Generic[_L]):
+    """Computes ``x @ weight.T`` with a weight in one layout.
 
     Attributes:
-        name: what it is called in tables.
-        form: the class of the form that it reads, `_F`.
-        rounds_inputs: whether it rounds `x` to int8, one scale for each row (or the layer's own, if it has one).
+        name: the name of the kernel in tables.
+        weight_layout: the class of the layout that it reads, `_L`.
+        rounds_inputs: whether it rounds `x` to int8, with one scale per row, or with the layer's own static scale.
     """
 
     name: ClassVar[str]
-    form: ClassVar[type[Any]]
+    weight_layout: ClassVar[type[Any]]
     rounds_inputs: ClassVar[bool] = False
 
-    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> _F:
-        """The weight in the form that this kernel reads: asked once for a module, before its first forward.
+    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> _L:
+        """Convert a weight to the layout that this kernel reads: once per module, before its first forward.
 
         Args:
-            weight: in any form.
-            reuse_memory: whether the memory of its words may be reused; see `WeightLayout.of`.
+            weight: the weight, in any layout.
+            reuse_memory: whether the memory of its words may be overwritten; see `WeightLayout.of`.
         """
-        prepared: _F = weight if isinstance(weight, self.form) else self.form.of(weight, reuse_memory=reuse_memory)
-        return prepared
+        is_there = isinstance(weight, self.weight_layout)
+        prepacked: Any = weight if is_there else self.weight_layout.of(weight, reuse_memory=reuse_memory)
+        return prepacked  # type: ignore[no-any-return]
 
     @abstractmethod
     def supports(self, weight: WeightLayout) -> str | None:
-        """Why this kernel cannot compute with this weight, in whatever form it is now; None if it can."""
+        """Say why this kernel cannot compute with a weight, which may be in any layout; None if it can."""
 
     @abstractmethod
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """Why this kernel does not compute with this input of so many rows; None if it does. Asked at every call."""
+        """Say why this kernel does not compute with an input of so many rows; None if it does. Called every time."""
 
     @abstractmethod
-    def linear(self, x: Tensor, weight: _F) -> Tensor:
-        """The product. Neither argument is changed, and no gradient is recorded.
+    def linear(self, x: Tensor, weight: _L) -> Tensor:
+        """Return the product. Neither argument is changed, and no gradient is recorded.
 
         Args:
             x: float16, bfloat16 or float32, (rows, inputs).
-            weight: in the form of this kernel, of (outputs, inputs).
+            weight: the weight, (outputs, inputs), in the layout of this kernel.
 
         Returns:
             (rows, outputs), in float32 or in the dtype of `x`.
         """
+
+
+@attrs.define(eq=False)
+class PreparedWeight:
+    """A weight in one layout with the kernels that read it: one object, so that threads never mix two layouts.
+
+    Attributes:
+        weight: the weight.
+        kernels: the kernels that compute with it, the most preferred first; none if the reference does.
+        description: the argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
+        columns: how many inputs a row of the weight has.
+        device: the device of the weight.
+    """
+
+    weight: WeightLayout
+    kernels: tuple[Kernel[Any], ...] = ()
+    description: str | None = None
+    columns: int = attrs.field(init=False)
+    device: torch.device = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # Kept, because a layer needs them at every call.
+        self.columns, self.device = self.weight.layout.columns, self.weight.scale.device
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the weight, in the order of the description."""
+        return list(self.weight.tensors().values())

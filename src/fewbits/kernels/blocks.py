@@ -1,7 +1,7 @@
-"""Dequantize as many rows of a weight as fit a cache, multiply, and go on with the next.
+"""Kernels that dequantize and multiply a block of rows at a time.
 
-The float weight is never in memory as a whole. Where the CPU has instructions for bfloat16 products they are used:
-codes of 8 bits are exact in it, and the output reads 50 dB.
+A block fits a cache, and the whole float weight is never in memory. If the CPU has instructions for bfloat16, products
+use them: bfloat16 holds 8-bit codes exactly, and the output has 50 dB against float64.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.packed_mm import filled, suits_bf16
-from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, PackedInt32, WeightLayout
+from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.packed_mm import padded, suits_bf16
+from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout
 
 _F = TypeVar("_F", bound=WeightLayout)
 
@@ -24,29 +25,29 @@ BLOCK = 1 << 21
 
 
 class Blocks(Kernel[_F]):
-    """What all of them share: any number of rows, of any dtype but float64."""
+    """Kernels for any number of rows, in any dtype but float64."""
 
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """Any input but float64."""
-        return "inputs in float64 ask for float64 products" if x.dtype == torch.float64 else None
+        """Refuse float64 inputs."""
+        return "inputs in float64 need float64 products" if x.dtype == torch.float64 else None
 
 
 class ByteBlocks(Blocks[Int8Rows]):
-    """Of `Int8Rows`; where a row has one scale, it is multiplied in after the product."""
+    """Blocks of `Int8Rows`; a scale per row is multiplied in after the product."""
 
     name: ClassVar[str] = "byte_blocks"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """What `Int8Rows` can hold."""
+        """Accept every weight that `Int8Rows` can hold."""
         return Int8Rows.refuses(weight)
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
-        """Block by block."""
+        """Multiply block by block."""
         if weight.spec.granularity == "group":
             return decoded_blocks(x, weight)
         rows, wide = weight.signed.shape
-        x = filled(x.to(product_dtype(weight)), wide)
+        x = padded(x.to(product_dtype(weight)), wide)
         if weight.zero_point is None and weight.signed.numel() <= BLOCK:
             return torch.mm(x, weight.signed.to(x.dtype).t()) * weight.row_scale
         zero_point = weight.params(slice(None))[1]
@@ -60,24 +61,24 @@ class ByteBlocks(Blocks[Int8Rows]):
 
 
 class TileBlocks(Blocks[Int4Tiles]):
-    """Of `Int4Tiles`."""
+    """Blocks of `Int4Tiles`."""
 
     name: ClassVar[str] = "tile_blocks"
-    form = Int4Tiles
+    weight_layout = Int4Tiles
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """What `Int4Tiles` can hold."""
+        """Accept every weight that `Int4Tiles` can hold."""
         return Int4Tiles.refuses(weight)
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
-        """A few tiles at a time."""
-        x = filled(x.to(product_dtype(weight)), weight.tiles.shape[1])
-        output = self._turned(x, weight) if x.dtype == torch.bfloat16 else self._as_they_lie(x, weight)
+        """Multiply a few tiles at a time."""
+        x = padded(x.to(product_dtype(weight)), weight.tiles.shape[1])
+        output = self._rows_first(x, weight) if x.dtype == torch.bfloat16 else self._columns_first(x, weight)
         return output.view(x.shape[0], -1)[:, : weight.layout.rows]
 
     @staticmethod
-    def _turned(x: Tensor, weight: Int4Tiles) -> Tensor:
-        """Inputs run fastest in a block, as a product in bfloat16 wants it."""
+    def _rows_first(x: Tensor, weight: Int4Tiles) -> Tensor:
+        """Transpose each block, because bfloat16 products are faster on rows."""
         count, wide, half = weight.tiles.shape
         scales, zeros = _params(weight, x.dtype, (2, 3, 4, 0, 1))
         output = x.new_empty(x.shape[0], count * 2 * half)
@@ -88,8 +89,8 @@ class TileBlocks(Blocks[Int4Tiles]):
         return output
 
     @staticmethod
-    def _as_they_lie(x: Tensor, weight: Int4Tiles) -> Tensor:
-        """Outputs run fastest in a block, and every half tile is multiplied by itself."""
+    def _columns_first(x: Tensor, weight: Int4Tiles) -> Tensor:
+        """Multiply each half tile in its own order."""
         count, wide, half = weight.tiles.shape
         scales, zeros = _params(weight, x.dtype, (2, 3, 0, 1, 4))
         output = x.new_empty(x.shape[0], count, 2, half)
@@ -102,26 +103,26 @@ class TileBlocks(Blocks[Int4Tiles]):
 
 
 class WordBlocks(Blocks[PackedInt32]):
-    """Of `PackedInt32`: codes of any width, with or without levels."""
+    """Blocks of `PackedInt32`: codes of any width, with or without levels."""
 
     name: ClassVar[str] = "word_blocks"
-    form = PackedInt32
+    weight_layout = PackedInt32
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """Matrices, on the CPU."""
+        """Accept matrices on the CPU, except with float64 scales."""
         if weight.scale.device.type != "cpu":
             return f"the weight is on {weight.scale.device}, not on the CPU"
         if len(weight.layout.shape) != 2 or weight.layout.permutation != (0, 1) or not weight.layout.columns:
-            return f"it is no matrix of outputs by inputs, but of shape {weight.layout.shape}"
-        return "it has float64 scales, which ask for float64 products" if weight.scale.dtype == torch.float64 else None
+            return f"it is not a matrix of outputs by inputs, but of shape {weight.layout.shape}"
+        return "it has float64 scales, which need float64 products" if weight.scale.dtype == torch.float64 else None
 
     def linear(self, x: Tensor, weight: PackedInt32) -> Tensor:
-        """Block by block."""
+        """Multiply block by block."""
         return decoded_blocks(x, weight)
 
 
 def decoded_blocks(x: Tensor, weight: WeightLayout) -> Tensor:
-    """The product with a weight in any form, whose blocks are decoded as it is defined."""
+    """Multiply with a weight in any layout; its own `decoded` decodes each block."""
     x = x.to(product_dtype(weight))
     rows, columns = weight.layout.matrix_shape
     output = x.new_empty(x.shape[0], rows)
@@ -131,23 +132,23 @@ def decoded_blocks(x: Tensor, weight: WeightLayout) -> Tensor:
 
 
 def product_dtype(weight: WeightLayout) -> torch.dtype:
-    """The dtype in which blocks are multiplied."""
+    """Return the dtype in which blocks are multiplied."""
     exact = weight.spec.bits == 8 and not suits_bf16(weight)
     return torch.float32 if exact or not features.has_bf16() else torch.bfloat16
 
 
 def block_step(elements: int) -> int:
-    """How many rows of so many elements a block has."""
+    """Return how many rows of so many elements fit a block."""
     return max(1, BLOCK // elements)
 
 
 def row_slices(count: int, step: int) -> Iterator[slice]:
-    """Slices of at most `step`, up to `count`."""
+    """Cut `count` rows into slices of at most `step`."""
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _params(weight: Int4Tiles, dtype: torch.dtype, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points for codes that are 16 times too large: (groups, 1, tiles, 2, half a tile), permuted."""
+    """Return scales and zero points for codes times 16: (groups, 1, tiles, 2, half a tile), permuted."""
     scale, zero_point = weight.params(slice(None))
     count, _, half = weight.tiles.shape
 
@@ -158,17 +159,17 @@ def _params(weight: Int4Tiles, dtype: torch.dtype, axes: tuple[int, ...]) -> tup
 
 
 def _expanded(tiles: Tensor, scales: Tensor, zeros: Tensor | None, where: slice, block: Tensor) -> Tensor:
-    """Some tiles as floats, in the block.
+    """Decode some tiles into a block, and return the part of the block that holds them.
 
     Args:
         tiles: uint8, in either order of its last two axes.
-        scales: those of `_params`, of all tiles, in that order.
-        zeros: likewise, or None.
-        where: which tiles they are.
-        block: (tiles, 2, ...): low and high halves of bytes apart.
+        scales: the scales of all tiles, from `_params`, in the same order.
+        zeros: the zero points of all tiles, from `_params`; None for symmetric codes.
+        where: the tiles among all tiles.
+        block: (tiles, 2, ...); low and high halves of bytes lie apart.
     """
     part = block[: where.stop - where.start]
-    # As signed bytes, codes less 8 and times 16: so neither half needs a shift to the right.
+    # Signed bytes hold (code - 8) * 16, so neither half needs a shift to the right.
     signed = (tiles ^ 0x88).contiguous().view(part.shape[0], *part.shape[2:])
     part[:, 0].copy_((signed << 4).view(torch.int8))
     part[:, 1].copy_((signed & 0xF0).view(torch.int8))

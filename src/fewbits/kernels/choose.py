@@ -1,4 +1,4 @@
-"""Which form a weight takes, and which kernel computes a call."""
+"""Choose the layout of a weight, and the kernel that computes a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fewbits.kernels.packed_mm import Int4PackMM, Int8PackMM
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 
-#: All kernels, the most preferred first. The last computes everything, and is what the others are measured against.
+#: All kernels, the most preferred first. The last one computes everything; the others are measured against it.
 KERNELS: tuple[Kernel[Any], ...] = (
     Int8PackMM(),
     IntMM(),
@@ -30,7 +30,7 @@ KERNELS: tuple[Kernel[Any], ...] = (
 
 
 def check_compute(compute: object) -> None:
-    """Refuse what is no setting.
+    """Refuse a value that is not a setting of `fewbits.set_compute`.
 
     Raises:
         ArgumentError: for anything but "auto", "exact" and "int8".
@@ -40,7 +40,7 @@ def check_compute(compute: object) -> None:
 
 
 def refusal(kernel: Kernel[Any], weight: WeightLayout, compute: Compute) -> str | None:
-    """Why this kernel may not, or cannot, compute with this weight; None if it does."""
+    """Say why a kernel may not, or cannot, compute with a weight; None if it does."""
     activations = weight.spec.activations
     if kernel is not REFERENCE:
         if compute == "exact":
@@ -48,30 +48,30 @@ def refusal(kernel: Kernel[Any], weight: WeightLayout, compute: Compute) -> str 
         if activations and not kernel.rounds_inputs:
             return f"the scheme has {activations} int8 inputs"
         if kernel.rounds_inputs and not activations and compute != "int8":
-            return f"compute is {compute!r}, and the scheme leaves inputs as they are"
+            return f"compute is {compute!r}, and the scheme does not round inputs"
     return kernel.supports(weight)
 
 
 def kernels_for(
     weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]] = KERNELS
 ) -> tuple[Kernel[Any], ...]:
-    """The kernels that compute with this weight once the first of them has prepacked it, the most preferred first."""
+    """List the kernels that compute with a weight after the first of them has prepacked it, most preferred first."""
     able = [kernel for kernel in dict.fromkeys([*kernels, REFERENCE]) if refusal(kernel, weight, compute) is None]
-    form = PackedInt32 if able[0] is REFERENCE else able[0].form
-    return tuple(kernel for kernel in able if issubclass(form, kernel.form))
+    layout = PackedInt32 if able[0] is REFERENCE else able[0].weight_layout
+    return tuple(kernel for kernel in able if issubclass(layout, kernel.weight_layout))
 
 
 def kernels_reading(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]]) -> tuple[Kernel[Any], ...]:
-    """The kernels that compute with this weight in the form it has, wherever it was made."""
+    """List the kernels that compute with a weight in the layout that it has now, most preferred first."""
     return tuple(
         kernel
         for kernel in dict.fromkeys([*kernels, REFERENCE])
-        if isinstance(weight, kernel.form) and refusal(kernel, weight, compute) is None
+        if isinstance(weight, kernel.weight_layout) and refusal(kernel, weight, compute) is None
     )
 
 
 def choose(kernels: Sequence[Kernel[Any]], x: Tensor, rows: int) -> Kernel[Any]:
-    """The kernel that computes this call; the reference, where there is nothing to compute."""
+    """Choose the kernel of one call; the reference if the input has no rows."""
     if not rows:
         return REFERENCE
     for kernel in kernels:

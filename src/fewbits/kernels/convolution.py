@@ -1,6 +1,6 @@
-"""How a convolution of int8 inputs takes its sums of whole numbers: as an integer product, in float32, or in float64.
+"""Sums of a convolution of int8 inputs: an integer product, a float32 convolution, or a float64 convolution.
 
-All three give the same numbers, because all are exact.
+All three are exact, so they give the same numbers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.numerics.affine import largest_sum
 
-#: What `way_of_sums` answers.
+#: The answers of `way_of_sums`.
 PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
 
 
 def way_of_sums(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> tuple[str, Mapping[str, str]]:
-    """How a convolution sums the products of its int8 inputs.
+    """Choose how a convolution sums the products of its int8 inputs.
 
     Returns:
         ``"int_mm"`` (an integer product of patches), ``"float_sums"`` (a float32 convolution of codes), or
-        ``"reference"`` (a float64 convolution of codes); and why each way before it does not serve.
+        ``"reference"`` (a float64 convolution of codes); and the reason against each way before it.
     """
     refused: dict[str, str] = {}
     for name, refuses in ((PATCHES, _refuses_patches), (FLOATS, _refuses_floats)):
@@ -46,15 +46,15 @@ def _refuses_any(weight: WeightLayout, x: Tensor, compute: Compute) -> str | Non
     if weight.scale.device.type != "cpu":
         return f"the weight is on {weight.scale.device}, not on the CPU"
     if x.dtype == torch.float64:
-        return "inputs in float64 ask for float64 products"
+        return "inputs in float64 need float64 products"
     return None if x.numel() else "the input has no elements"
 
 
 def _refuses_patches(module: Any, weight: WeightLayout) -> str | None:
     if module.transposed or module.groups != 1 or module.padding_mode != "zeros":
-        return "it is transposed, has groups, or a padding that is not zeros"
+        return "it is transposed, has groups, or is padded with other numbers than zeros"
     if weight.spec.bits != 8 or not weight.spec.symmetric:
-        return "its codes are not symmetric ones of 8 bits"
+        return "its codes are not symmetric 8-bit codes"
     if weight.layout.columns > MOST_INPUTS:
         return f"sums of {weight.layout.columns} products may not fit int32"
     return refuses_int_mm()
@@ -62,35 +62,35 @@ def _refuses_patches(module: Any, weight: WeightLayout) -> str | None:
 
 def _refuses_floats(module: Any, weight: WeightLayout) -> str | None:
     products = weight.layout.columns
-    if largest_sum(products, weight.spec) > 2**24:  # float32 holds every whole number up to here
+    if largest_sum(products, weight.spec) > 2**24:  # float32 holds every integer up to here
         return f"float32 does not hold every sum of {products} products exactly"
     return None if features.convolution_is_exact() else features.INEXACT_CONVOLUTION
 
 
 def sums_of_patches(codes: Tensor, module: Any, weight: WeightLayout) -> Tensor:
-    """The sums of products of codes: int32, (batch, outputs, spatial...), or without the batch axis.
+    """Sum the products of codes: int32, (batch, outputs, spatial...), or without the batch axis.
 
     Args:
         codes: int8, (batch, channels, spatial...), or without the batch axis.
-        module: a convolution of torch, for its kernel size, stride, padding and dilation.
-        weight: of (outputs, channels, kernel...).
+        module: a convolution of torch; its kernel size, stride, padding and dilation are used.
+        weight: the weight, (outputs, channels, kernel...).
     """
     spatial = len(module.kernel_size)
     if codes.dim() == spatial + 1:
         return sums_of_patches(codes.unsqueeze(0), module, weight).squeeze(0)
-    # Channels last: a patch is a few long runs of bytes then.
+    # Channels last, so that a patch is a few long runs of bytes.
     padded = F.pad(codes, module._reversed_padding_repeated_twice).movedim(1, -1).contiguous()
     patches = _patches(padded, module.kernel_size, module.stride, module.dilation)
     outputs = patches.shape[: 1 + spatial]
     signed = (weight.codes(slice(None)) ^ 0x80).view(torch.int8).view(weight.layout.shape).movedim(1, -1)
-    # A view in which rows overlap is multiplied wrongly.
+    # torch multiplies a view whose rows overlap wrongly.
     rows = patches.reshape(math.prod(outputs), -1).contiguous()
     sums = sums_of_products(rows, signed.reshape(len(signed), -1))
     return sums.view(*outputs, -1).movedim(-1, 1)
 
 
 def _patches(x: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """(batch, spatial..., channels) as (batch, places..., kernel..., channels); a view."""
+    """View (batch, spatial..., channels) as (batch, places..., kernel..., channels)."""
     spans = [d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True)]
     places = [(n - span) // s + 1 for n, span, s in zip(x.shape[1:-1], spans, stride, strict=True)]
     if min(places) < 1:

@@ -1,4 +1,4 @@
-"""What this torch and this CPU can do, found out by trying: neither names nor versions tell."""
+"""Features of this torch and this CPU, found by trial: names and versions do not tell."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-#: Rows in a tile of four-bit codes: with AVX512, and without.
+#: The rows of a tile of four-bit codes, with AVX512 and without.
 WIDTHS = (64, 32)
 
-NO_TILES = "this torch has no _weight_int4pack_mm_for_cpu, or one that reads codes in another order"
-NO_BYTES = "this torch has no _weight_int8pack_mm for the CPU, or one that computes something else"
+NO_TILES = "this torch has no _weight_int4pack_mm_for_cpu, or it reads codes in another order"
+NO_BYTES = "this torch has no _weight_int8pack_mm for the CPU, or it computes something else"
 INEXACT = "_int_mm is not exact on this CPU"
-INEXACT_CONVOLUTION = "a float32 convolution does not sum whole numbers exactly on this CPU"
+INEXACT_CONVOLUTION = "a float32 convolution does not sum integers exactly on this CPU"
 
 
 def _tried(probe: Callable[[], Any]) -> Callable[[], Any]:
-    """Ask once; what torch refuses to do it cannot."""
+    """Run a probe once; an error of torch means that the feature is missing."""
 
     @functools.cache
     def answer() -> Any:
-        # Outside of whatever is traced, differentiated or measured just now.
+        # Outside of any tracing, differentiation or profiling.
         with (
             _disable_current_modes(),
             torch.device("cpu"),
@@ -43,7 +43,7 @@ def _tried(probe: Callable[[], Any]) -> Callable[[], Any]:
 
 @_tried
 def tile_width() -> int | None:
-    """How many rows a tile of ``_weight_int4pack_mm_for_cpu`` has; None if its order is none that is known."""
+    """Return the rows in a tile of ``_weight_int4pack_mm_for_cpu``; None if the order of its codes is unknown."""
     columns = 64
     codes = (torch.arange(max(WIDTHS) * columns, dtype=torch.int32) * 7 // 3 % 16).reshape(-1, columns)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
@@ -76,7 +76,7 @@ def has_int8pack() -> bool | None:
 
 @_tried
 def int_mm_is_exact() -> bool | None:
-    """Whether ``_int_mm`` is exact for codes at their extremes: without VNNI, pairs of products may saturate."""
+    """Whether ``_int_mm`` is exact for extreme codes; without VNNI, pairs of products may saturate."""
     for rows, inputs, outputs in ((1, 256, 64), (5, 64, 65), (64, 512, 32), (33, 1024, 16), (64, 256, 1), (65, 64, 5)):
         x = torch.full((rows, inputs), 127, dtype=torch.int8)
         x[::2] = -128
@@ -90,7 +90,7 @@ def int_mm_is_exact() -> bool | None:
 
 @_tried
 def convolution_is_exact() -> bool | None:
-    """Whether a float32 convolution sums whole numbers exactly: algorithms such as Winograd's divide in between."""
+    """Whether a float32 convolution sums integers exactly; algorithms such as Winograd's divide in between."""
     for batch, groups, kernel in ((1, 1, 3), (16, 1, 3), (16, 1, 5), (1, 8, 3), (16, 8, 3), (16, 2, 5)):
         x = (torch.arange(batch * 8 * 8 * 8, dtype=torch.float64) * 37 % 256 - 128).view(batch, 8, 8, 8)
         weight = torch.arange(64 // groups * kernel**2, dtype=torch.float64) * 91 % 256 - 128
@@ -102,14 +102,14 @@ def convolution_is_exact() -> bool | None:
 
 
 def has_vnni() -> bool:
-    """Whether the CPU multiplies bytes with VNNI, as torch sees it; other products of bytes are slow."""
+    """Whether the CPU multiplies bytes with VNNI, according to torch; without it, such products are slow."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") or capabilities.get("amx_int8"))
 
 
 @functools.cache
 def has_bf16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products, two or three times as fast as float32."""
+    """Whether the CPU has instructions for bfloat16 products, which are two or three times as fast as float32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     named = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return bool(named) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -1,6 +1,6 @@
-"""Products of int8 inputs and integer codes: sums of whole numbers, exact, then scales.
+"""Kernels for int8 inputs: they sum products of codes exactly, and multiply with the scales.
 
-What the reference computes, with the same bits, where a row has one scale.
+If a row has one scale, they give the same bits as the reference.
 """
 
 from __future__ import annotations
@@ -12,57 +12,58 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.packed_mm import filled
-from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, WeightLayout
+from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.packed_mm import padded
+from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
 from fewbits.numerics.affine import dynamic_scale, encode_input
 
 _F = TypeVar("_F", bound=WeightLayout)
 
-#: So many products of two bytes, and of inputs and a zero point, are sure to fit int32.
+#: The most products of two bytes, and of inputs and a zero point, whose sum always fits int32.
 MOST_INPUTS = (2**31 - 1) // (2 * 128 * 128)
-#: So many products of two bytes add up to a whole number that float32 holds, in whatever order they are added.
+#: The most products of two bytes whose sum float32 holds exactly, in any order of addition.
 EXACT_IN_FLOAT = 2**24 // (128 * 128)
-#: Up to so many rows of inputs, turning the sums round takes less than laying out the weight.
+#: The most rows of inputs for which transposing the sums costs less than transposing the weight.
 FEW_ROWS = 64
-#: Outputs whose groups are summed together: their sums stay in a cache.
+#: The number of outputs whose groups are summed together, so that their sums stay in a cache.
 OUTPUTS = 512
-#: Elements of a block of weights that is summed at a time.
+#: Elements of a block of weights in one product.
 BLOCK = 1 << 20
 
 
 class Integers(Kernel[_F]):
-    """What all of them share: rounding the inputs, and the scales afterwards."""
+    """Kernels that round their inputs to int8."""
 
     rounds_inputs = True
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """What the form can hold, if the sums fit."""
-        reason: str | None = self.form.refuses(weight)
+        """Accept every weight that the layout can hold, if the sums fit int32."""
+        reason: str | None = self.weight_layout.refuses(weight)
         if reason:
             return reason
-        if weight.spec.granularity == "group" and self.form is Int8Rows:
-            return "its sums are of whole rows, and it has groups"
+        if weight.spec.granularity == "group" and self.weight_layout is Int8Rows:
+            return "it sums whole rows, and the weight has groups"
         if weight.layout.columns > MOST_INPUTS:
             return f"sums of {weight.layout.columns} products may not fit int32"
         return None
 
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """Any input but float64, whose sums are rounded to float64."""
-        return "inputs in float64 ask for float64 products" if x.dtype == torch.float64 else None
+        """Refuse float64 inputs."""
+        return "inputs in float64 need float64 products" if x.dtype == torch.float64 else None
 
 
 class IntMM(Integers[Int8Rows]):
-    """``torch._int_mm``, where it is exact and the CPU has instructions for it."""
+    """``torch._int_mm``, if it is exact and the CPU has instructions for it."""
 
     name = "int_mm"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """One scale a row, or one for all; zero points or none."""
+        """Accept weights without groups, symmetric or not."""
         return super().supports(weight) or refuses_int_mm()
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
-        """One integer product."""
+        """Compute one integer product, and scale it."""
         codes, x_scale = rounded(x, weight, weight.signed.shape[1])
         sums = sums_of_products(codes, weight.signed)
         if (zero_point := weight.params(slice(None))[1]) is not None:
@@ -71,19 +72,19 @@ class IntMM(Integers[Int8Rows]):
 
 
 class FloatSums(Integers[Int8Rows]):
-    """Sums of whole numbers in float32, over as many inputs at a time as they are exact for."""
+    """Integer sums in float32; a block has so few inputs that its sums are exact."""
 
     name = "float_sums"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """Not where torch may round the factors of a float product."""
+        """Refuse calls in which torch may round the factors of a float product."""
         if torch.get_float32_matmul_precision() != "highest":
             return "torch may round float32 factors: set_float32_matmul_precision is not 'highest'"
         return super().takes(x, rows)
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
-        """Blocks of rows, and within them blocks of inputs."""
+        """Multiply blocks of rows and inputs, and add up the sums as integers."""
         rows, wide = weight.signed.shape
         codes, x_scale = rounded(x, weight, wide)
         inputs, (_, zero_point) = codes.float(), weight.params(slice(None))
@@ -100,29 +101,29 @@ class FloatSums(Integers[Int8Rows]):
 
 
 class GroupedIntMM(Integers[Int4Tiles]):
-    """``torch._int_mm`` over one group of four-bit codes after the other; each sum is exact, then scaled and added."""
+    """``torch._int_mm`` for each group of four-bit codes: every sum is exact, then scaled and added."""
 
     name = "grouped_int_mm"
-    form = Int4Tiles
-    #: Below, the products of single groups are too small to pay.
+    weight_layout = Int4Tiles
+    #: With fewer rows, the products of single groups are too small to be fast.
     LEAST_ROWS = 128
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """What `Int4Tiles` can hold, symmetric."""
+        """Accept symmetric weights in groups that `Int4Tiles` can hold."""
         if not weight.spec.symmetric:
-            return "it has no zero points"
+            return "it takes no zero points"
         if weight.spec.granularity != "group":
-            return "it scales the sums of groups, and a row has one scale"
+            return "it scales the sums of groups, and the weight has no groups"
         return super().supports(weight) or refuses_int_mm()
 
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """Many rows, and no faster floats."""
+        """Accept many rows, on CPUs without fast bfloat16 products."""
         if features.has_bf16():
             return "products in bfloat16 are faster on this CPU"
         return f"{rows} rows are less than {self.LEAST_ROWS}" if rows < self.LEAST_ROWS else super().takes(x, rows)
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
-        """A few tiles at a time, and a group of theirs after the other."""
+        """Multiply a few tiles at a time, group by group."""
         tiles, group = weight.tiles, weight.group
         count, wide, half = tiles.shape
         codes, x_scale = rounded(x, weight, wide)
@@ -133,36 +134,36 @@ class GroupedIntMM(Integers[Int4Tiles]):
         for first in range(0, count, step):
             where = slice(first, min(first + step, count))
             signed = (tiles[where] ^ 0x88).transpose(1, 2)
-            steps = torch.stack([(signed << 4).view(torch.int8) >> 4, signed.view(torch.int8) >> 4], 1)
-            steps = steps.reshape(-1, wide)
+            centered = torch.stack([(signed << 4).view(torch.int8) >> 4, signed.view(torch.int8) >> 4], 1)
+            centered = centered.reshape(-1, wide)
             columns = slice(first * 2 * half, where.stop * 2 * half)
             for index, part in enumerate(parts):
-                sums = torch._int_mm(part, steps[:, index * group : (index + 1) * group].t())
+                sums = torch._int_mm(part, centered[:, index * group : (index + 1) * group].t())
                 output[:, columns].addcmul_(sums, scales[index, columns])
         return output[:, : weight.layout.rows].mul_(x_scale)
 
 
 def sums_of_products(codes: Tensor, signed: Tensor) -> Tensor:
-    """Sums of products of int8 inputs, (rows, columns), and codes, (outputs, columns): int32, (rows, outputs)."""
+    """Multiply int8 inputs, (rows, columns), with codes, (outputs, columns): int32, (rows, outputs)."""
     if codes.shape[1] == 1:  # of one column, torch's _int_mm leaves the output uninitialized
         return codes.int() * signed.t().int()
     if codes.shape[0] > FEW_ROWS:
         return torch._int_mm(codes, signed.t())
-    # The second factor is laid out anew at every call: better the inputs than the weight.
+    # torch transposes the second factor at every call; the inputs are smaller than the weight.
     return torch._int_mm(signed, codes.t()).t().contiguous()
 
 
 def refuses_int_mm() -> str | None:
-    """Why integer products are no good here."""
+    """Say why integer products are wrong or slow here; None if they are not."""
     if not features.int_mm_is_exact():
         return features.INEXACT
     return None if features.has_vnni() else "_int_mm is slow on a CPU without VNNI"
 
 
 def rounded(x: Tensor, weight: WeightLayout, columns: int) -> tuple[Tensor, Tensor]:
-    """Inputs as int8 codes, filled up, and their scale in float32, (rows, 1); NaN where a row has no codes."""
+    """Round inputs to padded int8 codes with float32 scales, (rows, 1); a row with NaN has the scale NaN."""
     x = x.float()
     scale = dynamic_scale(x, (-1,)) if weight.input_scale is None else weight.input_scale
     codes = encode_input(x, scale)
     # NaN has no integer code: the scale carries it to the output.
-    return filled(codes.to(torch.int8), columns), scale + codes.sum(1, keepdim=True) * 0
+    return padded(codes.to(torch.int8), columns), scale + codes.sum(1, keepdim=True) * 0

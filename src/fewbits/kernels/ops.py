@@ -1,8 +1,8 @@
 """``torch.ops.fewbits.linear``: one layer as one operation, for torch.compile and torch.export.
 
-Which kernel runs is settled when it runs, by the number of rows then. The tensors are those of one form; what else
-there is to know is in a string, so that an exported program carries it. A program that was exported on another kind of
-CPU is right here too: where its form is not what this torch's kernels read, codes are decoded.
+The number of rows at run time decides which kernel runs. The arguments are the tensors of one weight layout, and a
+string with everything else, which an exported program carries. A program that was exported on another CPU gives right
+results too: if no kernel here reads its layout, the codes are decoded.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fewbits.numerics.affine import clip_input
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec, spec_from_dict
 
-#: The kernels that this process knows: those of this library by name, others that it has used by name and number.
+#: The kernels that this process knows: kernels of this library by name, other kernels by name and number.
 _known: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in KERNELS}
 
 
 def _key(kernel: Kernel[Any]) -> str:
-    """What a kernel is known by: two may have one name, and differ."""
+    # Two different kernels may have one name.
     keys = (f"{kernel.name}#{number}" if number else kernel.name for number in itertools.count())
     return next(key for key in keys if _known.setdefault(key, kernel) is kernel)
 
 
 def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
-    """What the operation needs to know beside the tensors of a weight."""
+    """Return the string argument of the operation: everything but the tensors of a weight."""
     fields = {
-        "form": weight.name,
+        "weight_layout": weight.name,
         "tensors": list(weight.tensors()),
         "spec": weight.spec.to_dict(),
         "layout": weight.layout.to_dict(),
@@ -50,7 +50,7 @@ def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[An
 
 @attrs.frozen
 class _Description:
-    form: type[WeightLayout]
+    weight_layout: type[WeightLayout]
     names: tuple[str, ...]
     spec: QuantSpec
     layout: Layout
@@ -60,7 +60,7 @@ class _Description:
     def weight(self, tensors: Sequence[Tensor]) -> WeightLayout:
         held: dict[str, Any] = {"zero_point": None, "input_scale": None}
         held.update(zip(self.names, tensors, strict=True))
-        return self.form(**held, spec=self.spec, layout=self.layout)
+        return self.weight_layout(**held, spec=self.spec, layout=self.layout)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -69,14 +69,19 @@ def _read(description: str) -> _Description:
     spec, layout = spec_from_dict(fields["spec"]), Layout(**fields["layout"])
     kernels = [_known[name] for name in fields["kernels"] if name in _known]
     if not isinstance(spec, QuantSpec):
-        raise ArgumentError(f"only codes have a form, not {spec}")
-    form, names = WEIGHT_LAYOUTS[fields["form"]], tuple(fields["tensors"])
-    return _Description(form, names, spec, layout, fields["compute"], tuple(kernels))
+        raise ArgumentError(f"a weight in {spec} has no codes")
+    if fields["weight_layout"] not in WEIGHT_LAYOUTS:
+        raise ArgumentError(
+            f"this program holds a weight in the layout {fields['weight_layout']!r}, which this process does not know; "
+            "import the package that defines the layout, and call its register()"
+        )
+    weight_layout, names = WEIGHT_LAYOUTS[fields["weight_layout"]], tuple(fields["tensors"])
+    return _Description(weight_layout, names, spec, layout, fields["compute"], tuple(kernels))
 
 
 @torch.library.custom_op("fewbits::linear", mutates_args=())
 def linear(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
-    """``x @ weight.T`` in float32."""
+    """Return ``x @ weight.T`` in float32."""
     read = _read(description)
     weight = read.weight(tensors)
     with torch.autocast("cpu", enabled=False):
@@ -84,14 +89,14 @@ def linear(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noq
 
 
 def product(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> Tensor:
-    """The same, called directly.
+    """Return ``x @ weight.T`` in float32, without the overhead of an operation.
 
     Args:
         x: (..., inputs).
-        weight: of (outputs, inputs).
-        kernels: that compute with it, the most preferred first, and the reference last.
+        weight: the weight, (outputs, inputs).
+        kernels: the kernels that compute with it, the most preferred first, and the reference last.
     """
-    # Each line is paid at every call of a layer that may take no longer than ten of them.
+    # Each line costs time at every call; a small layer takes as long as ten such lines.
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     kernel = choose(kernels, rows, rows.shape[0])
@@ -110,14 +115,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
-    """That of the product with the dequantized weight; straight through the rounding of inputs."""
+    """Return the gradient of the product with the dequantized weight; rounding of inputs counts as the identity."""
     x, *tensors = ctx.saved_tensors
     return torch.ops.fewbits.linear_gradient(grad, x, tensors, ctx.description), [None] * len(tensors), None
 
 
 @torch.library.custom_op("fewbits::linear_gradient", mutates_args=())
 def linear_gradient(grad: Tensor, x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
-    """The gradient with respect to `x`."""
+    """Return the gradient with respect to `x`."""
     weight = _read(description).weight(tensors)
     slope = torch.matmul(grad, weight.dequantize(grad.dtype)).to(x.dtype)
     return slope if weight.input_scale is None else slope * _unclipped(x, weight.input_scale)
@@ -138,7 +143,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient_of_gradient(ctx: Any, slope: Tensor) -> tuple[Tensor, None, list[None], None]:
-    """The gradient is linear in that of the output, and does not depend on `x`."""
+    """Return the second gradient: the first is linear in that of the output, and does not depend on `x`."""
     x, *tensors = ctx.saved_tensors
     weight = _read(ctx.description).weight(tensors)
     if weight.input_scale is not None:

@@ -1,7 +1,7 @@
-"""Torch's own products with packed weights, for few rows: bound by how fast the codes can be read.
+"""Torch's own products with packed weights, for few rows: their speed depends on reading the codes.
 
-They are fast for bfloat16 inputs only, to which inputs are cast. The output reads 50 dB against float64, 10 dB more
-than what rounding a weight to 8 bits leaves.
+They are fast for bfloat16 inputs only, so inputs are cast to it. The output has 50 dB against float64, 10 dB more than
+a weight that is rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -14,41 +14,42 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.weight_layouts import Int4Tiles, Int8Rows, WeightLayout
+from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
 
 
 class Int8PackMM(Kernel[Int8Rows]):
-    """``torch._weight_int8pack_mm``; scales are multiplied in afterwards, in float32."""
+    """``torch._weight_int8pack_mm`` without scales; they are multiplied in afterwards, in float32."""
 
     name = "int8pack_mm"
-    form = Int8Rows
+    weight_layout = Int8Rows
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """Symmetric codes with one scale a row, or one for all."""
+        """Accept symmetric codes without groups."""
         if reason := Int8Rows.refuses(weight):
             return reason
         if weight.spec.granularity == "group":
-            return "it has no scales for groups"
+            return "it takes no scales for groups"
         if not weight.spec.symmetric:
-            return "it has no zero points"
+            return "it takes no zero points"
         if not suits_bf16(weight):
             rows, columns = weight.layout.matrix_shape
             return f"{rows} outputs of {columns} inputs are too few for 50 dB in bfloat16"
         return None if features.has_int8pack() else features.NO_BYTES
 
     def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
-        """As bytes, and a vector of ones for so many outputs, which is made now and not in a forward."""
+        """Convert a weight to signed bytes, and make the vector of ones that a forward needs."""
         _ones(weight.layout.rows)
         return super().prepack(weight, reuse_memory=reuse_memory)
 
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """A few rows."""
+        """Accept few rows."""
         return few_rows(x, rows, 12 if features.has_bf16() else 32)
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
-        """One call, and one multiplication."""
+        """Call torch, and multiply with the scales."""
         signed = weight.signed
-        sums = torch._weight_int8pack_mm(filled(x.to(torch.bfloat16), signed.shape[1]), signed, _ones(signed.shape[0]))
+        sums = torch._weight_int8pack_mm(padded(x.to(torch.bfloat16), signed.shape[1]), signed, _ones(signed.shape[0]))
         return sums * weight.row_scale
 
 
@@ -56,45 +57,45 @@ class Int4PackMM(Kernel[Int4Tiles]):
     """``torch.ops.aten._weight_int4pack_mm_for_cpu``."""
 
     name = "int4pack_mm"
-    form = Int4Tiles
+    weight_layout = Int4Tiles
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """What `Int4Tiles` can hold, in tiles of this CPU: an exported program may have been made on another."""
+        """Accept weights that `Int4Tiles` can hold, in tiles of this CPU; an exported program may have others."""
         if isinstance(weight, Int4Tiles) and weight.width != features.tile_width():
             return f"its tiles of {weight.width} rows are those of another instruction set"
         return Int4Tiles.refuses(weight)
 
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """A few rows."""
+        """Accept few rows."""
         return few_rows(x, rows, 48)
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
-        """One call."""
+        """Call torch."""
         output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            filled(x.to(torch.bfloat16), weight.tiles.shape[1]), weight.flat, weight.group, weight.table
+            padded(x.to(torch.bfloat16), weight.tiles.shape[1]), weight.flat, weight.group, weight.table
         )
         return output[:, : weight.layout.rows]
 
 
-#: Where there are fewer outputs or inputs, rounding them to bfloat16 leaves 50 dB on the average only.
+#: With fewer outputs or inputs, rounding them to bfloat16 leaves 50 dB on average, and less for some inputs.
 FEW_OUTPUTS, FEW_INPUTS = 128, 64
 
 
 def suits_bf16(weight: WeightLayout) -> bool:
-    """Whether products of 8-bit codes, of a matrix, may be rounded to bfloat16; weights in groups would be too."""
+    """Whether products of 8-bit codes may be rounded to bfloat16; in groups, the weights would be rounded too."""
     rows, columns = weight.layout.shape
     return rows >= FEW_OUTPUTS and columns >= FEW_INPUTS and weight.spec.granularity != "group"
 
 
 def few_rows(x: Tensor, rows: int, most: int) -> str | None:
-    """Why an input does not suit a kernel that is bound by the weight's bytes."""
+    """Say why an input does not suit a kernel for few rows; None if it does."""
     if x.dtype == torch.float64:
-        return "inputs in float64 ask for float64 products"
+        return "inputs in float64 need float64 products"
     return f"{rows} rows are more than {most}" if rows > most else None
 
 
-def filled(x: Tensor, columns: int) -> Tensor:
-    """Rows filled up with zeros, and contiguous: torch's kernels do not look at strides."""
+def padded(x: Tensor, columns: int) -> Tensor:
+    """Pad rows with zeros and make them contiguous: torch's kernels ignore strides."""
     return x.contiguous() if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
 
 

@@ -1,7 +1,7 @@
-"""The reference: what every layer computes. Other kernels are measured against it.
+"""The reference defines the output of a layer. Other kernels are measured against it.
 
-Without int8 activations a weight is dequantized to the input's dtype and used in the float operation. With them, inputs
-are rounded to int8, the products are summed as whole numbers, exactly, and the sum is multiplied with both scales.
+Without int8 activations, a weight is dequantized to the input's dtype and used in the float operation. With them,
+inputs are rounded to int8, integer products are summed exactly, and the sum is multiplied with both scales.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Reference(Kernel[WeightLayout]):
-    """Dequantizes, or sums whole numbers in float64, and is right everywhere: with any weight, form and input."""
+    """Dequantizes, or sums integers in float64; it computes with any weight, layout and input."""
 
     name = "reference"
-    form = WeightLayout
+    weight_layout = WeightLayout
 
     def __reduce__(self) -> str:
-        """The one there is."""
+        """Pickle the only instance by its name."""
         return "REFERENCE"
 
     def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> WeightLayout:
-        """The canonical form."""
+        """Convert a weight to the canonical layout."""
         return PackedInt32.of(weight)
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """None: it computes with everything."""
+        """Return None: the reference computes with every weight."""
         return None
 
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """None: it takes everything."""
+        """Return None: the reference takes every input."""
         return None
 
     def linear(self, x: Tensor, weight: WeightLayout) -> Tensor:
-        """The product, without bias."""
+        """Return the product, without bias."""
         return linear(x, weight, None)
 
 
 def linear(x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
-    """A linear layer as it is defined: one `F.linear`, or an exact integer product.
+    """Compute a linear layer: one `F.linear`, or an exact integer product.
 
     Raises:
         ArgumentError: if `x` is not floating.
@@ -64,7 +64,7 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
 
 
 def check_floating(x: Tensor) -> None:
-    """Refuse inputs that a layer does not multiply: the weight would be cast to integers, or the output be.
+    """Refuse integer inputs: the weight or the output would be cast to integers.
 
     Raises:
         ArgumentError: if `x` is not floating.
@@ -116,7 +116,7 @@ def integer_product(
         sample = tuple(range(-1 - spatial, 0))
         x_scale = dynamic_scale(still, sample) if weight.input_scale is None else weight.input_scale.to(dtype)
         codes = encode_input(still, x_scale)
-        # NaN has no integer code: what holds some goes the way that keeps it. A transform lets nobody look.
+        # NaN has no integer code: `product` carries it to the output. Transforms do not allow the check.
         if sums is None or is_transformed(x) or codes.sum().isnan():
             # Autocast does not touch float64; it would round sums in float32.
             with nullcontext() if sum_dtype == torch.float64 else torch.autocast("cpu", enabled=False):
@@ -133,7 +133,7 @@ def integer_product(
 
 
 def _has_slope(x: Tensor) -> bool:
-    """Whether something asks how the output changes with `x`; what a transform asks cannot be seen from outside."""
+    """Whether the output may be differentiated by `x`; under a transform, it is always assumed."""
     compiling = torch.compiler.is_compiling()
     return (torch.is_grad_enabled() and x.requires_grad) or (is_transforming() if compiling else is_transformed(x))
 

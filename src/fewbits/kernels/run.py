@@ -1,4 +1,4 @@
-"""A linear layer's forward: straight to a kernel, or by the operation where something traces or differentiates it."""
+"""The forward of a linear layer: a direct call of a kernel, or an operation that can be traced and differentiated."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import reference
-from fewbits.kernels.base import Kernel, Operand
+from fewbits.kernels.base import Kernel, Operand, PreparedWeight
 from fewbits.kernels.choose import choose
 from fewbits.kernels.ops import product
-from fewbits.kernels.prepared import PreparedWeight
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.transforms import is_transformed, is_transforming
 from fewbits.numerics.read_only import ReadOnlyTensor
@@ -23,13 +22,13 @@ class Prepacked(Operand, Protocol):
     """A stored weight with its kernels. `StoredWeight` is one."""
 
     def prepared(self) -> PreparedWeight | None:
-        """The weight as it lies in memory now; None if no kernel ever computes with it."""
+        """Return the weight in its current layout, with its kernels; None if only the reference computes with it."""
 
 
 def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
-    """The output of a layer, in the dtype of `x`, or autocast's.
+    """Compute a layer, in the dtype of `x` or of autocast.
 
-    What no kernel takes, inputs that do not fit included, is the reference's.
+    The reference computes every call that no kernel takes, and reports inputs that do not fit.
     """
     prepared = weight.prepared()
     if prepared is None:
@@ -37,31 +36,36 @@ def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
     if not _suits(x, prepared):
         if isinstance(x, ReadOnlyTensor):  # the weight of another layer
             return linear(x.plain, weight, bias)
-        return reference.linear(x, prepared.form, bias)
+        return reference.linear(x, prepared.weight, bias)
     if torch.is_autocast_enabled("cpu"):
-        # Its dtype is that of inputs and output; what a kernel does in between is the kernel's.
-        x = x if prepared.form.spec.activations else x.to(torch.get_autocast_dtype("cpu"))
+        # Autocast decides the dtype of inputs and output, and nothing inside of a kernel.
+        x = x if prepared.weight.spec.activations else x.to(torch.get_autocast_dtype("cpu"))
         with torch.autocast("cpu", enabled=False):
             return linear(x, weight, bias)
     if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         if prepared.description is None:
-            return reference.linear(x, prepared.form, bias)
+            return reference.linear(x, prepared.weight, bias)
         output: Tensor = torch.ops.fewbits.linear(x, prepared.tensors, prepared.description)
     else:
-        output = product(x, prepared.form, prepared.kernels)
+        output = product(x, prepared.weight, prepared.kernels)
     if bias is not None:
         output = output + bias
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
 def chosen(x: Tensor, prepared: PreparedWeight) -> Kernel[Any]:
-    """The kernel that computes this call."""
+    """Return the kernel that computes this call."""
     return choose(prepared.kernels, x, x.numel() // prepared.columns) if _suits(x, prepared) else REFERENCE
 
 
+def rows_of(x: Tensor) -> int:
+    """Count the rows of a layer's input: its vectors along the last axis."""
+    return x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+
+
 def _suits(x: Tensor, prepared: PreparedWeight) -> bool:
-    """Whether kernels compute with such an input: a plain one that fits, and no transform at work."""
-    # Each line is paid at every call of a layer that may take no longer than ten of them.
+    """Whether kernels compute with this input: a plain tensor of the right size, without transforms."""
+    # Each line costs time at every call; a small layer takes as long as ten such lines.
     if not prepared.kernels or x.dtype not in _DTYPES or not x.dim() or x.shape[-1] != prepared.columns:
         return False
     if torch.compiler.is_compiling():

@@ -1,67 +1,148 @@
-"""`QuantizedModule`: any module, some of whose parameters are stored as codes and read as float tensors."""
+"""`QuantizedModule`: a module that stores some of its parameters as codes, and reads them as float tensors."""
 
 from __future__ import annotations
 
 import copyreg
-import functools
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
-from types import FrameType, FunctionType
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from fewbits.errors import FewbitsError, ReadOnlyWeightError
+from fewbits.errors import ArgumentError, FewbitsError, ReadOnlyWeightError
+from fewbits.kernels.reference import REFERENCE
+from fewbits.nn.reading import read, reading_once
 from fewbits.nn.stored import StoredWeight
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.read_only import ReadOnlyTensor
+from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec
 
-#: A parameter ``p`` that is quantized lives in a child module ``p_stored``.
+#: A quantized parameter ``p`` lives in a child module ``p_stored``.
 SUFFIX = "_stored"
-
-#: The weights that are dequantized once during the forward that runs now, and those that have been.
-_once: ContextVar[dict[StoredWeight, Tensor | None] | None] = ContextVar("fewbits_once", default=None)
 
 #: The key in the metadata of a state dict that says how each weight is stored: other codes may have the same shapes.
 _STORAGE_SPEC = "fewbits"
 
-#: What to do with the state dict of a float model.
 _WAY_OUT = (
     "Load the state dict of a float model into the float model, and quantize that; to fill a float model with a file "
     "that fewbits wrote, use fewbits.load(path, into=model)."
 )
 
-#: Every class that was made at run time, by what it was made from: it is made once.
-_classes: dict[tuple[type[nn.Module], type[QuantizedModule]], type[QuantizedModule]] = {}
+#: The attribute of classes made at run time: the registered class whose forward the quantized form may replace.
+_REPLACED = "_replaced_class"
 
-#: Marks classes that are made at run time.
-_MADE = "_made_at_run_time"
+#: Classes made at run time, by float class, quantized form, and replaced class.
+_made: dict[tuple[type[nn.Module], type[QuantizedModule], type[nn.Module]], type[QuantizedModule]] = {}
+
+#: The quantized form of each registered class, by class or by full name.
+_registered: dict[type[nn.Module] | str, type[QuantizedModule]] = {}
 
 
 class QuantizedModule(nn.Module):
-    """What all quantized modules share: reading a quantized parameter gives a float tensor, dequantized anew.
+    """Base class of quantized modules: reading a quantized parameter dequantizes it.
 
-    A forward that uses its parameters as attributes, as all of torch does, needs no change. Inside one forward a
-    parameter that is read again is not dequantized again. Outside of the module's own forward the tensor is read-only.
+    A forward that reads its parameters as attributes, as all of torch does, needs no change. One forward dequantizes a
+    parameter once, however often it reads it. Outside of the module's own forward the tensor is read-only.
+
+    A subclass holds the declarations for a float class. It is registered for its `float_class`; `register`
+    names more classes.
 
     Attributes:
-        float_class: the class to go back to.
+        float_class: the class that the quantized module replaces, and returns to.
+        own_weight: the parameter whose stored form `forward` computes with. The subclass is used only where that
+            parameter is quantized. None: `forward` reads float tensors.
+        input_axes: for a parameter, the axes that are multiplied with the input; without an entry, the last axis of a
+            matrix.
+        rounds_inputs: whether `forward` rounds its inputs to int8 if the spec of `own_weight` has int8 activations.
+        forward_methods: the methods of the float class that `forward` replaces or calls. A class that overrides one of
+            them does not round its inputs.
+        reads_weights_of_children: whether `forward` reads the weights of child modules instead of calling them.
+        rebuilt_attributes: attributes of the float module that hold parameters, and that the quantized module rebuilds.
     """
 
     float_class: ClassVar[type[nn.Module]]
+    own_weight: ClassVar[str | None] = None
+    input_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    rounds_inputs: ClassVar[bool] = False
+    forward_methods: ClassVar[tuple[str, ...]] = ("forward",)
+    reads_weights_of_children: ClassVar[bool] = False
+    rebuilt_attributes: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if _REPLACED in vars(cls):
+            return
+        if cls.own_weight is None and not {"forward", "float_class"}.isdisjoint(vars(cls)) and _has_forward(cls):
+            cls.forward = reading_once(cls.forward)
+        if "float_class" in vars(cls):
+            cls.register(cls.float_class)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Become a float module: adapters make layers of their own by ``type(layer)(...)``, and have no codes."""
         super().__init__(*args, **kwargs)
         object.__setattr__(self, "__class__", self.float_class)
 
+    @classmethod
+    def register(cls, float_class: type[nn.Module] | str) -> None:
+        """Use this quantized form for a float class and its subclasses.
+
+        A forward that this class defines replaces the forward of `float_class`; a subclass that overrides `forward`
+        keeps its own. A later registration for the same class replaces an earlier one. Modules that are quantized
+        already do not change.
+
+        Args:
+            float_class: the class, or its full name (``"package.module.Class"``) if it should not be imported.
+
+        Raises:
+            ArgumentError: if it is neither a name nor a class of float modules.
+        """
+        if not isinstance(float_class, str):
+            if not (isinstance(float_class, type) and issubclass(float_class, nn.Module)):
+                raise ArgumentError(
+                    f"register takes a subclass of torch.nn.Module or its full name, not {float_class!r}"
+                )
+            if float_class is nn.Module or issubclass(float_class, (QuantizedModule, StoredWeight)):
+                raise ArgumentError(f"{float_class.__name__} cannot be registered; register a class of float layers")
+        _registered[float_class] = cls
+
+    @classmethod
+    def declared_layout(cls, module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """Say how a parameter of a float module is cut into outputs and inputs; None lets its shape decide.
+
+        Args:
+            module: the float module.
+            name: the name of its parameter.
+            shape: the shape of the parameter.
+        """
+        axes = cls.input_axes.get(name)
+        if axes is None and len(shape) == 3 and isinstance(getattr(module, "is_transposed", None), bool):
+            # Fused experts of transformers: (experts, inputs, outputs) or (experts, outputs, inputs).
+            axes = (1,) if module.is_transposed else (2,)
+        return None if axes is None else Layout.of(shape, inputs=axes)
+
+    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
+        """Name the kernel that computes with a stored weight for this input, and say why preferred kernels do not.
+
+        Args:
+            name: the parameter.
+            x: the input of the layer.
+        """
+        return REFERENCE.name, {}
+
+    def read_together(self) -> Iterable[StoredWeight]:
+        """List the weights that this module's forward reads; each is dequantized once per forward."""
+        return stored_weights(self).values()
+
+    def stores(self) -> None:
+        """Adjust the module after a parameter has become a stored weight."""
+
+    def restored(self) -> None:
+        """Adjust the float module after its parameters have come back."""
+
     def __getattr__(self, name: str) -> Any:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
-        return _read(self, name, stored) if isinstance(stored, StoredWeight) else super().__getattr__(name)
+        return read(self, name, stored) if isinstance(stored, StoredWeight) else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
@@ -73,20 +154,22 @@ class QuantizedModule(nn.Module):
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; refuse one in the place of a quantized one."""
+        """Register a parameter; refuse one that would replace a quantized one."""
         if name + SUFFIX in self._modules:
             setattr(self, name, param)
         super().register_parameter(name, param)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A class that was made at run time is made again where this is read.
+        # A class made at run time cannot be pickled by name; `_blank` makes it again.
         reduced = super().__reduce_ex__(max(int(protocol), 2))
         made_by = (copyreg.__newobj__, copyreg.__newobj_ex__)  # type: ignore[attr-defined]
-        own = isinstance(reduced, tuple) and reduced[0] in made_by
-        return (_blank, (self.float_class, type(self).base_class()), *reduced[2:]) if own else reduced
+        if not isinstance(reduced, tuple) or reduced[0] not in made_by:
+            return reduced
+        replaced = vars(type(self)).get(_REPLACED, self.float_class)
+        return (_blank, (self.float_class, form_of(type(self)), replaced), *reduced[2:])
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The children that the float module has: a forward may go through them."""
+        """Return the children that the float module has: a forward may go through them."""
         stored = stored_weights(self).values()
         return ((name, child) for name, child in super().named_children() if child not in stored)
 
@@ -100,21 +183,6 @@ class QuantizedModule(nn.Module):
         for stored in stored_weights(self).values():
             stored.train(mode)
         return super().train(mode)
-
-    @classmethod
-    def base_class(cls) -> type[QuantizedModule]:
-        """The class of the library that this one is, or was made from."""
-        return next(base for base in cls.__mro__ if issubclass(base, QuantizedModule) and _MADE not in vars(base))
-
-    def read_together(self) -> Iterable[StoredWeight]:
-        """The weights that this module's forward reads; each is dequantized once in it."""
-        return stored_weights(self).values()
-
-    def stores(self) -> None:
-        """Called when a parameter has become a stored weight."""
-
-    def restored(self) -> None:
-        """Called on the float module when its parameters have come back."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -161,92 +229,88 @@ class QuantizedModule(nn.Module):
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
-def _tell_float_state(error_msgs: list[str], what: str, stored: StoredWeight) -> None:
-    """Say once for a whole state dict, not for each layer, that it is one of the float model."""
+def _tell_float_state(error_msgs: list[str], found: str, stored: StoredWeight) -> None:
+    # Once for a whole state dict, not for each layer.
     if not any(message.endswith(_WAY_OUT) for message in error_msgs):
-        error_msgs.append(f"{what} in the state dict, and stored as {stored.spec} in this model. {_WAY_OUT}")
-
-
-def made_class(float_class: type[nn.Module], base: type[QuantizedModule]) -> type[QuantizedModule]:
-    """The quantized class of modules of this float class.
-
-    The float class comes first, so that its forward is used, and what that calls with ``super()`` is found in `base`.
-
-    Raises:
-        TypeError: if the float class cannot be subclassed.
-    """
-    if vars(base).get("float_class") is float_class:
-        return base
-    key = float_class, base
-    return _classes[key] if key in _classes else _classes.setdefault(key, _make_class(*key))
-
-
-def _make_class(float_class: type[nn.Module], base: type[QuantizedModule]) -> type[QuantizedModule]:
-    namespace: dict[str, Any] = {"float_class": float_class, "__doc__": float_class.__doc__, _MADE: True}
-    own = float_class.forward is not getattr(base, "float_class", nn.Module).forward
-    if own and isinstance(inspect.getattr_static(float_class, "forward"), FunctionType):
-        namespace["forward"] = reading_once(float_class.forward)
-    bases = (base,) if issubclass(base, float_class) else (float_class, base)
-    return type(f"Quantized{float_class.__name__}", bases, namespace)
-
-
-def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same forward, in which a quantized parameter is dequantized once, however often it is read."""
-
-    @functools.wraps(forward)
-    def reading(self: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a compiler sees by itself what is computed twice
-            return forward(self, *args, **kwargs)
-        token = _once.set(dict.fromkeys(self.read_together()))
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            _once.reset(token)
-
-    return reading
-
-
-def reads(module: nn.Module, name: str, stored: StoredWeight) -> bool:
-    """Whether reading this attribute gives the stored weight; a class can read its attributes as it likes."""
-    probe = torch.empty(0)
-    token = _once.set({stored: probe})
-    try:
-        return getattr(module, name, None) is probe
-    finally:
-        _once.reset(token)
+        error_msgs.append(f"{found} in the state dict, and stored as {stored.spec} in this model. {_WAY_OUT}")
 
 
 def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
-    """The stored weights that a module itself holds, by parameter name."""
+    """Return the stored weights that a module itself holds, by parameter name."""
     return {
         name.removesuffix(SUFFIX): child for name, child in module._modules.items() if isinstance(child, StoredWeight)
     }
 
 
-def _blank(float_class: type[nn.Module], base: type[QuantizedModule]) -> QuantizedModule:
-    """A module without anything in it yet, for pickle and deepcopy to fill."""
-    cls = made_class(float_class, base)
-    return cls.__new__(cls)
+def form_of(cls: type[QuantizedModule]) -> type[QuantizedModule]:
+    """Return the declared class that a quantized class is, or that it was made from at run time."""
+    return next(base for base in cls.__mro__ if issubclass(base, QuantizedModule) and _REPLACED not in vars(base))
 
 
-def _read(module: QuantizedModule, name: str, stored: StoredWeight) -> Tensor:
-    """The weight, dequantized: once in a forward that reads it once, and read-only for a reader from outside."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return stored.dequantize()
-    weights = _once.get()
-    if weights is None or stored not in weights:
-        weight = stored.dequantize()
-        what = f"{type(module).__name__}.{name} is quantized ({stored.spec})"
-        return weight if _is_forward_of_torch(sys._getframe(2)) else ReadOnlyTensor.of(weight, what)
-    held = weights[stored]
-    if held is None or (held.is_inference() and not torch.is_inference_mode_enabled()):
-        held = weights[stored] = stored.dequantize()
-    return held
+def quantized_form(
+    float_class: type[nn.Module], names: Collection[str]
+) -> tuple[type[QuantizedModule], type[nn.Module]]:
+    """Find the quantized form that is registered for a class or for the nearest of its base classes.
 
+    Args:
+        float_class: the class of a float module.
+        names: its quantized parameters.
 
-def _is_forward_of_torch(frame: FrameType) -> bool:
-    """Whether this code is a forward of torch's own: attention and transformer layers read weights of their children.
-
-    They take their fast path, with other bits, only where no weight is of a subclass.
+    Returns:
+        the quantized form, and the class that it is registered for; `QuantizedModule` and `torch.nn.Module` if there is
+        no such registration.
     """
-    return frame.f_code.co_name == "forward" and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")
+    for cls in float_class.__mro__:
+        form = _registered.get(cls) or _registered.get(f"{cls.__module__}.{cls.__qualname__}")
+        if form is not None and (form.own_weight is None or form.own_weight in names):
+            return form, cls
+    return QuantizedModule, nn.Module
+
+
+def replaces_forward(float_class: type[nn.Module], form: type[QuantizedModule], replaced: type[nn.Module]) -> bool:
+    """Whether modules of a float class compute with the forward of their quantized form, and not with their own."""
+    defines_forward = form.forward is not getattr(form, "float_class", nn.Module).forward
+    return defines_forward and float_class.forward is replaced.forward
+
+
+def made_class(
+    float_class: type[nn.Module], form: type[QuantizedModule], replaced: type[nn.Module]
+) -> type[QuantizedModule]:
+    """Return the quantized class of modules of a float class; make it at the first call.
+
+    Args:
+        float_class: the class of the float modules.
+        form: the quantized form.
+        replaced: the class that the form is registered for.
+
+    Raises:
+        TypeError: if the float class cannot be subclassed.
+    """
+    if vars(form).get("float_class") is float_class and issubclass(form, float_class):
+        return form
+    key = float_class, form, replaced
+    return _made[key] if key in _made else _made.setdefault(key, _make_class(*key))
+
+
+def _make_class(
+    float_class: type[nn.Module], form: type[QuantizedModule], replaced: type[nn.Module]
+) -> type[QuantizedModule]:
+    namespace: dict[str, Any] = {"float_class": float_class, "__doc__": float_class.__doc__, _REPLACED: replaced}
+    if replaces_forward(float_class, form, replaced):
+        namespace["forward"] = form.forward
+    elif _has_forward(float_class):
+        namespace["forward"] = reading_once(float_class.forward)
+    # The float class comes first: its methods are used, and their calls of `super()` reach the quantized form.
+    bases = (form,) if issubclass(form, float_class) else (float_class, form)
+    return type(f"Quantized{float_class.__name__}", bases, namespace)
+
+
+def _has_forward(cls: type[nn.Module]) -> bool:
+    defined = inspect.getattr_static(cls, "forward")
+    return cls.forward is not nn.Module.forward and isinstance(defined, FunctionType)
+
+
+def _blank(float_class: type[nn.Module], form: type[QuantizedModule], replaced: type[nn.Module]) -> QuantizedModule:
+    """Make an empty module for pickle and deepcopy to fill."""
+    cls = made_class(float_class, form, replaced)
+    return cls.__new__(cls)

@@ -1,38 +1,42 @@
-"""Which quantized class a module gets, and what that class can do."""
+"""Look up the declarations of the quantized form of a float module."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
 
-from fewbits.nn.base import QuantizedModule, made_class
-from fewbits.nn.modules import CAREFUL_CLASSES, OWN_CLASSES
+import fewbits.nn.modules  # noqa: F401, registers the quantized forms of this library
+from fewbits.nn.base import QuantizedModule, made_class, quantized_form
+from fewbits.numerics.layout import Layout
+from fewbits.selection.info import layout_by_shape
 
 
 def quantized_class(float_class: type[nn.Module], names: Collection[str]) -> type[QuantizedModule]:
-    """The class of modules of `float_class` whose parameters of these names are stored.
+    """Return the class of modules of `float_class` whose parameters of these names are stored.
 
     Raises:
-        TypeError: if there cannot be one.
+        TypeError: if the class cannot be subclassed.
     """
-    candidates = (*(OWN_CLASSES if "weight" in names else ()), *CAREFUL_CLASSES)
-    base = next((base for base in candidates if issubclass(float_class, base.float_class)), QuantizedModule)
-    return made_class(float_class, base)
+    return made_class(float_class, *quantized_form(float_class, names))
 
 
 def rounds_inputs(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
-    """Whether this module, once quantized, would round its inputs to int8 if its weight's spec says so.
-
-    Attention and the encoder layers of torch read the weights of their linear layers themselves.
-    """
-    if name != "weight" or isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+    """Whether a module, once this parameter is quantized, rounds its inputs to int8 if the parameter's spec says so."""
+    form, replaced = quantized_form(type(module), [name])
+    if not form.rounds_inputs or name != form.own_weight or "forward" in vars(module):
         return False
-    bases = [base.float_class for base in OWN_CLASSES if issubclass(type(module), base.float_class)]
-    own = [base for base in bases if base not in (nn.Embedding, nn.EmbeddingBag)]
-    parts = ("forward", "_conv_forward", "_output_padding")
-    return (
-        bool(own)
-        and "forward" not in vars(module)
-        and all(getattr(type(module), part, None) is getattr(own[0], part, None) for part in parts)
-    )
+    if parent is not None and quantized_form(type(parent), [])[0].reads_weights_of_children:
+        return False
+    return all(getattr(type(module), part) is getattr(replaced, part) for part in form.forward_methods)
+
+
+def layout_of(module: nn.Module, name: str, weight: Tensor) -> tuple[Layout, bool]:
+    """Say how a parameter is cut into outputs and inputs.
+
+    Returns:
+        the layout, and whether the class declares it; otherwise it follows from the shape.
+    """
+    shape = tuple(weight.shape)
+    declared = quantized_form(type(module), [name])[0].declared_layout(module, name, shape)
+    return (layout_by_shape(shape), len(shape) == 2) if declared is None else (declared, True)

@@ -1,4 +1,4 @@
-"""`set_compute`: what the layers of a quantized model may do to be fast."""
+"""`set_compute`: how the layers of a quantized model may gain speed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from fewbits._heap import trim
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import check_compute
-from fewbits.nn.stored import PackedWeight, StoredWeight
+from fewbits.kernels.weight_layouts import WeightLayout
+from fewbits.nn.packed import PackedWeight
+from fewbits.nn.stored import StoredWeight
 
 
 @torch.no_grad()
 def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None) -> None:
-    """Choose how the linear layers of a quantized model compute, one layer at a time.
+    """Choose how the linear layers of a quantized model compute.
 
-    It is a choice of this process: files, state dicts and the ledger do not know it.
+    The setting belongs to this process: files, state dicts and the ledger do not hold it.
 
     Args:
         model: a quantized model.
-        compute: ``"auto"``, kernels whose output reads 50 dB or more against float64 with the same codes, or 10 dB more
-            than rounding the weights has left. ``"exact"``, dequantize and one `F.linear`, in the input's dtype.
-            ``"int8"``, inputs may be rounded to int8 too, one scale for each row. Schemes with int8 activations have
-            the same numbers under all three.
-        kernels: to choose from, the most preferred first; None stands for those of fewbits. Behind them there is
-            always the reference.
+        compute: ``"auto"`` uses kernels whose output has 50 dB or more against float64 with the same codes, or 10 dB
+            more than the rounded weights have. ``"exact"`` dequantizes, and calls `F.linear` in the input's dtype.
+            ``"int8"`` may also round inputs to int8, with one scale per row. Schemes with int8 activations give the
+            same numbers with all three.
+        kernels: the kernels to choose from, the most preferred first; None stands for those of fewbits. The reference
+            computes what they do not.
 
     Raises:
-        ArgumentError: for anything else, and for a model without a quantized layer.
+        ArgumentError: if `compute` or `kernels` is invalid, a kernel brings a weight layout that cannot be registered,
+            or the model has no quantized layer.
     """
     check_compute(compute)
     if not isinstance(model, nn.Module):
@@ -43,6 +46,9 @@ def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any
         )
     if kernels is not None and not (isinstance(kernels, Sequence) and all(isinstance(k, Kernel) for k in kernels)):
         raise ArgumentError(f"kernels must be a sequence of Kernel instances, or None, not {kernels!r}")
+    for kernel in kernels or ():
+        if kernel.weight_layout is not WeightLayout:  # the reference reads every layout
+            kernel.weight_layout.register()
     prepack(model, compute, kernels)
 
 
@@ -50,7 +56,7 @@ def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any
 def prepack(
     model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
 ) -> None:
-    """`set_compute`, of a model that may be so new that its words may be written over."""
+    """Do the work of `set_compute`; `reuse_memory` allows it to overwrite the words of a new model."""
     for module in model.modules():
         if isinstance(module, PackedWeight):
             module.prepack(compute, kernels, reuse_memory=reuse_memory)

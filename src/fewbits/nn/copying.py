@@ -1,4 +1,4 @@
-"""Copies of a model: of its structure over the same weights, or of all of it."""
+"""Copy a model: its structure over the same weights, or all of it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fewbits.nn.walk import slots
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """A copy of all modules, hooks included, whose parameters are new objects over the same storage.
+    """Copy all modules and hooks; the parameters of the copy are new objects over the same storage.
 
     Buffers are copied, because a forward may write to them.
 
     Raises:
-        SourceError: if something in the model refuses to be copied.
+        SourceError: if a part of the model cannot be copied.
     """
     memo: dict[int, Any] = {}
     clones: dict[Hashable, Tensor] = {}
@@ -38,7 +38,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
 
 
 def _refuse_shared_functions(model: nn.Module, copied: nn.Module) -> None:
-    """Refuse functions that are set on a module and refer to modules of the source: a copy would call the source.
+    """Refuse functions that are set on a module instance and refer to the source: a copy would call the source.
 
     Raises:
         SourceError: naming the first such function.
@@ -66,15 +66,15 @@ def _is_filled(cell: CellType) -> bool:
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any], *, otherwise: str) -> nn.Module:
-    """A deep copy in which objects may already have their copies (by id).
+    """Copy a model with `copy.deepcopy`, and refuse a copy that shares modules with the model.
 
     Args:
-        model: what to copy.
-        memo: as `copy.deepcopy` takes it.
-        otherwise: what else one can do, for messages.
+        model: the model.
+        memo: the memo of `copy.deepcopy`: copies of objects, by id.
+        otherwise: an alternative for the user, for messages.
 
     Raises:
-        SourceError: if something in the model refuses to be copied.
+        SourceError: if a part of the model cannot be copied.
     """
     given = set(memo)
     try:
@@ -82,13 +82,13 @@ def deep_copy(model: nn.Module, memo: dict[int, Any], *, otherwise: str) -> nn.M
     except Exception as error:
         raise SourceError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            f"remove what refuses to be copied, or {otherwise}"
+            f"remove the part that cannot be copied, or {otherwise}"
         ) from error
     shared = (set(map(id, model.modules())) & set(map(id, copied.modules()))) - given
     if shared:
         name = next(name for name, module in model.named_modules() if id(module) in shared)
         raise SourceError(
             f"{name or 'the root module'} is not copied by copy.deepcopy, so the source itself would be changed; "
-            f"mend its __deepcopy__, or {otherwise}"
+            f"repair its __deepcopy__, or {otherwise}"
         )
     return copied

@@ -1,4 +1,4 @@
-"""Why a parameter cannot be stored: what its module is, what its forward does, who else holds it."""
+"""Find out why a parameter cannot be quantized: its module, its forward, or other references to it."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fewbits.nn.base import SUFFIX, QuantizedModule
-from fewbits.nn.classes import quantized_class
+from fewbits.nn.base import SUFFIX, QuantizedModule, made_class, quantized_form, replaces_forward
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import slots
 from fewbits.numerics.plain import not_plain
 
-#: Classes that take all their children for their content. What torch keeps parametrized tensors in inherits from one
-#: and does not; it is known by name, because that module of torch is not to be imported.
+#: Containers, which treat all their children as content. `ParametrizationList` of torch inherits from one and does not;
+#: `obstacle_to` knows it by name, because that module of torch must not be imported.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-#: What a forward that does not read its parameters by name calls.
+#: Names in a forward that goes through parameters instead of reading them by name.
 _WALKS = frozenset({"parameters", "named_parameters", "_parameters", "state_dict", "_modules"})
 
-#: Where every module keeps its tensors, its children and its hooks.
+#: The attributes in which every module keeps its tensors, children and hooks.
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
 def obstacle_to(module: nn.Module, name: str) -> str | None:
-    """Why this parameter of this module cannot be stored; None if it can."""
+    """Say why this parameter of this module cannot be quantized; None if it can."""
     if isinstance(module, (QuantizedModule, StoredWeight)):
         return "it is quantized already"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript modules cannot be changed; quantize the module it was made from"
     if isinstance(module, _CONTAINERS) and type(module).__name__ != "ParametrizationList":
-        return f"{type(module).__name__} is a container, and would take the stored weight for part of its content"
-    if _goes_through_parameters(type(module)):
+        return f"{type(module).__name__} is a container, and would treat the stored weight as content"
+    form, replaced = quantized_form(type(module), (name,))
+    if not replaces_forward(type(module), form, replaced) and _goes_through_parameters(type(module)):
         return f"{type(module).__name__}.forward goes through its parameters, and would miss a quantized one"
     if hasattr(module, name + SUFFIX):
         return f"it has an attribute {name + SUFFIX}, where the quantized weight would go"
     if type(module._parameters.get(name)) is not nn.Parameter:
         return f"it is a {type(module._parameters.get(name)).__name__}, not a plain parameter"
     try:
-        quantized_class(type(module), (name,))
-    except Exception as error:  # whatever a class does when it is subclassed
+        made_class(type(module), form, replaced)
+    except Exception as error:  # a class may do anything when it is subclassed
         return f"{type(module).__name__} cannot be subclassed ({' '.join(str(error).split())})"
     return None
 
 
 def _goes_through_parameters(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class, or a method of its own that it calls, names what gives all parameters.
+    """Whether the forward of a class, or a method that it calls, goes through all parameters.
 
-    Names in the code are all that is looked at: functions that are no methods are not followed, and a name may be used
-    for something harmless. It errs towards keeping a parameter.
+    Only names in the code are checked. Functions other than methods are not followed, and a name may be used for
+    something harmless, so that some parameters are kept without need.
     """
     seen: set[CodeType] = set()
     codes = [getattr(inspect.unwrap(cls.forward), "__code__", None)]
@@ -72,32 +72,32 @@ def _goes_through_parameters(cls: type[nn.Module]) -> bool:
 
 
 def _is_foreign(function: FunctionType) -> bool:
-    """Whether it is not torch's own, which is known to read by name."""
+    # Methods of torch read parameters by name.
     return not (function.__module__ or "").startswith("torch.")
 
 
 def held_beside(model: nn.Module) -> dict[str, str]:
-    """A reason for each parameter whose memory a module holds elsewhere too: in an attribute, a list, a view.
+    """Give a reason for each parameter whose memory a module also holds elsewhere: in an attribute, a list, a view.
 
-    Such a reference would go on using the float tensor. The lists that recurrent layers keep are made anew.
+    Such a reference would keep using the float tensor. Attributes that the quantized module rebuilds do no harm.
     """
     parameters = {_memory(slot.tensor) for slot in slots(model) if slot.is_parameter} - {None}
     reasons: dict[Hashable, str] = {}
     for path, module in model.named_modules():
+        ignored = _MODULE_STATE | quantized_form(type(module), ())[0].rebuilt_attributes
         for attribute, value in vars(module).items():
-            # Spectral norm and pruning compute a weight anew, out of its original, before every forward.
-            anew = attribute == "_flat_weights" and isinstance(module, nn.RNNBase)
-            if attribute in _MODULE_STATE or anew or f"{attribute}_orig" in module._parameters:
+            # Spectral norm and pruning compute a weight from its original before every forward.
+            if attribute in ignored or f"{attribute}_orig" in module._parameters:
                 continue
             for tensor in _tensors_in(value):
                 where = f"{path}.{attribute}" if path else attribute
                 if _memory(tensor) in parameters:
-                    reasons[_memory(tensor)] = f"{where} holds it too, and would go on using the float tensor"
+                    reasons[_memory(tensor)] = f"{where} holds it too, and would keep using the float tensor"
     return {slot.name: reasons[_memory(slot.tensor)] for slot in slots(model) if _memory(slot.tensor) in reasons}
 
 
 def _memory(tensor: Tensor) -> Hashable:
-    """Equal for two tensors in one storage; None for one without memory, or of a kind that does not tell it."""
+    """Identify the storage of a tensor; None if it has no memory or does not give its address."""
     with torch._C.DisableTorchFunctionSubclass():
         if not_plain(tensor) or not tensor.numel():
             return None
@@ -105,7 +105,7 @@ def _memory(tensor: Tensor) -> Hashable:
 
 
 def _tensors_in(value: object, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors in an attribute, looking into containers, partial functions and namespaces, some levels deep."""
+    """Yield the tensors in an attribute, and in containers, partial functions and namespaces a few levels deep."""
     if isinstance(value, functools.partial):
         value = [value.args, value.keywords]
     elif isinstance(value, SimpleNamespace) or attrs.has(type(value)) or dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""`feed`: how one batch reaches a model's forward."""
+"""`feed`: call a model with one batch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 def feed(model: nn.Module, batch: Any) -> Any:
     """Call a model with one batch.
 
-    A tuple is passed as positional arguments, a mapping as keyword arguments, anything else as the only argument. A
-    model such as `SentenceTransformer` takes the whole mapping as its first argument: that is done where the signature
-    of its forward does not accept the keys as keyword arguments, and accepts one positional argument.
+    A tuple is passed as positional arguments, a mapping as keyword arguments, anything else as the only argument. If a
+    forward does not accept the keys of a mapping as keyword arguments, and accepts one positional argument, as that of
+    `SentenceTransformer` does, the whole mapping is that argument.
     """
     if isinstance(batch, tuple):
         return model(*batch)
@@ -24,14 +24,14 @@ def feed(model: nn.Module, batch: Any) -> Any:
 
 
 def _is_one_argument(forward: Callable[..., Any], batch: Mapping[Any, Any]) -> bool:
-    """Whether a forward asks for the mapping itself, and not for what is in it."""
+    """Whether a forward takes the mapping itself as its argument."""
     try:
         signature = inspect.signature(forward)
-    except (TypeError, ValueError):  # TorchScript and C functions have none
+    except (TypeError, ValueError):  # TorchScript and C functions have no signature
         return False
     if _binds(signature, **{str(key): value for key, value in batch.items()}):
         return False
-    # A key that names a parameter tells that the others are misspelt keyword arguments.
+    # If one key is the name of a parameter, the other keys are misspelt keyword arguments.
     return signature.parameters.keys().isdisjoint(batch) and _binds(signature, batch)
 
 

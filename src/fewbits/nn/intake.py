@@ -10,8 +10,8 @@ from fewbits.errors import FewbitsError
 from fewbits.nn.walk import slots
 from fewbits.numerics.plain import GATHER, unplain_kind
 
-#: Modules of other tools, by the beginnings of their names, whose classes hold or simulate quantized weights. Nothing
-#: is imported: a class is known by where it was defined.
+#: Packages of other tools whose classes hold or simulate quantized weights, by prefix of the full class name. Nothing
+#: is imported.
 _TOOLS = {
     "torchao.": "torchao",
     "optimum.quanto.": "quanto",
@@ -26,17 +26,17 @@ _TOOLS = {
     "torch.ao.quantization.fake_quantize.": "torch.ao",
 }
 
-#: Classes in these modules that float models have, too.
+#: Classes in these packages that float models use, too.
 _FLOAT_MODULES = ("torch.ao.nn.quantized.modules.functional_modules.", "bitsandbytes.nn.")
 
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
 
 
 def quantizing_tool(cls: type) -> str | None:
-    """The tool whose quantized class this is, or inherits from; None if it is no such class.
+    """Name the tool whose quantized class this is or inherits from; None for other classes.
 
     Args:
-        cls: the class of a module, or of a tensor.
+        cls: the class of a module or of a tensor.
     """
     for base in cls.__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
@@ -50,23 +50,23 @@ def quantizing_tool(cls: type) -> str | None:
 def refuse_changed(model: nn.Module, error: type[FewbitsError]) -> None:
     """Refuse a model that another tool has quantized or sharded, or that holds tensors which are not plain.
 
-    Tensors on the meta device, and those that are not initialized, pass.
+    Tensors on the meta device and uninitialized tensors are accepted.
 
     Raises:
-        FewbitsError: of the given class, naming the first such module or tensor.
+        FewbitsError: an error of the given class that names the first such module or tensor.
     """
     for problem in _problems(model):
         raise error(problem)
 
 
 def quantized_elsewhere(name: str, held: object) -> str | None:
-    """The message about a module or a tensor of a class of another tool's; None if it is of another class."""
+    """Return an error message if a module or tensor belongs to another quantization tool; None if not."""
     tool = quantizing_tool(type(held))
     if tool is None:
         return None
     return (
-        f"{name or 'the root module'} is of class {type(held).__name__}, one of {tool}'s: it is quantized already, or "
-        "prepared for that; take the float model it was made from"
+        f"{name or 'the root module'} is a {type(held).__name__} of {tool}: it is quantized already, or prepared "
+        "for quantization; pass the float model that it was made from"
     )
 
 

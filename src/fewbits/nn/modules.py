@@ -1,13 +1,13 @@
-"""The quantized forms of the classes of torch that compute with a stored weight in a way of their own.
+"""The quantized forms of classes that compute with a stored weight, or that need to declare something.
 
-Each is a subclass of the class it replaces, so that ``isinstance`` and every option of the float module keep their
-meaning. `fewbits.nn.swap` turns a float module into one of these, or into a class made of one of these and the float
-module's own class; they are not constructed.
+Each form of a torch class is a subclass of that class: ``isinstance`` and every option of the float module keep their
+meaning. `fewbits.nn.swap` changes the class of a float module to its form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,34 +16,62 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fewbits.kernels.choose import KERNELS, refusal
 from fewbits.kernels.convolution import FLOATS, PATCHES, sums_of_patches, way_of_sums
 from fewbits.kernels.reference import check_floating, integer_product, rounds_inputs
-from fewbits.kernels.run import linear
-from fewbits.nn.base import QuantizedModule, reading_once, stored_weights
-from fewbits.nn.stored import PackedWeight, StoredWeight
+from fewbits.kernels.run import chosen, linear, rows_of
+from fewbits.nn.base import QuantizedModule, form_of, stored_weights
+from fewbits.nn.packed import PackedWeight
+from fewbits.nn.stored import StoredWeight
+from fewbits.numerics.layout import Layout
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):
     """`torch.nn.Linear` with a stored weight of shape (out_features, in_features)."""
 
     float_class = nn.Linear
+    own_weight = "weight"
+    rounds_inputs = True
     weight_stored: StoredWeight
 
     def stores(self) -> None:
-        """Tell the weight whether it is computed with; attention reads that of its output projection."""
-        if type(self).forward is QuantizedLinear.forward and not isinstance(self, NonDynamicallyQuantizableLinear):
-            self.weight_stored.computes = True
+        """Let kernels compute with the weight, unless another forward reads it as a float tensor."""
+        # Attention reads the weight of its output projection.
+        is_replaced = type(self).forward is form_of(type(self)).forward
+        self.weight_stored.computes |= is_replaced and not isinstance(self, NonDynamicallyQuantizableLinear)
+
+    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
+        """Name the kernel that computes with the weight for this input, and why each preferred kernel does not."""
+        weight = self.weight_stored
+        if name != "weight" or not weight.computes or not isinstance(weight, PackedWeight):
+            return super().explain_call(name, x)
+        prepared, rows = weight.prepared(), rows_of(x)
+        kernel = chosen(x, prepared)
+        offered = KERNELS if weight.offered is None else weight.offered
+        preferred = itertools.takewhile(lambda other: other is not kernel, offered)
+        reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
+        otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
+        return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}
 
     def forward(self, input: Tensor) -> Tensor:
-        """What `fewbits.kernels.run` says a linear layer is."""
+        """Compute the layer with the kernel that suits the input."""
         return linear(input, self._modules["weight_stored"], _bias(self))  # type: ignore[arg-type]
 
 
 class QuantizedConvolution(QuantizedModule):
     """A convolution of any kind: float, with the dequantized weight, or exact, on int8 inputs."""
 
+    own_weight = "weight"
+    rounds_inputs = True
     weight_stored: StoredWeight
     kernel_size: tuple[int, ...]
+
+    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
+        """Say how the sums of int8 inputs are computed, and why each preferred way is not."""
+        weight = self.weight_stored
+        if name != "weight" or not isinstance(weight, PackedWeight) or not rounds_inputs(weight):
+            return super().explain_call(name, x)
+        return way_of_sums(self, weight.weight_layout(), x, weight.compute)
 
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         spatial, bias, stored = len(self.kernel_size), _bias(self), self.weight_stored
@@ -53,10 +81,10 @@ class QuantizedConvolution(QuantizedModule):
             return convolve(input, weight, None if bias is None else bias.to(input.dtype))
         sums, sum_dtype = None, torch.float64
         if isinstance(stored, PackedWeight) and not torch.compiler.is_compiling():
-            form = stored.form()
-            way, _ = way_of_sums(self, form, input, stored.compute)
+            prepacked = stored.weight_layout()
+            way, _ = way_of_sums(self, prepacked, input, stored.compute)
             if way == PATCHES:
-                sums = partial(sums_of_patches, module=self, weight=form)
+                sums = partial(sums_of_patches, module=self, weight=prepacked)
             elif way == FLOATS:
                 sum_dtype = torch.float32
         # One scale per sample; an input without a batch axis is one sample.
@@ -72,10 +100,16 @@ class QuantizedConvolution(QuantizedModule):
 
 
 class _QuantizedConv(QuantizedConvolution):
+    forward_methods = ("forward", "_conv_forward")
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+    @classmethod
+    def declared_layout(cls, module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """Outputs are the first axis."""
+        return Layout.of(shape, inputs=range(1, len(shape))) if name == "weight" else None
+
     def forward(self, input: Tensor) -> Tensor:
-        """The float module's own convolution."""
+        """Compute the float module's own convolution."""
         return self._convolved(input, self._conv_forward)
 
 
@@ -98,11 +132,23 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
 
 
 class _QuantizedConvTranspose(QuantizedConvolution):
+    forward_methods = ("forward", "_output_padding")
     _convolve: ClassVar[Callable[..., Tensor]]
     _output_padding: Callable[..., list[int]]
 
+    @classmethod
+    def declared_layout(cls, module: Any, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """Outputs are the second axis; with groups, every output of every group is a row."""
+        if name != "weight":
+            return None
+        if module.groups == 1:
+            return Layout.of(shape, inputs=(0, *range(2, len(shape))))
+        # (groups, inputs of a group, outputs of a group, kernel...)
+        view = (module.groups, shape[0] // module.groups, *shape[1:])
+        return Layout.of(shape, view=view, inputs=(1, *range(3, len(view))))
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """One transposed convolution."""
+        """Compute a transposed convolution."""
         size, stride, padding, dilation = self.kernel_size, self.stride, self.padding, self.dilation
         extra = self._output_padding(input, output_size, stride, padding, size, len(size), dilation)
 
@@ -137,10 +183,11 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
     """`torch.nn.Embedding` with a stored weight of shape (num_embeddings, embedding_dim)."""
 
     float_class = nn.Embedding
+    own_weight = "weight"
     weight_stored: StoredWeight
 
     def forward(self, input: Tensor) -> Tensor:
-        """Dequantize the rows that are asked for (all of them under `max_norm`, which rescales in place)."""
+        """Look up rows: dequantize only those, or all of them under `max_norm`, which rescales in place."""
         if self.max_norm is None:
             rows = self.weight_stored.dequantize_rows(input.reshape(-1), self.weight_stored.dtype)
             return rows.reshape(*input.shape, self.embedding_dim)
@@ -152,10 +199,11 @@ class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
     """`torch.nn.EmbeddingBag` with a stored weight of shape (num_embeddings, embedding_dim)."""
 
     float_class = nn.EmbeddingBag
+    own_weight = "weight"
     weight_stored: StoredWeight
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Dequantize, then one `F.embedding_bag` (which under `max_norm` rescales rows in place)."""
+        """Dequantize the weight, and call `F.embedding_bag`, which under `max_norm` rescales rows in place."""
         stored = self.weight_stored
         weight = stored.operand(stored.dtype) if self.max_norm is None else stored.dequantize()
         return F.embedding_bag(
@@ -177,17 +225,48 @@ class QuantizedMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` with stored input projections; its fast path is taken as before."""
 
     float_class = nn.MultiheadAttention
-    forward = reading_once(nn.MultiheadAttention.forward)
+    reads_weights_of_children = True
 
     def read_together(self) -> Iterable[StoredWeight]:
-        """The projections, that of the output included, which is a module of its own and read from here."""
+        """List the projections, with that of the output: its weight belongs to a child, and this forward reads it."""
         return [*super().read_together(), *stored_weights(self.out_proj).values()]
 
 
+class QuantizedTransformerEncoderLayer(QuantizedModule, nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer`; its fast path reads the weights of its linear layers."""
+
+    float_class = nn.TransformerEncoderLayer
+    reads_weights_of_children = True
+
+
+class QuantizedBilinear(QuantizedModule, nn.Bilinear):
+    """`torch.nn.Bilinear` with a weight of shape (out_features, in1_features, in2_features)."""
+
+    float_class = nn.Bilinear
+    input_axes: ClassVar = {"weight": (1, 2)}
+
+
+class QuantizedConv1D(QuantizedModule):
+    """`Conv1D` of transformers: a linear layer with a weight of shape (inputs, outputs)."""
+
+    input_axes: ClassVar = {"weight": (0,)}
+
+
+class QuantizedLlama4Experts(QuantizedModule):
+    """Fused experts of Llama 4, with weights of shape (experts, inputs, outputs)."""
+
+    input_axes: ClassVar = {"gate_up_proj": (1,), "down_proj": (1,)}
+
+
+QuantizedConv1D.register("transformers.pytorch_utils.Conv1D")
+QuantizedLlama4Experts.register("transformers.models.llama4.modeling_llama4.Llama4TextExperts")
+
+
 class QuantizedRNNBase(QuantizedModule, nn.RNNBase):
-    """`torch.nn.LSTM`, `GRU` and `RNN` keep a list of their parameters, which is made anew at every reading here."""
+    """`torch.nn.LSTM`, `GRU` and `RNN`: the float module keeps a list of its parameters; this form rebuilds it."""
 
     float_class = nn.RNNBase
+    rebuilt_attributes = frozenset({"_flat_weights"})
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -195,45 +274,29 @@ class QuantizedRNNBase(QuantizedModule, nn.RNNBase):
 
     @_flat_weights.setter
     def _flat_weights(self, weights: object) -> None:
-        """Torch sets its list in several places; there is none to be kept."""
+        """Ignore the list that torch sets in several places."""
 
     def stores(self) -> None:
-        """Let go of the list of float parameters."""
+        """Drop the list of float parameters."""
         self.__dict__.pop("_flat_weights", None)
         self.__dict__["_flat_weight_refs"] = []
 
     def restored(self) -> None:
-        """Make the list again."""
+        """Build the list again."""
         nn.RNNBase._init_flat_weights(self)
 
     def _init_flat_weights(self) -> None:
-        """There is no list to be made."""
+        """Do nothing: there is no list to build."""
 
     def _update_flat_weights(self) -> None:
-        """There is no list to be out of date."""
+        """Do nothing: there is no list to update."""
 
     def flatten_parameters(self) -> None:
-        """There is no float memory to be made contiguous."""
+        """Do nothing: there is no float memory to make contiguous."""
 
 
 def _bias(module: Any) -> Tensor | None:
-    # Where it nearly always is; to ask the module costs as much as a small layer.
+    # Nearly always a parameter; `module.bias` costs as much as a small layer.
     held = module._parameters
     bias = held["bias"] if "bias" in held else module.bias  # noqa: SIM401, `get` would ask
     return bias if isinstance(bias, Tensor) else None
-
-
-#: The classes that compute with a weight of their own kind; of other classes any parameter is read as a float tensor.
-OWN_CLASSES: tuple[type[QuantizedModule], ...] = (
-    QuantizedLinear,
-    QuantizedConv1d,
-    QuantizedConv2d,
-    QuantizedConv3d,
-    QuantizedConvTranspose1d,
-    QuantizedConvTranspose2d,
-    QuantizedConvTranspose3d,
-    QuantizedEmbedding,
-    QuantizedEmbeddingBag,
-)
-#: The classes whose parameters, of any name, need more than being read.
-CAREFUL_CLASSES: tuple[type[QuantizedModule], ...] = (QuantizedMultiheadAttention, QuantizedRNNBase)

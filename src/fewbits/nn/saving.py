@@ -1,7 +1,7 @@
-"""`save_pretrained` of a model that holds quantized layers: refused, because what it writes cannot be read back.
+"""Refuse `save_pretrained` of a model with quantized layers: its files could not be read back.
 
-Transformers and sentence-transformers write the tensors of a model's state dict. When they read them they find no
-``weight`` and fill it with random numbers, which they tell in their log alone.
+Transformers and sentence-transformers write the tensors of a model's state dict. On reading they find no ``weight``,
+and fill it with random numbers; only their log says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _METHODS = ("save_pretrained", "save")
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
-    """Stands in the place of `save_pretrained` and `save`.
+    """Replaces `save_pretrained` and `save`.
 
     Raises:
         CheckpointError: always.
@@ -30,7 +30,7 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 def refuse_save_pretrained(model: nn.Module) -> None:
-    """Make `save_pretrained` of a model, and of every module in it that holds a quantized one, an error."""
+    """Make `save_pretrained` raise an error, for a model and for every module in it that contains a quantized one."""
     for module in model.modules():
         if _writes_weights(module) and any(isinstance(inner, QuantizedModule) for inner in module.modules()):
             module.__dict__.update((name, _refuse) for name in _METHODS if callable(getattr(module, name, None)))
@@ -45,5 +45,5 @@ def allow_save_pretrained(model: nn.Module) -> None:
 
 
 def _writes_weights(module: nn.Module) -> bool:
-    # A model of peft writes its adapters, which are not quantized.
+    # A peft model writes its adapters alone, which are not quantized.
     return callable(getattr(module, "save_pretrained", None)) and not hasattr(module, "peft_config")

@@ -1,4 +1,4 @@
-"""Which tensors share memory: the same view of it, or views that overlap."""
+"""Find tensors that share memory: equal views of it, or views that overlap."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @attrs.frozen
 class View:
-    """What of some memory a tensor shows. Two tensors are the same view of the same memory if these are equal.
+    """The part of some memory that a tensor shows; equal for two tensors that show the same part in the same way.
 
     Attributes:
-        memory: tells memory from other memory: a device, a file.
-        start: its first byte there.
-        shape: of the tensor.
-        stride: likewise, in elements.
-        dtype: likewise.
-        other: whatever else tells it from others.
+        memory: the name of the memory: a device, a file.
+        start: the address of the first byte.
+        shape: the shape of the tensor.
+        stride: the strides of the tensor, in elements.
+        dtype: the dtype of the tensor.
+        other: other properties that distinguish tensors.
     """
 
     memory: str
@@ -31,10 +31,10 @@ class View:
 
     @classmethod
     def of(cls, tensor: Tensor) -> View:
-        """The view that a tensor is.
+        """Describe the memory of a tensor.
 
-        A tensor without memory (one without elements, one on the meta device) is like no other: that its address is 0,
-        as theirs is, says nothing.
+        A tensor without memory (without elements, or on the meta device) equals no other tensor, although all of them
+        have the address 0.
         """
         with torch._C.DisableTorchFunctionSubclass():
             start = tensor.data_ptr() if tensor.numel() else 0
@@ -44,7 +44,7 @@ class View:
 
     @property
     def stop(self) -> int:
-        """The byte after its last element; `start` if it has none."""
+        """The address of the byte after the last element; `start` if there are no elements."""
         if 0 in self.shape:
             return self.start
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
@@ -52,15 +52,14 @@ class View:
 
 
 def storage_key(tensor: Tensor) -> Hashable:
-    """Equal for two tensors exactly if they are the same view of the same memory."""
+    """Return a key that is equal for two tensors exactly if they are the same view of the same memory."""
     return View.of(tensor)
 
 
 def overlaps(views: Mapping[str, View]) -> dict[str, str]:
-    """A reason for each tensor whose memory overlaps another's without being the same view.
+    """Give a reason for each tensor whose memory overlaps that of another tensor, unless both are the same view.
 
-    The extent of a view is taken from its first to its last element, so that two interleaved views count as
-    overlapping.
+    A view extends from its first to its last element, so interleaved views count as overlapping.
     """
     spans = sorted((view.memory, view.start, view.stop, name) for name, view in views.items() if view.stop > view.start)
     reasons: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""Turning float modules into quantized ones and back, in place.
+"""Turn float modules into quantized ones and back, in place.
 
-A module becomes quantized by changing its class and its weight, and stays the same object: hooks, shared modules, and
-references held outside the module tree go on meaning what they meant.
+A module changes its class and its weight, and stays the same object. Hooks, shared modules, and references from outside
+the module tree stay valid.
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ import torch
 from torch import nn
 
 from fewbits.errors import ArgumentError, FewbitsError, SourceError
-from fewbits.nn.base import SUFFIX, QuantizedModule, reads, stored_weights
+from fewbits.nn.base import SUFFIX, QuantizedModule, stored_weights
 from fewbits.nn.classes import quantized_class
 from fewbits.nn.copying import deep_copy
+from fewbits.nn.reading import reads
 from fewbits.nn.saving import allow_save_pretrained
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.walk import Slot
 from fewbits.numerics.tensor import QuantizedTensor
 
-#: Where a quantized module keeps the names of its parameters in the order they had, to go back to.
+#: The attribute of a quantized module with the names of its float parameters, in order.
 _ORDER = "_parameters_in_order"
 
 
 def refuse_quantized(model: nn.Module, error: type[FewbitsError]) -> None:
-    """Raise this error if any module of the model is quantized."""
+    """Raise an error of this class if any module of the model is quantized."""
     names = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
     if names:
         more = f" and {len(names) - 1} more modules are" if names[1:] else " is"
         raise error(
-            f"{names[0] or 'the root module'}{more} quantized already; take a float model, "
-            "such as fewbits.dequantize(model) gives"
+            f"{names[0] or 'the root module'}{more} quantized already; pass a float model, "
+            "for example fewbits.dequantize(model)"
         )
 
 
 def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
-    """Put a stored weight in the place of a parameter; the module becomes its quantized class.
+    """Replace a parameter with a stored weight; the module takes its quantized class.
 
     Raises:
-        SourceError: if the module would not read it. It is as it was then.
+        SourceError: if the module would not read the stored weight; the module stays unchanged.
     """
     float_class = module.float_class if isinstance(module, QuantizedModule) else type(module)
     module.__dict__.setdefault(_ORDER, tuple(module._parameters))
@@ -55,17 +56,17 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     if not reads(module, name, stored):
         _put_back(module, {name: parameter})
         raise SourceError(
-            f"{float_class.__name__} reads its attribute {name} in a way of its own, which would miss a quantized "
-            "weight; exclude it"
+            f"{float_class.__name__} computes its attribute {name} itself, and would miss a quantized weight; "
+            "exclude it"
         )
 
 
 @contextlib.contextmanager
 def attached(places: Sequence[Slot], stored: StoredWeight) -> Iterator[None]:
-    """Put a stored weight in the place of parameters for a while. Afterwards the modules are as they were.
+    """Replace parameters with a stored weight in a ``with`` block; afterwards the modules are as before.
 
     Raises:
-        SourceError: if a module would not read it.
+        SourceError: if a module would not read the stored weight.
     """
     before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
     try:
@@ -80,12 +81,12 @@ def attached(places: Sequence[Slot], stored: StoredWeight) -> Iterator[None]:
 
 
 def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]) -> None:
-    """Put parameters back in the place of the stored weights; the module becomes its float class again."""
+    """Replace all stored weights with parameters; the module takes its float class again."""
     _put_back(module, {name: weights[stored] for name, stored in stored_weights(module).items()})
 
 
 def _put_back(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> None:
-    """Put parameters in the place of their stored weights, in the old order; without any left, the class goes back."""
+    """Restore parameters, in the old order; a module without stored weights takes its float class again."""
     for name in parameters:
         del module._modules[name + SUFFIX]
     held = module._parameters | dict(parameters)
@@ -100,24 +101,24 @@ def _put_back(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) 
 
 
 def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
-    """A plain float copy of what `quantize` or `load` gave.
+    """Return a float copy of a quantized model or mapping.
 
     Args:
         model: a model, or a mapping {name: Tensor or QuantizedTensor}; it is not changed.
-        dtype: of the weights that were quantized; None stands for the dtype each would have.
+        dtype: the dtype of dequantized weights; None: the dtype of each float weight before.
 
     Returns:
         a model of the same classes as before, tied weights tied; or a mapping {name: Tensor}.
 
     Raises:
-        ArgumentError: if it is neither.
-        SourceError: if something in the model refuses to be copied.
+        ArgumentError: if `model` is neither.
+        SourceError: if a part of the model cannot be copied.
     """
     if isinstance(model, Mapping):
         return {name: v.dequantize(dtype) if isinstance(v, QuantizedTensor) else v for name, v in model.items()}
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"dequantize takes a model or a mapping of tensors, not a {type(model).__name__}")
-    # Stored weights are not copied, only read.
+    # The memo keeps stored weights from being copied.
     stored = {module: None for module in model.modules() if isinstance(module, StoredWeight)}
     plain = deep_copy(model, {id(module): module for module in stored}, otherwise="load its file and dequantize that")
     weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}

@@ -1,4 +1,4 @@
-"""Every tensor that a model holds, with the place it is held at."""
+"""List the parameters and buffers of a model, with the module that holds each."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Slot:
     Attributes:
         name: full dotted name.
         module: the module that holds it.
-        local: its name in that module.
-        is_parameter: whether it is a parameter; a buffer otherwise.
-        persistent: whether a state dict has it.
+        local: the name of the tensor in that module.
+        is_parameter: whether the tensor is a parameter; otherwise it is a buffer.
+        persistent: whether a state dict holds the tensor.
     """
 
     name: str
@@ -30,25 +30,25 @@ class Slot:
 
     @property
     def tensor(self) -> Tensor:
-        """What the module holds now. The slot itself keeps nothing alive.
+        """The tensor that the module holds now; the slot itself keeps no tensor alive.
 
         Raises:
-            SourceError: if it holds nothing there any more.
+            SourceError: if the tensor has been removed.
         """
         held = self.module._parameters if self.is_parameter else self.module._buffers
         tensor = dict(held.items()).get(self.local)  # TorchScript's mappings have no get
         if tensor is None:
-            raise SourceError(f"{self.name} has been removed from the model since it was looked at")
+            raise SourceError(f"{self.name} has been removed from the model since it was prepared")
         return tensor
 
     @property
     def key(self) -> tuple[int, str]:
-        """Equal for two paths to one place: a module may have several."""
+        """A key that is equal for two paths to one tensor of one module."""
         return id(self.module), self.local
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
-    """All parameters and buffers under all their names, shared modules and tied tensors included."""
+    """Yield all parameters and buffers under all their names, including shared modules and tied tensors."""
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for local, parameter in module._parameters.items():
@@ -60,20 +60,20 @@ def slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def parent_of(model: nn.Module, slot: Slot) -> nn.Module | None:
-    """The module that holds the slot's module, by the path in its name; None for the root."""
+    """Return the parent of the slot's module, by the path in its name; None for the root."""
     path = slot.name.rpartition(".")[0]
     return model.get_submodule(path.rpartition(".")[0]) if path else None
 
 
 def find(model: nn.Module, name: str) -> Slot:
-    """The slot of this full name, as the model is now.
+    """Return the slot with this full name in the current model.
 
     Raises:
-        SourceError: if there is none any more.
+        SourceError: if it has been removed.
     """
     path, _, local = name.rpartition(".")
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        raise SourceError(f"{name} has been removed from the model since it was looked at") from None
+        raise SourceError(f"{name} has been removed from the model since it was prepared") from None
     return Slot(name, module, local, local in module._parameters)

@@ -10,21 +10,21 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fewbits.errors import FewbitsError
 
-#: Where `torch.compile(model)` holds the model, whose tensors get this in front of their names.
+#: The child in which `torch.compile(model)` holds the model; it is part of the names of all tensors.
 COMPILED = "_orig_mod"
 
 
 def refuse_wrapped(model: nn.Module, error: type[FewbitsError]) -> None:
-    """Refuse a TorchScript module, and a model that is wrapped for data parallelism or holds one that is.
+    """Refuse a TorchScript module, and a model that contains a wrapper for data parallelism.
 
-    A TorchScript module inside of a model passes: its weights are kept, with the reason in the ledger.
+    A TorchScript module inside of a model is accepted: its weights are kept, with the reason in the ledger.
 
     Raises:
-        FewbitsError: of the given class, with the module to take instead.
+        FewbitsError: an error of the given class that names the module to pass instead.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise error(
-            f"the model is a TorchScript module ({type(model).__name__}), whose layers cannot be replaced; take the "
+            f"the model is a TorchScript module ({type(model).__name__}), whose layers cannot be replaced; pass the "
             "nn.Module that it was made from, before torch.jit.script or torch.jit.trace"
         )
     for name, module in model.named_modules():
@@ -34,10 +34,10 @@ def refuse_wrapped(model: nn.Module, error: type[FewbitsError]) -> None:
 
 
 def compiled_hint(model: nn.Module, missed: Iterable[str]) -> str:
-    """Why names of a file may be missed in a model: one of the two was compiled, and the other was not.
+    """Explain names of a file that a model does not have, if only one of the two comes from a compiled model.
 
     Returns:
-        what to load into instead, in parentheses; "" if that is not why.
+        the model to load into instead, in parentheses; "" if there is another cause.
     """
     if COMPILED in model._modules:
         return f" (the model is a compiled one: load into model.{COMPILED})"

@@ -13,14 +13,13 @@ from fewbits.errors import SourceError
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import scaled_weights
 from fewbits.nn.base import stored_weights
-from fewbits.nn.classes import rounds_inputs
+from fewbits.nn.classes import layout_of, rounds_inputs
 from fewbits.nn.copying import structural_copy
 from fewbits.nn.eligibility import held_beside, obstacle_to
 from fewbits.nn.intake import refuse_changed
-from fewbits.nn.layouts import layout_of
+from fewbits.nn.packed import store
 from fewbits.nn.saving import refuse_save_pretrained
 from fewbits.nn.storage import View, overlaps, storage_key
-from fewbits.nn.stored import store
 from fewbits.nn.swap import attach, refuse_quantized
 from fewbits.nn.walk import Slot, find, parent_of, slots
 from fewbits.nn.wrappers import refuse_wrapped

@@ -6,15 +6,16 @@
     def test_it_conforms(check):
         check()
 
-Each of `check_quantizer`, `check_observer`, `check_selector`, `check_serializer` and `check_kernel` returns a list of
-named checks, each called without arguments. The Hypothesis strategies that they draw from are here too, for tests of
-your own. This package needs Hypothesis: ``pip install 'fewbits[testing]'``.
+Each of `check_quantizer`, `check_observer`, `check_selector`, `check_serializer`, `check_kernel` and `check_module`
+returns a list of named checks, each called without arguments. The Hypothesis strategies that they draw from are here
+too, for tests of your own. This package needs Hypothesis: ``pip install 'fewbits[testing]'``.
 """
 
 try:
     from fewbits.testing.check import Check, ConformanceError
     from fewbits.testing.kernels import check_kernel
     from fewbits.testing.models import SmallModel, models
+    from fewbits.testing.modules import check_module
     from fewbits.testing.observers import check_observer
     from fewbits.testing.quantizers import check_quantizer
     from fewbits.testing.selectors import check_selector
@@ -32,6 +33,7 @@ __all__ = [
     "ConformanceError",
     "SmallModel",
     "check_kernel",
+    "check_module",
     "check_observer",
     "check_quantizer",
     "check_selector",

@@ -29,10 +29,10 @@ from fewbits.testing.kernel_outputs import (
 )
 from fewbits.testing.strategies import FLOATS
 
-_WHY = Contract("fewbits.extend.Kernel.supports", "Why this kernel cannot compute with this weight")
-_FORMS = Contract("fewbits.extend.Kernel.supports", "in whatever form it is now")
-_TAKES = Contract("fewbits.extend.Kernel.takes", "Why this kernel does not compute with this input of so many rows")
-_FORM = Contract("fewbits.extend.Kernel.prepack", "The weight in the form that this kernel reads")
+_WHY = Contract("fewbits.extend.Kernel.supports", "Say why this kernel cannot compute with a weight")
+_FORMS = Contract("fewbits.extend.Kernel.supports", "which may be in any layout")
+_TAKES = Contract("fewbits.extend.Kernel.takes", "Say why this kernel does not compute with an input of so many rows")
+_FORM = Contract("fewbits.extend.Kernel.prepack", "Convert a weight to the layout that this kernel reads")
 _UNCHANGED = Contract("fewbits.extend.Kernel.linear", "Neither argument is changed")
 _ROUND_TRIP = Contract("fewbits.testing.check_kernel", "gives the packed int32 codes back, bit for bit")
 _ACCURATE = Contract("fewbits.testing.check_kernel", "an SQNR of at least 50 dB")
@@ -98,8 +98,10 @@ def prepacking_loses_nothing(setup: KernelSetup) -> None:
         expect(snapshot(weight.tensors()) == before, f"{weight.spec}: prepacking changed the given weight", _FORM)
         if packed is not None:
             kernel, layout = packed
-            fits = isinstance(layout, kernel.form)
-            expect(fits, f"{weight.spec}: prepacked as {type(layout).__name__}, not {kernel.form.__name__}", _FORM)
+            fits = isinstance(layout, kernel.weight_layout)
+            expect(
+                fits, f"{weight.spec}: prepacked as {type(layout).__name__}, not {kernel.weight_layout.__name__}", _FORM
+            )
             _check_layout(weight, layout)
             _check_layout(weight, kernel.prepack(layout))
             _check_layout(weight, kernel.prepack(attrs.evolve(weight, packed=weight.packed.clone()), reuse_memory=True))

@@ -1,0 +1,231 @@
+"""`PackedWeight`: a stored weight of codes, in the layout that the kernels of its layer read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels.base import Compute, Kernel, PreparedWeight
+from fewbits.kernels.choose import KERNELS, kernels_for, kernels_reading
+from fewbits.kernels.ops import describe
+from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.transforms import is_wrapped
+from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, WeightLayout
+from fewbits.nn.stored import CastWeight, StoredWeight
+from fewbits.numerics.layout import Layout
+from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor, narrow, part_shapes
+
+
+class PackedWeight(StoredWeight):
+    """Codes with their scales, in the layout that the layer's kernels read; canonical until `prepack` is called.
+
+    Attributes:
+        layout: how the weight was cut.
+    """
+
+    #: The ids of the buffers, and the weight prepared from them.
+    _made: tuple[tuple[int, ...], PreparedWeight]
+    #: The last weight that `parts_in` gave to a state dict, its key, and its words.
+    _last_parts: tuple[PreparedWeight | None, str, weakref.ref[Tensor] | None] = (None, "", None)
+
+    def __init__(self, value: QuantizedTensor) -> None:
+        super().__init__()
+        self.dtype, self._spec, self.layout = value.dtype, value.spec, value.layout
+        self._rows_are_first = value.layout == Layout.of(value.shape)
+        self._hold(PackedInt32.of_value(value))
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The spec of the codes."""
+        return self._spec
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
+        return self._buffers["input_scale"]
+
+    def weight_layout(self) -> WeightLayout:
+        """Return the weight in its current layout; it shares the buffers."""
+        return self.prepared().weight
+
+    @property
+    def kernels(self) -> tuple[Kernel[Any], ...]:
+        """The kernels that compute with it, the most preferred first; none if the reference does."""
+        return self.prepared().kernels
+
+    def prepared(self) -> PreparedWeight:
+        """Return the weight in its current layout, with its kernels."""
+        # Prepared once, and again if somebody has replaced a buffer. A compiler must see the buffers.
+        (objects, made), buffers = self._made, self._buffers
+        if torch.compiler.is_compiling():
+            return PreparedWeight(self._wrapped(buffers), made.kernels, made.description)
+        return made if objects == tuple(map(id, buffers.values())) else self._prepare(self._wrapped(buffers))
+
+    def _wrapped(self, buffers: Mapping[str, Any]) -> WeightLayout:
+        # The names of the buffers tell the layout, so that names and tensors change in one assignment.
+        kind = next(layout for layout in WEIGHT_LAYOUTS.values() if layout.data[0] in buffers)
+        return kind(**buffers, spec=self._spec, layout=self.layout)
+
+    def _prepare(self, weight: WeightLayout) -> PreparedWeight:
+        if not self.computes or any(map(is_wrapped, weight.tensors().values())):
+            return PreparedWeight(weight)
+        offered = KERNELS if self.offered is None else self.offered
+        kernels = kernels_reading(weight, self.compute, offered)
+        if kernels[0] is REFERENCE:
+            return PreparedWeight(weight)
+        is_traced_as_reference = isinstance(weight, PackedInt32)
+        description = None if is_traced_as_reference else describe(weight, self.compute, offered)
+        return PreparedWeight(weight, kernels, description)
+
+    def prepack(
+        self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
+    ) -> None:
+        """Convert the weight to the layout of the most preferred kernel that can compute with it.
+
+        Buffers are replaced, and not overwritten, so that a forward in another thread keeps valid buffers.
+
+        Args:
+            compute: how the layer may gain speed.
+            kernels: the kernels to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
+            reuse_memory: whether the memory of the words may be overwritten, if nobody else uses it.
+
+        Raises:
+            ArgumentError: if the layout of the kernel cannot be registered.
+        """
+        weight = self.weight_layout()
+        self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
+        able = self._able(weight, compute, kernels)
+        # Tensors made in inference mode could not be differentiated later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._hold(able[0].prepack(weight, reuse_memory=reuse_memory))
+
+    def stays(self, compute: Compute) -> bool:
+        """Whether `prepack` would keep the current tensors; their shapes decide, not their values."""
+        weight = self.weight_layout()
+        first = self._able(weight, compute, None)[0]
+        return isinstance(weight, PackedInt32 if first is REFERENCE else first.weight_layout)
+
+    def _able(
+        self, weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]] | None
+    ) -> tuple[Kernel[Any], ...]:
+        return kernels_for(weight, compute, KERNELS if kernels is None else kernels) if self.computes else (REFERENCE,)
+
+    def _hold(self, weight: WeightLayout) -> None:
+        type(weight).register()
+        buffers = _buffers_of(weight)
+        self._made = tuple(map(id, buffers.values())), self._prepare(weight)
+        self._buffers = buffers
+
+    def storage_spec(self) -> list[Any]:
+        """Return spec and layout as plain values: the parts do not hold them."""
+        return [self.spec.to_dict(), self.layout.to_dict()]
+
+    def value(self) -> QuantizedTensor:
+        """Return the canonical value; it shares the buffers if they are in the canonical layout."""
+        return self.weight_layout().value(self.dtype)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors for a state dict: ``_packed``, ``_scale``, ``_shape``...; see `QuantizedTensor.parts`."""
+        return {f"_{name}": part for name, part in self.value().parts().items()}
+
+    @property
+    def suffixes(self) -> list[str]:
+        """The keys of `parts`."""
+        return [f"_{name}" for name in part_shapes(self.layout, self.spec, self.dtype)]
+
+    def parts_in(self, destination: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+        """Return the parts for a state dict that holds them under this key.
+
+        The canonical tensors are made for each state dict. Layers with tied weights share them: if another layer has
+        put this weight into `destination`, its parts are returned.
+        """
+        prepared, (last, last_key, last_words) = self.prepared(), self._last_parts
+        words = last_words() if last_words is not None and last is prepared else None
+        if words is not None and destination.get(f"{last_key}_packed") is words:
+            return {suffix: destination[last_key + suffix] for suffix in self.suffixes}
+        parts = super().parts_in(destination, key)
+        self._last_parts = prepared, key, weakref.ref(parts["_packed"])
+        return parts
+
+    def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
+        """Take over codes and scales of the same shapes and spec."""
+        loaded = {name.removeprefix("_"): part for name, part in parts.items()}
+        value = QuantizedTensor.from_parts(loaded, spec=self.spec, layout=self.layout, dtype=self.dtype)
+        before = self.weight_layout()
+        if assign and before.scale.device != value.scale.device:  # from the meta device, which has one layout
+            self._hold(PackedInt32.of_value(value))
+            self.prepack(self.compute, self.offered)
+            return
+        weight = type(before).of(PackedInt32.of_value(value))
+        if not assign:
+            for name, tensor in weight.tensors().items():
+                getattr(before, name).copy_(tensor)
+            weight = self._wrapped(self._buffers)
+        self._hold(weight)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Decode the weight in float32 (float64 for float64 scales), in its own shape, and cast it to `dtype`."""
+        return self.weight_layout().dequantize(dtype or self.dtype)
+
+    def centered_codes(self) -> Tensor:
+        """Return codes minus zero points: float64, in the weight's own shape."""
+        return self.weight_layout().centered_codes()
+
+    def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return rows of a matrix: (len(index), columns)."""
+        if not self._rows_are_first:
+            return self.dequantize(dtype).index_select(0, index)
+        return narrow(self.weight_layout().decoded(index), dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        device = self.weight_layout().scale.device
+        if fn(torch.empty(0, dtype=torch.int8, device=device)).device == device:
+            super()._apply(fn, recurse)
+            self._hold(self._wrapped(self._buffers))
+            return self
+        # On another device another layout may be the best.
+        self._hold(PackedInt32.of(self.weight_layout()))
+        super()._apply(fn, recurse)
+        self.prepack(self.compute, self.offered)
+        return self
+
+    # Copies and pickles hold the canonical layout, and the reader converts it for its own CPU. Pickles for another
+    # process of this machine are an exception, see `_reduce_for_process`.
+    def __getstate__(self) -> dict[str, Any]:
+        return self._state(_buffers_of(PackedInt32.of(self.weight_layout())))
+
+    def _state(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        return self.__dict__ | {"_buffers": dict(buffers), "_made": ((), None), "_last_parts": (None, "", None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.prepack(self.compute, self.offered)
+
+
+def store(value: QuantizedTensor | Tensor, dtype: torch.dtype) -> StoredWeight:
+    """Return the module that holds this value in place of a weight of `dtype`."""
+    return PackedWeight(value) if isinstance(value, QuantizedTensor) else CastWeight(value, dtype)
+
+
+def _reduce_for_process(stored: PackedWeight) -> tuple[Any, ...]:
+    # Another process of this machine shares the memory of the buffers. Canonical words made for the pickle would be
+    # freed before that process opens them.
+    return _blank, (type(stored.weight_layout()),), stored._state(stored._buffers)
+
+
+def _blank(layout: type[WeightLayout]) -> PackedWeight:
+    layout.register()
+    return PackedWeight.__new__(PackedWeight)
+
+
+ForkingPickler.register(PackedWeight, _reduce_for_process)
+
+
+def _buffers_of(weight: WeightLayout) -> dict[str, Tensor | None]:
+    return {name: getattr(weight, name) for name in (*weight.data, "scale", "zero_point", "input_scale")}

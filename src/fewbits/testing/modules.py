@@ -1,0 +1,170 @@
+"""`check_module`: whether a quantized form that is registered for a class of modules keeps its promises."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import ArgumentError
+from fewbits.nn.base import QuantizedModule, form_of
+from fewbits.nn.compute import set_compute
+from fewbits.nn.swap import dequantize
+from fewbits.numerics.metrics import sqnr_db
+from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.tensor import same_bits
+from fewbits.quantizers.base import Quantizer
+from fewbits.selection.selector import LayerSelector
+from fewbits.testing.check import Check, Contract, checks, expect
+
+_REGISTERED = Contract("fewbits.extend.QuantizedModule.register", "Use this quantized form for a float class")
+_NEAR = Contract("fewbits.testing.check_module", "The output has an SQNR of at least 50 dB against the float module")
+_ROUNDED = Contract("fewbits.extend.QuantizedModule", "whether `forward` rounds its inputs to int8")
+_COPIES = Contract("fewbits.testing.check_module", "Copies, pickles and state dicts give the same output, bit for bit.")
+_BACK = Contract("fewbits.testing.check_module", "`fewbits.dequantize` gives a module of the float class back.")
+
+_WEIGHTS = (
+    QuantSpec(bits=8, granularity="channel"),
+    QuantSpec(bits=4, granularity="group", group_size=32, symmetric=False),
+)
+
+
+class _Everything(Quantizer):
+    """Quantize every tensor that can be quantized, with one spec."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        self.spec = spec
+        super().__init__(selector=LayerSelector(min_elements=1))
+
+
+@attrs.frozen
+class _Setup:
+    module: nn.Module
+    inputs: tuple[Any, ...]
+
+    def quantized(self, spec: QuantSpec) -> QuantizedModule:
+        """Quantize a copy.
+
+        Raises:
+            ConformanceError: if no parameter of the module is quantized.
+        """
+        quantizer = _Everything(spec)
+        quantizer.prepare(self.module)
+        module: QuantizedModule = quantizer.convert()
+        reasons = "; ".join(f"{row.name} is kept, {row.reason}" for row in quantizer.ledger)
+        expect(isinstance(module, QuantizedModule), f"no parameter is quantized: {reasons}", _REGISTERED)
+        return module
+
+    @torch.no_grad()
+    def output(self, module: nn.Module) -> Tensor:
+        output = module(*copy.deepcopy(self.inputs))
+        if not isinstance(output, Tensor):
+            raise ArgumentError(f"check_module takes a module that returns a tensor, not a {type(output).__name__}")
+        return output
+
+
+def check_module(module: nn.Module, *inputs: Any) -> list[Check]:
+    """Return the checks of the quantized form that is registered for the class of a float module.
+
+    What is asked beyond the docstring of `QuantizedModule`:
+
+    - The output has an SQNR of at least 50 dB against the float module with the dequantized weights.
+    - Copies, pickles and state dicts give the same output, bit for bit.
+    - `fewbits.dequantize` gives a module of the float class back.
+
+    Args:
+        module: a float module that returns a tensor; it is not changed.
+        inputs: positional arguments of its forward, in float32 where they are floating.
+
+    Raises:
+        ArgumentError: if `module` is no float module.
+    """
+    if not isinstance(module, nn.Module) or isinstance(module, QuantizedModule):
+        raise ArgumentError(f"check_module takes a float module, not a {type(module).__name__}")
+    return checks(module, _CHECKS, _Setup(copy.deepcopy(module), inputs))
+
+
+def a_form_is_registered(setup: _Setup) -> None:
+    """The class has a quantized form of its own, and a module gets it."""
+    name = type(setup.module).__name__
+    form = form_of(type(setup.quantized(_WEIGHTS[0])))
+    expect(form is not QuantizedModule, f"{name} is quantized without a form of its own", _REGISTERED)
+
+
+def outputs_are_those_of_the_dequantized_weights(setup: _Setup) -> None:
+    """A layout or a forward that does not suit the class gives another output."""
+    for spec in _WEIGHTS:
+        module = setup.quantized(spec)
+        expected = setup.output(dequantize(module)).double()
+        for compute in ("exact", "auto"):
+            set_compute(module, compute)
+            output = setup.output(module)
+            same_kind = (output.shape, output.dtype) == (expected.shape, torch.float32)
+            expect(same_kind, f"{spec}: shape {tuple(output.shape)} in {output.dtype}", _NEAR)
+            noise = sqnr_db(float(expected.square().sum()), float((output.double() - expected).square().sum()))
+            expect(noise >= 50, f"{spec}, {compute}: {noise:.1f} dB against the dequantized weights", _NEAR)
+
+
+def inputs_are_rounded_as_declared(setup: _Setup) -> None:
+    """With int8 inputs, small changes of an input that round to the same codes do not change the output."""
+    spec = attrs.evolve(_WEIGHTS[0], activations="dynamic")
+    module = setup.quantized(spec)
+    if not form_of(type(module)).rounds_inputs:
+        return
+    floats = [x for x in setup.inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    expected = setup.output(dequantize(module)).double()
+    output = setup.output(module).double()
+    noise = sqnr_db(float(expected.square().sum()), float((output - expected).square().sum()))
+    expect(bool(floats), "it declares that it rounds its inputs, and takes no floating input", _ROUNDED)
+    expect(20 <= noise < 100, f"{noise:.1f} dB: its inputs are not rounded to int8", _ROUNDED)
+
+
+def copies_compute_the_same(setup: _Setup) -> None:
+    """Deepcopy, state dicts, and pickle if it takes the float module, carry everything that the output depends on."""
+    for spec in _WEIGHTS:
+        module = setup.quantized(spec)
+        expected = setup.output(module)
+        filled = setup.quantized(spec)
+        for tensor in (*filled.parameters(), *filled.buffers()):
+            tensor.data.zero_()
+        filled.load_state_dict(module.state_dict())
+        copies = {
+            "deepcopy": copy.deepcopy(module),
+            "load_state_dict": filled,
+            ".to": copy.deepcopy(module).to(torch.float64).to(torch.float32),
+        }
+        if _can_be_pickled(setup.module):
+            copies["pickle"] = pickle.loads(pickle.dumps(module))
+        for way, copied in copies.items():
+            expect(type(copied) is type(module), f"{way} gives a {type(copied).__name__}", _COPIES)
+            expect(same_bits(setup.output(copied), expected), f"{spec}: {way} gives another output", _COPIES)
+
+
+def dequantizing_gives_the_class_back(setup: _Setup) -> None:
+    """The float module has the class, the parameters and the attributes it had."""
+    floats = dequantize(setup.quantized(_WEIGHTS[0]))
+    expect(type(floats) is type(setup.module), f"dequantize gives a {type(floats).__name__}", _BACK)
+    names = [name for name, _ in floats.named_parameters()]
+    expect(names == [name for name, _ in setup.module.named_parameters()], f"it has the parameters {names}", _BACK)
+
+
+def _can_be_pickled(module: nn.Module) -> bool:
+    try:
+        pickle.dumps(module)
+    except Exception:  # pickle raises many types
+        return False
+    return True
+
+
+_CHECKS: tuple[Callable[[_Setup], None], ...] = (
+    a_form_is_registered,
+    outputs_are_those_of_the_dequantized_weights,
+    inputs_are_rounded_as_declared,
+    copies_compute_the_same,
+    dequantizing_gives_the_class_back,
+)
