@@ -9,10 +9,10 @@ from typing import TypeVar, overload
 from torch import Tensor, nn
 
 from fewbits._heap import trim
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.completing import InitBuffers, initial_values, ties
 from fewbits.checkpoint.filling import Device, Place, fill, move_others, usable
 from fewbits.checkpoint.reading import Check, Checkpoint
-from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
 from fewbits.kernels.base import Compute

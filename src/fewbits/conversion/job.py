@@ -11,8 +11,8 @@ import attrs
 from torch import Tensor
 
 from fewbits.calibration import Observed
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.output import Output
-from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
 from fewbits.errors import CalibrationError, NumericsError

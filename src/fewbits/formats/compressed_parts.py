@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint.codec import part_name
 from fewbits.checkpoint.folder import CheckpointFiles
-from fewbits.checkpoint.metadata import part_name
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_weight import CompressedWeight, matrix_form

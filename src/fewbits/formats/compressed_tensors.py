@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.folder import find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config

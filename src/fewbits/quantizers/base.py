@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fewbits import calibration
 from fewbits._events import emit
 from fewbits._sizes import parse_size
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.file_job import FileJob

@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import attrs
 
-from fewbits.checkpoint.metadata import row_entries, stored_entries
+from fewbits.checkpoint.codec import CODEC
+from fewbits.checkpoint.metadata import stored_entries
 from fewbits.errors import ArgumentError, SelectionError, SourceError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
@@ -110,7 +111,7 @@ def _row(info: TensorInfo, fate: Fate, reason: str, spec: Spec | None = None) ->
         dequantized_from=info.dequantized_from,
         merged_into=info.merged_into,
     )
-    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in row_entries(row).values()))
+    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
 
 
 def _alias(info: TensorInfo, of: str) -> LedgerRow:

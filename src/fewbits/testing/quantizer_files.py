@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.loading import load
-from fewbits.checkpoint.metadata import row_entries
-from fewbits.checkpoint.saving import Value
 from fewbits.quantizers.base import Quantizer
 from fewbits.testing.check import Contract, expect
 from fewbits.testing.environment import not_importable, snapshot, undetected_damage
@@ -43,7 +42,7 @@ def written_bytes_are_predicted(setup: QuantizerSetup) -> None:
         quantizer.save(there / "model.out")
         entries = quantizer.serializer.reader(there / "model.out").entries
     for row in quantizer.ledger:
-        written = sum(entries[name].nbytes for name in row_entries(row))
+        written = sum(entries[name].nbytes for name in CODEC.entries(row))
         expect(written == predicted[row.name], f"{row.name} has {written} bytes, not {predicted[row.name]}", _BYTES)
     total = sum(entry.nbytes for entry in entries.values())
     expect(total == quantizer.ledger.bytes_after, f"{total} bytes, not {quantizer.ledger.bytes_after}", _BYTES)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.codec import Value
 from fewbits.errors import RangeError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import measure
