@@ -130,8 +130,7 @@ class Checkpoint:
                 not the same, or a scale of inputs is none.
             ArgumentError: for another value of `check`.
         """
-        if check not in ("digests", "header"):
-            raise ArgumentError(f"check must be 'digests' or 'header', not {check!r}")
+        check_check(check)
         if check == "digests":
             refuse_damaged(self.damaged(), self.path)
             if unsound := [row.name for row in self.ledger.stored if not self._is_sound(row)]:
@@ -156,6 +155,16 @@ class Checkpoint:
         """The stored form of every tensor of the source but those merged into others; tied names share one object."""
         stored = {row.name: self.value(row.name) for row in self.ledger.stored}
         return {row.name: stored[row.holder] for row in self.ledger.present}
+
+
+def check_check(check: object) -> None:
+    """Refuse a value of `check` that `load` does not know.
+
+    Raises:
+        ArgumentError: naming the values that it knows.
+    """
+    if check not in ("digests", "header"):
+        raise ArgumentError(f"check must be 'digests' or 'header', not {check!r}")
 
 
 @attrs.frozen

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewbits._events import emit
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.folder import CheckpointFiles, find_files
@@ -73,7 +74,7 @@ class CompressedTensors:
     ) -> None:
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        self._tensors = _opened(files, serializer)
+        self._path, self._tensors = path, _opened(files, serializer)
         self._entries, self._originals, self._config = self._tensors.entries, originals, read_config(files)
         self.problems: dict[str, tuple[Fate, str]] = {}
         self.weights: dict[str, CompressedWeight] = {}
@@ -111,14 +112,38 @@ class CompressedTensors:
             parts["zero_point"] = zero_point
         return QuantizedTensor.from_parts(parts, spec=weight.spec, layout=described.layout, dtype=row.dtype)
 
-    def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
-        """A chunk of the source with its columns in the order that `chunk` gives those of the stored form."""
-        order = self._orders.get(row.name)
-        return source if order is None else source[..., order]
+    def values(self) -> dict[str, Value]:
+        """The stored form of every tensor; a weight with a ``g_idx`` dequantized, its columns in their own order.
+
+        Scales and zero points of activations are left out; an event (`tensors_left_out`) names them.
+
+        Raises:
+            FormatError: naming every tensor that cannot be read, or if the weights are those of a transformed model.
+        """
+        problems = [f"{name}: {problem}" for name, (_, problem) in self.problems.items()]
+        problems += [f"{name} is a part of a weight whose codes are not there" for name in self.unknown]
+        if self._config is not None and self._config.transforms:
+            problems.append("config.json names transforms, without which the weights are not those of the model")
+        if problems:
+            raise FormatError(f"{self._path} cannot be loaded: {'; '.join(problems)}")
+        if self.of_activations:
+            emit("warning", "tensors_left_out", file=str(self._path), tensors=self.of_activations)
+        return {row.name: self._value(row) for row in self.ledger}
+
+    def _value(self, row: LedgerRow) -> Value:
+        value, order = self.chunk(Chunk.whole(row)), self._orders.get(row.name)
+        if order is None or not isinstance(value, QuantizedTensor):
+            return value
+        return value.dequantize()[..., torch.argsort(order)]
 
     def read(self, name: str) -> Tensor:
         """One of the files' tensors."""
         return self._tensors.read_whole(name)
+
+    def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
+        """A chunk of the source with its columns in the order that `chunk` gives those of the stored form."""
+        order = self._orders.get(row.name)
+        return source if order is None else source[..., order]
 
     def _weight_rows(self) -> tuple[list[LedgerRow], set[str]]:
         """The rows of the weights that can be read, and the names of all tensors that weights consist of."""

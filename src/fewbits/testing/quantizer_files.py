@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fewbits.checkpoint.codec import CODEC, Value
-from fewbits.checkpoint.loading import load
+from fewbits.formats.loading import load
 from fewbits.quantizers.base import Quantizer
 from fewbits.testing.check import Contract, expect
 from fewbits.testing.environment import not_importable, snapshot, undetected_damage

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.api import verify
-from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError, FewbitsError, FormatError
+from fewbits.formats.loading import load
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
 from fewbits.testing.environment import files_in, snapshot, undetected_damage
 from fewbits.testing.models import SmallModel, ids
