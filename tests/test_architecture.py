@@ -58,7 +58,7 @@ MAX_PARAMETERS = 7
 FRONT_DOORS = {
     "fewbits.api.quantize",
     "fewbits.api.plan",
-    "fewbits.checkpoint.loading.load",
+    "fewbits.formats.loading.load",
     "fewbits.checkpoint.saving.save",
     "fewbits.fleet.FleetRun.__init__",
     "fewbits.selection.selector.LayerSelector.__init__",

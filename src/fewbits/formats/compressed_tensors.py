@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewbits._events import emit
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.folder import find_files
+from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.folder import CheckpointFiles, find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Entry, Serializer
+from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
 from fewbits.formats.compressed_parts import (
-    StoredTensors,
     column_order,
     packed_codes,
     scale_and_zero_point,
@@ -73,7 +74,7 @@ class CompressedTensors:
     ) -> None:
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        self._tensors = StoredTensors(files, serializer)
+        self._path, self._tensors = path, _opened(files, serializer)
         self._entries, self._originals, self._config = self._tensors.entries, originals, read_config(files)
         self.problems: dict[str, tuple[Fate, str]] = {}
         self.weights: dict[str, CompressedWeight] = {}
@@ -88,7 +89,7 @@ class CompressedTensors:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, headers aside."""
-        return sum(entry.nbytes for entry in self._entries.values())
+        return self._tensors.nbytes
 
     def chunk(self, chunk: Chunk) -> Value:
         """The stored form of some of a tensor, in memory of its own; a weight's columns in the order of their groups.
@@ -102,7 +103,7 @@ class CompressedTensors:
         row, described = chunk.row, chunk.described()
         weight = self.weights.get(row.name)
         if weight is None or described.layout is None:
-            return self._tensors.read(row.name, chunk.start, described.shape)
+            return self._tensors.read_chunk(row.name, chunk.start, described.shape)
         rows = slice(*chunk.rows)
         scale, zero_point = scale_and_zero_point(self._tensors, weight, rows)
         packed = packed_codes(self._tensors, weight, self._orders.get(row.name), rows)
@@ -111,14 +112,38 @@ class CompressedTensors:
             parts["zero_point"] = zero_point
         return QuantizedTensor.from_parts(parts, spec=weight.spec, layout=described.layout, dtype=row.dtype)
 
+    def values(self) -> dict[str, Value]:
+        """The stored form of every tensor; a weight with a ``g_idx`` dequantized, its columns in their own order.
+
+        Scales and zero points of activations are left out; an event (`tensors_left_out`) names them.
+
+        Raises:
+            FormatError: naming every tensor that cannot be read, or if the weights are those of a transformed model.
+        """
+        problems = [f"{name}: {problem}" for name, (_, problem) in self.problems.items()]
+        problems += [f"{name} is a part of a weight whose codes are not there" for name in self.unknown]
+        if self._config is not None and self._config.transforms:
+            problems.append("config.json names transforms, without which the weights are not those of the model")
+        if problems:
+            raise FormatError(f"{self._path} cannot be loaded: {'; '.join(problems)}")
+        if self.of_activations:
+            emit("warning", "tensors_left_out", file=str(self._path), tensors=self.of_activations)
+        return {row.name: self._value(row) for row in self.ledger}
+
+    def _value(self, row: LedgerRow) -> Value:
+        value, order = self.chunk(Chunk.whole(row)), self._orders.get(row.name)
+        if order is None or not isinstance(value, QuantizedTensor):
+            return value
+        return value.dequantize()[..., torch.argsort(order)]
+
+    def read(self, name: str) -> Tensor:
+        """One of the files' tensors."""
+        return self._tensors.read_whole(name)
+
     def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
         """A chunk of the source with its columns in the order that `chunk` gives those of the stored form."""
         order = self._orders.get(row.name)
         return source if order is None else source[..., order]
-
-    def read(self, name: str) -> Tensor:
-        """One of the files' tensors."""
-        return self._tensors.read(name)
 
     def _weight_rows(self) -> tuple[list[LedgerRow], set[str]]:
         """The rows of the weights that can be read, and the names of all tensors that weights consist of."""
@@ -236,7 +261,13 @@ def is_compressed_tensors(path: str | os.PathLike[str], serializer: Serializer |
     # A damaged file of ours is not taken for somebody else's.
     if any(map(is_own_key, first.metadata)):
         return False
-    return bool(codes_names(StoredTensors(files, serializer).entries)) or read_config(files) is not None
+    return bool(codes_names(_opened(files, serializer).entries)) or read_config(files) is not None
+
+
+def _opened(files: CheckpointFiles, serializer: Serializer) -> ShardedReader:
+    tensors = ShardedReader(files, {path.name: serializer.reader(path) for path in files.paths})
+    tensors.check_index()
+    return tensors
 
 
 def _is_cast(before: torch.dtype, after: torch.dtype) -> bool:

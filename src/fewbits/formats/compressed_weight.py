@@ -19,7 +19,7 @@ from typing import Literal
 import attrs
 import torch
 
-from fewbits.checkpoint.metadata import part_name
+from fewbits.checkpoint.codec import part_name
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import CompressionConfig, WeightScheme

@@ -25,12 +25,14 @@ class ForeignFormat:
         codes: how the name of the codes ends; a whole last component unless it begins with "_" or ".", or is empty.
         beside: the endings, in place of that one, of names that all lie beside.
         dtypes: that the codes may have; empty for any but floats.
+        loadable: whether `fewbits.load` reads a checkpoint of it.
     """
 
     what: str
     codes: str
     beside: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = ()
+    loadable: bool = False
 
     def found_beside(self, name: str, entry: Entry, entries: Mapping[str, Entry]) -> list[str]:
         """The names that make a tensor one of this format; empty if it is none."""
@@ -57,7 +59,9 @@ FOREIGN_FORMATS = (
     ForeignFormat("GPTQ, AWQ, or a format like these", "qweight", ("scales",)),
     ForeignFormat("NVFP4 of compressed-tensors", "_packed", ("_scale", "_global_scale"), _U8),
     ForeignFormat("MXFP4 of compressed-tensors", "_packed", ("_scale",), _U8),
-    ForeignFormat("compressed-tensors' pack-quantized, which fewbits writes too", "_packed", ("_scale",), _I32),
+    ForeignFormat(
+        "compressed-tensors' pack-quantized, which fewbits writes too", "_packed", ("_scale",), _I32, loadable=True
+    ),
     ForeignFormat("packed codes with scales", "_packed", ("_scale",)),
     ForeignFormat("NVFP4 of ModelOpt", "", ("_scale", "_scale_2"), _U8),
     ForeignFormat("MXFP4, as in gpt-oss", "_blocks", ("_scales",), _U8),
@@ -69,7 +73,7 @@ FOREIGN_FORMATS = (
     ForeignFormat("torchao", "_qdata", ("_scale",), (torch.int8, torch.uint8, torch.int32, *FP8_DTYPES)),
     ForeignFormat("quanto, 4 or 2 bits", "._data._data", ("._scale", "._shift"), _U8),
     ForeignFormat("quanto", "._data", ("._scale",), (torch.int8, torch.uint8, *FP8_DTYPES)),
-    ForeignFormat("int8 of compressed-tensors, or a format like it", "", ("_scale",), _I8),
+    ForeignFormat("int8 of compressed-tensors, or a format like it", "", ("_scale",), _I8, loadable=True),
     ForeignFormat("codes with scales", "", ("_scale",)),
     ForeignFormat("codes with scales", "", ("_scale_inv",)),
     ForeignFormat("scales of FP8 codes, though these are none", "", ("_scale_inv",), FLOAT_DTYPES),
@@ -77,6 +81,18 @@ FOREIGN_FORMATS = (
     ForeignFormat("FP8 with zero points", "", ("_scale", "_zero_point"), FP8_DTYPES),
     ForeignFormat("FP8 with its columns in another order", "", ("_scale", "_g_idx"), FP8_DTYPES),
 )
+
+
+#: What a user can do about codes, by whether `fewbits.load` reads them.
+_ADVICE = {
+    False: (
+        "cannot be read yet; give the float checkpoint it was made from, or dequantize it with the tool that wrote it"
+    ),
+    True: (
+        "is not quantized again unasked; give the float checkpoint it was made from, or "
+        "fewbits.load(path, dequantize=True)"
+    ),
+}
 
 
 def refuse_foreign(entries: Mapping[str, Entry]) -> None:
@@ -89,8 +105,7 @@ def refuse_foreign(entries: Mapping[str, Entry]) -> None:
         entry = entries[name]
         raise SourceError(
             f"{name} ({dtype_name(entry.dtype)}, shape {entry.shape}) is quantized already: with {', '.join(beside)} "
-            f"beside it, it looks like {format.what}, which cannot be read yet; give the float checkpoint it was made "
-            "from, or dequantize it with the tool that wrote it"
+            f"beside it, it looks like {format.what}, which {_ADVICE[format.loadable]}"
         )
 
 

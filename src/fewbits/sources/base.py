@@ -10,7 +10,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.codec import Value
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo

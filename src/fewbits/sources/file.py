@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewbits.checkpoint import torch_file
@@ -18,9 +17,10 @@ from fewbits.checkpoint.folder import companions, find_files
 from fewbits.checkpoint.metadata import is_fewbits_file, is_own_key
 from fewbits.checkpoint.raw import as_checkpoint_error, copy_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.serializer import ChunkReader, Entry
+from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader
+from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
-from fewbits.errors import ArgumentError, FormatError, SourceError
+from fewbits.errors import ArgumentError, SourceError
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import KNOWN_BLOCKS, scaled_weights
 from fewbits.nn.storage import overlaps
@@ -68,18 +68,16 @@ class FileSource(Source):
         files = find_files(self.path, SUFFIXES)
         self.folder = files.folder
         self.companions, self.left_behind = companions(files)
-        self._readers: dict[str, ChunkReader] = {}
-        self._readers_by_file: dict[str, ChunkReader] = {}
         self._files = files
-        self.extra = {}
-        for file in files.paths:
-            self._add(file)
-        self._check_index()
+        self._tensors = ShardedReader(files, {file.name: self._opened(file) for file in files.paths})
+        self._tensors.check_index()
+        strings = [pair for reader in self._tensors.shards.values() for pair in reader.metadata.items()]
+        self.extra = {key: value for key, value in strings if not is_own_key(key) and key != "format"}
         self._describe()
 
     def _describe(self) -> None:
         """Find FP8 weights and their scales, which may be in another file, and say what is known of every tensor."""
-        entries = {name: reader.entries[name] for name, reader in self._readers.items()}
+        entries = self._tensors.entries
         refuse_foreign(entries)
         self._scaled = scaled_weights(entries, self._stated_blocks(entries) or KNOWN_BLOCKS)
         if self._scaled:
@@ -87,7 +85,8 @@ class FileSource(Source):
             self.companions = tuple(name for name in self.companions if name not in away)
             self.left_behind = tuple(sorted([*self.left_behind, *away]))
         # Tied tensors of a file of PyTorch's have one storage.
-        views = {name: reader.views[name] for name, reader in self._readers.items() if isinstance(reader, TorchFile)}
+        torch_files = [reader for reader in self._tensors.shards.values() if isinstance(reader, TorchFile)]
+        views = {name: view for reader in torch_files for name, view in reader.views.items()}
         self.infos = tuple(entry_infos(entries, self._scaled, views, overlaps(views)))
 
     def _stated_blocks(self, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], ...]:
@@ -97,32 +96,15 @@ class FileSource(Source):
         fp8 = any(entry.dtype in FP8_DTYPES for entry in entries.values())
         return read_block_sizes(self.folder / CONFIG_FILE) if fp8 else ()
 
-    def _add(self, file: Path) -> None:
-        reader = self._opened(file)
-        if is_fewbits_file(reader.metadata):
-            raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
-        if twice := sorted(self._readers.keys() & reader.entries.keys()):
-            raise FormatError(f"{self.path}: {', '.join(twice)} in more than one of its files, {file.name} among them")
-        own = {key: value for key, value in reader.metadata.items() if not is_own_key(key) and key != "format"}
-        self.extra = {**self.extra, **own}
-        self._readers |= dict.fromkeys(reader.entries, reader)
-        self._readers_by_file[file.name] = reader
-
     def _opened(self, file: Path) -> ChunkReader:
         if is_torch_file(file):
             return TorchFile(file, self._entry)
         reader = SafetensorsSerializer().reader(file)
         if self._entry is not None:
             raise ArgumentError(f"entry={self._entry!r} goes with a file of torch.save; {file} is a safetensors file")
+        if is_fewbits_file(reader.metadata):
+            raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
         return reader
-
-    def _check_index(self) -> None:
-        """Refuse an index that says otherwise than its files; what it does not mention is carried through."""
-        for name, file in (self._files.weight_map or {}).items():
-            if name not in self._readers:
-                raise FormatError(f"{self._files.index} names {name}, which none of its files holds")
-            if name not in self._readers_by_file[file].entries:
-                raise FormatError(f"{self._files.index} says that {name} is in {file}; it is in another file")
 
     def read(self, name: str) -> Tensor:
         """One of its tensors, in memory of its own; an FP8 weight with scales in bfloat16.
@@ -131,7 +113,7 @@ class FileSource(Source):
             CheckpointError: if it cannot be read, or the file has changed.
             NumericsError: if its codes and scales cannot be dequantized.
         """
-        return self._read(name, 0, self._readers[name].entries[name].shape)
+        return self._read(name, 0, self._tensors.entries[name].shape)
 
     def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
         """Some elements of one of its tensors, read by position; raises what `read` does."""
@@ -140,19 +122,12 @@ class FileSource(Source):
     def _read(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
         weight = self._scaled.get(name)
         if weight is not None:
-            return weight.read(lambda part, at, stop: self._stored(part, at, (stop - at,)), start, shape)
-        return self._stored(name, start, shape)
-
-    def _stored(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
-        """Some elements of one of its tensors as they are stored."""
-        reader = self._readers[name]
-        out = torch.empty(shape, dtype=reader.entries[name].dtype, device="cpu")
-        reader.read_into(name, start, out)
-        return out
+            return weight.read(lambda part, at, stop: self._tensors.read_chunk(part, at, (stop - at,)), start, shape)
+        return self._tensors.read_chunk(name, start, shape)
 
     def gathered_bytes(self, name: str) -> int:
         """How much memory it takes to read any of a tensor, besides that for what is read."""
-        reader = self._readers[name]
+        reader = self._tensors.reader(name)
         return reader.gathered_bytes(name) if isinstance(reader, TorchFile) else 0
 
     def readers(self, ledger: Ledger) -> Readers | None:
@@ -191,7 +166,7 @@ class FileSource(Source):
         folder = self.folder or Path()
         prints = {name: _state(folder / name) for name in self.companions}
         for path in self._files.paths:
-            outline = _outline(self._readers_by_file[path.name])
+            outline = _outline(self._tensors.shards[path.name])
             prints[path.name] = {**_state(path), "tensors": outline, "entry": self._entry}
         return prints
 
@@ -239,6 +214,6 @@ def _state(path: Path) -> dict[str, Any]:
     return {"size": status.st_size, "time of change": status.st_mtime_ns}
 
 
-def _outline(reader: ChunkReader) -> str:
+def _outline(reader: Reader) -> str:
     entries = sorted((name, entry.shape, dtype_name(entry.dtype)) for name, entry in reader.entries.items())
     return hashlib.sha256(json.dumps([entries, sorted(reader.metadata.items())]).encode()).hexdigest()

@@ -7,7 +7,8 @@ from collections.abc import Mapping, MutableMapping
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.saving import Value, plain_value
+from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.saving import plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.checkpoint.state_dicts import advice
 from fewbits.errors import ArgumentError, SourceError

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from fewbits.checkpoint.saving import Value, plain_value
+from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.saving import plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
 from fewbits.formats.foreign import refuse_foreign

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import columns_of
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.checkpoint.saving import Value, save
+from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
 from fewbits.numerics.affine import are_sound

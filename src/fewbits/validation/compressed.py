@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import chunks
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_tensors import CompressedTensors

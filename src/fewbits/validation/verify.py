@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import chunks
-from fewbits.checkpoint.metadata import row_entries
+from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.formats.compressed_tensors import is_compressed_tensors
 from fewbits.numerics.dtypes import dtype_name
@@ -85,7 +84,7 @@ def verify_checkpoint(
     wrong = set(checkpoint.damaged())
     damaged = {}
     for row in checkpoint.ledger.stored:
-        bad = sorted(wrong & row_entries(row).keys())
+        bad = sorted(wrong & CODEC.entries(row).keys())
         if bad:
             damaged[row.name] = f"the bytes of {', '.join(bad)} are not the bytes that were written"
     differences: list[str] = []
