@@ -1,4 +1,4 @@
-"""The tensors of a compressed-tensors checkpoint, and the parts of a `QuantizedTensor` out of them, by rows."""
+"""Read the tensors of a compressed-tensors checkpoint and convert them, by rows, to parts of a `QuantizedTensor`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fewbits.numerics.float8 import float8_codes
 from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.tensor import pack_zero_point
 
-#: The most axes that a weight has here.
+#: Largest number of axes of a weight.
 _MOST_AXES = 8
 
 
 class StoredTensors:
-    """Every tensor of some files, by name, and read by position where the format allows it.
+    """Read tensors of several files by name, and only the requested elements where the serializer allows it.
 
     Attributes:
-        entries: shape and dtype of each.
+        entries: shape and dtype of each tensor, by name.
 
     Raises:
-        FormatError: if two files have a tensor of one name, or the index says otherwise than its files.
+        FormatError: if two files contain a tensor of the same name, or the index contradicts the files.
         CheckpointError: if a file cannot be opened.
     """
 
@@ -37,15 +37,15 @@ class StoredTensors:
         by_file = {path.name: serializer.reader(path) for path in files.paths}
         for file, reader in by_file.items():
             if twice := sorted(self._readers.keys() & reader.entries.keys()):
-                raise FormatError(f"{file}: {', '.join(twice)} is in another of the files too")
+                raise FormatError(f"{file}: {', '.join(twice)} is also in another file of the checkpoint")
             self._readers |= dict.fromkeys(reader.entries, reader)
         for name, file in (files.weight_map or {}).items():
             if name not in by_file[file].entries:
-                raise FormatError(f"{files.index} says that {name} is in {file}, where it is not")
+                raise FormatError(f"{files.index} says that {name} is in {file}, but that file lacks it")
         self.entries: Mapping[str, Entry] = {name: reader.entries[name] for name, reader in self._readers.items()}
 
     def read(self, name: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Some elements of a tensor, from `start` on, in memory of their own; all of them without a shape."""
+        """Return a copy of elements of a tensor, from `start` on, in the given shape; the whole tensor without one."""
         entry, reader = self.entries[name], self._readers[name]
         shape = entry.shape if shape is None else shape
         if isinstance(reader, ChunkReader):
@@ -56,25 +56,25 @@ class StoredTensors:
 
 
 def stated_shape(tensors: StoredTensors, name: str) -> tuple[int, ...] | None:
-    """What the ``shape`` beside the codes of a weight says; None if there is none.
+    """Return the shape of a weight stored beside its codes; None if no shape is stored.
 
     Raises:
-        FormatError: if it is no shape.
+        FormatError: if the tensor is not a shape.
     """
     part = part_name(name, "shape")
     entry = tensors.entries.get(part)
     if entry is None:
         return None
     if entry.dtype not in (torch.int64, torch.int32) or len(entry.shape) != 1 or not 2 <= entry.numel <= _MOST_AXES:
-        raise FormatError(f"{part} is {entry}; a shape is two integers or more")
+        raise FormatError(f"{part} is {entry}; a shape is two integers or more, in one axis")
     return tuple(tensors.read(part).tolist())
 
 
 def column_order(tensors: StoredTensors, weight: CompressedWeight) -> Tensor:
-    """The columns in the order of their groups.
+    """Return the column indices, sorted by group.
 
     Raises:
-        FormatError: if the groups are not as long as they should be.
+        FormatError: if a group does not have the group size's number of columns.
     """
     part, width = weight.part("g_idx"), weight.spec.width(weight.layout.columns)
     groups = tensors.read(part).long()
@@ -85,10 +85,10 @@ def column_order(tensors: StoredTensors, weight: CompressedWeight) -> Tensor:
 
 
 def packed_codes(tensors: StoredTensors, weight: CompressedWeight, order: Tensor | None, rows: slice) -> Tensor:
-    """The codes of some rows, their columns in this order, packed as ours are.
+    """Return the codes of some rows, with columns in the given order, packed as in `fewbits.numerics.packing`.
 
     Raises:
-        FormatError: if there is one that the weight cannot have.
+        FormatError: if a code is NaN, infinite, or outside the range of its bits.
     """
     count, columns, bits = rows.stop - rows.start, weight.layout.columns, weight.spec.bits
     if weight.form == "packed":
@@ -103,10 +103,12 @@ def packed_codes(tensors: StoredTensors, weight: CompressedWeight, order: Tensor
 
 
 def scale_and_zero_point(tensors: StoredTensors, weight: CompressedWeight, rows: slice) -> tuple[Tensor, Tensor | None]:
-    """The scales of some rows, and the zero points, packed as ours are; with these, the first is a multiple of 32.
+    """Return the scales of some rows and their zero points, packed as in fewbits files.
+
+    With zero points, the first row must be a multiple of 32.
 
     Raises:
-        FormatError: if a zero point is none that the weight can have.
+        FormatError: if a zero point is outside the range of its bits.
     """
     spec, shared = weight.spec, weight.spec.granularity == "tensor"
     _, groups = matrix_form(tensors.entries[weight.part("scale")].shape)
@@ -128,10 +130,10 @@ def scale_and_zero_point(tensors: StoredTensors, weight: CompressedWeight, rows:
 
 
 def _unsigned(weight: CompressedWeight, values: Tensor) -> Tensor:
-    """Signed codes of a byte each, made unsigned.
+    """Convert signed one-byte codes to unsigned.
 
     Raises:
-        FormatError: if one is beyond the bits that they should have.
+        FormatError: if a code is outside the range of its bits.
     """
     low, high = map(int, torch.aminmax(values))
     if low < weight.spec.code_min or high > weight.spec.code_max:
