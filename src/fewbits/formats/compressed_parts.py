@@ -1,4 +1,4 @@
-"""The tensors of a compressed-tensors checkpoint, and the parts of a `QuantizedTensor` out of them, by rows."""
+"""Read the tensors of a compressed-tensors checkpoint and convert them, by rows, to parts of a `QuantizedTensor`."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from fewbits.numerics.float8 import float8_codes
 from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.tensor import pack_zero_point
 
-#: The most axes that a weight has here.
+#: Largest number of axes of a weight.
 _MOST_AXES = 8
 
 
 def stated_shape(tensors: ShardedReader, name: str) -> tuple[int, ...] | None:
-    """What the ``shape`` beside the codes of a weight says; None if there is none.
+    """Return the shape of a weight stored beside its codes; None if no shape is stored.
 
     Raises:
-        FormatError: if it is no shape.
+        FormatError: if the tensor is not a shape.
     """
     part = part_name(name, "shape")
     entry = tensors.entries.get(part)
     if entry is None:
         return None
     if entry.dtype not in (torch.int64, torch.int32) or len(entry.shape) != 1 or not 2 <= entry.numel <= _MOST_AXES:
-        raise FormatError(f"{part} is {entry}; a shape is two integers or more")
+        raise FormatError(f"{part} is {entry}; a shape is two integers or more, in one axis")
     return tuple(tensors.read_whole(part).tolist())
 
 
 def column_order(tensors: ShardedReader, weight: CompressedWeight) -> Tensor:
-    """The columns in the order of their groups.
+    """Return the column indices, sorted by group.
 
     Raises:
-        FormatError: if the groups are not as long as they should be.
+        FormatError: if a group does not have the group size's number of columns.
     """
     part, width = weight.part("g_idx"), weight.spec.width(weight.layout.columns)
     groups = tensors.read_whole(part).long()
@@ -47,10 +47,10 @@ def column_order(tensors: ShardedReader, weight: CompressedWeight) -> Tensor:
 
 
 def packed_codes(tensors: ShardedReader, weight: CompressedWeight, order: Tensor | None, rows: slice) -> Tensor:
-    """The codes of some rows, their columns in this order, packed as ours are.
+    """Return the codes of some rows, with columns in the given order, packed as in `fewbits.numerics.packing`.
 
     Raises:
-        FormatError: if there is one that the weight cannot have.
+        FormatError: if a code is NaN, infinite, or outside the range of its bits.
     """
     count, columns, bits = rows.stop - rows.start, weight.layout.columns, weight.spec.bits
     if weight.form == "packed":
@@ -65,10 +65,12 @@ def packed_codes(tensors: ShardedReader, weight: CompressedWeight, order: Tensor
 
 
 def scale_and_zero_point(tensors: ShardedReader, weight: CompressedWeight, rows: slice) -> tuple[Tensor, Tensor | None]:
-    """The scales of some rows, and the zero points, packed as ours are; with these, the first is a multiple of 32.
+    """Return the scales of some rows and their zero points, packed as in fewbits files.
+
+    With zero points, the first row must be a multiple of 32.
 
     Raises:
-        FormatError: if a zero point is none that the weight can have.
+        FormatError: if a zero point is outside the range of its bits.
     """
     spec, shared = weight.spec, weight.spec.granularity == "tensor"
     _, groups = matrix_form(tensors.entries[weight.part("scale")].shape)
@@ -90,10 +92,10 @@ def scale_and_zero_point(tensors: ShardedReader, weight: CompressedWeight, rows:
 
 
 def _unsigned(weight: CompressedWeight, values: Tensor) -> Tensor:
-    """Signed codes of a byte each, made unsigned.
+    """Convert signed one-byte codes to unsigned.
 
     Raises:
-        FormatError: if one is beyond the bits that they should have.
+        FormatError: if a code is outside the range of its bits.
     """
     low, high = map(int, torch.aminmax(values))
     if low < weight.spec.code_min or high > weight.spec.code_max:

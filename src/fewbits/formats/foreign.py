@@ -1,6 +1,6 @@
-"""What other tools have quantized, known by names and dtypes: what cannot be read yet is refused, with what it is.
+"""Recognize tensors that other tools quantized, by names and dtypes, and refuse the formats that fewbits cannot read.
 
-Taken for weights, codes would be carried through as integers and their scales be quantized, in silence.
+Without this check, their codes would silently be kept as integers, and their scales quantized as if they were weights.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from fewbits.numerics.scaled import FP8_DTYPES
 
 @attrs.frozen
 class ForeignFormat:
-    """How the codes of a format are known.
+    """How to recognize the codes of a format.
 
     Attributes:
-        what: the format, in words.
-        codes: how the name of the codes ends; a whole last component unless it begins with "_" or ".", or is empty.
-        beside: the endings, in place of that one, of names that all lie beside.
-        dtypes: that the codes may have; empty for any but floats.
-        loadable: whether `fewbits.load` reads a checkpoint of it.
+        what: the name of the format, for messages.
+        codes: suffix of the name of the codes. It must be a whole last component, unless it is empty or begins with
+            "_" or ".".
+        beside: suffixes that replace `codes` in the names of the other tensors of the format. All must exist.
+        dtypes: allowed dtypes of the codes; empty allows all but floating-point dtypes.
+        loadable: whether `fewbits.load` reads a checkpoint of this format.
     """
 
     what: str
@@ -35,7 +36,7 @@ class ForeignFormat:
     loadable: bool = False
 
     def found_beside(self, name: str, entry: Entry, entries: Mapping[str, Entry]) -> list[str]:
-        """The names that make a tensor one of this format; empty if it is none."""
+        """Return the names of the other tensors if a tensor holds codes of this format; empty if not."""
         stem = self._stem(name)
         fits = entry.dtype in self.dtypes if self.dtypes else entry.dtype not in (*FLOAT_DTYPES, *FP8_DTYPES)
         if stem is None or not fits:
@@ -52,7 +53,7 @@ class ForeignFormat:
 
 _U8, _I8, _I32 = (torch.uint8,), (torch.int8,), (torch.int32,)
 
-#: What is known, what says more before what says less: the first that fits counts.
+#: Known formats, the most specific first: the first match counts.
 FOREIGN_FORMATS = (
     ForeignFormat("GPTQ", "qweight", ("qzeros", "scales", "g_idx")),
     ForeignFormat("AWQ", "qweight", ("qzeros", "scales")),
@@ -76,7 +77,7 @@ FOREIGN_FORMATS = (
     ForeignFormat("int8 of compressed-tensors, or a format like it", "", ("_scale",), _I8, loadable=True),
     ForeignFormat("codes with scales", "", ("_scale",)),
     ForeignFormat("codes with scales", "", ("_scale_inv",)),
-    ForeignFormat("scales of FP8 codes, though these are none", "", ("_scale_inv",), FLOAT_DTYPES),
+    ForeignFormat("FP8 codes with scales, except that its dtype is not FP8", "", ("_scale_inv",), FLOAT_DTYPES),
     ForeignFormat("FP8 with scales of scales", "", ("_scale", "_scale_2"), FP8_DTYPES),
     ForeignFormat("FP8 with zero points", "", ("_scale", "_zero_point"), FP8_DTYPES),
     ForeignFormat("FP8 with its columns in another order", "", ("_scale", "_g_idx"), FP8_DTYPES),
@@ -96,10 +97,10 @@ _ADVICE = {
 
 
 def refuse_foreign(entries: Mapping[str, Entry]) -> None:
-    """Refuse tensors that another tool (or this one) has quantized, other than FP8 weights with their scales.
+    """Refuse tensors that another tool or fewbits quantized, except FP8 weights with scales.
 
     Raises:
-        SourceError: naming the first such tensor, its format, and what lies beside it.
+        SourceError: naming the first such tensor, its format, and the tensors that belong to it.
     """
     for name, format, beside in _foreign(entries):
         entry = entries[name]

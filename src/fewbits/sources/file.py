@@ -1,4 +1,4 @@
-"""A checkpoint on disk as source: one file of tensors, or a directory with an index of several."""
+"""`FileSource`: a checkpoint on disk, either one file of tensors or a directory of several files with an index."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ from fewbits.sources.model_config import (
     read_vocabularies,
 )
 
-#: How the names of files of tensors may end, in a directory; of two kinds the first is taken.
+#: Suffixes of tensor files in a directory. If files of several kinds exist, the first kind in this list is used.
 SUFFIXES = (SafetensorsSerializer.suffix, *torch_file.SUFFIXES)
 
 
 class FileSource(Source):
-    """A checkpoint of safetensors files, or of PyTorch's own. Nothing but headers is read before a tensor is asked for.
+    """A checkpoint of safetensors files or of files that `torch.save` wrote. Tensors are read only when requested.
 
     Args:
         path: a file, an index, or a directory.
-        entry: the name of the state dict in each file of PyTorch's, if these hold more than that.
+        entry: the name of the state dict within each `torch.save` file, if the files hold more than a state dict.
 
     Attributes:
-        path: what was given: a file, an index, or a directory.
-        folder: the directory, if a whole one was asked for.
-        companions: the files of the directory that go with its tensors: configuration, tokenizer and the like.
-        left_behind: files of the directory that look like weights and are not those that the tensors are taken from;
-            and of one with FP8 weights, those that say how they are quantized.
+        path: the given path.
+        folder: the directory, if the path is a directory; otherwise None.
+        companions: files in the directory to copy along with the tensors: configuration, tokenizer and the like.
+        left_behind: files in the directory that are not copied: weights that the source does not use and, beside FP8
+            weights, files that state how the weights are quantized.
 
     Raises:
-        CheckpointError: if it cannot be opened.
-        FormatError: if it is neither, or its index and its files contradict one another.
-        SourceError: if fewbits wrote it, or another tool has quantized it.
-        ArgumentError: if it has no entry of that name.
+        CheckpointError: if the checkpoint cannot be opened.
+        FormatError: if the files are of neither kind, or the index contradicts them.
+        SourceError: if fewbits or another tool quantized the checkpoint.
+        ArgumentError: if the files have no entry of that name.
     """
 
     def __init__(self, path: str | os.PathLike[str], entry: str | None = None) -> None:
@@ -76,7 +76,7 @@ class FileSource(Source):
         self._describe()
 
     def _describe(self) -> None:
-        """Find FP8 weights and their scales, which may be in another file, and say what is known of every tensor."""
+        """Pair FP8 weights with their scales, which may be in another file, and describe every tensor."""
         entries = self._tensors.entries
         refuse_foreign(entries)
         self._scaled = scaled_weights(entries, self._stated_blocks(entries) or KNOWN_BLOCKS)
@@ -84,13 +84,13 @@ class FileSource(Source):
             away = [name for name in self.companions if name in QUANTIZATION_FILES]
             self.companions = tuple(name for name in self.companions if name not in away)
             self.left_behind = tuple(sorted([*self.left_behind, *away]))
-        # Tied tensors of a file of PyTorch's have one storage.
+        # Tied tensors in a `torch.save` file share one storage.
         torch_files = [reader for reader in self._tensors.shards.values() if isinstance(reader, TorchFile)]
         views = {name: view for reader in torch_files for name, view in reader.views.items()}
         self.infos = tuple(entry_infos(entries, self._scaled, views, overlaps(views)))
 
     def _stated_blocks(self, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], ...]:
-        """The blocks of FP8 weights, if the directory has a configuration that says so."""
+        """Block shapes of FP8 weights, as far as the directory's configuration states them."""
         if self.folder is None or CONFIG_FILE not in self.companions:
             return ()
         fp8 = any(entry.dtype in FP8_DTYPES for entry in entries.values())
@@ -101,22 +101,22 @@ class FileSource(Source):
             return TorchFile(file, self._entry)
         reader = SafetensorsSerializer().reader(file)
         if self._entry is not None:
-            raise ArgumentError(f"entry={self._entry!r} goes with a file of torch.save; {file} is a safetensors file")
+            raise ArgumentError(f"entry={self._entry!r} needs a file of torch.save; {file} is a safetensors file")
         if is_fewbits_file(reader.metadata):
             raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
         return reader
 
     def read(self, name: str) -> Tensor:
-        """One of its tensors, in memory of its own; an FP8 weight with scales in bfloat16.
+        """Read one tensor into new memory. FP8 weights with scales are dequantized to bfloat16.
 
         Raises:
-            CheckpointError: if it cannot be read, or the file has changed.
+            CheckpointError: if the tensor cannot be read, or the file has changed.
             NumericsError: if its codes and scales cannot be dequantized.
         """
         return self._read(name, 0, self._tensors.entries[name].shape)
 
     def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
-        """Some elements of one of its tensors, read by position; raises what `read` does."""
+        """Read a chunk of one tensor without the rest; raises the same errors as `read`."""
         return self._read(name, chunk.start, chunk.described().shape)
 
     def _read(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
@@ -126,26 +126,26 @@ class FileSource(Source):
         return self._tensors.read_chunk(name, start, shape)
 
     def gathered_bytes(self, name: str) -> int:
-        """How much memory it takes to read any of a tensor, besides that for what is read."""
+        """Return the temporary memory needed to read any part of a tensor, beyond the memory for the result."""
         reader = self._tensors.reader(name)
         return reader.gathered_bytes(name) if isinstance(reader, TorchFile) else 0
 
     def readers(self, ledger: Ledger) -> Readers | None:
-        """Who can open the directory of a result; None if the source is no directory of a model of transformers."""
+        """Return which libraries can open the result; None if the source is not a transformers model directory."""
         if self.folder is None or CONFIG_FILE not in self.companions:
             return None
         vocabularies = read_vocabularies(self.folder / CONFIG_FILE)
         return None if vocabularies is None else Readers.of(ledger, vocabularies)
 
     def copy_companions(self, folder: Path, readers: Readers | None) -> None:
-        """Copy what goes with the tensors to another directory. The configuration says how the result is quantized.
+        """Copy the companion files to another directory, with the result's quantization settings in ``config.json``.
 
         Args:
-            folder: the directory.
-            readers: of the result, as `readers` gives them.
+            folder: the directory to copy to.
+            readers: the return value of `readers` for the result.
 
         Raises:
-            CheckpointError: if it cannot be read or written.
+            CheckpointError: if a file cannot be read or written.
         """
         if self.folder is None:
             return
@@ -157,11 +157,11 @@ class FileSource(Source):
                 copy_durably(self.folder / name, folder / name)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """What tells this state of it from another, without reading more than headers.
+        """Return data that changes when the checkpoint changes, without reading more than headers.
 
         Returns:
-            for each file that a result is made from: its size, the time of its last change in nanoseconds, and, of one
-            that holds tensors, a digest of their names, shapes and dtypes, and the entry that they are taken from.
+            for each file that the result depends on: its size and the time of its last change in nanoseconds; for
+            tensor files also a digest of names, shapes and dtypes, and the entry that the tensors are read from.
         """
         folder = self.folder or Path()
         prints = {name: _state(folder / name) for name in self.companions}
@@ -172,22 +172,22 @@ class FileSource(Source):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of tensors."""
+        """The tensor files."""
         return self._files.paths
 
     def prepared(self) -> Path:
-        """The path: there is nothing to run."""
+        """Return the path; a file cannot be run."""
         return self.path
 
     def refuse_output(self, path: Path, *, folder: bool) -> None:
-        """Refuse a place for the result where it would replace the source, or become a part of it.
+        """Refuse an output path where the result would overwrite the source or lie inside of it.
 
         Args:
-            path: where it would be written.
-            folder: whether as a directory.
+            path: the output path.
+            folder: whether the result is a directory.
 
         Raises:
-            ArgumentError: saying what is there.
+            ArgumentError: if the path is refused.
         """
         with as_checkpoint_error(f"{path} cannot be written"):
             target = Path(os.path.realpath(path))
@@ -197,12 +197,12 @@ class FileSource(Source):
             raise ArgumentError(f"{path} is a directory; give the path of the file to write")
         own = [Path(os.path.realpath(mine)) for mine in (self.path, *self._files.paths)]
         if folder and any(target in mine.parents for mine in own):
-            raise ArgumentError(f"{path} holds the source, which would be gone; give another path to write to")
+            raise ArgumentError(f"{path} holds the source, which would be lost; give another path to write to")
         if self.folder is not None and Path(os.path.realpath(self.folder)) in (target, *target.parents):
             raise ArgumentError(f"{path} is inside of the source directory; give a path outside of it")
 
     def is_file(self, path: str | os.PathLike[str]) -> bool:
-        """Whether something at that path belongs to it, under any of its names."""
+        """Return whether a path is the source or one of its files, also through links."""
         if not os.path.exists(path):
             return False
         return any(os.path.samefile(path, mine) for mine in (self.path, *self._files.paths))
