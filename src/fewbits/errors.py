@@ -6,18 +6,18 @@
     ├── ArgumentError          (ValueError)      an argument outside what is allowed
     ├── StateError             (RuntimeError)    a lifecycle call out of order
     ├── SelectionError         (ValueError)      a pattern that matches nothing, a rule that contradicts another
-    ├── SourceError            (ValueError)      a model or checkpoint that cannot be quantized as it is
+    ├── SourceError            (ValueError)      a model or checkpoint that cannot be quantized
     ├── CalibrationError       (RuntimeError)    calibration data that is missing or cannot be fed
-    ├── NumericsError          (ArithmeticError) numbers that no code can stand for
+    ├── NumericsError          (ArithmeticError) numbers that cannot be quantized
     │   ├── NonFiniteError                       NaN or Inf in a tensor
-    │   └── RangeError                           a scale or a value beyond what its dtype can hold
+    │   └── RangeError                           a scale or a value beyond the range of its dtype
     ├── ReadOnlyWeightError    (AttributeError)  an attempt to assign to a quantized weight
     ├── CheckpointError        (OSError)         a file that cannot be read or written
-    │   ├── FormatError                          not a file of ours, or a damaged one
-    │   ├── DigestError                          bytes that are not the bytes that were written
+    │   ├── FormatError                          a file in another format, or a damaged file
+    │   ├── DigestError                          bytes that differ from the bytes that were written
     │   └── MismatchError                        a file and a model that do not fit each other
     ├── RankError              (RuntimeError)    another process of the same run has failed
-    └── ValidationError        (RuntimeError)    the result is not what was promised; carries the report
+    └── ValidationError        (RuntimeError)    the result failed validation; carries the report
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ArgumentError(FewbitsError, ValueError):
 
 
 class StateError(FewbitsError, RuntimeError):
-    """A lifecycle method was called in a state that does not allow it; nothing has changed."""
+    """A lifecycle method was called in a state that does not allow it; the call changed nothing."""
 
 
 class SelectionError(FewbitsError, ValueError):
@@ -42,7 +42,7 @@ class SelectionError(FewbitsError, ValueError):
 
 
 class SourceError(FewbitsError, ValueError):
-    """What was handed to `prepare` cannot be quantized as it is."""
+    """The model or checkpoint passed to `prepare` cannot be quantized."""
 
 
 class CalibrationError(FewbitsError, RuntimeError):
@@ -62,7 +62,7 @@ class RangeError(NumericsError):
 
 
 class ReadOnlyWeightError(FewbitsError, AttributeError):
-    """A quantized weight was assigned to; it can be read, not written."""
+    """A quantized weight was assigned to; it is read-only."""
 
 
 class CheckpointError(FewbitsError, OSError):
@@ -82,7 +82,7 @@ class MismatchError(CheckpointError):
 
 
 class RankError(FewbitsError, RuntimeError):
-    """Another process that works on the same result has failed, and said why."""
+    """Another process of the same run has failed and reported its error."""
 
 
 class ValidationError(FewbitsError, RuntimeError):

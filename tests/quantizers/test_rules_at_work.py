@@ -179,7 +179,7 @@ def test_an_override_outranks_what_a_scheme_chooses_for_a_tensor():
 
 def test_fields_that_do_not_go_with_the_scheme_are_refused_in_prepare():
     quantizer = small(overrides={"0": {"granularity": "group"}})
-    with pytest.raises(SelectionError, match=r"overrides\['0'\].* does not go with int8 channel: group_size"):
+    with pytest.raises(SelectionError, match=r"overrides\['0'\].* does not fit int8 channel: group_size"):
         quantizer.prepare(mlp())
     assert quantizer.state is fewbits.State.CREATED
 

@@ -60,7 +60,7 @@ def not_plain(tensor: Tensor) -> str | None:
         if tensor.is_meta:
             return "is on the meta device and has no data; load the model's weights first"
         if tensor.numel() and not _has_memory(tensor):
-            return "has no memory, or too little for its elements (was it freed or sharded?); restore it first"
+            return "has no memory for its elements, or too little (was it freed or sharded?); restore it first"
     return None
 
 
