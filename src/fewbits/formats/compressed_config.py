@@ -1,4 +1,4 @@
-"""What ``config.json`` says about a checkpoint of compressed-tensors; nothing of it is believed unchecked."""
+"""Read and check the ``config.json`` of a checkpoint of compressed-tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class WeightScheme:
     Attributes:
         bits: of a code.
         kind: ``"int"`` or ``"float"``.
-        strategy: what shares a scale: ``"tensor"``, ``"channel"``, ``"group"``, ``"block"``, or something not read.
+        strategy: which elements share a scale: ``"tensor"``, ``"channel"``, ``"group"``, ``"block"``, or one that is
+            not read.
         group_size: columns that share one, for ``"group"``.
         block: rows and columns that share one, for ``"block"``.
         symmetric: whether there are no zero points.
@@ -46,7 +47,7 @@ class WeightScheme:
 
 @attrs.frozen
 class CompressionConfig:
-    """What a config says about all weights.
+    """The quantization settings of a ``config.json``.
 
     Attributes:
         schemes: of its groups, each once.
@@ -78,7 +79,7 @@ def read_config(files: CheckpointFiles) -> CompressionConfig | None:
             raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes; it is no config")
         text = path.read_bytes().strip()
     fields = parse_object(text, path, "config")
-    # `compression_config` is what older versions of compressed-tensors wrote.
+    # Older versions of compressed-tensors wrote `compression_config`.
     found = next((fields[key] for key in ("quantization_config", "compression_config") if fields.get(key)), None)
     return None if found is None else _Fields(found, f"{path}: quantization_config").config()
 

@@ -31,7 +31,7 @@ def export_obstacle(ledger: Ledger, vocabularies: Collection[int]) -> str | None
         vocabularies: how many tokens the model knows: a weight with so many rows is an embedding or an output layer.
 
     They read Linear layers, and embeddings where there is one scheme. For a quantized weight of any other class they
-    keep random numbers, without an error, so whatever may be one is an obstacle.
+    keep random numbers, without an error, so any weight that may have another class is an obstacle.
     """
     several = len({_Scheme.of(row) for row in _quantized(ledger)}) > 1
     biases = {row.name.removesuffix(".bias"): row.shape for row in ledger if row.name.endswith(".bias")}
@@ -82,7 +82,7 @@ def _obstacle_of_spec(spec: QuantSpec, columns: int) -> str | None:
 def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[str, Any]:
     """The configuration for a result without an obstacle; empty if nothing in it has codes.
 
-    The most common scheme is that of all Linear layers, whatever a reader renames them to; others go by name.
+    The most common scheme becomes that of all Linear layers, since readers may rename them; others go by name.
 
     Args:
         ledger: of the result.
@@ -125,7 +125,7 @@ def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[s
 
 @attrs.frozen
 class _Scheme:
-    """What the configuration says of a spec."""
+    """A spec as the configuration describes it."""
 
     num_bits: int
     strategy: str
@@ -133,7 +133,7 @@ class _Scheme:
 
     @classmethod
     def of(cls, row: LedgerRow) -> _Scheme | None:
-        """That of a weight; None if it has no codes."""
+        """The scheme of a weight; None if the weight has no codes."""
         spec = row.spec
         return cls(spec.bits, spec.granularity, spec.group_size) if isinstance(spec, QuantSpec) else None
 

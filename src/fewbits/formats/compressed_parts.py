@@ -18,7 +18,7 @@ _MOST_AXES = 8
 
 
 def stated_shape(tensors: ShardedReader, name: str) -> tuple[int, ...] | None:
-    """What the ``shape`` beside the codes of a weight says; None if there is none.
+    """Read the ``shape`` stored beside the codes of a weight; None if the file has none.
 
     Raises:
         FormatError: if it is no shape.
@@ -68,7 +68,7 @@ def scale_and_zero_point(tensors: ShardedReader, weight: CompressedWeight, rows:
     """The scales of some rows, and the zero points, packed as ours are; with these, the first is a multiple of 32.
 
     Raises:
-        FormatError: if a zero point is none that the weight can have.
+        FormatError: if a zero point is beyond the bits of the weight.
     """
     spec, shared = weight.spec, weight.spec.granularity == "tensor"
     _, groups = matrix_form(tensors.entries[weight.part("scale")].shape)

@@ -34,14 +34,14 @@ from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.tensor import QuantizedTensor, shape_part
 from fewbits.selection.ledger import Fate, Ledger, LedgerRow
 
-#: What belongs to the inputs and outputs of a layer, or to an attention's cache, by the last component of its name.
+#: Last components of the names of scales and zero points of a layer's inputs and outputs, or an attention's cache.
 _OF_ACTIVATIONS = {
     f"{what}_{part}"
     for what in ("input", "output", "q", "k", "v")
     for part in ("scale", "zero_point", "global_scale")
 }  # fmt: skip
 
-#: What is of no use alone.
+#: Last components of the names of tensors that mean nothing without codes.
 _OF_WEIGHTS = {f"weight_{part}" for part in ("packed", *COMPANIONS)}
 
 
@@ -50,14 +50,14 @@ class CompressedTensors:
 
     Args:
         path: the file, the directory, or the index in it.
-        serializer: reads it; None stands for safetensors.
-        originals: what the source has, by name; None if there is no source to compare with.
+        serializer: reads the files; None means safetensors.
+        originals: shape and dtype of every tensor of the source, by name; None without a source.
 
     Attributes:
-        ledger: every tensor that can be read, weights by the names of what they were made from.
-        problems: what would have become of each of the others, and why it cannot be read or compared, by name.
-        unknown: tensors of the files that are no part of a weight, and not in the source.
-        of_activations: scales and zero points of what is not a weight.
+        ledger: every tensor that can be read; weights have the names that they had before quantization.
+        problems: for each tensor that cannot be read or compared, its fate and the reason.
+        unknown: tensors of the files that belong to no weight and are not in the source.
+        of_activations: scales and zero points of inputs, outputs and caches.
         weights: how each weight of the ledger is stored.
         about: how it was read, in words.
 
@@ -98,7 +98,7 @@ class CompressedTensors:
             chunk: of a row of this ledger.
 
         Raises:
-            FormatError: if it holds what none of its codes can be.
+            FormatError: if a code is invalid.
         """
         row, described = chunk.row, chunk.described()
         weight = self.weights.get(row.name)
@@ -258,7 +258,7 @@ def is_compressed_tensors(path: str | os.PathLike[str], serializer: Serializer |
     if VERSION_KEY in files.metadata:
         return False
     first = serializer.reader(files.paths[0])
-    # A damaged file of ours is not taken for somebody else's.
+    # A damaged file of fewbits must not be read as another tool's.
     if any(map(is_own_key, first.metadata)):
         return False
     return bool(codes_names(_opened(files, serializer).entries)) or read_config(files) is not None

@@ -72,7 +72,7 @@ class CompressedWeight:
 
 @attrs.frozen
 class _Cut:
-    """What shares a scale, as shapes have it."""
+    """Which elements share a scale."""
 
     granularity: Granularity
     group_size: int | None = None
@@ -80,7 +80,7 @@ class _Cut:
 
 
 class _UnfitError(Exception):
-    """Why a scheme is not the one that a weight's tensors have."""
+    """A weight's tensors do not fit a scheme."""
 
 
 def codes_names(entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -104,8 +104,8 @@ def describe(
         name: of the weight.
         codes: of the tensor with its codes.
         entries: every tensor of the checkpoint.
-        shape: what ``weight_shape`` says; None if there is none.
-        config: what ``config.json`` says; None to infer it all from shapes.
+        shape: the content of ``weight_shape``; None if the file has none.
+        config: read from ``config.json``; None infers everything from shapes.
 
     Raises:
         FormatError: if its tensors contradict one another or the config, or are of a kind that is not read.

@@ -1,6 +1,6 @@
-"""What other tools have quantized, known by names and dtypes: what cannot be read yet is refused, with what it is.
+"""Recognise tensors that other tools have quantized, by names and dtypes, and refuse those that cannot be read.
 
-Taken for weights, codes would be carried through as integers and their scales be quantized, in silence.
+Otherwise codes would silently be kept as integers, and their scales be quantized like weights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ForeignFormat:
 
 _U8, _I8, _I32 = (torch.uint8,), (torch.int8,), (torch.int32,)
 
-#: What is known, what says more before what says less: the first that fits counts.
+#: Known formats, specific ones first: the first match counts.
 FOREIGN_FORMATS = (
     ForeignFormat("GPTQ", "qweight", ("qzeros", "scales", "g_idx")),
     ForeignFormat("AWQ", "qweight", ("qzeros", "scales")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -48,26 +47,22 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """One of its tensors as it is now."""
+        """Read one tensor in its current state."""
 
     @abstractmethod
     def prepared(self) -> object:
-        """What `Quantizer.prepare` returns."""
+        """The return value of `Quantizer.prepare`."""
 
     def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
-        """Some elements of one of its tensors, in the shape that `Chunk.described` gives them."""
+        """Read one chunk of a tensor, in the shape that `Chunk.described` gives."""
         tensor = self.read(name)
         if chunk.is_whole:
             return tensor
         matrix = WeightMatrix(tensor, chunk.row.layout or Layout.of(tensor.shape, inputs=()))
         return matrix.read(*chunk.rows).reshape(chunk.described().shape)
 
-    def is_file(self, path: str | os.PathLike[str]) -> bool:
-        """Whether the source is the file at this path."""
-        return False
-
     def module(self) -> nn.Module | None:
-        """The model that can be run for calibration; None if there is none."""
+        """The model to run for calibration; None if the source has no model."""
         return None
 
 
@@ -76,7 +71,7 @@ class LiveSource(Source):
 
     Attributes:
         inplace: whether the result replaces it.
-        unstorable: what the source holds and no file of ours can, in words.
+        unstorable: state of the source that a file of fewbits cannot hold, in words.
     """
 
     inplace: bool = False

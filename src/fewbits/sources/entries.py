@@ -1,4 +1,4 @@
-"""What is known of tensors that have names and no classes: those of a state dict, or of a file."""
+"""Describe the tensors of a state dict or file, which have names but no module classes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def entry_infos(
     storages: Mapping[str, Hashable],
     overlapping: Mapping[str, str],
 ) -> Iterator[TensorInfo]:
-    """What is known of every tensor, by name.
+    """Describe every tensor, in the order of names.
 
     Args:
         entries: shape and dtype of each.
-        scaled: those that are read together with their scales.
-        storages: equal for two names if they are the same view of the same memory; what is not there shares none.
-        overlapping: why those cannot be quantized whose memory overlaps another's.
+        scaled: FP8 weights that are dequantized on reading, by name.
+        storages: equal for two names if they are the same view of the same memory. A name without an entry shares none.
+        overlapping: by name, why a tensor whose memory overlaps another's cannot be quantized.
     """
     weights = {weight.scale: weight for weight in scaled.values()}
     for name, entry in sorted(entries.items()):
@@ -45,7 +45,7 @@ def entry_infos(
 
 
 def entry_info(name: str, entry: Entry, storage: Hashable, obstacle: str | None = None) -> TensorInfo:
-    """What is known of one tensor."""
+    """Describe one tensor."""
     obstacle = numeric_obstacle(name, entry.shape, entry.dtype) or obstacle
     info = TensorInfo(
         name=name,

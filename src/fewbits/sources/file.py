@@ -50,11 +50,11 @@ class FileSource(Source):
         entry: the name of the state dict in each file of PyTorch's, if these hold more than that.
 
     Attributes:
-        path: what was given: a file, an index, or a directory.
+        path: the file, index, or directory.
         folder: the directory, if a whole one was asked for.
         companions: the files of the directory that go with its tensors: configuration, tokenizer and the like.
-        left_behind: files of the directory that look like weights and are not those that the tensors are taken from;
-            and of one with FP8 weights, those that say how they are quantized.
+        left_behind: files of the directory that look like weights but are not read; with FP8 weights, also the files
+            that say how these are quantized.
 
     Raises:
         CheckpointError: if it cannot be opened.
@@ -76,7 +76,7 @@ class FileSource(Source):
         self._describe()
 
     def _describe(self) -> None:
-        """Find FP8 weights and their scales, which may be in another file, and say what is known of every tensor."""
+        """Find FP8 weights and their scales, which may be in another file, and describe every tensor."""
         entries = self._tensors.entries
         refuse_foreign(entries)
         self._scaled = scaled_weights(entries, self._stated_blocks(entries) or KNOWN_BLOCKS)
@@ -116,7 +116,7 @@ class FileSource(Source):
         return self._read(name, 0, self._tensors.entries[name].shape)
 
     def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
-        """Some elements of one of its tensors, read by position; raises what `read` does."""
+        """Read some elements of a tensor, by position. Raises the same errors as `read`."""
         return self._read(name, chunk.start, chunk.described().shape)
 
     def _read(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
@@ -126,7 +126,7 @@ class FileSource(Source):
         return self._tensors.read_chunk(name, start, shape)
 
     def gathered_bytes(self, name: str) -> int:
-        """How much memory it takes to read any of a tensor, besides that for what is read."""
+        """Extra memory in bytes that reading any part of a tensor takes, besides the memory for the part itself."""
         reader = self._tensors.reader(name)
         return reader.gathered_bytes(name) if isinstance(reader, TorchFile) else 0
 
@@ -138,7 +138,7 @@ class FileSource(Source):
         return None if vocabularies is None else Readers.of(ledger, vocabularies)
 
     def copy_companions(self, folder: Path, readers: Readers | None) -> None:
-        """Copy what goes with the tensors to another directory. The configuration says how the result is quantized.
+        """Copy the companions of the tensors to another directory. The copied configuration describes the result.
 
         Args:
             folder: the directory.
@@ -157,7 +157,7 @@ class FileSource(Source):
                 copy_durably(self.folder / name, folder / name)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """What tells this state of it from another, without reading more than headers.
+        """Identify the current state of the source's files. Only headers are read.
 
         Returns:
             for each file that a result is made from: its size, the time of its last change in nanoseconds, and, of one

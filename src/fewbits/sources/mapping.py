@@ -85,7 +85,7 @@ class MappingSource(LiveSource):
         return _MappingTarget(self, ledger)
 
     def replace(self, name: str, value: Value) -> None:
-        """Put the stored form in the place of the source's tensor, and let go of that."""
+        """Replace the source's tensor by its stored form, so that its memory is free."""
         if isinstance(self._given, MutableMapping):
             self._given[name] = value
 
@@ -111,7 +111,7 @@ class _MappingTarget(Target):
             if self._source.inplace and not as_it_was:
                 self._source.replace(name, value)
             if self._source.inplace and name in self._merged:
-                # Beside anything but its codes, a scale would be taken for what it is not.
+                # Beside floats, a scale would be read as a scale of them.
                 self._source.remove(self._merged[name])
 
     def finish(self) -> object:
@@ -133,7 +133,7 @@ def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:
     """The mapping's entries as plain tensors, under names. One tensor under two names is one tensor here, too.
 
     Raises:
-        SourceError: naming what is no plain tensor, or has no name.
+        SourceError: naming an entry that is not a plain tensor, or whose key is not a string.
     """
     checked: dict[str, Tensor] = {}
     seen: dict[int, tuple[Tensor, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""The ``config.json`` beside a checkpoint: what it says of quantized weights, and who can open a result."""
+"""Read the ``config.json`` beside a checkpoint, find out who can open a result, and write its configuration."""
 
 from __future__ import annotations
 
