@@ -27,7 +27,7 @@ _CPU = torch.device("cpu")
 
 @attrs.frozen(eq=False)
 class Place:
-    """Where one tensor of a file goes.
+    """The place of one tensor of a file in a model.
 
     Attributes:
         row: of the ledger.

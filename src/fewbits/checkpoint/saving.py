@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import CODEC, Value
-from fewbits.checkpoint.digests import digest, pieces, refuse_damaged, wrong_digests
+from fewbits.checkpoint.digests import pieces, refuse_damaged, wrong_digests
 from fewbits.checkpoint.journal import Note
 from fewbits.checkpoint.metadata import (
     HEADER_DIGEST_KEY,
@@ -184,7 +184,7 @@ class CheckpointWriter:
             the digest of its header.
 
         Raises:
-            DigestError: if what is read is not what was written. Nothing is published then.
+            DigestError: if the file does not hold the bytes that were written. Nothing is published then.
         """
         digests = {name: found.hexdigest() for name, found in self._hashes.items()}
         metrics = {row.name: self._metrics[row.name] for row in self._ledger if row.name in self._metrics}
@@ -253,8 +253,3 @@ def plain_value(name: str, value: Value) -> Value:
     """
     tensors = {part: plain(tensor, part) for part, tensor in CODEC.encode(name, value).items()}
     return value if isinstance(value, QuantizedTensor) else tensors[name]
-
-
-def value_digest(value: Value) -> str:
-    """One SHA-256 over all tensors of a value, in hexadecimal."""
-    return hashlib.sha256("".join(map(digest, CODEC.encode("", value).values())).encode()).hexdigest()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fewbits._events import emit
 from fewbits.calibration import InputWatch
 from fewbits.checkpoint.codec import CODEC, Value
+from fewbits.checkpoint.digests import value_digest
 from fewbits.checkpoint.output import Output
-from fewbits.checkpoint.saving import save, value_digest
+from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.job import Job, measurements

@@ -1,4 +1,4 @@
-"""Verifying a file: its digests, its structure, and, against the source, every element of it."""
+"""Verify a file: its digests, its structure, and every element against the source."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def verify(
 
     Args:
         path: the file, or the directory of several.
-        source: what it was made from; None checks structure and digests only.
-        serializer: reads the file; None stands for safetensors.
-        measured: measurements taken when these same bytes were written, by name; these are not taken again.
+        source: the checkpoint or model before quantization; None checks structure and digests only.
+        serializer: reads the file; None means safetensors.
+        measured: measurements taken when these bytes were written, by name; they are reused.
         chunk_elements: how many elements are compared at a time, about; see `fewbits.checkpoint.chunks.chunks`.
         fail_under: SQNR in dB below which a tensor fails.
         progress: told about every tensor, before and after it.
