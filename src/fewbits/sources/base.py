@@ -61,10 +61,6 @@ class Source(ABC):
         matrix = WeightMatrix(tensor, chunk.row.layout or Layout.of(tensor.shape, inputs=()))
         return matrix.read(*chunk.rows).reshape(chunk.described().shape)
 
-    def is_file(self, path: str | os.PathLike[str]) -> bool:
-        """Return whether the source is the file at this path."""
-        return False
-
     def module(self) -> nn.Module | None:
         """Return the model to run for calibration; None if the source is not a model."""
         return None
