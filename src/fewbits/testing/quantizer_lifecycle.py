@@ -248,14 +248,3 @@ def _refuses(quantizer: Quantizer, calls: Mapping[str, Callable[[], object]], th
 def _visible(quantizer: Quantizer, there: Path) -> tuple[object, ...]:
     ledger = None if quantizer.state is State.CREATED else quantizer.ledger
     return quantizer.state, ledger, files_in(there)
-
-
-LIFECYCLE_CHECKS = (
-    lifecycle_of_a_model,
-    lifecycle_of_a_state_dict,
-    lifecycle_of_a_file,
-    illegal_calls_change_nothing,
-    in_place_gives_the_same,
-    one_call_gives_the_same,
-    any_model_is_covered,
-)

@@ -20,7 +20,7 @@ from fewbits.numerics.spec import QuantSpec, Spec, spec_from_dict
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.quantizers.base import Quantizer
 from fewbits.selection.ledger import LedgerRow
-from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, for_all
+from fewbits.testing.check import EXAMPLES, Check, Contract, check_functions, checks, copy_of, expect, for_all
 from fewbits.testing.environment import (
     Snapshot,
     blocks_of,
@@ -31,7 +31,7 @@ from fewbits.testing.environment import (
     threads,
 )
 from fewbits.testing.models import SmallModel, ids
-from fewbits.testing.quantizer_lifecycle import LIFECYCLE_CHECKS, QuantizerSetup, linear
+from fewbits.testing.quantizer_lifecycle import QuantizerSetup, linear
 from fewbits.testing.strategies import FLOATS, weights
 
 _NAME = Contract("fewbits.Quantizer", "name: what the scheme is called in tables and messages")
@@ -73,7 +73,7 @@ def check_quantizer(quantizer: Quantizer, *, max_examples: int = EXAMPLES) -> li
         ArgumentError: if `quantizer` is not an instance of `Quantizer`.
     """
     setup = QuantizerSetup(copy_of(quantizer, Quantizer, "check_quantizer"), max_examples)
-    return checks(quantizer, _CHECKS, setup)
+    return checks(quantizer, check_functions("fewbits.testing.quantizer_lifecycle", __name__), setup)
 
 
 def name_and_specs_are_sane(setup: QuantizerSetup) -> None:
@@ -240,18 +240,3 @@ def _saved_and_loaded(quantizer: Quantizer, path: Path, into: nn.Module | None =
 def _on_meta() -> SmallModel:
     with torch.device("meta"):
         return SmallModel()
-
-
-_CHECKS = (
-    name_and_specs_are_sane,
-    *LIFECYCLE_CHECKS,
-    every_element_keeps_its_bound,
-    awkward_groups_keep_their_bound,
-    results_are_reproducible,
-    ties_survive,
-    files_give_back_every_bit,
-    written_bytes_are_predicted,
-    damage_is_found,
-    files_load_into_models_on_meta,
-    files_need_no_class,
-)
