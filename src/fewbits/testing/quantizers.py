@@ -34,7 +34,7 @@ from fewbits.testing.models import SmallModel, ids
 from fewbits.testing.quantizer_lifecycle import QuantizerSetup, linear
 from fewbits.testing.strategies import FLOATS, weights
 
-_NAME = Contract("fewbits.Quantizer", "name: what the scheme is called in tables and messages")
+_NAME = Contract("fewbits.quantizers.scheme.Scheme", "name: the scheme's name in tables and messages")
 _SPEC = Contract("fewbits.QuantSpec.to_dict", "A JSON-able description; `spec_from_dict` reads it.")
 _BOUND = Contract("fewbits.numerics.affine.error_bound", "How far each element may lie from what its code stands for")
 _DECODED = Contract("fewbits.QuantizedTensor.dequantize", "The tensor that the codes stand for, in its own shape")
@@ -44,7 +44,7 @@ _RANGE = Contract(
 _SAME = Contract("fewbits.testing.check_quantizer", "for any number of threads and any size of blocks")
 _TIED = Contract("fewbits.nn.stored.StoredWeight", "Layers with tied weights hold the same instance")
 _BITS = Contract(
-    "fewbits.Quantizer.save", "Write the result to a file, or a directory of several, atomically, and read it back."
+    "fewbits.Quantizer.save", "Write the result atomically to a file, or to a directory of several, and read it back."
 )
 _BYTES = Contract("fewbits.Ledger.bytes_after", "the bytes of the file, its header aside.")
 _INTO = Contract("fewbits.load", "a float model of the same architecture, which may live on the meta device")

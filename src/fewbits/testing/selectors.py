@@ -23,7 +23,7 @@ _RULES = Contract("fewbits.LayerSelector.select", "SelectionError: if a rule fit
 _OBSTACLE = Contract("fewbits.LayerSelector.select", "A tensor with an `obstacle` cannot be quantized")
 _PURE = Contract("fewbits.testing.check_selector", "The same tensors get the same decisions")
 _INFOS = Contract("fewbits.testing.check_selector", "The descriptions of the tensors do not change.")
-_LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known once a source is prepared.")
+_LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor.")
 
 
 @attrs.frozen
