@@ -161,13 +161,9 @@ def quantize(
         raise click.UsageError("--paranoid needs --resume: it checks the work of an earlier run.")
     settings = _settings(config, embeddings, options)
     rank = join_group()
-    options_of_output: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
-    options_of_output |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
-    target = (
-        Output.beside(source, **options_of_output)
-        if output is None
-        else Output(output, replace=replace, **options_of_output)
-    )
+    given: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
+    given |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
+    target = Output.beside(source, **given) if output is None else Output(output, replace=replace, **given)
     if dry_run:
         planned = plan(source, entry=entry, config=settings, output=target)
         return SUCCESS if rank else _show_plan(planned, settings, tensors, as_json)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import attrs
 from rich.console import Console, RenderableType
-from rich.progress import Progress, Task
+from rich.progress import Progress
 
 from fewbits.selection.progress import Step
 
@@ -102,12 +102,11 @@ class Meter(Progress):
 
     def _rate(self) -> float | None:
         """The speed of the last seconds, or of the whole activity while too few steps lie within them."""
-        task: Task = self.tasks[0]
+        task = self.tasks[0]
         if self._now > self._updated:  # steps at the same instant have no speed: they count with the next one
             self.update(task.id, completed=self._done)
             self._updated = self._now
-        elapsed = task.elapsed
-        mean = (self._done - self._first) / elapsed if elapsed else None
+        mean = (self._done - self._first) / task.elapsed if task.elapsed else None
         return task.speed or mean or None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -74,6 +76,13 @@ def checks(subject: object, functions: Sequence[Callable[[_Setup], None]], setup
     """Make a check from every function, with its name."""
     name = type(subject).__name__
     return [Check(function.__name__, name, functools.partial(function, setup)) for function in functions]
+
+
+def check_functions(*modules: str) -> list[Callable[[Any], None]]:
+    """Collect the checks of these modules: all public functions whose only parameter is `setup`."""
+    found = [value for module in modules for value in vars(sys.modules[module]).values() if inspect.isfunction(value)]
+    public = [one for one in found if one.__module__ in modules and not one.__name__.startswith("_")]
+    return [one for one in public if [*inspect.signature(one).parameters] == ["setup"]]
 
 
 def expect(holds: bool, wrong: str, contract: Contract) -> None:

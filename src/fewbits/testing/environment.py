@@ -20,7 +20,7 @@ from fewbits.numerics.tensor import in_memory
 from fewbits.testing.check import Contract, expect
 from fewbits.validation.verify import verify
 
-_DIGESTS = Contract("fewbits.verify", "digests, structure, and every element against its source")
+_DIGESTS = Contract("fewbits.verify", "its digests, its structure, and every element against the source")
 
 #: Name -> (shape, dtype, bytes). Equal snapshots mean equal tensors.
 Snapshot = dict[str, tuple[tuple[int, ...], torch.dtype, bytes]]

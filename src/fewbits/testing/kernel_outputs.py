@@ -289,10 +289,3 @@ def generator(seed: int) -> torch.Generator:
 def words(weight: WeightLayout, x: Tensor) -> str:
     """Describe a weight and an input, for messages."""
     return f"{weight.spec}, {weight.layout.shape}, input {tuple(x.shape)} in {dtype_name(x.dtype)}"
-
-
-OUTPUT_CHECKS = (
-    any_size_is_computed,
-    every_code_is_read_right,
-    integer_sums_are_exact,
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -13,11 +13,10 @@ from fewbits.kernels.base import Kernel
 from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.tensor import same_bits
-from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect
+from fewbits.testing.check import EXAMPLES, Check, Contract, check_functions, checks, copy_of, expect
 from fewbits.testing.environment import snapshot
 from fewbits.testing.kernel_outputs import (
     INPUTS,
-    OUTPUT_CHECKS,
     PAIRS,
     ROWS,
     KernelSetup,
@@ -68,7 +67,7 @@ def check_kernel(
         ArgumentError: if `kernel` is not an instance of `Kernel`.
     """
     setup = KernelSetup(copy_of(kernel, Kernel, "check_kernel"), torch.device(device), max_examples)
-    return checks(kernel, _CHECKS, setup)
+    return checks(kernel, check_functions(__name__, "fewbits.testing.kernel_outputs"), setup)
 
 
 def it_says_why_not(setup: KernelSetup) -> None:
@@ -188,13 +187,3 @@ def _check_layout(weight: PackedInt32, layout: WeightLayout) -> None:
     alike = same_bits(layout.dequantize(dtype), weight.dequantize(dtype))
     alike &= same_bits(layout.centered_codes(), weight.centered_codes())
     expect(alike, f"{what}: it dequantizes to other numbers", _ROUND_TRIP)
-
-
-_CHECKS: tuple[Callable[[KernelSetup], None], ...] = (
-    it_says_why_not,
-    prepacking_loses_nothing,
-    outputs_are_accurate,
-    *OUTPUT_CHECKS,
-    arguments_stay,
-    outputs_are_reproducible,
-)

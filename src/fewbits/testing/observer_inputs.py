@@ -68,6 +68,14 @@ class ObserverSetup:
         """Copy the observer, ready for weights with this many columns."""
         return self.shown([inputs(columns, seed) for seed in range(2)] if self.recipe.needs_data else [])
 
+    def picks_for_inputs(self) -> bool:
+        """Whether the observer chooses scales for inputs."""
+        try:
+            self.shown([inputs(COLUMNS, 1)]).input_params(input_spec(symmetric=True))
+        except CalibrationError:
+            return False
+        return True
+
 
 def inputs(columns: int, seed: int) -> Tensor:
     """Draw an input of a Linear layer: (8, columns)."""
@@ -82,15 +90,6 @@ def normal_weight() -> Tensor:
 def input_spec(symmetric: bool) -> QuantSpec:
     """Make a spec for inputs."""
     return QuantSpec(bits=8, granularity="tensor", symmetric=symmetric)
-
-
-def picks_for_inputs(setup: ObserverSetup) -> bool:
-    """Whether the observer chooses scales for inputs."""
-    try:
-        setup.shown([inputs(COLUMNS, 1)]).input_params(input_spec(symmetric=True))
-    except CalibrationError:
-        return False
-    return True
 
 
 def answers(observer: Observer, spec: QuantSpec) -> list[Tensor]:
@@ -172,7 +171,7 @@ def needs_data_is_true(setup: ObserverSetup) -> None:
 
 def inputs_get_one_positive_scale(setup: ObserverSetup) -> None:
     """`input_params` gives a positive scale for any inputs, or `CalibrationError` for all."""
-    if not picks_for_inputs(setup):
+    if not setup.picks_for_inputs():
         return
     for spec in (input_spec(symmetric=True), input_spec(symmetric=False)):
         try:
@@ -220,12 +219,3 @@ def _check_merged(setup: ObserverSetup, first: list[Tensor], second: list[Tensor
     for found, expected in zip(answers(merged, spec), answers(both, spec), strict=True):
         near = torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=0)
         expect(near, f"merged it gives scales up to {float(found.max()):.6g}, not {float(expected.max()):.6g}", _MERGED)
-
-
-INPUT_CHECKS = (
-    fresh_forgets,
-    needs_data_is_true,
-    inputs_get_one_positive_scale,
-    merging_equals_seeing_all,
-    it_keeps_little,
-)

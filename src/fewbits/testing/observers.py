@@ -19,10 +19,10 @@ from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
 from fewbits.quantizers.schemes import Int8PerChannel
 from fewbits.selection.selector import LayerSelector
-from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
+from fewbits.testing.check import EXAMPLES, Check, Contract, check_functions, checks, copy_of, expect, fail, for_all
 from fewbits.testing.environment import snapshot
 from fewbits.testing.models import SmallModel, ids
-from fewbits.testing.observer_inputs import COLUMNS, INPUT_CHECKS, ObserverSetup, bits, inputs, normal_weight, resolved
+from fewbits.testing.observer_inputs import COLUMNS, ObserverSetup, bits, inputs, normal_weight, resolved
 from fewbits.testing.strategies import FLOATS, layouts, seeds, weights
 from fewbits.testing.strategies import specs as any_spec
 from fewbits.validation.report import CRITICAL_DB
@@ -60,7 +60,7 @@ def check_observer(
     """
     recipe = copy_of(observer, Observer, "check_observer")
     setup = ObserverSetup(recipe, any_spec() if specs is None else specs, max_examples)
-    return checks(observer, _CHECKS, setup)
+    return checks(observer, check_functions(__name__, "fewbits.testing.observer_inputs"), setup)
 
 
 def scales_fit_the_spec(setup: ObserverSetup) -> None:
@@ -155,13 +155,3 @@ def words(case: tuple[Tensor, QuantSpec]) -> str:
     """Describe a case, for messages."""
     rows, spec = case
     return f"{spec}, {rows.shape[0]} rows of {rows.shape[1]} in {dtype_name(rows.dtype)}"
-
-
-_CHECKS = (
-    scales_fit_the_spec,
-    rows_stand_alone,
-    nothing_is_written_to,
-    *INPUT_CHECKS,
-    it_is_of_use,
-    a_model_can_be_quantized_with_it,
-)

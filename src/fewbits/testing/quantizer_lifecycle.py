@@ -26,12 +26,15 @@ from fewbits.testing.models import SmallModel, ids, models
 
 _LIFE = Contract("fewbits.Quantizer", "prepare, observe, convert, validate, save")
 _UNTOUCHED = Contract("fewbits.Quantizer.prepare", "It is not modified.")
-_RESULT = Contract("fewbits.Quantizer.convert", "what came in, quantized")
+_RESULT = Contract(
+    "fewbits.Quantizer.convert",
+    "the quantized model, mapping {name: Tensor or QuantizedTensor}, or path, like the source",
+)
 _INPLACE = Contract("fewbits.Quantizer.prepare", "quantize the model or mapping itself")
 _VALID = Contract("fewbits.Quantizer.validate", "Check the result against the source, element by element")
 _STATE = Contract("fewbits.errors.StateError", "called in a state that does not allow it; nothing has changed.")
-_COVERED = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known once a source is prepared.")
-_NO_FORWARD = Contract("fewbits.errors.CalibrationError", "Calibration data is missing, or does not fit the model.")
+_COVERED = Contract("fewbits.Quantizer.ledger", "The fate of every tensor.")
+_NO_FORWARD = Contract("fewbits.errors.CalibrationError", "Calibration data is missing, or the model cannot run it.")
 
 
 @attrs.frozen(slots=False)
@@ -248,14 +251,3 @@ def _refuses(quantizer: Quantizer, calls: Mapping[str, Callable[[], object]], th
 def _visible(quantizer: Quantizer, there: Path) -> tuple[object, ...]:
     ledger = None if quantizer.state is State.CREATED else quantizer.ledger
     return quantizer.state, ledger, files_in(there)
-
-
-LIFECYCLE_CHECKS = (
-    lifecycle_of_a_model,
-    lifecycle_of_a_state_dict,
-    lifecycle_of_a_file,
-    illegal_calls_change_nothing,
-    in_place_gives_the_same,
-    one_call_gives_the_same,
-    any_model_is_covered,
-)

@@ -19,7 +19,7 @@ from fewbits.numerics.spec import QuantSpec, Spec, spec_from_dict
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.quantizers.base import Quantizer
 from fewbits.selection.ledger import LedgerRow
-from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, for_all
+from fewbits.testing.check import EXAMPLES, Check, Contract, check_functions, checks, copy_of, expect, for_all
 from fewbits.testing.environment import (
     Snapshot,
     blocks_of,
@@ -30,10 +30,10 @@ from fewbits.testing.environment import (
     threads,
 )
 from fewbits.testing.models import SmallModel, ids
-from fewbits.testing.quantizer_lifecycle import LIFECYCLE_CHECKS, QuantizerSetup, linear
+from fewbits.testing.quantizer_lifecycle import QuantizerSetup, linear
 from fewbits.testing.strategies import FLOATS, weights
 
-_NAME = Contract("fewbits.Quantizer", "name: what the scheme is called in tables and messages")
+_NAME = Contract("fewbits.quantizers.scheme.Scheme", "name: the scheme's name in tables and messages")
 _SPEC = Contract("fewbits.QuantSpec.to_dict", "A JSON-able description; `spec_from_dict` reads it.")
 _BOUND = Contract("fewbits.numerics.affine.error_bound", "How far each element may lie from what its code stands for")
 _DECODED = Contract("fewbits.QuantizedTensor.dequantize", "The tensor that the codes stand for, in its own shape")
@@ -43,7 +43,7 @@ _RANGE = Contract(
 _SAME = Contract("fewbits.testing.check_quantizer", "for any number of threads and any size of blocks")
 _TIED = Contract("fewbits.nn.stored.StoredWeight", "Layers with tied weights hold the same instance")
 _BITS = Contract(
-    "fewbits.Quantizer.save", "Write the result to a file, or a directory of several, atomically, and read it back."
+    "fewbits.Quantizer.save", "Write the result atomically to a file, or to a directory of several, and read it back."
 )
 _BYTES = Contract("fewbits.Ledger.bytes_after", "the bytes of the file, its header aside.")
 _INTO = Contract("fewbits.load", "a float model of the same architecture, which may live on the meta device")
@@ -72,7 +72,7 @@ def check_quantizer(quantizer: Quantizer, *, max_examples: int = EXAMPLES) -> li
         ArgumentError: if `quantizer` is not an instance of `Quantizer`.
     """
     setup = QuantizerSetup(copy_of(quantizer, Quantizer, "check_quantizer"), max_examples)
-    return checks(quantizer, _CHECKS, setup)
+    return checks(quantizer, check_functions("fewbits.testing.quantizer_lifecycle", __name__), setup)
 
 
 def name_and_specs_are_sane(setup: QuantizerSetup) -> None:
@@ -239,18 +239,3 @@ def _saved_and_loaded(quantizer: Quantizer, path: Path, into: nn.Module | None =
 def _on_meta() -> SmallModel:
     with torch.device("meta"):
         return SmallModel()
-
-
-_CHECKS = (
-    name_and_specs_are_sane,
-    *LIFECYCLE_CHECKS,
-    every_element_keeps_its_bound,
-    awkward_groups_keep_their_bound,
-    results_are_reproducible,
-    ties_survive,
-    files_give_back_every_bit,
-    written_bytes_are_predicted,
-    damage_is_found,
-    files_load_into_models_on_meta,
-    files_need_no_class,
-)

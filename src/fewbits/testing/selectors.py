@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import attrs
 from torch import nn
@@ -13,7 +13,7 @@ from fewbits.quantizers.schemes import Int8PerChannel
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.selector import Decision, LayerSelector
 from fewbits.sources.open import open_source
-from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
+from fewbits.testing.check import EXAMPLES, Check, Contract, check_functions, checks, copy_of, expect, fail, for_all
 from fewbits.testing.models import SmallModel, models
 
 _EACH = Contract("fewbits.LayerSelector.select", "One decision for every tensor, in the same order.")
@@ -23,7 +23,7 @@ _RULES = Contract("fewbits.LayerSelector.select", "SelectionError: if a rule fit
 _OBSTACLE = Contract("fewbits.LayerSelector.select", "A tensor with an `obstacle` cannot be quantized")
 _PURE = Contract("fewbits.testing.check_selector", "The same tensors get the same decisions")
 _INFOS = Contract("fewbits.testing.check_selector", "The descriptions of the tensors do not change.")
-_LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor, known once a source is prepared.")
+_LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor.")
 
 
 @attrs.frozen
@@ -73,7 +73,7 @@ def check_selector(
     if not isinstance(model, (nn.Module, type(None))):
         raise ArgumentError(f"model= takes a model, not a {type(model).__name__}")
     setup = _Setup(copy_of(selector, LayerSelector, "check_selector"), model or SmallModel(), max_examples)
-    return checks(selector, _CHECKS, setup)
+    return checks(selector, check_functions(__name__), setup)
 
 
 def every_tensor_gets_a_decision(setup: _Setup) -> None:
@@ -144,12 +144,3 @@ def _check_decisions(decisions: Sequence[Decision], infos: Sequence[TensorInfo])
         flags = {"quantize": decision.quantize, "named": decision.named}
         wrong = {name: value for name, value in flags.items() if not isinstance(value, bool)}
         expect(not wrong, f"the decision on {info.name} has fields that are not True or False: {wrong}", _FIELDS)
-
-
-_CHECKS: tuple[Callable[[_Setup], None], ...] = (
-    every_tensor_gets_a_decision,
-    any_tensors_get_decisions_or_an_error,
-    decisions_are_reproducible,
-    the_descriptions_stay,
-    the_ledger_covers_everything,
-)

@@ -17,7 +17,7 @@ from fewbits.api import Result, quantize, verify
 from fewbits.checkpoint.serializer import Entry, Header, Serializer, Writer
 from fewbits.errors import CheckpointError, FewbitsError, FormatError
 from fewbits.formats.loading import load
-from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
+from fewbits.testing.check import EXAMPLES, Check, Contract, check_functions, checks, copy_of, expect, fail, for_all
 from fewbits.testing.environment import Snapshot, check_damage, files_in, folder, snapshot
 from fewbits.testing.models import SmallModel, ids
 from fewbits.testing.strategies import tensors
@@ -29,7 +29,7 @@ _UNSEEN = Contract("fewbits.extend.Writer", "Nothing is visible at its path befo
 _PUBLISH = Contract("fewbits.extend.Writer.close", "Publish the finished file at its path.")
 _ABORT = Contract("fewbits.extend.Writer.abort", "Give up and leave nothing behind. Does nothing after `close`.")
 _ONCE = Contract("fewbits.extend.Writer.write", "Write one of the header's tensors; in any order, each once.")
-_DIGESTS = Contract("fewbits.verify", "digests, structure, and every element against its source")
+_DIGESTS = Contract("fewbits.verify", "its digests, its structure, and every element against the source")
 _FORMAT = Contract("fewbits.extend.Serializer.reader", "FormatError: if it is not in this serializer's format.")
 _OPEN = Contract("fewbits.extend.Serializer.reader", "CheckpointError: if it cannot be opened.")
 _BEGIN = Contract("fewbits.extend.Serializer.writer", "CheckpointError: if it cannot be begun.")
@@ -66,7 +66,7 @@ def check_serializer(serializer: Serializer, *, suffix: str = ".model", max_exam
         ArgumentError: if `serializer` is not an instance of `Serializer`.
     """
     setup = SerializerSetup(copy_of(serializer, Serializer, "check_serializer"), suffix, max_examples)
-    return checks(serializer, _CHECKS, setup)
+    return checks(serializer, check_functions(__name__), setup)
 
 
 @attrs.frozen
@@ -285,16 +285,3 @@ def put(writer: Writer, stored: Mapping[str, Tensor]) -> None:
     """Write all tensors in reverse order, since any order must work."""
     for name in reversed(list(stored)):
         writer.write(name, stored[name])
-
-
-_CHECKS = (
-    tensors_come_back,
-    metadata_comes_back,
-    nothing_is_visible_before_close,
-    abort_leaves_nothing,
-    a_failed_write_leaves_the_old_file,
-    damage_is_found,
-    unreadable_files_are_errors,
-    reading_never_changes_a_file,
-    models_are_saved_and_loaded,
-)
