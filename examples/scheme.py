@@ -21,7 +21,7 @@ def quantiles(count: int) -> list[float]:
 
 
 class Normal4(fewbits.Quantizer):
-    """4 bits a weight, groups of 128; the codes stand for quantiles of the normal distribution."""
+    """4 bits a weight, groups of 128; codes mean quantiles of the normal distribution."""
 
     name = "normal4"
     levels = (*(-level for level in reversed(quantiles(7))), 0.0, *quantiles(8))

@@ -17,7 +17,7 @@ settings.load_profile(os.environ.get("FEWBITS_HYPOTHESIS_PROFILE", "repeatable")
 
 DATA = Path(__file__).parent / "data"
 
-#: Sweeps that `make stress` runs.
+#: Programs that run for minutes to hours; test_stress.py tests them on tiny checkpoints.
 collect_ignore = ["stress"]
 LEFT_OUT = pytest.StashKey[set[str]]()
 

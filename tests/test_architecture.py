@@ -4,6 +4,7 @@ Each rule yields complaints about one module. The last tests show that each rule
 """
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-PACKAGE = Path(__file__).parents[1] / "src" / "fewbits"
+import fewbits
+
+PACKAGE = Path(fewbits.__file__).parent
 
 # A room is a module or a subpackage of fewbits. It may import only from itself and from the rooms before it.
 ROOMS = [
@@ -53,13 +58,16 @@ MAX_PARAMETERS = 7
 FRONT_DOORS = {
     "fewbits.api.quantize",
     "fewbits.api.plan",
-    "fewbits.checkpoint.loading.load",
+    "fewbits.formats.loading.load",
     "fewbits.checkpoint.saving.save",
     "fewbits.fleet.FleetRun.__init__",
     "fewbits.selection.selector.LayerSelector.__init__",
 }
 MAX_ROOT_NAMES = 40
 BANNED = ("torch.ao", "torch.nn.utils.parametrize", "torch.qint8", "torch.quint8", "torch.qint32")
+
+
+parse = functools.cache(ast.parse)
 
 
 class Module(NamedTuple):
@@ -75,7 +83,7 @@ class Module(NamedTuple):
 
     @property
     def tree(self) -> ast.Module:
-        return ast.parse(self.source)
+        return parse(self.source)
 
     def imports(self, tree: ast.AST) -> Iterator[str]:
         """The dotted names a tree imports, resolved: `from ..a import b` gives `fewbits.a.b`."""
@@ -247,6 +255,41 @@ def test_all_lists_what_the_package_imports():
     ]
     assert sorted(set(listed) - {"__version__"}) == sorted(n for n in imported if not n.startswith("_"))
     assert len(listed) == len(set(listed)) <= MAX_ROOT_NAMES
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_conversion_never_calls_back_into_the_quantizer(tmp_path, from_file):
+    source = {"weight": torch.ones(64, 128)}
+    output = None
+    if from_file:
+        save_file(source, tmp_path / "in.safetensors")
+        source, output = tmp_path / "in.safetensors", fewbits.Output(tmp_path / "out.safetensors", threads=1)
+    upwards, calls = [], 0
+
+    def record(frame, event, _):
+        nonlocal calls
+        caller, callee = room_of(frame.f_back), room_of(frame)
+        if event == "call" and caller == "conversion" and callee:
+            calls += 1
+            if ROOMS.index(callee) > ROOMS.index(caller):
+                upwards.append(frame.f_code.co_name)
+
+    quantizer = fewbits.Int8PerChannel()
+    quantizer.prepare(source)
+    sys.setprofile(record)
+    try:
+        quantizer.convert(output=output)
+        quantizer.validate()
+    finally:
+        sys.setprofile(None)
+    assert calls > 20
+    assert not upwards
+
+
+def room_of(frame):
+    """The room whose code a frame runs; None for code outside fewbits."""
+    path = Path(frame.f_code.co_filename) if frame else PACKAGE.parent
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py") if PACKAGE in path.parents else None
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_interleave_gives_every_contender_a_number_a_round():
 
 
 @pytest.mark.parametrize("good_calls", [0, 5, 8])
-def test_interleave_leaves_out_who_fails_whenever_it_does(good_calls):
+def test_interleave_leaves_out_a_contender_that_fails_at_any_time(good_calls):
     calls = iter(range(good_calls))
 
     def fails_later():
@@ -85,7 +85,7 @@ def test_a_cycle_runs_all_layers_in_turn():
     assert seen == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_rotation_changes_the_neighbours_and_nothing_else():
+def test_rotation_only_changes_the_neighbours():
     names = [*"abcdefg"]
     assert all(sorted(timing.rotated(names, r)) == names for r in range(10))
     assert timing.rotated(names, 1) != names
@@ -107,7 +107,7 @@ def test_layers_fill_the_cache_several_times_and_share_no_memory(monkeypatch):
     assert all(torch.equal(layer.weight, weight.bfloat16()) for layer in layers)
 
 
-def test_what_takes_long_to_build_is_built_once():
+def test_a_slow_layer_is_built_once():
     built = []
     slow = Contender("slow", "torch", build=lambda layer: built.append(1) or layer, anew=False)
     first, second = slow.layers(torch.randn(4, 4), 2)
@@ -134,14 +134,14 @@ def test_a_ratio_is_taken_within_each_round():
     assert Cell({}, "alone", [1.0]).to_dict()["speed"] is None
 
 
-def test_a_table_has_a_dash_where_nothing_was_measured():
+def test_a_table_has_a_dash_for_a_missing_measurement():
     cells = [Cell({"M": 1}, "a", [1.0]), Cell({"M": 2}, "a", [1.0]), Cell({"M": 2}, "b", [1.0])]
     rows = pivot(cells, "M", lambda cell: f"{cell.median:g}")
     assert rows == [("", "M 1", "M 2"), ("a", "1", "1"), ("b", "-", "1")]
     assert aligned(rows).splitlines()[-1] == "b    -    1"
 
 
-def test_a_report_says_what_is_missing_and_what_failed(tmp_path):
+def test_a_report_names_missing_packages_and_failures(tmp_path):
     about = {"cpu": "c", "capabilities": [], "architecture": "x", "threads": 1}
     report = Report("linear", {}, about, {"torch": "2"}, ["hqq"], failures=[Failure({"M": 1}, "b", "why")])
     assert "not installed: hqq" in report.heading()
@@ -176,7 +176,7 @@ def test_linear_measures_every_contender_in_every_case(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_linear_names_the_kernel_of_every_cell_of_ours(tmp_path, capsys):
+def test_linear_names_the_kernel_of_every_cell_of_fewbits(tmp_path, capsys):
     found = run_linear(tmp_path, "--shape", "64x128", "--rows", "1,64", "--scheme", "int8,int4-exact", "--no-peers")
     kernels = {(c["contender"], c["M"]): c["kernel"] for c in found["cells"] if c["package"] == "fewbits"}
     assert kernels.keys() == {(f"fewbits {s}", m) for s in ("int8", "int4-exact") for m in (1, 64)}
@@ -189,7 +189,7 @@ def test_linear_names_the_kernel_of_every_cell_of_ours(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_peer_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_failing_peer_is_reported_and_the_others_continue(tmp_path, monkeypatch, capsys):
     def contenders(dtype, group_size):
         cannot_run = Contender("cannot run", "peer", dtype, build=lambda layer: lambda x: broken(layer))
         return [Contender("cannot build", "peer", dtype, build=broken), cannot_run, contender.dense(torch.float64)]
@@ -208,7 +208,7 @@ def test_a_peer_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatc
     assert "left out: cannot build (case 16x64 g128): RuntimeError: no kernel" in capsys.readouterr().out
 
 
-def test_presets_yield_to_the_command_line():
+def test_options_replace_settings_of_a_preset():
     given = {"rows": None, "dtype": None, "scheme": None, "peers": None, "shape": None, "group_size": None}
     shapes = presets.resolved(SimpleNamespace(preset="shapes", **given))
     assert shapes == presets.PRESETS["shapes"]
@@ -219,7 +219,7 @@ def test_presets_yield_to_the_command_line():
 
 
 @pytest.mark.parametrize("arguments", [["--shape", "64"], ["--scheme", "int3"], ["--dtype", "int8"], ["--rows", "0"]])
-def test_linear_refuses_what_it_does_not_know(arguments, capsys):
+def test_linear_refuses_unknown_values(arguments, capsys):
     with pytest.raises(SystemExit):
         linear.main(arguments)
     assert arguments[1] in capsys.readouterr().err
@@ -258,7 +258,7 @@ def test_promises_against_peers_and_narrow_inputs(monkeypatch):
     ]
 
 
-def test_shapes_of_nobody_are_promised_nothing():
+def test_unlisted_shapes_have_no_promises():
     def cells(case):
         return [Cell({"case": case, "M": 32}, name, [1.0]) for name in ("dense fp32", "fewbits int8")]
 
@@ -267,7 +267,7 @@ def test_shapes_of_nobody_are_promised_nothing():
     assert line.startswith("held: ")
 
 
-def test_importing_says_what_fewbits_adds_to_torch(capsys):
+def test_importing_prints_the_share_of_fewbits(capsys):
     assert importing.main(["--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"fewbits +\d+\.\d+ s\nshare \d+\.\d%", printed)
@@ -277,7 +277,7 @@ def test_importing_says_what_fewbits_adds_to_torch(capsys):
 
 
 @pytest.mark.slow
-def test_quantize_times_ours_beside_a_copy(tmp_path, monkeypatch, capsys):
+def test_quantize_times_fewbits_and_a_copy(tmp_path, monkeypatch, capsys):
     fails = Contender("cannot quantize", "peer", start=broken)
     slow = Contender("slow", "peer", start=lambda layer: lambda: None)
     contenders = {"PACKAGE": "peer", "MODULES": ("json",), "contenders": lambda dtype, group_size: [fails, slow]}
@@ -293,7 +293,7 @@ def test_quantize_times_ours_beside_a_copy(tmp_path, monkeypatch, capsys):
     assert "in copies" in capsys.readouterr().out
 
 
-def test_what_takes_very_long_is_quantized_once(monkeypatch):
+def test_a_very_slow_contender_quantizes_once(monkeypatch):
     calls = []
     monkeypatch.setattr(quantize, "PATIENCE", -1.0)
     patient = Contender("patient", "peer", start=lambda layer: lambda: calls.append(1))
@@ -334,7 +334,7 @@ def test_decoding_is_timed_from_the_first_token_to_the_last():
     assert watch.seconds == 2.0
 
 
-def test_a_variant_leaves_the_model_as_it_is():
+def test_a_variant_does_not_change_the_model():
     parrot = nn.Sequential(nn.Linear(64, 64))
     held = model.Variant(torch.bfloat16, "int8").of(parrot)
     assert isinstance(held[0].weight, torch.Tensor)
@@ -368,7 +368,7 @@ def test_models_take_turns_and_failures_are_left_out():
 
 @LINUX
 @pytest.mark.parametrize("kind", [*resident.KINDS])
-def test_what_is_written_for_loading_is_of_the_size_that_was_asked_for(tmp_path, kind):
+def test_a_file_for_loading_has_the_requested_size(tmp_path, kind):
     resident.write(kind, 256, 100_000, tmp_path / "model.safetensors")
     layers, size = resident.loaded(tmp_path / "model.safetensors", 256)
     built, built_size = resident.converted(kind, 256, 100_000)
@@ -380,7 +380,7 @@ def test_what_is_written_for_loading_is_of_the_size_that_was_asked_for(tmp_path,
 
 
 @LINUX
-def test_memory_measures_in_a_process_of_its_own(tmp_path, capsys):
+def test_memory_measures_in_its_own_process(tmp_path, capsys):
     file = tmp_path / "memory.json"
     sizes = ["--stored", "0.0001", "--side", "128", "--forwards", "5"]
     asked = ["--only", "resident", "--kind", "int8", "--way", "converted", "--json", str(file)]
@@ -392,7 +392,7 @@ def test_memory_measures_in_a_process_of_its_own(tmp_path, capsys):
     assert "held" in capsys.readouterr().out
 
 
-def test_a_case_that_cannot_be_measured_is_a_failure_and_a_limit_passed_too(monkeypatch, capsys):
+def test_an_unmeasurable_case_and_an_exceeded_limit_are_failures(monkeypatch, capsys):
     row = {"kind": "int8", "way": "loaded", "layers": 1, "stored": 1, "anonymous": 9, "file": 0, "shared": 0}
     monkeypatch.setattr(memory, "resident_case", lambda *_: row | {"resident": 9, "limit": 8, "held": False})
     monkeypatch.setattr(memory, "peak_case", broken)

@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 # Many tensors.
 
 
-def test_many_tensors_times_every_step_and_says_what_a_tensor_costs(tmp_path, capsys):
+def test_many_tensors_times_every_step_and_prints_the_cost_of_a_tensor(tmp_path, capsys):
     file = tmp_path / "many.json"
     asked = ["--tensors", "12", "--rounds", "2", "--threads", "1"]
     assert many_tensors.main([*asked, "--json", str(file)]) == 0
@@ -43,7 +43,7 @@ def test_many_tensors_times_every_step_and_says_what_a_tensor_costs(tmp_path, ca
 # Copying.
 
 
-def test_copying_times_ours_beside_cp_and_leaves_nothing(tmp_path, source, capsys):
+def test_copying_times_fewbits_and_cp_and_leaves_nothing(tmp_path, source, capsys):
     file = tmp_path / "copying.json"
     (tmp_path / "out").mkdir()
     asked = [str(source), "--out", str(tmp_path / "out"), "--rounds", "2", "--threads", "1"]
@@ -57,7 +57,7 @@ def test_copying_times_ours_beside_cp_and_leaves_nothing(tmp_path, source, capsy
     assert "copies, least" in capsys.readouterr().out
 
 
-def test_copying_says_what_was_promised_and_what_came_of_it():
+def test_copying_prints_each_promise_and_its_result():
     seconds = {"cp and sync": [1.0, 2.0, 1.0], "int8, 2 threads": [3.0, 4.0, 5.0], "int4, 2 threads": [7.0, 14.0, 7.0]}
     seconds["int4, 1 thread"] = [14.0, 28.0, 7.0]
     report = Report("copying", {}, {}, {})

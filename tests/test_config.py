@@ -346,7 +346,7 @@ WRONG = [
     ("overrides", ["lm_head"], r"overrides must be a table by name pattern, such as \{'lm_head': 'keep'\}, not \['lm"),
     ("overrides", "keep", "overrides must be a table by name pattern"),
     ("overrides", None, "overrides must be a table by name pattern"),
-    ("overrides", {"a": {"kind": "affin"}}, r"overrides\['a'\]: a spec is of kind 'affine' or 'cast', not 'affin'"),
+    ("overrides", {"a": {"kind": "affin"}}, "the kind of a spec must be 'affine' or 'cast', not 'affin'"),
     ("overrides", {"a": {"scheme": "int4", "scale_dtype": "half16"}}, r"overrides\['a'\]: 'half16' is not the name"),
     ("input_axes", 1, "input_axes must be a table by name pattern"),
     ("min_elements", -1, "min_elements must be a whole number from 0 up, or None, not -1"),

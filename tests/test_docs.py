@@ -183,3 +183,13 @@ def test_the_diagram_of_rooms_has_every_room_once():
     diagram = next(block.source for block in blocks(text) if block.language == "mermaid")
     names = [name for label in re.findall(r'\["([^<]*)<br>', diagram) for name in label.split(", ")]
     assert sorted(names) == sorted({*ROOMS} - {"_version", "__main__", "integrations"})
+
+
+def test_the_files_that_the_pages_for_developers_name_exist():
+    for page in ("CONTRIBUTING.md", "docs/design.md"):
+        text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+        named = set(re.findall(r"`([\w./]+(?:/|\.py|\.md))`", text))
+        assert named
+        places = (ROOT, ROOT / "src" / "fewbits", ROOT / "tests", ROOT / "docs")
+        missing = {name for name in named if not any((place / name).exists() for place in places)}
+        assert not missing, f"{page} names {sorted(missing)}"

@@ -47,7 +47,7 @@ def source(tmp_path_factory):
 
 
 @given(st.integers(2 * MB, 10**12), st.integers(4, 20))
-def test_a_synthetic_checkpoint_has_the_size_and_the_largest_tensor_that_were_asked_for(size, parts):
+def test_a_synthetic_checkpoint_has_the_requested_size_and_largest_tensor(size, parts):
     shape = synthetic.shape_of(size, size // parts)
     sizes = {name: synthetic.nbytes(each) for name, each in shape.tensors()}
     row = shape.hidden * synthetic.ITEM
@@ -58,7 +58,7 @@ def test_a_synthetic_checkpoint_has_the_size_and_the_largest_tensor_that_were_as
 
 @given(st.integers(32 * MB, 10**11), st.integers(1, 16))
 @example(443_994_112, 16)
-def test_files_are_of_about_one_size_or_of_exactly_one(size, shards):
+def test_files_have_about_equal_or_exactly_equal_sizes(size, shards):
     equal = synthetic.cut(synthetic.equal_shape(size, shards), shards)
     assert len({sum(map(synthetic.nbytes, part.values())) for part in equal}) == 1
     shape = synthetic.shape_of(size, size // 64)
@@ -69,7 +69,7 @@ def test_files_are_of_about_one_size_or_of_exactly_one(size, shards):
         assert abs(sum(map(synthetic.nbytes, part.values())) - size / shards) <= largest + shape.hidden * synthetic.ITEM
 
 
-def test_the_same_seed_gives_the_same_bytes_however_they_are_cut(tmp_path, source):
+def test_the_same_seed_gives_the_same_bytes_for_any_cut(tmp_path, source):
     shape = synthetic.shape_of(2 * MB)
     for name, shards, seed in [("again", 3, 0), ("whole", 1, 0), ("other", 3, 1)]:
         synthetic.write(tmp_path / name, shape, shards=shards, seed=seed)
@@ -95,7 +95,7 @@ def test_a_sparse_twin_has_the_headers_of_the_other_and_takes_no_room(tmp_path, 
             assert not any(twin.read_bytes()[length:])
 
 
-def test_synthetic_writes_what_the_command_line_asks_for(tmp_path, capsys):
+def test_synthetic_writes_the_requested_checkpoint(tmp_path, capsys):
     target = tmp_path / "made"
     asked = [str(target), "--size", "2MB", "--shards", "2", "--largest", "300kB"]
     assert synthetic.main([*asked, "--sparse"]) == 0
@@ -117,7 +117,7 @@ def test_synthetic_writes_what_the_command_line_asks_for(tmp_path, capsys):
 # Room.
 
 
-def test_a_benchmark_refuses_to_begin_where_there_is_not_enough_room(tmp_path, source, monkeypatch, capsys):
+def test_a_program_refuses_to_start_without_enough_space(tmp_path, source, monkeypatch, capsys):
     monkeypatch.setattr(disk, "room", lambda path: 1000)
     for main, arguments in [
         (copying.main, [str(source)]),
@@ -134,7 +134,7 @@ def test_a_benchmark_refuses_to_begin_where_there_is_not_enough_room(tmp_path, s
 
 
 @LINUX
-def test_room_in_memory_is_no_more_than_the_memory_there_is(tmp_path, monkeypatch):
+def test_the_space_of_a_file_system_in_memory_is_limited_by_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "available", lambda: 5)
     monkeypatch.setattr(disk, "SHM", tmp_path)
     assert disk.room(tmp_path) == 5
@@ -162,7 +162,7 @@ def test_limited_holds_a_process_to_its_limit_and_compares_a_twin_with_memory(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_limited_sees_a_limit_passed_and_a_process_that_died():
+def test_limited_reports_an_exceeded_limit_and_a_dead_process():
     held, passed = ({"rise": rise, "seconds": 1.0} for rise in (5 * MB, 6 * MB))
     lines = [limited.checked(measured.Measured(0, "", "", 1.0, figures), 5 * MB)[0] for figures in (held, passed)]
     lines += limited.checked(measured.Measured(-9, "", "nothing was said", 1.0, {}), 5 * MB)
@@ -171,7 +171,7 @@ def test_limited_sees_a_limit_passed_and_a_process_that_died():
 
 
 @LINUX
-def test_limited_sees_a_file_that_is_not_that_of_memory(tmp_path, source):
+def test_limited_reports_a_file_that_differs_from_that_of_memory(tmp_path, source):
     made = tmp_path / "out"
     fewbits.quantize(source, "int8", output=made, on_failure="ignore")
 
@@ -189,7 +189,7 @@ def test_limited_sees_a_file_that_is_not_that_of_memory(tmp_path, source):
 # Dry runs.
 
 
-def test_dryrun_takes_the_reading_of_modules_off(source):
+def test_dryrun_subtracts_the_bytes_of_modules(source):
     figures = {"read": 10 * MB, "seconds": 1.0, "rise": 1}
     small = measured.Measured(0, "", "", 2.0, figures)
     described = dryrun.described(source)
@@ -201,7 +201,7 @@ def test_dryrun_takes_the_reading_of_modules_off(source):
 
 @LINUX
 @pytest.mark.slow
-def test_dryrun_reads_headers_alone_and_predicts_what_is_written(tmp_path, capsys):
+def test_dryrun_reads_headers_only_and_predicts_the_written_bytes(tmp_path, capsys):
     assert dryrun.main(["--size", "5GB", "--shards", "20", "--out", str(tmp_path), "--threads", "1"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()[-2:]
     assert re.match(r"held: reads at most .* besides modules", lines[0])
@@ -278,7 +278,7 @@ def test_a_killed_conversion_is_resumed(tmp_path, capsys):
 
 
 @LINUX
-def test_ranks_are_found_by_who_has_started_them():
+def test_ranks_are_found_by_their_parent():
     code, lasting = "import sys; sys.stdin.read()", {"stdin": subprocess.PIPE}
     with (
         subprocess.Popen([sys.executable, "-c", code, "fewbits"], **lasting) as rank,
@@ -298,7 +298,7 @@ def test_equal_files_become_equal_files(tmp_path):
 
 @LINUX
 @pytest.mark.slow
-def test_ranks_make_the_files_of_one_process_and_one_that_dies_is_noticed(tmp_path, capsys):
+def test_ranks_write_the_files_of_one_process_and_a_dead_rank_is_noticed(tmp_path, capsys):
     asked = ["--size", "200MB", "--shards", "8", "--ranks", "1,2", "--out", str(tmp_path), "--check"]
     assert torchrun.main(asked) == 0, capsys.readouterr().out
     assert capsys.readouterr().out.count("held: ") == 6

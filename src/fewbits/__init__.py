@@ -9,11 +9,11 @@
 from fewbits import errors, extend
 from fewbits._version import __version__
 from fewbits.api import Plan, Result, plan, quantize, verify
-from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.output import Output
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import FewbitsError
 from fewbits.fleet import FleetRun
+from fewbits.formats.loading import load
 from fewbits.nn.compute import set_compute
 from fewbits.nn.explain import explain
 from fewbits.nn.swap import dequantize

@@ -1,7 +1,7 @@
-"""Structured events: through structlog where the application has configured it, else through `logging`.
+"""Emit structured events through structlog if the application has configured it, else through `logging`.
 
-The library never configures structlog. Unconfigured, structlog prints every event to standard output, which would
-mix with the output of the program that embeds us; the standard logger "fewbits" stays silent below WARNING then.
+The library never configures structlog. Unconfigured, structlog would print every event to standard output, into the
+output of the application. The standard logger "fewbits" is silent below WARNING by default.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 def emit(level: Literal["info", "warning"], event: str, **fields: Any) -> None:
     """Emit one event with its fields."""
-    import structlog  # at the first event: it would take as long to import as all of fewbits
+    import structlog  # imported at the first event, since its import takes as long as that of fewbits
 
     logger = structlog.get_logger("fewbits") if structlog.is_configured() else _standard_logger()
     getattr(logger, level)(event, **fields)

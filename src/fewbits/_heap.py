@@ -1,4 +1,4 @@
-"""Giving memory back that the C library keeps."""
+"""Return freed memory from the C library to the system."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import ctypes
 from functools import cache
 from typing import Any
 
-#: Bytes of holes that are left as they are: what is made next fits into them, and finds them in memory.
+#: Holes up to this many bytes are not returned: the next tensors reuse them without new pages from the system.
 _HOLES = 32 << 20
 
 
 class _Heap(ctypes.Structure):
-    """What glibc's `mallinfo2` says, in bytes: `fordblks` are free, `keepcost` of them at the end of the heap."""
+    """The result of glibc's `mallinfo2`, in bytes: `fordblks` are free, `keepcost` of them at the end of the heap."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -22,11 +22,11 @@ class _Heap(ctypes.Structure):
 
 
 def trim(holes: int = _HOLES) -> None:
-    """Return the holes in the C library's heap to the system if they are more than so many bytes, where it is glibc.
+    """Return the holes in glibc's heap to the system if they exceed `holes` bytes; do nothing for another C library.
 
-    What was only needed meanwhile leaves holes between what stays. Those of a layer have almost the size of its scales,
-    and some object of a few bytes in one keeps the next layer's scales out of it. Returned after every layer, they
-    would have to be zeroed by the system for every layer again, which takes as long as quantizing it.
+    Intermediate results leave holes between the results that stay. The holes of a layer are about as large as its
+    scales, but a small object in a hole keeps the next layer's scales out of it. Holes are not returned after every
+    layer, because the system would then zero new pages for every layer, which takes as long as quantizing it.
     """
     library = _glibc()
     if library is None:
@@ -38,10 +38,10 @@ def trim(holes: int = _HOLES) -> None:
 
 @cache
 def _glibc() -> Any:
-    """The C library, if it is one that tells of its holes and returns them; None otherwise."""
+    """Return the C library if it has `mallinfo2` and `malloc_trim`; None otherwise."""
     try:
         library = ctypes.CDLL(None)
         library.mallinfo2.restype = _Heap
         return library if hasattr(library, "malloc_trim") else None
-    except (OSError, TypeError, AttributeError):  # no C library by no name, as on Windows, or another one
+    except (OSError, TypeError, AttributeError):  # Windows, or another C library than glibc
         return None

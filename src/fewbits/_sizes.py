@@ -1,4 +1,4 @@
-"""Amounts of bytes, as people write them."""
+"""Parse and print numbers of bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SIZE = r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([kmgt]i?)?b)?\s*"
 
 
 def parse_size(size: str | int, name: str) -> int:
-    """Bytes out of a number of them, or of a text such as ``"512MB"``, ``"1.5 GiB"`` or ``"5GB"``.
+    """Return the number of bytes given as an integer or as text such as ``"512MB"``, ``"1.5 GiB"`` or ``"5GB"``.
 
     Args:
-        size: GB and the like are powers of 1000, GiB of 1024.
-        name: of the argument, for the error.
+        size: units such as GB are powers of 1000, units such as GiB powers of 1024.
+        name: the name of the argument, for the error message.
 
     Raises:
-        ArgumentError: if it is neither, or less than a byte.
+        ArgumentError: if `size` is neither, or less than one byte.
 
     >>> parse_size("1.5 GiB", "size"), parse_size("512MB", "size"), parse_size(7, "size")
     (1610612736, 512000000, 7)
@@ -36,7 +36,7 @@ def parse_size(size: str | int, name: str) -> int:
 
 
 def bytes_in_words(before: int, after: int) -> str:
-    """Two sizes and how they compare.
+    """Describe two sizes and their ratio.
 
     >>> bytes_in_words(4000, 1000)
     '4,000 -> 1,000 bytes (4.00x smaller)'

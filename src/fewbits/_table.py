@@ -1,4 +1,4 @@
-"""Aligned text that fits a width: names lose their middle at a dot, sentences break between words."""
+"""Fit aligned text into a width: names lose parts in their middle, sentences break between words."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import chain
 
 ELLIPSIS = "..."
 
-#: The fewest columns for a name and for a text, however narrow the terminal is.
+#: The smallest widths of a name and of a text, even in a narrower terminal.
 _LEAST_NAME, _LEAST_TEXT = 12, 20
 
 Row = tuple[str, ...]
 
 
 def render_table(rows: Sequence[Row], *, right: tuple[int, ...] = ()) -> str:
-    """Rows of equal length as aligned text; the first is the heading, the columns in `right` are flush right."""
+    """Align rows of equal length; the first row is the heading, the columns in `right` are flush right."""
     widths = _widths(rows)
     lines = [
         "  ".join(
@@ -29,7 +29,7 @@ def render_table(rows: Sequence[Row], *, right: tuple[int, ...] = ()) -> str:
 
 
 def wrap_last(rows: Sequence[Row], width: int) -> list[Row]:
-    """Rows whose last column is broken into lines, so that the table fits `width`."""
+    """Break the last column into lines, so that the table fits `width`."""
     room = max(width - _taken(rows, slice(None, -1)), _LEAST_TEXT)
     wrapped = []
     for *cells, text in rows:
@@ -39,19 +39,19 @@ def wrap_last(rows: Sequence[Row], width: int) -> list[Row]:
 
 
 def elide_first(rows: Sequence[Row], width: int) -> list[Row]:
-    """Rows whose first column, of names, is elided, so that the table fits `width`."""
+    """Shorten the names in the first column, so that the table fits `width`."""
     room = max(width - _taken(rows, slice(1, None)), _LEAST_NAME)
     names = elide_all([row[0] for row in rows], room)
     return [(name, *row[1:]) for name, row in zip(names, rows, strict=True)]
 
 
 def wrap(text: str, width: int, indent: str = "") -> list[str]:
-    """A text in lines of at most `width` characters; a word that is longer than a line is elided.
+    """Break a text into lines of at most `width` characters; a word longer than a line is shortened.
 
     Args:
         text: a sentence; any white space counts as one space.
-        width: of a line.
-        indent: stands before all lines but the first.
+        width: the largest length of a line.
+        indent: the prefix of all lines but the first.
     """
     width = max(width, _LEAST_TEXT)
     words = " ".join(elide(word, width - len(indent)) for word in text.split())
@@ -59,7 +59,7 @@ def wrap(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def elide(name: str, width: int) -> str:
-    """A dotted name in at most `width` characters: parts in its middle are left out where it is longer.
+    """Shorten a dotted name to at most `width` characters by leaving out parts in its middle.
 
     No part is cut, unless the last one alone is too long.
 
@@ -70,7 +70,7 @@ def elide(name: str, width: int) -> str:
 
 
 def elide_all(names: Sequence[str], width: int) -> list[str]:
-    """Names in at most `width` characters each. Different names stay different, as far as the width allows it.
+    """Shorten names to at most `width` characters each; different names stay different if the width allows it.
 
     >>> elide_all(["blocks.0.attn.norm.weight", "blocks.0.mlp.norm.weight", "blocks.1.mlp.norm.weight"], 22)
     ['blocks.0.attn...weight', 'blocks.0.mlp...weight', 'blocks.1...norm.weight']
@@ -87,7 +87,7 @@ def elide_all(names: Sequence[str], width: int) -> list[str]:
 
 
 def _elisions(name: str, width: int) -> Iterator[str]:
-    """All ways to show a name in `width` characters, those that show most of it first."""
+    """Yield all ways to show a name in `width` characters, the longest first."""
     if len(name) <= width:
         yield name
         return
@@ -98,7 +98,7 @@ def _elisions(name: str, width: int) -> Iterator[str]:
 
 
 def _longest_head(parts: Sequence[str], tail: str, width: int) -> str:
-    """As many of the first parts as fit in front of a tail."""
+    """Join as many of the first parts as fit in front of the tail."""
     head = ""
     for part in parts:
         longer = f"{head}.{part}" if head else part
@@ -113,5 +113,5 @@ def _widths(rows: Sequence[Row]) -> list[int]:
 
 
 def _taken(rows: Sequence[Row], columns: slice) -> int:
-    """How many characters of a line some columns take, with the gap beside each."""
+    """Return how many characters of a line these columns take, each with its gap."""
     return sum(width + 2 for width in _widths(rows)[columns])

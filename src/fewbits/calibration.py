@@ -1,4 +1,4 @@
-"""Running data through a prepared model, so that observers see what its layers see."""
+"""Run data through a prepared model, so that observers see the inputs of its layers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fewbits.selection.progress import Progress, Step, no_progress
 #: Runs one batch through the model: ``forward(model, batch)``.
 Forward = Callable[[nn.Module, Any], object]
 
-#: How many samples are looked at unless asked for others.
+#: The default number of samples.
 SAMPLES = 150
 
-#: With fewer samples than this, nobody is told how far calibration is.
+#: With fewer samples than this, progress is not reported.
 TOLD_FROM = 50
 
 _FED = (
-    "by itself (a tensor as it is, a mapping as keyword arguments unless the model's forward asks for the mapping, of "
-    "a tuple or list the first element); if the model takes its inputs another way, pass forward=, a function of the "
-    "model and the batch"
+    "by default (a tensor directly, a mapping as keyword arguments unless the model's forward asks for the mapping, "
+    "the first element of a tuple or list); if the model takes its inputs another way, pass forward=, a function of "
+    "the model and the batch"
 )
 
 
@@ -39,10 +39,11 @@ class Observed:
     """How much data `observe` ran through a prepared model.
 
     Attributes:
-        samples: the number of samples: the lengths of the first axes of the batches, added up.
+        samples: the number of samples: the sum of the lengths of the batches' first axes.
         batches: the number of batches.
-        more: whether data was left when the limit on samples was reached. None if nobody knows: the batches came from
-            something without a length, such as a generator, and to ask it for one more would lose that batch.
+        more: whether data was left when the limit on samples was reached. None if this is not known: the batches came
+            from an iterable without a length, such as a generator, and asking it for another batch would lose that
+            batch.
     """
 
     samples: int
@@ -60,7 +61,7 @@ class Observed:
         return f"{_counted(self.samples, 'sample')} in {_counted(self.batches, 'batch', 'batches')}{left}{hint}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description."""
+        """Return a description for JSON."""
         return attrs.asdict(self)
 
 
@@ -69,55 +70,55 @@ def _counted(number: int, one: str, many: str = "") -> str:
 
 
 def default_forward(model: nn.Module, batch: Any) -> object:
-    """Feed a tensor as it is, a mapping as `feed` does, and of a tuple or list, (input, target...), the input.
+    """Feed a batch: a tensor directly, a mapping as `feed` does, the first element of a tuple or list (input, target).
 
     Raises:
-        CalibrationError: for anything else.
+        CalibrationError: for any other batch.
     """
     if isinstance(batch, (Tensor, Mapping)):
         return feed(model, batch)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         return model(batch[0])
     raise CalibrationError(
-        f"a batch of type {type(batch).__name__} cannot be fed by itself: yield tensors, (input, target) pairs or "
+        f"a batch of type {type(batch).__name__} cannot be fed by default: yield tensors, (input, target) pairs or "
         "mappings, or pass forward=, a function of the model and the batch"
     )
 
 
 class InputWatch:
-    """Shows a layer's first input to an observer, at every forward, for as long as it is attached.
+    """Shows the first input of each layer to its observer, at every forward, while it is attached.
 
-    The first input is the first tensor among the arguments of the module. One that is not floating (the indices of an
-    embedding), or has no elements (an expert that no token was sent to), is not shown.
+    The first input is the first tensor among the arguments of the module. It is not shown if it is not floating (such
+    as the indices of an embedding) or has no elements (such as for an expert that gets no tokens).
 
     Args:
-        layers: (name of the weight, a module that uses it, the observer that wants its inputs); tied weights have
-            several modules and one observer.
+        layers: (name of the weight, a module that uses it, the observer of its inputs); tied weights have several
+            modules and one observer.
     """
 
     def __init__(self, layers: Sequence[tuple[str, nn.Module, Observer]]) -> None:
         self._layers = layers
         self._handles: list[RemovableHandle] = []
-        self._lock = threading.Lock()  # observers add up what they see, and a model may run in several threads
+        self._lock = threading.Lock()  # a model may run in several threads, and observers update their statistics
         self._seen: dict[str, int] = {name: 0 for name, _, _ in layers}
         self.attach()
 
     def attach(self) -> None:
-        """Begin to watch."""
+        """Attach the hooks."""
         self._handles = [
             module.register_forward_pre_hook(self._hook(name, observer), with_kwargs=True)
             for name, module, observer in self._layers
         ]
 
     def remove(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """Without hooks inside; they come back only if the block raises."""
+        """Remove the hooks for the block, and attach them again only if the block raises."""
         self.remove()
         try:
             yield
@@ -126,7 +127,7 @@ class InputWatch:
             raise
 
     def unseen(self) -> list[str]:
-        """The names of the weights whose layers have had no input so far."""
+        """Return the names of the weights whose layers have had no input so far."""
         return [name for name, inputs in self._seen.items() if not inputs]
 
     def _hook(self, name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -152,30 +153,30 @@ def run(
     samples: int | None = SAMPLES,
     progress: Progress = no_progress,
 ) -> Observed:
-    """Run batches in eval mode and without gradients; the training flags are as before afterwards.
+    """Run batches in eval mode and without gradients, and restore the training flags.
 
-    Nothing of a batch is kept. How many samples are in one is the length of the first axis of its first tensor; a
-    batch without tensors, or with a single number, is one sample.
+    No batch is kept. The number of samples of a batch is the length of the first axis of its first tensor; a batch
+    without tensors, or whose first tensor is a single number, is one sample.
 
     Args:
         model: the prepared model.
-        batches: such as a list of tensors, or a DataLoader; nothing is taken from it beyond what is run.
+        batches: such as a list of tensors, or a DataLoader; no batch is taken from it that is not run.
         forward: runs one batch, ``forward(model, batch)``; None feeds it as `default_forward` does.
-        samples: stop after this many; the batch that reaches them is run whole. None runs all batches. If batches may
-            be left, the event ``data_left`` says so: a warning where the limit is the default, which nobody has chosen.
-        progress: told after every batch, if at least 50 samples are expected or were seen. What is expected follows
-            from the number of batches, if it is known, and the samples in the first one.
+        samples: stop after this many; the batch that reaches the limit is run whole. None runs all batches. If batches
+            may be left, the event ``data_left`` reports it, as a warning if the limit is the default.
+        progress: called after every batch, if at least 50 samples are expected or were run. The expected number is the
+            number of batches, if it is known, times the samples in the first batch.
 
     Returns:
-        how much was run, and whether that was all.
+        the number of samples and batches, and whether data was left.
 
     Raises:
         ArgumentError: if `samples` is not a positive integer or None.
-        CalibrationError: if `batches` is a single batch, or there is none, or one cannot be run.
+        CalibrationError: if `batches` is a single batch, has no batch, or a batch cannot be run.
     """
     _refuse_other_than_batches(batches)
     if samples is not None and (type(samples) is not int or samples < 1):
-        raise ArgumentError(f"samples must be an integer from 1 up, or None for all there are, not {samples!r}")
+        raise ArgumentError(f"samples must be an integer from 1 up, or None for all samples, not {samples!r}")
     number, done, expected = 0, 0, 0
     with _evaluating(model):
         for number, batch in enumerate(batches, 1):
@@ -191,8 +192,8 @@ def run(
         progress(Step("observe", f"batch {number}", done, done))
     if not done:
         raise CalibrationError(
-            "there was no batch to observe, or none with a sample in it; an iterator that is used up yields nothing a "
-            "second time"
+            "the data has no batch, or only batches without samples; an iterator that was used before is empty: pass a "
+            "list, or a new iterator"
         )
     observed = Observed(done, number, _left(batches, number, done, samples))
     if observed.more is not False:
@@ -201,7 +202,7 @@ def run(
 
 
 def _left(batches: object, number: int, done: int, samples: int | None) -> bool | None:
-    """Whether there are batches behind the last one that was run; None if that cannot be known."""
+    """Tell whether batches follow the last one that was run; None if this cannot be known."""
     if samples is None or done < samples:
         return False
     length = _length(batches)
@@ -209,7 +210,7 @@ def _left(batches: object, number: int, done: int, samples: int | None) -> bool 
 
 
 def samples_in(batch: Any) -> int:
-    """How many samples a batch holds, as `run` counts them."""
+    """Return the number of samples in a batch, as `run` counts them."""
     first = _first_tensor(batch)
     return first.shape[0] if first is not None and first.dim() else 1
 
@@ -222,10 +223,10 @@ def _first_tensor(value: Any) -> Tensor | None:
 
 
 def _refuse_other_than_batches(batches: object) -> None:
-    """Refuse what would be iterated, but not by batches.
+    """Refuse data that does not iterate over batches.
 
     Raises:
-        CalibrationError: for a tensor or a mapping, and for what cannot be iterated at all.
+        CalibrationError: for a tensor, a mapping, and objects that cannot be iterated.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise CalibrationError(
@@ -238,13 +239,13 @@ def _refuse_other_than_batches(batches: object) -> None:
 
 
 def _expected(batches: object, size: int, samples: int | None) -> int:
-    """How many samples will be run, judging by the first batch; 0 if it cannot be known."""
+    """Estimate from the first batch how many samples will be run; 0 if this cannot be known."""
     total = (_length(batches) or 0) * size
     return total if samples is None else min(total, samples)
 
 
 def _length(batches: object) -> int | None:
-    """The number of batches; None if it is not known."""
+    """Return the number of batches; None if it is not known."""
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:
@@ -253,7 +254,7 @@ def _length(batches: object) -> int | None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards the modules that were training are training again."""
+    """Use eval mode and no gradients inside the block; afterwards restore training mode where it was set."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -268,7 +269,7 @@ def _run_one(model: nn.Module, batch: Any, number: int, forward: Forward | None)
     """Run one batch.
 
     Raises:
-        CalibrationError: if it fails, saying which batch, and how it was fed.
+        CalibrationError: if the batch fails; the message says which batch, and how it was fed.
     """
     try:
         (forward or default_forward)(model, batch)

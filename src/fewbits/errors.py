@@ -34,7 +34,7 @@ class ArgumentError(FewbitsError, ValueError):
 
 
 class StateError(FewbitsError, RuntimeError):
-    """A lifecycle method was called in a state that does not allow it; nothing has changed."""
+    """A lifecycle method was called in a state that does not allow it; the call changed nothing."""
 
 
 class SelectionError(FewbitsError, ValueError):

@@ -112,7 +112,7 @@ def test_a_device_without_a_model_is_refused(path):
 @pytest.mark.parametrize("compute", ["auto", "exact"])
 def test_another_device_gets_every_tensor_and_nothing_stays_mapped(path, compute, monkeypatch):
     """The meta device stands in for one that is there: a model of it takes tensors as one of a GPU does."""
-    monkeypatch.setattr("fewbits.checkpoint.loading.usable", torch.device)
+    monkeypatch.setattr("fewbits.formats.loading.usable", torch.device)
     expected = fewbits.load(path, into=on_meta(), compute=compute).state_dict()
     loaded = fewbits.load(path, into=on_meta(), compute=compute, device="meta")
     assert all(tensor.is_meta for tensor in tensors_in(loaded))

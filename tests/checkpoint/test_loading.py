@@ -381,7 +381,7 @@ def test_a_tied_name_that_a_model_may_lack_is_loaded_under_its_other_name(path):
             MismatchError,
             r"Dict: a\.bias is in the file, not in the model \(with ignore=",
         ),
-        ("a", SelectionError, "ignore is a sequence of patterns"),
+        ("a", SelectionError, "ignore must be a sequence of patterns"),
         (["a..b"], SelectionError, "empty component"),
     ],
     ids=str,

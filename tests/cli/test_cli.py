@@ -69,12 +69,12 @@ def test_quantize_inspect_verify(cli, folder, scheme):
     assert sorted(os.listdir(folder)) == ["in", "out"]
 
 
-def test_what_the_command_writes_is_what_the_library_writes(quantized, folder):
+def test_the_command_and_the_library_write_the_same_file(quantized, folder):
     fewbits.quantize("in", "int8", output="by library")
     assert (folder / "out").read_bytes() == (folder / "by library").read_bytes()
 
 
-def test_json_is_all_there_is_on_standard_output(cli):
+def test_with_json_standard_output_is_one_document(cli):
     code, out, err = cli("quantize", "in", "-o", "out", "--scheme", "int4", "--group-size", 64, "--json")
     printed = json.loads(out)
     assert (code, printed["output"], printed["report"]["ok"]) == (0, "out", True)
@@ -87,7 +87,7 @@ def test_json_is_all_there_is_on_standard_output(cli):
     assert verified["tensors"] == printed["report"]["tensors"]
 
 
-def test_json_of_a_failure_is_json_too(quantized, folder):
+def test_a_failure_with_json_is_a_document(quantized, folder):
     flip_last_bit(folder / "out")
     code, out, _ = quantized("verify", "out", "--json")
     assert code == 1
@@ -142,7 +142,7 @@ COMMANDS = [
 ]
 
 
-def test_what_is_printed_on_a_terminal_fits_80_columns(cli, moe, on_terminal):
+def test_output_on_a_terminal_fits_80_columns(cli, moe, on_terminal):
     for command in COMMANDS:
         code, out, _ = cli(*command)
         assert code == 0
@@ -154,7 +154,7 @@ def test_what_is_printed_on_a_terminal_fits_80_columns(cli, moe, on_terminal):
         assert len(set(shown)) == len(shown) == len(LONG)
 
 
-def test_summaries_fit_80_columns_in_a_pipe_where_listed_names_are_whole(cli, moe):
+def test_in_a_pipe_summaries_fit_80_columns_and_names_are_complete(cli, moe):
     for command in COMMANDS:
         assert max(map(len, cli(*command)[1].splitlines())) <= 80
     for command in (COMMANDS[0], *COMMANDS[2:]):
@@ -180,7 +180,7 @@ def rows_of(out):
     return {row["name"]: row for row in json.loads(out)["ledger"]["rows"]}
 
 
-def test_override_gives_what_a_pattern_names_another_scheme(cli):
+def test_override_gives_the_tensors_of_a_pattern_another_scheme(cli):
     options = ["--override", "layers=int4:50", "--override", "embeddings=keep", "--override", "half=int8-tensor"]
     code, out, _ = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--json", *options)
     assert code == 0
@@ -196,7 +196,7 @@ def test_the_pattern_of_an_override_may_hold_an_equals_sign(cli):
     assert json.loads(out)["config"]["overrides"] == {"re:[ha=lf]+": "fp16"}
 
 
-def test_a_pattern_that_is_overridden_again_counts_as_last(cli):
+def test_a_repeated_override_takes_the_last_place(cli):
     options = [part for rule in ("layers.0=int4", "layers=keep", "layers.0=fp16") for part in ("--override", rule)]
     printed = json.loads(cli("quantize", "in", "-o", "a", "--scheme", "int8", "--json", *options)[1])
     assert list(printed["config"]["overrides"].items()) == [("layers", "keep"), ("layers.0", "fp16")]
@@ -204,13 +204,13 @@ def test_a_pattern_that_is_overridden_again_counts_as_last(cli):
 
 
 @pytest.mark.parametrize(("least", "fate"), [(433, "kept"), (432, "quantized")])
-def test_min_elements_says_what_is_too_small(cli, least, fate):
+def test_min_elements_keeps_smaller_tensors(cli, least, fate):
     out = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--min-elements", least, "--json")[1]
     assert rows_of(out)["layers.1.weight"]["fate"] == fate
 
 
 @pytest.mark.parametrize(("ragged", "bits"), [("shorter", 4), ("fallback", 8)])
-def test_ragged_says_what_becomes_of_rows_that_groups_do_not_divide(cli, ragged, bits):
+def test_ragged_decides_the_scheme_of_rows_that_groups_do_not_divide(cli, ragged, bits):
     out = cli("quantize", "in", "-o", "a", "--scheme", "int4", "--ragged", ragged, "--json")[1]
     assert rows_of(out)["layers.0.weight"]["spec"]["bits"] == bits
 
@@ -234,7 +234,7 @@ def configured(cli, folder):
     return cli
 
 
-def test_a_config_file_says_it_all(configured, folder):
+def test_a_config_file_replaces_the_options(configured, folder):
     code, out, err = configured("quantize", "in", "-o", "out", "--config", "config.json")
     assert (code, err) == (0, "")
     assert "written: out" in out
@@ -265,14 +265,14 @@ def test_a_config_file_may_be_toml(cli, folder):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_options_outrank_the_file_and_that_the_defaults(configured, options, setting, value):
+def test_options_replace_settings_of_the_file_and_these_replace_defaults(configured, options, setting, value):
     code, out, _ = configured("quantize", "in", "-o", "out", "--config", "config.json", "--json", *options)
     assert code == 0
     effective = json.loads(out)["config"]
     assert effective == (QuantizationConfig(**CONFIG).to_dict() | {setting: value})
 
 
-def test_a_scheme_on_the_command_line_outranks_that_of_the_file(cli, folder):
+def test_a_scheme_on_the_command_line_replaces_that_of_the_file(cli, folder):
     (folder / "config.json").write_text(json.dumps({"scheme": "int4", "exclude": ["layers"]}))
     out = cli("quantize", "in", "-o", "out", "--config", "config.json", "--scheme", "fp16", "--json")[1]
     rows = rows_of(out)
@@ -289,14 +289,14 @@ def test_the_config_in_the_json_is_a_config_file(cli, folder):
 
 
 @pytest.mark.parametrize("reaction", ["error", "warn", "ignore"])
-def test_a_failure_is_in_the_exit_code_whatever_the_file_says(cli, folder, reaction):
+def test_a_failure_sets_the_exit_code_for_every_on_failure_of_the_file(cli, folder, reaction):
     (folder / "c.json").write_text(json.dumps({"scheme": "int8", "fail_under": 60, "on_failure": reaction}))
     code, out, err = cli("quantize", "in", "-o", "out", "--config", "c.json")
     assert (code, err) == (1, "")
     assert "is below 60 dB" in out
 
 
-def test_no_validate_says_so(cli):
+def test_no_validate_is_printed(cli):
     code, out, _ = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--no-validate")
     assert code == 0
     assert "not validated" in out
@@ -305,13 +305,13 @@ def test_no_validate_says_so(cli):
     )
 
 
-def test_force_replaces_an_existing_file(quantized):
+def test_replace_replaces_an_existing_file(quantized):
     assert quantized("quantize", "in", "-o", "out", "--scheme", "int4", "--replace")[0] == 0
     assert "int4" in quantized("inspect", "out")[1]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["quantize", "-h"], ["inspect", "-h"], ["verify", "-h"]])
-def test_help_is_no_error(cli, arguments):
+def test_help_exits_with_0(cli, arguments):
     code, out, err = cli(*arguments)
     assert (code, err) == (0, "")
     assert out.startswith("Usage:")
@@ -351,7 +351,7 @@ def test_another_source_fails_verification(quantized, folder):
     assert "FAILED" in out
 
 
-def test_what_another_tool_wrote_is_verified(cli, folder):
+def test_files_of_another_tool_are_verified(cli, folder):
     original, recipe = {name: tensor.clone() for name, tensor in state().items()}, Recipe(8, None)
     tensors = quantized_by_hand(original, recipe, ("layers.0.weight",))
     write(folder / "model", tensors, config(recipe))
@@ -365,7 +365,7 @@ def test_what_another_tool_wrote_is_verified(cli, folder):
     assert "failure: layers.0.weight: all of its codes are -128" in out
 
 
-def test_fail_under_moves_the_line(quantized):
+def test_fail_under_sets_the_limit_of_failures(quantized):
     assert quantized("verify", "out", "--against", "in", "--fail-under", 30)[0] == 0
     assert quantized("verify", "out", "--against", "in", "--fail-under", 60)[0] == 1
     code, out, _ = quantized("quantize", "in", "-o", "other", "--scheme", "int8", "--fail-under", 60)
@@ -447,7 +447,7 @@ def own_output(folder):
         pytest.param([*QUANTIZE, "--no-such-option"], None, "--no-such-option", id="no such option"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_paragraph(cli, folder, arguments, before, message):
+def test_an_error_is_one_paragraph(cli, folder, arguments, before, message):
     if before:
         before(folder)
     content = (folder / "in").read_bytes()
@@ -460,7 +460,7 @@ def test_what_cannot_be_done_is_said_in_one_paragraph(cli, folder, arguments, be
 
 
 @pytest.mark.parametrize("target", ["a file", "a directory", "nothing"])
-def test_a_link_counts_as_something_that_exists_whatever_it_points_to(cli, folder, target):
+def test_a_link_exists_even_without_a_target(cli, folder, target):
     if target == "a file":
         (folder / "target").write_text("old")
     elif target == "a directory":
@@ -483,7 +483,7 @@ def test_a_link_to_nothing_is_not_written_through_by_resume(cli, folder):
     assert cli(*QUANTIZE, "--resume", "--replace")[0] == 0
 
 
-def test_a_source_that_is_another_model_is_told_by_names(quantized, folder):
+def test_the_source_of_another_model_is_recognized_by_names(quantized, folder):
     other = {f"model.{name}": tensor.clone() for name, tensor in state().items()}
     safetensors.torch.save_file(other, folder / "other")
     code, out, _ = quantized("verify", "out", "--against", "other")
@@ -499,7 +499,7 @@ def test_a_source_that_is_another_model_is_told_by_names(quantized, folder):
     assert "not checked: errors: the source is not what the file was made from" in out
 
 
-def test_a_full_disk_is_said_in_one_paragraph(cli, folder, monkeypatch):
+def test_a_full_disk_is_one_paragraph(cli, folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -510,7 +510,7 @@ def test_a_full_disk_is_said_in_one_paragraph(cli, folder, monkeypatch):
     assert os.listdir(folder) == ["in"]  # nothing had been done by then
 
 
-def test_an_interruption_is_said_and_leaves_nothing(cli, folder, monkeypatch):
+def test_an_interruption_is_reported_and_leaves_nothing(cli, folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -521,7 +521,7 @@ def test_an_interruption_is_said_and_leaves_nothing(cli, folder, monkeypatch):
     assert os.listdir(folder) == ["in"]
 
 
-def test_an_interruption_that_leaves_something_says_how_to_go_on(cli, folder, monkeypatch):
+def test_an_interruption_that_leaves_work_says_how_to_continue(cli, folder, monkeypatch):
     def interrupt(step):
         if step.done:
             raise KeyboardInterrupt
@@ -533,7 +533,7 @@ def test_an_interruption_that_leaves_something_says_how_to_go_on(cli, folder, mo
     assert sorted(name.partition("-")[0] for name in os.listdir(folder)) == [".fewbits", "in"]
 
 
-def test_an_interruption_of_the_check_says_that_the_file_is_there_and_how_to_check_it(cli, folder, monkeypatch):
+def test_an_interrupted_check_names_the_written_file_and_the_command_to_check_it(cli, folder, monkeypatch):
     def interrupt_the_check(step):
         if step.activity == "validate":
             raise KeyboardInterrupt
@@ -553,7 +553,7 @@ def fewbits_process(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-def test_python_m_fewbits_passes_on_the_exit_code_and_says_nothing_of_a_short_run_in_a_pipe(folder):
+def test_python_m_fewbits_passes_on_the_exit_code_and_prints_no_progress_of_a_short_run(folder):
     done = fewbits_process(*QUANTIZE, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\r" not in done.stdout
@@ -591,13 +591,13 @@ runpy.run_module("fewbits", run_name="__main__")
 
 
 @pytest.mark.parametrize("package", ["click", "rich"])
-def test_without_the_extra_it_says_what_to_install(package):
+def test_without_the_extra_the_error_names_the_package(package):
     done = subprocess.run([sys.executable, "-c", BLOCKED, package], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"fewbits: the command line needs {package}: pip install 'fewbits[cli]'\n"
 
 
-def test_a_dry_run_says_what_a_run_does_and_writes_nothing(cli, folder):
+def test_a_dry_run_predicts_the_result_and_writes_nothing(cli, folder):
     options = ["quantize", "in", "--scheme", "int4", "--group-size", 48, "--max-shard-size", "3kB"]
     code, out, err = cli(*options, "--dry-run", "--json")
     planned = json.loads(out)
@@ -648,13 +648,13 @@ def test_a_directory_becomes_a_directory(cli, folder):
 
 
 @pytest.mark.parametrize(("option", "value"), [("--max-shard-size", "lots"), ("--threads", "0")])
-def test_an_option_that_makes_no_sense_is_an_error_of_usage(cli, folder, option, value):
+def test_a_senseless_option_is_a_usage_error(cli, folder, option, value):
     code, _, err = cli("quantize", "in", "-o", "out", "--scheme", "int8", option, value)
     assert (code, os.listdir(folder)) == (2, ["in"])
     assert option.strip("-").replace("-", "_") in err
 
 
-def test_names_that_no_markup_and_no_encoding_can_hold_are_shown(folder):
+def test_names_with_markup_or_without_an_encoding_are_shown(folder):
     safetensors.torch.save_file({"[/x].weight": torch.rand(32, 32)}, folder / "in")
     environment = {**os.environ, "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "fewbits", "quantize", "in", "-o", "caf\xe9", "--scheme", "int8"]
@@ -662,7 +662,7 @@ def test_names_that_no_markup_and_no_encoding_can_hold_are_shown(folder):
     assert (done.returncode, "written: caf" in done.stdout) == (0, True), done.stderr
 
 
-def test_an_output_with_a_name_that_no_file_can_have_is_an_error_of_usage(cli):
+def test_an_impossible_output_name_is_a_usage_error(cli):
     code, out, err = cli("quantize", "in", "-o", "x" * 300, "--scheme", "int8")
     assert (code, out) == (2, "")
     assert "cannot be written" in err

@@ -129,7 +129,7 @@ def test_an_error_without_a_name_is_a_finding(tmp_path, monkeypatch):
     def raising(*_):
         raise KeyError("a")
 
-    monkeypatch.setattr("fewbits.sources.file.FileSource._check_index", raising)
+    monkeypatch.setattr("fewbits.sources.file.FileSource._describe", raising)
     with pytest.raises(KeyError):
         run(valid()["folder"], tmp_path)
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import fewbits
 from case import Case, Item
 from checkpoints import DTYPE_NAMES, joined
-from fewbits.checkpoint.metadata import Metadata, row_entries
+from fewbits.checkpoint.codec import CODEC
+from fewbits.checkpoint.metadata import Metadata
 from fewbits.selection.ledger import Ledger, LedgerRow
 from targets import run
 
@@ -50,7 +51,7 @@ def layouts(draw):
 
 def forged_file(row):
     """A file with that row alone, all of whose scales are one, and whose codes are all the lowest."""
-    entries = dict(sorted(row_entries(row).items(), key=lambda item: -item[1].dtype.itemsize))
+    entries = dict(sorted(CODEC.entries(row).items(), key=lambda item: -item[1].dtype.itemsize))
     row = attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in entries.values()))
     header, payload, digests = {}, b"", {}
     for name, entry in entries.items():

@@ -417,7 +417,7 @@ def test_levels_that_are_not_finite_are_refused(levels, bad, data):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_levels_are_a_number_of_rising_numbers_around_zero(levels, why):
-    with pytest.raises(ArgumentError, match="levels of 2 bits are 4 finite numbers in rising order, none of them"):
+    with pytest.raises(ArgumentError, match="levels of 2 bits must be 4 finite numbers in rising order, none of them"):
         QuantSpec(2, "channel", levels=levels)
 
 
@@ -434,7 +434,7 @@ def test_levels_that_are_no_numbers_are_refused(junk):
 
 
 def test_levels_go_with_symmetric_specs_only():
-    with pytest.raises(ArgumentError, match="levels go with a symmetric spec"):
+    with pytest.raises(ArgumentError, match="levels need symmetric=True"):
         QuantSpec(2, "channel", symmetric=False, levels=TERNARY)
 
 
@@ -464,7 +464,7 @@ def test_a_description_with_other_levels_is_refused(edit):
 @pytest.mark.parametrize("levels", KNOWN.values(), ids=KNOWN)
 def test_bits_cannot_change_without_the_levels(levels):
     spec = QuantSpec(len(levels).bit_length() - 1, "channel", levels=levels)
-    with pytest.raises(ArgumentError, match="levels of 5 bits are 32"):
+    with pytest.raises(ArgumentError, match="levels of 5 bits must be 32"):
         attrs.evolve(spec, bits=5)
     assert attrs.evolve(spec, levels=None, bits=5).levels is None
 

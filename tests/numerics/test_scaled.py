@@ -116,7 +116,7 @@ def test_tensors_of_no_or_one_element_are_dequantized(shape, found):
         (-0.5, fewbits.errors.NumericsError, r"scale 1 is -0\.5"),
         (0.0, fewbits.errors.NumericsError, r"the scale of the element at index \(2, 1\) is 0"),
         (-0.0, fewbits.errors.NumericsError, r"the scale of the element at index \(2, 1\) is 0"),
-        (1e38, fewbits.errors.RangeError, r"the element at index \(2, 1\) is 448, times its scale beyond"),
+        (1e38, fewbits.errors.RangeError, r"the element at index \(2, 1\) is 448; times its scale it is beyond"),
     ],
 )
 @pytest.mark.parametrize("piece", [2, 1 << 18])

@@ -69,10 +69,10 @@ def test_a_spec_is_a_value(spec):
         ({"activations": "int8"}, "activations"),
         ({"activations": True}, "activations"),
         ({"activations": ["static"]}, "activations"),
-        ({"activations": "dynamic"}, "int8 activations need integer codes with one scale a row or a tensor"),
+        ({"activations": "dynamic"}, "int8 activations need integer codes and granularity 'channel' or 'tensor'"),
         ({"rounding": "up"}, "rounding"),
         ({"rounding": None}, "rounding"),
-        ({"levels": [0.0]}, "levels of 4 bits are 16"),
+        ({"levels": [0.0]}, "levels of 4 bits must be 16"),
     ],
 )
 def test_a_spec_refuses_a_bad_field_and_names_it(fields, message):
@@ -82,7 +82,7 @@ def test_a_spec_refuses_a_bad_field_and_names_it(fields, message):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e5m2, None, "float16"])
 def test_a_cast_goes_to_a_floating_dtype(dtype):
-    with pytest.raises(ArgumentError, match="a cast goes to"):
+    with pytest.raises(ArgumentError, match="a cast must be to"):
         CastSpec(dtype)
 
 

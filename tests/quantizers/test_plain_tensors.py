@@ -90,9 +90,9 @@ NOT_PLAIN = {
     "is on the meta device and has no data": lambda: ones().to("meta"),
     "is not initialized": nn.parameter.UninitializedBuffer,
     "has no memory for its elements": freed,
-    "has no memory for its elements, or less than they take": cut_short,
+    "has no memory for its elements, or too little": cut_short,
     "has no memory for its elements, or ": lambda: torch._to_functional_tensor(ones()),
-    "has no memory for its elements, or less": out_of_a_transform,
+    "has no memory for its elements, or too": out_of_a_transform,
     "has 65 axes; at most 64": lambda: torch.ones((1,) * 65),
     r"is of dtype torch\.uint4": lambda: torch.ones(4, dtype=torch.uint8).view(torch.uint4),
 }

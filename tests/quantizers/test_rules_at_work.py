@@ -179,7 +179,7 @@ def test_an_override_outranks_spec_for():
 
 def test_prepare_refuses_fields_that_contradict_the_scheme():
     quantizer = small(overrides={"0": {"granularity": "group"}})
-    with pytest.raises(SelectionError, match=r"overrides\['0'\].* does not go with int8 channel: group_size"):
+    with pytest.raises(SelectionError, match=r"overrides\['0'\].* does not fit int8 channel: group_size"):
         quantizer.prepare(mlp())
     assert quantizer.state is fewbits.State.CREATED
 

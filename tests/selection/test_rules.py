@@ -127,12 +127,12 @@ def test_a_field_that_does_not_exist_is_refused_with_the_nearest_one(field, hint
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({}, "is a scheme's name, 'keep', a spec, or fields"),
-        (None, "is a scheme's name, 'keep', a spec, or fields"),
-        (8, "is a scheme's name, 'keep', a spec, or fields"),
-        (["int8"], "is a scheme's name, 'keep', a spec, or fields"),
-        (torch.float16, "is a scheme's name, 'keep', a spec, or fields"),
-        (QuantSpec, "is a scheme's name, 'keep', a spec, or fields"),
+        ({}, "must be a scheme's name, 'keep', a spec, or fields"),
+        (None, "must be a scheme's name, 'keep', a spec, or fields"),
+        (8, "must be a scheme's name, 'keep', a spec, or fields"),
+        (["int8"], "must be a scheme's name, 'keep', a spec, or fields"),
+        (torch.float16, "must be a scheme's name, 'keep', a spec, or fields"),
+        (QuantSpec, "must be a scheme's name, 'keep', a spec, or fields"),
         ({"scheme": "keep", "bits": 4}, "keeps the tensor and changes fields"),
         ({"scheme": None}, "there is no scheme None"),
         ({"scheme": ["int8"]}, r"there is no scheme \['int8'\]"),
@@ -151,7 +151,7 @@ def test_a_rule_that_is_no_override_is_refused_by_its_pattern(rule, message):
     ids=str,
 )  # fmt: skip
 def test_fields_that_do_not_go_with_the_spec_are_refused(rule):
-    with pytest.raises(SelectionError, match=r"overrides\['w'\].* does not go with int"):
+    with pytest.raises(SelectionError, match=r"overrides\['w'\].* does not fit int"):
         spec_of(rule)
 
 
@@ -164,7 +164,7 @@ def test_fields_of_codes_cannot_be_changed_in_a_cast(own):
 @pytest.mark.parametrize("junk", [["head"], "head", 3, [("head", "int8")]])
 @pytest.mark.parametrize("rule", ["overrides", "input_axes"])
 def test_what_is_no_mapping_is_refused(rule, junk):
-    with pytest.raises(SelectionError, match=f"{rule} maps name patterns to what they ask for"):
+    with pytest.raises(SelectionError, match=f"{rule} must be a mapping from name patterns to settings"):
         LayerSelector(**{rule: junk})
 
 
@@ -228,5 +228,5 @@ def test_of_the_patterns_for_input_axes_the_last_one_wins_and_none_of_them_inclu
 
 @pytest.mark.parametrize("junk", ["0", [], (), 1.0, None, True, [True], [0, "1"], {0}])
 def test_axes_that_are_no_integers_are_refused(junk):
-    with pytest.raises(SelectionError, match=r"input_axes\['head'\] is an axis or a sequence of axes"):
+    with pytest.raises(SelectionError, match=r"input_axes\['head'\] must be an axis or a sequence of axes"):
         LayerSelector(input_axes={"head": junk})

@@ -93,7 +93,7 @@ def test_one_type_in_place_of_a_list_is_refused(rule, single):
 
 @pytest.mark.parametrize("junk", [3, None, nn.Linear(1, 1), b"Linear"])
 def test_something_that_is_no_type_is_refused(junk):
-    with pytest.raises(SelectionError, match="include_types holds classes or their names"):
+    with pytest.raises(SelectionError, match="include_types must hold classes or their names"):
         LayerSelector(include_types=[junk])
 
 
@@ -105,7 +105,7 @@ def test_a_type_that_owns_nothing_is_refused_with_the_types_there_are(rule, unus
 
 
 def test_a_type_rule_on_tensors_without_classes_says_so():
-    with pytest.raises(SelectionError, match="knows no classes"):
+    with pytest.raises(SelectionError, match="has no classes"):
         LayerSelector(include_types=[nn.Linear]).select([entry("weight")])
 
 
@@ -166,7 +166,7 @@ def test_a_rule_that_names_a_small_tensor_outranks_its_size(rules):
 
 @pytest.mark.parametrize("junk", [-1, 1.0, "512", True, [512]])
 def test_a_least_size_that_is_no_number_of_elements_is_refused(junk):
-    with pytest.raises(SelectionError, match="min_elements is an integer from 0 up"):
+    with pytest.raises(SelectionError, match="min_elements must be an integer from 0 up"):
         LayerSelector(min_elements=junk)
 
 

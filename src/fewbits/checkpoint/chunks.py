@@ -1,4 +1,4 @@
-"""Chunks: as much of a tensor as is read, converted, compared and written at a time, however large it is."""
+"""Cut large tensors into chunks, which are read, converted, compared and written one at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.spec import QuantSpec
 from fewbits.selection.ledger import LedgerRow
 
-#: Elements of a chunk: enough that what a chunk costs apart from its elements does not matter.
+#: Elements of a chunk: enough to make the overhead of a chunk negligible.
 CHUNK_ELEMENTS = 1 << 22
 
-#: Packed zero points begin a new word at a multiple of so many rows, whatever their bits.
+#: At multiples of this many rows, packed zero points of any width begin a new word.
 _ZERO_POINT_ROWS = 32
 
 
 @attrs.frozen
 class Chunk:
-    """Some elements of one tensor, as they lie in a file; of a quantized one, whole rows of its matrix.
+    """Consecutive elements of one tensor; of a quantized tensor, whole rows of its matrix.
 
     Attributes:
         row: of the whole tensor.
@@ -64,7 +64,7 @@ class Chunk:
         return self.start // columns, self.stop // columns
 
     def described(self) -> LedgerRow:
-        """A row of the ledger for a tensor that is no more than this chunk; the tensor's own if it is all of it."""
+        """Describe the chunk as if it were a tensor of its own."""
         if self.is_whole:
             return self.row
         shape: tuple[int, ...] = (self.stop - self.start,)
@@ -82,14 +82,14 @@ def columns_of(row: LedgerRow) -> int:
 
 
 def chunks(row: LedgerRow, elements: int | None = None, *, start: int = 0) -> Iterator[Chunk]:
-    """The chunks of one tensor, in order, of about so many elements; None stands for `CHUNK_ELEMENTS`.
+    """Yield the chunks of one tensor, in order.
 
     A tensor whose rows do not lie one after the other is one chunk, and so is an empty one.
 
     Args:
         row: of the tensor.
-        elements: of a chunk.
-        start: the first element that is wanted; one that a chunk of any size begins with.
+        elements: of a chunk, about; None means `CHUNK_ELEMENTS`.
+        start: the first element; a chunk must begin there.
     """
     total = math.prod(row.shape)
     step = chunk_elements(row, CHUNK_ELEMENTS if elements is None else elements)
@@ -98,13 +98,13 @@ def chunks(row: LedgerRow, elements: int | None = None, *, start: int = 0) -> It
 
 
 def chunk_elements(row: LedgerRow, elements: int) -> int:
-    """How many elements each chunk of a tensor has, but the last, if they are to be about so many."""
+    """Compute the elements of each chunk but the last, for about `elements` of them."""
     total = max(1, math.prod(row.shape))
     if row.layout is None:
         return min(total, elements)
     if not row.layout.in_order:
         return total
-    # Whole blocks, so that what is summed over a chunk is summed as over the whole tensor.
+    # Whole blocks, so that sums over chunks are bit-identical to sums over the whole tensor.
     rows = block_rows(row.layout.columns)
     if isinstance(row.spec, QuantSpec) and not row.spec.symmetric:
         rows = math.lcm(rows, _ZERO_POINT_ROWS)

@@ -17,7 +17,7 @@ from fewbits.nn.copying import deep_copy
 from fewbits.nn.walk import Slot, slots
 from fewbits.numerics.tensor import same_bits
 
-#: What sets the buffers of a module.
+#: Sets the buffers of a module.
 InitBuffers = Callable[[nn.Module], object]
 
 
@@ -70,7 +70,7 @@ def _initialized(
         for path, module in modules.items():
             try:
                 _init_weights_around(copied, path)(module)
-            except Exception as error:  # whatever another library's code raises for a model without memory
+            except Exception as error:  # another library's code may raise anything for a model without memory
                 failures[path] = f" ({type(error).__name__} in its _init_weights: {error})"
             if init_buffers is not None:
                 init_buffers(module)
@@ -90,7 +90,7 @@ def _init_weights_around(model: nn.Module, path: str) -> Callable[[nn.Module], o
 
 def ties(model: nn.Module, names: Collection[str], others: Collection[str]) -> dict[str, str]:
     """Which of these names `tie_weights` of the model would tie to which of the others."""
-    with contextlib.suppress(Exception):  # whatever another library's code raises: there is no advice then
+    with contextlib.suppress(Exception):  # another library's code may raise anything; then there is no advice
         copied: Any = _copy_without_memory(model, {})
         copied.tie_weights()
         held = {slot.name: id(slot.tensor) for slot in slots(copied)}

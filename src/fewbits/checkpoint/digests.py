@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader
 from fewbits.errors import DigestError
@@ -25,13 +26,18 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
+def value_digest(value: Value) -> str:
+    """One SHA-256 over all tensors of a value, in hexadecimal."""
+    return hashlib.sha256("".join(map(digest, CODEC.encode("", value).values())).encode()).hexdigest()
+
+
 def wrong_digests(reader: Reader, digests: Mapping[str, str], threads: int | None = None) -> list[str]:
     """The names of the tensors whose bytes do not have their digest.
 
     Args:
         reader: of the file.
         digests: SHA-256 in hexadecimal, by name.
-        threads: how many tensors are read at a time, where the format allows it; None stands for as many as torch has.
+        threads: how many tensors are read at a time, where the format allows it; None means as many as torch uses.
     """
     threads = (threads or torch.get_num_threads()) if isinstance(reader, ChunkReader) else 1
     if threads == 1:  # a thread takes memory of its own

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.metadata import row_entries
+from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.checkpoint.saving import Value
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.nn.packed import PackedWeight, store
 from fewbits.nn.stored import StoredWeight
 from fewbits.nn.swap import attach, attached
 from fewbits.nn.walk import Slot, slots
-from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, part_shapes
 from fewbits.selection.ledger import LedgerRow
 
 #: What names a device, as torch takes it.
@@ -30,7 +27,7 @@ _CPU = torch.device("cpu")
 
 @attrs.frozen(eq=False)
 class Place:
-    """Where one tensor of a file goes.
+    """The place of one tensor of a file in a model.
 
     Attributes:
         row: of the ledger.
@@ -69,7 +66,7 @@ class Place:
         """
         if self.row.spec is None:
             return self.device == _CPU
-        weight = store(_stand_in(self.row), self.row.dtype)
+        weight = store(CODEC.without_memory(self.row), self.row.dtype)
         with attached(self._parameters, weight):
             return self.device == _CPU and (not isinstance(weight, PackedWeight) or weight.stays(compute))
 
@@ -115,17 +112,6 @@ class Place:
             parameter = nn.Parameter(tensor, requires_grad=any(tensor.requires_grad for tensor in held))
         for slot in self.slots:
             setattr(slot.module, slot.local, parameter if slot.is_parameter else tensor)
-
-
-def _stand_in(row: LedgerRow) -> Value:
-    """What a weight of this row looks like, apart from its numbers. It takes no memory."""
-    if not isinstance(row.spec, QuantSpec) or row.layout is None:
-        (entry,) = row_entries(row).values()
-        return torch.ones((), dtype=entry.dtype, device=_CPU).expand(entry.shape)
-    shapes = part_shapes(row.layout, row.spec, row.dtype)
-    parts = {name: torch.ones((), dtype=dtype, device=_CPU).expand(shape) for name, (shape, dtype) in shapes.items()}
-    optional = parts.get("zero_point"), parts.get("input_scale")
-    return QuantizedTensor(parts["packed"], parts["scale"], optional[0], row.spec, row.layout, row.dtype, optional[1])
 
 
 def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> None:

@@ -77,7 +77,7 @@ class Seal:
 
 
 class Journal:
-    """How far one file is. Open while somebody writes the file; nobody else can, meanwhile.
+    """Records the progress of one file. While it is open, no other process can write the file.
 
     Args:
         path: of the journal, which is made if there is none.
@@ -132,7 +132,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[list[Note], Seal | None]:
-    """What a journal says, also while somebody writes to it; nothing if there is none."""
+    """Read a journal, even while another process writes to it; empty if there is no journal."""
     with as_checkpoint_error(f"{path} cannot be read"):
         return _read(path)[:2] if path.exists() else ([], None)
 

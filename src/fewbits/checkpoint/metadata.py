@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import attrs
 import torch
 
 from fewbits._version import __version__
+from fewbits.checkpoint.codec import CODEC
 from fewbits.checkpoint.header import parse_json
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import ArgumentError, DigestError, FewbitsError, FormatError
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.layout import Layout
 from fewbits.numerics.metrics import Measurement
-from fewbits.numerics.spec import CastSpec, QuantSpec
-from fewbits.numerics.tensor import part_shapes
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 #: The version of the format that is written, and the only one that is read so far.
@@ -179,7 +175,7 @@ class Metadata:
             before = {0 if row.fate == "alias" else Entry(row.shape, row.source_dtype).nbytes}
             if row.fate == "merged":
                 before.add(0)  # of two scales that share their bytes, one counts them
-            after = sum(entry.nbytes for entry in row_entries(row).values())
+            after = sum(entry.nbytes for entry in CODEC.entries(row).values())
             if row.bytes_before not in before or row.bytes_after != after:
                 raise FormatError(f"{where}: the ledger's bytes of {row.name} are not those of its shape and dtype")
         if self.digests.keys() != entries.keys():
@@ -197,27 +193,6 @@ def is_fewbits_file(strings: Mapping[str, str]) -> bool:
     return VERSION_KEY in strings
 
 
-def part_name(name: str, part: str) -> str:
-    """The name in the file of one part of a quantized tensor: ``weight`` and ``scale`` give ``weight_scale``."""
-    return f"{name}_{part}"
-
-
-@functools.lru_cache(maxsize=1024)  # of the thousands of tensors of a model, many have one shape
-def part_entries(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> Mapping[str, Entry]:
-    """What a file holds for every part of a quantized tensor."""
-    return MappingProxyType({part: Entry(*entry) for part, entry in part_shapes(layout, spec, dtype).items()})
-
-
-def row_entries(row: LedgerRow) -> dict[str, Entry]:
-    """What the file holds for one row of the ledger, by name."""
-    if row.fate in ("alias", "merged"):
-        return {}
-    if isinstance(row.spec, QuantSpec) and row.layout is not None:
-        parts = part_entries(row.layout, row.spec, row.dtype)
-        return {part_name(row.name, part): entry for part, entry in parts.items()}
-    return {row.name: Entry(row.shape, row.spec.dtype if isinstance(row.spec, CastSpec) else row.dtype)}
-
-
 def stored_entries(ledger: Ledger) -> dict[str, Entry]:
     """What a file with this ledger holds, by name.
 
@@ -226,7 +201,7 @@ def stored_entries(ledger: Ledger) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for row in ledger:
-        for name, entry in row_entries(row).items():
+        for name, entry in CODEC.entries(row).items():
             if name in entries:
                 raise FormatError(
                     f"{name!r} would be in the file twice, once as a part of a quantized tensor; rename or exclude one"

@@ -49,7 +49,7 @@ class Output:
             which is the default; a larger tensor has a file of its own.
         replace: whether a directory that is there already, with files in it, is replaced, and an unfinished run begun
             anew. Of a link to a directory, this replaces the directory that it points to; the link stays. A file always
-            is replaced, except one that has come there since a run was begun that is gone on with.
+            is replaced, unless it was created after the resumed run began.
         resume: whether a run that did not come to its end is gone on with, if there is one. It is refused if anything
             that the result depends on has changed since. A result that is there already is compared with its source:
             the fates and all elements, within their bounds; which observer chose the scales a file does not say.

@@ -209,7 +209,7 @@ _STEPS: Mapping[str, Callable[[_Machine, Any], None]] = {
 
 
 def _made(maker: Name, arguments: tuple[Any, ...]) -> object:
-    """What a call gives: a state dict, a tensor, what a tensor is made from, or `Made`."""
+    """Evaluate a call to a state dict, a tensor, a part of a tensor, or `Made`."""
     name = maker.dotted
     if name == "torch._tensor._rebuild_from_type_v2":
         # A tensor with attributes.

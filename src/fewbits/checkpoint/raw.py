@@ -19,7 +19,7 @@ Identity = tuple[int, int, int, int]
 
 
 class FileBytes:
-    """A file that is read in pieces, perhaps by several threads, and that must stay as it is meanwhile.
+    """A file that several threads may read in pieces. It must not change meanwhile.
 
     It is opened anew for each piece: a checkpoint can have more files than a process may hold open.
     """

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import attrs
-import torch
-from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk, chunks
+from fewbits.checkpoint.codec import CODEC, Value, part_name
 from fewbits.checkpoint.digests import refuse_damaged, wrong_digests
 from fewbits.checkpoint.folder import CheckpointFiles, find_files
 from fewbits.checkpoint.metadata import (
@@ -20,23 +18,18 @@ from fewbits.checkpoint.metadata import (
     HEADER_DIGEST_KEY,
     VERSION_KEY,
     Metadata,
-    part_entries,
-    part_name,
-    row_entries,
 )
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value
-from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
+from fewbits.checkpoint.serializer import Reader, Serializer
+from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.affine import are_sound
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import (
-    QuantizedTensor,
     check_input_scale,
     check_shape_part,
     same_bits,
-    shape_part,
 )
 from fewbits.selection.ledger import Ledger, LedgerRow
 
@@ -72,12 +65,12 @@ class Checkpoint:
             _check_index(files, self._shards)
         self.metadata = _united([shard.metadata for shard in self._shards], path)
         self.ledger = self.metadata.ledger
-        self._readers = {name: shard.reader for shard in self._shards for name in shard.reader.entries}
+        self._tensors = ShardedReader(files, {shard.file: shard.reader for shard in self._shards})
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, headers aside."""
-        return sum(reader.entries[name].nbytes for name, reader in self._readers.items())
+        return self._tensors.nbytes
 
     @property
     def headers(self) -> dict[str, str]:
@@ -93,11 +86,7 @@ class Checkpoint:
         row = self.ledger[self.ledger[name].holder]
         if row.merged_into is not None:
             raise ArgumentError(f"{name} is not in {self.path}: it is merged into {row.merged_into}")
-        if isinstance(row.spec, QuantSpec) and row.layout is not None:
-            names = part_entries(row.layout, row.spec, row.dtype)
-            parts = {part: self._read(part_name(row.name, part)) for part in names}
-            return QuantizedTensor.from_parts(parts, spec=row.spec, layout=row.layout, dtype=row.dtype)
-        return self._read(row.name)
+        return CODEC.decode(row, self._tensors.read)
 
     def chunk(self, chunk: Chunk) -> Value:
         """The stored form of some of a tensor, in memory of its own; read by position where the format allows it.
@@ -108,21 +97,7 @@ class Checkpoint:
         Raises:
             FormatError: with the first chunk, if the stored shape is not that of the ledger.
         """
-        row, described = chunk.row, chunk.described()
-        if not isinstance(row.spec, QuantSpec) or described.layout is None:
-            return self._read_chunk(row.name, chunk.start, row_entries(described)[row.name])
-        first, per_tensor = chunk.rows[0], row.spec.granularity == "tensor"
-        parts = {}
-        for part, entry in part_entries(described.layout, row.spec, row.dtype).items():
-            rows = first * row.spec.bits // 32 if part == "zero_point" else first
-            start = 0 if per_tensor and part != "packed" else rows * math.prod(entry.shape[1:])
-            if part == "shape":
-                if chunk.is_first:
-                    self._check_shape(row)
-            else:
-                parts[part] = self._read_chunk(part_name(row.name, part), start, entry)
-        parts["shape"] = shape_part(described.shape)
-        return QuantizedTensor.from_parts(parts, spec=row.spec, layout=described.layout, dtype=row.dtype)
+        return CODEC.decode_chunk(chunk, self._tensors.read_chunk)
 
     def same(self, first: str, second: str) -> bool:
         """Whether two rows of the ledger, no aliases, are equal bit for bit; a chunk of each is read at a time."""
@@ -133,23 +108,12 @@ class Checkpoint:
 
     def _check_shape(self, row: LedgerRow) -> None:
         name = part_name(row.name, "shape")
-        check_shape_part(self._read_chunk(name, 0, self._readers[name].entries[name]), row.shape)
+        check_shape_part(self._tensors.read_whole(name), row.shape)
 
     def _check_input_scale(self, row: LedgerRow) -> None:
         name = part_name(row.name, "input_scale")
-        if name in row_entries(row):
-            check_input_scale(self._read_chunk(name, 0, self._readers[name].entries[name]))
-
-    def _read(self, name: str) -> Tensor:
-        return self._readers[name].read(name)
-
-    def _read_chunk(self, name: str, start: int, entry: Entry) -> Tensor:
-        reader = self._readers[name]
-        if isinstance(reader, ChunkReader):
-            out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-            reader.read_into(name, start, out)
-            return out
-        return reader.read(name).reshape(-1)[start : start + entry.numel].reshape(entry.shape).clone()
+        if name in CODEC.entries(row):
+            check_input_scale(self._tensors.read_whole(name))
 
     def damaged(self) -> list[str]:
         """The names, in the files, of all tensors whose bytes do not have their digest."""
@@ -166,8 +130,7 @@ class Checkpoint:
                 not the same, or a scale of inputs is none.
             ArgumentError: for another value of `check`.
         """
-        if check not in ("digests", "header"):
-            raise ArgumentError(f"check must be 'digests' or 'header', not {check!r}")
+        check_check(check)
         if check == "digests":
             refuse_damaged(self.damaged(), self.path)
             if unsound := [row.name for row in self.ledger.stored if not self._is_sound(row)]:
@@ -182,16 +145,26 @@ class Checkpoint:
         if not isinstance(row.spec, QuantSpec):
             return True
         name = part_name(row.name, "scale")
-        entry = row_entries(row)[name]
+        count = self._tensors.entries[name].numel
         return all(
-            are_sound(self._read_chunk(name, start, Entry((min(_PIECE, entry.numel - start),), entry.dtype)))
-            for start in range(0, entry.numel, _PIECE)
+            are_sound(self._tensors.read_chunk(name, start, (min(_PIECE, count - start),)))
+            for start in range(0, count, _PIECE)
         )
 
     def values(self) -> dict[str, Value]:
         """The stored form of every tensor of the source but those merged into others; tied names share one object."""
         stored = {row.name: self.value(row.name) for row in self.ledger.stored}
         return {row.name: stored[row.holder] for row in self.ledger.present}
+
+
+def check_check(check: object) -> None:
+    """Refuse a value of `check` that `load` does not know.
+
+    Raises:
+        ArgumentError: naming the values that it knows.
+    """
+    if check not in ("digests", "header"):
+        raise ArgumentError(f"check must be 'digests' or 'header', not {check!r}")
 
 
 @attrs.frozen

@@ -162,7 +162,7 @@ _ARCHIVES = (
 
 
 def recognised(path: Path) -> str | None:
-    """What a file is, and what to do about it, in a sentence.
+    """Describe a file, and what to do with it, in one sentence.
 
     Returns:
         None if that is not known, or `torch.save` wrote it in the format of today.

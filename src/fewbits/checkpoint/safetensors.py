@@ -78,7 +78,7 @@ class _SafetensorsWriter(ResumableWriter):
             try:
                 self._begin(end)
             except OSError:
-                # At its own path it can be what an earlier writer has left.
+                # At its own path the file may be an earlier writer's unfinished one.
                 (self.leave if at == path else self.abort)()
                 raise
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.digests import digest, pieces, refuse_damaged, wrong_digests
+from fewbits.checkpoint.codec import CODEC, Value
+from fewbits.checkpoint.digests import pieces, refuse_damaged, wrong_digests
 from fewbits.checkpoint.journal import Note
 from fewbits.checkpoint.metadata import (
     HEADER_DIGEST_KEY,
     Metadata,
     Metrics,
-    part_name,
-    row_entries,
     stored_entries,
 )
 from fewbits.checkpoint.publishing import NewFolder, check_name_and_parent
@@ -33,15 +32,8 @@ from fewbits.checkpoint.shards import plan_shards, write_index
 from fewbits.errors import FormatError
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
-from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, in_memory, shape_part
+from fewbits.numerics.tensor import QuantizedTensor, in_memory
 from fewbits.selection.ledger import Ledger, LedgerRow
-
-#: The parts of which a tensor has one, and not one a row, where one scale serves all of it.
-_SHARED = ("scale", "zero_point")
-
-#: The stored form of one tensor.
-Value = QuantizedTensor | Tensor
 
 
 class CheckpointWriter:
@@ -112,7 +104,7 @@ class CheckpointWriter:
     def _take_over(self, writer: ResumableWriter, note: Note) -> bool:
         """Whether the file holds what a note says it does; if so, it counts as written."""
         row = self._rows.get(note.tensor)
-        if row is None or note.written.keys() != row_entries(row).keys() or not note.start <= note.stop:
+        if row is None or note.written.keys() != CODEC.entries(row).keys() or not note.start <= note.stop:
             return False
         hashes = {}
         for name, (elements, expected) in note.written.items():
@@ -132,7 +124,7 @@ class CheckpointWriter:
 
     def written(self, row: LedgerRow) -> dict[str, tuple[int, str]]:
         """How many elements of each tensor that the file holds for a row are written, and their SHA-256."""
-        return {name: (self._counts.get(name, 0), self._hashes[name].copy().hexdigest()) for name in row_entries(row)}
+        return {name: (self._counts.get(name, 0), self._hashes[name].copy().hexdigest()) for name in CODEC.entries(row)}
 
     def put(self, row: LedgerRow, value: Value, measurement: Measurement | None = None) -> None:
         """Write the stored form of one row, which is not an alias.
@@ -149,8 +141,8 @@ class CheckpointWriter:
         Raises:
             FormatError: if it is not what the ledger announced.
         """
-        announced = row_entries(chunk.described())
-        tensors = value_tensors(chunk.row.name, value)
+        announced = CODEC.entries(chunk.described())
+        tensors = CODEC.encode(chunk.row.name, value)
         for name, tensor in tensors.items():
             if name not in announced or (tuple(tensor.shape), tensor.dtype) != (
                 announced[name].shape,
@@ -160,7 +152,7 @@ class CheckpointWriter:
                     f"{name} has shape {tuple(tensor.shape)} in {tensor.dtype}, the ledger announced "
                     f"{announced.get(name)}; the model has changed since it was quantized"
                 )
-        for name, tensor in _own_tensors(chunk, tensors).items():
+        for name, tensor in CODEC.encode_chunk(chunk, value).items():
             tensor = in_memory(tensor)
             self._hashes[name].update(tensor_bytes(tensor))
             self._write(chunk, name, tensor)
@@ -192,7 +184,7 @@ class CheckpointWriter:
             the digest of its header.
 
         Raises:
-            DigestError: if what is read is not what was written. Nothing is published then.
+            DigestError: if the file does not hold the bytes that were written. Nothing is published then.
         """
         digests = {name: found.hexdigest() for name, found in self._hashes.items()}
         metrics = {row.name: self._metrics[row.name] for row in self._ledger if row.name in self._metrics}
@@ -253,39 +245,11 @@ def save(
         folder.publish()
 
 
-def value_tensors(name: str, value: Value) -> dict[str, Tensor]:
-    """The tensors that a file holds for one value, by their names there."""
-    if isinstance(value, QuantizedTensor):
-        return {part_name(name, part): tensor for part, tensor in value.parts().items()}
-    return {name: value}
-
-
 def plain_value(name: str, value: Value) -> Value:
     """The same value, if it is made of plain tensors.
 
     Raises:
         SourceError: naming the tensor that is not plain.
     """
-    tensors = {part: plain(tensor, part) for part, tensor in value_tensors(name, value).items()}
+    tensors = {part: plain(tensor, part) for part, tensor in CODEC.encode(name, value).items()}
     return value if isinstance(value, QuantizedTensor) else tensors[name]
-
-
-def _own_tensors(chunk: Chunk, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a file holds for one chunk alone: what there is once for a whole tensor comes with its first."""
-    row = chunk.row
-    if chunk.is_whole or not isinstance(row.spec, QuantSpec) or row.layout is None:
-        return tensors
-    once = {"shape": shape_part(row.shape)}
-    if row.spec.granularity == "tensor":
-        once |= {part: tensors[part_name(row.name, part)] for part in _SHARED if part_name(row.name, part) in tensors}
-    for part, tensor in once.items():
-        if chunk.is_first:
-            tensors[part_name(row.name, part)] = tensor
-        else:
-            del tensors[part_name(row.name, part)]
-    return tensors
-
-
-def value_digest(value: Value) -> str:
-    """One SHA-256 over all tensors of a value, in hexadecimal."""
-    return hashlib.sha256("".join(map(digest, value_tensors("", value).values())).encode()).hexdigest()

@@ -169,7 +169,7 @@ class Serializer(ABC):
             )
 
     def resumable(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter | None:
-        """Begin a file at its path itself, or go on with what an earlier writer has left there.
+        """Begin a file at its own path, or resume the unfinished file of an earlier writer.
 
         No reader takes it for a file before it is sealed.
 

@@ -12,6 +12,7 @@ import torch
 from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import dtype_from_name, dtype_name
 from fewbits.numerics.spec import Spec, spec_from_dict
+from fewbits.quantizers.resolving import check_choice
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -106,9 +107,8 @@ def must_be(allowed: str, holds: Callable[[Any], bool]) -> Callable[[Any, Any, A
 
 
 def one_of(*choices: Any) -> Callable[[Any, Any, Any], None]:
-    """Make a validator for a list of choices. Types must match: 1 is not True."""
-    allowed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
-    return must_be(allowed, lambda value: any(type(value) is type(c) and value == c for c in choices))
+    """Make a validator for a list of choices."""
+    return lambda _, field, value: check_choice(field.name, value, choices)
 
 
 def whole(least: int) -> Callable[[Any], bool]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import attrs
 from torch import Tensor
 
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.codec import Value
 from fewbits.errors import ArgumentError, CalibrationError, NumericsError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import WeightMatrix

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from fewbits.conversion.ranks import Group, Ranks
 from fewbits.conversion.staging import StagingDirectory
 from fewbits.conversion.streaming import Streaming
 from fewbits.errors import ArgumentError, CheckpointError, StateError
-from fewbits.numerics.metrics import Measurement
 from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
@@ -147,14 +145,14 @@ class FileJob(Job):
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
         """Check every digest on disk, and compare with the source all tensors that `convert` has not compared."""
-        path = self._result()
+        written = self._result()
 
         def look() -> Report:
-            result = Checkpoint(path, serializer)
+            result = Checkpoint(written.path, serializer)
             return verify_checkpoint(
                 result,
                 self.source,
-                measured=self._measured if self._is_as_written(result) else {},
+                measured=written.measured if result.headers == written.headers else {},
                 chunk_elements=None if self._budget is None else self._budget.chunk_elements,
                 fail_under=fail_under,
                 progress=progress,
@@ -163,36 +161,30 @@ class FileJob(Job):
         try:
             self.report = self._ranks.lead(look)
         except KeyboardInterrupt as stop:
-            advice = f"fewbits verify {path} --against {self.source.path}"
-            stop.args = stop.args or (f"interrupted; {path} is complete, but not verified yet: {advice}",)
+            advice = f"fewbits verify {written.path} --against {self.source.path}"
+            stop.args = stop.args or (f"interrupted; {written.path} is complete, but not verified yet: {advice}",)
             raise
         return self.report
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
         """Write the result once more."""
         self.source.refuse_output(Path(path), folder=max_shard_size is not None)
-        result = Checkpoint(self._result(), serializer)
-        if not self._is_as_written(result):
-            raise CheckpointError(f"{result.path} is not what convert() wrote; call convert() again")
+        written = self._result()
+        result = Checkpoint(written.path, serializer)
+        if result.headers != written.headers:
+            raise CheckpointError(f"{written.path} is not what convert() wrote; call convert() again")
         result.check("digests")
         save(
             serializer,
             path,
             self.ledger,
             result.value,
-            measurements={**self._measured, **measurements(self.report)},
+            measurements={**written.measured, **measurements(self.report)},
             extra=self.source.extra,
             max_shard_size=max_shard_size,
         )
 
-    @property
-    def _measured(self) -> Mapping[str, Measurement]:
-        return {} if self._written is None else self._written.measured
-
-    def _is_as_written(self, result: Checkpoint) -> bool:
-        return self._written is not None and result.headers == self._written.headers
-
-    def _result(self) -> Path:
+    def _result(self) -> Written:
         if self._written is None:
             raise StateError("there is no result; call convert() first")
-        return self._written.path
+        return self._written

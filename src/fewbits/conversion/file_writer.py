@@ -89,7 +89,7 @@ class FileWriter:
         with self.staging.journal(shard.file) as journal:
             if journal.seal is not None and self._is_sound(shard, journal.seal):
                 self._check_source(shard, journal.notes)
-                progress.skip(shard.ledger.stored[-1].name, self.sizes[shard.file])
+                progress.advance(shard.ledger.stored[-1].name, self.sizes[shard.file])
                 return Share((shard.file,), 0, self.sizes[shard.file])
             path, extra = self.staging.files / shard.file, self.streaming.source.extra
             with CheckpointWriter(self.serializer, path, shard.ledger, extra=extra, resumable=True) as writer:
@@ -98,10 +98,8 @@ class FileWriter:
                 journal.rewrite(taken)
                 resumed = sum(_chunk(shard, note).nbytes for note in taken)
                 if taken:
-                    progress.skip(taken[-1].tensor, resumed)
-                measurements = _Measurements(shard, taken)
-                converted = self._convert(shard, writer, journal, measurements, progress)
-                measured = measurements.complete
+                    progress.advance(taken[-1].tensor, resumed)
+                converted, measured = self._convert(shard, writer, journal, taken, progress)
                 for row in shard.ledger.stored:
                     writer.set_measurement(row, measured.get(row.name))
                 header = writer.close(self.streaming.budget.threads)
@@ -113,19 +111,24 @@ class FileWriter:
         shard: Shard,
         writer: CheckpointWriter,
         journal: Journal,
-        measurements: _Measurements,
+        taken: Sequence[Note],
         progress: _RunProgress,
-    ) -> int:
-        """Convert and write the missing chunks of a file; return their bytes in the source."""
-        converted = 0
-        for ready in self.streaming.convert(shard.ledger, measurements.stops):
-            progress.begin(ready.chunk)
+    ) -> tuple[int, dict[str, Measurement]]:
+        """Convert and write the missing chunks of a file.
+
+        Returns:
+            the bytes of these chunks in the source, and the measurements of all tensors in the file.
+        """
+        converted, measurements = 0, _Measurements(shard, taken)
+        for ready in self.streaming.convert(shard.ledger, {note.tensor: note.stop for note in taken}):
+            name, nbytes = ready.chunk.row.name, ready.chunk.nbytes
+            progress.advance(name, 0)
             _put(ready, writer, journal)
             if ready.tally is not None:
                 measurements.add(ready.chunk, ready.tally)
-            converted += ready.chunk.nbytes
-            progress.end(ready.chunk)
-        return converted
+            converted += nbytes
+            progress.advance(name, nbytes)
+        return converted, measurements.complete
 
     def _is_sound(self, shard: Shard, seal: Seal) -> bool:
         """Whether a complete file has not changed since."""
@@ -163,13 +166,11 @@ class _Measurements:
 
     Attributes:
         complete: the measurement of each tensor that has been compared with its source.
-        stops: how many elements of a tensor an earlier run has written, by the tensor's name.
     """
 
     def __init__(self, shard: Shard, notes: Sequence[Note]) -> None:
         self.complete: dict[str, Measurement] = {}
         self._tallies: dict[str, Tally] = {}
-        self.stops = {note.tensor: note.stop for note in notes}
         for note in notes:
             if note.tally is not None:
                 self.add(_chunk(shard, note), Tally.from_dict(note.tally))
@@ -191,12 +192,6 @@ class _RunProgress:
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._done, self._total = progress, 0, total
 
-    def skip(self, name: str, nbytes: int) -> None:
+    def advance(self, name: str, nbytes: int) -> None:
         self._done += nbytes
         self._progress(Step("convert", name, self._done, self._total))
-
-    def begin(self, chunk: Chunk) -> None:
-        self.skip(chunk.row.name, 0)
-
-    def end(self, chunk: Chunk) -> None:
-        self.skip(chunk.row.name, chunk.nbytes)

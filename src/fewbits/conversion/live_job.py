@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from fewbits._events import emit
 from fewbits.calibration import InputWatch
+from fewbits.checkpoint.codec import CODEC, Value
+from fewbits.checkpoint.digests import value_digest
 from fewbits.checkpoint.output import Output
-from fewbits.checkpoint.saving import Value, save, value_digest, value_tensors
+from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.job import Job, measurements
@@ -120,7 +122,7 @@ class LiveJob(Job):
         def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
             yield target.value(row.name), self.source.read(row.name) if with_source and not inplace else None
 
-        stored = (value_tensors(row.name, target.value(row.name)) for row in self.ledger.stored)
+        stored = (CODEC.encode(row.name, target.value(row.name)) for row in self.ledger.stored)
         report = examine(
             self.ledger,
             pairs,

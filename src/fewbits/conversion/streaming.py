@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk, chunks
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.raw import tensor_bytes
-from fewbits.checkpoint.saving import Value
 from fewbits.conversion.budget import Budget, Demand
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.pool import in_order

@@ -1,1 +1,1 @@
-"""Formats that other tools write: compressed-tensors, FP8 weights with scales."""
+"""Read weights that other tools quantized (compressed-tensors, FP8 with scales), and export to their readers."""

@@ -1,4 +1,4 @@
-"""What ``config.json`` says about a checkpoint of compressed-tensors; nothing of it is believed unchecked."""
+"""Read and check the ``quantization_config`` in the ``config.json`` of a compressed-tensors checkpoint."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from fewbits.errors import FormatError
 CONFIG_FILE = "config.json"
 QUANT_METHOD = "compressed-tensors"
 
-#: The formats whose tensors are read.
+#: Formats of compressed-tensors that fewbits reads.
 READABLE_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision", "dense")
 
 
 @attrs.frozen
 class WeightScheme:
-    """How the weights of one of the config's groups are quantized.
+    """How the weights of one group in the config are quantized.
 
     Attributes:
-        bits: of a code.
+        bits: bits per code.
         kind: ``"int"`` or ``"float"``.
-        strategy: what shares a scale: ``"tensor"``, ``"channel"``, ``"group"``, ``"block"``, or something not read.
-        group_size: columns that share one, for ``"group"``.
-        block: rows and columns that share one, for ``"block"``.
+        strategy: which elements share a scale: ``"tensor"``, ``"channel"``, ``"group"``, ``"block"``, or another word,
+            which fewbits does not read.
+        group_size: columns per scale, for ``"group"``.
+        block: rows and columns per scale, for ``"block"``.
         symmetric: whether there are no zero points.
     """
 
@@ -46,14 +47,14 @@ class WeightScheme:
 
 @attrs.frozen
 class CompressionConfig:
-    """What a config says about all weights.
+    """The ``quantization_config`` of a checkpoint.
 
     Attributes:
-        schemes: of its groups, each once.
-        formats: of it and its groups.
-        ignore: modules that are not quantized, by their full names; regular expressions of the config are not run.
-        compressed: whether it says that weights are compressed, without which other loaders pass over them.
-        transforms: whether weights were multiplied by other matrices before they were quantized.
+        schemes: the distinct schemes of its groups.
+        formats: the formats named by the config and by its groups.
+        ignore: full names of modules that are not quantized. Regular expressions in this list match nothing.
+        compressed: whether ``quantization_status`` is ``"compressed"``; otherwise other loaders may ignore the codes.
+        transforms: whether weights were multiplied by other matrices before quantization.
     """
 
     schemes: tuple[WeightScheme, ...]
@@ -64,27 +65,27 @@ class CompressionConfig:
 
 
 def read_config(files: CheckpointFiles) -> CompressionConfig | None:
-    """The config beside the files of a checkpoint; None without one, or if it does not speak of quantization.
+    """Read the config beside the files of a checkpoint; None if there is no config or it has no quantization settings.
 
     Raises:
-        FormatError: if it is no JSON, names another tool, or has a value of the wrong type.
-        CheckpointError: if it cannot be read.
+        FormatError: if the config is not JSON, names another tool, or has a value of the wrong type.
+        CheckpointError: if the config cannot be read.
     """
     path = file_beside(files, CONFIG_FILE)
     if path is None:
         return None
     with as_checkpoint_error(f"{path} cannot be read"):
         if path.stat().st_size > MAX_HEADER:
-            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes; it is no config")
+            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes, which is too large for a config")
         text = path.read_bytes().strip()
     fields = parse_object(text, path, "config")
-    # `compression_config` is what older versions of compressed-tensors wrote.
+    # Older versions of compressed-tensors wrote `compression_config`.
     found = next((fields[key] for key in ("quantization_config", "compression_config") if fields.get(key)), None)
     return None if found is None else _Fields(found, f"{path}: quantization_config").config()
 
 
 class _Fields:
-    """A JSON object whose values must have the types they should have."""
+    """A JSON object that checks the type of each value it returns."""
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
@@ -103,9 +104,9 @@ class _Fields:
     def config(self) -> CompressionConfig:
         method = self.get("quant_method", str, QUANT_METHOD)
         if method != QUANT_METHOD:
-            self._refuse("quant_method", f"is {method!r}; of other tools' results only {QUANT_METHOD} is read")
+            self._refuse("quant_method", f"is {method!r}; fewbits reads no other tool than {QUANT_METHOD}")
         groups = self.get("config_groups", dict, {})
-        # A group may be a list of targets under the name of a preset; then the tensors tell how they are quantized.
+        # A group can be a list of targets under the name of a preset. Its scheme is then inferred from the tensors.
         described = [_Fields(group, f"{self._where}.config_groups.{name}") for name, group in groups.items()
                      if not isinstance(group, list)]  # fmt: skip
         formats = {fields.get("format", str, None) for fields in (self, *described)}
@@ -150,5 +151,5 @@ class _Fields:
             self._refuse("block_structure", f"must be two positive integers, not {value!r:.100}")
         return sides[0], sides[1]
 
-    def _refuse(self, name: str, what: str) -> NoReturn:
-        raise FormatError(f"{self._where}.{name} {what}")
+    def _refuse(self, name: str, problem: str) -> NoReturn:
+        raise FormatError(f"{self._where}.{name} {problem}")

@@ -1,7 +1,7 @@
-"""Which results the readers of compressed-tensors take, and the ``quantization_config`` that makes them do so.
+"""Export results to readers of compressed-tensors: what they can read, and the ``quantization_config`` they need.
 
-A Linear weight of ours has the tensors of their ``pack-quantized`` format already, so a configuration is all that
-transformers, and what is built on it, needs to open a result. The keys are those of compressed-tensors 0.20.
+The tensors of a Linear weight in a fewbits file already follow the ``pack-quantized`` format. Transformers, and
+libraries built on it, therefore need only a configuration to open a result. Its keys follow compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from fewbits.numerics.spec import QuantSpec
 from fewbits.selection.info import EMBEDDING_NAMES
 from fewbits.selection.ledger import Ledger, LedgerRow
 
-#: Output layers. Checkpoints leave them out where they are tied to the embedding; readers would expect codes for them.
+#: Names of output layers. A checkpoint omits an output layer that is tied to the embedding. Readers would still expect
+#: codes for it, so the config must list it under ``ignore``.
 _HEADS = ("lm_head", "embed_out", "output_projection", "proj_out", "decoder", "vocab_projector")
 
 _WEIGHT = ".weight"
 
 
 def export_obstacle(ledger: Ledger, vocabularies: Collection[int]) -> str | None:
-    """Why the readers of compressed-tensors would not take a result; None if they take it.
+    """Explain why readers of compressed-tensors cannot open a result; None if they can.
+
+    They read Linear layers, and also embeddings if all weights have the same scheme. They leave quantized weights of
+    other classes at random values, without an error. Any weight that may have such a class is therefore an obstacle.
 
     Args:
-        ledger: of the result.
-        vocabularies: how many tokens the model knows: a weight with so many rows is an embedding or an output layer.
-
-    They read Linear layers, and embeddings where there is one scheme. For a quantized weight of any other class they
-    keep random numbers, without an error, so whatever may be one is an obstacle.
+        ledger: the ledger of the result.
+        vocabularies: vocabulary sizes of the model. A weight with as many rows is an embedding or an output layer.
     """
     several = len({_Scheme.of(row) for row in _quantized(ledger)}) > 1
     biases = {row.name.removesuffix(".bias"): row.shape for row in ledger if row.name.endswith(".bias")}
@@ -54,7 +55,7 @@ def _obstacle(row: LedgerRow, bias: tuple[int, ...] | None) -> str | None:
     if not row.name.endswith(_WEIGHT) or len(shape) != 2 or row.layout != Layout.of(shape):
         return f"of shape {shape} is not the weight of a Linear layer or an embedding; exclude it"
     if bias is not None and bias != shape[:1]:
-        return f"of shape {shape} has {bias[0]} biases, so its rows are inputs, not outputs; exclude it"
+        return f"of shape {shape} has a bias of {bias[0]} elements, so its rows are inputs, not outputs; exclude it"
     return _obstacle_of_spec(spec, shape[1])
 
 
@@ -67,26 +68,29 @@ def _may_be_embedding(row: LedgerRow, vocabularies: Collection[int]) -> bool:
 
 def _obstacle_of_spec(spec: QuantSpec, columns: int) -> str | None:
     if spec.bits not in (4, 8):
-        return f"has {spec.bits} bits; 4 or 8 are read"
+        return f"has {spec.bits}-bit codes; transformers reads 4 or 8 bits"
     if not spec.symmetric:
-        return "has zero points; symmetric schemes are read"
+        return "has zero points; transformers reads symmetric schemes only"
     if spec.levels is not None:
-        return "has codes that stand for levels; whole numbers are read"
+        return "has a table of levels; transformers reads integer codes only"
     if spec.activations is not None:
-        return "rounds its inputs too, which is not read"
+        return "quantizes its inputs too, which transformers does not read"
     if spec.group_size is not None and columns % spec.group_size:
-        return f"has rows of {columns}, which groups of {spec.group_size} do not divide; choose smaller groups"
+        return (
+            f"has rows of {columns} elements, not a multiple of the group size {spec.group_size}; choose smaller groups"
+        )
     return None
 
 
 def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[str, Any]:
-    """The configuration for a result without an obstacle; empty if nothing in it has codes.
+    """Build the configuration for a result that has no `export_obstacle`; empty if no weight is stored as codes.
 
-    The most common scheme is that of all Linear layers, whatever a reader renames them to; others go by name.
+    The scheme that covers the most bytes applies to every Linear layer, so it still holds after a reader renames them.
+    The other schemes list their weights by name.
 
     Args:
-        ledger: of the result.
-        vocabularies: as for `export_obstacle`.
+        ledger: the ledger of the result.
+        vocabularies: vocabulary sizes of the model, as for `export_obstacle`.
     """
     groups: dict[_Scheme, list[LedgerRow]] = {}
     for row in _quantized(ledger):
@@ -116,16 +120,16 @@ def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[s
         },
         "ignore": _ignored(ledger, patterns),
         "kv_cache_scheme": None,
-        # Transformers computes with dense weights either way. Told so, it goes by the names of the file, whatever it
-        # renames them to, and serves callers that pass by its hooks, as sentence-transformers does. It knows one
-        # scheme then: of several it would use the first for all.
+        # Transformers computes with dense weights either way. With `dequantize` it matches the names in the file before
+        # it renames them, and it also works for callers that bypass its hooks, such as sentence-transformers. However,
+        # it then applies the first scheme to all weights, so it must not be set for several schemes.
         "dequantize": len(groups) == 1,
     }
 
 
 @attrs.frozen
 class _Scheme:
-    """What the configuration says of a spec."""
+    """The fields of a spec that the configuration holds."""
 
     num_bits: int
     strategy: str
@@ -133,7 +137,7 @@ class _Scheme:
 
     @classmethod
     def of(cls, row: LedgerRow) -> _Scheme | None:
-        """That of a weight; None if it has no codes."""
+        """Return the scheme of a weight; None if the weight has no codes."""
         spec = row.spec
         return cls(spec.bits, spec.granularity, spec.group_size) if isinstance(spec, QuantSpec) else None
 
@@ -142,21 +146,21 @@ class _Scheme:
 
 
 def _targets(rows: Iterable[LedgerRow], patterns: Mapping[str, str]) -> list[str]:
-    # Experts are named one by one in files, and fused in models: no name of a file matches.
+    # Files name experts one by one, but models fuse them, so no expert's name in a file matches a module.
     return list(dict.fromkeys(patterns[row.name] for row in rows if ".experts." not in row.name))
 
 
 def _ignored(ledger: Ledger, patterns: Mapping[str, str]) -> list[str]:
-    """Layers without codes: those kept in the file, and tied output layers, which are in no file."""
+    """Patterns of the layers without codes: kept layers in the file, and tied output layers, which the file omits."""
     kept = [patterns[row.name] for row in ledger if row.name in patterns and row.fate != "quantized"]
     coded = {row.name.removesuffix(_WEIGHT).rpartition(".")[2] for row in _quantized(ledger)}
     return list(dict.fromkeys([*kept, *(rf"re:(.*\.)?{head}$" for head in _HEADS if head not in coded)]))
 
 
 def _patterns(ledger: Ledger) -> dict[str, str]:
-    """A target for each weight that could be a Linear layer's: one for all that differ in numbers only.
+    """Map each weight of a possible Linear layer to its target pattern.
 
-    Where these have several schemes, each weight has a target of its own.
+    Weights whose names differ only in numbers share a pattern if they have the same scheme. Otherwise each has its own.
     """
     names = {row.name: _escaped(row.name) for row in ledger if row.name.endswith(_WEIGHT) and len(row.shape) == 2}
     schemes: dict[str, set[_Scheme | None]] = {}
@@ -170,7 +174,7 @@ def _patterns(ledger: Ledger) -> dict[str, str]:
 
 
 def _escaped(name: str) -> str:
-    """The module of a weight for a pattern, less the first part of its name, which `AutoModel` may drop or add."""
+    """The escaped module name of a weight, without the first component, which `AutoModel` may drop or add."""
     module = name.removesuffix(_WEIGHT)
     _, dot, rest = module.partition(".")
     return re.escape(rest if dot and not rest[0].isdigit() else module)

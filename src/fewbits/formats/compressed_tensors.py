@@ -1,7 +1,7 @@
-"""`CompressedTensors`: a checkpoint that another tool wrote in the formats of compressed-tensors, opened.
+"""`CompressedTensors`: reads a checkpoint that another tool wrote in a format of compressed-tensors.
 
-Its tensors become values of ours: codes are packed as `fewbits.numerics.packing` packs them, so that one copy of the
-maths decodes them.
+Weights become `QuantizedTensor` values with codes packed as in `fewbits.numerics.packing`, so the decoder of fewbits'
+own files decodes them too.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewbits._events import emit
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.folder import find_files
+from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.folder import CheckpointFiles, find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Entry, Serializer
+from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
 from fewbits.formats.compressed_parts import (
-    StoredTensors,
     column_order,
     packed_codes,
     scale_and_zero_point,
@@ -33,35 +34,35 @@ from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.tensor import QuantizedTensor, shape_part
 from fewbits.selection.ledger import Fate, Ledger, LedgerRow
 
-#: What belongs to the inputs and outputs of a layer, or to an attention's cache, by the last component of its name.
+#: Last name components of tensors that belong to a layer's inputs and outputs, or to an attention cache.
 _OF_ACTIVATIONS = {
-    f"{what}_{part}"
-    for what in ("input", "output", "q", "k", "v")
+    f"{owner}_{part}"
+    for owner in ("input", "output", "q", "k", "v")
     for part in ("scale", "zero_point", "global_scale")
 }  # fmt: skip
 
-#: What is of no use alone.
+#: Last name components of tensors that mean nothing without the rest of their weight.
 _OF_WEIGHTS = {f"weight_{part}" for part in ("packed", *COMPANIONS)}
 
 
 class CompressedTensors:
-    """A checkpoint of compressed-tensors: a file, or a directory of several with its ``config.json``.
+    """A checkpoint of compressed-tensors: a file, or a directory of several files with its ``config.json``.
 
     Args:
         path: the file, the directory, or the index in it.
-        serializer: reads it; None stands for safetensors.
-        originals: what the source has, by name; None if there is no source to compare with.
+        serializer: reads the files; None means safetensors.
+        originals: shape and dtype of the source's tensors, by name; None if there is no source to compare with.
 
     Attributes:
-        ledger: every tensor that can be read, weights by the names of what they were made from.
-        problems: what would have become of each of the others, and why it cannot be read or compared, by name.
-        unknown: tensors of the files that are no part of a weight, and not in the source.
-        of_activations: scales and zero points of what is not a weight.
-        weights: how each weight of the ledger is stored.
-        about: how it was read, in words.
+        ledger: every tensor that can be read; weights have their names before quantization.
+        problems: for each other tensor, by name: the fate it would have had, and why it cannot be read or compared.
+        unknown: tensors that are not part of a weight and not in the source.
+        of_activations: scales and zero points of activations.
+        weights: how each weight in the ledger is stored.
+        about: notes on how the checkpoint was read.
 
     Raises:
-        FormatError: if it is not such a checkpoint, or its index or config has something that it cannot have.
+        FormatError: if it is not a compressed-tensors checkpoint, or its index or config is invalid.
         CheckpointError: if it cannot be opened.
     """
 
@@ -73,7 +74,7 @@ class CompressedTensors:
     ) -> None:
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        self._tensors = StoredTensors(files, serializer)
+        self._path, self._tensors = path, _opened(files, serializer)
         self._entries, self._originals, self._config = self._tensors.entries, originals, read_config(files)
         self.problems: dict[str, tuple[Fate, str]] = {}
         self.weights: dict[str, CompressedWeight] = {}
@@ -87,22 +88,22 @@ class CompressedTensors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, headers aside."""
-        return sum(entry.nbytes for entry in self._entries.values())
+        """Bytes of all tensors, without headers."""
+        return self._tensors.nbytes
 
     def chunk(self, chunk: Chunk) -> Value:
-        """The stored form of some of a tensor, in memory of its own; a weight's columns in the order of their groups.
+        """Return a copy of a chunk of a tensor in its stored form. Columns of a weight are sorted by group.
 
         Args:
-            chunk: of a row of this ledger.
+            chunk: a chunk of a row of this ledger.
 
         Raises:
-            FormatError: if it holds what none of its codes can be.
+            FormatError: if a code or zero point is invalid.
         """
         row, described = chunk.row, chunk.described()
         weight = self.weights.get(row.name)
         if weight is None or described.layout is None:
-            return self._tensors.read(row.name, chunk.start, described.shape)
+            return self._tensors.read_chunk(row.name, chunk.start, described.shape)
         rows = slice(*chunk.rows)
         scale, zero_point = scale_and_zero_point(self._tensors, weight, rows)
         packed = packed_codes(self._tensors, weight, self._orders.get(row.name), rows)
@@ -111,17 +112,41 @@ class CompressedTensors:
             parts["zero_point"] = zero_point
         return QuantizedTensor.from_parts(parts, spec=weight.spec, layout=described.layout, dtype=row.dtype)
 
-    def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
-        """A chunk of the source with its columns in the order that `chunk` gives those of the stored form."""
-        order = self._orders.get(row.name)
-        return source if order is None else source[..., order]
+    def values(self) -> dict[str, Value]:
+        """The stored form of every tensor; a weight with a ``g_idx`` dequantized, its columns in their own order.
+
+        Scales and zero points of activations are left out; an event (`tensors_left_out`) names them.
+
+        Raises:
+            FormatError: naming every tensor that cannot be read, or if the weights are those of a transformed model.
+        """
+        problems = [f"{name}: {problem}" for name, (_, problem) in self.problems.items()]
+        problems += [f"{name} is a part of a weight whose codes are not there" for name in self.unknown]
+        if self._config is not None and self._config.transforms:
+            problems.append("config.json names transforms, without which the weights are not those of the model")
+        if problems:
+            raise FormatError(f"{self._path} cannot be loaded: {'; '.join(problems)}")
+        if self.of_activations:
+            emit("warning", "tensors_left_out", file=str(self._path), tensors=self.of_activations)
+        return {row.name: self._value(row) for row in self.ledger}
+
+    def _value(self, row: LedgerRow) -> Value:
+        value, order = self.chunk(Chunk.whole(row)), self._orders.get(row.name)
+        if order is None or not isinstance(value, QuantizedTensor):
+            return value
+        return value.dequantize()[..., torch.argsort(order)]
 
     def read(self, name: str) -> Tensor:
         """One of the files' tensors."""
-        return self._tensors.read(name)
+        return self._tensors.read_whole(name)
+
+    def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
+        """Return a chunk of the source with its columns in the same order as those that `chunk` returns."""
+        order = self._orders.get(row.name)
+        return source if order is None else source[..., order]
 
     def _weight_rows(self) -> tuple[list[LedgerRow], set[str]]:
-        """The rows of the weights that can be read, and the names of all tensors that weights consist of."""
+        """Ledger rows of the readable weights, and the names of all tensors that are part of a weight."""
         rows: list[LedgerRow] = []
         parts: set[str] = set()
         for name, codes in codes_names(self._entries).items():
@@ -133,10 +158,10 @@ class CompressedTensors:
         return rows, parts
 
     def _weight_row(self, name: str, codes: str) -> LedgerRow:
-        """The row of a weight.
+        """The ledger row of a weight.
 
         Raises:
-            FormatError: if it cannot be read, or is not that of the source.
+            FormatError: if the weight cannot be read or does not match the source.
         """
         self._check_config(name)
         weight = describe(name, codes, self._entries, stated_shape(self._tensors, name), self._config)
@@ -152,7 +177,7 @@ class CompressedTensors:
             shape=original.shape,
             dtype=original.dtype,
             fate="quantized",
-            reason=f"quantized as {QUANT_METHOD} does",
+            reason=f"quantized in a format of {QUANT_METHOD}",
             bytes_before=original.nbytes,
             bytes_after=sum(self._entries[part].nbytes for part in parts),
             spec=weight.spec,
@@ -163,16 +188,14 @@ class CompressedTensors:
         if self._config is None:
             return
         if odd := sorted(self._config.formats - set(READABLE_FORMATS)):
-            raise FormatError(
-                f"{name} cannot be told: config.json names the format {', '.join(odd)}, which is not read"
-            )
+            raise FormatError(f"{name}: config.json names the format {', '.join(odd)}, which fewbits does not read")
         if name.rpartition(".")[0] in self._config.ignore:
-            raise FormatError(f"{name} is quantized, and config.json says that its module is not")
+            raise FormatError(f"{name} is quantized, but config.json says that its module is not")
 
     def _original(self, name: str, found: Entry) -> Entry:
         original = (self._originals or {}).get(name)
         if original is None:
-            raise FormatError(f"{name} is in the result, and not in the source")
+            raise FormatError(f"{name} is in the result but not in the source")
         if original.shape != found.shape or original.dtype not in FLOAT_DTYPES:
             raise FormatError(
                 f"{name} has shape {found.shape}; in the source it is {dtype_name(original.dtype)} of shape "
@@ -181,7 +204,7 @@ class CompressedTensors:
         return original
 
     def _kept_row(self, name: str) -> LedgerRow | None:
-        """The row of a tensor that is no part of a weight; None if it is not to be compared."""
+        """The ledger row of a tensor that is not part of a weight; None if there is nothing to compare it with."""
         entry, last = self._entries[name], name.rpartition(".")[2]
         alone = self._originals is None
         original = entry if self._originals is None else self._originals.get(name)
@@ -211,32 +234,38 @@ class CompressedTensors:
         about = [f"read as {QUANT_METHOD}: {len(self.weights):,} weights"]
         if any(weight.inferred for weight in self.weights.values()):
             schemes = sorted({weight.scheme for weight in self.weights.values() if weight.inferred})
-            about.append(f"no config.json says how weights are quantized; their shapes do: {', '.join(schemes)}")
+            about.append(f"no config.json states the schemes; they were inferred from shapes: {', '.join(schemes)}")
         if self._config is not None and not self._config.compressed:
             about.append(
-                "config.json does not say that its quantization_status is compressed: loaders may ignore codes"
+                "config.json does not set quantization_status to compressed: other loaders may ignore the codes"
             )
         if self._config is not None and self._config.transforms:
-            about.append("config.json names transforms: weights were multiplied before they were quantized")
+            about.append("config.json names transforms: weights were multiplied by matrices before quantization")
         return about
 
 
 def is_compressed_tensors(path: str | os.PathLike[str], serializer: Serializer | None = None) -> bool:
-    """Whether this is to be read as a checkpoint of compressed-tensors: not ours, and with weights as that stores them.
+    """Return whether a checkpoint is in a format of compressed-tensors: not a fewbits file, and with such weights.
 
     Raises:
-        FormatError: if it cannot be told, or a config beside it names another tool.
-        CheckpointError: if it cannot be opened.
+        FormatError: if the files are malformed, or a config beside them names another tool.
+        CheckpointError: if the files cannot be opened.
     """
     serializer = serializer or SafetensorsSerializer()
     files = find_files(Path(path), (serializer.suffix,))
     if VERSION_KEY in files.metadata:
         return False
     first = serializer.reader(files.paths[0])
-    # A damaged file of ours is not taken for somebody else's.
+    # A damaged fewbits file must not be read as another tool's.
     if any(map(is_own_key, first.metadata)):
         return False
-    return bool(codes_names(StoredTensors(files, serializer).entries)) or read_config(files) is not None
+    return bool(codes_names(_opened(files, serializer).entries)) or read_config(files) is not None
+
+
+def _opened(files: CheckpointFiles, serializer: Serializer) -> ShardedReader:
+    tensors = ShardedReader(files, {path.name: serializer.reader(path) for path in files.paths})
+    tensors.check_index()
+    return tensors
 
 
 def _is_cast(before: torch.dtype, after: torch.dtype) -> bool:

@@ -1,12 +1,12 @@
-"""One weight of a compressed-tensors checkpoint: which tensors hold it, and how their shapes say it is quantized.
+"""Describe one weight of a compressed-tensors checkpoint: the tensors that hold it, and how it is quantized.
 
 ============================  =====================================================================================
-``weight_packed``             int32, (rows, words): codes plus ``2**(bits-1)``, as `fewbits.numerics.packing` packs them
+``weight_packed``             int32, (rows, words): codes plus ``2**(bits-1)``, packed as in `fewbits.numerics.packing`
 ``weight_shape``              int64 or int32, (dimensions,): beside ``weight_packed``
-``weight``                    in place of these: int8, a code a byte, or float8
+``weight``                    instead of these two: int8, one code per byte, or float8
 ``weight_scale``              floating: (1,), (rows, 1), (rows, groups), or one for each block of rows and columns
-``weight_zero_point``         asymmetric only: int32, packed along the rows, or int8, the shape of the scales
-``weight_g_idx``              integer, (columns,): the group of each column, where they do not lie in order
+``weight_zero_point``         asymmetric only: int32, packed along the rows, or int8 in the shape of the scales
+``weight_g_idx``              integer, (columns,): the group of each column, if the columns are not in group order
 ============================  =====================================================================================
 """
 
@@ -19,7 +19,7 @@ from typing import Literal
 import attrs
 import torch
 
-from fewbits.checkpoint.metadata import part_name
+from fewbits.checkpoint.codec import part_name
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import CompressionConfig, WeightScheme
@@ -31,7 +31,7 @@ from fewbits.numerics.spec import Granularity, QuantSpec
 
 Form = Literal["packed", "bytes", "float8"]
 
-#: What may lie beside the codes of a weight.
+#: Suffixes of the tensors that can accompany the codes of a weight.
 COMPANIONS = ("scale", "zero_point", "shape", "g_idx", "global_scale")
 
 _BITS = range(2, 9)
@@ -42,16 +42,16 @@ class CompressedWeight:
     """How one weight is stored.
 
     Attributes:
-        name: of the weight it was made from.
-        codes: the tensor that holds its codes.
-        form: how that holds them.
-        spec: how they look.
-        layout: how the weight was cut.
-        zero_point: how the zero points are held; None if symmetric.
-        ordered: whether a ``g_idx`` says which group each column is of.
+        name: the name of the weight before quantization.
+        codes: the name of the tensor that holds the codes.
+        form: how that tensor stores the codes.
+        spec: the quantization parameters that fit the tensors.
+        layout: how the weight is divided into rows and columns.
+        zero_point: how the zero points are stored; None if symmetric.
+        ordered: whether a ``g_idx`` gives the group of each column.
         block_rows: how many rows share a scale.
-        scheme: the spec in words.
-        inferred: whether only the shapes say so.
+        scheme: the scheme as text.
+        inferred: whether the spec was inferred from shapes because no config states it.
     """
 
     name: str
@@ -66,13 +66,13 @@ class CompressedWeight:
     inferred: bool
 
     def part(self, part: str) -> str:
-        """The name of one of its tensors."""
+        """Return the name of one of its tensors."""
         return part_name(self.name, part)
 
 
 @attrs.frozen
 class _Cut:
-    """What shares a scale, as shapes have it."""
+    """Which elements share a scale."""
 
     granularity: Granularity
     group_size: int | None = None
@@ -80,11 +80,11 @@ class _Cut:
 
 
 class _UnfitError(Exception):
-    """Why a scheme is not the one that a weight's tensors have."""
+    """A scheme does not match the tensors of a weight; the message says why."""
 
 
 def codes_names(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """The weights among the tensors of a file, by name, and which tensor holds the codes of each."""
+    """Find the quantized weights among tensors: a mapping from each weight's name to the name of its codes."""
     found = {}
     for name, entry in entries.items():
         stem = name.removesuffix("_packed")
@@ -98,24 +98,24 @@ def codes_names(entries: Mapping[str, Entry]) -> dict[str, str]:
 def describe(
     name: str, codes: str, entries: Mapping[str, Entry], shape: Sequence[int] | None, config: CompressionConfig | None
 ) -> CompressedWeight:
-    """How one weight is stored.
+    """Describe how one weight is stored.
 
     Args:
-        name: of the weight.
-        codes: of the tensor with its codes.
-        entries: every tensor of the checkpoint.
-        shape: what ``weight_shape`` says; None if there is none.
-        config: what ``config.json`` says; None to infer it all from shapes.
+        name: the name of the weight.
+        codes: the name of the tensor with its codes.
+        entries: every tensor of the checkpoint, by name.
+        shape: the contents of ``weight_shape``; None if there is no such tensor.
+        config: the settings in ``config.json``; None to infer everything from shapes.
 
     Raises:
-        FormatError: if its tensors contradict one another or the config, or are of a kind that is not read.
+        FormatError: if the tensors contradict each other or the config, or if fewbits does not read their format.
     """
     entry, scale = entries[codes], entries[part_name(name, "scale")]
     if codes != name and name in entries:
-        raise FormatError(f"{name} is there twice, as it is and as {codes}")
+        raise FormatError(f"{name} is stored twice, under its own name and as {codes}")
     form = _form(name, codes, entry)
     if scale.dtype not in FLOAT_DTYPES:
-        raise FormatError(f"{name}_scale is {dtype_name(scale.dtype)}; scales of that dtype are not read")
+        raise FormatError(f"{name}_scale is {dtype_name(scale.dtype)}; fewbits does not read scales of that dtype")
     layout = _layout(name, form, entry, scale, shape)
     zero = entries.get(part_name(name, "zero_point"))
     reasons, fits = [], []
@@ -125,10 +125,11 @@ def describe(
         except _UnfitError as error:
             reasons.append(str(error))
     if not fits:
-        raise FormatError(f"{name} is not what {'config.json says' if config else 'can be read'}: {'; '.join(reasons)}")
+        problem = "does not match config.json" if config else "cannot be read"
+        raise FormatError(f"{name} {problem}: {'; '.join(reasons)}")
     if form == "packed" and len({spec for spec, _ in fits}) > 1:
         raise FormatError(f"{name} fits several groups of config.json: {', '.join(str(spec) for spec, _ in fits)}")
-    # Codes of one byte decode alike in all: the widest leaves none of them out.
+    # One-byte codes decode to the same values under every scheme that fits. The widest scheme allows all of the codes.
     spec, block_rows = max(fits, key=lambda fit: fit[0].bits)
     ordered = part_name(name, "g_idx") in entries
     return CompressedWeight(
@@ -147,11 +148,11 @@ def describe(
 
 def _form(name: str, codes: str, entry: Entry) -> Form:
     if len(entry.shape) < 2 or not entry.numel:
-        raise FormatError(f"{codes} has shape {entry.shape}; codes of a weight have rows and columns")
+        raise FormatError(f"{codes} has shape {entry.shape}; codes must have rows and columns and not be empty")
     if codes == name:
         return "bytes" if entry.dtype == torch.int8 else "float8"
     if entry.dtype != torch.int32:
-        raise FormatError(f"{codes} is {dtype_name(entry.dtype)}; only codes packed in int32 are read")
+        raise FormatError(f"{codes} is {dtype_name(entry.dtype)}; packed codes must be int32")
     return "packed"
 
 
@@ -160,33 +161,33 @@ def _layout(name: str, form: Form, entry: Entry, scale: Entry, shape: Sequence[i
         one_a_row = scale.shape == (entry.shape[0], *[1] * (len(entry.shape) - 1))
         return Layout.of(entry.shape, inputs=range(1, len(entry.shape)) if one_a_row else (-1,))
     if shape is None:
-        raise FormatError(f"{name}_packed has no {name}_shape beside it, which says how many columns there are")
+        raise FormatError(f"{name}_packed has no {name}_shape beside it, so its number of columns is unknown")
     if tuple(shape[:-1]) != entry.shape[:-1] or not 0 < shape[-1] < 1 << 40:
-        raise FormatError(f"{name}_shape says {tuple(shape)}, and {name}_packed has shape {entry.shape}")
+        raise FormatError(f"{name}_shape says {tuple(shape)}, but {name}_packed has shape {entry.shape}")
     return Layout.of(shape)
 
 
 def _fit(
     scheme: WeightScheme | None, form: Form, entry: Entry, scale: Entry, layout: Layout, zero_points: bool
 ) -> tuple[QuantSpec, int]:
-    """The spec of a weight by a scheme of the config, or by shapes alone, and how many rows share a scale.
+    """The spec of a weight and how many rows share a scale, from a scheme of the config or, without one, from shapes.
 
     Raises:
-        _UnfitError: if it is not that scheme's.
+        _UnfitError: if the tensors do not match the scheme.
     """
     cut = _inferred_cut(scale, layout) if scheme is None else _cut_of(scheme, scale, layout)
     if zero_points and cut.block_rows > 1:
-        raise _UnfitError("zero points of blocks are not read")
+        raise _UnfitError("fewbits does not read zero points of blocks")
     if form == "float8":
         if scheme is not None and (scheme.kind, scheme.bits) != ("float", 8):
-            raise _UnfitError(f"{scheme}, and it is {dtype_name(entry.dtype)}")
+            raise _UnfitError(f"{scheme}, but the codes are {dtype_name(entry.dtype)}")
         if zero_points:
-            raise _UnfitError("zero points of float8 are not read")
+            raise _UnfitError("fewbits does not read zero points of float8 codes")
         return float8_spec(entry.dtype, cut.granularity, cut.group_size, scale.dtype), cut.block_rows
     if scheme is not None and (scheme.kind != "int" or scheme.bits not in _BITS):
-        raise _UnfitError(f"{scheme}, and its codes are integers of 2 to 8 bits")
+        raise _UnfitError(f"{scheme}, but the codes are integers of 2 to 8 bits")
     if scheme is not None and not scheme.symmetric and not zero_points:
-        raise _UnfitError(f"{scheme}, and there are no zero points")
+        raise _UnfitError(f"{scheme}, but there are no zero points")
     spec = QuantSpec(
         8 if form == "bytes" and scheme is None else _bits(scheme, form, entry, layout),
         cut.granularity,
@@ -202,8 +203,8 @@ def _bits(scheme: WeightScheme | None, form: Form, entry: Entry, layout: Layout)
     if form == "packed":
         widths = [bits for bits in widths if packed_words(layout.columns, bits) == entry.shape[-1]]
     if len(widths) != 1:
-        asked = "" if scheme is None else f"{scheme}, and "
-        one_of = f" may be codes of {' or '.join(map(str, widths))} bits" if widths else " hold no such codes"
+        asked = "" if scheme is None else f"{scheme}, but "
+        one_of = f" may be codes of {' or '.join(map(str, widths))} bits" if widths else " do not fit any such codes"
         raise _UnfitError(f"{asked}{entry.shape[-1]} words for {layout.columns} columns{one_of}")
     return widths[0]
 
@@ -221,9 +222,9 @@ def _cut_of(scheme: WeightScheme, scale: Entry, layout: Layout) -> _Cut:
         ),
     }.get(scheme.strategy, (None, None))
     if cut is None:
-        raise _UnfitError(f"{scheme}; that strategy is not read")
+        raise _UnfitError(f"{scheme}; fewbits does not read that strategy")
     if found != expected or (scheme.strategy == "block" and len(layout.shape) != 2):
-        raise _UnfitError(f"{scheme}, and its scales have shape {scale.shape} for {rows} rows of {columns}")
+        raise _UnfitError(f"{scheme}, but its scales have shape {scale.shape} for {rows} rows of {columns} columns")
     return cut
 
 
@@ -234,13 +235,13 @@ def _inferred_cut(scale: Entry, layout: Layout) -> _Cut:
         return _Cut("tensor")
     if found != rows or not groups or columns % groups:
         raise _UnfitError(
-            f"scales of shape {scale.shape} for {rows} rows of {columns}, which only config.json can explain"
+            f"scales have shape {scale.shape} for {rows} rows of {columns} columns: the scheme needs a config.json"
         )
     return _Cut("channel") if groups == 1 else _Cut("group", columns // groups)
 
 
 def matrix_form(shape: Sequence[int]) -> tuple[int, int]:
-    """The shape of scales as (rows, groups)."""
+    """Return the shape of scales as (rows, groups)."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
 
 
@@ -254,13 +255,13 @@ def _zero_point(
     if zero is not None and zero.dtype == torch.int32 and matrix_form(zero.shape) == packed and len(layout.shape) == 2:
         return "packed"
     raise FormatError(
-        f"{name}_zero_point is {zero}; it should be int8 in the shape of the scales, or int32 in shape {packed}"
+        f"{name}_zero_point is {zero}; it must be int8 in the shape of the scales, or int32 of shape {packed}"
     )
 
 
 def _check_order(name: str, order: Entry, spec: QuantSpec, layout: Layout) -> bool:
     if order.dtype not in (torch.int32, torch.int64) or order.shape != (layout.columns,) or spec.granularity != "group":
-        raise FormatError(f"{name}_g_idx is {order}; it should be an integer for each of {layout.columns} columns")
+        raise FormatError(f"{name}_g_idx is {order}; it must be one integer per column ({layout.columns})")
     return True
 
 
@@ -277,6 +278,6 @@ def _ceil(count: int, size: int) -> int:
 
 
 def parts_of(name: str, codes: str, entries: Mapping[str, Entry]) -> list[str]:
-    """The tensors of a weight that are there, its name among them if one has that."""
+    """Return the names of the existing tensors that a weight consists of; a tensor under its own name is included."""
     candidates = dict.fromkeys((codes, name, *(part_name(name, companion) for companion in COMPANIONS)))
     return [part for part in candidates if part in entries]

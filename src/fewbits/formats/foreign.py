@@ -1,6 +1,6 @@
-"""What other tools have quantized, known by names and dtypes: what cannot be read yet is refused, with what it is.
+"""Recognize tensors that other tools quantized, by names and dtypes, and refuse the formats that fewbits cannot read.
 
-Taken for weights, codes would be carried through as integers and their scales be quantized, in silence.
+Without this check, their codes would silently be kept as integers, and their scales quantized as if they were weights.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from fewbits.numerics.scaled import FP8_DTYPES
 
 @attrs.frozen
 class ForeignFormat:
-    """How the codes of a format are known.
+    """How to recognize the codes of a format.
 
     Attributes:
-        what: the format, in words.
-        codes: how the name of the codes ends; a whole last component unless it begins with "_" or ".", or is empty.
-        beside: the endings, in place of that one, of names that all lie beside.
-        dtypes: that the codes may have; empty for any but floats.
+        what: the name of the format, for messages.
+        codes: suffix of the name of the codes. It must be a whole last component, unless it is empty or begins with
+            "_" or ".".
+        beside: suffixes that replace `codes` in the names of the other tensors of the format. All must exist.
+        dtypes: allowed dtypes of the codes; empty allows all but floating-point dtypes.
+        loadable: whether `fewbits.load` reads a checkpoint of this format.
     """
 
     what: str
     codes: str
     beside: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = ()
+    loadable: bool = False
 
     def found_beside(self, name: str, entry: Entry, entries: Mapping[str, Entry]) -> list[str]:
-        """The names that make a tensor one of this format; empty if it is none."""
+        """Return the names of the other tensors if a tensor holds codes of this format; empty if not."""
         stem = self._stem(name)
         fits = entry.dtype in self.dtypes if self.dtypes else entry.dtype not in (*FLOAT_DTYPES, *FP8_DTYPES)
         if stem is None or not fits:
@@ -50,14 +53,16 @@ class ForeignFormat:
 
 _U8, _I8, _I32 = (torch.uint8,), (torch.int8,), (torch.int32,)
 
-#: What is known, what says more before what says less: the first that fits counts.
+#: Known formats, the most specific first: the first match counts.
 FOREIGN_FORMATS = (
     ForeignFormat("GPTQ", "qweight", ("qzeros", "scales", "g_idx")),
     ForeignFormat("AWQ", "qweight", ("qzeros", "scales")),
     ForeignFormat("GPTQ, AWQ, or a format like these", "qweight", ("scales",)),
     ForeignFormat("NVFP4 of compressed-tensors", "_packed", ("_scale", "_global_scale"), _U8),
     ForeignFormat("MXFP4 of compressed-tensors", "_packed", ("_scale",), _U8),
-    ForeignFormat("compressed-tensors' pack-quantized, which fewbits writes too", "_packed", ("_scale",), _I32),
+    ForeignFormat(
+        "compressed-tensors' pack-quantized, which fewbits writes too", "_packed", ("_scale",), _I32, loadable=True
+    ),
     ForeignFormat("packed codes with scales", "_packed", ("_scale",)),
     ForeignFormat("NVFP4 of ModelOpt", "", ("_scale", "_scale_2"), _U8),
     ForeignFormat("MXFP4, as in gpt-oss", "_blocks", ("_scales",), _U8),
@@ -69,28 +74,39 @@ FOREIGN_FORMATS = (
     ForeignFormat("torchao", "_qdata", ("_scale",), (torch.int8, torch.uint8, torch.int32, *FP8_DTYPES)),
     ForeignFormat("quanto, 4 or 2 bits", "._data._data", ("._scale", "._shift"), _U8),
     ForeignFormat("quanto", "._data", ("._scale",), (torch.int8, torch.uint8, *FP8_DTYPES)),
-    ForeignFormat("int8 of compressed-tensors, or a format like it", "", ("_scale",), _I8),
+    ForeignFormat("int8 of compressed-tensors, or a format like it", "", ("_scale",), _I8, loadable=True),
     ForeignFormat("codes with scales", "", ("_scale",)),
     ForeignFormat("codes with scales", "", ("_scale_inv",)),
-    ForeignFormat("scales of FP8 codes, though these are none", "", ("_scale_inv",), FLOAT_DTYPES),
+    ForeignFormat("FP8 codes with scales, except that its dtype is not FP8", "", ("_scale_inv",), FLOAT_DTYPES),
     ForeignFormat("FP8 with scales of scales", "", ("_scale", "_scale_2"), FP8_DTYPES),
     ForeignFormat("FP8 with zero points", "", ("_scale", "_zero_point"), FP8_DTYPES),
     ForeignFormat("FP8 with its columns in another order", "", ("_scale", "_g_idx"), FP8_DTYPES),
 )
 
 
+#: What a user can do about codes, by whether `fewbits.load` reads them.
+_ADVICE = {
+    False: (
+        "cannot be read yet; give the float checkpoint it was made from, or dequantize it with the tool that wrote it"
+    ),
+    True: (
+        "is not quantized again unasked; give the float checkpoint it was made from, or "
+        "fewbits.load(path, dequantize=True)"
+    ),
+}
+
+
 def refuse_foreign(entries: Mapping[str, Entry]) -> None:
-    """Refuse tensors that another tool (or this one) has quantized, other than FP8 weights with their scales.
+    """Refuse tensors that another tool or fewbits quantized, except FP8 weights with scales.
 
     Raises:
-        SourceError: naming the first such tensor, its format, and what lies beside it.
+        SourceError: naming the first such tensor, its format, and the tensors that belong to it.
     """
     for name, format, beside in _foreign(entries):
         entry = entries[name]
         raise SourceError(
             f"{name} ({dtype_name(entry.dtype)}, shape {entry.shape}) is quantized already: with {', '.join(beside)} "
-            f"beside it, it looks like {format.what}, which cannot be read yet; give the float checkpoint it was made "
-            "from, or dequantize it with the tool that wrote it"
+            f"beside it, it looks like {format.what}, which {_ADVICE[format.loadable]}"
         )
 
 

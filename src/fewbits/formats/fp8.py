@@ -1,8 +1,8 @@
-"""FP8 weights of other tools: which tensor is the scale of which, and reading both as one bfloat16 tensor.
+"""Read FP8 weights of other tools: pair each weight with its scales, and read both as one bfloat16 tensor.
 
-Two ways to store them are common. With ``p_scale_inv`` beside ``p`` (DeepSeek-V3 and what followed it) there is a scale
-for each block, commonly of 128 by 128; in spite of its name it is what codes are multiplied by. With ``p_scale``
-(compressed-tensors, ModelOpt) there is one for the whole tensor or one for each row, rarely for blocks.
+Two ways to store scales are common. ``p_scale_inv`` beside ``p`` (DeepSeek-V3 and its successors) has one scale per
+block, usually of 128 by 128 elements; despite its name, codes are multiplied by it. ``p_scale`` (compressed-tensors,
+ModelOpt) has one scale for the whole tensor or one per row, rarely one per block.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.scaled import FP8_DTYPES, FP8_SCALE_DTYPES, FP8_TARGET, ScaleGrid, dequantize_scaled
 from fewbits.selection.ledger import Ledger
 
-#: What is added to the name of a weight to make that of its scales.
+#: Suffixes that turn the name of a weight into the name of its scales.
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 
-#: Rows and columns of blocks that are looked for where no configuration tells.
+#: Block shapes (rows, columns) to try if no configuration states one.
 KNOWN_BLOCKS = ((128, 128), (1, 128))
 
-#: The last component of the name of a scale that is no weight's, or what that ends in after an underscore.
+#: Names of activation scales: the last component of such a name equals one of these, or ends in "_" and one of these.
 ACTIVATION_SCALES = (
     "input_scale", "output_scale", "act_scale", "activation_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
     "prob_scale",
 )  # fmt: skip
 
-#: Reads elements of a tensor by its name, from the first of two positions to the second, in one dimension.
+#: Reads elements `start` to `stop` of a named tensor, flattened: (name, start, stop).
 ReadElements = Callable[[str, int, int], Tensor]
 
 
@@ -41,11 +41,11 @@ class ScaledWeight:
     """An FP8 weight and its scales.
 
     Attributes:
-        name: of the weight.
-        entry: its shape, and the dtype of its codes.
-        scale: the name of its scales.
-        scale_entry: their shape and dtype.
-        grid: which of them goes with which code.
+        name: the name of the weight.
+        entry: the shape of the weight and the dtype of its codes.
+        scale: the name of the scales.
+        scale_entry: shape and dtype of the scales.
+        grid: which scale belongs to which code.
     """
 
     name: str
@@ -56,22 +56,22 @@ class ScaledWeight:
 
     @property
     def described(self) -> Entry:
-        """What it is dequantized to."""
+        """Shape and dtype of the dequantized weight."""
         return Entry(self.entry.shape, FP8_TARGET)
 
     def read(
         self, elements: ReadElements, first: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Some of its elements as they lie, dequantized.
+        """Dequantize consecutive elements of the weight.
 
         Args:
             elements: reads codes and scales.
-            first: the first element.
-            shape: what they are to look like, which says how many there are.
-            device: where codes and scales are.
+            first: position of the first element in the flattened weight.
+            shape: shape of the returned tensor, which sets the number of elements.
+            device: the device of codes and scales.
 
         Raises:
-            NumericsError: for what cannot be dequantized; it names the weight and its scales.
+            NumericsError: if an element cannot be dequantized; the message names the weight and its scales.
         """
         out = torch.empty(shape, dtype=FP8_TARGET, device=device)
         try:
@@ -92,14 +92,14 @@ class ScaledWeight:
 def scaled_weights(
     entries: Mapping[str, Entry], blocks: Sequence[tuple[int, int]] = KNOWN_BLOCKS
 ) -> dict[str, ScaledWeight]:
-    """The FP8 weights among some tensors that have scales beside them, by name.
+    """Find the FP8 weights that have scales, by name.
 
     Args:
-        entries: all tensors, by name.
-        blocks: rows and columns of the blocks that there may be.
+        entries: shape and dtype of all tensors, by name.
+        blocks: possible block shapes (rows, columns).
 
     Raises:
-        SourceError: for scales that do not fit their weight, or have none.
+        SourceError: if scales do not fit their weight, or their weight is missing.
     """
     found = {}
     for name, entry in entries.items():
@@ -107,8 +107,8 @@ def scaled_weights(
             scales = [name + suffix for suffix in SCALE_SUFFIXES if name + suffix in entries]
             if len(scales) > 1:
                 raise SourceError(
-                    f"{_named(name, entry)} has {' and '.join(scales)} beside it; one of them can be its scale, not "
-                    "both: remove the other from the checkpoint"
+                    f"{_named(name, entry)} has {' and '.join(scales)} beside it; only one of them can be its scale: "
+                    "remove the other from the checkpoint"
                 )
             for scale in scales:
                 found[name] = ScaledWeight(name, entry, scale, entries[scale], _grid(name, scale, entries, blocks))
@@ -117,15 +117,15 @@ def scaled_weights(
 
 
 def tell_unscaled(ledger: Ledger) -> None:
-    """Warn of FP8 tensors that are kept, because no scales lie beside them: they may have lost theirs."""
+    """Warn about FP8 tensors that are kept because no scales were found: their scales may be lost."""
     names = [row.name for row in ledger.stored if row.dtype in FP8_DTYPES]
     if names:
-        reason = "no scales lie beside them; they are kept as they are"
+        reason = "no scales lie beside them; they are kept unchanged"
         emit("warning", "fp8_without_scale", tensors=len(names), first=names[0], reason=reason)
 
 
 def is_activation_scale(name: str) -> bool:
-    """Whether a name beside FP8 weights is that of a scale of what a layer computes with, not of a weight."""
+    """Return whether a tensor beside FP8 weights is, by its name, a scale of activations and not of a weight."""
     last = name.rpartition(".")[2]
     return any(last == known or last.endswith(f"_{known}") for known in ACTIVATION_SCALES)
 
@@ -134,7 +134,7 @@ def _grid(name: str, scale: str, entries: Mapping[str, Entry], blocks: Sequence[
     entry, scale_entry = entries[name], entries[scale]
     if scale_entry.dtype not in FP8_SCALE_DTYPES:
         raise SourceError(
-            f"{_named(scale, scale_entry)} lies beside {_named(name, entry)} and cannot be its scale, which is one of "
+            f"{_named(scale, scale_entry)} lies beside {_named(name, entry)} and cannot be its scale: scales are in "
             f"{', '.join(map(dtype_name, FP8_SCALE_DTYPES))}; dequantize the checkpoint with the tool that wrote it"
         )
     grid = ScaleGrid.fit(entry.shape, scale_entry.shape, blocks)
@@ -142,22 +142,22 @@ def _grid(name: str, scale: str, entries: Mapping[str, Entry], blocks: Sequence[
         cuts = " or ".join(f"{rows} by {columns}" for rows, columns in blocks)
         raise SourceError(
             f"{_named(scale, scale_entry)} does not fit {_named(name, entry)}: there is one scale for the tensor, one "
-            f"for each row, or one for each block of {cuts}; if its blocks are others, give the directory whose "
-            "config.json has their weight_block_size"
+            f"for each row, or one for each block of {cuts}; if the blocks have another shape, give the directory "
+            "whose config.json states their weight_block_size"
         )
     return grid
 
 
 def _refuse_lost_scales(entries: Mapping[str, Entry]) -> None:
-    """Refuse scales of weights that are not there: they would pass for weights."""
-    # Beside float weights, one of these two names has been seen for other things.
+    """Refuse scales whose weights are missing: they would be taken for weights."""
+    # Beside float weights, "_scale" is also used for other tensors, so only "_scale_inv" counts there.
     suffixes = SCALE_SUFFIXES if any(entry.dtype in FP8_DTYPES for entry in entries.values()) else SCALE_SUFFIXES[:1]
     for name, entry in entries.items():
         suffix = next((suffix for suffix in suffixes if name.endswith(f"weight{suffix}")), None)
         if suffix is not None and name.removesuffix(suffix) not in entries:
             raise SourceError(
-                f"{_named(name, entry)} is the scale of {name.removesuffix(suffix)}, which is not there; if that is in "
-                "another file of the checkpoint, give its directory"
+                f"{_named(name, entry)} is the scale of {name.removesuffix(suffix)}, which is missing; if that is "
+                "in another file of the checkpoint, give its directory"
             )
 
 

@@ -1,8 +1,8 @@
-"""The maths of codes, in one copy: choose scale and zero point, encode, decode, and the bound on the error.
+"""The arithmetic of codes: choose scale and zero point, encode, decode, and bound the error.
 
-All functions work on a block of whole rows: `x` is (rows, columns) and floating, `scale` and `zero_point` are
-(rows, groups), or (1,) where one pair serves the whole tensor. A code ``q`` stands for ``(q - zero_point) * scale``,
-or, where the spec has levels, for ``levels[q - code_min] * scale``; see `fewbits.numerics.grid`.
+All functions work on a block of whole rows. `x` is (rows, columns) and floating. `scale` and `zero_point` are
+(rows, groups), or (1,) where one pair serves the whole tensor. A code ``q`` decodes to ``(q - zero_point) * scale``.
+If the spec has levels, ``q`` decodes to ``levels[q - code_min] * scale``; see `fewbits.numerics.grid`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
 _SAME_WIDTH_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-#: Each step moves the quotient of a magnitude and its scale by a sixteenth, past the half that rounds up, at last.
+#: Each step enlarges the scale by a sixteenth. After at most this many steps the code of a magnitude rounds down.
 _OVERFLOW_STEPS, _OVERFLOW_FACTOR = 16, 17 / 16
 
 
 def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest element of each group, zero included.
+    """Return the smallest and the largest element of each group, zero included.
 
     Returns:
         two tensors of the scales' shape, in the dtype of `x`.
@@ -45,21 +45,23 @@ def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     groups = grouped(x, spec)
     dims = (0, 1, 2) if spec.granularity == "tensor" else (2,)
     shape = spec.scale_shape(*x.shape)
-    # Not `aminmax`, which takes ten times as long over short groups.
+    # `aminmax` takes ten times as long for short groups.
     return groups.amin(dims).clamp_(max=0).view(shape), groups.amax(dims).clamp_(min=0).view(shape)
 
 
 def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """The smallest scale, and its zero point, with which everything between `low` and `high` is in range.
+    """Choose the smallest scale whose codes cover the range from `low` to `high`, and its zero point.
 
-    Scales are computed in float64, then rounded to ``spec.scale_dtype``. One below that dtype's smallest normal
-    number is raised to it. Where rounding down would clip `low` or `high` the next number up is taken, and where a
-    code in use would stand for more than the largest number there is, a larger scale with which none does.
+    Scales are computed in float64, then rounded to ``spec.scale_dtype``. The rounded scale is replaced by
+
+    - the smallest normal number of that dtype, if the scale is smaller;
+    - the next larger number, if the rounded scale would clip `low` or `high`;
+    - a larger scale, if `low` or `high` would decode to infinity.
 
     Args:
         low: at most zero; any shape.
         high: at least zero; the shape of `low`.
-        spec: with its `scale_dtype` settled.
+        spec: with its `scale_dtype` set.
 
     Returns:
         scale in ``spec.scale_dtype``, and zero point in int32 or None, in the shape of `low`.
@@ -91,10 +93,10 @@ def encode(
 
     Args:
         x: (rows, columns).
-        scale: of these rows.
-        zero_point: likewise, or None.
-        spec: how the codes look.
-        scratch: what to compute in; the result is in it too, until it is used again.
+        scale: the scales of these rows.
+        zero_point: the zero points of these rows, or None.
+        spec: the spec of the codes.
+        scratch: memory for intermediate results and for the result, which the next use of `scratch` overwrites.
 
     Returns:
         uint8, the shape of `x`: codes made unsigned by adding ``2**(bits-1)``.
@@ -108,23 +110,23 @@ def encode(
         if zero_point is not None:
             steps += broadcast(zero_point)
         steps.clamp_(spec.code_min, spec.code_max)
-        # Made unsigned as bytes: floats become signed bytes many times faster than unsigned ones.
+        # Convert to signed bytes and shift them afterwards: torch converts floats to unsigned bytes much more slowly.
         codes = scratch.take("codes", steps.shape, torch.int8, x.device).copy_(steps).view(torch.uint8)
         codes += -spec.code_min
     return codes.flatten(1)[:, : x.shape[1]]
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """What the codes stand for, computed in `dtype`.
+    """Turn codes back into numbers, computed in `dtype`.
 
     Args:
         codes: uint8, (rows, columns), unsigned as `encode` returns them.
-        scale: of the rows that `codes` holds.
-        zero_point: likewise, or None.
-        spec: the spec they were encoded with.
+        scale: the scales of these rows.
+        zero_point: the zero points of these rows, or None.
+        spec: the spec of the codes.
         dtype: float32 or float64.
     """
-    # No in-place operation: this is traced by torch.compile and torch.export.
+    # torch.compile and torch.export trace this function, so it uses no in-place operation.
     if spec.levels is not None:
         levels = torch.tensor(spec.levels, dtype=dtype, device=codes.device)
         steps = levels.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
@@ -136,32 +138,35 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantS
 
 
 def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """How far each element may lie from what its code stands for.
+    """Bound the error of each element: its largest allowed distance from its decoded code.
 
-    ``scale / 2 + |x| * 2**-23``, or half the distance of the two levels around it in place of ``scale / 2``; where an
-    observer clips, the distance to the nearest representable value (if larger). Where the spec says that codes are
-    chosen freely, the distance to the farther end of the code range. Evaluated in float64.
+    The bound is ``gap + |x| * 2**-23``, in float64. ``gap`` is
+
+    - ``scale / 2`` for integer codes;
+    - half the distance between the two levels around the element, for codes with levels;
+    - the distance to the code range, if that is larger: an observer clipped the element;
+    - the distance to the farther end of the code range, if ``spec.rounding`` is "free".
 
     Args:
         x: float64, (rows, columns).
         scale: as stored.
         zero_point: as stored, unpacked; None if symmetric.
-        spec: how the codes look.
+        spec: the spec of the codes.
     """
     return bound_and_clipped(x, scale, zero_point, spec)[0]
 
 
 def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Which elements lie further than half a step outside what the codes can stand for; arguments as `error_bound`."""
+    """Mark the elements that lie more than half a step outside the code range. The arguments are `error_bound`'s."""
     return bound_and_clipped(x, scale, zero_point, spec)[1]
 
 
 def bound_and_clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """`error_bound` and `clipped` of the same elements: most of the work is the same."""
+    """Compute `error_bound` and `clipped` together, since they share most of the work."""
     groups, gap = grouped(x, spec), half_gap(x, scale, spec)
     low, high = code_range(scale, zero_point, spec)
     above, below = groups - high, low - groups
-    beyond = torch.maximum(above, below)  # at most zero inside of the range
+    beyond = torch.maximum(above, below)  # at most zero inside the range
     farthest = -torch.minimum(above, below) if spec.rounding == "free" else torch.maximum(beyond, gap)
     bound = farthest + groups.abs() * 2.0**-23
     outside = beyond > gap
@@ -169,21 +174,21 @@ def bound_and_clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec:
 
 
 def are_sound(scale: Tensor) -> bool:
-    """Whether codes can be made with these scales: finite numbers, none of them zero."""
+    """Tell whether all scales are finite and not zero."""
     if not scale.numel():
         return True
-    least, largest = torch.aminmax(scale.abs())  # both NaN, if a scale is
+    least, largest = torch.aminmax(scale.abs())  # both are NaN if one scale is NaN
     return float(least) > 0 and float(largest) < math.inf
 
 
 def check_params(
     scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point for a (rows, columns) block, if codes can be made with them.
+    """Check scale and zero point of a (rows, columns) block, and return them with the zero point in int32.
 
     Raises:
-        NumericsError: if shape or dtype is not what the spec asks for, a scale is zero, NaN or Inf, or a zero
-            point lies outside the code range.
+        NumericsError: if shape or dtype do not fit the spec, a scale is zero, NaN or Inf, or a zero point lies outside
+            the code range.
     """
     expected = spec.scale_shape(*shape)
     if not isinstance(scale, Tensor) or not isinstance(zero_point, (Tensor, type(None))):
@@ -196,7 +201,7 @@ def check_params(
     if not are_sound(scale):
         raise NumericsError("a scale is zero, NaN or Inf; scales must be finite and not zero")
     if (zero_point is None) != spec.symmetric:
-        raise NumericsError(f"there is a zero point exactly where the spec is asymmetric; this is {spec}")
+        raise NumericsError(f"asymmetric specs need zero points, symmetric specs must have none; this spec is {spec}")
     if zero_point is None:
         return scale, None
     whole = not zero_point.is_floating_point() and zero_point.dtype != torch.bool
@@ -209,12 +214,12 @@ def check_params(
 
 
 def _exact_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
-    """The smallest scale, as a real number, with which `low` and `high` are in range."""
+    """Return the smallest scale whose codes cover `low` and `high`, before it is rounded to its dtype."""
     first, last = ends(spec)
     if not spec.symmetric:
-        # Each bound is divided on its own: their difference may overflow.
+        # Divide first: the difference of `high` and `low` may overflow.
         return high / (last - first) - low / (last - first)
-    # Integer codes keep the range symmetric too: the lowest code is left to observers that look for it.
+    # Integer codes use a symmetric range. Only observers that search for a scale make use of the lowest code.
     return torch.maximum(-low, high) / last if spec.levels is None else torch.maximum(low / first, high / last)
 
 
@@ -224,14 +229,14 @@ def _stored(exact: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """In float64, whole numbers; zeros for a symmetric spec."""
+    """Return zero points as whole float64 numbers; zeros for a symmetric spec."""
     if spec.symmetric:
         return torch.zeros_like(low)
     return (spec.code_min - low / scale.double()).round_().clamp_(spec.code_min, spec.code_max)
 
 
 def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Whether an end of the range is further than half a step from every code."""
+    """Tell where `low` or `high` is further than half a step from every code."""
     zero_point, step = _zero_point(low, scale, spec), scale.double()
     first, last = ends(spec)
     before, after = end_gaps(spec)
@@ -239,22 +244,22 @@ def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _never_clips(spec: QuantSpec) -> bool:
-    """Whether no scale can round down so far that it clips.
+    """Tell whether no scale can round down so far that it clips.
 
-    The largest magnitude is at most 127 steps, and no dtype of scales is so coarse that rounding one would add half a
-    step to that.
+    The largest magnitude is at most 127 steps, and rounding a scale to any of its dtypes moves 127 steps by less than
+    half a step.
     """
     return spec.symmetric and spec.levels is None
 
 
 def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
-    """Whether the scales are finite, and no code stands for more than the largest number, whatever the zero point."""
+    """Tell whether all codes decode to finite numbers for any zero point."""
     first, last = ends(spec)
     return float(scale.max()) * (last - first) <= torch.finfo(compute_dtype(scale.dtype)).max
 
 
 def _without_overflow(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Larger scales where a code in use would stand for more than the largest number; they may become Inf."""
+    """Enlarge each scale with which `low` or `high` would decode to infinity; the scale itself may become Inf."""
     for _ in range(_OVERFLOW_STEPS):
         overflows = _overflows(low, high, scale, spec)
         if not overflows.any():
@@ -264,7 +269,7 @@ def _without_overflow(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec)
 
 
 def _overflows(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Whether a code in use stands for more than the largest number of the dtype that decoding computes in."""
+    """Tell for which scales the code of `low` or `high` decodes to infinity."""
     zero_point, step = _zero_point(low, scale, spec), scale.double()
     first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
     limit = torch.finfo(compute_dtype(scale.dtype)).max
@@ -272,57 +277,57 @@ def _overflows(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Ten
 
 
 def _next_up(x: Tensor) -> Tensor:
-    """The next representable number above a positive one."""
+    """Return the next larger representable number of a positive one."""
     return (x.view(_SAME_WIDTH_INT[x.element_size()]) + 1).view(x.dtype)
 
 
 def dynamic_scale(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """The scale of int8 inputs that follows from the inputs themselves: their largest magnitude over 127.
+    """Compute the scale of int8 inputs from the inputs themselves: their largest magnitude over 127.
 
     Args:
         x: float32 or float64; NaN and Inf make the scale NaN or Inf, and the output with it.
-        dims: the axes that share one scale; they are kept, with length 1.
+        dims: the axes that share one scale; the result keeps them with length 1.
     """
     return (x.abs().amax(tuple(dims), keepdim=True) / INPUT_SPEC.code_max).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def encode_input(x: Tensor, scale: Tensor) -> Tensor:
-    """Inputs rounded to int8 codes, as whole numbers in their own floating dtype (so that NaN stays NaN)."""
+    """Round inputs to int8 codes, returned as whole numbers in the inputs' floating dtype (NaN stays NaN)."""
     return (x / scale).round().clamp(INPUT_SPEC.code_min, INPUT_SPEC.code_max)
 
 
 def clip_input(x: Tensor, scale: Tensor) -> Tensor:
-    """Inputs, clipped to what int8 codes with this scale can stand for."""
+    """Clip inputs to the range of int8 codes with this scale."""
     return x.clamp(INPUT_SPEC.code_min * scale, INPUT_SPEC.code_max * scale)
 
 
 def centered_codes(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Codes less their zero points, in float64.
+    """Subtract the zero points from the codes, in float64.
 
     Args:
         codes: uint8, (rows, columns), unsigned as `encode` returns them.
-        zero_point: of these rows, or None.
-        spec: the spec they were encoded with.
+        zero_point: the zero points of these rows, or None.
+        spec: the spec of the codes.
     """
     ones = torch.ones(spec.scale_shape(*codes.shape), dtype=torch.float64, device=codes.device)
     return decode(codes, ones, zero_point, spec, torch.float64)
 
 
 def largest_sum(products: int, spec: QuantSpec) -> int:
-    """The largest magnitude that so many products of int8 inputs and codes less zero points can add up to."""
+    """Return the largest magnitude of a sum of `products` terms, each an int8 input times a centered code."""
     largest_step = -spec.code_min if spec.symmetric else spec.code_max - spec.code_min
     return products * largest_step * -INPUT_SPEC.code_min
 
 
 def inner_extremes(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
-    """The ends of the narrowest range around zero that has this share of each group inside.
+    """Find the narrowest range around zero that holds this share of each group's elements.
 
-    Symmetric: both of one magnitude. Asymmetric: at most half of what is left out lies on either side. Where the range
-    would be nothing but zero, `extremes` takes its place.
+    Symmetric: both ends have one magnitude. Asymmetric: at most half of the excluded elements lie on either side. A
+    group whose range would be zero alone gets the range of `extremes`.
 
     Args:
         x: (rows, columns).
-        spec: how it is grouped, and whether ranges are symmetric.
+        spec: gives the groups, and whether ranges are symmetric.
         share: above 0, at most 1.
 
     Returns:
@@ -333,7 +338,7 @@ def inner_extremes(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor,
     x = x.reshape(-1, width)
     width = spec.width(width)
     whole = x.shape[1] // width * width
-    # The last group may be shorter, and is not to be filled up: zeros would count as elements that lie inside.
+    # A shorter last group is handled apart, not padded: the padding zeros would count as elements inside the range.
     parts = x[:, :whole].reshape(x.shape[0], -1, width), x[:, whole:].unsqueeze(1)
     ends = [_inner(part, spec, share) for part in parts if part.numel()]
     low, high = (torch.cat(sides, 1).reshape(spec.scale_shape(rows, columns)) for sides in zip(*ends, strict=True))
@@ -343,7 +348,7 @@ def inner_extremes(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor,
 
 
 def _inner(groups: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
-    """`inner_extremes` of groups of one width, (rows, groups, width)."""
+    """Compute `inner_extremes` of groups of one width, (rows, groups, width)."""
     count = groups.shape[2]
     spare = math.floor(count * (1 - share))
     if spec.symmetric:
@@ -354,20 +359,20 @@ def _inner(groups: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Te
 
 
 def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> Tensor:
-    """The scale that suits the codes best which another one gave, by least squares: ``sum(x * step) / sum(step**2)``.
+    """Fit the scale to codes that are already chosen, by least squares: ``sum(x * step) / sum(step**2)``.
 
     Args:
-        scale: the other one, as stored.
-        products: sums of the first of `fewbits.numerics.noise.fit_terms`, float64, the shape of `scale`.
-        squares: sums of the second.
-        spec: with its `scale_dtype` settled.
+        scale: the scale that the codes were chosen with, as stored.
+        products: sums of the first result of `fewbits.numerics.noise.fit_terms`, float64, the shape of `scale`.
+        squares: sums of its second result.
+        spec: with its `scale_dtype` set.
     """
     factor = torch.where(squares > 0, products / squares, 1.0)
     return _stored(scale.double().abs() * factor, spec).copysign(scale)
 
 
 def is_finite_throughout(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """For each scale, whether every code stands for a finite number in the dtype that decoding computes in."""
+    """Tell for each scale whether every code decodes to a finite number."""
     first, last = ends(spec)
     zero = scale.new_zeros((), dtype=torch.float64) if zero_point is None else zero_point.double()
     limit = torch.finfo(compute_dtype(scale.dtype)).max

@@ -1,7 +1,7 @@
-"""Codes that stay the same where the source does not: what a lost weight looks like, or a part that was never filled.
+"""Find rows whose codes are all equal though the source's elements differ: the weight was lost, or never filled.
 
-Rounding may give one code throughout a row too: of one column, of nearly equal elements, of nothing but elements that
-are small beside the scale of a whole tensor. These are within half a step of the source, and are not counted.
+Rounding can also give a row a single code: the row has one column, its elements are nearly equal, or they are all small
+compared with the scale of the whole tensor. Such rows are within half a step of the source and are not counted.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from fewbits.numerics.affine import error_bound
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.sums import group_sums
 
-#: A row whose signal is less than so many times its noise (10 dB) has lost what was in it.
+#: A row with a lower ratio of signal to noise (10 dB) has lost its content.
 _LOST = 10
-#: Columns that are looked at first.
+#: About how many columns `_uniform` compares first.
 _LOOKED_AT = 16
 
 
 def constant_rows(
     x: Tensor, decoded: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
 ) -> int:
-    """How many rows have one code throughout that rounding would not give, and have lost what was in them.
+    """Count the rows that lost their content: all codes are equal, and rounding cannot have made them so.
 
     Args:
-        x: float64, (rows, columns), as it was.
-        decoded: likewise, what the codes stand for.
-        codes: integer, likewise.
-        scale: of these rows.
-        zero_point: likewise; None if symmetric.
-        spec: how the codes look.
+        x: the source, float64, (rows, columns).
+        decoded: the decoded codes, float64, (rows, columns).
+        codes: integer, (rows, columns).
+        scale: the scales of these rows.
+        zero_point: the zero points of these rows; None if symmetric.
+        spec: the spec of the codes.
     """
     which = _uniform(codes)
     if len(which):
@@ -50,8 +50,8 @@ def constant_rows(
 
 
 def _uniform(codes: Tensor) -> Tensor:
-    """The indices of the rows with one code throughout."""
-    # A few columns tell nearly all of the others apart.
+    """Return the indices of the rows whose codes are all equal."""
+    # A few columns, spread over the row, rule out nearly all rows.
     which = _is_uniform(codes[:, :: -(-codes.shape[1] // _LOOKED_AT)]).nonzero().flatten()
     return which[_is_uniform(codes[which])] if len(which) else which
 
@@ -62,12 +62,12 @@ def _is_uniform(rows: Tensor) -> Tensor:
 
 @attrs.define
 class SameRows:
-    """Whether all rows of a matrix have the same codes, a block after the other.
+    """Tracks, block by block, whether all rows of a matrix have the same codes.
 
     Attributes:
-        rows: how many there were.
-        same: whether all of them are the same.
-        first: a digest of the first of them; None if there is none, or it does not matter any more.
+        rows: the number of rows seen.
+        same: whether all of them have the same codes.
+        first: a digest of the first row; None before the first row, and after two rows differed.
     """
 
     rows: int = 0
@@ -75,23 +75,23 @@ class SameRows:
     first: str | None = None
 
     def add(self, codes: Tensor) -> None:
-        """Look at the next rows: integers, (rows, columns)."""
+        """Add the next rows: integers, (rows, columns)."""
         same = self.same and bool(torch.all(codes == codes[:1]))
         self.join(SameRows(len(codes), same, _digest(codes[0]) if same else None))
 
     def join(self, later: SameRows) -> None:
-        """Take in what was found out about the rows that come next."""
+        """Add the result for the rows that follow these."""
         if later.rows:
             self.same = self.same and later.same and self.first in (None, later.first)
             self.first = later.first if self.same else None
             self.rows += later.rows
 
     def to_dict(self) -> dict[str, int | bool | str | None]:
-        """All of it, for JSON; ``SameRows(**fields)`` reads it."""
+        """Return the fields for JSON; ``SameRows(**fields)`` restores them."""
         return {"rows": self.rows, "same": self.same, "first": self.first}
 
     def __bool__(self) -> bool:
-        """Whether there are several rows, and all are the same."""
+        """Tell whether there are at least two rows and all have the same codes."""
         return self.same and self.rows > 1
 
 

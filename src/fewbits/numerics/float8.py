@@ -1,4 +1,4 @@
-"""Floats of eight bits as codes with levels: what was scaled and cast to float8 decodes like everything else."""
+"""Express float8 tensors as codes with levels, so that they decode like any other codes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from fewbits.numerics.spec import Granularity, QuantSpec
 
-#: The dtypes that are read.
+#: The float8 dtypes that can be read.
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def float8_spec(
     dtype: torch.dtype, granularity: Granularity, group_size: int | None, scale_dtype: torch.dtype
 ) -> QuantSpec:
-    """A spec whose levels are the finite numbers of a float8 dtype.
+    """Build a spec whose levels are the finite numbers of a float8 dtype.
 
-    There are fewer of them than codes of 8 bits. The codes that are left over come after the largest number, at the
-    distance that is usual there; no tensor has them.
+    A float8 dtype has fewer finite numbers than 8-bit codes exist. The remaining codes, which no tensor uses, continue
+    after the largest number at the same distance.
     """
     finite = _finite(dtype)
     step = finite[-1] - finite[-2]
@@ -30,7 +30,7 @@ def float8_spec(
 
 
 def float8_codes(values: Tensor) -> Tensor | None:
-    """The codes of float8 numbers, uint8, for `float8_spec`; None if there is NaN or Inf among them."""
+    """Return the uint8 codes of float8 numbers for `float8_spec`; None if a number is NaN or Inf."""
     codes = _codes(values.dtype)[values.contiguous().view(torch.uint8).int()]
     return None if bool((codes < 0).any()) else codes.to(torch.uint8)
 
@@ -43,11 +43,11 @@ def _finite(dtype: torch.dtype) -> tuple[float, ...]:
 
 @cache
 def _codes(dtype: torch.dtype) -> Tensor:
-    """The code of each of the 256 bytes, int16; -1 for NaN and Inf."""
+    """Return the code of each of the 256 bytes, int16; -1 for NaN and Inf."""
     values, levels = _all(dtype), torch.tensor(_finite(dtype))
     return torch.where(torch.isfinite(values), torch.searchsorted(levels, values), -1).to(torch.int16)
 
 
 def _all(dtype: torch.dtype) -> Tensor:
-    """What the 256 bytes stand for, float32."""
+    """Return the numbers that the 256 bytes encode, float32."""
     return torch.arange(256).to(torch.uint8).view(dtype).float()

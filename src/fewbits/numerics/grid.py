@@ -1,6 +1,6 @@
-"""What codes can stand for: steps, their ends, and which one is nearest.
+"""The numbers that codes can represent: steps, the first and last step, and the nearest step.
 
-A step is what a code stands for in units of its scale: a whole number less the zero point, or one of the spec's levels.
+A step is a decoded code divided by its scale: the code less its zero point, or one of the spec's levels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fewbits.numerics.spec import QuantSpec
 
 
 def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
-    """(rows, columns) as (rows, groups, width); a ragged last group is filled up with zeros."""
+    """Reshape (rows, columns) to (rows, groups, width); zeros pad a shorter last group."""
     rows, columns = x.shape
     width, groups = spec.width(columns), spec.groups(columns)
     if groups * width != columns:
@@ -26,12 +26,12 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def broadcast(params: Tensor) -> Tensor:
-    """(rows, groups) or (1,) as something that broadcasts against `grouped`."""
+    """Reshape scales or zero points, (rows, groups) or (1,), to broadcast against the result of `grouped`."""
     return params.reshape(1, 1, 1) if params.dim() == 1 else params.unsqueeze(-1)
 
 
 def in_steps(x: Tensor, scale: Tensor, spec: QuantSpec, scratch: Scratch | None = None) -> Tensor:
-    """Elements in units of their scale, grouped, in the dtype that codes are computed in."""
+    """Divide elements by their scale, grouped, in the dtype that codes are computed in."""
     dtype = torch.promote_types(compute_dtype(x.dtype), compute_dtype(scale.dtype))
     groups = grouped(x.to(dtype), spec)
     out = None if scratch is None else scratch.take("steps", groups.shape, dtype, x.device)
@@ -39,36 +39,36 @@ def in_steps(x: Tensor, scale: Tensor, spec: QuantSpec, scratch: Scratch | None 
 
 
 def ends(spec: QuantSpec) -> tuple[float, float]:
-    """The first and the last step, before zero points."""
+    """Return the first and the last step, before zero points are subtracted."""
     return (spec.code_min, spec.code_max) if spec.levels is None else (spec.levels[0], spec.levels[-1])
 
 
 def end_gaps(spec: QuantSpec) -> tuple[float, float]:
-    """Half the distance of the first two and of the last two steps."""
+    """Return half the distance between the first two steps, and between the last two."""
     if spec.levels is None:
         return 0.5, 0.5
     return (spec.levels[1] - spec.levels[0]) / 2, (spec.levels[-1] - spec.levels[-2]) / 2
 
 
 def levels_of(spec: QuantSpec, like: Tensor) -> Tensor:
-    """The levels of a spec that has some, as a tensor."""
+    """Return the levels of a spec that has levels, as a tensor."""
     return torch.tensor(spec.levels, dtype=like.dtype, device=like.device)
 
 
 def nearest_level(steps: Tensor, spec: QuantSpec) -> Tensor:
-    """The index of the nearest level, int32."""
+    """Return the index of the nearest level, int32."""
     middles = [(low + high) / 2 for low, high in pairwise(spec.levels or ())]
     bounds = torch.tensor(middles, dtype=steps.dtype, device=steps.device)
     return torch.bucketize(steps.contiguous(), bounds, out_int32=True)
 
 
 def nearest_step(steps: Tensor, zero_point: Tensor | float, spec: QuantSpec) -> Tensor:
-    """The nearest step that a code can stand for.
+    """Round to the nearest step.
 
     Args:
         steps: real numbers, in units of the scale.
-        zero_point: to be broadcast against them.
-        spec: how the codes look.
+        zero_point: must broadcast against `steps`.
+        spec: the spec of the codes.
     """
     if spec.levels is not None:
         return levels_of(spec, steps)[nearest_level(steps, spec)]
@@ -76,7 +76,7 @@ def nearest_step(steps: Tensor, zero_point: Tensor | float, spec: QuantSpec) -> 
 
 
 def half_gap(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Half the distance between the two neighbours of each element among what codes can stand for (grouped)."""
+    """Return half the distance between the two representable numbers around each element (grouped)."""
     step = broadcast(scale.double())
     if spec.levels is None:
         return step.abs() / 2
@@ -86,7 +86,7 @@ def half_gap(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def code_range(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest number that codes can stand for (grouped, float64); scales may be negative."""
+    """Return the smallest and the largest representable number (grouped, float64); scales may be negative."""
     step, (first, last) = broadcast(scale.double()), ends(spec)
     zero = broadcast(zero_point.double()) if zero_point is not None else 0.0
     bounds = (first - zero) * step, (last - zero) * step

@@ -1,4 +1,4 @@
-"""How a tensor of any shape is cut into a matrix of rows (one output each) and columns (its inputs)."""
+"""Cut a tensor of any shape into a matrix: one row for each output, one column for each input."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 
-#: Elements that are worked on at a time: a block and its intermediate results fit a core's cache.
+#: Elements in one block. A block and its intermediate results fit into a core's cache.
 BLOCK_ELEMENTS = 1 << 18
 
-#: The most axes of a tensor that torch computes with.
+#: The largest number of axes that torch computes with.
 MAX_AXES = 64
 
 
@@ -26,10 +26,11 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
 
 @attrs.frozen(cache_hash=True)
 class Layout:
-    """The cut: view the tensor as `view`, move axes by `permutation`, take the first `row_axes` as rows.
+    """How to make a matrix of a tensor: view it as `view`, permute its axes, take the first `row_axes` as rows.
 
-    Rows are all axes that are not input, in order; columns are the input axes, moved last. `view` equals `shape`
-    but for grouped transposed convolutions, whose input axis is split into (groups, inputs of a group) first.
+    The rows are all axes that are not inputs, in order. The columns are the input axes, moved last. `view` equals
+    `shape`, except for grouped transposed convolutions, whose input axis is first split into (groups, inputs of a
+    group).
 
     >>> Layout.of((64, 3, 7, 7), inputs=(1, 2, 3)).matrix_shape
     (64, 147)
@@ -54,7 +55,7 @@ class Layout:
 
     @classmethod
     def of(cls, shape: Sequence[int], *, inputs: Sequence[int] = (-1,), view: Sequence[int] | None = None) -> Layout:
-        """The cut of a tensor of `shape` whose input axes (of `view`, if given) are `inputs`."""
+        """Build the layout of a tensor of `shape` whose input axes (of `view`, if given) are `inputs`."""
         view = shape if view is None else view
         if any(not -len(view) <= axis < len(view) for axis in inputs) and view:
             raise ArgumentError(f"a tensor of {len(view)} axes has no input axes {tuple(inputs)}")
@@ -68,12 +69,12 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix: the product of the axes that are not input."""
+        """The number of rows of the matrix: the product of the axes that are not inputs."""
         return math.prod([self.view[axis] for axis in self.permutation[: self.row_axes]])
 
     @property
     def columns(self) -> int:
-        """Columns of the matrix: the product of the input axes."""
+        """The number of columns of the matrix: the product of the input axes."""
         return math.prod([self.view[axis] for axis in self.permutation[self.row_axes :]])
 
     @property
@@ -83,7 +84,7 @@ class Layout:
 
     @property
     def in_order(self) -> bool:
-        """Whether the elements of the matrix, row after row, come in the order of those of the tensor."""
+        """Whether the matrix has its elements in the same order as the tensor."""
         return self.permutation == tuple(range(len(self.view)))
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
@@ -92,13 +93,13 @@ class Layout:
         return matrix.reshape(self._permuted).permute(inverse).reshape(self.shape).contiguous()
 
     def permuted(self, tensor: Tensor) -> Tensor:
-        """The tensor with its row axes first and its input axes last, not yet flattened."""
+        """Move the row axes first and the input axes last, without flattening them."""
         if tuple(tensor.shape) != self.shape:
             raise ArgumentError(f"this layout is for shape {self.shape}, not {tuple(tensor.shape)}")
         return tensor.reshape(self.view).permute(self.permutation)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description; ``Layout(**fields)`` reads it."""
+        """Return a description for JSON; ``Layout(**fields)`` reads it."""
         return {
             "shape": list(self.shape),
             "view": list(self.view),
@@ -109,7 +110,7 @@ class Layout:
 
 @attrs.frozen(eq=False)
 class WeightMatrix:
-    """A tensor seen as a (rows, columns) matrix, without copying more of it than is looked at."""
+    """A tensor seen as a (rows, columns) matrix. Only rows that are read are copied, and only if strides require it."""
 
     tensor: Tensor
     layout: Layout
@@ -134,7 +135,7 @@ class WeightMatrix:
         """Yield (first row, row after the last, the rows between as a 2-D tensor in the tensor's dtype).
 
         Args:
-            size: how many times as many rows as `block_rows` gives make one block.
+            size: the rows of one block, as a multiple of `block_rows`.
         """
         rows, columns = self.layout.matrix_shape
         step, permuted = size * block_rows(columns), self.layout.permuted(self.tensor)
@@ -143,26 +144,26 @@ class WeightMatrix:
             yield start, stop, self._rows_of(permuted, start, stop).reshape(stop - start, columns)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` as a (stop - start, columns) tensor; a view where the strides allow it."""
+        """Return rows `start` to `stop` as a (stop - start, columns) tensor; a view where the strides allow it."""
         rows = self._rows_of(self.layout.permuted(self.tensor), start, stop)
         return rows.reshape(stop - start, self.columns)
 
     def _rows_of(self, permuted: Tensor, start: int, stop: int) -> Tensor:
-        """Some rows, their columns not yet flattened."""
+        """Return rows `start` to `stop`, with columns not yet flattened."""
         shape = permuted.shape[: self.layout.row_axes]
         if len(shape) == 1:
             return permuted[start:stop]
         if permuted.is_contiguous():
             return permuted.view(self.rows, self.columns)[start:stop]
-        # Rows that several axes span: gather the asked ones, so that only they are copied.
+        # Several axes make up the rows. Index them, so that only the requested rows are copied.
         index = torch.arange(start, stop, device=permuted.device)
         return permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)[start:stop]
 
     def whole(self) -> Tensor:
-        """The whole matrix; a copy where the strides demand one."""
+        """Return the whole matrix; a copy where the strides require one."""
         return self.layout.permuted(self.tensor).reshape(self.rows, self.columns)
 
 
 def block_rows(columns: int) -> int:
-    """How many rows of `columns` elements make one block (at least one)."""
+    """Return how many rows of `columns` elements make one block (at least one)."""
     return max(1, BLOCK_ELEMENTS // max(1, columns))

@@ -1,7 +1,7 @@
-"""What a stored tensor is worth: SQNR, largest error, cosine, and the proof of its error bound, element by element.
+"""Measure how well a stored tensor matches its original: SQNR, largest error, cosine, and the error bound.
 
-One function measures. It decodes what was stored and compares in float64; sums are taken in a fixed order, pairwise
-and elementwise, so that thread count and instruction set change nothing.
+The stored tensor is decoded and every element is compared in float64. Sums are taken in a fixed order, pairwise and
+elementwise, so that thread count and instruction set do not change the results.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ class Measurement:
     """How one stored tensor compares with the tensor it was made from.
 
     Attributes:
-        elements: how many were compared (all of them).
+        elements: the number of elements; all are compared.
         signal: sum of the squares of the original.
         noise: sum of the squares of the error.
         dot: sum of the products of original and decoded.
-        decoded: sum of the squares of the decoded.
+        decoded: sum of the squares of the decoded tensor.
         max_abs_error: the largest error.
-        worst_bound_ratio: the largest error divided by its own element's bound; at most 1 if the bound holds.
-        broken_at: row and column of the first element whose error is beyond its bound; None if all hold.
-        clipped: how many elements an observer left outside the range of the codes, where the bound is wider.
+        worst_bound_ratio: the largest ratio of an element's error to its bound; at most 1 if all bounds hold.
+        broken_at: row and column of the first element whose error exceeds its bound; None if all bounds hold.
+        clipped: how many elements an observer left outside the range of the codes; their bound is wider.
         code_min: the smallest code in use; None for a cast.
-        code_max: the largest.
+        code_max: the largest code in use; None for a cast.
         scale_min: the smallest magnitude of a scale; None for a cast.
-        scale_max: the largest.
-        constant_rows: how many rows have one code throughout that rounding would not give, and read less than 10 dB.
-        same_rows: whether there are several rows, and all have the same codes.
-        unit: what signal, noise, dot and decoded are sums of squares in: a power of two, 1 for all but float64
-            tensors, whose squares can leave the range of float64.
+        scale_max: the largest magnitude of a scale; None for a cast.
+        constant_rows: how many rows have equal codes that rounding cannot explain, and an SQNR below 10 dB.
+        same_rows: whether there are at least two rows and all have the same codes.
+        unit: elements are divided by this power of two before they are squared for signal, noise, dot and decoded. It
+            is 1 except for float64 tensors, whose squares could leave the range of float64.
     """
 
     elements: int
@@ -69,12 +69,12 @@ class Measurement:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantization noise, 10 log10(signal / noise); inf where there is no error at all."""
+        """Signal to quantization noise ratio, 10 log10(signal / noise); inf if there is no error."""
         return sqnr_db(self.signal, self.noise)
 
     @property
     def cosine(self) -> float:
-        """Cosine between original and decoded; 1.0 where both are zero."""
+        """Cosine between original and decoded; 1.0 if both are zero."""
         norm = math.sqrt(self.signal) * math.sqrt(self.decoded)
         if norm == 0:
             return float(self.noise == 0)
@@ -83,7 +83,7 @@ class Measurement:
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """10 log10(signal / noise); inf without noise, -inf without signal.
+    """Return 10 log10(signal / noise); inf without noise, -inf without signal.
 
     >>> sqnr_db(100.0, 1.0)
     20.0
@@ -96,7 +96,7 @@ def sqnr_db(signal: float, noise: float) -> float:
 
 
 def pooled_sqnr_db(measurements: Iterable[Measurement]) -> float:
-    """SQNR over several tensors: their signals and noises added up before the division."""
+    """Return the SQNR of several tensors together: the sum of their signals over the sum of their noises."""
     measurements = list(measurements)
     unit = max((m.unit for m in measurements), default=1.0)
     weighed = [(m, (m.unit / unit) ** 2) for m in measurements]
@@ -107,10 +107,10 @@ def pooled_sqnr_db(measurements: Iterable[Measurement]) -> float:
 
 @torch.no_grad()
 def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
-    """Compare every element of what was stored with what it was made from.
+    """Compare every element of a stored tensor with its original.
 
     Args:
-        original: floating, the tensor before.
+        original: the floating tensor before quantization.
         stored: its codes, or its cast to another floating dtype.
 
     Raises:
@@ -123,7 +123,7 @@ def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
 
 
 def unit_of(chunks: Iterable[Tensor]) -> float:
-    """What to take sums of squares in: a power of two near the largest magnitude of a float64 tensor, else 1."""
+    """Return the unit for sums of squares: a power of two near the largest magnitude of a float64 tensor, else 1."""
     largest = 0.0
     for chunk in chunks:
         if chunk.dtype != torch.float64:
@@ -134,10 +134,10 @@ def unit_of(chunks: Iterable[Tensor]) -> float:
 
 
 class Tally:
-    """What has been found out about one stored tensor so far, a chunk after the other.
+    """Collects the measurement of one stored tensor chunk by chunk.
 
-    Chunks are whole rows of its matrix, or some elements of a cast tensor as they lie. Where each but the last is a
-    multiple of a block, the figures are those of the whole tensor, to the last bit.
+    A chunk is some whole rows of the tensor's matrix, or, of a cast tensor, some elements in memory order. If all
+    chunks but the last are multiples of a block, the result has the same bits as one for the whole tensor at once.
 
     Args:
         unit: see `unit_of`.
@@ -173,7 +173,7 @@ class Tally:
             self._add_block(block)
 
     def join(self, later: Tally) -> None:
-        """Take in what was found out about the chunks that come next."""
+        """Add the results for the chunks that follow these."""
         if later._broken is not None and self._broken is None:
             self._broken = self._elements + later._broken
         self._elements += later._elements
@@ -187,7 +187,7 @@ class Tally:
         self._same_rows.join(later._same_rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON, to the last bit."""
+        """Return the state for JSON, exact to the last bit."""
         return {
             "unit": self._unit,
             "elements": self._elements,
@@ -204,7 +204,7 @@ class Tally:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Tally:
-        """What `to_dict` gave."""
+        """Restore the state that `to_dict` returned."""
         tally = cls(state["unit"])
         tally._elements, tally._clipped = state["elements"], state["clipped"]
         tally._largest_error, tally._worst_ratio = state["largest_error"], state["worst_ratio"]
@@ -214,7 +214,7 @@ class Tally:
         return tally
 
     def measurement(self, columns: int) -> Measurement:
-        """What was found out about the whole tensor, whose matrix has so many columns."""
+        """Return the measurement of the whole tensor, whose matrix has this many columns."""
         signal, noise, dot, power = (_fsum(terms) for terms in zip(*self._sums, strict=True))
         return Measurement(
             elements=self._elements,
@@ -240,7 +240,7 @@ class Tally:
         error = (x - decoded).abs_()
         ratio = _worst_ratio(error, block.bound)
         if self._broken is None and not ratio < 1:
-            # NaN and Inf out of a damaged scale must count as broken, not vanish in a comparison.
+            # NaN and Inf, which a damaged scale gives, must count as broken: comparisons with NaN are false.
             held = (error <= block.bound) & torch.isfinite(error)
             if not held.all():
                 self._broken = self._elements + int((~held).reshape(-1).to(torch.int8).argmax())
@@ -259,7 +259,7 @@ class Tally:
 
 @attrs.frozen(eq=False)
 class _Block:
-    """Some rows: before, after, and how far apart they may be, all in float64."""
+    """Some rows before and after quantization, with their error bound, all in float64."""
 
     original: Tensor
     decoded: Tensor
@@ -284,43 +284,43 @@ def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Bl
 
 
 def _as_read(decoded: Tensor, dtype: torch.dtype) -> Tensor:
-    """The real numbers that codes stand for; Inf where decoding in `dtype` gives Inf."""
+    """Replace numbers by Inf where decoding in `dtype` gives Inf."""
     infinite = torch.isinf(decoded.to(dtype))
     return torch.where(infinite, torch.inf, decoded) if infinite.any() else decoded
 
 
 def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:
     limits = torch.finfo(stored.dtype)
-    # A row an element, so that a chunk of a tensor gives the blocks that the whole one gives.
+    # One element per row, so that a chunk is cut into the same blocks as the whole tensor.
     layout = Layout.of(original.shape, inputs=())
     decoded = WeightMatrix(stored, layout)
     for start, stop, elements in WeightMatrix(original, layout).blocks():
         x = elements.reshape(1, -1).double()
-        # Half a unit in the last place, of a normal and of a subnormal number.
+        # Half a unit in the last place of a normal number, plus half of one of a subnormal number.
         bound = x.abs() * (limits.eps / 2) + limits.tiny * limits.eps / 2
         yield _Block(x, decoded.read(start, stop).reshape(1, -1).double(), bound)
 
 
 def _extremes(values: Sequence[_Number]) -> list[_Number]:
-    """The smallest and the largest; nothing of nothing."""
+    """Return the smallest and the largest value; an empty list if there are no values."""
     return [min(values), max(values)] if values else []
 
 
 def _largest(values: Tensor) -> float:
-    """The largest element, NaN counting as inf."""
-    largest = float(values.max())  # NaN, if one of them is
+    """Return the largest element, with NaN counted as inf."""
+    largest = float(values.max())  # NaN if one element is NaN
     return math.inf if math.isnan(largest) else largest
 
 
 def _worst_ratio(error: Tensor, bound: Tensor) -> float:
-    """The largest error in parts of its own bound; no error is nothing, whatever its bound."""
+    """Return the largest ratio of an error to its bound; the ratio is 0 without error, even if the bound is 0."""
     ratio = error / bound
     worst = float(ratio.max())
     return _largest(torch.where(error == 0, 0.0, ratio)) if math.isnan(worst) else worst
 
 
 def _sums_of_products(*pairs: tuple[Tensor, Tensor]) -> list[float]:
-    """For each pair, the sum of its products: of each row in a fixed order, of the rows rounded once."""
+    """Return the sum of products of each pair: each row is summed in a fixed order, the rows exactly, rounded once."""
     products = torch.empty(len(pairs), *pairs[0][0].shape, dtype=torch.float64, device=pairs[0][0].device)
     for product, (a, b) in zip(products, pairs, strict=True):
         torch.mul(a, b, out=product)
@@ -328,5 +328,5 @@ def _sums_of_products(*pairs: tuple[Tensor, Tensor]) -> list[float]:
 
 
 def _fsum(terms: Sequence[float]) -> float:
-    """The sum, rounded once; what is not finite stays that way."""
+    """Return the sum, rounded once; Inf and NaN give Inf or NaN."""
     return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)

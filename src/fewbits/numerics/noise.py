@@ -1,6 +1,6 @@
-"""Noise: what rounding and clipping change, so that one scale can be weighed against another.
+"""The noise of rounding and clipping, by which scales are compared.
 
-Noise is in squares of the scale, (rows, groups, width) unless it says otherwise.
+Noise is in units of the squared scale, of shape (rows, groups, width) unless a docstring gives another one.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from fewbits.numerics.spec import QuantSpec
 
 
 def rounding_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The square of what rounding and clipping change in each element."""
+    """Return the squared error of each element from rounding and clipping."""
     steps = in_steps(x, scale, spec)
     if spec.levels is None:
         return steps.sub_(_rounded(steps, zero_point, spec)).square_()
-    # The nearest level is at the least distance; to look for that is several times as fast as to look for the level.
+    # Only the least distance is needed: finding it is several times faster than finding the nearest level.
     least = torch.full_like(steps, torch.inf)
     for level in spec.levels:
         torch.minimum(least, (steps - level).abs_(), out=least)
@@ -25,10 +25,11 @@ def rounding_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
 
 
 def expected_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """What `rounding_noise` is on average, if nothing is known of an element but its size.
+    """Return the mean of `rounding_noise` over elements of about this size.
 
-    That is the square of what is clipped, outside the range of the codes; the square of the element itself, if it is
-    so small that it becomes zero; else a twelfth of the square of the distance between neighbouring steps.
+    - Outside the range of the codes: the square of the clipped part.
+    - For an element so small that it rounds to zero: the square of the element.
+    - Otherwise: the square of the distance between neighbouring steps, over 12.
     """
     steps = in_steps(x, scale, spec)
     first, last = _shifted_ends(zero_point, spec, steps)
@@ -44,11 +45,11 @@ def expected_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
 
 
 def bin_noise(lower: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The mean of `rounding_noise` over values that are spread evenly between two bounds.
+    """Return the mean of `rounding_noise` over values that are spread evenly between two bounds.
 
     Args:
-        lower: (1, bins), float64.
-        upper: likewise, and larger.
+        lower: the lower bounds of the bins, (1, bins), float64.
+        upper: the upper bounds, (1, bins), float64, larger than `lower`.
         scale: (1,).
         zero_point: (1,), or None.
         spec: of granularity "tensor", without levels.
@@ -59,24 +60,24 @@ def bin_noise(lower: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | 
 
 
 def fit_terms(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """What `refit` needs the sums of: element times step, and step squared, in units of the scale."""
+    """Return the terms that `refit` needs the sums of: element times step, and step squared, in units of the scale."""
     steps = in_steps(x, scale, spec)
     rounded = _rounded(steps, zero_point, spec)
     return steps.mul_(rounded), rounded.square()
 
 
 def _rounded(steps: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The nearest steps that codes stand for."""
+    """Round to the nearest steps."""
     return nearest_step(steps, 0.0 if zero_point is None else broadcast(zero_point.to(steps.dtype)), spec)
 
 
 def _shifted_ends(zero_point: Tensor | None, spec: QuantSpec, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last step, less the zero points, to be broadcast against `like`."""
+    """Return the first and the last step less the zero points; both broadcast against `like`."""
     first, last = ends(spec)
     zero = like.new_zeros(()) if zero_point is None else broadcast(zero_point.to(like.dtype))
     return first - zero, last - zero
 
 
 def _integral(steps: Tensor, rounded: Tensor) -> Tensor:
-    """The integral of `rounding_noise` from 0 to `steps`: a twelfth for every whole step, then what is left."""
+    """Return the integral of `rounding_noise` from 0 to `steps`: 1/12 for every whole step, plus the remaining part."""
     return rounded / 12 + (steps - rounded) ** 3 / 3

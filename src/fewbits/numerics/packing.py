@@ -1,10 +1,10 @@
-"""Codes of 2 to 8 bits in int32 words: a dense bitstream along the rows, least significant bit first.
+"""Pack codes of 2 to 8 bits into int32 words: a dense bitstream along the rows, least significant bit first.
 
 This is the layout of compressed-tensors' ``pack-quantized`` format: code ``j`` of a row takes bits ``j * bits`` to
-``(j + 1) * bits - 1`` of that row's words; what the last word has left over is zero. Words are little-endian.
+``(j + 1) * bits - 1`` of that row's words. Unused bits of the last word are zero. Words are little-endian.
 
-The work is done on units, the fewest codes that fill whole bytes: 1 code of 8 bits is 1 byte, 2 of 4 bits are 1,
-4 of 6 bits are 3, 8 of 5 bits are 5.
+Codes are packed in units. A unit is the smallest number of codes that fills whole bytes: 1 code of 8 bits (1 byte),
+2 codes of 4 bits (1 byte), 4 codes of 6 bits (3 bytes), 8 codes of 5 bits (5 bytes).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fewbits.numerics.scratch import Scratch
 if sys.byteorder != "little":
     raise ImportError("fewbits reads and writes little-endian words through views, and this machine is big-endian")
 
-#: bits -> (codes, bytes) of one unit. A table, because torch.compile cannot trace `math.gcd` everywhere.
+#: bits -> (codes, bytes) of one unit. A table, because some versions of torch.compile cannot trace `math.gcd`.
 _UNITS = {bits: (8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)) for bits in range(1, 9)}
 
 
 def packed_words(columns: int, bits: int) -> int:
-    """How many int32 words hold `columns` codes of `bits` bits.
+    """Return how many int32 words hold `columns` codes of `bits` bits.
 
     >>> packed_words(128, 4), packed_words(5, 6)
     (16, 1)
@@ -40,8 +40,8 @@ def pack(codes: Tensor, bits: int, out: Tensor | None = None, scratch: Scratch |
     Args:
         codes: uint8, (rows, columns), each below ``2**bits``.
         bits: 2 to 8.
-        out: contiguous, where the words shall go; None takes new memory.
-        scratch: what to compute in.
+        out: contiguous tensor to write the words to; None allocates one.
+        scratch: memory for intermediate results.
 
     Returns:
         int32, (rows, ``packed_words(columns, bits)``).
@@ -57,7 +57,7 @@ def pack(codes: Tensor, bits: int, out: Tensor | None = None, scratch: Scratch |
     lanes = _joined(_whole_units(codes, units * per_unit, per_unit), bits, scratch or Scratch())
     stream = out.view(torch.uint8)
     if unit_bytes == 1:
-        # A conversion drops the bytes that hold nothing, several times faster than taking every other byte does.
+        # A conversion drops the empty upper bytes several times faster than a strided copy.
         stream.copy_(lanes.view(rows, units))
     else:
         data = lanes.view(torch.uint8).view(rows, units, per_unit)[..., :unit_bytes]
@@ -66,7 +66,7 @@ def pack(codes: Tensor, bits: int, out: Tensor | None = None, scratch: Scratch |
 
 
 def _whole_units(codes: Tensor, columns: int, per_unit: int) -> Tensor:
-    """Rows of so many codes one after the other, where they can be viewed as integers of one unit each."""
+    """Flatten the codes, padded to `columns` per row and aligned so that a unit can be viewed as one integer."""
     if codes.shape[1] != columns or not codes.is_contiguous() or codes.storage_offset() % per_unit:
         padded = codes.new_zeros(codes.shape[0], columns)
         padded[:, : codes.shape[1]] = codes
@@ -75,12 +75,12 @@ def _whole_units(codes: Tensor, columns: int, per_unit: int) -> Tensor:
 
 
 def _joined(codes: Tensor, bits: int, scratch: Scratch) -> Tensor:
-    """Units as integers of as many bytes as they have codes, their bits in the lowest bytes."""
+    """Turn each unit into an integer with one byte per code, whose lowest bits hold the packed codes."""
     lanes, width = codes, 8
     for dtype in (torch.int16, torch.int32, torch.int64):
         if bits % 8 == 0:
             break
-        # Two neighbours, `bits` of `width` bits in use, become one lane: the upper one moves down to the lower one.
+        # Join two neighbouring lanes, each using `bits` of its `width` bits: the upper moves down next to the lower.
         pairs = lanes.view(dtype)
         upper = scratch.take(str(dtype), pairs.shape, dtype, pairs.device)
         torch.bitwise_right_shift(pairs, width, out=upper)
@@ -95,7 +95,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     Args:
         packed: int32, (rows, ``packed_words(columns, bits)``).
         bits: 2 to 8.
-        columns: how many codes a row has.
+        columns: the number of codes in a row.
 
     Returns:
         uint8, (rows, columns).

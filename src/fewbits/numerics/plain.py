@@ -1,4 +1,4 @@
-"""Plain tensors: dense, and with every byte in memory. No others can be stored."""
+"""Check that a tensor is plain: dense, with all its bytes in memory. Only plain tensors can be stored."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from fewbits.errors import SourceError
 from fewbits.numerics.layout import MAX_AXES
 
-#: What to do about parameters that are distributed over processes.
+#: Advice for parameters that are distributed over processes.
 GATHER = (
     "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
     "options=StateDictOptions(full_state_dict=True)) first"
 )
 
-#: Dtypes that torch has names for, and no operations: those of integers narrower than a byte.
+#: Dtypes of integers narrower than a byte: torch has names for them, but no operations.
 _UNCOPIED = re.compile(r"torch\.u?int[1-7]")
 
-#: What to do about a tensor of one of these classes.
+#: Advice for tensors of these classes.
 _ADVICE = {
     "DTensor": GATHER,
     "FakeTensor": "make it outside of FakeTensorMode, with its numbers",
@@ -27,10 +27,10 @@ _ADVICE = {
 
 
 def unplain_kind(tensor: Tensor) -> str | None:
-    """Why a tensor is not of the plain kind, as the end of a sentence that its name begins; None if it is.
+    """Say why a tensor's class or layout is not plain, as the end of a sentence that begins with its name; else None.
 
-    A subclass is plain unless it overrides `__torch_dispatch__`: those that do keep their numbers elsewhere, and have
-    nothing behind their own data pointer.
+    A subclass is plain unless it overrides `__torch_dispatch__`. A subclass that does keeps its numbers elsewhere, and
+    its own data pointer is not valid.
     """
     cls = type(tensor)
     if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -47,7 +47,7 @@ def unplain_kind(tensor: Tensor) -> str | None:
 
 
 def not_plain(tensor: Tensor) -> str | None:
-    """Why the bytes of a tensor cannot be read, as the end of a sentence that its name begins; None if they can."""
+    """Say why a tensor's bytes cannot be read, as the end of a sentence that begins with its name; else None."""
     if kind := unplain_kind(tensor):
         return kind
     if torch.nn.parameter.is_lazy(tensor):
@@ -56,30 +56,30 @@ def not_plain(tensor: Tensor) -> str | None:
         if tensor.dim() > MAX_AXES:
             return f"has {tensor.dim()} axes; at most {MAX_AXES} can be stored: reshape it"
         if _UNCOPIED.fullmatch(str(tensor.dtype)):
-            return f"is of dtype {tensor.dtype}, which torch cannot even copy; store what it holds as int8 or uint8"
+            return f"is of dtype {tensor.dtype}, which torch cannot even copy; store its numbers as int8 or uint8"
         if tensor.is_meta:
             return "is on the meta device and has no data; load the model's weights first"
         if tensor.numel() and not _has_memory(tensor):
-            return "has no memory for its elements, or less than they take (is it freed, or sharded?); restore it first"
+            return "has no memory for its elements, or too little (was it freed or sharded?); restore it first"
     return None
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether all of the elements of a tensor lie within its storage."""
+    """Tell whether all elements of a tensor lie within its storage."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     try:
         stop = (tensor.storage_offset() + last + 1) * tensor.itemsize
         return tensor.data_ptr() != 0 and stop <= tensor.untyped_storage().nbytes()
-    except RuntimeError:  # torch's answer for tensors that stand for others, as those of torch.func do
+    except RuntimeError:  # wrapper tensors, such as those of torch.func, have no storage
         return False
 
 
 def plain(tensor: Tensor, name: str = "a tensor") -> Tensor:
-    """The same memory as a tensor of torch's own class, without gradient.
+    """Return a tensor of torch's own class over the same memory, without gradient.
 
     Args:
         tensor: any tensor.
-        name: for messages.
+        name: the tensor's name in error messages.
 
     Raises:
         SourceError: if it is not a plain tensor.

@@ -1,4 +1,4 @@
-"""From floating weights to `QuantizedTensor`, a block of rows at a time."""
+"""Quantize floating weights to `QuantizedTensor`, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from fewbits.numerics.scratch import Scratch, scratch
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
 
-#: Shown some whole rows of a weight's matrix and the spec, returns scale and zero point for them. The rows come in
-#: float32 or float64, a block at a time; where one scale serves the whole tensor, all of them in the weight's dtype.
+#: Takes some whole rows of a weight's matrix and the spec, and returns scale and zero point for these rows. The rows
+#: come in float32 or float64, a block at a time. If one scale serves the whole tensor, all rows come at once, in the
+#: weight's dtype.
 ChooseParams = Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
 
-#: How many of the usual blocks are quantized at a time: fewer results are made of them than elsewhere, and each block
-#: costs some fifty calls of torch, however large it is.
+#: How many ordinary blocks are quantized at a time. Quantizing needs less memory for intermediate results than other
+#: work on blocks, and makes some fifty calls of torch for each block of any size.
 _BLOCKS_AT_ONCE = 4
 
 
 def min_max(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """The default `ChooseParams`: scales from the extremes, so that nothing clips."""
+    """Take scales from the extremes, so that nothing clips; the default `ChooseParams`."""
     return choose_params(*extremes(rows, spec), spec)
 
 
@@ -44,15 +45,15 @@ def quantize(
 
     Args:
         weight: float16, bfloat16, float32 or float64, any shape and strides.
-        spec: how the codes shall look.
+        spec: the spec of the codes.
         choose: picks scales and zero points.
-        layout: how to cut `weight`; None takes the last axis as the input.
+        layout: how to cut `weight` into rows and columns; None takes the last axis as the input.
 
     Raises:
-        ArgumentError: if it has no elements, or another dtype.
+        ArgumentError: if `weight` has no elements, or another dtype.
         NonFiniteError: if the tensor holds NaN or Inf; the message names the first bad index.
         RangeError: if a scale is beyond the largest number of the dtype it is stored in.
-        NumericsError: if `choose` returns something that codes cannot be made with.
+        NumericsError: if `choose` returns scales or zero points that do not fit the spec.
 
     >>> quantize(torch.tensor([[0.0, 0.5, -1.0]]), QuantSpec(bits=8, granularity="channel")).codes()
     tensor([[   0,   64, -127]], dtype=torch.int8)
@@ -66,7 +67,7 @@ def quantize(
             f"elements, in one of {', '.join(map(dtype_name, FLOAT_DTYPES))}"
         )
     packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32, device=matrix.device)
-    # One allocation for all scales: pieces that outlive each block would keep the blocks' memory from being reused.
+    # Allocate all scales at once: small tensors that outlive a block would keep the block's memory from being reused.
     scale = torch.empty(spec.scale_shape(rows, columns), dtype=spec.scale_dtype, device=matrix.device)
     zero_point = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.int32, device=matrix.device)
     memory = scratch()
@@ -88,11 +89,11 @@ def quantize(
 
 @torch.no_grad()
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy in another floating dtype.
+    """Return a contiguous copy in another floating dtype.
 
     Raises:
         NonFiniteError: if the tensor holds NaN or Inf; the message names the first bad index.
-        RangeError: if a value is beyond the largest number of `dtype`; likewise.
+        RangeError: if a value is beyond the largest number of `dtype`; the message names the first bad index.
     """
     matrix = WeightMatrix(tensor, Layout.of(tensor.shape))
     result = torch.empty(matrix.layout.matrix_shape, dtype=dtype, device=tensor.device)
@@ -110,10 +111,10 @@ def check_finite(
     """Refuse NaN, Inf, and, if `dtype` is given, numbers that become Inf in it.
 
     Args:
-        tensor: a whole one, or some elements of one as they lie.
+        tensor: a whole tensor, or consecutive elements of one.
         dtype: floating.
-        first: which element of the whole tensor the first one is.
-        shape: of the whole tensor; None stands for that of `tensor`.
+        first: the position of the first of these elements in the whole tensor.
+        shape: the shape of the whole tensor; None means the shape of `tensor`.
 
     Raises:
         NonFiniteError: for NaN and Inf.
@@ -143,12 +144,12 @@ def check_finite(
 
 
 def _position(index: Sequence[int], shape: Sequence[int]) -> int:
-    """Which element of a tensor, as they lie, has this index."""
+    """Return the position of an index among the elements of a contiguous tensor."""
     return functools.reduce(lambda position, axis: position * axis[1] + axis[0], zip(index, shape, strict=True), 0)
 
 
 def _index(position: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """The index of an element of a tensor."""
+    """Return the index of the element at this position of a contiguous tensor."""
     index: list[int] = []
     for size in reversed(shape):
         position, at = divmod(position, size)
@@ -157,43 +158,43 @@ def _index(position: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """What an observer chooses for these rows, checked."""
+    """Return the observer's scale and zero point for these rows, checked."""
     return check_chosen(choose(rows, spec), spec, (rows.shape[0], rows.shape[1]))
 
 
 def check_chosen(chosen: object, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """What an observer has chosen for some rows, if codes can be made with it.
+    """Check the scale and zero point that an observer chose, and return them.
 
     Raises:
-        NumericsError: if they cannot.
+        NumericsError: if they do not fit the spec and the shape.
     """
     if not isinstance(chosen, tuple) or len(chosen) != 2:
         raise NumericsError(f"an observer must return (scale, zero point or None), not {type(chosen).__name__}")
     try:
         return check_params(*chosen, spec, shape)
     except NumericsError as error:
-        raise NumericsError(f"what an observer chose cannot be used: {error}") from None
+        raise NumericsError(f"an observer chose a scale or zero point that cannot be used: {error}") from None
 
 
 def _fill(where: slice, scale: Tensor, zero_point: Tensor | None, chosen: tuple[Tensor, Tensor | None]) -> None:
-    """Put what was chosen for some rows where it belongs."""
+    """Write the scales and zero points chosen for some rows to the rows' place."""
     scale[where] = chosen[0]
     if zero_point is not None and chosen[1] is not None:
         zero_point[where] = chosen[1]
 
 
 def _row_after_row(values: Tensor, dtype: torch.dtype, memory: Scratch) -> Tensor:
-    """Rows in another dtype, contiguous; not a copy where they are both already."""
+    """Return contiguous rows in `dtype`; not a copy if the rows already are."""
     if values.is_contiguous():
         if values.dtype == dtype:
             return values
         return memory.take("rows", values.shape, dtype, values.device).copy_(values)
-    # What lies far apart in memory is first brought together in the order it lies in, then put into the order of rows,
-    # within the cache: both in one step take several times as long.
+    # Copy strided elements together in memory order first, then reorder them into rows, which happens in the cache.
+    # Doing both in one step takes several times as long.
     return values.to(dtype, copy=True).contiguous()
 
 
 def _is_finite(block: Tensor) -> bool:
-    """Whether a block holds neither NaN nor Inf."""
-    # A sum with such a term is not finite. One without may overflow: then it takes a closer look, which is slow.
+    """Tell whether a block holds neither NaN nor Inf."""
+    # A finite sum proves it. A sum of finite numbers may overflow; only then check each element, which is slow.
     return math.isfinite(float(block.sum())) or bool(torch.isfinite(block).all())

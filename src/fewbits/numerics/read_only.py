@@ -1,4 +1,4 @@
-"""`ReadOnlyTensor`: a tensor that can be computed with, and refuses to be changed."""
+"""`ReadOnlyTensor`: a tensor that can be computed with, but not changed."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from fewbits.errors import ReadOnlyWeightError
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
 _CHANGING = {"__setitem__", *(f"__i{operator}__" for operator in _OPERATORS.split())}
 
-#: What torch calls the argument that an in-place function changes, where it is passed by name.
+#: Torch's names for the argument that an in-place function changes, if it is passed by keyword.
 _CHANGED_NAMES = ("self", "input", "tensor")
 
-#: Attributes that may be set, and to what: libraries freeze weights and drop gradients before they look further.
+#: Attributes that may be set, and to which value: libraries freeze all weights and drop all gradients.
 _HARMLESS = (("requires_grad", False), ("grad", None))
 
 _AS_NUMPY = (Tensor.numpy, Tensor.__array__)
 
 
 class ReadOnlyTensor(Tensor):
-    """A tensor whose changes would be lost, because its memory belongs to nobody: they raise instead.
+    """A tensor that raises on every attempt to change it, because no one would ever read the changed memory.
 
-    Computing with it gives plain tensors. Whatever shares its memory (views, `detach`, `data`) is read-only as well.
+    Computing with it gives plain tensors. Tensors that share its memory (views, `detach`, `data`) are read-only too.
     Copies, `deepcopy` and pickles are plain. Memory that leaves torch other than through numpy is not guarded.
 
-    Torch never sees the subclass: every function is called with the plain tensor behind it, so that results, modes and
-    transforms are those of a plain one.
+    Torch never sees the subclass: every function is called with the plain tensor behind it. So results, modes and
+    transforms are the same as with a plain tensor.
     """
 
-    #: The same memory as a plain tensor.
+    #: A plain tensor over the same memory.
     plain: Tensor
     _what: str
 
     @classmethod
     def of(cls, plain: Tensor, what: str) -> Tensor:
-        """The same memory, read-only; other subclasses of `Tensor` stay as they are.
+        """Return a read-only tensor over the same memory; other subclasses of `Tensor` are returned unchanged.
 
         Args:
             plain: the tensor.
-            what: the beginning of the error's message, such as ``"Linear.weight is quantized"``.
+            what: the first words of the error message, such as ``"Linear.weight is quantized"``.
         """
         if type(plain) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(plain):
             return plain
@@ -55,20 +55,20 @@ class ReadOnlyTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call `func` with plain tensors, unless it would change a read-only one.
+        """Call `func` with plain tensors.
 
         Raises:
-            ReadOnlyWeightError: if it would.
+            ReadOnlyWeightError: if `func` would change a read-only tensor.
         """
         if not all(issubclass(kind, Tensor) for kind in types):
             return NotImplemented
         named = dict(kwargs or {})
-        if torch.compiler.is_compiling():  # what follows is more than a compiler follows
+        if torch.compiler.is_compiling():  # the compiler cannot trace the code below
             return func(*_plain(tuple(args)), **_plain(named))
         for changed in _read_only_in(_changed_by(func, args, named)):
             raise ReadOnlyWeightError(
-                f"{changed._what}; reading it gives a copy, and a change of that would be lost: get a float model with "
-                "fewbits.dequantize(model) first, or a tensor of your own with .clone()"
+                f"{changed._what}; reading it gives a copy, and changes to the copy would be lost: get a float model "
+                "with fewbits.dequantize(model) first, or a tensor of your own with .clone()"
             )
         result = func(*_plain(tuple(args)), **_plain(named))
         if func in _AS_NUMPY and result.base is not None:
@@ -76,12 +76,12 @@ class ReadOnlyTensor(Tensor):
         return _guarded(result, list(_read_only_in([*args, *named.values()])))
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The rows, read-only."""
+        """Iterate over the rows, read-only."""
         return iter(self.unbind(0))
 
 
 def _changed_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The arguments that a function would change; None if there are none."""
+    """Return the arguments that a function would change; None if it changes none."""
     name = getattr(func, "__name__", "")
     first = args[0] if args else next((kwargs[known] for known in _CHANGED_NAMES if known in kwargs), None)
     if name == "__set__":
@@ -101,7 +101,7 @@ def _read_only_in(value: Any) -> Iterator[ReadOnlyTensor]:
 
 
 def _plain(value: Any) -> Any:
-    """The same, with the plain tensors in the place of read-only ones."""
+    """Replace read-only tensors in `value` by their plain tensors."""
     if isinstance(value, ReadOnlyTensor):
         return value.plain
     if isinstance(value, dict):
@@ -113,7 +113,7 @@ def _plain(value: Any) -> Any:
 
 
 def _guarded(result: Any, arguments: Sequence[ReadOnlyTensor]) -> Any:
-    """A result, read-only where it shares memory with an argument that is."""
+    """Make a result read-only where it shares memory with a read-only argument."""
     if isinstance(result, (list, tuple)) and any(isinstance(part, Tensor) for part in result):
         parts = [_guarded(part, arguments) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)

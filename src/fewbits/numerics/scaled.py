@@ -1,7 +1,8 @@
-"""Floats of 8 bits with scales beside them, as other tools store weights: back to bfloat16, some elements at a time.
+"""Dequantize float8 weights with separate scales, as other tools store them, to bfloat16, some elements at a time.
 
-A weight is its code times the scale of its block, multiplied in float32 and rounded to bfloat16, as the programs do
-that run such weights. An element depends on nothing but its code and its scale, so any cut gives the same bits.
+A weight is its code times the scale of its block, multiplied in float32 and rounded to bfloat16, as the programs that
+run such weights do. An element depends only on its code and its scale, so that cutting a tensor anywhere gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fewbits.numerics.layout import BLOCK_ELEMENTS
 
 
 def _present(*names: str) -> tuple[torch.dtype, ...]:
-    """Those of these dtypes that this release of torch has."""
+    """Return the named dtypes that this release of torch has."""
     return tuple(getattr(torch, name) for name in names if hasattr(torch, name))
 
 
@@ -31,25 +32,25 @@ FP8_DTYPES = _present("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8
 #: Dtypes of the scales.
 FP8_SCALE_DTYPES = (*FLOAT_DTYPES, *_present("float8_e8m0fnu"))
 
-#: What codes and scales are dequantized to.
+#: The dtype that codes and scales are dequantized to.
 FP8_TARGET = torch.bfloat16
 
 _LARGEST: float = torch.finfo(FP8_TARGET).max
 
-#: Some elements of a tensor as they lie, from the first of these positions up to the second, in one dimension.
+#: Reads consecutive elements of a contiguous tensor, from the first position up to the second, as a 1-D tensor.
 Elements = Callable[[int, int], Tensor]
 
 
 @attrs.frozen
 class ScaleGrid:
-    """Which scale goes with which element of a tensor.
+    """Maps each element of a tensor to its scale.
 
-    The tensor is seen as matrices, one below the other. Each is cut into blocks from its first row and column on; the
-    last ones may be smaller. There is one scale for each block, in the order of the blocks, row after row.
+    The tensor is seen as a stack of matrices. Each matrix is cut into blocks, beginning at its first row and column;
+    the last blocks may be smaller. Each block has one scale. The scales are in the order of the blocks, row by row.
 
     Attributes:
-        rows: of one matrix.
-        columns: likewise.
+        rows: the number of rows of one matrix.
+        columns: the number of columns of one matrix.
         block: rows and columns of a block.
     """
 
@@ -61,15 +62,15 @@ class ScaleGrid:
     def fit(
         cls, shape: Sequence[int], scale_shape: Sequence[int], blocks: Sequence[tuple[int, int]]
     ) -> ScaleGrid | None:
-        """The grid that scales of this shape have over a tensor; None if there is none.
+        """Find the grid that fits scales of this shape to a tensor; None if no grid fits.
 
-        There may be one scale for all of a tensor; one for each index of its first axis or axes, such as its rows, with
-        or without axes of length 1 for the others; or one for each block of its last two axes.
+        Three kinds of scales fit: one scale for the whole tensor; one for each index of its first axis or axes, such as
+        its rows, with or without axes of length 1 for the others; one for each block of its last two axes.
 
         Args:
-            shape: of the tensor.
-            scale_shape: of its scales.
-            blocks: rows and columns of the blocks to look for, the first that fits counts.
+            shape: the shape of the tensor.
+            scale_shape: the shape of its scales.
+            blocks: the block sizes to try, (rows, columns); the first that fits is used.
 
         >>> ScaleGrid.fit((300, 200), (3, 2), [(128, 128)])
         ScaleGrid(rows=300, columns=200, block=(128, 128))
@@ -90,7 +91,7 @@ class ScaleGrid:
         return None
 
     def rectangles(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cut elements from `start` to `stop`, as they lie, into parts of one row or some whole rows, not too large."""
+        """Cut the range of elements into parts of limited size, each within one row or made of whole rows."""
         while start < stop:
             end = min(stop, start + self.columns - start % self.columns, start + BLOCK_ELEMENTS)
             if start % self.columns == 0 and stop - start >= self.columns <= BLOCK_ELEMENTS:
@@ -99,14 +100,14 @@ class ScaleGrid:
             start = end
 
     def expanded(self, start: int, stop: int, scales: Elements) -> Tensor:
-        """The scales of a rectangle's elements in float32, checked; of shape (rows or 1, columns or 1).
+        """Return the checked float32 scales of a rectangle's elements, of shape (rows or 1, columns or 1).
 
         Raises:
             NumericsError: for a scale that is NaN, Inf or negative.
         """
         across = -(-self.columns // self.block[1])
         top, bottom = start // self.columns, -(-stop // self.columns)
-        begin, end = start % self.columns, (stop - 1) % self.columns + 1  # all columns, if there are several rows
+        begin, end = start % self.columns, (stop - 1) % self.columns + 1  # all columns if there are several rows
         left, right = begin // self.block[1], -(-end // self.block[1])
         first, last = self._below(top), self._below(bottom - 1)
         found = _checked(scales, first * across + left, last * across + right).view(last - first + 1, right - left)
@@ -118,7 +119,7 @@ class ScaleGrid:
         return found[(self._below(torch.arange(top, bottom)) - first).to(found.device)]
 
     def _below(self, row: Any) -> Any:
-        """Which row of blocks a row is in, or some rows are, counted over all matrices."""
+        """Return the index of the row of blocks that holds a row, counted over all matrices."""
         return row // self.rows * -(-self.rows // self.block[0]) + row % self.rows // self.block[0]
 
 
@@ -126,22 +127,22 @@ class ScaleGrid:
 def dequantize_scaled(
     codes: Elements, scales: Elements, grid: ScaleGrid, out: Tensor, *, first: int, shape: Sequence[int]
 ) -> None:
-    """Fill a tensor with the elements of another that lie from one on.
+    """Fill `out` with dequantized elements, beginning with element `first`.
 
-    Besides it, no more is in memory than some pieces of `fewbits.numerics.layout.BLOCK_ELEMENTS`.
+    Memory besides `out` is limited to a few pieces of `fewbits.numerics.layout.BLOCK_ELEMENTS`.
 
     Args:
-        codes: of `FP8_DTYPES`.
-        scales: of `FP8_SCALE_DTYPES`.
-        grid: which of them goes with which code.
-        out: what to fill, contiguous, in `FP8_TARGET`.
-        first: which element the first of `out` is.
-        shape: of the whole tensor, for errors.
+        codes: reads codes, in one of `FP8_DTYPES`.
+        scales: reads scales, in one of `FP8_SCALE_DTYPES`.
+        grid: maps each code to its scale.
+        out: contiguous, in `FP8_TARGET`.
+        first: the position of the first element of `out` in the whole tensor.
+        shape: the shape of the whole tensor, for error messages.
 
     Raises:
         NonFiniteError: for a code or a scale that is NaN or Inf.
         RangeError: for a product beyond the largest bfloat16.
-        NumericsError: for a negative scale, or one of 0 for a code that is not.
+        NumericsError: for a negative scale, or a scale of 0 with a code that is not 0.
     """
     flat = out.view(-1)
     for start, stop in grid.rectangles(first, first + out.numel()):
@@ -157,8 +158,8 @@ def dequantize_scaled(
 
 
 def decoded(codes: Tensor) -> Tensor:
-    """Codes as float32 numbers, exactly."""
-    # A table of all 256: torch converts one by one, which takes several times as long.
+    """Convert codes to float32, exactly."""
+    # A table of all 256 codes is several times faster than torch's conversion.
     return _table(codes.dtype, codes.device).index_select(0, codes.view(torch.uint8).int())
 
 
@@ -168,35 +169,35 @@ def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _checked(scales: Elements, start: int, stop: int) -> Tensor:
-    """Some scales in float32, if they are numbers from 0 up."""
+    """Read some scales in float32, and refuse NaN, Inf and negative ones."""
     found = scales(start, stop).to(torch.float32)
     bad = ~(found >= 0) | found.isinf()
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         kind = NumericsError if math.isfinite(float(found[at])) else NonFiniteError
-        raise kind(f"scale {start + at} is {float(found[at])}; scales are finite and not negative")
+        raise kind(f"scale {start + at} is {float(found[at])}; scales must be finite and not negative")
     return found
 
 
 def _refuse_lost(values: Tensor, scale: Tensor, start: int, shape: Sequence[int]) -> None:
-    """Refuse scales of 0 for codes that are not: a block of zeros may have one."""
+    """Refuse a scale of 0 with a code that is not 0; a block of zeros may have it."""
     lost = ((scale == 0) & (values != 0)).flatten().nonzero()
     if len(lost):
         raise NumericsError(
-            f"the scale of the element at index {_index(start + int(lost[0]), shape)} is 0, and its code is not: the "
+            f"the scale of the element at index {_index(start + int(lost[0]), shape)} is 0, but its code is not 0: the "
             "scales have not been written, or are damaged"
         )
 
 
 def _refuse(values: Tensor, products: Tensor, start: int, shape: Sequence[int]) -> NoReturn:
-    """Say which element is the first that cannot be a bfloat16."""
+    """Raise an error that names the first element beyond the range of bfloat16."""
     at = int((~(products.abs() <= _LARGEST)).nonzero()[0])
     value, where = float(values[at]), f"the element at index {_index(start + at, shape)}"
     if not math.isfinite(value):
         raise NonFiniteError(f"{where} is {value}; only finite numbers can be dequantized: repair the tensor")
     raise RangeError(
-        f"{where} is {value:g}, times its scale beyond the largest {dtype_name(FP8_TARGET)} ({_LARGEST:g}); the scales "
-        "are damaged, or not meant for this tensor"
+        f"{where} is {value:g}; times its scale it is beyond the largest {dtype_name(FP8_TARGET)} ({_LARGEST:g}): the "
+        "scales are damaged, or not meant for this tensor"
     )
 
 

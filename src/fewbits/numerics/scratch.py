@@ -1,4 +1,4 @@
-"""Memory for intermediate results that are made anew for every block."""
+"""Reuse memory for the intermediate results of every block."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 class Scratch:
     """Keeps the memory of intermediate results from one block to the next.
 
-    Freed after every block, it would be given back to the system and zeroed again for the next one, which takes longer
-    than most of what is computed in it.
+    If the memory were freed after every block, the system would take it back and zero it again for the next block.
+    That takes longer than most of the computation.
     """
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous tensor with any contents; what was taken by the same name before is overwritten with it."""
+        """Return a contiguous, uninitialized tensor; it reuses the memory taken before under the same name."""
         memory, size = self._memory.get(name), math.prod(shape)
         if memory is None or memory.numel() < size or (memory.dtype, memory.device) != (dtype, device):
             memory = self._memory[name] = torch.empty(*shape, dtype=dtype, device=device)
@@ -33,14 +33,14 @@ _thread = threading.local()
 
 
 def scratch() -> Scratch:
-    """The memory that this thread works in, inside of `working_in`; new memory elsewhere."""
+    """Return the memory that `working_in` set for this thread; new memory outside of `working_in`."""
     kept: Scratch | None = getattr(_thread, "kept", None)
     return Scratch() if kept is None else kept
 
 
 @contextmanager
 def working_in(kept: Scratch) -> Iterator[None]:
-    """Let everything that this thread quantizes use the same memory, one tensor after the other."""
+    """Make all tensors that this thread quantizes inside the block use the same memory, one after the other."""
     before, _thread.kept = getattr(_thread, "kept", None), kept
     try:
         yield

@@ -1,7 +1,7 @@
-"""Looking for the scales with the least noise: the ranges of all groups are narrowed together, and the best ones kept.
+"""Search for the scales with the least noise: narrow the ranges of all groups together, and keep each group's best.
 
-Whatever is summed up is added in an order that only the length of a group decides, so the choice is a function of the
-group alone: not of the rows beside it, not of the number of threads.
+The order of every sum depends only on the length of a group. So the choice for a group depends only on the group, not
+on neighbouring rows or the number of threads.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from fewbits.numerics.noise import fit_terms
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.sums import group_sums
 
-#: The noise of each group with some scales and zero points: float64, the shape of the scales, in their squares.
+#: Returns the noise of each group with some scales and zero points: float64, the shape of the scales, in units of the
+#: squared scale.
 Noise = Callable[[Tensor, Tensor | None], Tensor]
 
-#: The noise of each element of some rows: (rows, groups, width), in squares of the scale.
+#: Returns the noise of each element of some rows: (rows, groups, width), in units of the squared scale.
 ElementNoise = Callable[[Tensor, Tensor, Tensor | None, QuantSpec], Tensor]
 
-#: Which ends of a range are narrowed, one pass after the other. Symmetric ranges have but one width.
+#: The ends of a range that each pass narrows. Symmetric ranges need one pass.
 _PASSES = {True: [(True, True)], False: [(True, True), (False, True), (True, False)]}
 
 
 def shares(count: int) -> list[float]:
-    """Shares of a range to try: `count` from 1 down to a twentieth, denser towards 1.
+    """Return the shares of a range to try: `count` shares from 1 down to a twentieth, denser towards 1.
 
     >>> [round(share, 4) for share in shares(3)]
     [1.0, 0.7625, 0.05]
@@ -37,13 +38,13 @@ def shares(count: int) -> list[float]:
 
 
 class Choice:
-    """Scales and zero points, and their noise; those that everything fits in, until better ones are offered.
+    """The best scales and zero points so far, and their noise; at first, those of the whole range.
 
     Args:
         low: the smallest element of each group, at most zero; the shape of the scales.
-        high: the largest, at least zero.
-        spec: with its `scale_dtype` settled.
-        noise: what is to become least.
+        high: the largest element of each group, at least zero.
+        spec: with its `scale_dtype` set.
+        noise: computes the noise to minimize.
 
     Raises:
         RangeError: if a scale is beyond the largest number of its dtype.
@@ -60,8 +61,8 @@ class Choice:
 
         Args:
             shares: each between 0 and 1.
-            mirrored: try negative scales too, if the spec is symmetric: the codes reach one step further down than
-                up, and with a negative scale it is the positive elements that make use of it.
+            mirrored: try negative scales too, if the spec is symmetric. The code range has one more negative step than
+                positive ones, and a negative scale gives that step to the positive elements.
         """
         for narrows_low, narrows_high in _PASSES[self.spec.symmetric]:
             low, high = self.low, self.high
@@ -72,7 +73,7 @@ class Choice:
                     self.offer(*narrowed, -choose_params(-narrowed[1], -narrowed[0], self.spec)[0], None)
 
     def offer(self, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
-        """Take these scales and zero points, made for a range, wherever their noise is less."""
+        """Keep these scales and zero points, made for the range from `low` to `high`, wherever their noise is less."""
         noise = self._noise(scale, zero_point) * (scale.double() / self._unit).square()
         better = (noise < self.noise) & is_finite_throughout(scale, zero_point, self.spec)
         self.noise = torch.where(better, noise, self.noise)
@@ -85,12 +86,12 @@ class Choice:
 def choose_within(
     inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points for ranges that leave some elements outside.
+    """Choose scales and zero points for ranges that leave some elements outside.
 
     Args:
         inner: the ends of the ranges, as `choose_params` takes them.
-        outer: the extremes; they take the place of ranges whose last codes would stand for infinity.
-        spec: with its `scale_dtype` settled.
+        outer: the extremes; they replace an inner range whose first or last code would decode to infinity.
+        spec: with its `scale_dtype` set.
 
     Raises:
         RangeError: if a scale is beyond the largest number of its dtype.
@@ -108,14 +109,14 @@ def choose_within(
 def choose_for(
     x: Tensor, spec: QuantSpec, noise: ElementNoise, shares: Sequence[float], *, mirrored: bool = False
 ) -> Choice:
-    """The scales of some rows, out of shares of their ranges; arguments as `Choice` and `Choice.narrow` have them."""
+    """Choose the scales of some rows from shares of their ranges; arguments as for `Choice` and `Choice.narrow`."""
     choice = Choice(*extremes(x, spec), spec, lambda scale, zero: _totals(noise, x, scale, zero, spec)[0])
     choice.narrow(shares, mirrored=mirrored)
     return choice
 
 
 def fit(choice: Choice, x: Tensor) -> None:
-    """Offer a choice for some rows the scales that suit its codes best."""
+    """Refit the chosen scales of some rows to their codes, and keep them where the noise is less."""
     products, squares = _totals(fit_terms, x, choice.scale, choice.zero_point, choice.spec)
     refitted = refit(choice.scale, products, squares, choice.spec)
     choice.offer(choice.low, choice.high, refitted, choice.zero_point)
@@ -128,10 +129,10 @@ def _totals(
     zero_point: Tensor | None,
     spec: QuantSpec,
 ) -> list[Tensor]:
-    """The sums of each term over each group, in the shape of the scales."""
+    """Sum each term over each group, in the shape of the scales."""
     if spec.granularity != "tensor":
         return [group_sums(values) for values in _as_tuple(terms(x, scale, zero_point, spec))]
-    # One group, perhaps larger than there is memory for intermediate results: a block of rows at a time.
+    # A single group may need more memory for intermediate results than there is, so sum a block of rows at a time.
     sums = [
         [group_sums(values.flatten()) for values in _as_tuple(terms(rows, scale, zero_point, spec))]
         for rows in torch.split(x, block_rows(x.shape[1]))

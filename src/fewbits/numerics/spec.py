@@ -1,4 +1,4 @@
-"""Specs: how the codes of a tensor look. A spec is a value, can be stored, and knows nothing of any model."""
+"""Specs describe the codes of a tensor. A spec is an immutable value that can be stored and refers to no model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Granularity = Literal["tensor", "channel", "group"]
 Activations = Literal["dynamic", "static"]
 Rounding = Literal["nearest", "free"]
 
-#: Smaller numbers have fewer digits: half of them may be nothing.
+#: Smaller numbers are subnormal and lose digits: half of one may be zero.
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -51,7 +51,7 @@ def _check_scale_dtype(_: Any, __: Any, dtype: object) -> None:
 
 
 def _levels(values: Iterable[float] | None) -> tuple[float, ...] | None:
-    """Rounded to float32, so that they are the same numbers wherever they are decoded."""
+    """Round levels to float32, so that they decode to the same numbers everywhere."""
     if values is None:
         return None
     try:
@@ -64,13 +64,13 @@ def _check_levels(spec: QuantSpec, _: Any, levels: tuple[float, ...] | None) -> 
     if levels is None:
         return
     if not spec.symmetric:
-        raise ArgumentError("levels go with a symmetric spec: they say themselves where zero is")
+        raise ArgumentError("levels need symmetric=True: one of the levels is zero, so there is no zero point")
     rising = all(low < high for low, high in pairwise(levels))
     normal = all(level == 0 or _TINY <= abs(level) < math.inf for level in levels)
     if len(levels) != 2**spec.bits or not rising or not normal or 0.0 not in levels[1:-1]:
         raise ArgumentError(
-            f"levels of {spec.bits} bits are {2**spec.bits} finite numbers in rising order, none of them subnormal, "
-            f"with 0 among them, neither first nor last; not {levels}"
+            f"levels of {spec.bits} bits must be {2**spec.bits} finite numbers in rising order, none of them "
+            f"subnormal; 0 must be one of them, but neither the first nor the last; not {levels}"
         )
 
 
@@ -81,7 +81,7 @@ def _check_activations(spec: QuantSpec, _: Any, activations: object) -> None:
         raise ArgumentError(f"activations must be None, 'dynamic' or 'static', not {activations!r}")
     if spec.granularity == "group" or spec.levels is not None:
         raise ArgumentError(
-            "int8 activations need integer codes with one scale a row or a tensor: granularity 'channel' or 'tensor'"
+            "int8 activations need integer codes and granularity 'channel' or 'tensor' (one scale per row or tensor)"
         )
 
 
@@ -92,7 +92,7 @@ def _check_rounding(_: Any, __: Any, rounding: object) -> None:
 
 def _check_cast_dtype(_: Any, __: Any, dtype: torch.dtype) -> None:
     if dtype not in FLOAT_DTYPES:
-        raise ArgumentError(f"a cast goes to one of {[dtype_name(d) for d in FLOAT_DTYPES]}, not {dtype!r}")
+        raise ArgumentError(f"a cast must be to one of {[dtype_name(d) for d in FLOAT_DTYPES]}, not {dtype!r}")
 
 
 @attrs.frozen(cache_hash=True)
@@ -101,20 +101,20 @@ class QuantSpec:
 
     Args:
         bits: width of a code, 2 to 8; codes run from ``-2**(bits-1)`` to ``2**(bits-1) - 1``.
-        granularity: what shares one scale: the whole ``"tensor"``, a row (``"channel"``), or ``group_size``
+        granularity: which elements share one scale: the whole ``"tensor"``, a row (``"channel"``), or ``group_size``
             neighbours within a row (``"group"``; the last group of a row may be shorter).
         group_size: elements in a group, for granularity ``"group"`` only.
-        symmetric: no zero point; zero is code 0.
-        scale_dtype: dtype the scales are stored in; None stands for the weight's own dtype.
-        levels: what the codes stand for, in units of the scale, lowest code first: ``2**bits`` rising numbers with 0
-            among them (rounded to float32). None stands for the integers themselves.
-        activations: whether the layer rounds its inputs to int8 too: ``"dynamic"``, with a scale for every row of
-            an input, ``"static"``, with one scale from calibration, or None, not at all.
-        rounding: ``"nearest"``, every element takes the nearest code, or ``"free"``, any code may be chosen, as schemes
-            do that feed errors forward; the error bound of an element is then the extent of the code range.
+        symmetric: True for no zero point: code 0 decodes to zero.
+        scale_dtype: dtype of the stored scales; None means the dtype of the weight.
+        levels: the numbers that codes decode to, in units of the scale, lowest code first: ``2**bits`` rising numbers,
+            rounded to float32, one of them 0. None means that codes decode to integers.
+        activations: how the layer rounds its inputs to int8: ``"dynamic"``, with one scale for each row of an input;
+            ``"static"``, with one scale from calibration; None, not at all.
+        rounding: ``"nearest"``: each element gets the nearest code. ``"free"``: any code may be chosen, for schemes
+            that feed errors forward; the error bound is then the distance to the farther end of the code range.
 
     Raises:
-        ArgumentError: for a value outside what is listed here.
+        ArgumentError: for any other value.
 
     >>> print(QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False))
     int4 group 128 asymmetric
@@ -142,23 +142,23 @@ class QuantSpec:
         return (1 << (self.bits - 1)) - 1
 
     def width(self, columns: int) -> int:
-        """How many neighbouring elements of a row of `columns` share a scale (at least one)."""
+        """Return how many neighbouring elements of a row of `columns` share a scale (at least one)."""
         return max(1, min(columns, self.group_size or columns))
 
     def groups(self, columns: int) -> int:
-        """How many groups a row of `columns` elements has."""
+        """Return how many groups a row of `columns` elements has."""
         return -(-columns // self.width(columns))
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
-        """The shape of the scales of a (rows, columns) matrix: (1,), or (rows, groups)."""
+        """Return the shape of the scales of a (rows, columns) matrix: (1,), or (rows, groups)."""
         return (1,) if self.granularity == "tensor" else (rows, self.groups(columns))
 
     def for_dtype(self, dtype: torch.dtype) -> QuantSpec:
-        """This spec with the scale dtype settled for a weight of `dtype`."""
+        """Return this spec with the scale dtype set; if it is None, a weight of `dtype` has scales of `dtype`."""
         return self if self.scale_dtype is not None else attrs.evolve(self, scale_dtype=dtype)
 
     def weight_only(self) -> QuantSpec:
-        """This spec for a layer that leaves its inputs as they are."""
+        """Return this spec without rounding of inputs."""
         return self if self.activations is None else attrs.evolve(self, activations=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class CastSpec:
     activations: ClassVar[None] = None
 
     def for_dtype(self, dtype: torch.dtype) -> CastSpec:
-        """This spec: a cast does not depend on where it comes from."""
+        """Return this spec: a cast does not depend on the source's dtype."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,7 +216,7 @@ SPECS: Mapping[str, Spec] = {
     "fp16": CastSpec(torch.float16),
 }
 
-#: How the inputs of a layer with static int8 activations are rounded.
+#: The spec for the inputs of a layer with static int8 activations.
 INPUT_SPEC = QuantSpec(bits=8, granularity="tensor", scale_dtype=torch.float32)
 
 
@@ -230,11 +230,11 @@ def spec_from_dict(fields: dict[str, Any]) -> Spec:
     kind = fields.pop("kind", None)
     names = {"affine": "scale_dtype", "cast": "dtype"}
     if not isinstance(kind, str) or kind not in names:
-        raise ArgumentError(f"a spec is of kind 'affine' or 'cast', not {kind!r}")
+        raise ArgumentError(f"the kind of a spec must be 'affine' or 'cast', not {kind!r}")
     dtype = names[kind]
     if fields.get(dtype) is not None:
         fields[dtype] = dtype_from_name(fields[dtype])
     try:
         return QuantSpec(**fields) if kind == "affine" else CastSpec(**fields)
     except TypeError as error:
-        raise ArgumentError(f"the fields of this {kind} spec are not the ones it needs: {error}") from None
+        raise ArgumentError(f"a spec of kind {kind!r} has missing or unknown fields: {error}") from None

@@ -1,4 +1,4 @@
-"""Sums in an order that nothing but the number of terms decides: not threads, not the instruction set."""
+"""Sums whose order depends only on the number of terms, not on threads or the instruction set."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def group_sums(values: Tensor) -> Tensor:
-    """The sums along the last axis, in float64. The values are overwritten.
+    """Sum along the last axis, in float64, and overwrite `values`.
 
-    The halves of a group are added, element by element, until one is left.
+    The two halves of a group are added element by element, until one element is left.
     """
     width = values.shape[-1]
     while width > 1:

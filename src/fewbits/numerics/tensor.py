@@ -1,4 +1,4 @@
-"""`QuantizedTensor`: codes and scales, held exactly as files hold them."""
+"""`QuantizedTensor`: codes and scales, exactly as files store them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.plain import plain
 from fewbits.numerics.spec import QuantSpec
 
-#: What a quantized tensor is made of, of any spec.
+#: The names of all parts that a quantized tensor may have.
 PARTS = frozenset({"packed", "scale", "zero_point", "input_scale", "shape"})
 
 
@@ -26,13 +26,13 @@ class QuantizedTensor:
     """A tensor of any shape as packed integer codes.
 
     Attributes:
-        packed: int32, (rows, words), the codes of the (rows, columns) matrix that `layout` cuts; see
+        packed: int32, (rows, words), the packed codes of the (rows, columns) matrix that `layout` describes; see
             `fewbits.numerics.packing`.
         scale: (rows, groups), or (1,) for granularity "tensor", in ``spec.scale_dtype``.
         zero_point: int32, packed along the rows: (words, groups); None if symmetric.
-        spec: how the codes look.
+        spec: the spec of the codes.
         layout: how the tensor was cut into rows and columns, with its true shape.
-        dtype: the dtype of the tensor that was quantized, and of what `dequantize` returns.
+        dtype: the dtype of the tensor that was quantized; `dequantize` returns this dtype by default.
         input_scale: float32, (1,), the scale of the layer's int8 inputs; None unless ``spec.activations`` is "static".
     """
 
@@ -48,16 +48,16 @@ class QuantizedTensor:
         """Refuse parts that do not fit each other.
 
         Raises:
-            FormatError: if a shape or dtype is not what spec and layout ask for.
+            FormatError: if a part is missing, or its shape or dtype does not fit spec and layout.
         """
         if self.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{dtype_name(self.dtype)} is not a dtype that a weight can have")
         expected = part_shapes(self.layout, self.spec, self.dtype)
-        del expected["shape"]  # that is the layout's own
+        del expected["shape"]  # `layout` holds it
         found = self._tensors()
         if found.keys() != expected.keys():
             expects, has = (sorted([*parts, "shape"]) for parts in (expected, found))
-            raise FormatError(f"a tensor in {self.spec} has the parts {expects}, not {has}")
+            raise FormatError(f"a tensor in {self.spec} must have the parts {expects}, not {has}")
         for name, (shape, dtype) in expected.items():
             if (tuple(found[name].shape), found[name].dtype) != (shape, dtype):
                 raise FormatError(
@@ -87,17 +87,17 @@ class QuantizedTensor:
 
         Args:
             codes: integer, (rows, columns), in the code range of `spec`.
-            scale: (rows, groups) or (1,), in ``spec.scale_dtype`` (its own dtype if that is None).
+            scale: (rows, groups) or (1,), in ``spec.scale_dtype`` (any float dtype if that is None).
             zero_point: integer, the shape of `scale`; None if symmetric.
-            spec: how the codes look.
-            layout: how the tensor was cut.
-            dtype: of the tensor that was quantized.
+            spec: the spec of the codes.
+            layout: how the tensor was cut into rows and columns.
+            dtype: the dtype of the tensor that was quantized.
         """
         spec = spec.for_dtype(scale.dtype)
         scale, zero_point = check_params(scale, zero_point, spec, layout.matrix_shape)
         if tuple(codes.shape) != layout.matrix_shape or codes.is_floating_point():
             raise FormatError(
-                f"codes are integers of shape {layout.matrix_shape}, "
+                f"codes must be integers of shape {layout.matrix_shape}, "
                 f"not {dtype_name(codes.dtype)} of {tuple(codes.shape)}"
             )
         if codes.numel() and not spec.code_min <= int(codes.min()) <= int(codes.max()) <= spec.code_max:
@@ -109,24 +109,24 @@ class QuantizedTensor:
     def from_parts(
         cls, parts: Mapping[str, Tensor], *, spec: QuantSpec, layout: Layout, dtype: torch.dtype
     ) -> QuantizedTensor:
-        """Put together what `parts` took apart; the tensors are used as they are, not copied.
+        """Build a quantized tensor from the tensors that `parts` returns, without copying them.
 
         Raises:
             FormatError: if a part is missing, or does not fit spec and layout.
         """
         if not {"packed", "scale", "shape"} <= set(parts) <= PARTS:
             wanted = sorted(part_shapes(layout, spec, dtype))
-            raise FormatError(f"a tensor in {spec} has the parts {wanted}, not {sorted(parts)}")
+            raise FormatError(f"a tensor in {spec} must have the parts {wanted}, not {sorted(parts)}")
         check_shape_part(parts["shape"], layout.shape)
         optional = parts.get("zero_point"), parts.get("input_scale")
         return cls(parts["packed"], parts["scale"], optional[0], spec, layout, dtype, optional[1])
 
     def parts(self) -> dict[str, Tensor]:
-        """What a file holds: packed, scale, zero_point (if asymmetric), input_scale (if static), and shape (int64)."""
+        """Return the tensors of a file: packed, scale, zero_point (asymmetric), input_scale (static), shape (int64)."""
         return self._tensors() | {"shape": shape_part(self.layout.shape)}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All parts but the shape."""
+        """Return all parts but the shape."""
         optional = {"zero_point": self.zero_point, "input_scale": self.input_scale}
         parts = {"packed": self.packed, "scale": self.scale}
         return parts | {name: part for name, part in optional.items() if part is not None}
@@ -138,33 +138,33 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts, as stored."""
+        """The number of bytes of all parts, as stored."""
         return sum(part.nbytes for part in self.parts().values())
 
     def zero_points(self) -> Tensor | None:
-        """Zero points unpacked: int32, the shape of `scale`; None if symmetric."""
+        """Return the unpacked zero points: int32, the shape of `scale`; None if symmetric."""
         return unpack_zero_point(self.zero_point, self.scale, self.spec)
 
     def codes(self) -> Tensor:
-        """Signed codes: int8, (rows, columns)."""
+        """Return the signed codes: int8, (rows, columns)."""
         unsigned = unpack(self.packed, self.spec.bits, self.layout.columns)
         return (unsigned.to(torch.int16) + self.spec.code_min).to(torch.int8)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor that the codes stand for, in its own shape; computed in float32 (float64 for float64 scales).
+        """Decode the tensor into its original shape, computed in float32 (float64 for float64 scales).
 
         Args:
-            dtype: what to cast the result to; None stands for the source's dtype.
+            dtype: the dtype to cast the result to; None means the source's dtype.
         """
         matrix = decode_packed(self.packed, self.scale, self.zero_points(), self.spec, self.layout.columns)
         return self.layout.from_matrix(narrow(matrix, dtype or self.dtype))
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Some rows of its matrix, as a quantized tensor of two dimensions over the same memory.
+        """Return some rows of the matrix as a quantized tensor of two dimensions over the same memory.
 
         Args:
-            start: the first; with zero points a multiple of 32, where a word of packed zero points begins.
-            stop: the one after the last.
+            start: the first row; if there are zero points, a multiple of 32, where a packed word of them begins.
+            stop: the row after the last one.
         """
         rows, spec = slice(start, stop), self.spec
         per_row = spec.granularity != "tensor"
@@ -180,7 +180,7 @@ class QuantizedTensor:
         )
 
     def equal(self, other: QuantizedTensor) -> bool:
-        """Whether the other one is the same, bit for bit."""
+        """Tell whether spec, layout, dtype and all parts are equal, bit for bit."""
         mine, theirs = self.parts(), other.parts()
         return (self.spec, self.layout, self.dtype) == (other.spec, other.layout, other.dtype) and all(
             same_bits(mine[name], theirs[name]) for name in mine
@@ -188,7 +188,7 @@ class QuantizedTensor:
 
 
 def same_bits(a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor) -> bool:
-    """Whether two stored forms are equal bit for bit; NaN equals itself."""
+    """Tell whether two stored tensors are equal bit for bit; NaN equals itself."""
     if isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor):
         return isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor) and a.equal(b)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -197,16 +197,16 @@ def same_bits(a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor) -> bool:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor, not copied."""
-    # One of a single element may have any stride, which another dtype would not take.
+    """View a contiguous tensor as bytes."""
+    # A tensor of one element may have any stride, and `view` to another dtype would refuse most strides.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """The tensor as contiguous bytes in the CPU's memory, nothing left to be computed; itself if it is that already.
+    """Return a contiguous tensor in CPU memory with conjugation and negation resolved; not a copy if it already is one.
 
     Raises:
-        SourceError: if it is not a plain tensor. Its bytes would be read at an address that is none.
+        SourceError: if it is not a plain tensor, because its data pointer would not be valid.
     """
     tensor = plain(tensor)
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
@@ -215,7 +215,7 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 
 def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every part of a quantized tensor, known before it is quantized.
+    """Return shape and dtype of every part that a tensor will have once it is quantized.
 
     >>> spec = QuantSpec(bits=4, granularity="group", group_size=128)
     >>> part_shapes(Layout.of((10, 200)), spec, torch.float16)["scale"]
@@ -236,32 +236,32 @@ def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str
 
 
 def shape_part(shape: Sequence[int]) -> Tensor:
-    """A shape as files hold it: int64, one number an axis."""
+    """Return a shape as files store it: int64, one number per axis."""
     return torch.tensor(tuple(shape), dtype=torch.int64, device="cpu")
 
 
 def check_input_scale(scale: Tensor) -> None:
-    """Refuse a scale of inputs, (1,), that is none.
+    """Refuse a scale of inputs, (1,), that is not positive and finite.
 
     Raises:
-        FormatError: if it is not positive and finite.
+        FormatError: if it is not.
     """
     if not 0 < float(scale) < math.inf:
         raise FormatError(f"the scale of inputs is {float(scale)}; it must be positive and finite")
 
 
 def check_shape_part(part: Tensor, shape: Sequence[int]) -> None:
-    """Refuse a stored shape that is not the one that it should be.
+    """Refuse a stored shape that differs from the layout's shape.
 
     Raises:
-        FormatError: naming both.
+        FormatError: if they differ; the message names both.
     """
     if part.dtype != torch.int64 or part.dim() != 1 or part.tolist() != list(shape):
-        raise FormatError(f"the part 'shape' says {tuple(part.flatten().tolist())}, the layout {tuple(shape)}")
+        raise FormatError(f"the part 'shape' is {tuple(part.flatten().tolist())}, but the layout has {tuple(shape)}")
 
 
 def pack_zero_point(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:
-    """Zero points as files hold them: unsigned, packed along the rows."""
+    """Pack zero points as files store them: unsigned, packed along the rows."""
     if zero_point is None:
         return None
     unsigned = (zero_point - spec.code_min).to(torch.uint8).reshape(zero_point.shape[0], -1)
@@ -273,25 +273,25 @@ def unpack_zero_point(zero_point: Tensor | None, scale: Tensor, spec: QuantSpec)
     """Undo `pack_zero_point`: int32, the shape of `scale`; None stays None."""
     if zero_point is None:
         return None
-    # A clone, not `contiguous`: that leaves a single word with the stride it has, and it could not be viewed as bytes.
+    # `contiguous` would keep the stride of a single word, which could then not be viewed as bytes; `clone` resets it.
     columns = zero_point.reshape(zero_point.shape[0], -1).T.clone(memory_format=torch.contiguous_format)
     return (unpack(columns, spec.bits, scale.shape[0]).T.to(torch.int32) + spec.code_min).reshape(scale.shape)
 
 
 def decode_packed(packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, columns: int) -> Tensor:
-    """What packed rows stand for: (rows, columns), in float32 (float64 for float64 scales).
+    """Decode packed rows to (rows, columns) in float32 (float64 for float64 scales).
 
     Args:
         packed: int32, (rows, words).
-        scale: of these rows; (1,) for granularity "tensor".
-        zero_point: likewise, unpacked; None if symmetric.
-        spec: how the codes look.
-        columns: how many codes a row has.
+        scale: the scales of these rows; (1,) for granularity "tensor".
+        zero_point: the zero points of these rows, unpacked; None if symmetric.
+        spec: the spec of the codes.
+        columns: the number of codes in a row.
     """
     return decode(unpack(packed, spec.bits, columns), scale, zero_point, spec, compute_dtype(scale.dtype))
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A cast in which what rounds to Inf becomes the largest number: no weight was Inf before it was quantized."""
+    """Cast to `dtype`; numbers that would round to Inf become its largest number, since the source held no Inf."""
     limit = torch.finfo(dtype).max
     return (x.clamp(-limit, limit) if limit < torch.finfo(x.dtype).max else x).to(dtype)

@@ -1,4 +1,4 @@
-"""Observers: pick scale and zero point for a weight; some look at a layer's inputs first."""
+"""Observers pick scale and zero point for a weight; some look at a layer's inputs first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fewbits.observers.moving_average import MovingAverageMinMaxObserver
 from fewbits.observers.mse import MSEObserver
 from fewbits.observers.percentile import PercentileObserver
 
-#: The observers that come with the library, by short name.
+#: The built-in observers by short name.
 OBSERVERS: Mapping[str, type[Observer]] = MappingProxyType(
     {
         "minmax": MinMaxObserver,

@@ -1,4 +1,4 @@
-"""`AccumulatingObserver`: one that keeps statistics of the inputs, of a size that does not grow with them."""
+"""`AccumulatingObserver`: keeps statistics of the inputs, whose size does not grow with the number of inputs."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from fewbits.observers.base import Observer, recipe
 
 
 class Statistics(Protocol):
-    """Values of which any two of a kind make one that stands for what both have seen, in either order."""
+    """Mergeable, order-independent statistics."""
 
     def merged(self: _S, other: _S) -> _S:
-        """The statistics of both."""
+        """Return the statistics of the inputs of both."""
 
 
 _S = TypeVar("_S", bound=Statistics)
 
 
 class AccumulatingObserver(Observer, Generic[_S]):
-    """Keeps one value for all the inputs it has seen, merged with that of each further input.
+    """Keeps the merged statistics of all inputs that it has seen.
 
-    Order and batching of the inputs do not matter, and copies that have seen a part each merge into one that has seen
-    all, to the bit.
+    Order and batching of the inputs do not matter. Copies that each saw a part of the inputs can be merged; the result
+    has the same bits as that of one observer that saw all inputs.
     """
 
-    # A class attribute, so that a subclass may have an __init__ of its own.
+    # A class attribute, so that a subclass may define an __init__ that does not call this class's.
     _seen: _S | None = None
 
     @abstractmethod
     def _statistics(self, x: Tensor) -> _S | None:
-        """The statistics of one input; None if there is nothing in it to observe."""
+        """Return the statistics of one input; None if the input has nothing to observe."""
 
     @abstractmethod
     def _choose(self, seen: _S, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point for inputs with these statistics; the `scale_dtype` of the spec is settled."""
+        """Choose scale and zero point for inputs with these statistics; the spec has its `scale_dtype` set."""
 
     def observe_input(self, x: Tensor) -> None:
-        """Take in one input. What is not floating is passed over.
+        """Add one input to the statistics. Inputs that are not floating are ignored.
 
         Raises:
-            CalibrationError: if it holds NaN or Inf.
+            CalibrationError: if the input holds NaN or Inf.
         """
         self._take_in(self._statistics(x.detach()))
 
     def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point for inputs like those seen so far, as `Observer.input_params` has it."""
+        """Pick scale and zero point for inputs like those seen so far; see `Observer.input_params`."""
         check_input_spec(spec)
         if self._seen is None:
             raise nothing_seen(self)
         return self._choose(self._seen, spec.for_dtype(torch.float32))
 
     def merge(self, other: Observer) -> None:
-        """Take in what another copy of this recipe has seen.
+        """Add the statistics of another copy of this recipe.
 
         Raises:
-            ArgumentError: if the other one is of another recipe.
+            ArgumentError: if `other` has a different recipe.
         """
         if not isinstance(other, type(self)) or type(self) is not type(other) or recipe(other) != recipe(self):
-            raise ArgumentError(f"{self!r} cannot take in what {other!r} has seen; they must be of one recipe")
+            raise ArgumentError(f"{self!r} cannot merge {other!r}: the class and arguments must be equal")
         self._take_in(other._seen)
 
     def reset(self) -> None:
-        """Forget everything seen so far."""
+        """Forget all inputs."""
         self._seen = None
 
     def _take_in(self, more: _S | None) -> None:
@@ -76,17 +76,17 @@ class AccumulatingObserver(Observer, Generic[_S]):
 
 
 def check_input_spec(spec: QuantSpec) -> None:
-    """Refuse a spec that inputs cannot be rounded with.
+    """Refuse a spec that does not suit inputs.
 
     Raises:
-        ArgumentError: unless it has one scale for all, and integer codes.
+        ArgumentError: unless the spec has one scale for the whole tensor, and integer codes.
     """
     if spec.granularity != "tensor" or spec.levels is not None:
-        raise ArgumentError(f"inputs have one scale and integer codes (granularity 'tensor', no levels), not {spec}")
+        raise ArgumentError(f"inputs need a spec with granularity 'tensor' and without levels, not {spec}")
 
 
 def nothing_seen(observer: Observer) -> CalibrationError:
-    """The error of an observer that is asked about inputs before it has seen any."""
+    """Return the error of an observer that is asked for the scale of inputs before it has seen any."""
     return CalibrationError(
         f"{observer!r} has seen no input; run data through the layer first: call observe(batches), or pass data="
     )

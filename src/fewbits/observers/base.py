@@ -19,8 +19,8 @@ _Self = TypeVar("_Self", bound="Observer")
 class Observer(ABC):
     """Picks scale and zero point, for a weight or for the inputs of a layer.
 
-    One instance is a recipe: a quantizer makes a fresh copy per layer. The public attributes of an instance are what
-    the recipe says, the private ones what it has seen.
+    An instance is a recipe: a quantizer makes a fresh copy for each layer. The public attributes of an instance are its
+    settings. The private attributes hold what it has seen.
 
     Attributes:
         needs_data: whether `observe_input` must have seen a layer's inputs before its weight is quantized.
@@ -32,14 +32,15 @@ class Observer(ABC):
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """Pick scale and zero point for some rows of a weight.
 
-        What is picked for a row depends on this row, and on inputs that were observed, and on nothing else: of a
-        checkpoint on disk, blocks of one weight come on several threads, in any order.
+        The result for a row may depend only on this row and on the inputs observed before: blocks of one weight of a
+        checkpoint arrive on several threads, in any order.
 
         Args:
-            weight: (rows, columns), finite, not to be written to, and not to be held: the next rows come in the same
-                memory. Whole rows of the matrix it is cut into, in float32 or float64 and a block at a time; where one
-                scale serves the whole tensor (granularity "tensor"), all at once and in the weight's own dtype.
-            spec: how the codes shall look, with ``spec.scale_dtype`` settled.
+            weight: finite, (rows, columns): whole rows of the weight's matrix. If one scale serves the whole tensor
+                (granularity "tensor"), all rows come at once, in the weight's dtype. Otherwise they come a block at a
+                time, in float32 or float64. Do not write to `weight`, and do not keep it: the next block reuses its
+                memory.
+            spec: the spec of the codes, with ``spec.scale_dtype`` set.
 
         Returns:
             scale, of shape ``spec.scale_shape(rows, columns)`` and dtype ``spec.scale_dtype``, finite and not zero;
@@ -48,60 +49,60 @@ class Observer(ABC):
 
     @property
     def gathers_chunks(self) -> bool:
-        """Whether `observe_chunks` holds the whole weight."""
+        """Whether `observe_chunks` keeps the whole weight in memory."""
         return True
 
     def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """Pick the one scale and zero point of a weight that comes in chunks, because it may be larger than memory.
 
-        An observer that needs no more than a summary of them should override this, which brings them together.
+        This method joins the chunks. Override it if a summary of each chunk is enough.
 
         Args:
-            chunks: some whole rows each, in order, in the weight's own dtype.
-            spec: of granularity "tensor", with ``spec.scale_dtype`` settled.
+            chunks: some whole rows each, in order, in the weight's dtype.
+            spec: of granularity "tensor", with ``spec.scale_dtype`` set.
         """
         return self.observe_weight(torch.cat(list(chunks)), spec)
 
     def observe_input(self, x: Tensor) -> None:  # noqa: B027  (an optional part of the interface)
-        """Look at one input of the layer, floating and with elements.
+        """Observe one input of the layer, which is floating and has elements.
 
-        Called during calibration, if `needs_data`, or if `input_params` will be asked for.
+        Calibration calls this method if `needs_data` is True, or if `input_params` will be called.
         """
 
     def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         """Pick scale and zero point for inputs like those seen so far.
 
         Args:
-            spec: how their codes shall look: granularity "tensor", no levels.
+            spec: the spec of their codes: granularity "tensor", no levels.
 
         Returns:
             scale, (1,), in ``spec.scale_dtype`` (float32 if that is None), positive; and zero point, int32, (1,), or
             None if the spec is symmetric. Both on the CPU.
 
         Raises:
-            CalibrationError: if nothing was seen, or this observer does not look at inputs.
+            CalibrationError: if no input was seen, or this observer does not observe inputs.
         """
         raise CalibrationError(
-            f"{self!r} does not pick scales for inputs; take one that does, such as MinMaxObserver or HistogramObserver"
+            f"{self!r} does not pick scales for inputs; use one that does, such as MinMaxObserver or HistogramObserver"
         )
 
     def merge(self, other: Observer) -> None:
-        """Take in what another copy of this recipe has seen, as if this one had seen it too.
+        """Merge with another copy of this recipe, as if this observer had seen the inputs of both.
 
         Raises:
-            ArgumentError: if the other one is of another recipe.
-            CalibrationError: if this kind of observer cannot do it.
+            ArgumentError: if `other` has a different recipe.
+            CalibrationError: if this kind of observer cannot be merged.
         """
         raise CalibrationError(
-            f"{self!r} cannot take in what another copy has seen; take one that counts, such as HistogramObserver, or "
+            f"{self!r} cannot be merged with another copy; use an observer that can, such as HistogramObserver, or "
             "show all batches to one copy"
         )
 
     def reset(self) -> None:  # noqa: B027
-        """Forget everything seen so far."""
+        """Forget all inputs."""
 
     def fresh(self: _Self) -> _Self:
-        """A copy of this recipe that has seen nothing."""
+        """Return a copy of this recipe that has seen no input."""
         observer = copy.deepcopy(self)
         observer.reset()
         return observer
@@ -111,5 +112,5 @@ class Observer(ABC):
 
 
 def recipe(observer: Observer) -> dict[str, object]:
-    """What an observer was made with: its public attributes."""
+    """Return the settings of an observer: its public attributes."""
     return {name: value for name, value in vars(observer).items() if not name.startswith("_")}

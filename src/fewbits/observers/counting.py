@@ -1,4 +1,4 @@
-"""`CountingObserver`: one that keeps a histogram of the inputs."""
+"""`CountingObserver`: keeps a histogram of the inputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fewbits.numerics.sums import group_sums
 from fewbits.observers.accumulating import AccumulatingObserver
 from fewbits.observers.histogram_counts import HistogramCounts
 
-#: How much noise a value in a bin has on average, with some scale and zero point: (lower bounds, upper bounds, scale,
-#: zero point, spec) to (1, 1, bins), in squares of the scale.
+#: Returns the mean noise of the values in each bin, (1, 1, bins), in units of the squared scale. Its arguments are the
+#: lower bounds and upper bounds of the bins, the scale, the zero point, and the spec.
 BinNoise: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None, QuantSpec], Tensor]
 
-#: Shares of the range of inputs to try: an eighth of an octave apart, over ten octaves, as outliers may lie far out.
+#: Shares of the range of inputs to try, an eighth of an octave apart. Outliers may be large, so they span ten octaves.
 _SHARES = [2 ** (-index / 8) for index in range(81)]
 
 
@@ -27,8 +27,8 @@ class CountingObserver(AccumulatingObserver[HistogramCounts]):
     """Keeps a histogram of the inputs of a layer.
 
     Args:
-        bins: how many there are on each side of zero, a power of two from 64 to 65536; more than half of them are in
-            use on the side of the largest magnitude.
+        bins: the number of bins on each side of zero, a power of two from 64 to 65536. On the side of the largest
+            magnitude more than half of the bins are in use.
 
     Raises:
         ArgumentError: for another number of bins.
@@ -44,7 +44,7 @@ class CountingObserver(AccumulatingObserver[HistogramCounts]):
 
 
 def least_noise(seen: HistogramCounts, spec: QuantSpec, noise: BinNoise) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of the range, no wider than the extremes, over which a histogram has the least noise."""
+    """Choose scale and zero point with the least noise over a histogram, for a range within the extremes."""
     ends = seen.extremes.around_zero()
     if seen.exponent is None:
         return choose_params(*ends, spec)

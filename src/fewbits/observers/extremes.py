@@ -14,7 +14,7 @@ from fewbits.numerics.dtypes import dtype_name
 
 @attrs.frozen
 class Extremes:
-    """The ends of what was seen.
+    """The range of the numbers seen.
 
     Attributes:
         low: the smallest number.
@@ -26,7 +26,7 @@ class Extremes:
 
     @classmethod
     def of(cls, x: Tensor) -> Extremes | None:
-        """The extremes of a tensor; None if it has no elements, or they are not floating.
+        """Return the extremes of a tensor; None if it has no elements, or is not floating.
 
         Raises:
             CalibrationError: if it holds NaN or Inf.
@@ -42,10 +42,10 @@ class Extremes:
         return cls(low, high)
 
     def merged(self, other: Extremes) -> Extremes:
-        """The extremes of both."""
+        """Return the extremes of both."""
         return Extremes(min(self.low, other.low), max(self.high, other.high))
 
     def around_zero(self) -> tuple[Tensor, Tensor]:
-        """Both ends, moved to zero where they lie beyond it: float64, (1,)."""
+        """Return both ends, float64, (1,), of the range extended to include zero."""
         ends = min(self.low, 0.0), max(self.high, 0.0)
         return torch.tensor([ends[0]], dtype=torch.float64), torch.tensor([ends[1]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""`HistogramObserver`: scales from the range with the least expected noise."""
+"""`HistogramObserver`: takes scales from the range with the least expected noise."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ _SHARES = shares(20)
 
 
 class HistogramObserver(CountingObserver):
-    """Weighs what a range clips against how finely it resolves the rest. For inputs with outliers.
+    """Balances clipping against rounding: takes the range with the least expected noise. For inputs with outliers.
 
-    Takes the range with the least expected noise: for every number ``x`` beyond it the square of its distance from
-    it, for one inside ``scale**2 / 12``, the mean square of a rounding error, and ``x**2`` if it is so small that it
-    becomes zero. (With levels, the distance of the two levels around a number stands in place of the scale.) For
-    inputs that is summed over a histogram of all that were seen, each at the middle of its bin; for weights over the
-    elements of each group.
+    The expected noise is the sum, over all numbers ``x``, of
+
+    - the squared distance from the range, if ``x`` is outside;
+    - ``x**2``, if ``x`` is so small that it rounds to zero;
+    - otherwise ``scale**2 / 12``, the mean square of a rounding error. With levels, the distance between the two levels
+      around ``x`` replaces the scale.
+
+    For weights the sum is over the elements of each group. For inputs it is over a histogram of all inputs, with each
+    number at the middle of its bin.
 
     Args:
-        bins: how many the histogram has on each side of zero: a power of two from 64 to 65536.
+        bins: the number of bins of the histogram on each side of zero: a power of two from 64 to 65536.
     """
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point from the range of least expected noise of each group."""
+        """Pick scale and zero point from the range with the least expected noise of each group."""
         choice = choose_for(weight, spec, expected_noise, _SHARES)
         return choice.scale, choice.zero_point
 

@@ -1,4 +1,4 @@
-"""`HistogramCounts`: how many numbers of each size were seen, whatever the order they came in."""
+"""`HistogramCounts`: how many numbers of each size were seen, independent of their order."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 
 from fewbits.observers.extremes import Extremes
 
-#: The exponent of the smallest float64 there is.
+#: The exponent of the smallest positive float64.
 _MIN_EXPONENT = -1074
 
-#: Elements that are counted at a time: in float64, they and their bins fit a core's own cache.
+#: How many elements are counted at a time. In float64, they and their bins fit into a core's own cache.
 _BLOCK = 1 << 14
 
 
 @attrs.frozen(eq=False)
 class HistogramCounts:
-    """A histogram whose bins are of one width, a power of two, and begin at zero.
+    """A histogram with bins of equal width, a power of two, that begin at zero.
 
-    The width is the smallest with which the largest magnitude seen falls into a bin. When a larger one comes, bins are
-    merged in pairs until it does; as ``floor(floor(x / w) / 2) = floor(x / 2w)``, the counts are then what they would
-    have been with the wider bins from the start. So a histogram depends on what was seen, not on the order or the
-    batches it came in.
+    The width is the smallest one that gives the largest magnitude seen a bin. When a larger magnitude comes, pairs of
+    bins are merged until the magnitude has a bin. Since ``floor(floor(x / w) / 2) = floor(x / 2w)``, the counts are the
+    same as with the wider bins from the start. So a histogram depends only on the numbers seen, not on their order or
+    batches.
 
     Attributes:
         counts: int64, (2, bins), on the CPU: of the negative numbers by magnitude, then of the positive ones. Bin ``i``
             holds magnitudes from ``i * width`` up to, but not including, ``(i + 1) * width``.
         zeros: how many numbers were zero; they are in no bin.
-        exponent: the width is ``2**exponent``; None while all numbers are zero.
+        exponent: the width is ``2**exponent``; None if all numbers are zero.
         extremes: the smallest and the largest number.
     """
 
@@ -43,14 +43,14 @@ class HistogramCounts:
 
     @classmethod
     def of(cls, x: Tensor, bins: int) -> HistogramCounts | None:
-        """Count the elements of a tensor; None if it has none, or they are not floating.
+        """Count the elements of a tensor; None if it has no elements, or is not floating.
 
         Args:
             x: any shape.
-            bins: how many on each side of zero; a power of two.
+            bins: the number of bins on each side of zero; a power of two.
 
         Raises:
-            CalibrationError: if it holds NaN or Inf.
+            CalibrationError: if the tensor holds NaN or Inf.
         """
         extremes = Extremes.of(x)
         if extremes is None:
@@ -66,17 +66,17 @@ class HistogramCounts:
 
     @property
     def total(self) -> int:
-        """How many numbers were seen."""
+        """The number of numbers seen."""
         return self.zeros + int(self.counts.sum())
 
     def merged(self, other: HistogramCounts) -> HistogramCounts:
-        """The histogram of what both have seen. They must have the same number of bins."""
+        """Return the histogram of the numbers of both, which must have the same number of bins."""
         exponent = max((e for e in (self.exponent, other.exponent) if e is not None), default=None)
         counts = self._widened(exponent) + other._widened(exponent)
         return HistogramCounts(counts, self.zeros + other.zeros, exponent, self.extremes.merged(other.extremes))
 
     def occupied(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The bins that are not empty.
+        """Return the bins that are not empty.
 
         Returns:
             lower bounds, upper bounds, and counts of the bins: float64, each (1, bins).
@@ -89,14 +89,15 @@ class HistogramCounts:
         return lower[some].unsqueeze(0), upper[some].unsqueeze(0), counts[some].double().unsqueeze(0)
 
     def inner_range(self, share: Fraction, *, symmetric: bool) -> Extremes:
-        """A range around zero with at least this share of the numbers inside, as narrow as bins can tell.
+        """Return the narrowest range around zero that holds at least this share of the numbers, to the width of a bin.
 
-        It ends at the outer bound of a bin, or at an extreme if that lies further in. Where it would be nothing but
-        zero, it is the range of the extremes.
+        Each end is the outer bound of a bin, or the extreme if that is closer to zero. If the range would be zero
+        alone, the extremes are returned.
 
         Args:
             share: above 0, at most 1.
-            symmetric: whether both ends have one magnitude; if not, half of what is left out may lie on either side.
+            symmetric: True for two ends of equal magnitude. False for two ends that each leave out at most half of the
+                excluded numbers.
         """
         spare = math.floor(self.total * (1 - share))
         if symmetric:
@@ -112,14 +113,14 @@ class HistogramCounts:
         return 0.0 if self.exponent is None else 2.0**self.exponent
 
     def _limit(self, counts: Tensor, spare: int) -> float:
-        """The outer bound of the first bin that no more than `spare` of these numbers lie beyond; 0 if they all may."""
+        """Return the outer bound of the first bin with at most `spare` numbers beyond it; 0 if `spare` covers all."""
         beyond = counts.sum() - counts.cumsum(0)
         if int(counts.sum()) <= spare:
             return 0.0
         return (int((beyond > spare).sum()) + 1) * self._width
 
     def _widened(self, exponent: int | None) -> Tensor:
-        """The counts with bins of another width, not smaller."""
+        """Return the counts with bins of another width, which must not be smaller."""
         if self.exponent is None or exponent is None:
             return self.counts
         bins = self.counts.shape[1]
@@ -128,13 +129,13 @@ class HistogramCounts:
 
 
 def _exponent(largest: float, bins: int) -> int:
-    """That of the smallest width with which a magnitude falls into one of the bins."""
+    """Return the exponent of the smallest width that gives the magnitude `largest` a bin."""
     return max(math.frexp(largest)[1] - (bins.bit_length() - 1), _MIN_EXPONENT)
 
 
 def _count(values: Tensor, exponent: int, bins: int) -> Tensor:
-    """The number of float64 values in each bin, but for zeros: int64, (2 * bins,)."""
-    # In two steps, as one factor may be beyond the range of float64. Only what ends up below 1 is ever rounded.
+    """Count the nonzero float64 values in each bin: int64, (2 * bins,)."""
+    # Scale in two steps, as a single factor may be beyond the range of float64. Only results below 1 are rounded.
     first = -exponent // 2
     index = values.abs().mul_(2.0**first).mul_(2.0 ** (-exponent - first)).to(torch.int64)
     counts = index.add_(values > 0, alpha=bins).bincount(minlength=2 * bins)

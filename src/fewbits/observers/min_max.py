@@ -1,4 +1,4 @@
-"""`MinMaxObserver`: scales from the extremes."""
+"""`MinMaxObserver`: takes scales from the extremes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from fewbits.observers.extremes import Extremes
 class MinMaxObserver(AccumulatingObserver[Extremes]):
     """Takes the smallest scale with which nothing clips. For weights of eight bits, and inputs without outliers.
 
-    Symmetric: the largest magnitude over ``2**(bits-1) - 1``. Asymmetric: the range from the smallest to the
-    largest element, zero included, over ``2**bits - 1``. For inputs, the extremes of all that were seen.
+    Symmetric: the scale is the largest magnitude over ``2**(bits-1) - 1``. Asymmetric: the scale is the range from the
+    smallest to the largest element, zero included, over ``2**bits - 1``. For inputs, the extremes are those of all
+    inputs seen.
     """
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point from the extremes of each group."""
+        """Pick scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
 
     @property
     def gathers_chunks(self) -> bool:
-        """Not unless a subclass picks otherwise than from the extremes."""
+        """False, unless a subclass overrides `observe_weight`."""
         return type(self).observe_weight is not MinMaxObserver.observe_weight
 
     def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point from the extremes of all chunks."""
+        """Pick scale and zero point from the extremes of all chunks."""
         if self.gathers_chunks:
             return super().observe_chunks(chunks, spec)
         lows, highs = zip(*(extremes(chunk, spec) for chunk in chunks), strict=True)

@@ -1,4 +1,4 @@
-"""`MovingAverageMinMaxObserver`: scales of inputs from the extremes of a typical batch."""
+"""`MovingAverageMinMaxObserver`: takes scales of inputs from the averaged extremes of the batches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fewbits.observers.extremes import Extremes
 
 
 class MovingAverageMinMaxObserver(Observer):
-    """Averages the extremes of the batches, the latest counting most. For inputs with a rare outlier here and there.
+    """Averages the extremes of the batches; later batches count more. For inputs with rare outliers.
 
-    With ``c`` the averaging constant, an extreme ``m`` becomes ``(1 - c) * m + c * x`` with every batch whose own
-    extreme is ``x``; the first batch sets it. So the order of the batches matters, and what two copies have seen
-    cannot be merged. Weights are treated as `MinMaxObserver` does.
+    The first batch sets the averages to its extremes. Every later batch with the extreme ``x`` changes the average
+    ``m`` to ``(1 - c) * m + c * x``, where ``c`` is the averaging constant. The order of the batches matters, so two
+    copies cannot be merged. Weights are treated as by `MinMaxObserver`.
 
     Args:
-        averaging_constant: what the latest batch weighs, above 0 and at most 1.
+        averaging_constant: the weight of the latest batch, above 0 and at most 1.
 
     Raises:
         ArgumentError: for a constant outside that range.
@@ -35,31 +35,31 @@ class MovingAverageMinMaxObserver(Observer):
         self._average: Extremes | None = None
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point from the extremes of each group."""
+        """Pick scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
 
     def observe_input(self, x: Tensor) -> None:
-        """Move the averages towards the extremes of one batch. What is not floating is passed over.
+        """Move the averages towards the extremes of one batch. Inputs that are not floating are ignored.
 
         Raises:
-            CalibrationError: if it holds NaN or Inf.
+            CalibrationError: if the batch holds NaN or Inf.
         """
         latest, before = Extremes.of(x.detach()), self._average
         if latest is None or before is None:
             self._average = latest or before
             return
         weight = self.averaging_constant
-        # Each weighed on its own: the difference of two extremes may overflow.
+        # Weigh each extreme before adding them: the difference of two extremes may overflow.
         low = (1 - weight) * before.low + weight * latest.low
         self._average = Extremes(low, (1 - weight) * before.high + weight * latest.high)
 
     def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point from the averaged extremes, as `Observer.input_params` has it."""
+        """Pick scale and zero point from the averaged extremes; see `Observer.input_params`."""
         check_input_spec(spec)
         if self._average is None:
             raise nothing_seen(self)
         return choose_params(*self._average.around_zero(), spec.for_dtype(torch.float32))
 
     def reset(self) -> None:
-        """Forget everything seen so far."""
+        """Forget all inputs."""
         self._average = None

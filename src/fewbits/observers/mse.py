@@ -1,4 +1,4 @@
-"""`MSEObserver`: scales with the least mean square error."""
+"""`MSEObserver`: takes scales with the least mean square error."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from fewbits.observers.histogram_counts import HistogramCounts
 class MSEObserver(CountingObserver):
     """Rounds with many scales and keeps the one with the least square error. For weights of few bits.
 
-    For weights, ``steps`` shares of the range of each group are tried, from all of it down to a twentieth, with both
-    signs of the scale if the spec is symmetric (a negative one gives the positive elements the lowest code, which has
-    no positive counterpart), and with either end narrowed alone if it is not. The best is then fitted to its own
-    codes by least squares, ``sum(w * q) / sum(q**2)``, which is kept if it lowers the error. Scales are tried as they
-    are stored, and the error is never larger than that of `MinMaxObserver`.
+    For weights, the observer tries ``steps`` shares of the range of each group, from the whole range down to a
+    twentieth. If the spec is symmetric, it tries both signs of the scale: the lowest code has no positive counterpart,
+    and a negative scale gives it to the positive elements. If the spec is asymmetric, it also narrows each end alone.
+    Then it fits the best scale to its codes by least squares, ``sum(w * q) / sum(q**2)``, and keeps the fitted scale if
+    the error is lower. Scales are rounded to their stored dtype before they are tried. The error is never larger than
+    with `MinMaxObserver`.
 
-    For inputs, it is the range whose rounding error is least over a histogram of all that were seen, the values of a
-    bin spread evenly over it. The scale is positive.
+    For inputs, the observer takes the range with the least rounding error over a histogram of all inputs, whose values
+    count as spread evenly over their bin. The scale is positive.
 
     Args:
-        steps: how many shares of a range are tried; at least 2.
-        bins: how many the histogram has on each side of zero: a power of two from 64 to 65536.
+        steps: how many shares of a range to try; at least 2.
+        bins: the number of bins of the histogram on each side of zero: a power of two from 64 to 65536.
 
     Raises:
-        ArgumentError: for values outside what is listed here.
+        ArgumentError: for any other value.
     """
 
     def __init__(self, steps: int = 20, bins: int = 2048) -> None:
@@ -39,7 +40,7 @@ class MSEObserver(CountingObserver):
         self.steps = steps
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point with the least square error of each group."""
+        """Pick scale and zero point with the least square error of each group."""
         choice = choose_for(weight, spec, rounding_noise, shares(self.steps), mirrored=True)
         fit(choice, weight)
         return choice.scale, choice.zero_point

@@ -1,4 +1,4 @@
-"""Observers by their names, as configs and arguments give them."""
+"""Make observers from their names, as configs and arguments give them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fewbits.observers import OBSERVERS
 from fewbits.observers.base import Observer
 from fewbits.selection.nearest import checked_name, did_you_mean
 
-#: An observer, the name of one, or a table with that ``name`` and the observer's arguments.
+#: An observer, its name, or a mapping with its ``name`` and its arguments.
 ObserverRecipe = Observer | str | Mapping[str, Any]
 
 
 def make_observer(setting: str, recipe: str | Mapping[str, Any]) -> Observer:
-    """The observer that a name, or a table with a name and arguments, stands for.
+    """Make an observer from its name, or from a mapping with its name and arguments.
 
     Args:
-        setting: what the observer is for, for messages: ``"observer"`` or ``"activation_observer"``.
+        setting: the name of the setting, for messages: ``"observer"`` or ``"activation_observer"``.
         recipe: such as ``"percentile"`` or ``{"name": "percentile", "percentile": 99.9}``.
 
     Raises:
-        ArgumentError: naming the setting, if there is no such observer, or it does not take an argument.
+        ArgumentError: if there is no such observer, or it does not take an argument; the message names the setting.
     """
     arguments: dict[str, Any] = {"name": recipe} if isinstance(recipe, str) else dict(recipe)
     name = checked_name(setting, arguments.pop("name", None), OBSERVERS)
@@ -39,7 +39,7 @@ def make_observer(setting: str, recipe: str | Mapping[str, Any]) -> Observer:
 
 
 def accepted_arguments(cls: type) -> list[str]:
-    """The arguments that a class can be made with: those of its `__init__`, and of those it passes on to."""
+    """Return the names of the arguments that a class, or a base class through ``**kwargs``, takes in `__init__`."""
     known: dict[str, None] = {}
     for base in cls.__mro__[:-1]:
         if "__init__" in vars(base):

@@ -1,4 +1,4 @@
-"""`PercentileObserver`: scales from a range that leaves the outermost numbers out."""
+"""`PercentileObserver`: takes scales from a range that leaves the outermost numbers out."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from fewbits.observers.histogram_counts import HistogramCounts
 
 
 class PercentileObserver(CountingObserver):
-    """Leaves a fixed share of the numbers outside the range, whatever their size. For inputs with outliers.
+    """Leaves a fixed share of the numbers outside the range, of any size. For inputs with outliers.
 
-    The range is the narrowest with at least this share of all numbers, zeros included, inside: around zero if the
-    spec is symmetric; else with at most half of the others on either side. Where it would be nothing but zero, the
-    extremes are taken. For inputs it is read from a histogram of all that were seen, and up to a bin's width wider
-    than exact; for weights it is exact, for each group. With the default, only groups of 10,000 elements and more
-    (20,000 if asymmetric) leave any of them out.
+    The range is the narrowest one that holds at least this share of all numbers, zeros included. If the spec is
+    symmetric, both ends have one magnitude; otherwise at most half of the excluded numbers lie on either side. If the
+    range would be zero alone, the extremes replace it.
+
+    For weights the range is exact, for each group. With the default, only groups of at least 10,000 elements (20,000 if
+    asymmetric) leave any element out. For inputs the range is read from a histogram of all inputs, and is up to one
+    bin's width too wide.
 
     Args:
-        percentile: the share inside, in percent: above 0, at most 100.
-        bins: how many the histogram has on each side of zero: a power of two from 64 to 65536.
+        percentile: the share inside the range, in percent: above 0, at most 100.
+        bins: the number of bins of the histogram on each side of zero: a power of two from 64 to 65536.
 
     Raises:
-        ArgumentError: for values outside what is listed here.
+        ArgumentError: for any other value.
     """
 
     def __init__(self, percentile: float = 99.99, bins: int = 2048) -> None:
@@ -39,11 +41,11 @@ class PercentileObserver(CountingObserver):
 
     @property
     def _share(self) -> Fraction:
-        """What lies inside, as written: 99.99 is 9999/10000."""
+        """The share inside the range, as the exact decimal: 99.99 is 9999/10000."""
         return Fraction(str(self.percentile)) / 100
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point from the inner range of each group."""
+        """Pick scale and zero point from the inner range of each group."""
         return choose_within(inner_extremes(weight, spec, self._share), extremes(weight, spec), spec)
 
     def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

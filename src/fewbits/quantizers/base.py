@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, final, get_args
 
 from torch import nn
 
@@ -23,7 +23,8 @@ from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.compute import prepack
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
-from fewbits.quantizers.outcome import OnFailure, act_on_failure, check_on_failure, emit_report
+from fewbits.quantizers.outcome import OnFailure, act_on_failure, emit_report
+from fewbits.quantizers.resolving import check_choice
 from fewbits.quantizers.scheme import Scheme
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
@@ -252,7 +253,7 @@ class Quantizer(Scheme):
             ArgumentError: for another value of `on_failure`, or a `fail_under` that is no number.
         """
         job = self._guarded("validate")
-        check_on_failure(on_failure)
+        check_choice("on_failure", on_failure, get_args(OnFailure))
         report = job.examine(self.serializer, fail_under, progress)
         if not isinstance(job, FileJob) or job.leads:
             emit_report(report, self.name)

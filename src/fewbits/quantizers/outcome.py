@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, get_args
+from typing import Literal
 
 from fewbits._events import emit
-from fewbits.errors import ArgumentError, ValidationError
+from fewbits.errors import ValidationError
 from fewbits.validation.report import LOSE_LESS, Report
 
 OnFailure = Literal["error", "warn", "ignore"]
-
-
-def check_on_failure(on_failure: str) -> None:
-    """Refuse values that `Quantizer.validate` does not know.
-
-    Raises:
-        ArgumentError: listing the values that it knows.
-    """
-    if on_failure not in get_args(OnFailure):
-        raise ArgumentError(f"on_failure must be 'error', 'warn' or 'ignore', not {on_failure!r}")
 
 
 def emit_report(report: Report, scheme: str) -> None:

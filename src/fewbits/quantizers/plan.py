@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import attrs
 
-from fewbits.checkpoint.metadata import row_entries, stored_entries
+from fewbits.checkpoint.codec import CODEC
+from fewbits.checkpoint.metadata import stored_entries
 from fewbits.errors import ArgumentError, SelectionError, SourceError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
@@ -121,7 +122,7 @@ def _row(
         merged_into=info.merged_into,
         alias_of=alias_of,
     )
-    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in row_entries(row).values()))
+    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
 
 
 def _merged_rows(infos: Sequence[TensorInfo]) -> Iterator[LedgerRow]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.spec import QuantSpec, Spec
@@ -85,12 +85,12 @@ def refuse_ragged(ledger: Ledger, ragged: Ragged) -> None:
         )
 
 
-def check_ragged(ragged: Ragged) -> Ragged:
-    """Refuse an unknown policy for ragged rows.
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value that is not one of the choices. Types must match too: 1 is not True.
 
     Raises:
-        ArgumentError: listing the policies.
+        ArgumentError: listing the choices.
     """
-    if ragged not in get_args(Ragged):
-        raise ArgumentError(f"ragged must be one of {', '.join(map(repr, get_args(Ragged)))}, not {ragged!r}")
-    return ragged
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        *others, last = map(repr, choices)
+        raise ArgumentError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import attrs
 import torch
@@ -22,7 +22,7 @@ from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.plan import plan, skip_reason
 from fewbits.quantizers.resolving import (
     Ragged,
-    check_ragged,
+    check_choice,
     refuse_ragged,
     resolve_observer,
     resolve_spec,
@@ -95,7 +95,8 @@ class Scheme(ABC):
         if scale_dtype is not None and isinstance(self.spec, CastSpec):
             raise ArgumentError(f"{self.name} has no scales; scale_dtype is for schemes with scales")
         self.scale_dtype = scale_dtype
-        self.ragged = check_ragged(ragged)
+        check_choice("ragged", ragged, get_args(Ragged))
+        self.ragged = ragged
 
     def spec_for(self, info: TensorInfo) -> Spec:
         """The spec for one tensor; `info.layout` says which axes are rows. A rule of the selector overrides it."""

@@ -1,1 +1,1 @@
-"""Which tensor meets which fate, and why: tensor descriptions, name patterns, selectors, the ledger."""
+"""Decide the fate of each tensor and record why: tensor descriptions, name patterns, selectors, the ledger."""

@@ -1,4 +1,4 @@
-"""What is known of a tensor before anything happens to it."""
+"""`TensorInfo`: the facts about a tensor that selectors decide by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.layout import Layout
 
-#: Name components that tell an embedding where no class does.
+#: Name components that identify an embedding if its class is not known.
 EMBEDDING_NAMES = frozenset(
     {
         "embedding", "embeddings", "embed", "embeds", "embed_tokens", "embed_positions", "tok_embeddings",
@@ -30,20 +30,20 @@ class TensorInfo:
         name: full dotted name, such as ``"encoder.layer.0.attention.self.query.weight"``.
         shape: its shape.
         dtype: its dtype.
-        kind: ``"parameter"``, ``"buffer"``, or ``"entry"`` (of a state dict or file, where nobody knows which).
-        owner: the class of the module that holds it; None without classes.
+        kind: ``"parameter"``, ``"buffer"``, or ``"entry"`` (of a state dict or file, which do not tell them apart).
+        owner: the class of the module that holds it; None if the source has no modules.
         storage: equal for two names exactly if they are the same view of the same memory.
         layout: how it would be cut into rows and columns; None if it cannot be quantized.
-        declared: whether its class says so; otherwise it follows from the shape alone.
-        obstacle: why it cannot be quantized, whatever the rules say; None if it can.
-        skip: why the scheme keeps it unless a rule names it; None if it does not.
-        min_elements: below how many elements the scheme keeps a tensor unless a rule says otherwise.
+        declared: whether `layout` follows from the module's class; otherwise it is a guess by shape.
+        obstacle: why no rule can make it quantized; None if it can be quantized.
+        skip: why the scheme keeps it unless a rule names it; None if the scheme does not skip it.
+        min_elements: the scheme keeps tensors with fewer elements unless a rule names them.
         persistent: whether the source's state dict has it.
-        rounds_inputs: whether its layer could round its inputs to int8; without classes, nobody knows before it is
-            loaded into a layer.
-        dequantized_from: the dtype of its codes, if the source holds codes with scales that are dequantized on reading;
-            `dtype` is what to. None otherwise.
-        merged_into: the name of the tensor whose scale it is, if that is dequantized on reading; None otherwise.
+        rounds_inputs: whether its layer can round its inputs to int8; True if the source has no modules.
+        dequantized_from: the dtype of the codes, if the source holds codes with scales that are dequantized to `dtype`
+            on reading; None otherwise.
+        merged_into: if this tensor is the scale of one that is dequantized on reading, that tensor's name; None
+            otherwise.
     """
 
     name: str
@@ -64,25 +64,26 @@ class TensorInfo:
 
     @property
     def module(self) -> str:
-        """The path of the module that holds it; "" for the root."""
+        """The path of the module that holds the tensor; "" for the root."""
         return self.name.rpartition(".")[0]
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes, in the source."""
+        """The size in the source, in bytes."""
         return self.elements * (self.dequantized_from or self.dtype).itemsize
 
     @property
     def is_embedding_by_name(self) -> bool:
-        """Whether its name and shape tell an embedding, where no class does.
+        """Whether name and shape identify an embedding, for tensors whose class does not.
 
-        An embedding is a matrix, or a table of positions of shape (1, n, d). A parameter that a model uses as such a
-        table bears the name itself, as ``pos_embed`` does: the class that holds it tells nothing about it.
+        An embedding is a matrix, or a table of positions of shape (1, n, d). If the owner is known, only the last part
+        of the name counts: a model that uses a parameter as such a table names the parameter itself, as in
+        ``pos_embed``.
         """
         is_table = len(self.shape) == 2 or (len(self.shape) == 3 and self.shape[0] == 1)
         parts = self.name.split(".")
@@ -90,7 +91,7 @@ class TensorInfo:
 
 
 def numeric_obstacle(name: str, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Why a tensor of this name, shape and dtype can never be quantized; None if it can."""
+    """Say why a tensor of this name, shape and dtype can never be quantized; None if it can."""
     last = name.rpartition(".")[2]
     if not dtype.is_floating_point:
         return f"{dtype_name(dtype)} is not a floating dtype"
@@ -104,10 +105,10 @@ def numeric_obstacle(name: str, shape: Sequence[int], dtype: torch.dtype) -> str
 
 
 def layout_by_shape(shape: Sequence[int]) -> Layout:
-    """How a tensor of at least two dimensions is cut where no class tells.
+    """Guess the layout of a tensor of at least two dimensions if its class is not known.
 
-    The last axis is the input. 3 to 5 dimensions are a convolution kernel, (output, everything else), if the last
-    axis is shorter than 32, and a stack of matrices otherwise.
+    A tensor of 3 to 5 dimensions whose last axis is shorter than 32 is taken for a convolution kernel: its first axis
+    is the output, all others are inputs. In any other tensor, the last axis is the input.
 
     >>> layout_by_shape((64, 3, 7, 7)).matrix_shape, layout_by_shape((8, 64, 128)).matrix_shape
     ((64, 147), (512, 128))

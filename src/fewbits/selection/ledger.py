@@ -21,7 +21,7 @@ from fewbits.numerics.spec import CastSpec, QuantSpec, Spec, spec_from_dict
 
 Fate = Literal["quantized", "cast", "kept", "alias", "merged"]
 
-#: fate -> (type of the spec, whether there is a layout, whether it is an alias, whether it is merged into another).
+#: fate -> (type of `spec`, whether `layout` is set, whether `alias_of` is set, whether `merged_into` is set).
 _KINDS = {
     "quantized": (QuantSpec, True, False, False),
     "cast": (CastSpec, False, False, False),
@@ -30,15 +30,15 @@ _KINDS = {
     "merged": (type(None), False, False, True),
 }
 
-#: How the reason ends why a tensor was kept that the scheme skips by default.
+#: The reason for keeping a tensor that the scheme skips by default ends with these words.
 UNLESS_ASKED = "unless asked for"
 
 _KEPT_EMBEDDING = f"(?i)embedding.* {UNLESS_ASKED}"
 
-#: The share of a result's bytes from which on a summary says that embeddings could be smaller.
+#: A summary advises to quantize embeddings if kept ones take more than this share of the result's bytes.
 _LARGE_SHARE = 0.25
 
-#: What stands for the reasons of these fates in a summary, where they would name every tensor.
+#: The reasons of these fates in a summary; the rows' own reasons name single tensors.
 _IN_SUMMARY = {"alias": "shares storage", "merged": "scales of dequantized weights"}
 
 _is = attrs.validators.instance_of
@@ -56,14 +56,14 @@ class LedgerRow:
     Attributes:
         name: full dotted name.
         shape: its shape.
-        dtype: its dtype before; where the source's codes are dequantized on reading, what to.
-        fate: ``"quantized"``, ``"cast"``, ``"kept"``, ``"alias"`` of another, or, of a scale in the source,
-            ``"merged"`` into its weight, which is dequantized.
-        reason: why.
-        bytes_before: bytes in the source; 0 for what shares them with another.
+        dtype: its dtype before quantization; if the source's codes are dequantized on reading, the dtype they get.
+        fate: ``"quantized"``, ``"cast"``, ``"kept"``, ``"alias"`` of another tensor, or ``"merged"``: a scale of the
+            source, used up when its weight is dequantized.
+        reason: why the tensor has this fate.
+        bytes_before: bytes in the source; 0 for an alias.
         bytes_after: bytes in the result, as predicted from shapes and spec.
-        spec: how its codes look; None unless quantized or cast.
-        layout: how it is cut; None unless quantized.
+        spec: the spec of the stored tensor; None unless quantized or cast.
+        layout: how it is cut into rows and columns; None unless quantized.
         alias_of: the name whose storage it shares; None unless an alias.
         persistent: whether the source's state dict has it.
         dequantized_from: the dtype of the source's codes, if they are dequantized on reading; None otherwise.
@@ -88,13 +88,13 @@ class LedgerRow:
         """Refuse a row whose fields contradict one another.
 
         Raises:
-            ArgumentError: if spec, layout, alias or weight do not go with the fate, the layout is for another shape, or
-                a tensor without elements is quantized.
+            ArgumentError: if `spec`, `layout`, `alias_of` or `merged_into` do not fit the fate, the layout is for
+                another shape, or a tensor without elements is quantized.
         """
         kinds = (type(self.spec), self.layout is not None, self.alias_of is not None, self.merged_into is not None)
         if kinds != _KINDS[self.fate] or (self.layout is not None and self.layout.shape != self.shape):
             raise ArgumentError(
-                f"{self.name}: spec, layout, alias_of and merged_into do not go with a tensor of {self.shape} that is "
+                f"{self.name}: spec, layout, alias_of and merged_into do not fit a tensor of {self.shape} that is "
                 f"{self.fate}"
             )
         if self.fate == "quantized" and 0 in self.shape:
@@ -102,21 +102,21 @@ class LedgerRow:
 
     @property
     def holder(self) -> str:
-        """The name under which the tensor is stored: its own, or that of which it is an alias."""
+        """The name under which the tensor is stored; for an alias, the other tensor's name."""
         return self.alias_of or self.name
 
     @property
     def source_dtype(self) -> torch.dtype:
-        """The dtype that the source holds it in."""
+        """The dtype in the source."""
         return self.dequantized_from or self.dtype
 
     @property
     def scheme(self) -> str:
-        """The spec in words, "" if there is none."""
+        """The spec as text; "" without a spec."""
         return "" if self.spec is None else str(self.spec)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description; `from_dict` reads it."""
+        """Return a description for JSON; `from_dict` reads it."""
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -153,7 +153,7 @@ def _rows(rows: Iterable[LedgerRow]) -> tuple[LedgerRow, ...]:
 
 @attrs.frozen(slots=False, repr=False)
 class Ledger:
-    """All rows: of a model in its own order, of a state dict or file by name. Prints as a table, turns into JSON."""
+    """All rows, in the order of a model, or sorted by name for a state dict or file. Prints as a table or JSON."""
 
     rows: tuple[LedgerRow, ...] = attrs.field(converter=_rows)
 
@@ -161,8 +161,8 @@ class Ledger:
         """Refuse rows that contradict one another.
 
         Raises:
-            ArgumentError: if two have one name, an alias is not of a row that holds a tensor, or one is merged into
-                what is not dequantized.
+            ArgumentError: if two rows have the same name, an alias does not refer to a row that holds an equal tensor,
+                or a row is merged into a tensor that is not dequantized.
         """
         holders = {row.name: (row.shape, row.dtype) for row in self.stored}
         if len({row.name for row in self.rows}) != len(self.rows):
@@ -181,16 +181,16 @@ class Ledger:
 
     @property
     def stored(self) -> list[LedgerRow]:
-        """The rows that hold a tensor: all but the aliases, and what is merged into another."""
+        """The rows that hold a tensor: all except aliases and merged scales."""
         return [row for row in self.rows if row.fate not in ("alias", "merged")]
 
     @property
     def present(self) -> list[LedgerRow]:
-        """The rows of all names that the result has: all but what is merged into another."""
+        """The rows whose names the result has: all except merged scales."""
         return [row for row in self.rows if row.fate != "merged"]
 
     def names_by_holder(self) -> dict[str, list[str]]:
-        """For every row that holds a tensor, all names of that tensor."""
+        """Map the name of each row that holds a tensor to all names of that tensor."""
         names: dict[str, list[str]] = {}
         for row in self.present:
             names.setdefault(row.holder, []).append(row.name)
@@ -203,11 +203,11 @@ class Ledger:
         return len(self.rows)
 
     def __contains__(self, name: object) -> bool:
-        """Whether the source has a tensor of that name."""
+        """Tell whether the source has a tensor of that name."""
         return name in self._by_name
 
     def __getitem__(self, name: str) -> LedgerRow:
-        """The row of the tensor of that name.
+        """Return the row of the tensor of that name.
 
         Raises:
             ArgumentError: if the source has no such tensor.
@@ -218,20 +218,20 @@ class Ledger:
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the source's tensors, shared storage counted once."""
+        """The bytes of the source's tensors; shared storage counts once."""
         return sum(row.bytes_before for row in self.rows)
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the result's tensors; the bytes of the file, its header aside."""
+        """The bytes of the result's tensors, which are the bytes of the file without its header."""
         return sum(row.bytes_after for row in self.rows)
 
     def count(self, fate: Fate) -> int:
-        """How many tensors met this fate."""
+        """Return the number of tensors with this fate."""
         return sum(row.fate == fate for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description."""
+        """Return a description for JSON."""
         return {
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -239,14 +239,14 @@ class Ledger:
         }
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """The ledger as a JSON document."""
+        """Return the ledger as a JSON document."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def summary(self, width: int = 80) -> str:
-        """A few lines: how many tensors met each fate for which reason, and the bytes.
+        """Summarize in a few lines: the number of tensors and their bytes for each fate and reason.
 
         Args:
-            width: of the longest line; a reason that is longer goes on in the next line.
+            width: the largest line length; longer reasons are wrapped.
         """
         groups: dict[str, list[LedgerRow]] = {}
         for row in self.rows:
@@ -261,11 +261,11 @@ class Ledger:
         return "\n".join([render_table(wrap_last(table, width), right=(0, 1, 2)), *wrapped])
 
     def table(self, width: int | None = None) -> str:
-        """A line for every tensor.
+        """Return a table with one line per tensor.
 
         Args:
-            width: of the longest line; None stands for the whole table. Where that is wider, columns are left out, and
-                names lose their middle.
+            width: the largest line length; a wider table is shown with fewer columns and shortened names. None shows
+                the whole table.
         """
         whole = [("name", "shape", "dtype", "fate", "scheme", "before", "after", "reason")]
         short = [("name", "shape", "after", "fate")]
@@ -284,7 +284,7 @@ class Ledger:
         return f"{len(self.rows)} tensors: " + ", ".join(f"{number} {fate}" for fate, number in fates.items())
 
     def _advice(self) -> Iterator[str]:
-        """How to make the result smaller, where embeddings that the scheme keeps by default are much of it."""
+        """Advise to quantize embeddings, if those that the scheme keeps by default take much of the result."""
         embeddings = [row for row in self.rows if row.fate == "kept" and re.search(_KEPT_EMBEDDING, row.reason)]
         kept = sum(row.bytes_after for row in embeddings)
         if kept > _LARGE_SHARE * self.bytes_after:

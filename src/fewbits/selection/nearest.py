@@ -1,4 +1,4 @@
-"""Advice for a name that does not exist: the known names that are nearest to it."""
+"""Suggest the nearest known names for a name that does not exist."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fewbits.errors import ArgumentError
 
 
 def nearest(word: str, known: Iterable[str], n: int = 1) -> list[str]:
-    """The known names that `word` may be a misspelling of, the nearest first. Upper and lower case are the same.
+    """Return the known names that `word` may be a misspelling of, the nearest first, ignoring case.
 
-    A name with another digit means another thing: nobody who writes ``int3`` or ``layers.12`` mistyped ``int8`` or
+    Names with different digits are never suggested: ``int3`` is not a misspelling of ``int8``, nor ``layers.12`` of
     ``layers.1``.
 
     >>> nearest("Int8_tensor", ["int8-tensor", "int4"]), nearest("int3", ["int8", "int4"])
@@ -22,7 +22,7 @@ def nearest(word: str, known: Iterable[str], n: int = 1) -> list[str]:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """The nearest known name, as the end of a sentence; "" if none is near.
+    """Suggest the nearest known name, as the end of a sentence; "" if no name is near.
 
     >>> did_you_mean("in4", ["int4", "fp16"])
     " (did you mean 'int4'?)"
@@ -31,16 +31,16 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 
 def advice(names: Iterable[str]) -> str:
-    """A question that proposes these names, as the end of a sentence; "" without names."""
+    """Ask whether one of these names was meant, as the end of a sentence; "" without names."""
     proposed = " or ".join(map(repr, names))
     return f" (did you mean {proposed}?)" if proposed else ""
 
 
 def checked_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """A name, if it is known.
+    """Return the name if it is known.
 
     Raises:
-        ArgumentError: with the nearest name, if one is near, and all that there are.
+        ArgumentError: if it is not known; the message suggests the nearest name and lists all names.
     """
     if not isinstance(name, str) or name not in known:
         raise ArgumentError(

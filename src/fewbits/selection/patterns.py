@@ -1,4 +1,4 @@
-"""Name patterns, matched on whole dotted components.
+"""Name patterns, which match whole dotted components.
 
 ``layers.1`` matches ``model.layers.1.mlp.weight`` and never ``layers.10``; ``gate`` never matches ``gate_proj``. Within
 a component ``*`` stands for any characters and ``?`` for one. ``re:`` starts a regular expression that must match the
@@ -36,7 +36,7 @@ class Pattern:
         object.__setattr__(self, "_regex", _compile(self.text))
 
     def matches(self, name: str) -> bool:
-        """Whether the pattern names the tensor of this full name, or a module that holds it."""
+        """Tell whether the pattern matches the tensor with this full name, or a module that holds it."""
         if self.text.startswith("re:"):
             return any(self._regex.fullmatch(candidate) for candidate in (name, name.rpartition(".")[0]))
         return self._regex.search(f".{name}.") is not None
@@ -44,7 +44,9 @@ class Pattern:
 
 def _compile(text: object) -> re.Pattern[str]:
     if not isinstance(text, str):
-        raise SelectionError(f"a name pattern is a string, not {text!r}; classes go to include_types, exclude_types")
+        raise SelectionError(
+            f"a name pattern must be a string, not {text!r}; pass classes as include_types or exclude_types"
+        )
     if text.startswith("re:"):
         try:
             return re.compile(text[3:])
@@ -59,21 +61,21 @@ def _compile(text: object) -> re.Pattern[str]:
 
 
 def parse_patterns(rule: str, texts: Iterable[str]) -> tuple[Pattern, ...]:
-    """The patterns of one rule.
+    """Parse the patterns of one rule.
 
     Raises:
-        SelectionError: if it is a single text, which would be taken for a pattern a letter.
+        SelectionError: if `texts` is a single string, which would give one pattern per letter.
     """
     if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise SelectionError(f"{rule} is a sequence of patterns, such as ['lm_head'], not {texts!r}")
+        raise SelectionError(f"{rule} must be a sequence of patterns, such as ['lm_head'], not {texts!r}")
     return tuple(Pattern(text) for text in texts)
 
 
 def check_all_used(patterns: Iterable[Pattern], names: Sequence[str], rule: str) -> None:
-    """Refuse patterns that match none of the names.
+    """Refuse patterns that match no name.
 
     Raises:
-        SelectionError: listing each unused pattern with the nearest names.
+        SelectionError: if there are any; the message lists each unused pattern with the nearest names.
     """
     unused = [pattern.text for pattern in patterns if not any(pattern.matches(name) for name in names)]
     if unused:
@@ -82,13 +84,13 @@ def check_all_used(patterns: Iterable[Pattern], names: Sequence[str], rule: str)
 
 
 def _suggestion(text: str, names: Sequence[str]) -> str:
-    """The nearest runs of as many components as the pattern has."""
+    """Suggest the nearest sequences of components, as long as the pattern."""
     text = text.removeprefix("re:")
     length = text.count(".") + 1
     runs: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         runs.update(dict.fromkeys(".".join(parts[i : i + length]) for i in range(len(parts) - length + 1)))
-    # A component that continues the pattern is near, however long it is: `gate` for `gate_proj`.
+    # A component that continues the pattern is near, however long it is: `gate_proj` for `gate`.
     continued = [run for run in runs if run.startswith(text)]
     return advice(list(dict.fromkeys([*continued[:3], *nearest(text, runs, n=3)]))[:3])

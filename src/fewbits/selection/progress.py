@@ -1,4 +1,4 @@
-"""Telling somebody how far a long activity is."""
+"""Report the progress of long activities."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fewbits.selection.ledger import LedgerRow
 
 @attrs.frozen
 class Step:
-    """How far an activity is.
+    """The progress of an activity.
 
     Attributes:
         activity: ``"convert"``, ``"validate"`` or ``"observe"``.
-        name: the tensor it is at, or the batch.
-        done: what it is through with: bytes of the source, or samples of the data if it observes. It never decreases
-            during an activity, and begins with what was there if the activity takes up where another run stopped.
-        total: what it goes through, likewise; 0 while that is not known.
+        name: the current tensor or batch.
+        done: how many bytes of the source, or samples of the data for ``"observe"``, are done. It never decreases
+            during an activity. A resumed run begins with the amount that the earlier run finished.
+        total: how many bytes or samples there are; 0 while this is not known.
     """
 
     activity: str
@@ -28,20 +28,20 @@ class Step:
 
     @property
     def unit(self) -> str:
-        """What `done` and `total` count: ``"bytes"`` or ``"samples"``."""
+        """The unit of `done` and `total`: ``"bytes"`` or ``"samples"``."""
         return "samples" if self.activity == "observe" else "bytes"
 
 
-#: Told about every tensor before and after it is worked on, and about every batch.
+#: Called before and after every tensor, and for every batch.
 Progress = Callable[[Step], object]
 
 
 def no_progress(step: Step) -> None:
-    """The `Progress` that tells nobody."""
+    """Ignore the step: the `Progress` for no reports."""
 
 
 def followed(activity: str, rows: Sequence[LedgerRow], progress: Progress) -> Iterator[LedgerRow]:
-    """The rows, one by one, with a step before and after each."""
+    """Yield the rows one by one, and report a step before and after each."""
     done, total = 0, sum(row.bytes_before for row in rows)
     for row in rows:
         progress(Step(activity, row.name, done, total))

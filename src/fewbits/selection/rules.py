@@ -1,4 +1,4 @@
-"""What rules are made of: classes or their names, and the spec that a rule asks for."""
+"""The parts of rules: classes or their names, and the spec that a rule asks for."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from fewbits.numerics.spec import SPECS, QuantSpec, Spec, spec_from_dict
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.nearest import did_you_mean
 
-#: A class, or the name of one: ``nn.Embedding`` or ``"Embedding"``.
+#: A class or its name: ``nn.Embedding`` or ``"Embedding"``.
 TypeRule = type | str
 
-#: What a rule may ask for: a scheme's short name, ``"keep"``, a spec, or fields to change, ``{"group_size": 64}``, of
-#: the quantizer's own spec or of that of a ``"scheme"``.
+#: The value of a rule: a scheme's short name, ``"keep"``, a spec, or a mapping of fields to change. The changes apply
+#: to the quantizer's own spec (``{"group_size": 64}``), or to the spec of the ``"scheme"`` that the mapping names.
 OverrideRule = str | Spec | Mapping[str, Any]
 
 
 @attrs.frozen
 class Override:
-    """Another spec for the tensors that a rule names.
+    """A different spec for the tensors that a rule names.
 
     Attributes:
-        base: what to begin with; None stands for the quantizer's own spec.
-        changes: fields of a `QuantSpec` to change in it.
+        base: the spec to change; None means the quantizer's own spec.
+        changes: fields of a `QuantSpec`, with their new values.
         pattern: the pattern of the rule, for messages.
     """
 
@@ -36,10 +36,10 @@ class Override:
     pattern: str = attrs.field(default="", eq=False)
 
     def spec(self, own: Spec) -> Spec:
-        """The spec, for a quantizer whose own is `own`.
+        """Return the spec of the override, for a quantizer with the spec `own`.
 
         Raises:
-            SelectionError: if the changes do not go with it.
+            SelectionError: if the changes do not fit the spec.
         """
         base, changes = self.base or own, dict(self.changes)
         if not changes:
@@ -54,14 +54,14 @@ class Override:
         try:
             return attrs.evolve(base, **changes)
         except ArgumentError as error:
-            raise SelectionError(f"overrides[{self.pattern!r}]: this does not go with {base}: {error}") from None
+            raise SelectionError(f"overrides[{self.pattern!r}]: this does not fit {base}: {error}") from None
 
 
 def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
-    """What a rule of `overrides` asks for; None for "keep".
+    """Parse a rule of `overrides`; None means "keep".
 
     Raises:
-        SelectionError: naming the pattern, and what there is.
+        SelectionError: if the rule is malformed; the message names the pattern and the allowed values.
     """
     if isinstance(rule, Spec):
         return Override(rule, pattern=pattern)
@@ -69,7 +69,7 @@ def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
         return None if rule == "keep" else Override(_named(pattern, rule), pattern=pattern)
     if not isinstance(rule, Mapping) or not rule:
         raise SelectionError(
-            f"overrides[{pattern!r}] is a scheme's name, 'keep', a spec, or fields such as "
+            f"overrides[{pattern!r}] must be a scheme's name, 'keep', a spec, or fields such as "
             f"{{'scheme': 'int4', 'group_size': 64}}, not {rule!r}"
         )
     try:
@@ -79,7 +79,7 @@ def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
 
 
 def _parsed(pattern: str, rule: Mapping[str, Any]) -> Override:
-    """An override in a mapping: what `QuantSpec.to_dict` wrote, or fields to change."""
+    """Parse a mapping: a whole spec, as `QuantSpec.to_dict` writes it, or fields to change."""
     if "kind" in rule:
         return Override(spec_from_dict(dict(rule)), pattern=pattern)
     changes = {key: value for key, value in rule.items() if key != "scheme"}
@@ -107,9 +107,9 @@ def _named(pattern: str, scheme: object) -> Spec:
 
 
 def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:
-    """Whether the tensor's owner is of that class, or of one with that name, or inherits from one.
+    """Tell whether the tensor's owner is that class or inherits from it; `rule` is the class or its name.
 
-    Where no class tells an embedding, its name does.
+    Tensors whose name identifies an embedding count as embeddings; see `TensorInfo.is_embedding_by_name`.
     """
     if info.is_embedding_by_name and type_name(rule) == "Embedding":
         return True
@@ -121,33 +121,33 @@ def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:
 
 
 def type_name(rule: TypeRule) -> str:
-    """The name of a class, given as itself or by name."""
+    """Return the name of a class that is given as a class or by name."""
     return rule if isinstance(rule, str) else rule.__name__
 
 
 def check_types(rule: str, types: Sequence[TypeRule]) -> tuple[TypeRule, ...]:
-    """A sequence of classes or their names, if it is one.
+    """Check that `types` is a sequence of classes or their names, and return it as a tuple.
 
     Raises:
-        SelectionError: naming the rule and what it was given.
+        SelectionError: if it is not; the message names the rule and the value.
     """
     if isinstance(types, (str, type)) or not isinstance(types, Iterable):
         hint = f": write [{type_name(types)}]" if isinstance(types, (str, type)) else f", not {types!r}"
-        raise SelectionError(f"{rule} is a sequence of classes or their names{hint}")
+        raise SelectionError(f"{rule} must be a sequence of classes or their names{hint}")
     for entry in types:
         if not isinstance(entry, (str, type)):
-            raise SelectionError(f"{rule} holds classes or their names, not {entry!r}")
+            raise SelectionError(f"{rule} must hold classes or their names, not {entry!r}")
     return tuple(types)
 
 
 def check_types_used(types: Sequence[TypeRule], infos: Sequence[TensorInfo], rule: str) -> None:
-    """Refuse classes to which no tensor belongs.
+    """Refuse classes that own no tensor.
 
     Raises:
-        SelectionError: naming them, and the classes that there are.
+        SelectionError: if there are any; the message names them, and lists the source's classes.
     """
     unused = [type_name(t) for t in types if not any(is_of_type(info, t) for info in infos)]
     if unused:
         owners = sorted({info.owner.__name__ for info in infos if info.owner is not None})
-        known = f"the classes here are {', '.join(owners)}" if owners else "a state dict or file knows no classes"
+        known = f"the classes here are {', '.join(owners)}" if owners else "a state dict or file has no classes"
         raise SelectionError(f"{rule}: no tensor belongs to {' or '.join(unused)}; {known}")

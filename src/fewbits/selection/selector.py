@@ -24,14 +24,14 @@ from fewbits.selection.rules import (
 
 @attrs.frozen
 class Decision:
-    """What shall become of one tensor.
+    """Whether and how to quantize one tensor.
 
     Attributes:
-        quantize: whether the scheme is applied to it; otherwise it is kept.
-        reason: why, in words for the ledger.
-        named: whether a rule of the user's names this tensor or its class.
-        override: another spec than the quantizer's own; None for that.
-        input_axes: the axes of the tensor that are its inputs; None for what its class or shape tells.
+        quantize: True to quantize the tensor, False to keep it.
+        reason: the reason that the ledger shows.
+        named: whether a user's rule names this tensor or its class.
+        override: a spec that replaces the quantizer's own; None for the quantizer's own.
+        input_axes: the axes of the tensor that are its inputs; None to derive them from its class or shape.
     """
 
     quantize: bool
@@ -46,26 +46,25 @@ class LayerSelector:
 
     A subclass with another way to decide overrides `select`. The quantizer makes the ledger from the decisions.
 
-    What wins: an obstacle, then `exclude`, then `overrides`, then `include`, then `min_elements` and what the scheme
-    skips by default.
+    Rules take effect in this order: obstacles, `exclude`, `overrides`, `include`, `min_elements`, the tensors that the
+    scheme skips by default.
 
     Args:
-        include: name patterns (see `fewbits.selection.patterns`); if there are any rules to include, what none of
-            them names is kept. A tensor that is named here is quantized even if it is small, or of a kind that the
-            scheme skips.
-        exclude: name patterns of what is kept.
+        include: name patterns (see `fewbits.selection.patterns`) of tensors to quantize, even if they are small, or the
+            scheme would skip them. If `include` or `include_types` is given, all other tensors are kept.
+        exclude: name patterns of tensors to keep.
         include_types: classes, or names of classes, whose tensors are included.
         exclude_types: classes, or names of classes, whose tensors are kept.
-        modules_to_not_convert: `exclude`, under the name that users of transformers know.
-        overrides: by name pattern, what to do with the tensors it names: ``"keep"``, the short name of a scheme, a
-            spec, or fields to change (``{"group_size": 64}``, ``{"scheme": "int4", "group_size": 32}``). They are
-            quantized as if they were included. Of several patterns that match, the last one wins.
-        input_axes: by name pattern, the axis or axes of a tensor that are its inputs, where its class does not tell:
-            groups and scales run along them.
-        min_elements: tensors with fewer elements are kept; None stands for what the scheme says, commonly 512.
+        modules_to_not_convert: the same as `exclude`, under the name that transformers uses.
+        overrides: a mapping from name patterns to ``"keep"``, the short name of a scheme, a spec, or fields to change
+            (``{"group_size": 64}``, ``{"scheme": "int4", "group_size": 32}``). Matching tensors are treated as if
+            `include` named them. If several patterns match, the last one wins.
+        input_axes: a mapping from name patterns to the axis or axes of a tensor that are its inputs. Groups and scales
+            run along them. Use it for tensors whose class does not determine the axes.
+        min_elements: tensors with fewer elements are kept; None means the scheme's limit, commonly 512.
 
     Raises:
-        SelectionError: here if a rule is malformed, in `select` if one fits no tensor, or none that can be quantized.
+        SelectionError: if a rule is malformed; from `select`, if a rule fits no tensor that can be quantized.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class LayerSelector:
             Pattern(text): _axes(text, axes) for text, axes in _mapping("input_axes", input_axes).items()
         }
         if min_elements is not None and (type(min_elements) is not int or min_elements < 0):
-            raise SelectionError(f"min_elements is an integer from 0 up, or None, not {min_elements!r}")
+            raise SelectionError(f"min_elements must be an integer from 0 up, or None, not {min_elements!r}")
         self._min_elements = min_elements
 
     def select(self, infos: Sequence[TensorInfo]) -> Sequence[Decision]:
@@ -146,7 +145,7 @@ class LayerSelector:
 
 
 def _which(info: TensorInfo, patterns: Sequence[Pattern], types: Sequence[TypeRule]) -> str | None:
-    """The rule that names the tensor, in words; None if none does."""
+    """Return the text of the rule that names the tensor; None if no rule does."""
     for pattern in patterns:
         if pattern.matches(info.name):
             return repr(pattern.text)
@@ -158,22 +157,22 @@ def _which(info: TensorInfo, patterns: Sequence[Pattern], types: Sequence[TypeRu
 
 def _mapping(rule: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if given is not None and not isinstance(given, Mapping):
-        raise SelectionError(f"{rule} maps name patterns to what they ask for, not {given!r}")
+        raise SelectionError(f"{rule} must be a mapping from name patterns to settings, not {given!r}")
     return given or {}
 
 
 def _axes(pattern: str, axes: int | Sequence[int]) -> tuple[int, ...]:
     found = (axes,) if isinstance(axes, int) else axes
     if not isinstance(found, Sequence) or not found or any(type(axis) is not int for axis in found):
-        raise SelectionError(f"input_axes[{pattern!r}] is an axis or a sequence of axes, not {axes!r}")
+        raise SelectionError(f"input_axes[{pattern!r}] must be an axis or a sequence of axes, not {axes!r}")
     return tuple(found)
 
 
 def _check_quantizable(patterns: Sequence[Pattern], infos: Sequence[TensorInfo], rule: str) -> None:
-    """Refuse patterns that ask for codes of tensors that cannot have any.
+    """Refuse patterns that name only tensors that cannot be quantized.
 
     Raises:
-        SelectionError: with the reason for the first tensor that each of them names.
+        SelectionError: if there are any; the message gives the reason for the first tensor that the pattern names.
     """
     for pattern in patterns:
         named = [info for info in infos if pattern.matches(info.name)]

@@ -1,1 +1,1 @@
-"""What can be quantized (a module, a state dict, a file), and what comes out: one source and one target for each."""
+"""Sources (modules, state dicts, checkpoint files) to read tensors from, and targets that collect the results."""

@@ -1,8 +1,7 @@
-"""`Source` and `Target`: tensors come out of the one by name and go into the other by name."""
+"""`Source` provides tensors by name; `Target` takes their stored forms by name."""
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.codec import Value
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo
@@ -18,28 +17,28 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 
 
 class Target(ABC):
-    """Takes the stored form of each tensor and ends up as the result."""
+    """Collects the stored form of each tensor into the result."""
 
     @abstractmethod
     def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
-        """Take the stored form of one row, which is not an alias."""
+        """Add the stored form of one row; the row is not an alias."""
 
     @abstractmethod
     def finish(self) -> object:
-        """The result: a module, or a mapping."""
+        """Return the result: a module or a mapping."""
 
     @abstractmethod
     def value(self, name: str) -> Value:
-        """The stored form of one tensor of the finished result."""
+        """Return the stored form of one tensor of the finished result."""
 
 
 class Source(ABC):
-    """Something to quantize.
+    """A model, state dict or checkpoint to quantize.
 
     Attributes:
-        infos: one for every tensor in it, in its own order.
+        infos: one entry per tensor, in the source's order.
         architecture: the class of the model; None if unknown.
-        extra: strings to carry over into the result's file.
+        extra: strings to copy into the metadata of the result's file.
     """
 
     infos: tuple[TensorInfo, ...]
@@ -48,35 +47,31 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """One of its tensors as it is now."""
+        """Return the current value of one tensor."""
 
     @abstractmethod
     def prepared(self) -> object:
-        """What `Quantizer.prepare` returns."""
+        """Return the object that `Quantizer.prepare` returns."""
 
     def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
-        """Some elements of one of its tensors, in the shape that `Chunk.described` gives them."""
+        """Return a chunk of one tensor, in the shape of `Chunk.described`."""
         tensor = self.read(name)
         if chunk.is_whole:
             return tensor
         matrix = WeightMatrix(tensor, chunk.row.layout or Layout.of(tensor.shape, inputs=()))
         return matrix.read(*chunk.rows).reshape(chunk.described().shape)
 
-    def is_file(self, path: str | os.PathLike[str]) -> bool:
-        """Whether the source is the file at this path."""
-        return False
-
     def module(self) -> nn.Module | None:
-        """The model that can be run for calibration; None if there is none."""
+        """Return the model to run for calibration; None if the source is not a model."""
         return None
 
 
 class LiveSource(Source):
-    """A model or a state dict: it is in memory, and so is its result.
+    """A source in memory (a model or a state dict), whose result is also in memory.
 
     Attributes:
-        inplace: whether the result replaces it.
-        unstorable: what the source holds and no file of ours can, in words.
+        inplace: whether the result replaces the source.
+        unstorable: descriptions of state in the source that a fewbits file cannot store.
     """
 
     inplace: bool = False
@@ -84,4 +79,4 @@ class LiveSource(Source):
 
     @abstractmethod
     def target(self, ledger: Ledger) -> Target:
-        """Begin a result."""
+        """Create the target that collects the result."""

@@ -1,4 +1,4 @@
-"""What is known of tensors that have names and no classes: those of a state dict, or of a file."""
+"""Describe the tensors of state dicts and files, which have names but no module classes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def entry_infos(
     storages: Mapping[str, Hashable],
     overlapping: Mapping[str, str],
 ) -> Iterator[TensorInfo]:
-    """What is known of every tensor, by name.
+    """Describe every tensor, sorted by name.
 
     Args:
-        entries: shape and dtype of each.
-        scaled: those that are read together with their scales.
-        storages: equal for two names if they are the same view of the same memory; what is not there shares none.
-        overlapping: why those cannot be quantized whose memory overlaps another's.
+        entries: shape and dtype of each tensor, by name.
+        scaled: the FP8 weights, which are read together with their scales.
+        storages: a key per name, equal for two names if they are the same view of the same memory. A missing name
+            shares no memory.
+        overlapping: for tensors whose memory overlaps another tensor's: why they cannot be quantized.
     """
     weights = {weight.scale: weight for weight in scaled.values()}
     for name, entry in sorted(entries.items()):
@@ -36,7 +37,7 @@ def entry_infos(
             why = "a scale of activations, beside FP8 weights"
             yield TensorInfo(name, entry.shape, entry.dtype, storage=storage, obstacle=why)
         elif name in scaled:
-            # Codes that are shared by weights with other scales are other weights.
+            # Weights that share codes but not scales have different values.
             storage = storage, storages.get(scaled[name].scale, scaled[name].scale)
             info = entry_info(name, scaled[name].described, storage, overlapping.get(name))
             yield attrs.evolve(info, dequantized_from=entry.dtype)
@@ -45,7 +46,7 @@ def entry_infos(
 
 
 def entry_info(name: str, entry: Entry, storage: Hashable, obstacle: str | None = None) -> TensorInfo:
-    """What is known of one tensor."""
+    """Describe one tensor by its name, shape and dtype."""
     obstacle = numeric_obstacle(name, entry.shape, entry.dtype) or obstacle
     info = TensorInfo(
         name=name,

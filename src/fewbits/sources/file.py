@@ -1,4 +1,4 @@
-"""A checkpoint on disk as source: one file of tensors, or a directory with an index of several."""
+"""`FileSource`: a checkpoint on disk, either one file of tensors or a directory of several files with an index."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewbits.checkpoint import torch_file
@@ -18,9 +17,10 @@ from fewbits.checkpoint.folder import companions, find_files
 from fewbits.checkpoint.metadata import is_fewbits_file, is_own_key
 from fewbits.checkpoint.raw import as_checkpoint_error, copy_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.serializer import ChunkReader, Entry
+from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader
+from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
-from fewbits.errors import ArgumentError, FormatError, SourceError
+from fewbits.errors import ArgumentError, SourceError
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import KNOWN_BLOCKS, scaled_weights
 from fewbits.nn.storage import overlaps
@@ -38,29 +38,29 @@ from fewbits.sources.model_config import (
     read_vocabularies,
 )
 
-#: How the names of files of tensors may end, in a directory; of two kinds the first is taken.
+#: Suffixes of tensor files in a directory. If files of several kinds exist, the first kind in this list is used.
 SUFFIXES = (SafetensorsSerializer.suffix, *torch_file.SUFFIXES)
 
 
 class FileSource(Source):
-    """A checkpoint of safetensors files, or of PyTorch's own. Nothing but headers is read before a tensor is asked for.
+    """A checkpoint of safetensors files or of files that `torch.save` wrote. Tensors are read only when requested.
 
     Args:
         path: a file, an index, or a directory.
-        entry: the name of the state dict in each file of PyTorch's, if these hold more than that.
+        entry: the name of the state dict within each `torch.save` file, if the files hold more than a state dict.
 
     Attributes:
-        path: what was given: a file, an index, or a directory.
-        folder: the directory, if a whole one was asked for.
-        companions: the files of the directory that go with its tensors: configuration, tokenizer and the like.
-        left_behind: files of the directory that look like weights and are not those that the tensors are taken from;
-            and of one with FP8 weights, those that say how they are quantized.
+        path: the given path.
+        folder: the directory, if the path is a directory; otherwise None.
+        companions: files in the directory to copy along with the tensors: configuration, tokenizer and the like.
+        left_behind: files in the directory that are not copied: weights that the source does not use and, beside FP8
+            weights, files that state how the weights are quantized.
 
     Raises:
-        CheckpointError: if it cannot be opened.
-        FormatError: if it is neither, or its index and its files contradict one another.
-        SourceError: if fewbits wrote it, or another tool has quantized it.
-        ArgumentError: if it has no entry of that name.
+        CheckpointError: if the checkpoint cannot be opened.
+        FormatError: if the files are of neither kind, or the index contradicts them.
+        SourceError: if fewbits or another tool quantized the checkpoint.
+        ArgumentError: if the files have no entry of that name.
     """
 
     def __init__(self, path: str | os.PathLike[str], entry: str | None = None) -> None:
@@ -68,109 +68,84 @@ class FileSource(Source):
         files = find_files(self.path, SUFFIXES)
         self.folder = files.folder
         self.companions, self.left_behind = companions(files)
-        self._readers: dict[str, ChunkReader] = {}
-        self._readers_by_file: dict[str, ChunkReader] = {}
         self._files = files
-        self.extra = {}
-        for file in files.paths:
-            self._add(file)
-        self._check_index()
+        self._tensors = ShardedReader(files, {file.name: self._opened(file) for file in files.paths})
+        self._tensors.check_index()
+        strings = [pair for reader in self._tensors.shards.values() for pair in reader.metadata.items()]
+        self.extra = {key: value for key, value in strings if not is_own_key(key) and key != "format"}
         self._describe()
 
     def _describe(self) -> None:
-        """Find FP8 weights and their scales, which may be in another file, and say what is known of every tensor."""
-        entries = {name: reader.entries[name] for name, reader in self._readers.items()}
+        """Pair FP8 weights with their scales, which may be in another file, and describe every tensor."""
+        entries = self._tensors.entries
         refuse_foreign(entries)
         self._scaled = scaled_weights(entries, self._stated_blocks(entries) or KNOWN_BLOCKS)
         if self._scaled:
             away = [name for name in self.companions if name in QUANTIZATION_FILES]
             self.companions = tuple(name for name in self.companions if name not in away)
             self.left_behind = tuple(sorted([*self.left_behind, *away]))
-        # Tied tensors of a file of PyTorch's have one storage.
-        views = {name: reader.views[name] for name, reader in self._readers.items() if isinstance(reader, TorchFile)}
+        # Tied tensors in a `torch.save` file share one storage.
+        torch_files = [reader for reader in self._tensors.shards.values() if isinstance(reader, TorchFile)]
+        views = {name: view for reader in torch_files for name, view in reader.views.items()}
         self.infos = tuple(entry_infos(entries, self._scaled, views, overlaps(views)))
 
     def _stated_blocks(self, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], ...]:
-        """The blocks of FP8 weights, if the directory has a configuration that says so."""
+        """Block shapes of FP8 weights, as far as the directory's configuration states them."""
         if self.folder is None or CONFIG_FILE not in self.companions:
             return ()
         fp8 = any(entry.dtype in FP8_DTYPES for entry in entries.values())
         return read_block_sizes(self.folder / CONFIG_FILE) if fp8 else ()
-
-    def _add(self, file: Path) -> None:
-        reader = self._opened(file)
-        if is_fewbits_file(reader.metadata):
-            raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
-        if twice := sorted(self._readers.keys() & reader.entries.keys()):
-            raise FormatError(f"{self.path}: {', '.join(twice)} in more than one of its files, {file.name} among them")
-        own = {key: value for key, value in reader.metadata.items() if not is_own_key(key) and key != "format"}
-        self.extra = {**self.extra, **own}
-        self._readers |= dict.fromkeys(reader.entries, reader)
-        self._readers_by_file[file.name] = reader
 
     def _opened(self, file: Path) -> ChunkReader:
         if is_torch_file(file):
             return TorchFile(file, self._entry)
         reader = SafetensorsSerializer().reader(file)
         if self._entry is not None:
-            raise ArgumentError(f"entry={self._entry!r} goes with a file of torch.save; {file} is a safetensors file")
+            raise ArgumentError(f"entry={self._entry!r} needs a file of torch.save; {file} is a safetensors file")
+        if is_fewbits_file(reader.metadata):
+            raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
         return reader
 
-    def _check_index(self) -> None:
-        """Refuse an index that says otherwise than its files; what it does not mention is carried through."""
-        for name, file in (self._files.weight_map or {}).items():
-            if name not in self._readers:
-                raise FormatError(f"{self._files.index} names {name}, which none of its files holds")
-            if name not in self._readers_by_file[file].entries:
-                raise FormatError(f"{self._files.index} says that {name} is in {file}; it is in another file")
-
     def read(self, name: str) -> Tensor:
-        """One of its tensors, in memory of its own; an FP8 weight with scales in bfloat16.
+        """Read one tensor into new memory. FP8 weights with scales are dequantized to bfloat16.
 
         Raises:
-            CheckpointError: if it cannot be read, or the file has changed.
+            CheckpointError: if the tensor cannot be read, or the file has changed.
             NumericsError: if its codes and scales cannot be dequantized.
         """
-        return self._read(name, 0, self._readers[name].entries[name].shape)
+        return self._read(name, 0, self._tensors.entries[name].shape)
 
     def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
-        """Some elements of one of its tensors, read by position; raises what `read` does."""
+        """Read a chunk of one tensor without the rest; raises the same errors as `read`."""
         return self._read(name, chunk.start, chunk.described().shape)
 
     def _read(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
         weight = self._scaled.get(name)
         if weight is not None:
-            return weight.read(lambda part, at, stop: self._stored(part, at, (stop - at,)), start, shape)
-        return self._stored(name, start, shape)
-
-    def _stored(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
-        """Some elements of one of its tensors as they are stored."""
-        reader = self._readers[name]
-        out = torch.empty(shape, dtype=reader.entries[name].dtype, device="cpu")
-        reader.read_into(name, start, out)
-        return out
+            return weight.read(lambda part, at, stop: self._tensors.read_chunk(part, at, (stop - at,)), start, shape)
+        return self._tensors.read_chunk(name, start, shape)
 
     def gathered_bytes(self, name: str) -> int:
-        """How much memory it takes to read any of a tensor, besides that for what is read."""
-        reader = self._readers[name]
+        """Return the temporary memory needed to read any part of a tensor, beyond the memory for the result."""
+        reader = self._tensors.reader(name)
         return reader.gathered_bytes(name) if isinstance(reader, TorchFile) else 0
 
     def readers(self, ledger: Ledger) -> Readers | None:
-        """Who can open the directory of a result; None if the source is no directory of a model of transformers."""
+        """Return which libraries can open the result; None if the source is not a transformers model directory."""
         if self.folder is None or CONFIG_FILE not in self.companions:
             return None
         vocabularies = read_vocabularies(self.folder / CONFIG_FILE)
         return None if vocabularies is None else Readers.of(ledger, vocabularies)
 
     def copy_companions(self, folder: Path, readers: Readers | None) -> None:
-        """Copy what goes with the tensors to another directory. The configuration says how the result is quantized.
+        """Copy the companion files to another directory, with the result's quantization settings in ``config.json``.
 
         Args:
-            folder: the directory.
-            readers: of the result, as `readers` gives them.
+            folder: the directory to copy to.
+            readers: the return value of `readers` for the result.
 
         Raises:
-            CheckpointError: if it cannot be read or written.
+            CheckpointError: if a file cannot be read or written.
         """
         if self.folder is None:
             return
@@ -182,37 +157,37 @@ class FileSource(Source):
                 copy_durably(self.folder / name, folder / name)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """What tells this state of it from another, without reading more than headers.
+        """Return data that changes when the checkpoint changes, without reading more than headers.
 
         Returns:
-            for each file that a result is made from: its size, the time of its last change in nanoseconds, and, of one
-            that holds tensors, a digest of their names, shapes and dtypes, and the entry that they are taken from.
+            for each file that the result depends on: its size and the time of its last change in nanoseconds; for
+            tensor files also a digest of names, shapes and dtypes, and the entry that the tensors are read from.
         """
         folder = self.folder or Path()
         prints = {name: _state(folder / name) for name in self.companions}
         for path in self._files.paths:
-            outline = _outline(self._readers_by_file[path.name])
+            outline = _outline(self._tensors.shards[path.name])
             prints[path.name] = {**_state(path), "tensors": outline, "entry": self._entry}
         return prints
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of tensors."""
+        """The tensor files."""
         return self._files.paths
 
     def prepared(self) -> Path:
-        """The path: there is nothing to run."""
+        """Return the path; a file cannot be run."""
         return self.path
 
     def refuse_output(self, path: Path, *, folder: bool) -> None:
-        """Refuse a place for the result where it would replace the source, or become a part of it.
+        """Refuse an output path where the result would overwrite the source or lie inside of it.
 
         Args:
-            path: where it would be written.
-            folder: whether as a directory.
+            path: the output path.
+            folder: whether the result is a directory.
 
         Raises:
-            ArgumentError: saying what is there.
+            ArgumentError: if the path is refused.
         """
         with as_checkpoint_error(f"{path} cannot be written"):
             target = Path(os.path.realpath(path))
@@ -222,12 +197,12 @@ class FileSource(Source):
             raise ArgumentError(f"{path} is a directory; give the path of the file to write")
         own = [Path(os.path.realpath(mine)) for mine in (self.path, *self._files.paths)]
         if folder and any(target in mine.parents for mine in own):
-            raise ArgumentError(f"{path} holds the source, which would be gone; give another path to write to")
+            raise ArgumentError(f"{path} holds the source, which would be lost; give another path to write to")
         if self.folder is not None and Path(os.path.realpath(self.folder)) in (target, *target.parents):
             raise ArgumentError(f"{path} is inside of the source directory; give a path outside of it")
 
     def is_file(self, path: str | os.PathLike[str]) -> bool:
-        """Whether something at that path belongs to it, under any of its names."""
+        """Return whether a path is the source or one of its files, also through links."""
         if not os.path.exists(path):
             return False
         return any(os.path.samefile(path, mine) for mine in (self.path, *self._files.paths))
@@ -239,6 +214,6 @@ def _state(path: Path) -> dict[str, Any]:
     return {"size": status.st_size, "time of change": status.st_mtime_ns}
 
 
-def _outline(reader: ChunkReader) -> str:
+def _outline(reader: Reader) -> str:
     entries = sorted((name, entry.shape, dtype_name(entry.dtype)) for name, entry in reader.entries.items())
     return hashlib.sha256(json.dumps([entries, sorted(reader.metadata.items())]).encode()).hexdigest()

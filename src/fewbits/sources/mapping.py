@@ -1,4 +1,4 @@
-"""A state dict as source, a mapping as result."""
+"""`MappingSource`: a state dict as source. Its result is a mapping."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, MutableMapping
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.saving import Value, plain_value
+from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.saving import plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.checkpoint.state_dicts import advice
 from fewbits.errors import ArgumentError, SourceError
@@ -24,7 +25,10 @@ from fewbits.sources.entries import entry_infos
 
 
 class MappingSource(LiveSource):
-    """A state dict, or any mapping from name to tensor. By name, so that a file of the same tensors gives the same."""
+    """A state dict, or any mapping from name to tensor.
+
+    Rules see only names, shapes and dtypes, so a file with the same tensors gives the same result.
+    """
 
     def __init__(self, tensors: Mapping[str, object], *, inplace: bool) -> None:
         if inplace and not isinstance(tensors, MutableMapping):
@@ -40,17 +44,17 @@ class MappingSource(LiveSource):
         self.infos = tuple(entry_infos(entries, self._scaled, storages, overlapping))
 
     def read(self, name: str) -> Tensor:
-        """One of its tensors, as the mapping has it now; an FP8 weight with scales in bfloat16.
+        """Return the mapping's current tensor of this name. FP8 weights with scales are dequantized to bfloat16.
 
         Raises:
-            SourceError: if it has none of that name any more.
+            SourceError: if the tensor has been removed from the mapping.
             NumericsError: if its codes and scales cannot be dequantized.
         """
         weight = self._scaled.get(name)
         return self._tensor(name) if weight is None else self._dequantized(weight, 0, weight.entry.shape)
 
     def read_chunk(self, name: str, chunk: Chunk) -> Tensor:
-        """Some elements of one of its tensors; of an FP8 weight with scales, no others are dequantized."""
+        """Return a chunk of one tensor; of an FP8 weight with scales, only this chunk is dequantized."""
         weight = self._scaled.get(name)
         if weight is None:
             return super().read_chunk(name, chunk)
@@ -61,7 +65,7 @@ class MappingSource(LiveSource):
         for name, entry in ((weight.name, weight.entry), (weight.scale, weight.scale_entry)):
             tensor = self._tensor(name)
             if Entry(tuple(tensor.shape), tensor.dtype) != entry:
-                raise SourceError(f"{name} is not what it was when it was prepared; prepare it again")
+                raise SourceError(f"{name} has another shape or dtype than when it was prepared; prepare it again")
             flat[name] = tensor.reshape(-1)
         device = flat[weight.name].device
         return weight.read(lambda name, start, stop: flat[name][start:stop].to(device), first, shape, device)
@@ -73,23 +77,27 @@ class MappingSource(LiveSource):
         return plain(tensor, name)
 
     def prepared(self) -> Mapping[str, object]:
-        """The mapping that was handed in: there is nothing to run."""
+        """Return the given mapping; a mapping cannot be run."""
         return self._given
 
     def target(self, ledger: Ledger) -> Target:
-        """A new dict, or the mapping itself."""
+        """Create the target: a new dict, or the mapping itself if in place.
+
+        Raises:
+            SourceError: if the mapping has gained tensors since it was prepared.
+        """
         added = sorted(map(str, self._given.keys() - {row.name for row in ledger}))
         if added:
             raise SourceError(f"the mapping has gained {', '.join(added)} since it was prepared; prepare it again")
         return _MappingTarget(self, ledger)
 
     def replace(self, name: str, value: Value) -> None:
-        """Put the stored form in the place of the source's tensor, and let go of that."""
+        """Replace a tensor of the mapping by its stored form."""
         if isinstance(self._given, MutableMapping):
             self._given[name] = value
 
     def remove(self, name: str) -> None:
-        """Take a tensor out of the source."""
+        """Remove a tensor from the mapping."""
         if isinstance(self._given, MutableMapping):
             self._given.pop(name, None)
 
@@ -110,7 +118,7 @@ class _MappingTarget(Target):
             if self._source.inplace and not as_it_was:
                 self._source.replace(name, value)
             if self._source.inplace and name in self._merged:
-                # Beside anything but its codes, a scale would be taken for what it is not.
+                # Without its codes, the scale would be read as the scale of another kind of tensor.
                 self._source.remove(self._merged[name])
 
     def finish(self) -> object:
@@ -129,10 +137,10 @@ class _MappingTarget(Target):
 
 
 def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:
-    """The mapping's entries as plain tensors, under names. One tensor under two names is one tensor here, too.
+    """The mapping's entries as plain tensors, by name. A tensor that has two names is one object here too.
 
     Raises:
-        SourceError: naming what is no plain tensor, or has no name.
+        SourceError: if an entry is not a plain tensor, or its key is not a string; the message names the entry.
     """
     checked: dict[str, Tensor] = {}
     seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -146,6 +154,6 @@ def _checked(tensors: Mapping[str, object]) -> dict[str, Tensor]:
             )
         if problem := quantized_elsewhere(name, tensor):
             raise SourceError(problem)
-        # The given tensor is held too: a mapping may make its tensors anew, and an id whose tensor is gone comes again.
+        # `seen` also holds the given tensor. A mapping may create tensors on access, and Python reuses a freed id.
         _, checked[name] = seen.setdefault(id(tensor), (tensor, plain(tensor, name)))
     return checked

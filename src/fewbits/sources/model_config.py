@@ -1,4 +1,4 @@
-"""The ``config.json`` beside a checkpoint: what it says of quantized weights, and who can open a result."""
+"""Read and write the quantization settings in ``config.json``, and decide which libraries can open a result."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fewbits.selection.ledger import Ledger
 
 CONFIG_FILE = "config.json"
 
-#: Other files that say how weights are quantized, and nothing else.
+#: Other files that contain quantization settings only.
 QUANTIZATION_FILES = ("hf_quant_config.json",)
 
-#: The keys of the configuration that say it; the second is an old name.
+#: Keys of the quantization settings in a configuration; the second is an old name.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of the blocks that have a scale, as a configuration states them; empty if it does not.
+    """Return the block shapes (rows, columns) that a configuration states for FP8 scales; empty if it states none.
 
     Raises:
-        FormatError: if it is not JSON, or what it states is no such thing.
-        CheckpointError: if it cannot be read.
+        FormatError: if the file is not JSON, or a block shape is not two positive integers.
+        CheckpointError: if the file cannot be read.
     """
     stated = [_block_size(value["weight_block_size"], path) for _, value in _settings(_parsed(_read(path), path))
               if isinstance(value, Mapping) and value.get("weight_block_size") is not None]  # fmt: skip
@@ -40,14 +40,14 @@ def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
 
 @attrs.frozen
 class Readers:
-    """Who can open the directory of a result whose source is a model of transformers.
+    """Which libraries can open a result whose source is a transformers model directory.
 
-    Transformers fills quantized weights that it cannot read with random numbers, and says so in its log alone. So a
-    result that it cannot read has files of other names than it looks for.
+    Transformers fills quantized weights that it cannot read with random numbers, and reports this only in its log. A
+    result that transformers cannot read therefore gets file names that transformers does not look for.
 
     Attributes:
-        obstacle: why transformers cannot open it; None if it can.
-        settings: the ``quantization_config`` of its ``config.json``; empty if nothing has codes.
+        obstacle: why transformers cannot open the result; None if it can.
+        settings: the ``quantization_config`` for ``config.json``; empty if no weight is stored as codes.
     """
 
     obstacle: str | None
@@ -55,11 +55,11 @@ class Readers:
 
     @classmethod
     def of(cls, ledger: Ledger, vocabularies: Collection[int]) -> Readers:
-        """Those of a result.
+        """Return which libraries can open a result.
 
         Args:
-            ledger: of the result.
-            vocabularies: how many tokens the model knows.
+            ledger: the ledger of the result.
+            vocabularies: vocabulary sizes of the model.
         """
         obstacle = export_obstacle(ledger, vocabularies)
         if obstacle is None:
@@ -68,7 +68,7 @@ class Readers:
 
     @property
     def stem(self) -> str:
-        """How the names of its files begin."""
+        """Prefix of the result's file names."""
         return STEM if self.obstacle is None else OWN_STEM
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Readers:
 
 
 def read_vocabularies(path: Path) -> frozenset[int] | None:
-    """How many tokens a model of transformers knows, for each of its vocabularies; None if it is no such model."""
+    """Return the vocabulary sizes in a transformers model's configuration; None if it is not such a model."""
     try:
         config = _parsed(_read(path), path)
     except CheckpointError:
@@ -94,16 +94,16 @@ def _vocabularies(value: object) -> Iterator[int]:
 
 
 def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
-    """Write a configuration once more, with other settings of quantization.
+    """Copy a configuration and replace its quantization settings.
 
     Args:
-        source: where it is.
-        target: where it is to be.
-        settings: the new ``quantization_config``; empty removes what is there.
+        source: the file to read.
+        target: the file to write.
+        settings: the new ``quantization_config``; empty removes the present settings.
 
     Raises:
-        FormatError: if it is not JSON.
-        CheckpointError: if it cannot be read, or the new one cannot be written.
+        FormatError: if the file is not JSON.
+        CheckpointError: if the file cannot be read, or the new one cannot be written.
     """
     data = _read(source)
     config = _parsed(data, source)
@@ -111,14 +111,14 @@ def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None
     changed = _without_settings(config) | ({QUANTIZATION_KEYS[0]: settings} if settings else {})
     write_durably(target, data if changed == config else (json.dumps(changed, indent=2) + "\n").encode())
     if removed:
-        reason = "it is about the weights of the source, not about those of the result"
+        reason = "it describes the weights of the source, not of the result"
         emit("warning", "config_changed", file=str(source), removed=removed, reason=reason)
 
 
 def _read(path: Path) -> bytes:
     with as_checkpoint_error(f"{path} cannot be read"):
         if path.stat().st_size > MAX_HEADER:
-            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes; it is no configuration")
+            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes, which is too large for a configuration")
         return path.read_bytes()
 
 
@@ -127,7 +127,7 @@ def _parsed(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _settings(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every part of a configuration that says how weights are quantized, with its path; models in models have some."""
+    """All quantization settings in a configuration, with their paths; nested models have settings of their own."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         if key in QUANTIZATION_KEYS:
             yield path + key, inner
@@ -145,5 +145,5 @@ def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _block_size(value: object, path: Path) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2 or any(type(size) is not int or size < 1 for size in value):
-        raise FormatError(f"{path}: weight_block_size is {value!r}; it must be two numbers from 1 up, rows and columns")
+        raise FormatError(f"{path}: weight_block_size is {value!r}; it must be two positive integers, rows and columns")
     return value[0], value[1]

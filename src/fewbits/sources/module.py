@@ -1,4 +1,4 @@
-"""A model as source, a model as result."""
+"""`ModuleSource`: a model as source. Its result is a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from fewbits.checkpoint.saving import Value, plain_value
+from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.saving import plain_value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
 from fewbits.formats.foreign import refuse_foreign
@@ -32,14 +33,14 @@ from fewbits.sources.base import LiveSource, Target
 
 
 class ModuleSource(LiveSource):
-    """A model. Not in place, what is prepared is a copy of its structure over the same storage."""
+    """A model. Unless `inplace`, the prepared model is a copy of its modules that shares the tensors' memory."""
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
         refuse_wrapped(model, SourceError)
         self._check(model)
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
-        # Ties are those of the given model: in a copy, buffers have memory of their own.
+        # Look for ties in the given model: in a copy, buffers have their own memory.
         shared = overlaps({slot.name: View.of(slot.tensor) for slot in slots(model)}) | held_beside(model)
         self.infos = tuple(self._describe(model, slot, shared.get(slot.name)) for slot in slots(model))
         self.unstorable = [
@@ -51,28 +52,28 @@ class ModuleSource(LiveSource):
         self._model = model if inplace else structural_copy(model)
 
     def read(self, name: str) -> Tensor:
-        """A parameter or buffer as the prepared model has it now; a non-persistent buffer as `prepare` found it."""
+        """Return a tensor of the prepared model: its current value, or a non-persistent buffer's value at `prepare`."""
         transient = self._transient.get(name)
         return plain(find(self._model, name).tensor, name) if transient is None else transient
 
     def prepared(self) -> nn.Module:
-        """The model to run and to observe."""
+        """Return the model to run and to observe."""
         return self._model
 
     def module(self) -> nn.Module:
-        """The model to run and to observe."""
+        """Return the model to run and to observe."""
         return self._model
 
     @property
     def slots(self) -> Iterable[Slot]:
-        """Every tensor of the model, with its place."""
+        """Every tensor of the model, with the module that holds it."""
         return slots(self._model)
 
     def target(self, ledger: Ledger) -> Target:
-        """The model itself, or another structural copy of it.
+        """Create the target: the model itself if in place, otherwise another structural copy.
 
         Raises:
-            SourceError: if it holds something else than it did when it was prepared.
+            SourceError: if the model has gained or lost tensors since it was prepared.
         """
         for slot in self.slots:
             plain(slot.tensor, slot.name)
@@ -80,9 +81,9 @@ class ModuleSource(LiveSource):
         return _ModuleTarget(model, ledger, self._transient, self.inplace)
 
     def _transient_buffers(self, model: nn.Module) -> dict[str, Tensor]:
-        """Non-persistent buffers as they are now: a forward may replace, grow or remove them, as caches do.
+        """The current non-persistent buffers, except those that share memory with a tensor of the state dict.
 
-        A buffer that shares its memory with a tensor of the state dict is not one of them.
+        They are kept because a forward pass may replace, grow or remove them, as caches do.
         """
         lasting = {info.storage for info in self.infos if info.persistent}
         transient = {info.name for info in self.infos if info.storage not in lasting}
@@ -145,7 +146,7 @@ class _ModuleTarget(Target):
             floats = [weakref.ref(slot.tensor) for slot in places]
             for slot in places:
                 attach(slot.module, slot.local, stored)
-            if self._inplace and not self._guarded:  # an interruption leaves the user with a model quantized in part
+            if self._inplace and not self._guarded:  # an interruption leaves a partly quantized model with the user
                 refuse_save_pretrained(self._model)
                 self._guarded = True
             if not self._inplace and any(weight() is not None for weight in floats):
@@ -154,7 +155,7 @@ class _ModuleTarget(Target):
                     "attribute), and would go on using the float weight; exclude it, or read it from its module"
                 )
         elif not self._inplace and isinstance(value, Tensor) and any(slot.is_parameter for slot in places):
-            # The same parameter objects over memory of their own: other references to them stay true.
+            # Give the same parameter objects new memory, so that other references to them stay valid.
             copy = value.clone()
             for slot in places:
                 slot.tensor.data = copy

@@ -1,4 +1,4 @@
-"""From whatever the user hands in to the `Source` for it."""
+"""Open a model, state dict or checkpoint path as a `Source`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from fewbits.sources.module import ModuleSource
 
 
 def open_source(source: object, *, inplace: bool = False, entry: str | None = None) -> FileSource | LiveSource:
-    """The source for a model, a state dict, or the path of a checkpoint.
+    """Open a model, a state dict, or the path of a checkpoint as a `Source`.
 
     Args:
-        source: one of these.
-        inplace: whether the result replaces it.
-        entry: the name of the state dict in a mapping, or a file of `torch.save`, that holds more than that.
+        source: the model, state dict or path.
+        inplace: whether the result replaces the source.
+        entry: the name of the state dict within a mapping or `torch.save` file that holds more than a state dict.
 
     Raises:
-        ArgumentError: if it is none of these, or `inplace` or `entry` does not go with it.
-        SourceError: if it cannot be quantized as it is.
+        ArgumentError: if `source` has another type, or does not support `inplace` or `entry`.
+        SourceError: if the source cannot be quantized, for example because it is quantized already.
         CheckpointError: if the file cannot be read.
     """
     if isinstance(source, nn.Module):
         if entry is not None:
-            raise ArgumentError(f"entry={entry!r} goes with a mapping or a file of torch.save, not with a model")
+            raise ArgumentError(f"entry={entry!r} needs a mapping or a file of torch.save, not a model")
         return ModuleSource(source, inplace=inplace)
     if isinstance(source, Mapping):
         return MappingSource(_state_dict(source, entry), inplace=inplace)
@@ -40,7 +40,7 @@ def open_source(source: object, *, inplace: bool = False, entry: str | None = No
         return FileSource(source, entry)
     raise ArgumentError(
         f"a {type(source).__name__} cannot be quantized; give an nn.Module, a state dict, or the path of a checkpoint "
-        "(not what torch.export or another compiler made of one)"
+        "(not the output of torch.export or another compiler)"
     )
 
 

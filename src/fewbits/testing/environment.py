@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.raw import tensor_bytes
-from fewbits.checkpoint.saving import Value, value_tensors
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError
 from fewbits.numerics import layout
@@ -32,7 +32,7 @@ _FLIPS = 40
 def snapshot(source: nn.Module | Mapping[str, Value]) -> Snapshot:
     """Record every tensor of a model's state dict or a mapping; codes and scales have names of their own."""
     values = source.state_dict() if isinstance(source, nn.Module) else source
-    parts = {part: tensor for name, value in values.items() for part, tensor in value_tensors(name, value).items()}
+    parts = {part: tensor for name, value in values.items() for part, tensor in CODEC.encode(name, value).items()}
     return {name: (tuple(tensor.shape), tensor.dtype, _bytes_of(tensor)) for name, tensor in parts.items()}
 
 

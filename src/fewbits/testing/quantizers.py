@@ -10,10 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fewbits.checkpoint.loading import load
-from fewbits.checkpoint.metadata import row_entries
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.errors import RangeError
+from fewbits.formats.loading import load
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.spec import QuantSpec, Spec, spec_from_dict
@@ -152,7 +151,7 @@ def written_bytes_are_predicted(setup: QuantizerSetup) -> None:
         quantizer.save(there / "model.out")
         entries = quantizer.serializer.reader(there / "model.out").entries
     for row in quantizer.ledger:
-        written = sum(entries[name].nbytes for name in row_entries(row))
+        written = sum(entries[name].nbytes for name in CODEC.entries(row))
         expect(written == predicted[row.name], f"{row.name} has {written} bytes, not {predicted[row.name]}", _BYTES)
     total = sum(entry.nbytes for entry in entries.values())
     expect(total == quantizer.ledger.bytes_after, f"{total} bytes, not {quantizer.ledger.bytes_after}", _BYTES)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.api import Result, quantize, verify
-from fewbits.checkpoint.loading import load
 from fewbits.checkpoint.serializer import Entry, Header, Serializer, Writer
 from fewbits.errors import CheckpointError, FewbitsError, FormatError
+from fewbits.formats.loading import load
 from fewbits.testing.check import EXAMPLES, Check, Contract, checks, copy_of, expect, fail, for_all
 from fewbits.testing.environment import Snapshot, check_damage, files_in, folder, snapshot
 from fewbits.testing.models import SmallModel, ids

@@ -1,1 +1,1 @@
-"""Checking what was made against what was promised."""
+"""Compare results with their sources and with the ledger; report every difference."""

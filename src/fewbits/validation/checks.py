@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import columns_of
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.checkpoint.saving import Value, save
+from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
 from fewbits.numerics.affine import are_sound
@@ -23,11 +24,10 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed, no_progress
 from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
 
-#: Of a tensor that another tool quantized.
+#: The note for a tensor that another tool quantized.
 NOT_NEAREST = "errors beyond half a step, as clipping, error feedback or rounding in a narrower dtype leave"
 
-#: The stored form of a row and what it was made from, a chunk after the other; None for a source that is not there, or
-#: is not asked for.
+#: Yields the chunks of a row: the stored form, and the source. The source is None if it is missing or not asked for.
 Pairs = Callable[[LedgerRow, bool], Iterator[tuple[Value, Tensor | None]]]
 
 
@@ -44,8 +44,8 @@ def examine(
     """Compare every stored tensor with its source and with the ledger.
 
     Args:
-        ledger: what was promised.
-        pairs: gives every stored tensor and, where asked for and there, what it was made from.
+        ledger: the expected result.
+        pairs: gives the chunks of every stored tensor and, if asked for and available, those of its source.
         bytes_after: bytes of the result's tensors, counted from them.
         known: results that need no examination, by tensor name: a measurement from the conversion, or what is wrong
             with a tensor that must not be read.
@@ -80,7 +80,7 @@ def examine(
 
 
 def _coverage(tensors: list[TensorReport], why: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What was compared with the source, and what was not, in words."""
+    """Describe which checks against the source were made, and which were not."""
     lossy = [t for t in tensors if t.fate != "kept"]
     blind = [t.name for t in lossy if t.measurement is None]
     if not blind:
@@ -92,7 +92,7 @@ def _coverage(tensors: list[TensorReport], why: str) -> tuple[tuple[str, ...], t
 
 
 def check_fail_under(fail_under: object) -> None:
-    """Refuse a limit that no SQNR can be compared with.
+    """Refuse a limit that is not a number.
 
     Raises:
         ArgumentError: if it is no number of decibels.
@@ -109,7 +109,7 @@ def examine_tensor(
     Args:
         row: of the ledger.
         pairs: as for `examine`.
-        measurement: taken while the source was there; None takes it now, if the source is there.
+        measurement: taken while the source was available; None measures now, if there is a source.
         fail_under: SQNR in dB below which it is a failure.
         bounded: whether an error beyond its bound is a failure, and not a note.
     """
@@ -137,7 +137,7 @@ def examine_tensor(
 
 
 def _measured(row: LedgerRow, pairs: Pairs, blind: _Blind) -> tuple[Measurement | None, bool]:
-    """How a tensor compares with its source, None if that is not there; and whether its scales are sound."""
+    """Measure a tensor against its source (None without one), and check that its scales are sound."""
     tally = Tally(_unit(row, pairs))
     compared, sound = False, True
     for value, source in pairs(row, True):
@@ -152,7 +152,7 @@ def _measured(row: LedgerRow, pairs: Pairs, blind: _Blind) -> tuple[Measurement 
 
 
 class _Blind:
-    """What codes tell without a source."""
+    """Collects codes, to report a tensor that has the same code everywhere."""
 
     def __init__(self) -> None:
         self._codes: set[int] = set()
@@ -170,7 +170,7 @@ class _Blind:
 
 
 def _unit(row: LedgerRow, pairs: Pairs) -> float:
-    """What to take sums of squares in; only of float64 tensors this takes a look at the source."""
+    """The unit for sums of squares. Only for float64 tensors this reads the source."""
     if row.dtype != torch.float64:
         return 1.0
     return unit_of(source for _, source in pairs(row, True) if source is not None)
@@ -185,7 +185,7 @@ def _broken(measurement: Measurement) -> str:
 
 
 def _patterns(measurement: Measurement) -> list[str]:
-    """What codes look like that were lost, or never written."""
+    """Failures of codes that look lost or never written."""
     if measurement.constant_rows and measurement.code_min == measurement.code_max:
         return [f"all of its codes are {measurement.code_min}, and not those of the source"]
     if measurement.constant_rows:
@@ -210,7 +210,7 @@ def check_reload(
     """Save to a temporary file, read it back, and compare bit for bit, a tensor at a time.
 
     Returns:
-        the report with what was found.
+        the report, with a failure for every difference.
     """
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fewbits-") as folder:

@@ -1,7 +1,7 @@
-"""Verifying what another tool wrote, in the formats of compressed-tensors, against its source.
+"""Verify a checkpoint of compressed-tensors against its source.
 
-Nobody promised a bound for such a file: its tool may have clipped, fed errors forward, or rounded in a narrower dtype.
-An error beyond half a step is a note, therefore; what fails is what no way of rounding explains.
+Such a file has no stated error bound: its tool may have clipped, fed errors forward, or rounded in a narrower dtype.
+An error beyond half a step is therefore a note. Only differences that no rounding explains are failures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import chunks
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_tensors import CompressedTensors
@@ -40,8 +40,8 @@ def verify_compressed_tensors(
 
     Args:
         path: the file, the directory, or the index in it.
-        source: what it was made from; None checks what can be told without.
-        serializer: reads it; None stands for safetensors.
+        source: the checkpoint before quantization; None checks structure and scales only.
+        serializer: reads the files; None means safetensors.
         chunk_elements: how many elements are compared at a time, about; see `fewbits.checkpoint.chunks.chunks`.
         fail_under: SQNR in dB below which a tensor fails.
         progress: told about every tensor, before and after it.
@@ -113,7 +113,7 @@ class _Comparison:
 
 
 def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:
-    """What is wrong with tensors that are neither weights nor kept."""
+    """Failures of tensors that are neither weights nor kept."""
     for name in checkpoint.unknown:
         yield f"{name} is in the result; it is no part of a weight there, and not in the source"
     for name in checkpoint.of_activations:

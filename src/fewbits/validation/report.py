@@ -1,4 +1,4 @@
-"""`Report`: what validation found, as a value."""
+"""`Report`: the findings of a validation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def verdict_of(sqnr_db: float, fail_under: float = CRITICAL_DB) -> Verdict:
 
 @attrs.frozen
 class TensorReport:
-    """What was found about one tensor.
+    """The findings for one tensor.
 
     Attributes:
         name: its name in the source.
@@ -47,8 +47,8 @@ class TensorReport:
         scheme: its spec in words.
         measurement: how it compares with the source; None if that was not compared.
         verdict: on its SQNR; None without a measurement.
-        failures: what is wrong, in words; empty if nothing is.
-        notes: what else there is to know, in words; nothing that fails it.
+        failures: one sentence for each failure.
+        notes: one sentence for each remark that is not a failure.
     """
 
     name: str
@@ -82,14 +82,14 @@ class TensorReport:
 
 @attrs.frozen(repr=False)
 class Report:
-    """What validation found: every tensor, every check, and whether the result is what was promised.
+    """The findings of a validation: every tensor, every check, and whether the result is correct.
 
     Attributes:
         tensors: one entry for each stored tensor.
-        checks: what was checked, in words.
-        unchecked: what could not be checked, and why.
-        general: what is wrong with the result as a whole, in words.
-        about: what else there is to know of the result as a whole, in words.
+        checks: the names of the checks.
+        unchecked: checks that were not possible, each with the reason.
+        general: failures of the result as a whole.
+        about: remarks on the result as a whole.
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the result's tensors, counted from the tensors.
         observed: how much data `observe` ran before the weights were converted; None if none.
@@ -121,7 +121,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What else there is to know: of the result, and, each with the first tensor it is about, of tensors."""
+        """Remarks on the result, then on tensors; each names the first tensor that it is about."""
         names: dict[str, list[str]] = {}
         for tensor in self.tensors:
             for note in tensor.notes:

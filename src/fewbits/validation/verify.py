@@ -1,4 +1,4 @@
-"""Verifying a file: its digests, its structure, and, against the source, every element of it."""
+"""Verify a file: its digests, its structure, and every element against the source."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import chunks
-from fewbits.checkpoint.metadata import row_entries
+from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.formats.compressed_tensors import is_compressed_tensors
 from fewbits.numerics.dtypes import dtype_name
@@ -42,9 +41,9 @@ def verify(
 
     Args:
         path: the file, or the directory of several.
-        source: what it was made from; None checks structure and digests only.
-        serializer: reads the file; None stands for safetensors.
-        measured: measurements taken when these same bytes were written, by name; these are not taken again.
+        source: the checkpoint or model before quantization; None checks structure and digests only.
+        serializer: reads the file; None means safetensors.
+        measured: measurements taken when these bytes were written, by name; they are reused.
         chunk_elements: how many elements are compared at a time, about; see `fewbits.checkpoint.chunks.chunks`.
         fail_under: SQNR in dB below which a tensor fails.
         progress: told about every tensor, before and after it.
@@ -85,7 +84,7 @@ def verify_checkpoint(
     wrong = set(checkpoint.damaged())
     damaged = {}
     for row in checkpoint.ledger.stored:
-        bad = sorted(wrong & row_entries(row).keys())
+        bad = sorted(wrong & CODEC.entries(row).keys())
         if bad:
             damaged[row.name] = f"the bytes of {', '.join(bad)} are not the bytes that were written"
     differences: list[str] = []

@@ -1,4 +1,4 @@
-"""`load`: a fewbits file as a mapping, or into a model."""
+"""`load`: a file of fewbits or compressed-tensors as a mapping; a file of fewbits into a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TypeVar, overload
 from torch import Tensor, nn
 
 from fewbits._heap import trim
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.completing import InitBuffers, initial_values, ties
 from fewbits.checkpoint.filling import Device, Place, fill, move_others, usable
-from fewbits.checkpoint.reading import Check, Checkpoint
-from fewbits.checkpoint.saving import Value
+from fewbits.checkpoint.reading import Check, Checkpoint, check_check
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
+from fewbits.formats.compressed_tensors import CompressedTensors, is_compressed_tensors
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.classes import layout_of, rounds_inputs
@@ -25,6 +26,7 @@ from fewbits.nn.swap import refuse_quantized
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.nn.wrappers import compiled_hint, refuse_wrapped
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import LedgerRow
 from fewbits.selection.patterns import Pattern, check_all_used, parse_patterns
 
@@ -33,7 +35,12 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @overload
 def load(
-    path: str | os.PathLike[str], *, into: None = None, check: Check = "digests", serializer: Serializer | None = None
+    path: str | os.PathLike[str],
+    *,
+    into: None = None,
+    check: Check = "digests",
+    serializer: Serializer | None = None,
+    dequantize: bool = False,
 ) -> dict[str, Value]: ...
 @overload
 def load(
@@ -53,12 +60,16 @@ def load(
     into: nn.Module | None = None,
     check: Check = "digests",
     serializer: Serializer | None = None,
+    dequantize: bool = False,
     compute: Compute = "auto",
     device: Device | None = None,
     ignore: Sequence[str] = (),
     init_buffers: InitBuffers | None = None,
 ) -> dict[str, Value] | nn.Module:
-    """Load what fewbits wrote. Nothing is ever unpickled.
+    """Load what fewbits wrote, or, without `into`, a checkpoint of compressed-tensors. Nothing is ever unpickled.
+
+    A checkpoint of compressed-tensors has no digests, and every tensor is read into memory of its own. A weight whose
+    columns are in another order (``g_idx``) is dequantized, with its columns put back.
 
     Tensors alias the mapped file, unless a layer's kernels ask for another form than that of files or a tensor is to be
     on another device than the CPU. Then all are read one after the other, in the order of the files, and each takes its
@@ -75,6 +86,8 @@ def load(
             in place. None loads a mapping from name to `QuantizedTensor` or `torch.Tensor`.
         check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` trusts the payload.
         serializer: reads the file; None stands for safetensors.
+        dequantize: whether the mapping has a float tensor for each `QuantizedTensor`, so that it can be quantized
+            anew. Needs ``into=None``.
         compute: what the layers of `into` may do to be fast; see `fewbits.set_compute`.
         device: where all tensors of `into` are to be, those that are not in the file too, such as ``"cuda"``. None
             leaves each where it is, and puts those of the meta device on the CPU.
@@ -88,11 +101,12 @@ def load(
         `into`, or the mapping.
 
     Raises:
-        FormatError: if the file was not written by fewbits, or its parts contradict one another.
+        FormatError: if the file was written neither by fewbits nor as compressed-tensors does, its parts contradict
+            one another, or it has a weight that cannot be read.
         DigestError: if a byte of it has changed; the message names the tensors.
         ArgumentError: if `into` is not a model, `compute` no setting, `device` none that torch has here, or
             `init_buffers` not callable; or if there is no model that `device`, `ignore` or `init_buffers` could be
-            about.
+            about; or if a model is given with `dequantize`, or for a checkpoint of compressed-tensors.
         SelectionError: if a pattern of `ignore` names nothing that may stay in the file.
         SourceError: if a module of `into` would not read a quantized weight. The model is unchanged then.
         MismatchError: if file and model do not fit; the message names every tensor. Or if the model holds a quantized
@@ -110,10 +124,21 @@ def load(
         raise ArgumentError("init_buffers= sets buffers of a model; without into= there is none")
     if not (init_buffers is None or callable(init_buffers)):
         raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
+    if into is not None and dequantize:
+        raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
+    if is_compressed_tensors(path, serializer):
+        check_check(check)
+        if into is not None:
+            raise ArgumentError(
+                f"{path} is a checkpoint of compressed-tensors; load it without into=, or quantize "
+                "load(path, dequantize=True) and load that result into the model"
+            )
+        loaded = CompressedTensors(path, serializer).values()
+        return _dequantized(loaded) if dequantize else loaded
     checkpoint = Checkpoint(path, serializer)
     if into is None:
         checkpoint.check(check)
-        return checkpoint.values()
+        return _dequantized(checkpoint.values()) if dequantize else checkpoint.values()
     if not isinstance(into, nn.Module):
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_wrapped(into, MismatchError)
@@ -137,6 +162,12 @@ def load(
         move_others(into, target)
     trim(holes=0)
     return into
+
+
+def _dequantized(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The values with a float tensor for every quantized one; tied names still share one tensor."""
+    floats = {id(value): value.dequantize() for value in values.values() if isinstance(value, QuantizedTensor)}
+    return {name: floats.get(id(value), value) for name, value in values.items()}
 
 
 def _places(

@@ -1,0 +1,122 @@
+"""`load` reads a checkpoint of compressed-tensors, and its weights can be quantized again once they are floats."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+import fewbits
+from compressed import Recipe, config, pack, quantized, recipes, rounded, write
+from fewbits.errors import ArgumentError, FormatError, SourceError
+
+NAME = "layers.0.weight"
+
+
+def source():
+    generator = torch.Generator().manual_seed(0)
+    return {NAME: torch.randn(33, 48, generator=generator), "norm.weight": torch.ones(48)}
+
+
+def decoded(weight, recipe):
+    """The numbers that the codes of a weight stand for."""
+    codes, scale, zero = rounded(weight, recipe)
+    width = weight.numel() if recipe.group_size == 0 else recipe.group_size or weight.shape[1]
+    groups = codes.double().reshape(-1, width) - zero.double().reshape(-1, 1)
+    return (groups * scale.double().reshape(-1, 1)).reshape(weight.shape).float()
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("compressed") / "model"
+
+
+@given(recipe=recipes())
+def test_load_gives_the_codes_of_every_scheme(scratch, recipe):
+    path = write(scratch, quantized(source(), recipe, (NAME,)), config(recipe))
+    loaded = fewbits.load(path)
+    assert set(loaded) == set(source())
+    assert torch.equal(loaded[NAME].codes(), rounded(source()[NAME], recipe)[0])
+    assert torch.allclose(loaded[NAME].dequantize(), decoded(source()[NAME], recipe), rtol=1e-6, atol=0)
+    assert torch.equal(loaded["norm.weight"], source()["norm.weight"])
+
+
+def test_a_checkpoint_is_quantized_again_after_it_is_dequantized_on_request(scratch, tmp_path):
+    recipe = Recipe(bits=8, group_size=None)
+    path = write(scratch, quantized(source(), recipe, (NAME,)), config(recipe))
+    floats = fewbits.load(path, dequantize=True)
+    assert torch.allclose(floats[NAME], decoded(source()[NAME], recipe), rtol=1e-6, atol=0)
+    assert fewbits.plan(floats, "int4", group_size=8, min_elements=0).ledger[NAME].spec.bits == 4
+    result = fewbits.quantize(floats, "int4", group_size=8, min_elements=0)
+    result.save(tmp_path / "out.safetensors")
+    assert fewbits.verify(tmp_path / "out.safetensors", floats).ok
+    assert fewbits.load(tmp_path / "out.safetensors")[NAME].spec.bits == 4
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_codes_are_not_quantized_again_unasked(scratch, packed):
+    recipe = Recipe(bits=8, packed=packed)
+    path = write(scratch, quantized(source(), recipe, (NAME,)), config(recipe))
+    with pytest.raises(SourceError, match=re.escape("fewbits.load(path, dequantize=True)")):
+        fewbits.plan(path, "int4")
+
+
+def test_columns_in_another_order_are_put_back(scratch):
+    recipe, weight = Recipe(bits=4, group_size=8), source()[NAME]
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    # The file holds codes in the order of the columns, and a scale for each group of them.
+    codes, _, _ = rounded(weight[:, order], recipe)
+    groups = torch.empty(48, dtype=torch.int32)
+    groups[order] = torch.arange(48, dtype=torch.int32) // 8
+    tensors = quantized({NAME: weight[:, order]}, recipe, (NAME,))
+    tensors |= {f"{NAME}_packed": pack(codes[:, torch.argsort(order)], 4), f"{NAME}_g_idx": groups}
+    loaded = fewbits.load(write(scratch, tensors, config(recipe)))
+    expected = decoded(weight[:, order], recipe)[:, torch.argsort(order)]
+    assert torch.allclose(loaded[NAME], expected, rtol=1e-6, atol=0)
+
+
+def test_a_tied_weight_stays_tied_when_it_is_dequantized(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    fewbits.quantize(model, "int8", min_elements=0).save(tmp_path / "tied.safetensors")
+    loaded = fewbits.load(tmp_path / "tied.safetensors", dequantize=True)
+    assert loaded["0.weight"] is loaded["1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(f"{NAME}_shape"), f"{NAME}: .*no {NAME}_shape"),
+        (lambda t: t.pop(f"{NAME}_packed"), f"{NAME}_scale is a part of a weight whose codes are not there"),
+    ],
+)
+def test_a_tensor_that_cannot_be_read_is_named(scratch, change, said):
+    tensors = quantized(source(), Recipe(), (NAME,))
+    change(tensors)
+    with pytest.raises(FormatError, match=said):
+        fewbits.load(write(scratch, tensors, config(Recipe())))
+
+
+def test_weights_of_a_transformed_model_are_refused(scratch):
+    settings = config(Recipe(), transform_config={"config_groups": {"R1": {}}})
+    with pytest.raises(FormatError, match="names transforms"):
+        fewbits.load(write(scratch, quantized(source(), Recipe(), (NAME,)), settings))
+
+
+def test_scales_of_activations_are_left_out_and_named(scratch, caplog):
+    tensors = quantized(source(), Recipe(), (NAME,)) | {"layers.0.input_scale": torch.ones(1)}
+    with caplog.at_level("WARNING"):
+        loaded = fewbits.load(write(scratch, tensors, config(Recipe())))
+    assert set(loaded) == set(source())
+    assert "layers.0.input_scale" in caplog.text
+
+
+def test_a_model_takes_no_checkpoint_of_compressed_tensors_and_no_floats(scratch):
+    path = write(scratch, quantized(source(), Recipe(), (NAME,)), config(Recipe()))
+    with pytest.raises(ArgumentError, match="is a checkpoint of compressed-tensors; load it without into="):
+        fewbits.load(path, into=nn.Linear(48, 33))
+    with pytest.raises(ArgumentError, match="give it without into="):
+        fewbits.load(path, into=nn.Linear(48, 33), dequantize=True)
+    with pytest.raises(ArgumentError, match="check must be"):
+        fewbits.load(path, check="none")
