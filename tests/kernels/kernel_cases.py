@@ -1,4 +1,4 @@
-"""Weights with any codes, layers that are quantized, and what both must compute."""
+"""Weights with any codes, quantized layers, and their expected outputs."""
 
 from __future__ import annotations
 

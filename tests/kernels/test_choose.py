@@ -1,4 +1,4 @@
-"""The policy: which kernels a layer may use, and how near to the truth what they compute is."""
+"""The choice of kernels for a layer, and the accuracy of their outputs."""
 
 import attrs
 import pytest
@@ -130,7 +130,7 @@ def test_what_is_no_setting_is_refused(value):
 
 
 class Mine(Kernel):
-    """Somebody else's kernel."""
+    """A kernel from outside."""
 
     name, weight_layout = "mine", PackedInt32
 
@@ -234,7 +234,7 @@ def test_without_instructions_for_bfloat16_blocks_are_computed_in_float32(monkey
 
 @pytest.fixture(scope="module")
 def minilm(minilm_path, sentences):
-    """The real model, and what its layers are given."""
+    """A real model, and the inputs of its layers."""
     transformers = pytest.importorskip("transformers")
     import safetensors.torch
 

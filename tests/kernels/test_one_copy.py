@@ -102,7 +102,7 @@ def test_state_dict(module, state):
 
 
 def test_a_state_dict_is_a_copy_of_a_private_layout(module, state):
-    """What somebody does with it does not reach the layer, as it does not reach a float one that is deep-copied."""
+    """Changes of a copy do not reach the layer."""
     taken = copy.deepcopy(module.state_dict())
     with torch.no_grad():
         before = module(normal(3, SHAPE[1]))
@@ -171,7 +171,7 @@ def test_the_meta_device_and_back(module, state):
     assert alike(other.state_dict(), state)
     with torch.no_grad():
         for rows in (1, 40):
-            # What computes here is what would have, had it never been away.
+            # The same kernels compute after the way to the meta device and back.
             assert torch.equal(other(normal(rows, SHAPE[1])), module(normal(rows, SHAPE[1])))
     assert type(other.weight_stored.weight_layout()) is type(module.weight_stored.weight_layout())
 

@@ -1,4 +1,4 @@
-"""One layer as one operation: what compilers are told of it is what it does."""
+"""One layer as one operation: its fake and its gradient match its output."""
 
 import json
 

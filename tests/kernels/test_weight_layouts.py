@@ -1,4 +1,4 @@
-"""Layouts give back what they were made of, whatever the sizes, and hold it as torch's kernels read it."""
+"""Weight layouts of any size give the canonical words back, and hold codes in the order of torch's kernels."""
 
 import attrs
 import pytest

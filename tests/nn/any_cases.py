@@ -1,4 +1,4 @@
-"""Every class of torch.nn that has parameters, with ways to build and call it, and what is compared."""
+"""Every class of torch.nn that has parameters, with ways to build, call and compare it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nn.cases import same_bits
 
 WITHOUT_LIMIT = {"selector": fewbits.LayerSelector(min_elements=1)}
 
-#: Schemes that quantize whatever can be, however small.
+#: Schemes that quantize every tensor that they can, however small.
 EVERYTHING: dict[str, Callable[[], fewbits.Quantizer]] = {
     "int8": lambda: fewbits.Int8PerChannel(**WITHOUT_LIMIT),
     "int4": lambda: fewbits.Int4Grouped(4, skip_types=(), **WITHOUT_LIMIT),
@@ -30,11 +30,11 @@ EVERYTHING: dict[str, Callable[[], fewbits.Quantizer]] = {
 
 @attrs.frozen
 class AnyCase:
-    """A float module and what to call it with.
+    """A float module and the arguments of a call.
 
     Attributes:
         name: for test ids.
-        cls: the class of torch.nn that it stands for.
+        cls: the class of torch.nn that it tests.
         make: builds the module, in float32; it may be a module that uses one of `cls`.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
@@ -71,7 +71,7 @@ class AnyCase:
 
 
 def quietly(make: Callable[[], nn.Module], seed: int = 7) -> nn.Module:
-    """A module under a fixed seed, without what torch says about deprecated or experimental options."""
+    """A module under a fixed seed, without warnings about deprecated or experimental options."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -97,12 +97,12 @@ def same_outputs(a: list[Any], b: list[Any]) -> bool:
 
 
 def plain(quantized: nn.Module) -> nn.Module:
-    """The float module to compare with: torch takes other paths where a weight requires gradients."""
+    """Return the float module to compare with; torch takes other paths if a weight requires gradients."""
     return fewbits.dequantize(quantized).requires_grad_(False)
 
 
 def converted(model: nn.Module, scheme: str, **options: Any) -> tuple[nn.Module, fewbits.Ledger]:
-    """Quantized with all that can be."""
+    """Quantize every parameter that can be quantized."""
     quantizer = EVERYTHING[scheme]()
     quantizer.prepare(model, **options)
     return quantizer.convert(), quantizer.ledger
@@ -125,7 +125,7 @@ def assert_fates(ledger: fewbits.Ledger, model: nn.Module) -> None:
 
 
 def as_the_original(what: str, act: Callable[[Any], Any], original: Any, quantized: Any) -> tuple[Any, Any]:
-    """What `act` gives on the float original and on the quantized module.
+    """Return the results of `act` on the float original and on the quantized module.
 
     Where torch refuses the original, the quantized one must be refused too, and the test is skipped with torch's
     error, so that the summary lists all of them.
@@ -133,7 +133,7 @@ def as_the_original(what: str, act: Callable[[Any], Any], original: Any, quantiz
     try:
         expected = act(original)
     except Exception as error:
-        with pytest.raises(Exception):  # noqa: B017, PT011  (whatever torch says)
+        with pytest.raises(Exception):  # noqa: B017, PT011  (any error of torch)
             act(quantized)
         message = (str(error).strip() or "no message").splitlines()[0][:100]
         pytest.skip(f"torch refuses {what}: {type(error).__name__}: {message}")
@@ -252,7 +252,7 @@ def _recurrent() -> Iterator[AnyCase]:
         yield AnyCase(f"{cell.__name__}, states", cell, lambda cell=cell: cell(8, 6, bias=False), (x[0], state))
 
 
-# Parameters in lists, norms, layers that find out their sizes, and what is left.
+# Parameters in lists, norms, lazy layers, and other classes.
 
 
 class OfList(nn.Module):
@@ -376,7 +376,7 @@ def torch_nn_classes(module: ModuleType = nn, seen: set[str] | None = None) -> d
 
 
 def build_by_guess(cls: type[nn.Module]) -> nn.Module:
-    """A module of a class that is no case, with whatever arguments it takes."""
+    """Build a module of any class, with guessed arguments."""
     for args in ((), (2,), (2, 2), (1, (2, 1))):
         try:
             return quietly(lambda args=args: cls(*args))

@@ -148,7 +148,7 @@ class Lora(nn.Module):
 
 
 class Delegating(nn.Module):
-    """Finds in the module inside what it lacks itself."""
+    """Looks up missing attributes in the module inside."""
 
     def __init__(self):
         super().__init__()
@@ -181,7 +181,7 @@ class Setting(nn.Module):
 
 
 class Reducing(nn.Linear):
-    """Is made anew by what pickle calls, and by nothing else."""
+    """Is rebuilt by pickle only."""
 
     def __reduce__(self):
         return _rebuilt, (self.in_features, self.out_features, self.state_dict())

@@ -36,7 +36,7 @@ _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @attrs.frozen
 class Case:
-    """A float module and what to call it with.
+    """A float module and the arguments of a call.
 
     Attributes:
         name: for test ids.
@@ -222,7 +222,7 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 @attrs.frozen
 class Snapshot:
-    """What a model is made of: classes, flags, state, hooks. `equals` compares two."""
+    """The classes, flags, state and hooks of a model. `equals` compares two."""
 
     classes: tuple[tuple[str, type, bool], ...]
     hooks: tuple[tuple[str, int, int], ...]

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("reference_only")
 every_scheme = pytest.mark.parametrize("scheme", EVERYTHING)
 either_place = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 
-#: What keeps the parameters of a module from being quantized.
+#: Reasons to keep the parameters of a module.
 KEPT = {
     "final": {"matrix": "Final cannot be subclassed"},
     "sequential with a matrix": {"matrix": "WithSequential is a container"},
@@ -172,7 +172,7 @@ def test_it_computes_in_other_dtypes_as_its_dequantized_form(name, dtype):
     model.to(dtype)
     assert all(same_bits(model.state_dict()[key], part) for key, part in state.items())
     floats = plain(model)
-    with contextlib.suppress(RuntimeError):  # what torch refuses to mix, a quantized layer may cast
+    with contextlib.suppress(RuntimeError):  # a quantized layer may cast dtypes that torch refuses to mix
         expected = run(floats, X.to(dtype))
         assert same_bits(run(model, X.to(dtype)), expected)
 
@@ -184,12 +184,12 @@ def test_autocast_computes_as_on_its_dequantized_form(name):
         assert same_bits(run(model), run(plain(model)))
 
 
-# What is read, and when.
+# Reading weights.
 
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[StoredWeight]:
-    """Every stored weight that is dequantized, as often as it is."""
+    """Record each stored weight whenever it is dequantized."""
     calls: list[StoredWeight] = []
     dequantize = PackedWeight.dequantize
 
@@ -221,7 +221,9 @@ def test_a_forward_dequantizes_a_weight_once_however_often_it_is_read(decoded):
     model, _ = converted(Greedy(), "int8")
     model(X)
     assert [stored is model.matrix_stored for stored in decoded].count(True) == 1
-    assert [stored is model.other_stored for stored in decoded].count(True) == 0, "what is not read is not dequantized"
+    assert [stored is model.other_stored for stored in decoded].count(True) == 0, (
+        "a weight that is not read is not dequantized"
+    )
     assert [stored is model.child.matrix_stored for stored in decoded].count(True) == 5 + 1
 
 
@@ -290,7 +292,7 @@ def test_a_recomputed_forward_gives_the_same_gradient():
     torch.testing.assert_close(*gradients)
 
 
-# What is assigned.
+# Assigning weights.
 
 
 @pytest.mark.parametrize("value", [torch.zeros(8, 8), nn.Parameter(torch.zeros(8, 8)), None, nn.Linear(8, 8)], ids=type)
@@ -482,7 +484,7 @@ def test_a_parameter_of_any_shape_and_name_reads_as_its_dequantized_form(shape, 
     assert same_bits(read, getattr(fewbits.dequantize(model)["odd"], name).detach())
 
 
-# What cannot be, and why.
+# Parameters that cannot be quantized, and the reasons.
 
 
 def _refusals():

@@ -1,4 +1,4 @@
-"""One quantized module at a time: what it computes, what it holds, and what it goes through unharmed."""
+"""One quantized module at a time: its outputs, its memory, and its state dict."""
 
 import io
 import itertools
@@ -49,7 +49,7 @@ def assert_forward_is_that_of_the_dequantized_module(case: Case, scheme: str, dt
     quantized = convert(source, scheme)
     plain = fewbits.dequantize(quantized)
     if refused_by_torch(f"{case} in {dtype}", lambda: case.run(source, dtype)):
-        with pytest.raises(Exception):  # noqa: B017, PT011  (whatever torch says)
+        with pytest.raises(Exception):  # noqa: B017, PT011  (any error of torch)
             case.run(quantized, dtype)
         return
     output = case.run(quantized, dtype)
@@ -175,7 +175,7 @@ def test_the_output_lies_in_memory_as_that_of_the_float_module(case, scheme):
     assert case.run(convert(source, scheme)).stride() == case.run(source).stride()
 
 
-# What a module holds.
+# The memory of a module.
 
 
 @every_case
@@ -268,7 +268,7 @@ def test_the_text_of_a_module_shows_its_options_and_how_its_weight_is_stored(cas
     assert "(weight_stored): PackedWeight(int8 channel, reads as float32)" in repr(quantized)
 
 
-# What a module goes through.
+# Changes of dtype and device.
 
 
 def _stored(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -74,7 +74,7 @@ def test_a_spawned_process_takes_quantized_models_of_every_layout(tmp_path: Path
 @pytest.mark.parametrize("copied", ["queue", "pickle", "torch.save", "deepcopy"])
 def test_quantized_models_of_every_layout_are_copied(copied):
     of = models()
-    if copied == "queue":  # what `Queue.put` and `Queue.get` do
+    if copied == "queue":  # as in `Queue.put` and `Queue.get`
         there = ForkingPickler.loads(ForkingPickler.dumps(of))
     elif copied == "torch.save":
         torch.save(of, file := io.BytesIO())

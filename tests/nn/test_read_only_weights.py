@@ -1,4 +1,4 @@
-"""What reads a quantized weight from outside can compute with it, and learns of it where a change would be lost."""
+"""Code outside of a module can compute with its weights; an error reports changes that would be lost."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Whole models: what becomes quantized, what stays as it was, and the way back."""
+"""Whole models: the quantized layers, the kept parts, and the way back to floats."""
 
 import copy
 import threading

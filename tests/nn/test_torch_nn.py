@@ -1,4 +1,4 @@
-"""All of torch.nn: every class that has parameters, quantized, does what its float original does.
+"""All of torch.nn: every class with parameters works the same after quantization.
 
 Where torch refuses the float original, the quantized module has to be refused too; the test is then skipped with
 torch's error, so that the summary of a run lists all of these.
@@ -40,7 +40,7 @@ QUANTIZABLE = tuple(case for case in ANY_CASES if wanted(case.module()))
 FIRST = tuple({case.cls: case for case in reversed(QUANTIZABLE)}.values())
 
 ALL = [(case, scheme) for case in QUANTIZABLE for scheme in EVERYTHING]
-#: Every case with one scheme or another, and every class, for what takes its time; slow tests take all.
+#: Every case with one scheme, and every class with one scheme; slow tests use all combinations.
 SOME = list(zip(QUANTIZABLE, itertools.cycle(EVERYTHING), strict=False))
 ONE_OF_A_CLASS = [(case, scheme) for case, scheme in SOME if case in FIRST]
 
@@ -98,7 +98,7 @@ def test_a_module_with_nothing_to_quantize_stays_as_it_is_beside_others(case):
     assert same_outputs(case.run(model[0]), case.run(source[0]))
 
 
-# What it computes.
+# Outputs.
 
 
 @every_combination
@@ -182,7 +182,7 @@ def test_autocast_computes_as_on_the_dequantized_module(case, scheme):
     assert same_outputs(output, expected)
 
 
-# What it goes through.
+# State dicts, files and changes of dtype.
 
 
 @every_case

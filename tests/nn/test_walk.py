@@ -1,4 +1,4 @@
-"""What a model holds, a copy of its structure, and models that are refused."""
+"""The tensors of a model, copies of its structure, and models that are refused."""
 
 import threading
 

@@ -71,7 +71,7 @@ class _Setup:
 def check_module(module: nn.Module, *inputs: Any) -> list[Check]:
     """Return the checks of the quantized form that is registered for the class of a float module.
 
-    What is asked beyond the docstring of `QuantizedModule`:
+    Beyond the docstring of `QuantizedModule`, the checks require:
 
     - The output has an SQNR of at least 50 dB against the float module with the dequantized weights.
     - Copies, pickles and state dicts give the same output, bit for bit.
