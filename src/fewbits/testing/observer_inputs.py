@@ -22,7 +22,7 @@ from fewbits.testing.check import Contract, expect, fail, for_all
 from fewbits.testing.environment import snapshot
 from fewbits.testing.strategies import weights
 
-_FRESH = Contract("fewbits.extend.Observer.fresh", "A copy of this recipe that has seen nothing.")
+_FRESH = Contract("fewbits.extend.Observer.fresh", "Return a copy of this recipe that has seen no input.")
 _NEEDS = Contract(
     "fewbits.extend.Observer", "whether `observe_input` must have seen a layer's inputs before its weight is"
 )
@@ -30,9 +30,9 @@ _INPUTS = Contract(
     "fewbits.extend.Observer.input_params", "positive; and zero point, int32, (1,), or None if the spec is"
 )
 _NOTHING = Contract(
-    "fewbits.extend.Observer.input_params", "if nothing was seen, or this observer does not look at inputs"
+    "fewbits.extend.Observer.input_params", "if no input was seen, or this observer does not observe inputs"
 )
-_MERGED = Contract("fewbits.extend.Observer.merge", "as if this one had seen it too")
+_MERGED = Contract("fewbits.extend.Observer.merge", "as if this observer had seen the inputs of both")
 _SMALL = Contract("fewbits.testing.check_observer", "Its state does not grow with the number of inputs.")
 
 #: The state after many batches must not be larger than after few.

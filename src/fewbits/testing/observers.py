@@ -28,7 +28,7 @@ from fewbits.testing.strategies import specs as any_spec
 from fewbits.validation.report import CRITICAL_DB
 
 _SCALES = Contract("fewbits.extend.Observer.observe_weight", "finite and not zero")
-_READ_ONLY = Contract("fewbits.extend.Observer.observe_weight", "finite, not to be written to")
+_READ_ONLY = Contract("fewbits.extend.Observer.observe_weight", "Do not write to `weight`")
 _RANGE = Contract("fewbits.testing.check_observer", "A scale may be out of range only for numbers larger than")
 _ALONE = Contract("fewbits.testing.check_observer", "The scales of a row depend on that row and the inputs alone.")
 _USEFUL = Contract("fewbits.testing.check_observer", "at most 10 dB below that of `MinMaxObserver`")

@@ -32,7 +32,7 @@ _RESULT = Contract(
 )
 _INPLACE = Contract("fewbits.Quantizer.prepare", "quantize the model or mapping itself")
 _VALID = Contract("fewbits.Quantizer.validate", "Check the result against the source, element by element")
-_STATE = Contract("fewbits.errors.StateError", "called in a state that does not allow it; nothing has changed.")
+_STATE = Contract("fewbits.errors.StateError", "called in a state that does not allow it; the call changed nothing.")
 _COVERED = Contract("fewbits.Quantizer.ledger", "The fate of every tensor.")
 _NO_FORWARD = Contract("fewbits.errors.CalibrationError", "Calibration data is missing, or the model cannot run it.")
 

@@ -35,8 +35,8 @@ from fewbits.testing.strategies import FLOATS, weights
 
 _NAME = Contract("fewbits.quantizers.scheme.Scheme", "name: the scheme's name in tables and messages")
 _SPEC = Contract("fewbits.QuantSpec.to_dict", "A JSON-able description; `spec_from_dict` reads it.")
-_BOUND = Contract("fewbits.numerics.affine.error_bound", "How far each element may lie from what its code stands for")
-_DECODED = Contract("fewbits.QuantizedTensor.dequantize", "The tensor that the codes stand for, in its own shape")
+_BOUND = Contract("fewbits.numerics.affine.error_bound", "its largest allowed distance from its decoded code")
+_DECODED = Contract("fewbits.QuantizedTensor.dequantize", "Decode the tensor into its original shape")
 _RANGE = Contract(
     "fewbits.testing.check_quantizer", "A weight is out of range only if it has a number larger than a sixteenth"
 )
@@ -45,7 +45,7 @@ _TIED = Contract("fewbits.nn.stored.StoredWeight", "Layers with tied weights hol
 _BITS = Contract(
     "fewbits.Quantizer.save", "Write the result atomically to a file, or to a directory of several, and read it back."
 )
-_BYTES = Contract("fewbits.Ledger.bytes_after", "the bytes of the file, its header aside.")
+_BYTES = Contract("fewbits.Ledger.bytes_after", "the bytes of the file without its header")
 _INTO = Contract("fewbits.load", "a float model of the same architecture, which may live on the meta device")
 _UNPICKLED = Contract("fewbits.testing.check_quantizer", "A file is read without the class that made it.")
 

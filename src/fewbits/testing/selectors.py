@@ -17,8 +17,8 @@ from fewbits.testing.check import EXAMPLES, Check, Contract, check_functions, ch
 from fewbits.testing.models import SmallModel, models
 
 _EACH = Contract("fewbits.LayerSelector.select", "One decision for every tensor, in the same order.")
-_REASON = Contract("fewbits.extend.Decision", "reason: why, in words for the ledger.")
-_FIELDS = Contract("fewbits.extend.Decision", "quantize: whether the scheme is applied to it; otherwise it is kept.")
+_REASON = Contract("fewbits.extend.Decision", "reason: the reason that the ledger shows.")
+_FIELDS = Contract("fewbits.extend.Decision", "quantize: True to quantize the tensor, False to keep it.")
 _RULES = Contract("fewbits.LayerSelector.select", "SelectionError: if a rule fits no tensor.")
 _OBSTACLE = Contract("fewbits.LayerSelector.select", "A tensor with an `obstacle` cannot be quantized")
 _PURE = Contract("fewbits.testing.check_selector", "The same tensors get the same decisions")
