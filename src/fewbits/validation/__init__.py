@@ -1,1 +1,1 @@
-"""Checking what was made against what was promised."""
+"""Check results against their ledger and their source."""
