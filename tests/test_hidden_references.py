@@ -1,4 +1,4 @@
-"""Models that hold on to their weights in odd places, and layers that do something else than they seem to."""
+"""Models with further references to their weights, and layers that override the usual computation."""
 
 import functools
 import types
@@ -14,7 +14,7 @@ X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 
 
 class Holding(nn.Module):
-    """A matrix that is used through something else that holds it."""
+    """Uses its weight through another object that refers to it."""
 
     def __init__(self, hold):
         super().__init__()
@@ -52,7 +52,7 @@ HOLDS = {
 
 @pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_weight_that_is_held_elsewhere_is_kept_with_a_reason(hold, inplace):
+def test_a_weight_with_another_reference_is_kept_with_that_reason(hold, inplace):
     result = fewbits.quantize(Holding(hold), "int8", inplace=inplace)
     assert result.ledger["weight"].fate == "kept"
     assert "held holds it too" in result.ledger["weight"].reason
@@ -60,7 +60,7 @@ def test_a_weight_that_is_held_elsewhere_is_kept_with_a_reason(hold, inplace):
 
 
 @pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
-def test_a_file_does_not_fill_a_weight_that_is_held_elsewhere(hold, tmp_path):
+def test_a_quantized_weight_is_not_loaded_into_a_weight_with_another_reference(hold, tmp_path):
     fewbits.quantize(Holding(hold).state_dict(), "int8").save(tmp_path / "f")
     with pytest.raises(fewbits.errors.MismatchError, match="weight is int8 channel in the file, but held holds it too"):
         fewbits.load(tmp_path / "f", into=Holding(hold))
@@ -68,14 +68,14 @@ def test_a_file_does_not_fill_a_weight_that_is_held_elsewhere(hold, tmp_path):
 
 @pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
 @torch.no_grad()
-def test_what_is_kept_is_filled_wherever_it_is_held(hold, tmp_path):
+def test_loading_a_kept_weight_updates_all_of_its_references(hold, tmp_path):
     result = fewbits.quantize(Holding(hold), "int8")
     result.save(tmp_path / "f")
     assert torch.equal(fewbits.load(tmp_path / "f", into=Holding(hold))(X), result.model(X))
 
 
 class Calling(nn.Module):
-    """Keeps a function that knows the module itself."""
+    """Has an attribute that is a function with a reference to the module."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Calling(nn.Module):
         return self.multiply(x)
 
 
-def test_a_function_that_knows_the_source_is_refused_unless_in_place():
+def test_a_function_that_refers_to_the_source_is_refused_unless_in_place():
     with pytest.raises(fewbits.errors.SourceError, match="multiply is a function that is set on the instance"):
         fewbits.quantize(Calling(), "int8")
     quantized = fewbits.quantize(Calling(), "int8", inplace=True).model
@@ -94,7 +94,7 @@ def test_a_function_that_knows_the_source_is_refused_unless_in_place():
 
 
 class Proxy(nn.Module):
-    """Looks for its attributes in a way of its own."""
+    """Overrides ``__getattr__`` to look up attributes in a submodule."""
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ class Proxy(nn.Module):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @torch.no_grad()
-def test_a_class_that_would_read_another_weight_is_an_error_and_leaves_the_model_usable(inplace):
+def test_a_class_whose_getattr_would_read_another_weight_is_refused_and_the_model_stays_usable(inplace):
     model = Proxy()
     expected, attributes, parameters = model(X), set(vars(model)), list(model._parameters)
     with pytest.raises(fewbits.errors.SourceError, match="Proxy computes its attribute weight itself"):
@@ -124,7 +124,7 @@ def test_a_class_that_would_read_another_weight_is_an_error_and_leaves_the_model
 
 
 class Helped(nn.Module):
-    """Its forward asks a method for all matrices."""
+    """Collects its matrices in a helper method of `forward`."""
 
     def __init__(self):
         super().__init__()
@@ -139,14 +139,14 @@ class Helped(nn.Module):
         return self.layer(x)
 
 
-def test_a_method_that_goes_through_parameters_for_the_forward_is_seen():
+def test_a_weight_that_a_helper_of_forward_finds_through_parameters_is_kept():
     ledger = fewbits.quantize(Helped(), "int8").ledger
     assert ledger["matrix"].fate == "kept"
     assert "goes through its parameters" in ledger["matrix"].reason
 
 
 class Standardized(nn.Conv2d):
-    """Changes its weight before it convolves."""
+    """Standardizes its weight before the convolution."""
 
     def _conv_forward(self, x, weight, bias):
         weight = weight / weight.std((1, 2, 3), keepdim=True)
@@ -162,7 +162,7 @@ def _with_a_forward_of_its_own():
 @pytest.mark.parametrize(
     "make", [lambda: Standardized(8, 8, 3), _with_a_forward_of_its_own], ids=["method", "instance"]
 )
-def test_a_layer_that_computes_in_its_own_way_keeps_float_inputs(make):
+def test_a_layer_that_overrides_its_computation_keeps_float_inputs(make):
     quantizer = fewbits.Int8PerChannel(activations="dynamic")
     quantizer.prepare(make())
     assert quantizer.ledger["weight"].scheme == "int8 channel"
@@ -172,7 +172,7 @@ def test_a_layer_that_computes_in_its_own_way_keeps_float_inputs(make):
 @pytest.mark.parametrize(
     "make", [lambda: nn.Linear(64, 32), lambda: nn.Conv1d(4, 32, 5, padding=2)], ids=["linear", "conv"]
 )
-def test_gradients_go_through_rounded_inputs_as_through_float_ones(make, activations):
+def test_gradients_pass_through_quantized_inputs_as_through_float_inputs(make, activations):
     layer = make()
     x = X if isinstance(layer, nn.Linear) else X.reshape(4, 4, 16).repeat(1, 1, 4)
     quantizer = fewbits.Int8PerChannel(activations=activations)
@@ -190,7 +190,7 @@ def test_gradients_go_through_rounded_inputs_as_through_float_ones(make, activat
         assert torch.equal(model(x), model(found)), "gradients must not change the output"
 
 
-def test_a_layer_that_saw_nothing_but_zeros_is_an_error():
+def test_calibration_with_zeros_only_is_an_error():
     quantizer = fewbits.Int8PerChannel(activations="static")
     quantizer.prepare(nn.Linear(64, 64))
     quantizer.observe([torch.zeros(8, 64)])
@@ -199,7 +199,7 @@ def test_a_layer_that_saw_nothing_but_zeros_is_an_error():
 
 
 class TiedInputs(nn.Module):
-    """Two layers with one weight; another class that has it too sees much larger inputs."""
+    """Two layers share one weight, and so does a third module that is not a layer."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +213,7 @@ class TiedInputs(nn.Module):
         return self.second(y) if both else y
 
 
-def test_every_layer_that_rounds_its_inputs_has_to_be_seen():
+def test_every_layer_with_static_inputs_needs_calibration_data():
     quantizer = fewbits.Int8PerChannel(activations="static")
     prepared = quantizer.prepare(TiedInputs())
     prepared(X, both=False)
@@ -224,7 +224,7 @@ def test_every_layer_that_rounds_its_inputs_has_to_be_seen():
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
-def test_a_scale_of_inputs_that_is_no_scale_is_refused(scale):
+def test_an_input_scale_that_is_not_positive_and_finite_is_refused(scale):
     spec = fewbits.QuantSpec(bits=8, granularity="channel", activations="static", scale_dtype=torch.float32)
     parts = {
         "packed": torch.zeros(2, 1, dtype=torch.int32),
@@ -238,7 +238,7 @@ def test_a_scale_of_inputs_that_is_no_scale_is_refused(scale):
         )
 
 
-def test_a_state_dict_of_other_codes_of_the_same_shapes_is_refused():
+def test_a_state_dict_with_another_weight_layout_is_refused():
     def quantized(**options):
         return fewbits.quantize(nn.Linear(64, 64), "int8", **options).model
 
@@ -246,7 +246,7 @@ def test_a_state_dict_of_other_codes_of_the_same_shapes_is_refused():
         quantized().load_state_dict(quantized(input_axes={"weight": 0}).state_dict())
 
 
-def test_embeddings_of_a_state_dict_keep_their_inputs():
+def test_embeddings_of_a_state_dict_have_no_quantized_inputs():
     state = {"embed_tokens.weight": torch.randn(64, 64), "head.weight": torch.randn(64, 64)}
     ledger = fewbits.quantize(state, "int8", activations="dynamic").ledger
     assert ledger["embed_tokens.weight"].scheme == "int8 channel"

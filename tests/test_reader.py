@@ -1,4 +1,4 @@
-"""The independent reader in examples/ against the library."""
+"""The independent reader in examples/ decodes files like the library."""
 
 import json
 import runpy
@@ -38,7 +38,7 @@ SCHEMES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("quantizer", SCHEMES, ids=lambda quantizer: quantizer.name)
-def test_the_reader_in_30_lines_decodes_what_the_library_does(
+def test_the_reader_in_30_lines_decodes_the_same_values_as_the_library(
     tmp_path: Path, quantizer: fewbits.Quantizer, dtype: torch.dtype
 ) -> None:
     quantizer.reset()

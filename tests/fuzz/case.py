@@ -1,6 +1,6 @@
-"""One input of the fuzzer: what to do, and the files to do it with, as one string of bytes.
+"""`Case`: one input of the fuzzer, that is a task and its files, encoded in one byte string.
 
-The first line says what, how and with which path; then come the files, each after a line of its own::
+The first line gives the task, the scheme and the path to open. The files follow, each after a header line::
 
     quantize int4 .
     file model.safetensors 120
@@ -9,7 +9,7 @@ The first line says what, how and with which path; then come the files, each aft
     ../config.json
     pipe tokenizer.json 0
 
-A corpus of these holds hostile files as they are: it stays what it is when the mutations change.
+A corpus of cases stores hostile files byte for byte, so it does not depend on the code that mutates them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TASKS = ("load", "quantize")
 SCHEMES = ("int8", "int4", "int8-tensor", "fp16")
 
 _KINDS = ("file", "link", "pipe")
-#: No input may write outside of its own directory: these are names below it.
+#: Names below the input's own directory: no input may write outside of it.
 _NAME = re.compile(r"(?!\.\.?(?:/|$))[\w.-]{1,60}(?:/(?!\.\.?(?:/|$))[\w.-]{1,60}){0,2}", re.ASCII)
 _LINE = re.compile(rb"([\w./-]{1,200}) ([\w./-]{1,200}) ([\w./-]{1,200})\n")
 
 
 @attrs.frozen
 class Item:
-    """Something in a directory: a file with bytes, a link with a target, or a pipe with nothing."""
+    """A directory entry: a file with its bytes, a link with its target, or an empty pipe."""
 
     kind: str
     name: str
@@ -42,13 +42,13 @@ class Item:
 
 @attrs.frozen
 class Case:
-    """What to do with which files.
+    """A task and its files.
 
     Attributes:
         task: one of `TASKS`.
-        scheme: one of `SCHEMES`; for loading it does not matter.
-        path: what to open, below the directory that the items are in; "." is the directory itself.
-        items: what is in the directory.
+        scheme: one of `SCHEMES`; ignored when loading.
+        path: the path to open, relative to the directory of the items; "." is the directory itself.
+        items: the contents of the directory.
     """
 
     task: str
@@ -57,14 +57,14 @@ class Case:
     items: tuple[Item, ...]
 
     def to_bytes(self) -> bytes:
-        """The case as the fuzzer and the corpus have it; `parse` reads it."""
+        """Encode the case for the fuzzer and the corpus; `parse` decodes it."""
         parts = [f"{self.task} {self.scheme} {self.path}\n".encode()]
         for item in self.items:
             parts += [f"{item.kind} {item.name} {len(item.data)}\n".encode(), item.data, b"\n"]
         return b"".join(parts)
 
     def write(self, folder: Path) -> Path:
-        """Make the files in a new directory, and return the path to open."""
+        """Write the files to a new directory, and return the path to open."""
         folder.mkdir()
         for item in self.items:
             path = folder / item.name
@@ -74,7 +74,7 @@ class Case:
 
 
 def parse(data: bytes) -> Case | None:
-    """The case that some bytes stand for; None if they stand for none that can be written."""
+    """Decode a case; None if the bytes are not a case or its files cannot be written."""
     try:
         task, scheme, path, *items = _parsed(data)
     except ValueError:
@@ -88,7 +88,7 @@ def parse(data: bytes) -> Case | None:
 
 
 def _parsed(data: bytes) -> Iterator[Any]:
-    """The first line's three words, then the items."""
+    """Yield the first line's three words, then the items."""
     first = _LINE.match(data)
     if first is None:
         raise ValueError("there is no first line")
@@ -105,7 +105,7 @@ def _parsed(data: bytes) -> Iterator[Any]:
 
 
 def _link(path: Path, target: bytes) -> None:
-    # A target that no link can have is left out: it says nothing about the code that is tested.
+    # Skip targets that the file system does not allow: they do not test fewbits.
     if 0 < len(target) < 200 and b"\0" not in target:
         os.symlink(target, path)
 

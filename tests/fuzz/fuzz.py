@@ -1,7 +1,7 @@
 """Start the fuzzer: ``python tests/fuzz/fuzz.py [seconds]``, in an environment with atheris; `make fuzz` makes one.
 
-New inputs go to ``build/fuzz/corpus``, and what is found to ``build/fuzz/findings``; `keep.py` takes over
-what is worth keeping.
+New inputs go to ``build/fuzz/corpus``, and inputs that fail to ``build/fuzz/findings``. `keep.py` then copies useful
+new inputs to the corpus that the tests replay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "fuzz"
 
-#: The most bytes of an input. Seeds have up to eight thousand; nothing that is tested depends on size.
+#: Maximum bytes of an input. Seeds have up to eight thousand; no tested code depends on the size.
 LIMIT = 1 << 15
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     import atheris
 
     sys.path.insert(0, str(HERE.parent))
-    # Only our own code: torch's would take all of the attention, and minutes to instrument.
+    # Instrument fewbits only: torch takes minutes to instrument, and its branches would dominate the coverage.
     with atheris.instrument_imports(include=["fewbits"]):
         import fewbits
 
@@ -57,14 +57,14 @@ def main() -> None:
     (BUILD / "findings").mkdir(exist_ok=True)
     for name, case in (seeds() | hostile()).items():
         (BUILD / "corpus" / name).write_bytes(case.to_bytes())
-        run(case, scratch)  # what is done once only is not to be counted against an input
+        run(case, scratch)  # one-time work, such as imports, must not count against an input's limits
     atheris.Setup(arguments(sys.argv[1:]), test_one_input, custom_mutator=mutator, custom_crossover=crossover)
     with limited():
         atheris.Fuzz()
 
 
 def arguments(given: list[str]) -> list[str]:
-    """What libFuzzer is started with."""
+    """The command line for libFuzzer."""
     common = [sys.argv[0], f"-max_len={LIMIT}", "-timeout=20", "-rss_limit_mb=4096"]
     common += [f"-artifact_prefix={BUILD}/findings/"]
     seconds, *more = given or ["600"]

@@ -1,4 +1,4 @@
-"""Hostile cases made by hand: what mutations alone would take long to come to."""
+"""Hostile cases made by hand, which mutations alone would take long to find."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLOAT = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
 
 
 def hostile() -> dict[str, Case]:
-    """Every case by a name that says what is wrong with it."""
+    """All hostile cases, by names that describe their defects."""
     valid = seeds()
     return dict([*_headers(), *_folders(valid["folder"]), *_forgeries(valid), *_pickles(), *_others()])
 
@@ -55,7 +55,7 @@ def _file(data: bytes, task: str = "quantize") -> Case:
 
 
 def _others() -> Iterator[tuple[str, Case]]:
-    """Files that are something else, and a state dict that is an entry of itself."""
+    """Files of other formats, and a state dict that contains itself."""
     files = {
         "empty": b"",
         "text": b"version https://git-lfs.github.com/spec/v1\n",
@@ -98,7 +98,7 @@ def _folders(valid: Case) -> Iterator[tuple[str, Case]]:
 
 
 def _with_index(case: Case, edit: Callable[[dict[str, Any]], object]) -> Case:
-    """A folder whose index was edited."""
+    """The case with an edited index."""
 
     def edited(item: Item) -> Item:
         if not item.name.endswith(".index.json"):
@@ -111,7 +111,7 @@ def _with_index(case: Case, edit: Callable[[dict[str, Any]], object]) -> Case:
 
 
 def _turned(index: dict[str, Any]) -> dict[str, str]:
-    """One tensor said to be where another is."""
+    """An index entry that places one tensor in the file of another."""
     names, files = [*index["weight_map"]], [*index["weight_map"].values()]
     return {names[0]: files[-1]}
 
@@ -121,7 +121,7 @@ def _more(index: dict[str, Any]) -> dict[str, str]:
 
 
 def _forgeries(valid: dict[str, Case]) -> Iterator[tuple[str, Case]]:
-    """Files of ours, signed anew."""
+    """Changed fewbits files, signed again so that the header's digest is right."""
     data = valid["ours-int8-channel"].items[0].data
     shape = split(data)[0]["up.weight_scale"]["shape"]
     scales = struct.pack("f", float("nan")) * shape[0]

@@ -1,6 +1,7 @@
-"""Changes of JSON that stay JSON, mostly: another value, another type, a key that is there twice, nesting without end.
+"""Mutations of JSON values: other values, other types, duplicate keys, extreme nesting. Most results are valid JSON.
 
-What JSON has and Python lacks is written by marks inside of strings and keys, which `dump` puts into words.
+JSON that Python values cannot express (duplicate keys, deep nesting, huge numbers) is represented by markers in strings
+and keys, which `dump` expands.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ _MARKED = re.compile(r'"\\u0000(deep|huge)(\d+)"')
 
 
 def dump(value: Any) -> str:
-    """The text of a value, with its marks put into words."""
+    """The JSON text of a value, with expanded markers."""
     text = json.dumps(value, separators=(",", ":"))
     text = _MARKED.sub(lambda m: "9" * int(m[2]) if m[1] == "huge" else "[" * int(m[2]) + "]" * int(m[2]), text)
     return text.replace("\\u0000twice", "")
 
 
 def changed(value: Any, rng: Random) -> Any:
-    """The value after one change, somewhere in it. Objects and lists may be changed in place."""
+    """Change one random place in the value and return it. Objects and lists may be changed in place."""
     places = list(_places(value))
     if not places or rng.random() < 0.03:
         return _other(value, rng)
     holder, key = rng.choice(places)
     if rng.random() < 0.5:
-        # Few places are deep, and those near the leaves are many: half of the time, prefer the structure.
+        # Most places hold scalars. Half of the time, choose an object or list instead.
         holder, key = rng.choice([place for place in places if isinstance(place[0][place[1]], (dict, list))] or places)
     change = rng.choice((_replace, _replace, _replace, _swap, _copy, _drop, _rename, _repeat, _shuffle))
     change(holder, key, places, rng)
@@ -61,7 +62,7 @@ def _replace(holder: Any, key: Any, places: Any, rng: Random) -> None:
 
 
 def _other(value: Any, rng: Random) -> Any:
-    """Another value: near to this one, or from somewhere else."""
+    """A different value: a variation of this one, or a random one."""
     if type(value) in (int, float) and rng.random() < 0.6:
         if value != value or abs(value) == float("inf"):
             return 0
@@ -79,10 +80,10 @@ def _other(value: Any, rng: Random) -> Any:
 
 
 def _swap(holder: Any, key: Any, places: Any, rng: Random) -> None:
-    """With another place that has a value of the same type."""
+    """Swap with another value of the same type."""
     alike = [(h, k) for h, k in places if type(h[k]) is type(holder[key])]
     other, at = rng.choice(alike)
-    if not isinstance(holder[key], (dict, list)):  # one could come into itself
+    if not isinstance(holder[key], (dict, list)):  # a container could end up inside itself
         holder[key], other[at] = other[at], holder[key]
 
 
@@ -103,7 +104,7 @@ def _rename(holder: Any, key: Any, places: Any, rng: Random) -> None:
 
 
 def _repeat(holder: Any, key: Any, places: Any, rng: Random) -> None:
-    """The same key once more, in an object; the same element, in a list."""
+    """Repeat a key in an object, or an element in a list."""
     again = json.loads(json.dumps(holder[key]))
     if isinstance(holder, dict):
         holder[rng.choice((f"{key}{_TWICE}", f"{key}2", f"{key}_scale"))] = again

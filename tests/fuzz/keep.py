@@ -1,7 +1,7 @@
-"""Take over into the corpus that the tests replay what the fuzzer found and reaches more than what is there.
+"""Copy those of the fuzzer's new inputs that reach more code to the corpus that the tests replay.
 
-What it begins with is in the corpus too, and stays as it was when it came there, by its name; so is what was a finding.
-More is a step from one line of the reading code to another, or an error of a class that no other input ends in.
+An input reaches more if it takes a new step from one line of the reading code to another, or ends in an error class
+that no other input ends in. Seeds, hostile cases and former findings are in the corpus too, and are never overwritten.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def reached_by(case: Case | None) -> set[object]:
-    """What an input reaches, and what it ends in; nothing if it is none."""
+    """The steps that an input takes and its outcome; empty if the input is not a case."""
     if case is None:
         return set()
     reached = Reached()

@@ -1,4 +1,4 @@
-"""Changes of a case that keep most of it valid, so that what comes after the first check is reached too."""
+"""Mutations of a case that keep most of it valid, so that they also reach code behind the first check."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import zip_mutations
 from case import SCHEMES, Case, Item, parse
 from checkpoints import DIGEST_KEY, sign
 
-#: The bytes of an element of each dtype that safetensors files name.
+#: Bytes per element of the dtypes in safetensors files.
 _WIDTHS = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "C64": 8,
 }  # fmt: skip
@@ -35,18 +35,18 @@ _TENSORS = (
 )  # fmt: skip
 _SHAPES = ([2, 3, 1, 1], [1] * 70, [], [1 << 62, 4, 0])
 
-#: What mangles bytes without knowing what they are.
+#: Changes bytes without knowing their format.
 Mangle = Callable[[bytes, Random], bytes]
 
 
 def mutated(data: bytes, seed: int, limit: int, mangle: Mangle | None = None) -> bytes:
-    """A case made from another by a few changes.
+    """Apply a few random changes to a case.
 
     Args:
         data: the case as bytes.
-        seed: decides all that is left to chance.
-        limit: the most bytes of the result; where a change would give more, it is left out.
-        mangle: changes bytes blindly; None flips some bits.
+        seed: seed of the random changes; the result depends on nothing else.
+        limit: maximum bytes of the result; a change that would exceed it is skipped.
+        mangle: changes bytes without knowing their format; None flips some bits.
     """
     rng = Random(seed)
     case = parse(data)
@@ -60,7 +60,7 @@ def mutated(data: bytes, seed: int, limit: int, mangle: Mangle | None = None) ->
 
 
 def crossed(data: bytes, other: bytes, seed: int, limit: int) -> bytes:
-    """A case with a file of another in the place of its own, or beside them."""
+    """Add a file of another case to a case, or replace files by it."""
     rng, case, from_case = Random(seed), parse(data), parse(other)
     if case is None or from_case is None or not from_case.items:
         return data[:limit]
@@ -71,17 +71,17 @@ def crossed(data: bytes, other: bytes, seed: int, limit: int) -> bytes:
 
 
 def flipped(data: bytes, rng: Random) -> bytes:
-    """Some bits changed, or some bytes cut, doubled or put in."""
+    """Flip some bits, and perhaps cut, double or insert some bytes."""
     changed = bytearray(data or b"\0")
     for _ in range(rng.randint(1, 3)):
         changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
     at, stop = sorted(rng.randrange(len(changed) + 1) for _ in range(2))
-    what = rng.randrange(5)
-    if what == 0:
+    choice = rng.randrange(5)
+    if choice == 0:
         del changed[at:stop]
-    elif what == 1:
+    elif choice == 1:
         changed[at:at] = changed[at:stop]
-    elif what == 2:
+    elif choice == 2:
         changed[at:at] = bytes(rng.randrange(9))
     return bytes(changed)
 
@@ -97,7 +97,7 @@ def _changed(case: Case, rng: Random, mangle: Mangle) -> Case:
 
 
 def _rearranged(case: Case, rng: Random) -> Case:
-    """Other files, other names, another path, another scheme."""
+    """Change the files, their names, the path or the scheme."""
     items, what = [*case.items], rng.randrange(8)
     index = rng.randrange(len(items)) if items else 0
     if what == 0:
@@ -150,7 +150,7 @@ def _safetensors(data: bytes, rng: Random, mangle: Mangle) -> bytes:
         header, payload = rng.choice(_CHANGES)(header, inner, payload, rng)
         text = _folded(header, inner, payload, rng)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
-        return mangle(data, rng)  # it is too far from a valid file for more than that
+        return mangle(data, rng)  # the file is too damaged for a structured change
     size = len(text)
     if rng.random() < 0.02:
         size = rng.choice((0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1))
@@ -158,7 +158,7 @@ def _safetensors(data: bytes, rng: Random, mangle: Mangle) -> bytes:
 
 
 def _unfolded(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header, and what is JSON inside of its metadata, as values."""
+    """The header, and the metadata strings that contain JSON, decoded."""
     inner: dict[str, Any] = {}
     metadata = header.get(_METADATA)
     for key, value in metadata.items() if isinstance(metadata, dict) else ():
@@ -168,7 +168,7 @@ def _unfolded(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _folded(header: dict[str, Any], inner: dict[str, Any], payload: bytes, rng: Random) -> bytes:
-    """The text of the header. Of a file of ours digests are made to fit again, half of the time."""
+    """The text of the header. In fewbits files, half of the time, digests are recomputed."""
     metadata = header.get(_METADATA)
     if not isinstance(metadata, dict) or DIGEST_KEY not in metadata:
         return json_mutations.dump(header).encode(errors="surrogatepass")
@@ -177,7 +177,7 @@ def _folded(header: dict[str, Any], inner: dict[str, Any], payload: bytes, rng: 
     metadata |= {key: json_mutations.dump(value) for key, value in inner.items()}
     text = json_mutations.dump(header)
     if rng.random() < 0.7:
-        # Signed is what a reader finds: the text as it is read, with what the marks stand for.
+        # Sign the values that a reader sees, after the markers are expanded.
         header = json.loads(text)
         sign(header)
         text = json.dumps(header, separators=(",", ":")) if rng.random() < 0.8 else text
@@ -200,7 +200,7 @@ def _change_header(header: dict[str, Any], inner: dict[str, Any], payload: bytes
 
 
 def _change_inner(header: dict[str, Any], inner: dict[str, Any], payload: bytes, rng: Random) -> _Changed:
-    """What our own metadata says; of any other file, the header."""
+    """Change the metadata of a fewbits file, or the header of any other file."""
     if not inner:
         return _change_header(header, inner, payload, rng)
     key = rng.choice([*inner])
@@ -209,12 +209,12 @@ def _change_inner(header: dict[str, Any], inner: dict[str, Any], payload: bytes,
 
 
 def _change_numbers(header: dict[str, Any], inner: dict[str, Any], payload: bytes, rng: Random) -> _Changed:
-    """Numbers that are none, and extremes: in one place, or everywhere in a tensor."""
+    """Write NaN, Inf or extreme numbers to one element or all elements of a tensor."""
     names = [name for name in header if name != _METADATA]
-    # Of a file of ours, scales and shapes are small, and say the most.
+    # In fewbits files, prefer scales, shapes and zero points: they are small, and most checks depend on them.
     telling = [name for name in names if name.endswith(("_scale", "_shape", "_zero_point"))]
     entry = header[rng.choice(telling if telling and rng.random() < 0.6 else names)]
-    # An earlier change may have them far outside.
+    # An earlier change may have moved the offsets beyond the payload.
     start, stop = (min(offset, len(payload)) for offset in entry["data_offsets"])
     number = _number(entry["dtype"], rng)
     if rng.random() < 0.5 and stop > start:
@@ -238,7 +238,7 @@ def _number(dtype: str, rng: Random) -> bytes:
 
 
 def _change_tensor(header: dict[str, Any], inner: dict[str, Any], payload: bytes, rng: Random) -> _Changed:
-    """Another shape, dtype, name or number of tensors, all that depends on it with it."""
+    """Change the shape, dtype, name or number of tensors, and adapt offsets and payload."""
     tensors = {}
     for name, entry in header.items():
         if name != _METADATA:

@@ -1,4 +1,4 @@
-"""Which lines of the code that reads files have been run, without a package for it."""
+"""Record which lines of the file-reading code run, without a coverage package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fewbits
 
 PACKAGE = Path(fewbits.__file__).parent
 
-#: What looks at bytes that anybody may have written.
+#: Files of fewbits that parse untrusted bytes.
 READING = frozenset(
     str(PACKAGE / name)
     for name in (
@@ -27,31 +27,31 @@ READING = frozenset(
     )
 )  # fmt: skip
 
-#: Classes and functions in these files that only write.
-_WRITING = ("_SafetensorsWriter", "encode", "encode_chunk")
+#: Classes in these files that only write, and therefore do not count.
+_WRITING = ("_SafetensorsWriter",)
 
-#: A line of a file.
+#: A file name and a line number.
 Line = tuple[str, int]
 
 
 @attrs.define
 class Reached:
-    """What of `READING` has been run.
+    """The executed parts of `READING`.
 
     Attributes:
-        steps: from one line of a file to another, in one call of a function; from 0 to its first.
+        steps: (file, line, next line) within one call of a function; the step to its first line begins at 0.
     """
 
     steps: set[tuple[str, int, int]] = attrs.field(factory=set)
 
     @property
     def lines(self) -> set[Line]:
-        """The lines that have been run."""
+        """The executed lines."""
         return {(file, line) for file, _, line in self.steps}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Note everything that this thread runs meanwhile."""
+        """Record all steps of this thread inside the ``with`` block."""
         before = sys.gettrace()
         sys.settrace(self._called)
         try:
@@ -75,7 +75,7 @@ class Reached:
 
 
 def lines_to_reach() -> set[Line]:
-    """Every line of the functions in `READING`, but for those that only write. What an import runs does not count."""
+    """All lines of the functions in `READING`, without classes that only write and without code that an import runs."""
     found: set[Line] = set()
     for file in READING:
         module = compile(Path(file).read_text(encoding="utf-8"), file, "exec")
@@ -85,10 +85,10 @@ def lines_to_reach() -> set[Line]:
 
 
 def _functions(code: CodeType) -> Iterator[CodeType]:
-    """The functions in some code, and those in them."""
+    """The functions in a code object, including nested ones."""
     for inner in code.co_consts:
         if isinstance(inner, CodeType) and inner.co_name not in _WRITING:
-            # Functions have locals of their own, bodies of classes have not; what a module computes an import runs.
+            # Only functions have optimized locals; class bodies do not. Comprehensions of a module run at import.
             imported = inner.co_name.startswith("<") and code.co_name == "<module>"
             if inner.co_flags & inspect.CO_OPTIMIZED and not imported:
                 yield inner

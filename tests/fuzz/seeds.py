@@ -1,4 +1,4 @@
-"""Valid cases to begin with: files that fewbits wrote, and files to quantize."""
+"""Valid cases that the fuzzer starts from: files that fewbits wrote, and files to quantize."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from targets import Net
 
 
 class _Scheme(fewbits.Quantizer):
-    """Plain rounding to whatever spec is asked for."""
+    """Plain rounding to the given spec."""
 
     name = "seed"
 
@@ -29,7 +29,7 @@ class _Scheme(fewbits.Quantizer):
 
 
 def seeds() -> dict[str, Case]:
-    """Every seed by a name that says what it is."""
+    """All seeds, by descriptive names."""
     return dict([*_ours(), *_foreign()])
 
 
@@ -101,7 +101,7 @@ def _named(item: Item, data: bytes) -> Item:
 
 
 def safetensors_file(tensors: dict[str, Tensor]) -> bytes:
-    """What the safetensors library writes."""
+    """The bytes of a file that the safetensors library writes."""
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     return safetensors.torch.save(copies, {"format": "pt", "a": "b"})
 
@@ -125,7 +125,7 @@ def _folder() -> tuple[Item, ...]:
 
 
 def _float8_folder() -> tuple[Item, ...]:
-    """Weights with a scale for each block, each row, and for all of them; one scale is in another file."""
+    """FP8 weights with scales per block, per row and per tensor; some scales are in another file than their weights."""
     generator = torch.Generator().manual_seed(2)
 
     def codes(*shape: int) -> Tensor:
@@ -180,7 +180,7 @@ def _torch_files() -> dict[str, bytes]:
 
 
 def torch_file(tensors: Any, **options: Any) -> bytes:
-    """What `torch.save` writes."""
+    """The bytes of a file that `torch.save` writes."""
     made = io.BytesIO()
     torch.save(tensors, made, **options)
     return made.getvalue()

@@ -1,4 +1,4 @@
-"""What must hold for every input: a named error or a sound result, and nothing written unless a call succeeded."""
+"""Check every input: it ends in a fewbits error or a sound result, and files are written only on success."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from fewbits.checkpoint.folder import find_files
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.formats.compressed_tensors import is_compressed_tensors
 
-#: What a process may take while one input is tried, beyond what it has: inputs have some kilobytes.
+#: Bytes of memory that one input may use, beyond the memory in use before. Inputs have a few kilobytes.
 MEMORY = 1 << 30
 
-#: The largest file that may be written.
+#: Maximum bytes of a written file.
 FILE_SIZE = 64 << 20
 
 
 class FindingError(AssertionError):
-    """Something that must not happen."""
+    """A violated requirement."""
 
 
 class Net(nn.Module):
-    """The model that some of the seeds were made from."""
+    """The model that some seeds contain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,18 +48,18 @@ class Net(nn.Module):
 
 
 def run(case: Case, scratch: Path | None = None) -> str:
-    """Do what a case asks for in a directory of its own, and hold the result against what must be.
+    """Run a case in a new directory, and check the result.
 
     Args:
         case: the input.
-        scratch: where to make the directory; None stands for the system's place for temporary files.
+        scratch: parent of the new directory; None means the system's directory for temporary files.
 
     Returns:
-        the name of the error that it ended in, or "ok".
+        the class name of the error that the case ended in, or "ok".
 
     Raises:
-        FindingError: if something is not as it must be.
-        BaseException: whatever escaped that is no `fewbits.FewbitsError`.
+        FindingError: if a requirement is violated.
+        BaseException: any error that is not a `fewbits.FewbitsError`.
     """
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=scratch))
     try:
@@ -71,7 +71,7 @@ def run(case: Case, scratch: Path | None = None) -> str:
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Hold the process to `MEMORY` more than it has, and to files of `FILE_SIZE`, where the system can do that."""
+    """Limit the process to `MEMORY` additional bytes and to files of `FILE_SIZE`, on systems that support this."""
     try:
         import resource
 
@@ -92,7 +92,7 @@ def limited() -> Iterator[None]:
 
 
 def _attempt(call: Callable[[], Any], allowed: type[fewbits.FewbitsError]) -> Any:
-    """What a call returns, or the error that it may end in."""
+    """Return the result of a call, or the error if it is of the allowed class and has a message."""
     try:
         return call()
     except allowed as error:
@@ -105,9 +105,9 @@ def _failed(outcome: object) -> bool:
     return isinstance(outcome, BaseException)
 
 
-def _require(condition: object, what: str) -> None:
+def _require(condition: object, problem: str) -> None:
     if not condition:
-        raise FindingError(what)
+        raise FindingError(problem)
 
 
 # Loading.
@@ -119,11 +119,11 @@ def _load(path: Path, folder: Path) -> str:
     trusting = _attempt(lambda: fewbits.load(path, check="header"), fewbits.errors.CheckpointError)
     loaded = _attempt(lambda: fewbits.load(path), fewbits.errors.CheckpointError)
     report = _attempt(lambda: fewbits.verify(path), fewbits.errors.CheckpointError)
-    # What another tool has written is verified, and not loaded.
+    # Checkpoints of another tool can be verified but not loaded.
     foreign = not _failed(report) and is_compressed_tensors(path)
-    _require(not _failed(opened) or _failed(report) or foreign, "what cannot be opened was verified")
-    _require(not _failed(opened) or _failed(trusting), "what cannot be opened was loaded")
-    _require(not _failed(trusting) or _failed(loaded), "what cannot be trusted was loaded")
+    _require(not _failed(opened) or _failed(report) or foreign, "a file that cannot be opened was verified")
+    _require(not _failed(opened) or _failed(trusting), "a file that cannot be opened was loaded")
+    _require(not _failed(trusting) or _failed(loaded), "a file that fails with check='header' was loaded")
     _require(foreign or _failed(loaded) == (_failed(report) or not report.ok), "loading and verifying do not agree")
     if not _failed(opened):
         _inspect(opened)
@@ -137,7 +137,7 @@ def _load(path: Path, folder: Path) -> str:
 
 
 def _inspect(checkpoint: Checkpoint) -> None:
-    """What the command line shows of a file."""
+    """Render everything that the command line shows of a file."""
     ledger, metadata = checkpoint.ledger, checkpoint.metadata
     str(ledger), ledger.summary()
     figures = {name: metrics.to_dict() for name, metrics in metadata.metrics.items()}
@@ -145,14 +145,14 @@ def _inspect(checkpoint: Checkpoint) -> None:
 
 
 def _decode(values: dict[str, Any]) -> None:
-    """Whatever opens can be decoded; what the numbers are is for the digests to say."""
+    """Check that every tensor of a file that opens can be decoded. Digests, not this function, check the values."""
     for value in values.values():
         if isinstance(value, fewbits.QuantizedTensor):
             _require(value.dequantize().shape == value.shape, "decoded to another shape")
 
 
 def _check_loaded(path: Path, checkpoint: Checkpoint, loaded: dict[str, Any]) -> None:
-    """What was loaded is what the ledger says, and its bytes have the digests that the files state, read otherwise."""
+    """Check loaded tensors against the ledger, and the files' bytes against their digests, with a parser of its own."""
     stated: dict[str, str] = {}
     found: dict[str, str] = {}
     for file in find_files(path, (".safetensors",)).paths:
@@ -162,15 +162,15 @@ def _check_loaded(path: Path, checkpoint: Checkpoint, loaded: dict[str, Any]) ->
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
             found[name] = hashlib.sha256(payload[start:stop]).hexdigest()
-    _require(found == stated, "loaded, and the digests are not those of the bytes")
-    _require([*loaded] == [row.name for row in checkpoint.ledger], "what is loaded is not what the ledger lists")
+    _require(found == stated, "loaded, but the digests do not match the bytes")
+    _require([*loaded] == [row.name for row in checkpoint.ledger], "the loaded names are not those in the ledger")
     for row in checkpoint.ledger:
         value = loaded[row.name]
         tensor = value.dequantize() if isinstance(value, fewbits.QuantizedTensor) else value
         _require(tuple(tensor.shape) == row.shape, f"{row.name!r} has another shape")
         _require(tensor.numel() == math.prod(row.shape), f"{row.name!r} has other elements")
         if isinstance(value, fewbits.QuantizedTensor):
-            _require(bool(torch.isfinite(value.scale).all() and (value.scale != 0).all()), f"{row.name!r} has a scale")
+            _require(bool(torch.isfinite(value.scale).all() and (value.scale != 0).all()), f"{row.name!r}: a bad scale")
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -179,20 +179,20 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _require(len(dict(pairs)) == len(pairs), "loaded with a key that is there twice")
+    _require(len(dict(pairs)) == len(pairs), "loaded with a duplicate key")
     return dict(pairs)
 
 
 def _load_into(path: Path, loaded: object) -> None:
-    """Into a model: all of it or nothing."""
+    """Check that loading into a model loads everything or changes nothing."""
     model = Net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     outcome = _attempt(lambda: fewbits.load(path, into=model), fewbits.errors.CheckpointError)
     if _failed(outcome):
         same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-        _require(same and type(model.up) is nn.Linear, "refused, and the model is another")
+        _require(same and type(model.up) is nn.Linear, "refused, but the model has changed")
     else:
-        _require(not _failed(loaded), "loaded into a model, and not without one")
+        _require(not _failed(loaded), "loaded into a model, but not without one")
         with torch.no_grad():  # with gradients the first layer would import torch's compiler
             _require(tuple(model(torch.ones(2, 24)).shape) == (2, 4), "the loaded model does not compute")
 
@@ -209,17 +209,17 @@ def _quantize(path: Path, scheme: str, folder: Path) -> str:
     nothing_left(folder, before)
     result = _attempt(lambda: fewbits.quantize(path, scheme, output=output, min_elements=1), fewbits.FewbitsError)
     if isinstance(result, fewbits.errors.ValidationError):
-        return "ValidationError"  # which comes after the result is written, and says why not to use it
+        return "ValidationError"  # raised after the result is written
     if _failed(result):
         nothing_left(folder, before)
         return type(result).__name__
     after = everything_in(folder)
     _require(before.items() <= after.items(), "the source was changed")
-    _require(all(name.split("/")[0] == "out" for name in after.keys() - before.keys()), "something lies beside it")
-    _require(not _failed(planned), "what could not be planned was quantized")
-    _require(planned.ledger == result.ledger, "the plan was another")
+    _require(all(name.split("/")[0] == "out" for name in after.keys() - before.keys()), "a file lies beside the output")
+    _require(not _failed(planned), "quantized, but planning failed")
+    _require(planned.ledger == result.ledger, "the plan has another ledger")
     loaded = fewbits.load(folder / "out")
-    _require(loaded.keys() == {row.name for row in result.ledger.present}, "the result holds something else")
+    _require(loaded.keys() == {row.name for row in result.ledger.present}, "the result has other names than its ledger")
     for name, value in loaded.items():
         if isinstance(value, fewbits.QuantizedTensor):
             _require(bool(torch.isfinite(value.dequantize()).all()), f"{name!r} is not finite")
@@ -227,28 +227,28 @@ def _quantize(path: Path, scheme: str, folder: Path) -> str:
 
 
 def _follow_advice(path: Path, scheme: str, refused: object) -> None:
-    """An entry that an error advises to take is there."""
+    """Check that the entry that an error message recommends exists."""
     if advised := re.search(r"or entry=('[^']*'|\"[^\"]*\")$", str(refused)):
         entry = ast.literal_eval(advised[1])
         outcome = _attempt(lambda: fewbits.plan(path, scheme, entry=entry, min_elements=1), fewbits.FewbitsError)
-        _require("has no entry" not in str(outcome), f"advised to take the entry {entry!r}, which is not there")
+        _require("has no entry" not in str(outcome), f"the error recommends the entry {entry!r}, which does not exist")
 
 
-# What lies in a directory.
+# The contents of a directory.
 
 
 def nothing_left(folder: Path, before: dict[str, object]) -> None:
-    """After a refusal nothing has been written, neither the output nor anything beside it, nor has anything changed.
+    """Check that a refused call has written and changed nothing, neither the output nor any file beside it.
 
     Raises:
-        FindingError: naming what is there.
+        FindingError: if a file was added, removed or changed; the message lists names.
     """
     after = everything_in(folder)
-    _require(after == before, f"refused, and there is {sorted(after.keys() ^ before.keys()) or 'another source'}")
+    _require(after == before, f"refused, but there is {sorted(after.keys() ^ before.keys()) or 'another source'}")
 
 
 def everything_in(folder: Path) -> dict[str, object]:
-    """Everything below a directory by its path there, with what tells whether it has changed."""
+    """All paths below a directory, each with data that changes when the file changes."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()

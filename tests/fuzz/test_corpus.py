@@ -1,4 +1,4 @@
-"""Every input of the fuzzer's corpus once more: hostile files, and the valid ones that they were made from."""
+"""Replay the fuzzer's corpus: hostile files, and the valid files that they were made from."""
 
 import functools
 from collections import Counter
@@ -24,7 +24,7 @@ LIMIT = 1 << 15
 
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory):
-    """What every input ended in, and the lines of the reading code that all of them reached."""
+    """The outcome of every input, and the lines of the reading code that all inputs together reached."""
     reached, folder = Reached(), tmp_path_factory.mktemp("corpus")
     with limited(), reached.watching():
         outcomes = {name: outcome(data, folder) for name, data in CORPUS.items()}
@@ -38,17 +38,17 @@ def outcome(data, folder):
         return error
 
 
-def test_every_input_ends_in_a_named_error_or_a_sound_result(replayed):
+def test_every_input_ends_in_a_fewbits_error_or_a_sound_result(replayed):
     assert {name: found for name, found in replayed[0].items() if not isinstance(found, str)} == {}
 
 
-def test_the_inputs_end_in_many_ways(replayed):
+def test_the_corpus_covers_many_outcomes_and_most_are_errors(replayed):
     counts = Counter(replayed[0].values())
     assert {"ok", "CheckpointError", "FormatError", "DigestError", "SourceError", "NonFiniteError"} <= counts.keys()
     assert counts["ok"] < len(CORPUS) / 2
 
 
-def test_the_inputs_reach_the_code_that_reads_files(replayed):
+def test_the_corpus_reaches_most_lines_of_the_code_that_reads_files(replayed):
     due = lines_to_reach()
     missed = sorted(f"{Path(file).name}:{line}" for file, line in due - replayed[1])
     assert len(missed) <= 0.1 * len(due), f"{len(missed)} of {len(due)} lines are missed: {', '.join(missed)}"
@@ -59,23 +59,23 @@ def test_the_corpus_is_small():
     assert sum(map(len, CORPUS.values())) < 1_000_000
 
 
-# What the fuzzer does with the corpus.
+# How the fuzzer mutates the corpus.
 
 valid = functools.cache(seeds)
 forbidden = functools.cache(hostile)
 
 
 def any_case():
-    """One of the corpus."""
+    """Any case in the corpus."""
     return st.sampled_from(sorted(CORPUS)).map(lambda name: parse(CORPUS[name]))
 
 
-def test_the_cases_to_begin_with_are_what_their_bytes_say():
+def test_seeds_and_hostile_cases_survive_encoding_and_decoding():
     for case in (valid() | forbidden()).values():
         assert parse(case.to_bytes()) == case
 
 
-def test_what_is_valid_is_quantized_or_loaded_and_what_is_hostile_is_not(tmp_path):
+def test_valid_cases_are_quantized_or_loaded_and_hostile_cases_are_refused(tmp_path):
     ends = {name: run(case, tmp_path) for name, case in (valid() | forbidden()).items()}
     assert {name for name in valid() if ends[name] != "ok"} == {"torch-old", "torch-training"}
     assert {name for name in forbidden() if ends[name] == "ok"} == {"tensor-of-a-late-dtype", "tensor-with-a-note"}
@@ -83,7 +83,7 @@ def test_what_is_valid_is_quantized_or_loaded_and_what_is_hostile_is_not(tmp_pat
 
 @FEWER_EXAMPLES
 @given(any_case(), any_case(), st.integers(0, 2**32 - 1))
-def test_mutations_depend_on_the_seed_alone_and_give_cases(case, other, seed):
+def test_mutations_depend_on_the_seed_alone_and_give_valid_cases(case, other, seed):
     data = case.to_bytes()
     for made in (lambda: mutated(data, seed, LIMIT), lambda: crossed(data, other.to_bytes(), seed, LIMIT)):
         assert made() == made()
@@ -101,18 +101,18 @@ def test_no_case_writes_outside_of_its_directory(name):
 
 
 @given(st.binary(max_size=100), any_case(), st.integers(0, 500))
-def test_bytes_that_are_no_case_are_none(data, case, at):
+def test_bytes_that_are_not_a_case_parse_to_none(data, case, at):
     whole = case.to_bytes()
     for made in (data, whole[:at], whole + data):
         found = parse(made)
         assert found is None or parse(found.to_bytes()) == found
 
 
-# That the fuzzer would complain.
+# The fuzzer detects broken code.
 
 
 def flip(case):
-    """The last byte of the payload is another."""
+    """Flip a bit in the last byte of the payload."""
     item = case.items[0]
     return attrs.evolve(case, items=(attrs.evolve(item, data=item.data[:-1] + bytes([item.data[-1] ^ 1])),))
 
@@ -125,7 +125,7 @@ def test_a_digest_that_is_not_compared_is_a_finding(tmp_path, monkeypatch):
         run(case, tmp_path)
 
 
-def test_an_error_without_a_name_is_a_finding(tmp_path, monkeypatch):
+def test_an_error_outside_the_fewbits_hierarchy_is_a_finding(tmp_path, monkeypatch):
     def raising(*_):
         raise KeyError("a")
 
@@ -134,7 +134,7 @@ def test_an_error_without_a_name_is_a_finding(tmp_path, monkeypatch):
         run(valid()["folder"], tmp_path)
 
 
-def test_something_left_beside_the_output_is_a_finding(tmp_path, monkeypatch):
+def test_a_file_left_beside_the_output_is_a_finding(tmp_path, monkeypatch):
     def refusing(path, *_):
         (path.parent.parent / "left").touch()
         raise fewbits.errors.FormatError("no")

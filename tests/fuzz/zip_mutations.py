@@ -1,4 +1,4 @@
-"""Changes of a file of `torch.save`: of its records, of the pickle in it, of the archive around them."""
+"""Mutations of a `torch.save` file: of its records, its pickle, or the archive's own headers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _TEXTS = (b"", b"0", b"1", b"cpu", b"cuda", b"meta", b"storage", b"a.weight", b"
 
 
 def changed(data: bytes, rng: Random) -> bytes:
-    """The file after one change; the file itself if it is no archive any more."""
+    """Apply one change to the file. If the file is no longer an archive, change its bytes."""
     if rng.random() < 0.3:
         return _archive(data, rng)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = [(record.filename, archive.read(record)) for record in archive.infolist()]
-    except Exception:  # whatever else a mutated archive makes zipfile raise
+    except Exception:  # zipfile raises many kinds of errors for mutated archives
         return _archive(data, rng)
     pickles = [index for index, (name, _) in enumerate(records) if name.endswith(".pkl")]
     if pickles and rng.random() < 0.75:
@@ -48,16 +48,16 @@ def changed(data: bytes, rng: Random) -> bytes:
 def _zipped(records: Records, compression: int) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", compression) as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a name that is there twice
+        warnings.simplefilter("ignore")  # about duplicate names
         for name, content in records:
-            info = zipfile.ZipInfo(name)  # without the time, so that the same change gives the same bytes
+            info = zipfile.ZipInfo(name)  # has a fixed time, so that the same change gives the same bytes
             info.compress_type = compression
             archive.writestr(info, content)
     return made.getvalue()
 
 
 def _archive(data: bytes, rng: Random) -> bytes:
-    """Bytes near to one of the archive's own headers."""
+    """Change bytes in or near one of the archive's own headers."""
     found = [match.start() for match in _SIGNATURES.finditer(data)] or [0]
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
@@ -68,27 +68,27 @@ def _archive(data: bytes, rng: Random) -> bytes:
 
 
 def _pickle(data: bytes, rng: Random) -> bytes:
-    """One opcode dropped, repeated, moved, or given another argument."""
+    """Drop, repeat, move or insert an opcode, or change its argument."""
     if not data:
         return b"."
     try:
         starts = [position for _, _, position in pickletools.genops(data)]
-    except Exception:  # whatever a mutated pickle makes pickletools raise
+    except Exception:  # pickletools raises many kinds of errors for mutated pickles
         starts = [*range(len(data))]
     ops = [data[start:stop] for start, stop in zip(starts, [*starts[1:], len(data)], strict=True)]
     index = rng.randrange(len(ops))
-    what = rng.randrange(7)
-    if what == 0:
+    choice = rng.randrange(7)
+    if choice == 0:
         del ops[index]
-    elif what == 1:
+    elif choice == 1:
         ops.insert(index, ops[rng.randrange(len(ops))])
-    elif what == 2:
+    elif choice == 2:
         other = rng.randrange(len(ops))
         ops[index], ops[other] = ops[other], ops[index]
-    elif what == 3:
+    elif choice == 3:
         ops.insert(index, rng.choice(_OPCODES))
     else:
-        # Integers and classes are few among the opcodes, and say the most.
+        # Prefer opcodes with an integer, a string or a class as argument: they are rare but matter most.
         telling = [i for i, op in enumerate(ops) if op[:1] in b"KMJcX\x8a" and op]
         index = rng.choice(telling) if telling else index
         ops[index] = _argument(ops[index], rng)

@@ -1,4 +1,4 @@
-"""Results into models of transformers that were built on the meta device, with torch's means and with accelerate's."""
+"""Load results into transformers models built on the meta device, with torch or with accelerate."""
 
 import copy
 
@@ -35,7 +35,7 @@ MODELS = {
 KINDS = ["model", "state dict", "disk"]
 CASES = [(name, kind, means) for name in MODELS for kind in KINDS for means in ("torch", "accelerate")]
 CASES += [("Llama, tied", kind, "accelerate, buffers too") for kind in KINDS]
-# Transformers writes Swin to disk under other names than those of the model.
+# Transformers saves Swin under names that differ from the model's.
 CASES = [case for case in CASES if case[:2] != ("Swin", "disk")]
 
 
@@ -55,7 +55,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 
 def quantized(source, path, kind):
-    """A result of the model itself, of its state dict, or of its checkpoint on disk."""
+    """The path of a result made from a model, from its state dict, or from its checkpoint on disk."""
     if kind == "disk":
         source.save_pretrained(path / "source")
         fewbits.quantize(path / "source", "int8", output=path / "result", validate=False)
@@ -74,12 +74,12 @@ def on_meta(name: str, means: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(("name", "kind", "means"), CASES)
-def test_a_result_loads_into_a_model_of_the_meta_device(name, kind, means, tmp_path):
+def test_a_result_loads_into_a_model_on_the_meta_device(name, kind, means, tmp_path):
     source = seeded(lambda: make(name))
     path = quantized(source, tmp_path, kind)
     into = on_meta(name, means)
     if MODELS[name][2] and kind == "disk" and means == "accelerate":
-        # Accelerate breaks ties, and a checkpoint on disk has only one of the names.
+        # Accelerate breaks ties, and a checkpoint on disk stores only one of the tied names.
         with pytest.raises(MismatchError, match=r"call the model's tie_weights\(\) first, which ties it to "):
             fewbits.load(path, into=into)
         into.tie_weights()
@@ -95,7 +95,7 @@ def test_a_result_loads_into_a_model_of_the_meta_device(name, kind, means, tmp_p
         assert head.weight_stored is embeddings.weight_stored
 
 
-def test_a_model_that_was_run_before_it_was_quantized_loads_with_its_rotary_embeddings(tmp_path):
+def test_a_model_that_ran_before_quantizing_loads_with_its_original_rotary_embeddings(tmp_path):
     """Dynamic rotary embeddings replace their buffers when they see a longer input."""
 
     def model() -> nn.Module:

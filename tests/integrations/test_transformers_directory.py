@@ -1,4 +1,4 @@
-"""Directories of results, opened by transformers and by sentence-transformers: the right weights, or an error."""
+"""Transformers and sentence-transformers open directories of results with the right weights, or raise an error."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def quantized(source: Path, out: Path, **settings) -> fewbits.Result:
 
 
 def dense(source: Path, out: Path, folder: Path) -> Path:
-    """The directory of the float model that a result stands for."""
+    """Write the dequantized result as the directory of a float model."""
     folder.mkdir()
     for file in source.iterdir():
         if file.suffix == ".json":
@@ -80,7 +80,7 @@ def dense(source: Path, out: Path, folder: Path) -> Path:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model of transformers; those that are decompressed at the first forward, decompressed."""
+    """The dense weights of a transformers model. A model that decompresses at its first forward pass is run once."""
     if getattr(model, "hf_quantizer", None) is not None and any(
         "packed" in name for name, _ in model.named_parameters()
     ):
@@ -107,7 +107,7 @@ OPEN = {
 
 @pytest.mark.parametrize("settings", OPEN.values(), ids=OPEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_transformers_opens_a_result_with_the_weights_that_it_stands_for(folders, tmp_path, settings, dtype):
+def test_transformers_opens_a_result_with_its_dequantized_weights(folders, tmp_path, settings, dtype):
     source = tmp_path / "source"
     transformers.AutoModelForCausalLM.from_pretrained(folders("Llama"), dtype=dtype).save_pretrained(source)
     result = quantized(source, tmp_path / "out", **settings)
@@ -122,7 +122,7 @@ def test_transformers_opens_a_result_with_the_weights_that_it_stands_for(folders
 
 
 @pytest.mark.parametrize("name", ["Llama, tied", "Bert", "T5", "ViT", "Qwen3Moe"])
-def test_it_does_so_whatever_it_calls_the_layers(folders, tmp_path, name):
+def test_transformers_opens_results_of_many_architectures(folders, tmp_path, name):
     source, cls = folders(name), type(MODELS[name]())
     quantized(source, tmp_path / "out", **INT4, exclude=["*patch_embeddings*"] if name == "ViT" else [])
     expected = cls.from_pretrained(dense(source, tmp_path / "out", tmp_path / "dense")).state_dict()
@@ -131,7 +131,7 @@ def test_it_does_so_whatever_it_calls_the_layers(folders, tmp_path, name):
     assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
 
 
-def test_a_result_without_codes_opens_as_any_float_model(folders, tmp_path):
+def test_a_cast_result_opens_like_any_float_model(folders, tmp_path):
     result = quantized(folders("Llama"), tmp_path / "out", scheme="fp16")
     assert result.quantizer.opens_in == "opens in transformers"
     assert (tmp_path / "out" / "config.json").read_bytes() == (folders("Llama") / "config.json").read_bytes()
@@ -144,14 +144,14 @@ REFUSED = {
         {"scheme": "int8", "overrides": {"*.mlp": {"scheme": "int4", "group_size": 32}}},
     ),
     "zero points": ("Llama", {**INT4, "symmetric": False}),
-    "groups of 128 do not divide": ("Llama", {"scheme": "int4", "group_size": 128, "ragged": "shorter"}),
-    "rounds its inputs": ("Llama", {"scheme": "int8", "activations": "dynamic", "exclude": ["*emb*"]}),
+    "not a multiple of the group size 128": ("Llama", {"scheme": "int4", "group_size": 128, "ragged": "shorter"}),
+    "quantizes its inputs": ("Llama", {"scheme": "int8", "activations": "dynamic", "exclude": ["*emb*"]}),
     "rows are inputs, not outputs": ("GPT2", INT4),
 }
 
 
 @pytest.mark.parametrize(("name", "settings"), REFUSED.values(), ids=REFUSED)
-def test_a_result_that_transformers_cannot_read_has_no_file_that_it_takes_for_a_model(
+def test_a_result_that_transformers_cannot_read_has_no_file_that_transformers_looks_for(
     folders, tmp_path, name, settings, request
 ):
     source, out = folders(name), tmp_path / "out"
@@ -170,7 +170,7 @@ def test_a_result_that_transformers_cannot_read_has_no_file_that_it_takes_for_a_
     fewbits.load(out, into=MODELS[name]())
 
 
-def test_several_files_that_only_fewbits_reads_have_names_of_their_own(folders, tmp_path):
+def test_shards_that_only_fewbits_reads_have_names_that_transformers_does_not_look_for(folders, tmp_path):
     out = tmp_path / "out"
     quantized(folders("Llama"), fewbits.Output(out, max_shard_size="40kB"), **INT4, symmetric=False)
     names = sorted(file.name for file in out.iterdir() if "safetensors" in file.name)
@@ -183,7 +183,7 @@ def test_several_files_that_only_fewbits_reads_have_names_of_their_own(folders, 
     fewbits.load(out, into=MODELS["Llama"]())
 
 
-def test_a_directory_that_is_no_model_of_transformers_keeps_its_configuration(tmp_path):
+def test_a_directory_that_is_not_a_transformers_model_keeps_its_configuration(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     save_file({"embed.weight": torch.randn(64, 64)}, source / "model.safetensors")
@@ -194,7 +194,7 @@ def test_a_directory_that_is_no_model_of_transformers_keeps_its_configuration(tm
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_the_command_line_tells_who_can_open_a_result(folders, tmp_path):
+def test_the_command_line_states_which_libraries_can_open_a_result(folders, tmp_path):
     arguments = ["quantize", str(folders("Llama")), "--scheme", "int8", "-q"]
     options = ["--override", "*.mlp=int4:32", "--dry-run"]
     said = CliRunner().invoke(cli, [*arguments, *options], standalone_mode=False).output
@@ -206,7 +206,7 @@ def test_the_command_line_tells_who_can_open_a_result(folders, tmp_path):
     assert printed["opens_in"] == "opens in transformers, with compressed-tensors installed"
 
 
-def test_a_sentence_encoder_opens_in_sentence_transformers(minilm_path, sentences, tmp_path):
+def test_a_quantized_sentence_encoder_opens_in_sentence_transformers(minilm_path, sentences, tmp_path):
     out, some = tmp_path / "out", list(sentences[:8])
     quantized(minilm_path.parent, out, scheme="int8")
     floats = sentence_transformers.SentenceTransformer(str(minilm_path.parent))
@@ -225,7 +225,7 @@ def refusing(model: nn.Module, folder: Path) -> None:
     assert not (folder / "refused").exists()
 
 
-def test_save_pretrained_of_a_quantized_model_is_refused_and_that_of_its_source_is_not(tmp_path):
+def test_save_pretrained_is_refused_for_a_quantized_model_but_not_for_its_source(tmp_path):
     source = MODELS["Bert"]()
     result = fewbits.quantize(source, "int8")
     for model in (result.model, copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
@@ -236,7 +236,7 @@ def test_save_pretrained_of_a_quantized_model_is_refused_and_that_of_its_source_
     refusing(fewbits.quantize(source, "int8", inplace=True).model, tmp_path)
 
 
-def test_save_pretrained_of_a_model_that_an_interruption_left_quantized_in_part_is_refused(tmp_path):
+def test_save_pretrained_is_refused_for_a_model_left_partly_quantized_by_an_interruption(tmp_path):
     def interrupt(step: fewbits.Step) -> None:
         if step.activity == "convert" and step.done > step.total / 2:
             raise KeyboardInterrupt
@@ -247,7 +247,7 @@ def test_save_pretrained_of_a_model_that_an_interruption_left_quantized_in_part_
     refusing(model, tmp_path)
 
 
-def test_a_dequantized_model_saves_what_transformers_loads(tmp_path):
+def test_transformers_loads_a_dequantized_and_saved_model(tmp_path):
     result = fewbits.quantize(MODELS["Bert"](), "int8")
     plain = fewbits.dequantize(result.model)
     plain.save_pretrained(tmp_path / "plain")
@@ -256,7 +256,7 @@ def test_a_dequantized_model_saves_what_transformers_loads(tmp_path):
     refusing(result.model, tmp_path)
 
 
-def test_a_model_around_a_quantized_one_refuses_to_save_it(minilm_path, tmp_path):
+def test_a_sentence_encoder_refuses_to_save_its_quantized_model(minilm_path, tmp_path):
     encoder = sentence_transformers.SentenceTransformer(str(minilm_path.parent))
     quantized = fewbits.quantize(encoder, "int8").model
     for save in (quantized.save, quantized.save_pretrained, quantized[0].model.save_pretrained):

@@ -1,4 +1,4 @@
-"""What other tools have quantized: recognised by its names, refused with what it is, before a number is read."""
+"""Tensors that other tools quantized are recognized by names and dtypes, and refused with the name of the format."""
 
 import pytest
 import safetensors.torch
@@ -14,7 +14,7 @@ U8, I8, I32, F8 = torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn
 
 
 def tensors(**dtypes):
-    """A small tensor of each dtype, under names in which a double underscore stands for a dot."""
+    """Small tensors of the given dtypes; a double underscore in a keyword becomes a dot in the name."""
     return {name.replace("__", "."): torch.ones(8, 16).to(dtype) for name, dtype in dtypes.items()}
 
 
@@ -62,8 +62,8 @@ FORMATS = {
 
 @pytest.mark.parametrize("kind", ["mapping", "file", "model"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_cannot_be_read_yet_is_refused_with_its_name_and_what_lies_beside(tmp_path, name, kind):
-    state, what, beside = FORMATS[name]
+def test_an_unreadable_format_is_refused_by_name_with_the_tensors_that_show_it(tmp_path, name, kind):
+    state, format, beside = FORMATS[name]
     state = {"other.weight": torch.rand(32, 32)} | state
     source = state
     if kind == "file":
@@ -74,12 +74,12 @@ def test_what_cannot_be_read_yet_is_refused_with_its_name_and_what_lies_beside(t
     with pytest.raises(SourceError, match=beside) as refused:
         fewbits.plan(source, "int8")
     assert "is quantized already" in str(refused.value)
-    assert f"it looks like {what}" in str(refused.value)
+    assert f"it looks like {format}" in str(refused.value)
     assert "give the float checkpoint it was made from" in str(refused.value)
 
 
 def model_of(state):
-    """A model whose buffers and parameters have these names."""
+    """A model with parameters of these names."""
     root = nn.Module()
     for name, tensor in state.items():
         *path, last = name.split(".")
@@ -93,7 +93,7 @@ def model_of(state):
 
 
 @pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
-def test_a_model_that_multiplies_by_its_scales_itself_is_refused(suffix):
+def test_a_model_with_fp8_weights_is_refused(suffix):
     model = model_of({"l.weight": codes((8, 16)), f"l.weight{suffix}": scales(()), "o.weight": torch.rand(32, 32)})
     with pytest.raises(SourceError, match=r"l\.weight is quantized already, in float8_e4m3fn.*its checkpoint or state"):
         fewbits.plan(model, "int8")
@@ -116,14 +116,14 @@ def test_a_model_that_multiplies_by_its_scales_itself_is_refused(suffix):
     ],
     ids=lambda state: " ".join(state),
 )
-def test_names_alone_make_no_codes_of_another_tool(state):
+def test_matching_names_with_other_dtypes_are_not_taken_for_another_tool(state):
     state |= {"other.weight": torch.rand(32, 32)}
     ledger = quantize_small(state, "int8").ledger
     assert {row.name for row in ledger} == state.keys()
     assert ledger.count("merged") == 0
 
 
-def test_what_fewbits_wrote_is_not_quantized_again(tmp_path):
+def test_results_of_fewbits_are_not_quantized_again(tmp_path):
     result = quantize_small({"l.weight": torch.rand(32, 32)}, "int8")
     result.save(tmp_path / "file")
     result.save(tmp_path / "folder", max_shard_size=1)

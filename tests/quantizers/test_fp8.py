@@ -1,4 +1,4 @@
-"""FP8 checkpoints as sources: bfloat16 tensors to everything downstream, and one row for every tensor all the same."""
+"""FP8 checkpoints as sources: weights are read as bfloat16, and the ledger has a row for every tensor, scales too."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def one_scale(name, *shape, scale=(), dtype=torch.float8_e4m3fn, scale_dtype=tor
 
 
 def checkpoint():
-    """Every way to scale, in tensors of many pieces where pieces are small, and what else such checkpoints hold."""
+    """FP8 weights with every kind of scale, and other tensors of such checkpoints."""
     return {
         **blocks("layers.0.weight", 140, 130),
         **blocks("layers.1.weight", 130, 50, suffix="_scale"),
@@ -63,14 +63,14 @@ def scale_of(tensors, name):
 
 
 def dequantized(tensors):
-    """The same checkpoint as somebody else would dequantize it, without its scales."""
+    """The checkpoint as another tool would dequantize it, without its scales."""
     found = {n: expected(tensors[n], tensors[scale_of(tensors, n)], block) for n, block in DEQUANTIZED.items()}
     merged = {scale_of(tensors, name) for name in DEQUANTIZED}
     return {name: found.get(name, tensor) for name, tensor in tensors.items() if name not in merged}
 
 
 def values(mapping):
-    """What a loaded or quantized mapping holds, as plain tensors."""
+    """The tensors of a loaded or quantized mapping, with quantized values split into their parts."""
     parts = {}
     for name, value in mapping.items():
         held = value.parts() if isinstance(value, fewbits.QuantizedTensor) else {"": value}
@@ -99,7 +99,7 @@ SCHEMES = {
 
 @pytest.fixture(scope="module")
 def in_memory(tmp_path_factory):
-    """What the state dict in memory gives, by scheme and size of blocks."""
+    """The files of the result in memory, by scheme and block size."""
     made = {}
 
     def make(scheme, block):
@@ -122,7 +122,7 @@ def in_memory(tmp_path_factory):
     block=st.sampled_from([1 << 18, 400]),
     piece=st.sampled_from([1 << 18, 300]),
 )
-def test_the_files_are_those_of_the_result_in_memory(
+def test_quantizing_a_file_writes_the_same_bytes_as_saving_a_result_in_memory(
     tmp_path_factory, sources, in_memory, scheme, source, threads, chunk, block, piece
 ):
     folder = tmp_path_factory.mktemp("out")
@@ -139,16 +139,16 @@ def test_the_files_are_those_of_the_result_in_memory(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_codes_are_those_of_the_weights_that_somebody_else_dequantized(sources, tmp_path, scheme):
+def test_codes_equal_those_of_weights_dequantized_by_another_tool(sources, tmp_path, scheme):
     theirs = fewbits.quantize(dequantized(checkpoint()), SCHEMES[scheme](), on_failure="ignore").model
     fewbits.quantize(sources["many"], SCHEMES[scheme](), output=tmp_path / "out", on_failure="ignore")
-    kept = {"self_attn.k_scale"}  # to somebody else a weight like any other
+    kept = {"self_attn.k_scale"}  # without FP8 weights beside it, this scale is quantized like a weight
     mine = values({name: value for name, value in fewbits.load(tmp_path / "out").items() if name not in kept})
     assert mine == values({name: value for name, value in theirs.items() if name not in kept})
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_mapping_has_its_weights_dequantized_and_its_scales_no_more(inplace):
+def test_the_result_of_a_mapping_has_dequantized_weights_and_no_fp8_scales(inplace):
     tensors = checkpoint()
     before = snapshot(tensors)
     result = quantize_small(tensors, "int8", inplace=inplace, exclude=["layers.0"])
@@ -162,7 +162,7 @@ def test_a_mapping_has_its_weights_dequantized_and_its_scales_no_more(inplace):
         assert snapshot(tensors) == before
 
 
-def test_in_place_a_failure_on_the_way_leaves_weights_with_their_scales_or_without_both():
+def test_a_failure_in_place_leaves_scales_beside_exactly_the_unconverted_weights():
     tensors = {**blocks("a.weight", 200, 130), "b.weight": torch.full((8, 8), math.nan), **blocks("c.weight", 130, 200)}
     quantizer = small()
     quantizer.prepare(tensors, inplace=True)
@@ -177,7 +177,7 @@ def test_in_place_a_failure_on_the_way_leaves_weights_with_their_scales_or_witho
     assert quantizer.validate().ok
 
 
-def test_a_weight_that_is_kept_is_stored_dequantized_and_says_so(sources, tmp_path):
+def test_a_kept_fp8_weight_is_stored_dequantized_with_that_reason(sources, tmp_path):
     result = quantize_small(sources["many"], "int8", output=tmp_path / "out", exclude=["layers.0", "norm"])
     row = result.ledger["layers.0.weight"]
     assert (row.fate, row.reason) == ("kept", "excluded by 'layers.0'; dequantized from float8_e4m3fn")
@@ -209,7 +209,7 @@ def test_every_tensor_has_a_row_and_bytes_add_up(sources, tmp_path, source):
     assert ledger.summary().count("scales of dequantized weights") == 1
 
 
-def test_scales_of_activations_and_weights_without_scales_are_kept_as_they_are(sources, tmp_path):
+def test_scales_of_activations_and_weights_without_scales_are_kept_unchanged(sources, tmp_path):
     result = quantize_small(sources["one"], "int8", output=tmp_path / "out")
     reasons = {name: result.ledger[name].reason for name in ("row.input_scale", "self_attn.k_scale", "unscaled.weight")}
     assert reasons == {
@@ -221,7 +221,7 @@ def test_scales_of_activations_and_weights_without_scales_are_kept_as_they_are(s
     assert snapshot({name: loaded[name] for name in reasons}) == snapshot({name: tensors[name] for name in reasons})
 
 
-def test_fp8_without_scales_is_told_of_once(sources, tmp_path, caplog):
+def test_fp8_without_scales_gives_one_warning(sources, tmp_path, caplog):
     def told():
         found = [record.getMessage() for record in caplog.records if "fp8_without_scale" in record.getMessage()]
         caplog.clear()
@@ -240,11 +240,11 @@ def test_fp8_without_scales_is_told_of_once(sources, tmp_path, caplog):
     assert told() == []
 
 
-def test_names_of_activation_scales_mean_nothing_where_no_weight_is_fp8():
+def test_a_tensor_named_like_an_activation_scale_is_quantized_if_no_weight_is_fp8():
     assert quantize_small({"self_attn.k_scale": torch.rand(8, 80)}, "int8").ledger.count("quantized") == 1
 
 
-def test_it_loads_into_a_bfloat16_model(tmp_path):
+def test_a_result_loads_into_a_bfloat16_model(tmp_path):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -271,7 +271,7 @@ def test_it_loads_into_a_bfloat16_model(tmp_path):
         assert torch.equal(mine(ids), theirs(ids))
 
 
-def test_the_scale_of_the_source_and_that_of_the_result_may_have_one_name(tmp_path):
+def test_the_scales_of_source_and_result_may_have_the_same_name(tmp_path):
     tensors = one_scale("l.weight", 40, 60, scale=(40, 1))
     quantize_small(tensors, "int8").save(tmp_path / "out")
     assert set(safetensors.torch.load_file(tmp_path / "out")) == {"l.weight_packed", "l.weight_scale", "l.weight_shape"}
@@ -281,7 +281,7 @@ def test_the_scale_of_the_source_and_that_of_the_result_may_have_one_name(tmp_pa
         fewbits.checkpoint.reading.Checkpoint(tmp_path / "out").value("l.weight_scale")
 
 
-def test_the_reader_in_30_lines_and_the_schema_know_what_is_merged(sources, tmp_path):
+def test_the_reader_in_30_lines_and_the_schema_accept_merged_scales(sources, tmp_path):
     quantize_small(sources["one"], "int4", output=tmp_path / "out", exclude=["layers.0"])
     mine = fewbits.load(tmp_path / "out")
     mine = {n: v.dequantize() if isinstance(v, fewbits.QuantizedTensor) else v for n, v in mine.items()}
@@ -294,7 +294,7 @@ def test_the_reader_in_30_lines_and_the_schema_know_what_is_merged(sources, tmp_
 
 
 @pytest.mark.parametrize("size", [1, 3000, 20_000, 10**9])
-def test_what_is_merged_is_in_the_shard_of_its_weight(sources, size):
+def test_a_merged_scale_is_in_the_shard_of_its_weight(sources, size):
     ledger = fewbits.plan(sources["one"], "int8").ledger
     for shard in plan_shards(ledger, size, ".safetensors"):
         for row in shard.ledger:
@@ -304,7 +304,7 @@ def test_what_is_merged_is_in_the_shard_of_its_weight(sources, size):
 
 
 @pytest.mark.parametrize("kind", ["mapping", "file"])
-def test_tied_weights_are_one_if_their_scales_are_too(tmp_path, kind):
+def test_fp8_weights_are_tied_if_codes_and_scales_are(tmp_path, kind):
     weight, scale = codes((40, 64)), scales((40, 1))
     tied = {"a.weight": weight, "b.weight": weight, "a.weight_scale": scale, "b.weight_scale": scale}
     apart = tied | {"b.weight_scale": scale * 2}
@@ -347,7 +347,7 @@ MALFORMED = {
                       r"l\.weight_scale_inv .* is the scale of l\.weight, which is missing.*give its directory"),
     "a lost weight of another layer": ({**one_scale("l.weight", 30, 20), "m.weight_scale": scales((3, 2))},
                                        r"m\.weight_scale .* is the scale of m\.weight, which is missing"),
-    "a weight that is none": ({"l.weight": torch.rand(30, 20), "l.weight_scale_inv": scales(())},
+    "a float weight": ({"l.weight": torch.rand(30, 20), "l.weight_scale_inv": scales(())},
                               r"l\.weight \(float32, shape \(30, 20\)\) is quantized already.*its dtype is not FP8"),
     "two levels": ({**one_scale("l.weight", 30, 20), "l.weight_scale_2": scales(())}, "FP8 with scales of scales"),
     "zero points": ({**one_scale("l.weight", 30, 20), "l.weight_zero_point": scales(())}, "FP8 with zero points"),
@@ -356,7 +356,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("how", MALFORMED)
-def test_scales_that_cannot_be_right_are_refused_before_a_number_is_read(tmp_path, how):
+def test_scales_that_do_not_fit_are_refused_by_plan(tmp_path, how):
     tensors, message = MALFORMED[how]
     with pytest.raises(SourceError, match=message):
         quantize_small(tensors, "int8")
@@ -378,7 +378,7 @@ def test_a_bad_scale_is_an_error_that_names_it_and_leaves_nothing(tmp_path, bad,
 
 
 @pytest.mark.parametrize("exclude", [[], ["a"]], ids=["quantized", "kept"])
-def test_a_code_that_is_no_number_is_named_by_its_place(tmp_path, monkeypatch, exclude):
+def test_a_nan_code_is_an_error_that_names_its_index(tmp_path, monkeypatch, exclude):
     monkeypatch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("fewbits.checkpoint.chunks.CHUNK_ELEMENTS", 300)
     tensors = {**blocks("a.weight", 50, 200), **blocks("b.weight", 50, 200)}
@@ -430,7 +430,7 @@ def test_verify_finds_another_weight_and_another_scale(sources, tmp_path):
     "edit",
     [
         pytest.param(lambda rows: rows["l.weight_scale"].update(merged_into="nowhere"), id="into nothing"),
-        pytest.param(lambda rows: rows["l.weight_scale"].update(merged_into="o.weight"), id="into what is not FP8"),
+        pytest.param(lambda rows: rows["l.weight_scale"].update(merged_into="o.weight"), id="into a float weight"),
         pytest.param(lambda rows: rows["l.weight_scale"].update(merged_into="l.weight_scale"), id="into itself"),
         pytest.param(lambda rows: rows["l.weight_scale"].update(merged_into=None), id="into null"),
         pytest.param(lambda rows: rows["l.weight_scale"].update(fate="kept"), id="kept after all"),
@@ -451,7 +451,7 @@ def test_a_ledger_that_contradicts_itself_is_refused(tmp_path, edit):
         fewbits.load(tmp_path / "out")
 
 
-def test_a_ledger_from_before_there_was_fp8_is_read(tmp_path):
+def test_a_ledger_without_the_fields_for_fp8_is_read(tmp_path):
     def forget(rows):
         for row in rows.values():
             del row["merged_into"], row["dequantized_from"]
@@ -472,7 +472,7 @@ def with_config(folder, config, tensors=None):
 FP8_CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
 
-def test_the_copied_configuration_does_not_say_that_weights_are_fp8(tmp_path, caplog):
+def test_the_copied_configuration_has_no_fp8_settings(tmp_path, caplog):
     config = {"hidden_size": 200, "eps": 1e-06, "name": "é", "quantization_config": FP8_CONFIG, "list": [{"a": 1}],
               "text_config": {"vocab": 3, "quantization_config": FP8_CONFIG}}  # fmt: skip
     folder = with_config(tmp_path / "in", config)
@@ -493,7 +493,7 @@ def test_the_copied_configuration_does_not_say_that_weights_are_fp8(tmp_path, ca
 
 
 @pytest.mark.parametrize("tensors", [None, {"l.weight": torch.rand(30, 20)}], ids=["FP8", "float"])
-def test_a_configuration_that_says_nothing_of_fp8_is_copied_as_it_is(tmp_path, tensors, caplog):
+def test_a_configuration_without_fp8_settings_is_copied_unchanged(tmp_path, tensors, caplog):
     text = '{"a":   1,\n\n "b": [1.50]}' if tensors is None else '{"quantization_config": {"weight_block_size": 0}}'
     with_config(tmp_path / "in", text, tensors)
     (tmp_path / "in" / "sub").mkdir()
@@ -506,7 +506,7 @@ def test_a_configuration_that_says_nothing_of_fp8_is_copied_as_it_is(tmp_path, t
 
 
 @pytest.mark.parametrize("inner", [lambda value: value, lambda value: {"text_config": value}], ids=["plain", "inner"])
-def test_the_configuration_says_how_large_blocks_are(tmp_path, inner):
+def test_the_configuration_sets_the_block_size(tmp_path, inner):
     tensors = blocks("l.weight", 300, 200, block=(32, 64))
     config = inner({"quantization_config": FP8_CONFIG | {"weight_block_size": [32, 64]}})
     folder = with_config(tmp_path / "in", config, tensors)
@@ -515,7 +515,7 @@ def test_the_configuration_says_how_large_blocks_are(tmp_path, inner):
     assert torch.equal(fewbits.load(tmp_path / "out")["l.weight"].float(), weight.half().float())
 
 
-def test_scales_of_known_blocks_do_not_pass_for_those_of_stated_ones(tmp_path):
+def test_scales_of_default_blocks_are_refused_if_the_configuration_states_others(tmp_path):
     folder = with_config(tmp_path / "in", {"quantization_config": FP8_CONFIG | {"weight_block_size": [64, 64]}})
     with pytest.raises(SourceError, match=r"does not fit l\.weight.*64 by 64"):
         fewbits.plan(folder, "int8")
@@ -532,20 +532,20 @@ def test_scales_of_known_blocks_do_not_pass_for_those_of_stated_ones(tmp_path):
         ({"quantization_config": {"weight_block_size": [128, True]}}, "two positive integers"),
     ],
 )
-def test_a_configuration_that_cannot_be_read_is_refused_where_weights_are_fp8(tmp_path, config, message):
+def test_an_invalid_configuration_is_refused_if_weights_are_fp8(tmp_path, config, message):
     folder = with_config(tmp_path / "in", config)
     with pytest.raises(fewbits.errors.FormatError, match=message):
         fewbits.plan(folder, "int8")
 
 
 @pytest.mark.parametrize("config", [{"quantization_config": None}, {"quantization_config": {"quant_method": "fp8"}}])
-def test_without_a_stated_size_blocks_are_the_known_ones(tmp_path, config):
+def test_without_a_stated_block_size_the_common_sizes_are_tried(tmp_path, config):
     ledger = quantize_small(with_config(tmp_path / "in", config), "int8", output=tmp_path / "out").ledger
     assert ledger["l.weight"].fate == "quantized"
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {}
 
 
-def test_a_limit_on_memory_counts_what_dequantizing_takes(sources, tmp_path):
+def test_a_memory_limit_includes_the_memory_for_dequantizing(sources, tmp_path):
     quantizer = small()
     quantizer.prepare(one_scale("l.weight", 2000, 1000))
     row = quantizer.ledger["l.weight"]
@@ -563,7 +563,7 @@ def test_a_limit_on_memory_counts_what_dequantizing_takes(sources, tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_progress_is_told_of_every_byte_once(sources, tmp_path, threads):
+def test_progress_counts_every_byte_once(sources, tmp_path, threads):
     steps = []
     output = fewbits.Output(tmp_path / "out", threads=threads)
     ledger = quantize_small(sources["many"], "int4", output=output, progress=steps.append).ledger

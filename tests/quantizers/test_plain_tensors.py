@@ -1,4 +1,4 @@
-"""Only plain tensors come in and go out: dense, with memory. All others are refused by name, with their class."""
+"""Only plain tensors (dense, with memory) are read or written. Others are refused; the message gives name and class."""
 
 import contextlib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from fewbits.nn.storage import View, overlaps, storage_key
 from lifecycle_helpers import as_bytes, mlp, quantize_small, small
 
 pytestmark = [
-    # What torch says about its own quantized, nested and sparse tensors.
+    # Torch's warnings about its own quantized, nested and sparse tensors.
     pytest.mark.filterwarnings("ignore:.*quantized:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*quantized:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 class Wrapper(torch.Tensor):
-    """A tensor that another one has the numbers of, as those of torchao and FSDP2 are; it has no memory."""
+    """A tensor without memory that wraps another tensor, like those of torchao and FSDP2."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -72,7 +72,7 @@ def out_of_a_transform():
     return seen[0]
 
 
-#: Tensors whose bytes cannot be read, by the words of the message about each.
+#: Tensors whose bytes cannot be read, by the expected message.
 NOT_PLAIN = {
     r"is a \S*\.Wrapper; only plain tensors": lambda: Wrapper(ones()),
     r"is a torch\._subclasses\.fake_tensor\.FakeTensor; .*outside of FakeTensorMode": fake,
@@ -96,7 +96,7 @@ NOT_PLAIN = {
     "has 65 axes; at most 64": lambda: torch.ones((1,) * 65),
     r"is of dtype torch\.uint4": lambda: torch.ones(4, dtype=torch.uint8).view(torch.uint4),
 }
-#: Those that a model may not hold even if a file replaces their numbers.
+#: Messages about tensors that a model must not hold even if a file replaces their values.
 KINDS = [words for words in NOT_PLAIN if words.startswith(("is a ", "is quantized", "has layout"))]
 
 not_plain = pytest.mark.parametrize("words", NOT_PLAIN)
@@ -117,7 +117,7 @@ def test_a_buffer_that_is_not_a_plain_tensor_is_refused_by_name(words, inplace):
         small().prepare(model, inplace=inplace)
 
 
-def test_a_parameter_that_is_a_wrapper_of_tensors_is_refused_by_name():
+def test_a_parameter_that_wraps_another_tensor_is_refused_by_name():
     model = mlp()
     model[2].weight = nn.Parameter(Wrapper(model[2].weight.detach()))
     with pytest.raises(SourceError, match=r"^2\.weight is a .*Wrapper"):
@@ -148,7 +148,7 @@ def test_a_file_is_loaded_into_a_model_whose_memory_was_freed(tmp_path):
 
 
 @not_plain
-def test_a_tensor_that_was_replaced_since_prepare_is_refused_by_name(words):
+def test_a_tensor_replaced_by_one_that_is_not_plain_after_prepare_is_refused_by_name(words):
     quantizer, model = small(), mlp()
     model[0].register_buffer("late", ones())
     prepared = quantizer.prepare(model)
@@ -165,7 +165,7 @@ def test_a_tensor_that_was_replaced_since_prepare_is_refused_by_name(words):
 
 @pytest.mark.parametrize("call", ["validate", "save"])
 @not_plain
-def test_a_tensor_of_the_result_that_was_replaced_is_refused_by_name(words, call, tmp_path):
+def test_a_result_whose_tensor_was_replaced_by_one_that_is_not_plain_is_refused_by_name(words, call, tmp_path):
     model = mlp()
     model[0].register_buffer("late", ones())
     for source, name, put in (
@@ -198,7 +198,7 @@ def test_a_scheme_that_makes_codes_that_are_not_plain_is_refused_by_name():
 
 
 @pytest.mark.parametrize("call", ["validate", "save"])
-def test_codes_that_were_replaced_by_others_that_are_not_plain_are_refused_by_name(call, tmp_path):
+def test_codes_replaced_by_a_tensor_that_is_not_plain_are_refused_by_name(call, tmp_path):
     quantizer = small()
     quantizer.prepare({"w": torch.rand(8, 8)})
     value = quantizer.convert()["w"]
@@ -209,11 +209,11 @@ def test_codes_that_were_replaced_by_others_that_are_not_plain_are_refused_by_na
         value.equal(value)
 
 
-# What other tools have changed.
+# Tensors and modules of other quantizing tools.
 
 
 def of_module(cls, module):
-    """The class, as if it had been defined elsewhere."""
+    """A subclass that claims to be defined in another module."""
     return type(cls.__name__, (cls,), {"__module__": module})
 
 
@@ -270,19 +270,19 @@ FLOAT_MODULES = (
 
 
 @pytest.mark.parametrize("module", FLOAT_MODULES)
-def test_modules_that_float_models_have_are_not_taken_for_quantized_ones(module):
+def test_modules_of_quantizing_tools_that_float_models_contain_are_accepted(module):
     layer = of_module(nn.Linear, module)(8, 8)
     assert quantize_small(layer, "int8").ledger["weight"].fate == "quantized"
 
 
-def test_a_model_that_is_sharded_is_refused_with_the_way_to_gather_it():
+def test_a_sharded_model_is_refused_with_advice_to_gather_it():
     wrapper = type("FullyShardedDataParallel", (nn.Sequential,), {})
     wrapper.__module__ = "torch.distributed.fsdp.fully_sharded_data_parallel"
     with pytest.raises(SourceError, match=r"root module is a FullyShardedDataParallel.*get_model_state_dict"):
         small().prepare(wrapper(nn.Linear(8, 8)))
 
 
-def test_distributed_tensors_are_refused_by_name_and_tied_to_nothing():
+def test_distributed_tensors_are_refused_by_name_and_quantized_once_gathered():
     dist = pytest.importorskip("torch.distributed")
     if not dist.is_available():
         pytest.skip("torch was built without torch.distributed")
@@ -304,15 +304,15 @@ def test_distributed_tensors_are_refused_by_name_and_tied_to_nothing():
         dist.destroy_process_group()
 
 
-# What is plain.
+# Tensors that count as plain.
 
 
 class Tagged(torch.Tensor):
-    """A subclass with nothing of its own."""
+    """An empty subclass."""
 
 
 class Stubborn(torch.Tensor):
-    """A subclass that no function of torch can be called with."""
+    """A subclass that raises an error in every torch function."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -321,7 +321,7 @@ class Stubborn(torch.Tensor):
 
 @pytest.mark.parametrize("cls", [Tagged, Stubborn])
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
-def test_a_subclass_that_is_plain_in_memory_gives_what_its_memory_gives(cls, inplace, tmp_path):
+def test_a_subclass_with_plain_memory_is_quantized_like_a_plain_tensor(cls, inplace, tmp_path):
     tensors = {"w": torch.rand(8, 8), "kept": torch.rand(8)}
     expected = quantize_small(dict(tensors), "int8").model
     quantizer = small()
@@ -349,7 +349,7 @@ def test_a_buffer_of_torchs_own_class_for_buffers_is_kept():
 
 
 class MadeAnew(Mapping):
-    """A mapping that makes its tensors when it is asked for them."""
+    """A mapping that makes a new tensor on each access."""
 
     def __init__(self, tensors):
         self.tensors = tensors
@@ -365,7 +365,7 @@ class MadeAnew(Mapping):
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (0, 8)])
-def test_tensors_that_a_mapping_makes_anew_are_tied_to_nothing(shape):
+def test_tensors_that_a_mapping_makes_on_access_are_not_tied(shape):
     tensors = MadeAnew({"w": torch.rand(8, 8)} | {f"t{index}": torch.rand(shape) for index in range(20)})
     assert quantize_small(tensors, "int8").ledger.count("alias") == 0
 
@@ -375,7 +375,7 @@ PLAIN = ("plain", "tie", "same", "subclass", "empty")
 
 @st.composite
 def assorted(draw):
-    """Named tensors of all kinds; the names of those that are not plain; of each other one, the first name it has."""
+    """Tensors of all kinds by name, the names of those that are not plain, and each plain tensor's first name."""
     tensors, odd, first = {}, [], {}
     kinds = st.sampled_from(PLAIN) | st.sampled_from([*NOT_PLAIN]) if draw(st.booleans()) else st.sampled_from(PLAIN)
     for index, kind in enumerate(draw(st.lists(kinds, min_size=1, max_size=6))):
@@ -409,14 +409,14 @@ def test_a_mapping_is_refused_by_name_or_every_tensor_in_it_is_accounted_for(giv
 
 
 @given(st.lists(st.sampled_from(["meta", "empty", "freed", "plain"]), min_size=2, max_size=6))
-def test_tensors_without_memory_are_the_view_of_no_other_and_overlap_none(kinds):
+def test_tensors_without_memory_are_not_tied_and_do_not_overlap(kinds):
     make = {"meta": lambda: ones().to("meta"), "empty": lambda: torch.ones(0, 8), "freed": freed, "plain": ones}
     tensors = {f"t{index}": make[kind]() for index, kind in enumerate(kinds)}
     assert len({storage_key(tensor) for tensor in tensors.values()}) == len(tensors)
     assert overlaps({name: View.of(tensor) for name, tensor in tensors.items()}) == {}
 
 
-# Settings of torch.
+# Global settings of torch.
 
 
 @contextlib.contextmanager

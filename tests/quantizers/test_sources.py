@@ -1,4 +1,4 @@
-"""What can be quantized: models, mappings and files, and tensors that share memory."""
+"""Sources: models, mappings and files, and tensors that share memory."""
 
 import types
 from collections import OrderedDict, UserDict
@@ -30,7 +30,7 @@ from lifecycle_helpers import (
 
 @st.composite
 def views_of_one_storage(draw):
-    """Named views, many of them overlapping; the elements are their own positions in the storage."""
+    """Named views, many overlapping; each element's value is its position in the storage."""
     flat = torch.arange(24)
     views = {}
     for index in range(draw(st.integers(1, 5))):
@@ -44,7 +44,7 @@ def views_of_one_storage(draw):
 
 
 @given(views_of_one_storage())
-def test_views_overlap_if_their_extents_do_and_they_are_not_the_same_view(views):
+def test_different_views_overlap_if_their_extents_do(views):
     extents = {n: (int(v.min()), int(v.max())) for n, v in views.items() if v.numel()}
 
     def differ_and_overlap(a, b):
@@ -54,12 +54,12 @@ def test_views_overlap_if_their_extents_do_and_they_are_not_the_same_view(views)
     expected = {a for a in extents if any(differ_and_overlap(a, b) for b in extents)}
     found = set(overlaps({name: View.of(view) for name, view in views.items()}))
     assert found <= expected
-    # One name of each view is enough: all names of a storage share one fate.
+    # Finding one name of each view is enough: all names of a view share one fate.
     assert {storage_key(views[name]) for name in found} == {storage_key(views[name]) for name in expected}
 
 
 @given(views_of_one_storage())
-def test_two_views_have_one_key_exactly_if_they_are_the_same_view(views):
+def test_two_views_have_the_same_key_exactly_if_they_are_the_same_view(views):
     for a in views.values():
         for b in views.values():
             same = (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
@@ -112,7 +112,7 @@ def test_a_module_under_two_names_is_one_module():
     assert result.ledger["again.weight"].alias_of == "2.weight"
 
 
-def test_tied_weights_stay_tied_whoever_tied_them():
+def test_parameters_that_share_memory_stay_tied():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     model["b"].weight = nn.Parameter(model["a"].weight.data)
     result = quantize_small(model, "int8").model
@@ -120,7 +120,7 @@ def test_tied_weights_stay_tied_whoever_tied_them():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_buffers_that_share_a_storage_share_it_in_the_result(inplace):
+def test_buffers_that_share_memory_share_it_in_the_result_too(inplace):
     model = mlp()
     model.register_buffer("table", torch.ones(10))
     model.register_buffer("again", model.table.view(10))
@@ -149,7 +149,7 @@ def test_any_mapping_is_a_source(wrap):
         ({"nowhere": torch.ones(2, 2, device="meta")}, "nowhere is on the meta device"),
     ],
 )
-def test_an_entry_that_is_no_tensor_under_a_name_is_refused(entries, message):
+def test_an_entry_that_is_not_a_named_dense_tensor_is_refused(entries, message):
     with pytest.raises(SourceError, match=message):
         small().prepare(mlp().state_dict() | entries)
 
@@ -172,7 +172,7 @@ def test_a_file_that_is_quantized_already_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("junk", [None, 3, nn.Linear, [torch.ones(2, 2)], torch.ones(2, 2), b"model.safetensors"])
-def test_what_is_no_source_is_refused(junk):
+def test_objects_that_are_not_sources_are_refused(junk):
     with pytest.raises(ArgumentError, match=r"cannot be quantized; give an nn\.Module, a state dict, or the path"):
         small().prepare(junk)
 
@@ -199,7 +199,7 @@ def test_a_file_is_never_changed_in_place(tmp_path):
         small().prepare(tmp_path / "model.safetensors", inplace=True)
 
 
-def test_in_place_a_mapping_lets_go_of_each_tensor_as_it_is_converted():
+def test_in_place_a_mapping_is_converted_tensor_by_tensor_and_can_be_retried():
     source = dict(mlp().state_dict())
     source["2.weight"][3, 5] = float("nan")
     quantizer = small()
@@ -232,7 +232,7 @@ def test_every_kind_of_source_gives_the_same_tensors(tmp_path, kind, scheme):
     "stride", [lambda t: t, lambda t: t.T.contiguous().T, lambda t: torch.stack([t, t], -1)[..., 0]]
 )
 @pytest.mark.parametrize("scheme", ["int8", "fp16"])
-def test_strides_of_a_source_change_nothing(stride, scheme):
+def test_strides_of_a_source_do_not_change_the_result(stride, scheme):
     tensors = mlp().state_dict()
     strided = {name: stride(t) if t.dim() == 2 else t for name, t in tensors.items()}
     results = [quantize_small(source, scheme).model["0.weight"] for source in (tensors, strided)]
@@ -242,12 +242,12 @@ def test_strides_of_a_source_change_nothing(stride, scheme):
         assert torch.equal(*results)
 
 
-def test_an_expanded_weight_is_quantized_as_what_it_reads():
+def test_an_expanded_weight_is_quantized_like_a_dense_one():
     wide = torch.arange(8.0).expand(4, 8)
     assert quantize_small({"w": wide}, "int8").report.ok
 
 
-def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
+def test_a_model_that_cannot_be_copied_is_refused_with_the_advice_to_use_inplace():
     class Locked(nn.Linear):
         def __deepcopy__(self, memo):
             raise RuntimeError("no copies")
@@ -256,7 +256,7 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out():
         small().prepare(nn.Sequential(Locked(4, 4), nn.Linear(4, 4)))
 
 
-def test_metadata_of_a_file_is_carried_over(tmp_path):
+def test_metadata_of_a_file_is_copied_to_the_result(tmp_path):
     save_file(mlp().state_dict(), tmp_path / "in.safetensors", metadata={"author": "someone", "format": "pt"})
     quantize_small(tmp_path / "in.safetensors", "int8", output=tmp_path / "out.safetensors")
     assert read_header(tmp_path / "out.safetensors")[1]["author"] == "someone"
@@ -281,7 +281,7 @@ def test_a_file_is_not_overwritten_by_its_own_result(tmp_path, place, monkeypatc
 @pytest.mark.parametrize(
     ("output", "error"), [("missing/out.safetensors", fewbits.errors.CheckpointError), (".", ArgumentError)]
 )
-def test_an_output_that_cannot_be_written_is_a_named_error(tmp_path, output, error):
+def test_an_output_that_cannot_be_written_is_an_error_and_can_be_retried(tmp_path, output, error):
     save_file(mlp().state_dict(), tmp_path / "in.safetensors")
     quantizer = small()
     quantizer.prepare(tmp_path / "in.safetensors")
@@ -291,7 +291,7 @@ def test_an_output_that_cannot_be_written_is_a_named_error(tmp_path, output, err
     quantizer.convert(output=tmp_path / "out.safetensors")
 
 
-def test_a_file_goes_through_as_text_or_path_and_a_damaged_one_is_named(tmp_path):
+def test_a_file_is_given_as_text_or_path_and_an_error_names_a_damaged_file(tmp_path):
     path = tmp_path / "in.safetensors"
     save_file(mlp().state_dict(), path)
     assert small().prepare(str(path)) == path
@@ -309,7 +309,7 @@ def test_training_flags_and_gradients_survive():
     assert isinstance(result[2].bias, nn.Parameter)
 
 
-def test_kept_tensors_are_the_same_bits_and_buffers_stay_buffers():
+def test_kept_tensors_do_not_change_and_buffers_stay_buffers():
     model = TiedLM()
     result = quantize_small(model, "int8").model
     kept = {n: t for n, t in named_tensors(model).items() if n in named_tensors(result)}

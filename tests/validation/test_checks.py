@@ -1,4 +1,4 @@
-"""What validation finds: a result that was changed behind its back, by a single bit."""
+"""Validation finds any change to a result, down to a single bit."""
 
 import math
 from functools import partial
@@ -22,7 +22,7 @@ ROWS, COLUMNS = 3, 7
 
 
 def exact_weights():
-    """Weights that are multiples of their scale, so that any other code is beyond the bound."""
+    """Weights that are multiples of their scale, so that any other code exceeds the error bound."""
     return {"w": torch.arange(-10.0, 11.0).reshape(ROWS, COLUMNS).index_fill(1, torch.tensor([0]), 127.0)}
 
 
@@ -49,7 +49,7 @@ def test_any_flipped_bit_of_any_code_is_found(row, column, bit):
 
 
 @pytest.mark.parametrize("measure", [None, True, False])
-def test_a_flipped_code_is_found_whenever_it_was_measured_before(measure):
+def test_a_flipped_code_is_found_whether_or_not_convert_measured_the_tensor(measure):
     quantizer, result = converted(mlp(), compare=measure)
     result[2].weight_stored.packed[1, 2] ^= 0x80
     assert_found(quantizer, "2.weight")
@@ -57,7 +57,7 @@ def test_a_flipped_code_is_found_whenever_it_was_measured_before(measure):
 
 @pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8)])
 @pytest.mark.parametrize("scale", [math.nan, 0.0, math.inf, -math.inf])
-def test_a_scale_that_is_no_number_is_found(quantizer, scale):
+def test_a_zero_nan_or_infinite_scale_is_found(quantizer, scale):
     quantizer, result = converted(mlp(), small(quantizer))
     result[0].weight_stored.scale.view(-1)[0] = scale
     assert_found(quantizer, "0.weight")
@@ -65,7 +65,7 @@ def test_a_scale_that_is_no_number_is_found(quantizer, scale):
 
 @pytest.mark.parametrize("quantizer", [Int8PerTensor, Int8PerChannel, partial(Int4Grouped, 8)])
 @pytest.mark.parametrize("scale", [math.nan, 0.0, math.inf])
-def test_scales_that_are_all_no_numbers_are_found(quantizer, scale):
+def test_scales_that_are_all_zero_nan_or_infinite_are_found(quantizer, scale):
     quantizer, result = converted(mlp(), small(quantizer))
     result[0].weight_stored.scale.fill_(scale)
     assert_found(quantizer, "0.weight")
@@ -80,7 +80,7 @@ def test_scales_that_are_all_no_numbers_are_found(quantizer, scale):
         (lambda packed: packed.copy_(packed[:1].clone().expand_as(packed)), "all of its rows have the same codes"),
     ],
 )
-def test_constant_patterns_are_named(quantizer, damage, said):
+def test_constant_codes_are_reported_as_such(quantizer, damage, said):
     quantizer, result = converted(mlp(), small(quantizer))
     damage(result[0].weight_stored.packed)
     with pytest.raises(ValidationError, match=said):
@@ -103,37 +103,37 @@ def test_constant_patterns_are_named(quantizer, damage, said):
     ],
     ids=["ones", "zeros", "constant rows", "equal rows", "multiples", "small rows", "a row", "a column", "an element"],
 )
-def test_a_source_that_is_constant_itself_passes(quantizer, weight):
+def test_a_constant_source_passes(quantizer, weight):
     assert quantize_small({"w": weight.contiguous()}, small(quantizer), fail_under=-1000).report.ok
 
 
-def test_a_scale_that_is_a_little_larger_is_found():
+def test_a_slightly_larger_scale_is_found():
     quantizer, result = converted(mlp())
     result[0].weight_stored.scale.mul_(1.1)
     assert_found(quantizer, "0.weight")
 
 
-def test_a_zero_point_that_moved_is_found():
+def test_a_changed_zero_point_is_found():
     quantizer, result = converted(mlp(), small(Int4Grouped, 8, symmetric=False))
     result[0].weight_stored.zero_point.bitwise_xor_(1)
     assert_found(quantizer, "0.weight")
 
 
 @pytest.mark.parametrize(("where", "value"), [("bias", 1e-7), ("bias", math.nan)])
-def test_a_kept_tensor_that_changed_is_found(where, value):
+def test_a_changed_kept_tensor_is_found(where, value):
     quantizer, result = converted(mlp())
     with torch.no_grad():
         getattr(result[2], where)[0] += value
     assert_found(quantizer, "2.bias")
 
 
-def test_a_buffer_that_changed_is_found():
+def test_a_changed_buffer_is_found():
     quantizer, result = converted(TiedLM())
     result.position_ids[3] = 7
     assert_found(quantizer, "position_ids")
 
 
-def test_a_cast_that_changed_is_found():
+def test_a_changed_cast_tensor_is_found():
     quantizer, result = converted(mlp(), small(FP16Cast))
     result[0].weight_stored.narrow[4, 4] *= 1.01
     assert_found(quantizer, "0.weight")
@@ -162,7 +162,7 @@ def test_a_changed_byte_of_a_file_is_found(tmp_path, name):
     assert_found(quantizer, name.removesuffix("_packed").removesuffix("_scale"))
 
 
-def test_a_source_that_changed_is_found():
+def test_a_changed_source_is_found():
     model = mlp()
     quantizer, _ = converted(model)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_a_source_that_changed_is_found():
     assert_found(quantizer, "0.weight", "2.bias")
 
 
-def test_a_result_that_was_moved_to_another_dtype_is_found():
+def test_a_result_converted_to_another_dtype_is_found():
     quantizer, result = converted(mlp())
     result[0].half()
     with pytest.raises(ValidationError, match=r"0\.bias"):
@@ -190,7 +190,7 @@ def test_a_failed_validation_can_be_repeated_after_the_repair():
     assert quantizer.state is fewbits.State.VALIDATED
 
 
-def test_what_was_checked_is_named():
+def test_the_report_names_the_checks():
     quantizer, _ = converted(mlp())
     assert quantizer.validate().checks == (
         "size",
@@ -202,13 +202,13 @@ def test_what_was_checked_is_named():
     )
 
 
-def test_validation_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_validation_leaves_no_temporary_files(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     quantize_small(mlp(), "int8")
     assert not list(tmp_path.iterdir())
 
 
-def test_validation_changes_nothing():
+def test_validation_does_not_change_the_result():
     quantizer, result = converted(mlp().train())
     before = {name: t.clone() for name, t in result.state_dict().items()}
     quantizer.validate()
@@ -247,7 +247,7 @@ def test_very_small_and_very_large_doubles_pass(exponent):
     assert report.sqnr_db > 30
 
 
-def test_a_model_with_a_dtype_that_no_file_holds_is_a_named_failure():
+def test_a_dtype_that_files_cannot_store_is_an_error_that_names_the_tensor():
     model = nn.Linear(4, 4)
     model.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
     with pytest.raises(fewbits.FewbitsError, match="phase has dtype complex128"):

@@ -1,4 +1,4 @@
-"""Verifying what other tools wrote as compressed-tensors does: a genuine result passes, and every damage is found."""
+"""Verify checkpoints in the formats of compressed-tensors: genuine results pass, and all damage is found."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def failures_of(report, name=WEIGHTS[0]):
 
 
 def decoded(weight, recipe):
-    """What the codes stand for, in float64."""
+    """The dequantized weight, in float64."""
     codes, scale, zero = rounded(weight, recipe)
     width = weight.numel() if recipe.group_size == 0 else recipe.group_size or weight.shape[1]
     groups = codes.double().reshape(-1, width) - zero.double().reshape(-1, 1)
@@ -65,7 +65,7 @@ def test_codes_are_packed_as_the_format_says():
 
 
 @given(recipes(), SHAPES, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
-def test_a_genuine_result_passes_with_the_figures_of_its_codes(scratch, recipe, shape, dtype, configured):
+def test_a_genuine_result_passes_and_its_sqnr_is_right(scratch, recipe, shape, dtype, configured):
     original = source(shape, dtype)
     tensors = quantized(original, recipe, WEIGHTS)
     write(scratch, tensors, config(recipe) if configured else None)
@@ -83,7 +83,7 @@ def test_a_genuine_result_passes_with_the_figures_of_its_codes(scratch, recipe, 
 
 
 @given(recipes(), st.sampled_from([1, 100, 3000]))
-def test_chunks_change_nothing(scratch, recipe, elements):
+def test_the_chunk_size_does_not_change_the_report(scratch, recipe, elements):
     original = source((70, 48))
     write(scratch, quantized(original, recipe, WEIGHTS), config(recipe))
     whole = verify(scratch, open_source(original), fail_under=-math.inf)
@@ -117,7 +117,7 @@ def test_damage_to_any_result_is_found(scratch, recipe, damage, said):
 
 
 def others(codes, damage):
-    """Codes that are not those of the source, and what is said about them."""
+    """Damaged codes, and the expected failure."""
     if damage == "columns moved":
         return codes.roll(1, 1), "SQNR"
     if damage == "rows moved":
@@ -131,7 +131,7 @@ def others(codes, damage):
 
 
 @given(recipes(), st.sampled_from(["columns moved", "rows moved", "one code", "one row", 1, 2]), st.booleans())
-def test_codes_that_are_not_those_of_the_source_are_found(scratch, recipe, damage, configured):
+def test_damaged_codes_are_found(scratch, recipe, damage, configured):
     recipe = attrs.evolve(recipe, bits=max(4, recipe.bits))
     original = source((40, 48))
     tensors = quantized(original, recipe, WEIGHTS)
@@ -144,13 +144,13 @@ def test_codes_that_are_not_those_of_the_source_are_found(scratch, recipe, damag
     assert said in failures_of(report)
 
 
-def test_a_dropped_weight_is_named_with_what_is_left_of_it(scratch):
+def test_a_weight_without_codes_is_reported_with_its_remaining_tensors(scratch):
     original = source()
     tensors = quantized(original, FINE, WEIGHTS)
     del tensors[f"{WEIGHTS[0]}_packed"]
     report = fewbits.verify(write(scratch, tensors, config(FINE)), original)
     assert f"{WEIGHTS[0]} is in the source, not in the result" in report.failures
-    assert any(failure.startswith(f"{WEIGHTS[0]}_scale is in the result; it is no part") for failure in report.failures)
+    assert any(failure.startswith(f"{WEIGHTS[0]}_scale is in the result, but") for failure in report.failures)
     alone = fewbits.verify(scratch)
     assert any(failure.startswith(f"{WEIGHTS[0]}_scale is in the result") for failure in alone.failures)
 
@@ -162,14 +162,14 @@ def test_a_weight_of_another_shape_is_found(scratch):
     assert "has shape (33, 48); in the source it is float32 of shape (48, 33)" in failures_of(report)
 
 
-def test_a_result_that_is_not_what_the_source_has_is_found(scratch):
+def test_a_weight_that_the_source_lacks_is_found(scratch):
     original = source()
     write(scratch, quantized(original, FINE, WEIGHTS))
     del original[WEIGHTS[1]]
     assert "is in the result but not in the source" in failures_of(fewbits.verify(scratch, original), WEIGHTS[1])
 
 
-def test_kept_tensors_may_be_cast_and_it_is_said(scratch):
+def test_kept_tensors_may_be_cast_which_the_report_notes(scratch):
     original = source()
     tensors = quantized(original, FINE, WEIGHTS)
     tensors["layers.0.bias"] = tensors["layers.0.bias"].bfloat16()
@@ -201,7 +201,7 @@ def test_errors_beyond_half_a_step_are_a_note(scratch):
     assert worst.worst_bound_ratio > 1
 
 
-def test_columns_in_the_order_of_activations_are_read(scratch):
+def test_columns_in_another_order_with_g_idx_are_read(scratch):
     original, recipe = source(), Recipe(group_size=8)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
     groups = torch.empty(48, dtype=torch.int32)
@@ -222,7 +222,7 @@ def test_columns_in_the_order_of_activations_are_read(scratch):
 
 
 def scaled_to_float8(weight, dtype, rows, columns):
-    """Scales for blocks of so many rows and columns, and the weight over them in float8."""
+    """A weight in float8 and its scales, one for each block of rows and columns."""
     height, width = weight.shape
     blocks = weight.reshape(height // rows, rows, width // columns, columns)
     scale = blocks.abs().amax((1, 3)) / torch.finfo(dtype).max
@@ -262,14 +262,14 @@ def test_stacks_of_matrices_are_read(scratch):
     assert fewbits.verify(write(scratch, flat, config(Recipe())), {"experts.weight": experts}).ok
 
 
-def test_kernels_with_a_scale_a_row_are_read(scratch):
+def test_convolution_kernels_with_a_scale_per_row_are_read(scratch):
     kernel = torch.randn(6, 4, 3, 3)
     codes, scale, _ = rounded(kernel.reshape(6, 36), Recipe(8, None))
     tensors = {"conv.weight": codes.reshape(kernel.shape), "conv.weight_scale": scale.reshape(6, 1, 1, 1)}
     assert fewbits.verify(write(scratch, tensors), {"conv.weight": kernel}).ok
 
 
-def test_several_schemes_are_told_apart(scratch):
+def test_a_checkpoint_with_several_schemes_is_read(scratch):
     original, other = source(), Recipe(8, 0, packed=False)
     tensors = quantized(original, Recipe(), WEIGHTS[:1])
     tensors = {name: t for name, t in tensors.items() if name != WEIGHTS[1]} | stored(
@@ -288,7 +288,7 @@ def test_a_model_with_tied_weights_is_compared_with_its_result(scratch):
     assert fewbits.verify(scratch, model).ok
 
 
-def test_what_is_not_checked_is_said(scratch):
+def test_the_report_lists_missing_checks_and_inferred_schemes(scratch):
     original = source()
     tensors = quantized(original, FINE, WEIGHTS) | {"layers.0.input_scale": torch.tensor([0.5])}
     report = fewbits.verify(write(scratch, tensors), original)
@@ -321,7 +321,7 @@ def test_notes_are_in_the_json(scratch):
 
 
 def split(path, tensors, moved):
-    """Two files and their index in place of one."""
+    """Split a file into two with an index."""
     first = {name: tensor for name, tensor in tensors.items() if name not in moved}
     parts = {
         "model-00001-of-00002.safetensors": first,
@@ -345,7 +345,7 @@ def test_parts_of_a_weight_may_be_in_several_files(tmp_path, kind):
     assert report.ok, report.failures
 
 
-def test_an_index_that_says_otherwise_than_its_files_is_refused(tmp_path):
+def test_an_index_that_contradicts_its_files_is_refused(tmp_path):
     tensors = quantized(source(), FINE, WEIGHTS)
     path = write(tmp_path / "model", tensors, config(FINE))
     weight_map = split(path, tensors, ["steps"])
@@ -385,7 +385,7 @@ def test_a_config_with_a_value_of_the_wrong_type_is_refused(scratch, settings, s
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"a": 1, "a": 2}', b"\xff{}", b'{"a":' + b"[" * 100_000])
-def test_a_config_that_is_no_json_object_is_refused(scratch, text):
+def test_a_config_that_is_not_a_json_object_is_refused(scratch, text):
     write(scratch, quantized(source(), FINE, WEIGHTS))
     (scratch / "config.json").write_bytes(text)
     with pytest.raises(fewbits.errors.FormatError, match=r"config\.json"):
@@ -400,7 +400,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from([*SCHEME, "block_structure"]), JSON, st.sampled_from(["weights", "group", "config"]))
-def test_no_config_makes_it_fail_in_another_way(scratch, key, value, where):
+def test_any_config_is_verified_or_refused_with_a_format_error(scratch, key, value, where):
     settings = config(FINE)
     group = settings["config_groups"]["group_0"]
     {"weights": group["weights"], "group": group, "config": settings}[where][key] = value
@@ -430,7 +430,7 @@ def test_no_config_makes_it_fail_in_another_way(scratch, key, value, where):
     ],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_weight_whose_parts_contradict_one_another_is_a_failure_with_its_reason(scratch, change, said, symmetric):
+def test_a_weight_with_contradictory_parts_is_a_failure_with_its_reason(scratch, change, said, symmetric):
     original, recipe = source(), Recipe(8, None, symmetric)
     tensors = quantized(original, recipe, WEIGHTS) | {f"{WEIGHTS[0]}{part}": t for part, t in change.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -456,7 +456,7 @@ TENSORS = st.builds(
     st.booleans(),
     st.booleans(),
 )
-def test_no_parts_make_it_fail_in_another_way(scratch, recipe, parts, configured, compared):
+def test_any_parts_of_a_weight_are_verified_or_reported_as_failures(scratch, recipe, parts, configured, compared):
     original = source()
     tensors = quantized(original, recipe, WEIGHTS) | {f"{WEIGHTS[0]}{part}": tensor for part, tensor in parts.items()}
     write(scratch, tensors, config(recipe) if configured else None)
@@ -464,13 +464,13 @@ def test_no_parts_make_it_fail_in_another_way(scratch, recipe, parts, configured
 
 
 @pytest.mark.parametrize("zero", [torch.zeros(33, 1), torch.zeros(3, 1, dtype=torch.int32), torch.zeros(0)])
-def test_zero_points_of_another_kind_are_a_failure_with_its_reason(scratch, zero):
+def test_zero_points_of_the_wrong_dtype_or_shape_are_a_failure_with_its_reason(scratch, zero):
     original, recipe = source(), Recipe(8, None, symmetric=False)
     tensors = quantized(original, recipe, WEIGHTS) | {f"{WEIGHTS[0]}_zero_point": zero}
     assert "zero_point" in failures_of(fewbits.verify(write(scratch, tensors, config(recipe)), original))
 
 
-def test_zero_points_that_are_missing_are_a_failure(scratch):
+def test_missing_zero_points_are_a_failure(scratch):
     original, recipe = source(), Recipe(8, None, symmetric=False)
     tensors = quantized(original, recipe, WEIGHTS)
     del tensors[f"{WEIGHTS[0]}_zero_point"]
@@ -478,7 +478,7 @@ def test_zero_points_that_are_missing_are_a_failure(scratch):
 
 
 @pytest.mark.parametrize("part", ["", "_zero_point"])
-def test_a_byte_beyond_the_bits_it_should_have_is_a_failure(scratch, part):
+def test_a_one_byte_code_outside_the_range_of_its_bits_is_a_failure(scratch, part):
     original, recipe = source(), Recipe(4, 8, symmetric=False, packed=False)
     tensors = quantized(original, recipe, WEIGHTS)
     tensors[f"{WEIGHTS[0]}{part}"][0, 0] = 8
@@ -498,7 +498,7 @@ def test_a_byte_beyond_the_bits_it_should_have_is_a_failure(scratch, part):
         ({"config_groups": {"g": {"weights": SCHEME | {"type": "float"}}}}, "integers of 2 to 8 bits"),
     ],
 )
-def test_what_the_config_does_not_explain_is_a_failure(scratch, changes, said):
+def test_tensors_that_contradict_the_config_are_a_failure(scratch, changes, said):
     write(scratch, quantized(source(), FINE, WEIGHTS), config(FINE, **changes))
     report = fewbits.verify(scratch, source())
     assert WEIGHTS[0] in failing(report)
@@ -514,7 +514,7 @@ def test_a_config_that_explains_a_bad_result_is_noted(scratch, changes, said):
     assert any(said in note for note in report.notes)
 
 
-def test_columns_so_few_that_bits_cannot_be_told_need_a_config(scratch):
+def test_too_few_columns_to_infer_the_bits_need_a_config(scratch):
     weights, recipe = {"w": torch.randn(9, 4)}, Recipe(4, None)
     tensors = stored("w", weights["w"], recipe)
     assert "may be codes of" in failures_of(fewbits.verify(write(scratch, tensors), weights), "w")
@@ -530,7 +530,7 @@ def test_a_config_that_is_a_link_to_elsewhere_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_our_own_tensors_without_what_we_say_about_them_measure_the_same(tmp_path, symmetric):
+def test_fewbits_tensors_without_their_metadata_measure_the_same(tmp_path, symmetric):
     original = source()
     scheme = fewbits.Int4Grouped(16, symmetric=symmetric, selector=fewbits.LayerSelector(min_elements=1))
     result = fewbits.quantize(original, scheme)
@@ -542,7 +542,7 @@ def test_our_own_tensors_without_what_we_say_about_them_measure_the_same(tmp_pat
     assert measured == {tensor.name: tensor.measurement for tensor in result.report.tensors}
 
 
-def test_what_fewbits_wrote_is_verified_as_its_own_whatever_config_lies_beside_it(tmp_path):
+def test_a_fewbits_file_is_verified_as_such_beside_any_config(tmp_path):
     original = source()
     result = fewbits.quantize(original, "int8", min_elements=1)
     (tmp_path / "out").mkdir()

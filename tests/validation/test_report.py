@@ -1,4 +1,4 @@
-"""`Report` as a value: verdicts, what counts as a failure, text and JSON."""
+"""`Report` as a value: verdicts, failures, text and JSON."""
 
 import json
 import math
@@ -49,11 +49,11 @@ def test_the_verdict_on_an_sqnr(db, verdict):
 
 
 @given(st.floats(), st.floats(allow_nan=False))
-def test_critical_is_exactly_what_is_under_the_line(db, fail_under):
+def test_an_sqnr_is_critical_exactly_if_it_is_below_the_limit(db, fail_under):
     assert (verdict_of(db, fail_under) == "critical") == (not db >= fail_under)
 
 
-def test_warnings_never_fail_and_are_listed_from_the_least_sqnr_up():
+def test_warnings_never_fail_and_are_listed_by_rising_sqnr():
     found = report(*(tensor(f"layer{i}", db=15.0 - i) for i in range(4)), tensor("fine"))
     assert found.ok
     assert [warning.split(":")[0] for warning in found.warnings] == ["layer3", "layer2", "layer1", "layer0"]
@@ -62,7 +62,7 @@ def test_warnings_never_fail_and_are_listed_from_the_least_sqnr_up():
 
 
 @pytest.mark.parametrize("count", [1, 37])
-def test_a_summary_has_one_warning_however_many_tensors_it_is_about(count):
+def test_a_summary_has_one_warning_line_for_any_number_of_tensors(count):
     found = report(*(tensor(f"layer{i}", db=15.0 - i / 10) for i in range(count)), tensor("fine"))
     (warning,) = [line for line in found.summary(500).splitlines() if line.startswith("warning: ")]
     assert f"{count} of {count + 1} tensors are below 20 dB" in warning
@@ -88,7 +88,7 @@ def test_the_summary_says_whether_every_element_is_within_its_bound(ratios, said
 
 
 def test_an_error_just_beyond_its_bound_is_not_called_within_it():
-    """Its ratio can be rounded to 1, and nevertheless be an error beyond the bound."""
+    """The ratio of error and bound can round to 1 although the error exceeds the bound."""
     found = report(tensor(worst_bound_ratio=1.0, broken_at=(0, 0)))
     assert "error bound: exceeded in 1 of 1 tensors" in found.summary()
 
@@ -101,14 +101,14 @@ def test_no_line_of_a_summary_is_longer_than_the_width(found, width):
     tensors = [tensor(name, db, failures=(failure,) if failure else ()) for name, db, failure in found]
     described = report(*tensors, checks=("digests", "size", "scales") * 4, unchecked=("x y " * 40,))
     text = described.summary(width)
-    for failure in sorted(described.failures, key=len, reverse=True):  # these are whole, to be searched for
+    for failure in sorted(described.failures, key=len, reverse=True):  # failures never wrap
         assert f"failure: {failure}" in text
         text = text.replace(f"failure: {failure}", "", 1)
     assert all(len(line) <= width for line in text.splitlines())
 
 
 @given(st.lists(names, min_size=1, max_size=6, unique=True))
-def test_a_table_fits_a_terminal_and_otherwise_has_whole_names(found):
+def test_a_table_fits_the_given_width_and_has_whole_names_without_one(found):
     described = report(*map(tensor, found))
     assert all(len(line) <= 80 for line in described.table(80).splitlines())
     assert all(name in described.table() for name in found)
@@ -130,12 +130,12 @@ def test_every_failure_is_listed_with_its_tensor(found, failures):
     assert json.loads(found.to_json())["failures"] == failures
 
 
-def test_sqnr_is_pooled_over_signals_and_noises():
+def test_total_sqnr_is_total_signal_over_total_noise():
     found = report(tensor("a", db=10.0), tensor("b", db=30.0))
     assert found.sqnr_db == pytest.approx(10 * math.log10((10 + 1000) / 2))
 
 
-def test_kept_tensors_have_no_figures():
+def test_kept_tensors_have_no_sqnr():
     found = report(TensorReport("bias", "kept", "", None, None))
     assert found.sqnr_db is None
     assert found.ok
@@ -155,7 +155,7 @@ ODD = st.sampled_from([0.0, 1.0, 1e-300, math.inf, math.nan])
 
 
 @given(ODD, ODD, ODD, ODD)
-def test_json_is_strict_whatever_was_measured(signal, noise, error, scale):
+def test_json_is_strict_for_all_measurements(signal, noise, error, scale):
     measurement = measured(
         signal, noise, max_abs_error=error, worst_bound_ratio=error, scale_min=scale, scale_max=scale, code_min=-1,
         code_max=1,
@@ -178,7 +178,7 @@ def test_an_exact_result_is_null_and_exact_in_json(scheme):
     assert "inf" in str(found)
 
 
-def test_json_says_everything_about_every_tensor():
+def test_json_contains_every_tensor_with_its_measurement():
     result = quantize_small(mlp(), "int8")
     described = strict(result.report.to_json())
     assert [t["name"] for t in described["tensors"]] == [row.name for row in result.ledger]

@@ -1,4 +1,4 @@
-"""Verifying a file, alone and against what it was made from."""
+"""Verify a file, alone and against its source."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_a_file_made_from_a_model_passes_against_that_model(scratch):
     assert verify(scratch, open_source(model.state_dict())).ok
 
 
-def test_without_a_source_it_says_what_could_not_be_checked(scratch):
+def test_without_a_source_the_report_lists_the_missing_checks(scratch):
     save(scratch, state())
     report = verify(scratch)
     assert report.ok
@@ -66,7 +66,7 @@ def test_the_bytes_in_the_report_are_those_of_the_file(scratch):
     assert verify(scratch).bytes_after == result.ledger.bytes_after
 
 
-def test_the_same_figures_come_out_as_when_the_file_was_made(scratch):
+def test_verifying_measures_the_same_as_quantizing(scratch):
     result = save(scratch, state(), "int4", group_size=64)
     again = verify(scratch, open_source(state()))
     assert [t.measurement for t in again.tensors] == [t.measurement for t in result.report.tensors]
@@ -89,7 +89,7 @@ def test_the_same_figures_come_out_as_when_the_file_was_made(scratch):
         ),
     ],
 )
-def test_a_source_with_other_names_shapes_or_dtypes_is_told_apart(scratch, edit, named):
+def test_a_source_with_other_names_shapes_or_dtypes_fails(scratch, edit, named):
     save(scratch, untied())
     other = untied()
     edit(other)
@@ -99,7 +99,7 @@ def test_a_source_with_other_names_shapes_or_dtypes_is_told_apart(scratch, edit,
 
 
 @given(st.sampled_from(["layers.0.bias", "norm.weight", "steps"]), st.data())
-def test_one_bit_of_a_kept_tensor_is_enough(scratch, name, data):
+def test_one_changed_bit_of_a_kept_tensor_fails(scratch, name, data):
     save(scratch, untied(), validate=False)
     other = untied()
     changed = other[name].reshape(-1).view(torch.uint8)
@@ -110,11 +110,11 @@ def test_one_bit_of_a_kept_tensor_is_enough(scratch, name, data):
 
 @pytest.mark.parametrize("name", ["embeddings.weight", "layers.0.weight", "layers.1.weight", "half.weight"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_one_weight_off_by_more_than_its_bound_is_enough(scratch, scheme, name):
+def test_one_element_beyond_its_error_bound_fails(scratch, scheme, name):
     save(scratch, untied(), SCHEMES[scheme](), validate=False)
     other = untied()
     if other[name].dtype == torch.float16 and scheme == "fp16":
-        pytest.skip("kept, as it is half precision already")
+        pytest.skip("the tensor is already in half precision, so it is kept")
     flat = other[name].view(-1)
     flat[flat.abs().argmin()] += flat.abs().max() / 2
     report = verify(scratch, open_source(other))
@@ -122,7 +122,7 @@ def test_one_weight_off_by_more_than_its_bound_is_enough(scratch, scheme, name):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_source_that_holds_nan_now_does_not_pass(scratch, bad):
+def test_a_source_with_nan_or_inf_fails(scratch, bad):
     save(scratch, untied(), validate=False)
     other = untied()
     other["layers.0.weight"][3, 4] = bad
@@ -130,7 +130,7 @@ def test_a_source_that_holds_nan_now_does_not_pass(scratch, bad):
     assert [tensor.name for tensor in report.tensors if tensor.failures] == ["layers.0.weight"]
 
 
-def test_names_that_were_tied_must_still_be_equal_in_the_source(scratch):
+def test_tied_tensors_must_be_equal_in_the_source(scratch):
     save(scratch, state(), validate=False)
     assert verify(scratch, open_source(untied())).ok
     other = untied()
@@ -140,7 +140,7 @@ def test_names_that_were_tied_must_still_be_equal_in_the_source(scratch):
     assert any("head.weight" in failure for failure in report.failures)
 
 
-def test_a_damaged_tensor_is_not_decoded_and_the_others_still_are(scratch):
+def test_a_damaged_tensor_is_not_decoded_but_the_others_are(scratch):
     save(scratch, untied(), validate=False)
     data = bytearray(scratch.read_bytes())
     data[-1] ^= 1
@@ -153,7 +153,7 @@ def test_a_damaged_tensor_is_not_decoded_and_the_others_still_are(scratch):
     assert len(report.general) == 0
 
 
-def test_fail_under_moves_the_line(scratch):
+def test_fail_under_sets_the_sqnr_below_which_tensors_fail(scratch):
     save(scratch, untied(), validate=False)
     source = open_source(untied())
     assert verify(scratch, source, fail_under=35).ok
@@ -164,13 +164,13 @@ def test_fail_under_moves_the_line(scratch):
 
 
 @pytest.mark.parametrize("write", [lambda path: None, lambda path: safetensors.torch.save_file(untied(), path)])
-def test_what_is_not_ours_cannot_be_verified(tmp_path, write):
+def test_missing_and_unquantized_files_cannot_be_verified(tmp_path, write):
     write(tmp_path / "f")
     with pytest.raises(fewbits.errors.CheckpointError):
         verify(tmp_path / "f")
 
 
-def test_a_limit_that_is_no_number_is_refused(tmp_path):
+def test_a_nan_limit_is_refused(tmp_path):
     fewbits.quantize(nn.Linear(32, 32), "int8").save(tmp_path / "f")
     with pytest.raises(fewbits.errors.ArgumentError, match="fail_under must be a number of dB, not nan"):
         fewbits.verify(tmp_path / "f", fail_under=float("nan"))

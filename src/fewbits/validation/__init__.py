@@ -1,1 +1,1 @@
-"""Compare results with their sources and with the ledger; report every difference."""
+"""Check results against their ledger and their source."""

@@ -1,4 +1,4 @@
-"""The checks themselves. One function measures (`fewbits.numerics.metrics.measure`); everything here calls it."""
+"""The checks of a result. All errors are measured by one function, `fewbits.numerics.metrics.measure`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed, no_progress
 from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
 
-#: The note for a tensor that another tool quantized.
-NOT_NEAREST = "errors beyond half a step, as clipping, error feedback or rounding in a narrower dtype leave"
+#: Note on a tensor that another tool quantized.
+NOT_NEAREST = "errors beyond half a step, as from clipping, error feedback or rounding in a narrower dtype"
 
-#: Yields the chunks of a row: the stored form, and the source. The source is None if it is missing or not asked for.
+#: Yields the chunks of a row, each with its source. The source is None if it is missing, or if the second argument is
+#: False.
 Pairs = Callable[[LedgerRow, bool], Iterator[tuple[Value, Tensor | None]]]
 
 
@@ -44,17 +45,17 @@ def examine(
     """Compare every stored tensor with its source and with the ledger.
 
     Args:
-        ledger: the expected result.
-        pairs: gives the chunks of every stored tensor and, if asked for and available, those of its source.
-        bytes_after: bytes of the result's tensors, counted from them.
-        known: results that need no examination, by tensor name: a measurement from the conversion, or what is wrong
-            with a tensor that must not be read.
-        uncompared: why tensors are not compared that `pairs` gives no source for.
-        fail_under: SQNR in dB below which a tensor is critical, which is a failure.
-        progress: told about every tensor, before and after it.
+        ledger: the ledger of the result.
+        pairs: yields the chunks of each stored tensor with their source, if there is one.
+        bytes_after: bytes of the result's tensors, counted from the tensors.
+        measured: measurements taken earlier, by name; those tensors are not measured again.
+        damaged: for tensors that must not be read, by name: their failure.
+        uncompared: why tensors without a source are not compared.
+        fail_under: SQNR in dB below which a tensor fails.
+        progress: called before and after every tensor.
 
     Raises:
-        ArgumentError: if `fail_under` is no number of decibels.
+        ArgumentError: if `fail_under` is not a number of decibels.
     """
     check_fail_under(fail_under)
     known = known or {}
@@ -67,7 +68,7 @@ def examine(
             tensors.append(examine_tensor(row, pairs, result, fail_under))
     failures = []
     if bytes_after != ledger.bytes_after:
-        failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, the result has {bytes_after:,}")
+        failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, but the result has {bytes_after:,}")
     checked, unchecked = _coverage(tensors, uncompared)
     return Report(
         tensors=tuple(tensors),
@@ -80,7 +81,7 @@ def examine(
 
 
 def _coverage(tensors: list[TensorReport], why: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Describe which checks against the source were made, and which were not."""
+    """Text on the completed comparisons with the source, and text on the missing ones."""
     lossy = [t for t in tensors if t.fate != "kept"]
     blind = [t.name for t in lossy if t.measurement is None]
     if not blind:
@@ -92,10 +93,10 @@ def _coverage(tensors: list[TensorReport], why: str) -> tuple[tuple[str, ...], t
 
 
 def check_fail_under(fail_under: object) -> None:
-    """Refuse a limit that is not a number.
+    """Refuse a limit that cannot be compared with an SQNR.
 
     Raises:
-        ArgumentError: if it is no number of decibels.
+        ArgumentError: if it is not a number of decibels.
     """
     if not isinstance(fail_under, (int, float)) or math.isnan(fail_under):
         raise ArgumentError(f"fail_under must be a number of dB, not {fail_under!r}")
@@ -107,11 +108,11 @@ def examine_tensor(
     """Compare one stored tensor with its source.
 
     Args:
-        row: of the ledger.
+        row: the tensor's row in the ledger.
         pairs: as for `examine`.
-        measurement: taken while the source was available; None measures now, if there is a source.
-        fail_under: SQNR in dB below which it is a failure.
-        bounded: whether an error beyond its bound is a failure, and not a note.
+        measurement: a measurement taken earlier; None measures now, if there is a source.
+        fail_under: SQNR in dB below which the tensor fails.
+        bounded: whether an error beyond its bound is a failure; otherwise it is a note.
     """
     if row.spec is None:
         kept = all(source is None or same_bits(source, value) for value, source in pairs(row, True))
@@ -137,7 +138,7 @@ def examine_tensor(
 
 
 def _measured(row: LedgerRow, pairs: Pairs, blind: _Blind) -> tuple[Measurement | None, bool]:
-    """Measure a tensor against its source (None without one), and check that its scales are sound."""
+    """The errors of a tensor (None without a source), and whether all of its scales are positive and finite."""
     tally = Tally(_unit(row, pairs))
     compared, sound = False, True
     for value, source in pairs(row, True):
@@ -152,7 +153,7 @@ def _measured(row: LedgerRow, pairs: Pairs, blind: _Blind) -> tuple[Measurement 
 
 
 class _Blind:
-    """Collects codes, to report a tensor that has the same code everywhere."""
+    """Collects observations on codes that have no source to compare with."""
 
     def __init__(self) -> None:
         self._codes: set[int] = set()
@@ -165,12 +166,12 @@ class _Blind:
 
     def notes(self) -> list[str]:
         same = len(self._codes) == 1 and self._elements > 1
-        return [f"all of its codes are {code}; without its source nobody can tell whether they should be"
+        return [f"all of its codes are {code}; without the source, whether that is right cannot be checked"
                 for code in self._codes if same]  # fmt: skip
 
 
 def _unit(row: LedgerRow, pairs: Pairs) -> float:
-    """The unit for sums of squares. Only for float64 tensors this reads the source."""
+    """The unit for sums of squares; it depends on the source's values for float64 tensors only."""
     if row.dtype != torch.float64:
         return 1.0
     return unit_of(source for _, source in pairs(row, True) if source is not None)
@@ -185,13 +186,14 @@ def _broken(measurement: Measurement) -> str:
 
 
 def _patterns(measurement: Measurement) -> list[str]:
-    """Failures of codes that look lost or never written."""
+    """Failures for patterns of codes that suggest lost or never written data."""
     if measurement.constant_rows and measurement.code_min == measurement.code_max:
-        return [f"all of its codes are {measurement.code_min}, and not those of the source"]
+        return [f"all of its codes are {measurement.code_min}, which rounding the source does not give"]
     if measurement.constant_rows:
-        return [f"one code throughout in {measurement.constant_rows:,} of its rows, and not in those of the source"]
+        rows = f"{measurement.constant_rows:,} of its rows"
+        return [f"one code throughout in {rows}, which rounding the source does not give"]
     if measurement.same_rows and measurement.sqnr_db < CRITICAL_DB and measurement.broken_at is not None:
-        return ["all of its rows have the same codes, and not those of the source"]
+        return ["all of its rows have the same codes, which rounding the source does not give"]
     return []
 
 
@@ -207,10 +209,10 @@ def check_reload(
     value_of: Callable[[str], Value],
     serializer: Serializer,
 ) -> Report:
-    """Save to a temporary file, read it back, and compare bit for bit, a tensor at a time.
+    """Save to a temporary file, read it back, and compare the tensors bit for bit, one at a time.
 
     Returns:
-        the report, with a failure for every difference.
+        the report, extended by this check and its failures.
     """
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fewbits-") as folder:
@@ -220,7 +222,7 @@ def check_reload(
             checkpoint = Checkpoint(path, serializer)
             for row in checkpoint.ledger.stored:
                 if not same_bits(value_of(row.name), checkpoint.value(row.name)):
-                    failures[row.name] = "what is read back from a file is not what was saved"
+                    failures[row.name] = "differs after saving to a file and reading back"
         except CheckpointError as error:
             return attrs.evolve(report, general=(*report.general, f"reload: {error}"))
     tensors = [

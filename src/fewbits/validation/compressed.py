@@ -1,7 +1,7 @@
-"""Verify a checkpoint of compressed-tensors against its source.
+"""Verify a checkpoint that another tool wrote in a format of compressed-tensors against its source.
 
-Such a file has no stated error bound: its tool may have clipped, fed errors forward, or rounded in a narrower dtype.
-An error beyond half a step is therefore a note. Only differences that no rounding explains are failures.
+There is no error bound for such a checkpoint: the tool may have clipped weights, compensated errors, or rounded in a
+narrower dtype. An error beyond half a step is therefore a note; only errors that no rounding explains are failures.
 """
 
 from __future__ import annotations
@@ -40,16 +40,15 @@ def verify_compressed_tensors(
 
     Args:
         path: the file, the directory, or the index in it.
-        source: the checkpoint before quantization; None checks structure and scales only.
+        source: the source that the checkpoint was made from; None checks structure and scales only.
         serializer: reads the files; None means safetensors.
-        chunk_elements: how many elements are compared at a time, about; see `fewbits.checkpoint.chunks.chunks`.
+        chunk_elements: approximate number of elements to compare at a time; see `fewbits.checkpoint.chunks.chunks`.
         fail_under: SQNR in dB below which a tensor fails.
-        progress: told about every tensor, before and after it.
+        progress: called before and after every tensor.
 
     Raises:
-        FormatError: if its index or config has something that it cannot have. A tensor that cannot be read is a
-            failure in the report.
-        ArgumentError: if `fail_under` is no number of decibels.
+        FormatError: if the index or the config is invalid. (A tensor that cannot be read is a failure in the report.)
+        ArgumentError: if `fail_under` is not a number of decibels.
     """
     check_fail_under(fail_under)
     originals = None
@@ -115,7 +114,7 @@ class _Comparison:
 def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:
     """Failures of tensors that are neither weights nor kept."""
     for name in checkpoint.unknown:
-        yield f"{name} is in the result; it is no part of a weight there, and not in the source"
+        yield f"{name} is in the result, but it is not part of a weight and not in the source"
     for name in checkpoint.of_activations:
         values = checkpoint.read(name)
         if values.dtype in FLOAT_DTYPES and not bool((torch.isfinite(values) & (values != 0)).all()):
@@ -123,7 +122,7 @@ def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:
 
 
 def _missing(checkpoint: CompressedTensors, source: Source) -> Iterator[str]:
-    """Tensors of the source that the result lacks, under any of the names of their storage."""
+    """Failures for tensors of the source that the result has under none of their tied names."""
     there = {row.name for row in checkpoint.ledger} | checkpoint.problems.keys()
     storages = {info.storage for info in source.infos if info.name in there}
     for info in source.infos:

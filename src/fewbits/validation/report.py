@@ -17,15 +17,15 @@ from fewbits.selection.ledger import Fate
 
 Verdict = Literal["good", "fair", "warning", "critical"]
 
-#: Decibels below which a tensor is critical (and fails), a warning, only fair.
+#: SQNR in decibels below which a tensor's verdict is critical (a failure), a warning, or fair.
 CRITICAL_DB, WARNING_DB, FAIR_DB = 10.0, 20.0, 30.0
 
-#: What to do about an SQNR that is a warning.
+#: Advice for a low SQNR.
 LOSE_LESS = 'int8, smaller groups, or observer="mse" lose less'
 
 
 def verdict_of(sqnr_db: float, fail_under: float = CRITICAL_DB) -> Verdict:
-    """The verdict on an SQNR: below `fail_under` critical, below 20 dB warning, up to 30 fair, above good.
+    """Return the verdict on an SQNR: below `fail_under` critical, below 20 dB warning, up to 30 dB fair, above good.
 
     >>> [verdict_of(db) for db in (9.9, 17.9, 25.0, 40.1)]
     ['critical', 'warning', 'fair', 'good']
@@ -39,16 +39,16 @@ def verdict_of(sqnr_db: float, fail_under: float = CRITICAL_DB) -> Verdict:
 
 @attrs.frozen
 class TensorReport:
-    """The findings for one tensor.
+    """The findings on one tensor.
 
     Attributes:
-        name: its name in the source.
+        name: the tensor's name in the source.
         fate: quantized, cast or kept.
-        scheme: its spec in words.
-        measurement: how it compares with the source; None if that was not compared.
-        verdict: on its SQNR; None without a measurement.
-        failures: one sentence for each failure.
-        notes: one sentence for each remark that is not a failure.
+        scheme: the spec as text.
+        measurement: errors relative to the source; None if the tensor was not compared.
+        verdict: the verdict on the SQNR; None without a measurement.
+        failures: a sentence for each failure; empty if the tensor passed.
+        notes: remarks that are not failures.
     """
 
     name: str
@@ -60,7 +60,7 @@ class TensorReport:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description; an infinite SQNR is null with ``"exact": true``."""
+        """Return the findings as JSON-compatible values. An infinite SQNR is null, with ``"exact": true``."""
         found: dict[str, Any] = {
             "name": self.name, "fate": self.fate, "scheme": self.scheme, "verdict": self.verdict,
             "failures": list(self.failures), "notes": list(self.notes),
@@ -82,17 +82,17 @@ class TensorReport:
 
 @attrs.frozen(repr=False)
 class Report:
-    """The findings of a validation: every tensor, every check, and whether the result is correct.
+    """The findings of a validation: every tensor, every check, and whether the result passed.
 
     Attributes:
         tensors: one entry for each stored tensor.
-        checks: the names of the checks.
-        unchecked: checks that were not possible, each with the reason.
+        checks: the names of the checks that ran.
+        unchecked: checks that could not run, with the reason.
         general: failures of the result as a whole.
-        about: remarks on the result as a whole.
+        about: notes on the result as a whole.
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the result's tensors, counted from the tensors.
-        observed: how much data `observe` ran before the weights were converted; None if none.
+        observed: how much data `observe` ran before the weights were converted; None if it ran none.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -106,22 +106,22 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed. Warnings do not count."""
+        """Whether there are no failures. Warnings do not count."""
         return not self.failures
 
     @property
     def failures(self) -> list[str]:
-        """Every failure, with the name of its tensor."""
+        """All failures: of the result as a whole, then of tensors, each with the tensor's name."""
         return [*self.general, *(f"{t.name}: {failure}" for t in self.tensors for failure in t.failures)]
 
     @property
     def warnings(self) -> list[str]:
-        """A line for every tensor whose SQNR is a warning, the least SQNR first."""
+        """A line for every tensor whose SQNR is a warning, the lowest SQNR first."""
         return [f"{name}: SQNR {sqnr_db:.2f} dB in {scheme}" for sqnr_db, name, scheme in self._low()]
 
     @property
     def notes(self) -> list[str]:
-        """Remarks on the result, then on tensors; each names the first tensor that it is about."""
+        """All notes: on the result as a whole, then on tensors, each distinct note once with its first tensor."""
         names: dict[str, list[str]] = {}
         for tensor in self.tensors:
             for note in tensor.notes:
@@ -130,12 +130,12 @@ class Report:
 
     @property
     def sqnr_db(self) -> float | None:
-        """SQNR pooled over all quantized and cast tensors; None if none was measured."""
+        """SQNR pooled over all measured tensors; None if no tensor was measured."""
         measured = [measurement for _, measurement in self._measured()]
         return pooled_sqnr_db(measured) if measured else None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description."""
+        """Return the report as JSON-compatible values."""
         return {
             "ok": self.ok,
             "failures": self.failures,
@@ -151,15 +151,14 @@ class Report:
         }
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """The report as a JSON document."""
+        """Return the report as a JSON document."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def summary(self, width: int = 80) -> str:
-        """The verdict in a few lines, with every failure; the warnings are counted.
+        """Return the verdict in a few lines, with every failure and the number of warnings.
 
         Args:
-            width: of the longest line; what is longer goes on in the next line. A failure is one line, however long it
-                is, so that it can be searched for.
+            width: maximum line width; longer lines wrap. A failure is always one line, so that it can be searched for.
         """
         passed = "passed" if self.ok else "FAILED"
         lines = [
@@ -175,11 +174,11 @@ class Report:
         return "\n".join([*(part for line in lines for part in wrap(line, width, "  ")), *failures])
 
     def table(self, width: int | None = None) -> str:
-        """A line for every tensor.
+        """Return a table with a line for every tensor.
 
         Args:
-            width: of the longest line; None stands for the whole table. Where that is wider, columns are left out, and
-                names lose their middle.
+            width: maximum line width; None means no limit. A table that is too wide loses columns, and the middle of
+                long names.
         """
         whole = [("name", "fate", "scheme", "SQNR dB", "max error", "of bound", "cosine", "verdict", "failures")]
         short = [("name", "scheme", "SQNR dB", "cosine", "verdict")]
@@ -198,7 +197,7 @@ class Report:
         return [(t, t.measurement) for t in self.tensors if t.measurement is not None]
 
     def _figures(self) -> Iterator[str]:
-        """The errors of all tensors, in words."""
+        """Lines that summarize the errors of all tensors."""
         measured = self._measured()
         if not measured or self.sqnr_db is None:
             return
@@ -209,11 +208,11 @@ class Report:
             yield f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider"
 
     def _low(self) -> list[tuple[float, str, str]]:
-        """SQNR, name and scheme of every tensor whose SQNR is a warning, the least SQNR first."""
+        """SQNR, name and scheme of every tensor whose SQNR is a warning, the lowest SQNR first."""
         return sorted((m.sqnr_db, t.name, t.scheme) for t, m in self._measured() if t.verdict == "warning")
 
     def _warning(self) -> Iterator[str]:
-        """One line, however many tensors it is about."""
+        """At most one line, which counts the tensors whose SQNR is a warning."""
         if low := self._low():
             sqnr_db, name, _ = low[0]
             yield (
@@ -229,7 +228,7 @@ class Report:
 
 
 def _bound_in_words(measured: Sequence[Measurement]) -> str:
-    """Whether all errors are within their bounds, and how close the largest comes; never rounded up to the bound."""
+    """Whether all errors are within their bounds, and how close the largest is. The percentage is rounded down."""
     largest = max(m.worst_bound_ratio for m in measured)
     if broken := sum(m.broken_at is not None or not m.worst_bound_ratio <= 1 for m in measured):
         return f"exceeded in {broken} of {len(measured)} tensors; the largest error is {largest:.4g} times it"

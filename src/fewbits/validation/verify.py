@@ -1,4 +1,4 @@
-"""Verify a file: its digests, its structure, and every element against the source."""
+"""Verify a file: its digests, its structure and, given the source, every element."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def verify(
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
-    """Re-read a fewbits file, or one of compressed-tensors, and check it.
+    """Re-read a fewbits or compressed-tensors checkpoint and check it.
 
-    Codes are decoded by the layout that the file states, not through any module.
+    Codes are decoded directly, by the layout that the file states, and not by a quantized module.
 
     Args:
-        path: the file, or the directory of several.
-        source: the checkpoint or model before quantization; None checks structure and digests only.
+        path: the file, or the directory of several files.
+        source: the source that the file was made from; None checks structure and digests only.
         serializer: reads the file; None means safetensors.
-        measured: measurements taken when these bytes were written, by name; they are reused.
-        chunk_elements: how many elements are compared at a time, about; see `fewbits.checkpoint.chunks.chunks`.
+        measured: measurements taken when these same bytes were written, by name; those tensors are not measured again.
+        chunk_elements: approximate number of elements to compare at a time; see `fewbits.checkpoint.chunks.chunks`.
         fail_under: SQNR in dB below which a tensor fails.
-        progress: told about every tensor, before and after it.
+        progress: called before and after every tensor.
 
     Raises:
-        FormatError: if it is neither fewbits' nor compressed-tensors', or its parts contradict one another.
+        FormatError: if the checkpoint has neither format, or its parts contradict each other.
         DigestError: if its header is damaged.
     """
     if is_compressed_tensors(path, serializer):
@@ -80,7 +80,7 @@ def verify_checkpoint(
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
-    """Check a fewbits checkpoint that is open already; arguments as `verify`."""
+    """Check a fewbits checkpoint that is already open; the other arguments are those of `verify`."""
     wrong = set(checkpoint.damaged())
     damaged = {}
     for row in checkpoint.ledger.stored:
@@ -93,7 +93,7 @@ def verify_checkpoint(
         differences, names = _match(checkpoint.ledger, source)
 
     def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
-        # A buffer that no state dict holds has no name in the source.
+        # A non-persistent buffer may have no name in the source.
         compared = with_source and source is not None and not differences and row.name in names
         for chunk in chunks(row, chunk_elements):
             yield checkpoint.chunk(chunk), source.read_chunk(names[row.name], chunk) if compared else None  # type: ignore[union-attr]
@@ -111,11 +111,11 @@ def verify_checkpoint(
 
 
 def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
-    """Compare names, shapes and dtypes of the source with those that the file was made from.
+    """Compare names, shapes and dtypes of the source with the file's ledger.
 
     Returns:
-        what differs, in words; and, for each stored row, the name to read it by in the source. Of tied names the
-        source may have any: checkpoints commonly hold one of them.
+        a sentence for each difference; and, for each stored row, its name in the source. The source may have any one
+        of several tied names, as checkpoints usually store only one.
     """
     found = {info.name: (info.shape, info.dtype) for info in source.infos}
     names: dict[str, str] = {}
@@ -128,14 +128,14 @@ def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
             if found[row.name] != (row.shape, row.dtype):
                 problems.append(
                     f"{row.name} was {_describe(row.shape, row.dtype)} when the file was made, "
-                    f"in the source it is {_describe(*found[row.name])}"
+                    f"but in the source it is {_describe(*found[row.name])}"
                 )
     known = {row.name for row in ledger}
     problems += [
         f"{info.name} is in the source, not in the file's ledger" for info in source.infos if info.name not in known
     ]
     problems += [
-        f"{row.name} is {row.alias_of} in the file, and has other values in the source"
+        f"{row.name} is tied to {row.alias_of} in the file, but has other values in the source"
         for row in ledger
         if row.name in found
         and row.alias_of is not None
