@@ -51,7 +51,7 @@ def layouts(draw):
 
 def forged_file(row):
     """A file with this row only: all scales are one, and all codes are the lowest."""
-    entries = dict(sorted(row_entries(row).items(), key=lambda item: -item[1].dtype.itemsize))
+    entries = dict(sorted(CODEC.entries(row).items(), key=lambda item: -item[1].dtype.itemsize))
     row = attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in entries.values()))
     header, payload, digests = {}, b"", {}
     for name, entry in entries.items():

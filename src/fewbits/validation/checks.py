@@ -48,8 +48,8 @@ def examine(
         ledger: the ledger of the result.
         pairs: yields the chunks of each stored tensor with their source, if there is one.
         bytes_after: bytes of the result's tensors, counted from the tensors.
-        measured: measurements taken earlier, by name; those tensors are not measured again.
-        damaged: for tensors that must not be read, by name: their failure.
+        known: results of tensors that need no examination, by name: a measurement taken earlier, or the failure of a
+            tensor that must not be read.
         uncompared: why tensors without a source are not compared.
         fail_under: SQNR in dB below which a tensor fails.
         progress: called before and after every tensor.
