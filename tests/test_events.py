@@ -21,7 +21,7 @@ def events():
     structlog.reset_defaults()
 
 
-def test_every_step_is_an_event_with_fields(events, tmp_path):
+def test_every_activity_is_an_event_with_fields(events, tmp_path):
     quantizer = small()
     quantizer.prepare(mlp())
     quantizer.observe([torch.ones(2, 16)])

@@ -3,7 +3,7 @@
 ::
 
     FewbitsError
-    ├── ArgumentError          (ValueError)      an argument outside what is allowed
+    ├── ArgumentError          (ValueError)      an argument with a value that is not allowed
     ├── StateError             (RuntimeError)    a lifecycle call out of order
     ├── SelectionError         (ValueError)      a pattern that matches nothing, a rule that contradicts another
     ├── SourceError            (ValueError)      a model or checkpoint that cannot be quantized
@@ -30,7 +30,7 @@ class FewbitsError(Exception):
 
 
 class ArgumentError(FewbitsError, ValueError):
-    """An argument has a value outside what is allowed."""
+    """An argument has a value that is not allowed."""
 
 
 class StateError(FewbitsError, RuntimeError):

@@ -58,7 +58,7 @@ def test_nothing_in_the_range_clips(case):
 
 
 @given(ranges())
-def test_the_scale_is_the_nearest_stored_number_or_the_next_one_where_that_would_clip(case):
+def test_the_scale_is_rounded_to_nearest_or_up_if_the_nearest_would_clip(case):
     low, high, spec = case
     # Beyond, a larger scale may be needed, so that no code stands for Inf (test_quantize.py).
     assume(max(-low, high) < torch.finfo(compute_dtype(spec.scale_dtype)).max / 2)
@@ -94,7 +94,7 @@ def test_the_zero_point_is_a_code_and_follows_from_the_stored_scale(case):
         (5, torch.float16, -7.109375, 3.140625, 0.33056640625),
     ],
 )
-def test_a_scale_that_rounds_down_so_far_that_it_clips_takes_the_next_number_up(bits, dtype, low, high, nearest):
+def test_a_scale_whose_rounding_would_clip_is_rounded_up(bits, dtype, low, high, nearest):
     scale, _ = choose(low, high, channel(bits, scale_dtype=dtype))
     assert rounded((high - low) / (2**bits - 1), dtype) == nearest
     assert scale == nearest + ulp(nearest, dtype)
@@ -187,7 +187,7 @@ def test_the_bound_is_half_a_step_or_the_distance_to_the_representable_range(cas
 
 
 @given(encodings())
-def test_zero_is_exactly_zero_whatever_the_zero_point(case):
+def test_zero_is_exactly_zero_for_any_zero_point(case):
     x, scale, zero_point, spec = case
     for zeros in (torch.zeros_like(x), -torch.zeros_like(x)):
         decoded = decode(encode(zeros, scale, zero_point, spec), scale, zero_point, spec, torch.float64)
@@ -195,7 +195,7 @@ def test_zero_is_exactly_zero_whatever_the_zero_point(case):
 
 
 @given(encodings())
-def test_what_was_chosen_well_is_taken_as_it_is(case):
+def test_valid_scales_and_zero_points_are_accepted_unchanged(case):
     x, scale, zero_point, spec = case
     taken, taken_zero = check_params(scale, zero_point, spec, tuple(x.shape))
     assert torch.equal(taken, scale)
@@ -227,7 +227,7 @@ GOOD_SCALE, GOOD_ZERO = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
         (GOOD_SCALE, 0, "zero point"),
     ],
 )
-def test_what_codes_cannot_be_made_with_is_refused(scale, zero_point, message):
+def test_invalid_scales_and_zero_points_are_refused(scale, zero_point, message):
     spec = QuantSpec(bits=4, granularity="group", group_size=4, symmetric=False, scale_dtype=torch.float32)
     with pytest.raises(NumericsError, match=message):
         check_params(scale, zero_point, spec, (3, 5))

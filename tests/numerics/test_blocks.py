@@ -95,7 +95,7 @@ def test_the_number_of_threads_changes_no_bit_of_any_width(bits, symmetric, dtyp
         "stack",
     ],
 )
-def test_how_a_weight_lies_in_memory_changes_nothing(tensor, layout, spec):
+def test_the_memory_layout_of_a_weight_changes_nothing(tensor, layout, spec):
     layout = layout or Layout.of(tensor.shape)
     matrix = tensor.permute(layout.permutation).reshape(layout.matrix_shape).contiguous()
     codes, scale = by_formula(matrix, spec)
@@ -106,7 +106,7 @@ def test_how_a_weight_lies_in_memory_changes_nothing(tensor, layout, spec):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_finite_numbers_whose_sum_is_not_are_quantized(granularity, dtype):
+def test_finite_numbers_with_an_infinite_sum_are_quantized(granularity, dtype):
     weight = torch.full((5, 64), torch.finfo(dtype).max, dtype=dtype)
     weight[3] *= -1
     codes = quantize(weight, QuantSpec(bits=8, granularity=granularity)).codes()

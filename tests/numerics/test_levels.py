@@ -121,7 +121,7 @@ def test_every_element_is_within_half_the_distance_of_the_levels_around_it(probl
 
 
 @given(problems())
-def test_the_bound_is_that_of_fractions(problem):
+def test_the_bound_agrees_with_exact_fractions(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     x = as_matrix(weight, layout).double()
@@ -175,7 +175,7 @@ def test_a_code_decodes_to_its_level_times_the_scale(problem):
 
 
 @given(problems())
-def test_quantizing_what_was_decoded_gives_the_same_codes(problem):
+def test_quantizing_decoded_codes_gives_the_same_codes(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     decoded = q.dequantize(compute_dtype(q.scale.dtype))
@@ -201,7 +201,7 @@ def test_the_default_is_the_min_max_observer(problem):
 
 
 @given(problems())
-def test_parts_and_json_bring_a_tensor_back(problem):
+def test_a_tensor_is_rebuilt_from_its_parts_and_json(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     again = spec_from_dict(json.loads(json.dumps(q.spec.to_dict())))
@@ -272,7 +272,7 @@ def test_integers_as_levels_are_integer_codes_that_use_the_lowest_one():
     assert plain.scale.item() > leveled.scale.item() == 1
 
 
-def test_each_sign_has_a_reach_of_its_own():
+def test_the_scale_fits_the_largest_level_of_each_sign():
     levels = (-4.0, -2.0, -1.0, 0.0, 0.25, 0.5, 0.75, 1.0)
     spec = QuantSpec(bits=3, granularity="channel", levels=levels)
     for row, scale in (([-4.0, 1.0], 1.0), ([-8.0, 1.0], 2.0), ([-4.0, 3.0], 3.0), ([-1.0, 0.0], 0.25)):
@@ -331,7 +331,7 @@ def test_zeros_and_subnormals_have_the_smallest_normal_scale(dtype):
     assert not q.dequantize().any()
 
 
-def test_torch_has_nothing_to_warn_of_whatever_the_strides():
+def test_torch_warns_for_no_strides():
     torch.set_warn_always(True)  # otherwise it says so once in a process
     try:
         weight = torch.randn(8, 6).T
@@ -341,7 +341,7 @@ def test_torch_has_nothing_to_warn_of_whatever_the_strides():
         torch.set_warn_always(False)
 
 
-def test_a_scale_may_be_negative_or_clip_and_the_bound_says_so():
+def test_the_bound_holds_for_negative_and_for_clipping_scales():
     spec = QuantSpec(4, "channel", scale_dtype=torch.float32, levels=FP4)
     x = torch.tensor([[-9.0, -8.5, 0.3, 5.2, 6.9, 20.0]])
     for scale in (torch.tensor([[1.0]]), torch.tensor([[-1.0]])):
@@ -363,7 +363,7 @@ def test_params_with_a_zero_point_are_refused():
         quantize(torch.ones(3, 4), spec, lambda rows, spec: (torch.ones(3, 1), zero_points))
 
 
-def test_a_range_without_any_extent_is_nothing_special():
+def test_a_range_of_zero_width_is_handled():
     spec = QuantSpec(4, "channel", scale_dtype=torch.float32, levels=NF4)
     zero = torch.zeros(2, 1)
     scale, zero_point = choose_params(zero, zero, spec)
@@ -375,7 +375,7 @@ def test_a_range_without_any_extent_is_nothing_special():
 
 
 @given(level_tuples())
-def test_levels_are_kept_as_they_are_given_and_rounded_to_float32(levels):
+def test_levels_keep_their_order_and_are_rounded_to_float32(levels):
     bits = len(levels).bit_length() - 1
     spec = QuantSpec(bits, "channel", levels=list(levels))
     assert spec.levels == tuple(torch.tensor(levels, dtype=torch.float32).tolist())
@@ -416,7 +416,7 @@ def test_levels_that_are_not_finite_are_refused(levels, bad, data):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_levels_are_a_number_of_rising_numbers_around_zero(levels, why):
+def test_levels_that_are_not_rising_numbers_around_zero_are_refused(levels, why):
     with pytest.raises(ArgumentError, match="levels of 2 bits must be 4 finite numbers in rising order, none of them"):
         QuantSpec(2, "channel", levels=levels)
 
@@ -428,7 +428,7 @@ def test_a_level_that_float32_rounds_to_zero_is_zero():
 @pytest.mark.parametrize(
     "junk", [4, True, "nf4", ["a", "b", "c", "d"], [None] * 4, [-1.0, 0.0, 1.0, 1e60], 0.5], ids=str
 )
-def test_levels_that_are_no_numbers_are_refused(junk):
+def test_levels_that_are_not_numbers_are_refused(junk):
     with pytest.raises(ArgumentError, match="levels"):
         QuantSpec(2, "channel", levels=junk)
 

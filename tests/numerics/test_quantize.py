@@ -83,7 +83,7 @@ def test_zero_stays_exactly_zero(problem):
 # A scale wider than its weight leaves the dtype of the division open.
 @given(problems(scale_dtypes=(None, torch.float16, torch.bfloat16, torch.float32)))
 @example(BELOW)
-def test_codes_and_scales_are_those_of_ten_lines_of_python(problem):
+def test_codes_and_scales_agree_with_ten_lines_of_python(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     # At the very end of the range a larger scale is taken, so that no code stands for Inf; tested below.
@@ -112,7 +112,7 @@ def test_symmetric_codes_never_use_the_lowest_one(problem):
 
 
 @given(problems(relative_limit=0.25))
-def test_quantizing_what_was_decoded_gives_the_same_codes(problem):
+def test_quantizing_decoded_codes_gives_the_same_codes(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     decoded = q.dequantize(torch.float64 if q.scale.dtype == torch.float64 else torch.float32)
@@ -122,7 +122,7 @@ def test_quantizing_what_was_decoded_gives_the_same_codes(problem):
 
 # 255 steps are more than the 8 bits of a bfloat16 can tell apart.
 @given(problems(relative_limit=0.25, scale_dtypes=(None,)))
-def test_quantizing_what_was_decoded_to_its_own_dtype_gives_the_same_codes(problem):
+def test_quantizing_codes_decoded_to_the_source_s_dtype_gives_the_same_codes(problem):
     weight, spec, layout = problem
     assume(spec.symmetric or spec.bits < 8 or weight.dtype != torch.bfloat16)
     q = quantize(weight, spec, layout=layout)
@@ -235,7 +235,7 @@ EXACT = {
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("row", EXACT.values(), ids=EXACT)
-def test_a_constant_is_exact_but_for_the_rounding_of_its_scale(row, bits, symmetric):
+def test_a_constant_is_exact_except_for_the_rounding_of_its_scale(row, bits, symmetric):
     weight = torch.tensor([row], dtype=torch.float64)
     decoded = quantize(weight, QuantSpec(bits=bits, granularity="channel", symmetric=symmetric)).dequantize()
     assert torch.allclose(decoded, weight, rtol=1e-15, atol=0)
@@ -370,7 +370,7 @@ def test_a_zero_point_may_be_of_any_integer_dtype(dtype):
     assert q.dequantize().eq(1).all()
 
 
-def test_an_observer_sees_the_rows_in_order_and_the_settled_spec():
+def test_an_observer_gets_the_rows_in_order_and_a_spec_with_its_scale_dtype():
     seen = []
 
     def choose(rows, spec):
@@ -386,7 +386,7 @@ def test_an_observer_sees_the_rows_in_order_and_the_settled_spec():
     assert torch.equal(torch.cat(rows), weight.float())
 
 
-def test_an_observer_sees_the_whole_weight_where_one_scale_serves_it():
+def test_an_observer_gets_the_whole_weight_for_a_scale_per_tensor():
     shapes = []
 
     def choose(rows, spec):
@@ -399,7 +399,7 @@ def test_an_observer_sees_the_whole_weight_where_one_scale_serves_it():
     assert shapes == [((4, 3), torch.float16)]
 
 
-def test_a_matrix_and_a_tensor_with_a_layout_are_the_same():
+def test_a_matrix_is_quantized_like_a_tensor_with_a_layout():
     weight, layout = torch.randn(6, 4, 3), Layout.of((6, 4, 3), inputs=(0, 2))
     assert quantize(WeightMatrix(weight, layout), CHANNEL).equal(quantize(weight, CHANNEL, layout=layout))
 
@@ -409,7 +409,7 @@ def test_a_parameter_leaves_no_gradient_behind():
     assert not any(part.requires_grad for part in quantize(parameter, CHANNEL).parts().values())
 
 
-def test_a_view_with_a_pending_negation_is_read_as_what_it_is():
+def test_a_view_with_a_pending_negation_is_negated_on_reading():
     negated = torch.complex(torch.ones(3, 4), torch.arange(12.0).reshape(3, 4)).conj().imag
     assert negated.is_neg()
     assert quantize(negated, CHANNEL).equal(quantize(negated.clone(), CHANNEL))
@@ -449,7 +449,7 @@ def test_a_cast_out_of_range_names_the_first_index(weight, dtype, block):
     assert f"the element at index {index} is " in str(caught.value)
 
 
-def test_a_cast_names_nan_before_what_is_out_of_range():
+def test_a_cast_reports_nan_before_numbers_out_of_range():
     with pytest.raises(NonFiniteError, match=r"index \(1, 1\) is nan"):
         cast(torch.tensor([[1e30, 0.0], [1.0, math.nan]]), torch.float16)
 

@@ -135,7 +135,7 @@ def test_gradients_flow_through_products_with_a_read_only_tensor():
     assert torch.equal(x.grad, guarded().sum(0).expand(2, 4))
 
 
-def test_what_libraries_do_to_every_frozen_weight_is_allowed():
+def test_freezing_and_dropping_gradients_is_allowed():
     w = guarded()
     w.requires_grad = False
     w.requires_grad_(False)

@@ -40,7 +40,7 @@ def test_parts_make_the_same_tensor_again_without_a_copy(problem):
 
 
 @given(problems())
-def test_the_parts_have_the_shapes_that_were_announced(problem):
+def test_the_parts_have_the_predicted_shapes(problem):
     weight, spec, layout = problem
     parts = quantize(weight, spec, layout=layout).parts()
     assert {n: (tuple(t.shape), t.dtype) for n, t in parts.items()} == part_shapes(layout, spec, weight.dtype)
@@ -80,7 +80,7 @@ def test_decoding_is_the_formula_in_the_shape_and_dtype_of_the_source(problem):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_caller_may_ask_for_another_dtype(q, dtype):
+def test_dequantizing_to_another_dtype(q, dtype):
     assert torch.equal(q.dequantize(dtype), q.dequantize(torch.float32).to(dtype))
 
 

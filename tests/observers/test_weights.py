@@ -78,7 +78,7 @@ def slack(rows, spec, *candidates):
 
 @every
 @given(cases())
-def test_scales_can_be_used_whatever_the_weight(recipe, case):
+def test_scales_are_valid_for_any_weight(recipe, case):
     rows, spec = case
     stored = quantize(rows, spec, recipe.observe_weight)
     assert torch.isfinite(stored.dequantize(torch.float64)).all()
@@ -86,7 +86,7 @@ def test_scales_can_be_used_whatever_the_weight(recipe, case):
 
 @every
 @given(cases(relative_limit=1 / 16))
-def test_a_row_alone_gets_the_scales_it_gets_in_company(recipe, case):
+def test_a_row_gets_the_same_scales_alone_and_among_others(recipe, case):
     rows, spec = case
     scale, zero_point = recipe.observe_weight(rows, spec)
     again = recipe.observe_weight(rows, spec)
@@ -172,7 +172,7 @@ def expected_of(x, reached):
 
 
 @given(cases(relative_limit=1 / 16), st.sampled_from([30, 75, 80, 99.9, 100]))
-def test_a_percentile_leaves_out_as_many_as_it_may(case, percentile):
+def test_a_percentile_leaves_out_as_many_elements_as_allowed(case, percentile):
     rows, spec = case
     groups = [rows.flatten()] if spec.granularity == "tensor" else rows.split(spec.width(rows.shape[1]), 1)
     if spec.granularity != "tensor":
@@ -198,7 +198,7 @@ def inner(values, symmetric, share):
 
 
 @every
-def test_what_cannot_be_stored_is_an_error(recipe):
+def test_a_scale_beyond_its_dtype_is_an_error(recipe):
     spec = QuantSpec(bits=8, granularity="channel", scale_dtype=torch.float16)
     with pytest.raises(RangeError, match="wider scale_dtype"):
         recipe.observe_weight(torch.full((2, 4), 1e30), spec)
@@ -247,7 +247,7 @@ def test_blocks_of_a_whole_tensor_are_added_up():
 
 
 @pytest.mark.parametrize(("bits", "gain"), [(2, 4.0), (3, 2.5), (4, 1.4), (8, 0.03)])
-def test_what_the_search_is_worth_on_normal_weights(bits, gain):
+def test_the_search_improves_the_sqnr_of_normal_weights(bits, gain):
     weight = torch.randn(200, 512, generator=torch.Generator().manual_seed(0))
     spec = QuantSpec(bits=bits, granularity="group", group_size=128, scale_dtype=torch.float16)
     plain, found = (
@@ -256,7 +256,7 @@ def test_what_the_search_is_worth_on_normal_weights(bits, gain):
     assert found >= plain + gain
 
 
-def test_what_the_search_is_worth_on_a_real_model(minilm_path):
+def test_the_search_improves_the_sqnr_of_a_real_model(minilm_path):
     spec = QuantSpec(bits=4, granularity="group", group_size=128)
     pooled = {}
     with safe_open(minilm_path, "pt") as file:

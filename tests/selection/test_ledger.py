@@ -66,7 +66,7 @@ def test_bytes_after_are_those_of_the_result_and_of_the_file(model, quantizer, i
 
 
 @given(random_models(), SCHEMES)
-def test_an_alias_points_to_a_row_that_is_none_and_shares_its_storage(model, quantizer):
+def test_an_alias_refers_to_a_stored_row_that_shares_its_storage(model, quantizer):
     quantizer.prepare(model)
     tensors = named_tensors(model)
     for row in quantizer.ledger:
@@ -155,7 +155,7 @@ def with_embeddings(share):
 
 @pytest.mark.parametrize("source", [dict, nn.Module], ids=["file", "model"])
 @pytest.mark.parametrize(("share", "told"), [(0.5, True), (0.02, False)])
-def test_a_summary_says_that_kept_embeddings_are_much_of_the_result(share, told, source):
+def test_a_summary_reports_kept_embeddings_that_take_much_of_the_result(share, told, source):
     model = with_embeddings(share)
     given = (
         model

@@ -90,7 +90,7 @@ def test_a_regular_expression_matches_the_whole_module_path_or_tensor_name(patte
 
 
 @given(NAMES, NAMES)
-def test_an_escaped_name_as_regular_expression_matches_itself_and_what_it_holds(text, name):
+def test_an_escaped_name_as_regular_expression_matches_itself_and_its_tensors(text, name):
     assert Pattern("re:" + re.escape(text)).matches(name) == (text in (name, name.rpartition(".")[0]))
 
 
@@ -140,5 +140,5 @@ def test_patterns_are_refused_exactly_if_one_names_nothing(patterns, names):
 
 @pytest.mark.parametrize("rule", ["include", "exclude", "modules_to_not_convert"])
 def test_one_string_in_place_of_a_list_is_refused_with_the_list_to_write(rule):
-    with pytest.raises(SelectionError, match=rf"{rule} is a sequence .*\['lm_head'\]"):
+    with pytest.raises(SelectionError, match=rf"{rule} must be a sequence .*\['lm_head'\]"):
         LayerSelector(**{rule: "lm_head"})
