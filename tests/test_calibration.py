@@ -1,4 +1,4 @@
-"""`observe`: what a batch may be, and what the model looks like meanwhile and afterwards."""
+"""`observe`: the kinds of batches, and the state of the model during the call and after it."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def test_an_iterator_that_is_used_up_is_refused_the_second_time():
 
 
 class Remembers(nn.Linear):
-    """Remembers the mode it was run in."""
+    """A layer that records the mode in which it ran."""
 
     modes = ()
 
@@ -152,7 +152,7 @@ def test_a_data_loader_can_be_passed_directly():
 
 
 class Features(nn.Module):
-    """Takes all its inputs in one mapping, as `SentenceTransformer` does."""
+    """A model that takes all its inputs in one mapping, as `SentenceTransformer` does."""
 
     def __init__(self):
         super().__init__()
@@ -177,11 +177,11 @@ def test_calibration_data_in_mappings_goes_to_a_model_that_takes_one_mapping():
     assert result.model.linear.weight_stored.input_scale.item() == pytest.approx(31 / 127)
 
 
-# How many samples are run.
+# The number of samples that are run.
 
 
 def counting(sizes, taken):
-    """Batches of these sizes; what was taken so far is in the list."""
+    """Yield batches of these sizes, and record them in the list `taken`."""
     for size in sizes:
         taken.append(size)
         yield torch.ones(size, 16)
@@ -333,7 +333,7 @@ def test_batches_are_freed():
     assert len(alive) == 5
 
 
-# What is told on the way.
+# Progress reports.
 
 
 def steps_of(batches, **options):
@@ -343,7 +343,7 @@ def steps_of(batches, **options):
 
 
 class Sized:
-    """A loader that knows how many batches it has."""
+    """A loader with a length."""
 
     def __init__(self, sizes):
         self._sizes = sizes
@@ -388,7 +388,7 @@ def test_a_wrong_total_is_corrected_at_the_end(sizes, told):
     assert [(step.done, step.total) for step in steps_of(Sized(sizes))] == told
 
 
-# A batch that fails.
+# Batches that fail.
 
 
 def test_a_batch_that_does_not_fit_the_model_is_named():
@@ -428,11 +428,11 @@ def test_nan_in_an_input_is_refused_with_layer_and_batch():
         quantizer.observe([X, bad])
 
 
-# What is shown to observers.
+# The inputs that observers get.
 
 
 class Recorder(Watcher):
-    """A `Watcher` that keeps what it is shown."""
+    """A `Watcher` that keeps the inputs it gets."""
 
     def __init__(self):
         self.seen = []

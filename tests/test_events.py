@@ -1,4 +1,4 @@
-"""Events: silent by default, and structured for those who listen."""
+"""Events: silent by default, and structured if the application configures structlog."""
 
 import logging
 import subprocess
@@ -15,7 +15,7 @@ from lifecycle_helpers import mlp, quantize_small, small
 
 @pytest.fixture
 def events():
-    """What structlog is told, where an application has configured it."""
+    """Collect the events that a configured structlog gets."""
     with structlog.testing.capture_logs() as captured:
         yield captured
     structlog.reset_defaults()

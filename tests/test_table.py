@@ -1,4 +1,4 @@
-"""Names and sentences in a given width."""
+"""Names and sentences fitted into a width."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Weights of several blocks: what is computed block by block, in memory used again, is the plain formula."""
+"""Weights of several blocks: working block by block, in reused memory, gives the result of the plain formula."""
 
 import math
 
@@ -27,7 +27,7 @@ SHAPES = [(600, 1024), (500, 1100), (3, BLOCK_ELEMENTS + 7)]
 
 
 def by_formula(matrix: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Signed codes and scales of a symmetric spec that rounds to nearest, for all rows at once."""
+    """Compute signed codes and scales of a symmetric spec that rounds to nearest, for all rows at once."""
     x, width = matrix.to(compute_dtype(matrix.dtype)), spec.group_size or matrix.shape[1]
     groups = F.pad(x, (0, -matrix.shape[1] % width)).reshape(len(x), -1, width)
     exact = groups.abs().amax(-1).double() / (2 ** (spec.bits - 1) - 1)

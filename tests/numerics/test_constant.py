@@ -1,4 +1,4 @@
-"""Codes that stay the same: which rows count as lost, and that a block after the other gives what the whole gives."""
+"""Rows with equal codes: which of them count as lost, and that the result does not depend on the cut into blocks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Codes that stand for levels of their own: the nearest one always, measured against fractions in plain Python."""
+"""Codes with levels, compared with exact fractions in plain Python."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from fewbits.numerics.spec import spec_from_dict
 from lifecycle_helpers import small
 from strategies import FLOATS, as_matrix, fractions, layouts, per_element, rounded, ulp, weights
 
-#: The quantiles of a normal distribution that are known as NF4, and numbers of the field's other formats.
+#: NF4 (quantiles of a normal distribution), and the numbers of other formats in use.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -37,7 +37,7 @@ KNOWN = {"NF4": NF4, "FP4": FP4, "ternary and one": TERNARY, "integers": tuple(m
 
 @st.composite
 def level_tuples(draw):
-    """4, 8 or 16 rising numbers with 0 inside, spread evenly or not at all."""
+    """Draw 4, 8 or 16 rising numbers around 0, spread evenly or unevenly."""
     if draw(st.booleans()):
         return draw(st.sampled_from([*KNOWN.values()]))
     count = 2 ** draw(st.integers(2, 4))
@@ -63,7 +63,7 @@ def leveled_specs(draw):
 
 @st.composite
 def problems(draw):
-    """(weight, spec, layout), with room for a scale that is 64 times the largest magnitude."""
+    """Draw (weight, spec, layout), where a scale of 64 times the largest magnitude is finite."""
     spec, dtype = draw(leveled_specs()), draw(st.sampled_from(FLOATS))
     limit = min(torch.finfo(d).max for d in (dtype, spec.scale_dtype or dtype)) * 2.0**-8
     weight = draw(weights((dtype,), min_dims=1, limit=limit))
@@ -71,14 +71,14 @@ def problems(draw):
 
 
 def elements(weight, q):
-    """(w, code from 0 up, s) of each element; w and s as fractions."""
+    """Yield (weight, unsigned code, scale) of each element; weight and scale as fractions."""
     scale = per_element(q.scale, q.spec, *q.layout.matrix_shape)
     codes = (q.codes().to(torch.int64) - q.spec.code_min).flatten().tolist()
     return zip(fractions(as_matrix(weight, q.layout)), codes, fractions(scale), strict=True)
 
 
 def groups_of(weight, q):
-    """(all elements that share a scale, the scale), in fractions."""
+    """Yield (all elements that share a scale, the scale), as fractions."""
     matrix, spec = as_matrix(weight, q.layout), q.spec
     width = {"tensor": matrix.numel(), "channel": q.layout.columns, "group": spec.group_size}[spec.granularity]
     rows = [matrix.flatten()] if spec.granularity == "tensor" else matrix
@@ -87,7 +87,7 @@ def groups_of(weight, q):
 
 
 def bound_of(w, s, levels):
-    """Half the distance of the two levels around an element, or how far it is from the nearer end."""
+    """Return half the distance between the two levels around an element, or its distance to the nearer end."""
     steps = [Fraction(level) * s for level in levels]
     if not steps[0] <= w <= steps[-1]:
         inside = steps[1] - steps[0] if w < 0 else steps[-1] - steps[-2]
@@ -95,7 +95,7 @@ def bound_of(w, s, levels):
     return max((high - low) / 2 for low, high in pairwise(steps) if low <= w <= high)
 
 
-# What holds for every tensor and any levels.
+# Properties of every tensor and any levels.
 
 
 @given(problems())
@@ -104,7 +104,7 @@ def test_every_element_takes_the_nearest_level(problem):
     q = quantize(weight, spec, layout=layout)
     for w, code, s in elements(weight, q):
         distances = [abs(w - Fraction(level) * s) for level in spec.levels]
-        # The quotient of element and scale is rounded, which counts where two levels are as near.
+        # The quotient of element and scale is rounded, which can decide between two equally near levels.
         assert distances[code] <= min(distances) + abs(w) / 2**22
 
 
@@ -128,8 +128,8 @@ def test_the_bound_agrees_with_exact_fractions(problem):
     bounds = error_bound(x, q.scale, None, q.spec).flatten().tolist()
     for (w, _, s), bound in zip(elements(weight, q), bounds, strict=True):
         expected = bound_of(w, s, spec.levels) + abs(w) / 2**23
-        # On a level itself, as far as a quotient in float64 can tell, it is the distance to either neighbour.
-        # A quotient below the smallest subnormal number tells nothing.
+        # For an element on a level, up to the rounding of a float64 quotient, the bound may use either neighbour.
+        # Quotients below the smallest subnormal number are skipped.
         steps, near = [Fraction(level) * s for level in spec.levels], abs(w) / 2**50 + s * Fraction(2) ** -1074
         around = [high - low for low, high in pairwise(steps) if low - near <= w <= high + near]
         least, most = (min(around) / 2, max(around) / 2 + abs(w) / 2**23) if around[1:] else (expected, expected)
@@ -180,7 +180,7 @@ def test_quantizing_decoded_codes_gives_the_same_codes(problem):
     q = quantize(weight, spec, layout=layout)
     decoded = q.dequantize(compute_dtype(q.scale.dtype))
     again = quantize(decoded, q.spec, lambda rows, spec: (q.scale, None), layout=layout)
-    # Levels that are nearer to one another than the smallest numbers can tell decode to one number.
+    # Levels that differ by less than the smallest number decode to the same number.
     assert torch.equal(again.dequantize(decoded.dtype), decoded)
 
 
@@ -211,7 +211,7 @@ def test_a_tensor_is_rebuilt_from_its_parts_and_json(problem):
 
 
 class Leveled(fewbits.Quantizer):
-    """Any levels, in any granularity."""
+    """A scheme with any levels, in any granularity."""
 
     def __init__(self, spec, **strategies):
         self.spec = spec
@@ -332,7 +332,7 @@ def test_zeros_and_subnormals_have_the_smallest_normal_scale(dtype):
 
 
 def test_torch_warns_for_no_strides():
-    torch.set_warn_always(True)  # otherwise it says so once in a process
+    torch.set_warn_always(True)  # by default torch warns once per process
     try:
         weight = torch.randn(8, 6).T
         q = quantize(weight, QuantSpec(4, "channel", levels=NF4))
@@ -352,7 +352,7 @@ def test_the_bound_holds_for_negative_and_for_clipping_scales():
         assert (error <= error_bound(x.double(), scale, None, spec)).all()
         outside = clipped(x.double(), scale, None, spec)[0].tolist()
         low, high = sorted(level * float(scale) for level in (FP4[0], FP4[-1]))
-        # Up to half the distance of the last two levels it is as good as inside.
+        # An element up to half the distance of the last two levels outside counts as inside.
         assert outside == [not low - 1 <= w <= high + 1 for w in x[0].tolist()]
 
 
@@ -371,7 +371,7 @@ def test_a_range_of_zero_width_is_handled():
     assert zero_point is None
 
 
-# Which levels there can be.
+# Which levels are valid.
 
 
 @given(level_tuples())

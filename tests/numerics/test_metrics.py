@@ -1,4 +1,4 @@
-"""Measuring what was stored against what it was made from."""
+"""Measurements of stored tensors against their originals."""
 
 import json
 import math
@@ -22,7 +22,7 @@ NARROW = (torch.float32, torch.float16, torch.bfloat16)  # differences of these 
 
 
 def decoded(q) -> list:
-    """What each code stands for, as a fraction."""
+    """Decode each code to a fraction."""
     steps = q.codes().to(torch.int64)
     if not q.spec.symmetric:
         steps = steps - per_element(q.zero_points(), q.spec, *steps.shape)
@@ -31,7 +31,7 @@ def decoded(q) -> list:
 
 
 def damaged(weight, spec=CHANNEL, **scales):
-    """Quantized, with the scale of row `r0`, `r1` ... replaced."""
+    """Quantize, and replace the scale of row `r0`, `r1` ..."""
     q = quantize(weight, spec)
     scale = q.scale.clone()
     for row, value in scales.items():
@@ -66,7 +66,7 @@ def test_codes_and_scales_in_use_are_reported(problem):
     assert (measured.scale_min, measured.scale_max) == (q.scale.min().item(), q.scale.max().item())
 
 
-# At the edge of float64 what a code stands for may lie beyond it, where no error can be evaluated.
+# At the edge of float64 a code may decode to a number beyond it, whose error cannot be computed.
 @given(problems(relative_limit=0.25))
 def test_the_bound_holds_for_rounding_to_nearest(problem):
     weight, spec, layout = problem
@@ -89,7 +89,7 @@ def test_a_code_off_by_one_is_reported_with_its_place(weight, data):
     spec = QuantSpec(bits=4, granularity="channel")
     q = quantize(weight, spec)
     row, column = (data.draw(st.integers(0, size - 1)) for size in weight.shape)
-    # Away from the weight, so that an error of exactly half a step becomes more.
+    # Move the code away from the weight, so that an error of exactly half a step grows.
     codes = q.codes()
     codes[row, column] += 1 if q.dequantize(torch.float64)[row, column] >= weight[row, column] else -1
     assume(spec.code_min <= codes[row, column] <= spec.code_max)
@@ -285,7 +285,7 @@ def test_parts_give_the_figures_of_the_whole_to_the_last_bit(problem, data):
         for start in range(0, layout.rows, step):
             part = Tally(unit_of([weight]))
             part.add(matrix[start : start + step], stored.rows(start, min(start + step, layout.rows)))
-            # On its way through a journal.
+            # As when it is read back from a journal.
             whole.join(Tally.from_dict(json.loads(json.dumps(part.to_dict()))))
         assert whole.measurement(layout.columns) == measure(weight, stored)
 

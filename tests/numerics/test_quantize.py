@@ -1,4 +1,4 @@
-"""Rounding tensors to codes, and casting them: what holds for every tensor, spec and layout."""
+"""Quantizing and casting tensors: properties of every tensor, spec and layout."""
 
 import math
 from fractions import Fraction
@@ -35,13 +35,13 @@ from strategies import (
 WIDE = (torch.float32, torch.float64)
 CHANNEL = QuantSpec(bits=8, granularity="channel")
 
-# With the nearest bfloat16 for its scale, the lowest number would be further than half a step from every code.
+# With a scale rounded to the nearest bfloat16, the lowest number would be more than half a step from every code.
 COARSE = QuantSpec(bits=8, granularity="tensor", symmetric=False, scale_dtype=torch.bfloat16)
 BELOW = torch.tensor([-2.9802]), COARSE, Layout(shape=(1,), view=(1,), permutation=(0,), row_axes=0)
 
 
 def fixed(scale, zero_point):
-    """A choice of parameters that looks at nothing."""
+    """Make a `ChooseParams` that returns fixed values."""
     return lambda rows, spec: (scale, zero_point)
 
 
@@ -50,7 +50,7 @@ def parameters(q):
 
 
 def same(one, other) -> bool:
-    """Whether codes and parameters are equal, whatever the shapes and dtypes of the sources."""
+    """Tell whether codes and parameters are equal; shapes and dtypes of the sources may differ."""
     return all(
         (a is None and b is None) or torch.equal(a, b)
         for a, b in [(one.codes(), other.codes()), (one.scale, other.scale), (one.zero_points(), other.zero_points())]
@@ -58,7 +58,7 @@ def same(one, other) -> bool:
 
 
 def elements(weight, q):
-    """(w, q - z, s) of each element, as fractions."""
+    """Yield (weight, code less zero point, scale) of each element, as fractions."""
     zeros = torch.zeros_like(q.scale) if q.spec.symmetric else q.zero_points()
     scale, zero = (per_element(p, q.spec, *q.layout.matrix_shape) for p in (q.scale, zeros))
     steps = q.codes().to(torch.int64) - zero.to(torch.int64)
@@ -80,13 +80,13 @@ def test_zero_stays_exactly_zero(problem):
     assert all(steps == 0 for w, steps, _ in elements(weight, q) if w == 0)
 
 
-# A scale wider than its weight leaves the dtype of the division open.
+# Skip scales wider than their weight: the dtype of their division is not specified.
 @given(problems(scale_dtypes=(None, torch.float16, torch.bfloat16, torch.float32)))
 @example(BELOW)
 def test_codes_and_scales_agree_with_ten_lines_of_python(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
-    # At the very end of the range a larger scale is taken, so that no code stands for Inf; tested below.
+    # At the end of the dtype's range the scale is larger, so that no code decodes to Inf; tested below.
     assume(weight.abs().max().double() < torch.finfo(compute_dtype(q.scale.dtype)).max / 2)
     matrix = as_matrix(weight, layout)
     width = {"tensor": matrix.numel(), "channel": layout.columns, "group": spec.group_size}[spec.granularity]
@@ -120,7 +120,7 @@ def test_quantizing_decoded_codes_gives_the_same_codes(problem):
     assert same(q, again)
 
 
-# 255 steps are more than the 8 bits of a bfloat16 can tell apart.
+# The 8 bits of a bfloat16 cannot represent 255 steps.
 @given(problems(relative_limit=0.25, scale_dtypes=(None,)))
 def test_quantizing_codes_decoded_to_the_source_s_dtype_gives_the_same_codes(problem):
     weight, spec, layout = problem
@@ -313,7 +313,7 @@ def test_a_scale_beyond_its_dtype_is_refused():
 
 @st.composite
 def damaged(draw):
-    """(weight, layout, the first bad index in row-major order, that bad value)."""
+    """Draw (weight, layout, the first bad index in row-major order, the bad value)."""
     weight = draw(weights(min_dims=1)).clone(memory_format=torch.preserve_format)
     assume(0 not in [s for s, n in zip(weight.stride(), weight.shape, strict=True) if n > 1])
     places = sorted(draw(st.sets(st.integers(0, weight.numel() - 1), min_size=1, max_size=3)))
@@ -350,7 +350,7 @@ def observers():
         "no zero point": (fixed(ones(3, 1), None), False),
         "a zero point above the codes": (fixed(ones(3, 1), torch.full((3, 1), 128, **whole)), False),
         "a zero point below the codes": (fixed(ones(3, 1), torch.full((3, 1), -129, **whole)), False),
-        "a zero point that is not whole": (fixed(ones(3, 1), ones(3, 1) / 2), False),
+        "a zero point that is not an integer": (fixed(ones(3, 1), ones(3, 1) / 2), False),
         "zero points of another shape": (fixed(ones(3, 1), torch.zeros(3, **whole)), False),
     }
 
@@ -420,7 +420,7 @@ def test_a_scalar_is_a_tensor_of_one_element(function):
     assert torch.equal(function(torch.tensor(2.0)), torch.tensor(2.0))
 
 
-# Casting.
+# Casts.
 
 
 @given(weights(min_dims=1), st.sampled_from(FLOATS))

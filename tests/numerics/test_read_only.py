@@ -1,4 +1,4 @@
-"""A read-only tensor: computing with it gives plain tensors, changing it or what shares its memory is refused."""
+"""A read-only tensor gives plain results; changing it, or a tensor that shares its memory, is refused."""
 
 import contextlib
 import copy
@@ -82,7 +82,7 @@ def test_numpy_reads_and_cannot_write():
     with pytest.raises(ValueError, match="read-only"):
         guarded().numpy()[0] = 0
     array = guarded().__array__(torch.zeros((), dtype=torch.float64).numpy().dtype)
-    array[0] = 0, 0, 0, 0  # of another dtype, so a copy
+    array[0] = 0, 0, 0, 0  # the array has another dtype, so it is a copy
 
 
 RESULTS = {

@@ -1,4 +1,4 @@
-"""FP8 codes and their scales: the numbers they stand for, whatever part of them is asked for."""
+"""Dequantizing FP8 codes with scales, whole or in part."""
 
 import math
 
@@ -15,7 +15,7 @@ SIZES = st.integers(1, 9)
 
 
 def part(weight, scale, grid, start=0, stop=None, piece=1 << 18):
-    """Elements `start` to `stop`, dequantized in pieces of about so many."""
+    """Dequantize elements `start` to `stop` in pieces of about `piece` elements."""
     out = torch.empty((weight.numel() if stop is None else stop) - start, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewbits.numerics.scaled.BLOCK_ELEMENTS", piece)
@@ -32,7 +32,7 @@ def part(weight, scale, grid, start=0, stop=None, piece=1 << 18):
 
 @st.composite
 def scaled(draw):
-    """(codes, scales, grid, what they are dequantized to): blocks, rows, stacks, whole tensors."""
+    """Draw (codes, scales, grid, dequantized tensor) with scales for blocks, rows, stacks or whole tensors."""
     shape = tuple(draw(st.lists(SIZES, min_size=1, max_size=4)))
     dtypes, seed = (draw(FP8), draw(st.sampled_from(SCALE_DTYPES))), draw(st.integers(0, 99))
     block = draw(st.tuples(SIZES, SIZES)) if len(shape) > 1 and draw(st.booleans()) else None

@@ -1,4 +1,4 @@
-"""Memory that is used again for every block."""
+"""Memory that is reused for every block."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`QuantizedTensor`: parts that fit each other, and what they stand for."""
+"""`QuantizedTensor`: its parts must fit each other, and decode by the formula."""
 
 import copy
 import pickle
@@ -125,7 +125,7 @@ HOSTILE = {
     "a single scale": replaced("scale", lambda t: t[0, 0]),
     "zero points of 8 bits": replaced("zero_point", lambda t: t.to(torch.int8)),
     "zero points unpacked": replaced("zero_point", lambda t: t.expand(4, -1)),
-    "zero points that are None": replaced("zero_point", lambda t: None),
+    "None for zero points": replaced("zero_point", lambda t: None),
     "the shape of another tensor": replaced("shape", lambda t: t.flip(0)),
     "a shape of one number": replaced("shape", lambda t: t[0]),
     "a shape in two rows": replaced("shape", lambda t: t[None]),

@@ -1,4 +1,4 @@
-"""`HistogramCounts`: a function of the numbers seen, whatever the order and the batches they come in."""
+"""`HistogramCounts` depends only on the numbers seen, not on their order or batches."""
 
 import math
 from fractions import Fraction
@@ -17,7 +17,7 @@ BINS = st.sampled_from([64, 256])
 
 @st.composite
 def batches(draw, limit=None):
-    """A few tensors of one dtype, of any magnitudes."""
+    """Draw a few tensors of one dtype, of any magnitudes."""
     dtype = draw(st.sampled_from(FLOATS))
     return [
         draw(contents(draw(shapes(max_dims=3, max_elements=60)), dtype, limit)) for _ in range(draw(st.integers(1, 4)))
@@ -41,7 +41,7 @@ def together(tensors):
 
 
 def counted(values, bins):
-    """(exponent, {(sign, bin): count}) by exact arithmetic."""
+    """Compute (exponent, {(sign, bin): count}) by exact arithmetic."""
     values = [Fraction(value) for value in values if value]
     if not values:
         return None, {}

@@ -61,13 +61,13 @@ def after(recipe, tensors):
 
 
 def chosen(recipe, tensors, spec=INPUT_SPEC):
-    """Scale and zero point as Python numbers."""
+    """Return scale and zero point as Python numbers."""
     scale, zero_point = after(recipe, tensors).input_params(spec)
     return scale.item(), 0 if zero_point is None else zero_point.item()
 
 
 def noise(recipe, x, spec=INPUT_SPEC):
-    """The mean square of what rounding with the chosen scale changes."""
+    """Return the mean square error of rounding with the chosen scale."""
     return noise_with(after(recipe, [x]).input_params(spec), x, spec)
 
 
@@ -252,7 +252,7 @@ def test_an_input_that_requires_gradients_keeps_no_graph():
         assert not after(recipe, [x]).input_params(INPUT_SPEC)[0].requires_grad
 
 
-# What each of them is good for.
+# The purpose of each observer.
 
 
 @given(batches())
@@ -306,7 +306,7 @@ SKEWED = torch.nn.functional.gelu(torch.cat([normal() * 2, torch.tensor([150.0])
 @pytest.mark.parametrize("spec", [INPUT_SPEC, ASYMMETRIC], ids=str)
 @pytest.mark.parametrize("x", [normal(), OUTLIERS, SKEWED], ids=["normal", "outliers", "gelu"])
 def test_the_noise_is_within_a_twentieth_of_the_minimum(recipe, spec, x):
-    """Against every 60th of an octave of the range, narrowed alike on both sides, by actual rounding of the numbers."""
+    """The minimum is over ranges narrowed equally on both sides, in 60ths of an octave, by rounding the numbers."""
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
     params = (
         choose_params(torch.tensor([low * share]), torch.tensor([high * share]), spec.for_dtype(torch.float32))
@@ -324,7 +324,7 @@ def test_outliers_do_not_set_the_scale(recipe):
 
 @given(batches())
 def test_the_least_error_is_not_above_that_of_the_extremes(tensors):
-    """By the histogram itself: the numbers of a bin spread evenly over it, which tensors of a few numbers are not."""
+    """Both errors are of the histogram, whose numbers count as spread evenly over their bin."""
     observer = MSEObserver(bins=64)
     x = torch.cat([x.flatten() for x in tensors]).double()
     lower, upper, counts = after(observer, [x])._seen.occupied()
@@ -338,7 +338,7 @@ def test_the_least_error_is_not_above_that_of_the_extremes(tensors):
     assert total(observer) <= total(MinMaxObserver()) * 1.001
 
 
-# What they are made with.
+# The arguments of observers.
 
 
 def test_the_short_names():

@@ -1,4 +1,4 @@
-"""Observers by name: every scheme takes the names and tables that `quantize` and configs take."""
+"""Observers by name: every scheme accepts the names and mappings that `quantize` and configs accept."""
 
 import attrs
 import pytest

@@ -1,4 +1,4 @@
-"""What names, shapes and dtypes alone tell of a tensor."""
+"""Facts about a tensor that follow from its name, shape and dtype."""
 
 import math
 

@@ -54,7 +54,7 @@ def test_bytes_before_are_those_of_the_distinct_storages(model, quantizer, inpla
 @given(random_models(), SCHEMES, st.booleans())
 def test_bytes_after_are_those_of_the_result_and_of_the_file(model, quantizer, inplace):
     quantizer.prepare(model, inplace=inplace)
-    # The forms that kernels read are filled up to whole rows of bytes and tiles.
+    # The layouts that kernels read are padded to whole bytes and tiles.
     held = distinct_bytes(named_tensors(quantizer.convert(compute="exact")).values())
     shapes = sum(8 * len(row.shape) for row in quantizer.ledger if row.fate == "quantized")
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def test_a_table_fits_a_terminal_and_otherwise_has_whole_names(ledger):
 
 
 def with_embeddings(share):
-    """A model of two matrices, of which the embedding has this share."""
+    """Make a model of an embedding, with this share of the elements, and a linear layer."""
     rows = round(1000 * share)
     return nn.ModuleDict({"embed": nn.Embedding(rows, 64), "linear": nn.Linear(64, 1000 - rows, bias=False)})
 
@@ -222,7 +222,7 @@ def test_a_row_that_does_not_exist_is_a_named_error():
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 5), (0,)])
 def test_a_tensor_without_elements_is_never_quantized(shape):
-    """Whatever a file says: chunks are cut by columns, and there would be none."""
+    """Also if a file says otherwise: chunks are cut by columns, and the tensor would have none."""
     spec, layout = fewbits.QuantSpec(8, "channel"), fewbits.extend.Layout.of(shape)
     with pytest.raises(fewbits.errors.ArgumentError, match="has no elements, and is never quantized"):
         LedgerRow("a", shape, torch.float32, "quantized", "why", 0, 0, spec, layout)

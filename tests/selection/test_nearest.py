@@ -1,4 +1,4 @@
-"""Advice for misspelled names: it is given where a name is near, and nowhere else."""
+"""Suggestions for misspelled names: given if a known name is near, and otherwise not."""
 
 import re
 

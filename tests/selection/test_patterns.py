@@ -1,4 +1,4 @@
-"""Name patterns against a matcher that is written without regular expressions."""
+"""Name patterns, compared with a matcher that uses no regular expressions."""
 
 import re
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ from fewbits import LayerSelector
 from fewbits.errors import SelectionError
 from fewbits.selection.patterns import Pattern, check_all_used
 
-# Few letters, so that matches are frequent, and what a regular expression would read as an operator.
+# Few letters, so that matches are frequent, and characters that are operators in regular expressions.
 COMPONENT = st.text("ab1[]^$+(|\\\n", min_size=1, max_size=3)
 NAMES = st.lists(COMPONENT, min_size=1, max_size=4).map(".".join)
 PATTERNS = st.lists(st.text("ab1[]^$+(|\\\n*?", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)

@@ -1,4 +1,4 @@
-"""Overrides and input axes: every form they can have, which of them wins, and what is refused."""
+"""Overrides and input axes: their forms, which rule wins, and which rules are refused."""
 
 import attrs
 import pytest
@@ -31,7 +31,7 @@ def select(**rules):
 
 
 def spec_of(rule, own=OWN):
-    """What a rule makes of a quantizer's own spec."""
+    """Apply a rule to a quantizer's own spec."""
     return parse_override("w", rule).spec(own)
 
 

@@ -1,4 +1,4 @@
-"""`LayerSelector`: which rule wins, types, sizes, and rules that fit nothing."""
+"""`LayerSelector`: which rule wins, types, sizes, and rules that match nothing."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ subsets = st.lists(st.sampled_from(MODULES), unique=True, max_size=3)
 
 
 def select(infos=INFOS, **rules):
-    """One decision a tensor; none of them is too small unless a rule says so."""
+    """Return one decision per tensor, by default without a limit on the size."""
     return LayerSelector(**{"min_elements": 1} | rules).select(infos)
 
 
@@ -170,7 +170,7 @@ def test_a_malformed_min_elements_is_refused(junk):
         LayerSelector(min_elements=junk)
 
 
-# What outranks what: of the rows that hold, the first one decides.
+# The order of the rules: the first row that applies decides.
 
 RANKS = {
     "exclude": ({"exclude": ["layer"]}, False, "excluded by 'layer'"),
@@ -185,12 +185,12 @@ RANKS = {
     "skip": ({}, False, "the scheme keeps it"),
     "nothing": ({}, True, "selected"),
 }
-#: Both are rules of one mapping, in which the last one that matches wins; tested by itself.
+#: These two are rules of one mapping, in which the last match wins; another test covers that.
 TOGETHER = {"keep", "override"}
 
 
 def decided(holding):
-    """The decision on a tensor for which these rows of the table hold."""
+    """Decide about a tensor to which these rows of the table apply."""
     rules = {}
     for row in holding:
         for rule, value in RANKS[row][0].items():
