@@ -1,4 +1,4 @@
-"""`observe`: what a batch may be, and what the model looks like meanwhile and afterwards."""
+"""`observe`: the kinds of batches, and the state of the model during the call and after it."""
 
 import itertools
 import json
@@ -44,14 +44,14 @@ def test_a_batch_is_fed_by_its_kind(batch):
 @pytest.mark.parametrize(
     "batch", [None, 3, "text", [], (), [[1.0]], [None, X], {X}, object()], ids=[str(i) for i in range(9)]
 )
-def test_a_batch_that_cannot_be_fed_is_refused_with_the_way_out(batch):
+def test_a_batch_that_cannot_be_fed_is_refused_with_a_remedy(batch):
     quantizer, _ = prepared()
     with pytest.raises(CalibrationError, match=rf"type {type(batch).__name__} cannot be fed.*forward="):
         quantizer.observe([batch])
     assert quantizer.state is State.PREPARED
 
 
-def test_forward_feeds_what_the_defaults_cannot():
+def test_forward_feeds_batches_that_cannot_be_fed_by_default():
     seen = []
     quantizer, model = prepared(observer=Watcher(seen.append))
     quantizer.observe([{"deep": [X]}], forward=lambda m, batch: (m is model) and m(batch["deep"][0]))
@@ -61,7 +61,7 @@ def test_forward_feeds_what_the_defaults_cannot():
 @pytest.mark.parametrize("batches", [[], iter(()), (x for x in ()), [X[:0]]])
 def test_no_batch_at_all_is_refused(batches):
     quantizer, _ = prepared()
-    with pytest.raises(CalibrationError, match="no batch to observe"):
+    with pytest.raises(CalibrationError, match="the data has no batch"):
         quantizer.observe(batches)
     assert quantizer.state is State.PREPARED
 
@@ -70,13 +70,13 @@ def test_an_iterator_that_is_used_up_is_refused_the_second_time():
     quantizer, _ = prepared()
     batches = iter([X])
     quantizer.observe(batches)
-    with pytest.raises(CalibrationError, match="used up"):
+    with pytest.raises(CalibrationError, match="used before"):
         quantizer.observe(batches)
     assert quantizer.state is State.OBSERVED
 
 
 class Remembers(nn.Linear):
-    """Remembers the mode it was run in."""
+    """A layer that records the mode in which it ran."""
 
     modes = ()
 
@@ -121,7 +121,7 @@ def test_statistics_of_normalizations_do_not_move():
     assert copy[1].num_batches_tracked == 0
 
 
-def test_an_error_of_the_loader_reaches_the_user_as_it_is():
+def test_an_error_of_the_loader_reaches_the_user_unchanged():
     def loader():
         yield X
         raise OSError("disk")
@@ -138,12 +138,12 @@ def test_data_for_a_state_dict_is_refused():
         fewbits.quantize(mlp().state_dict(), "int8", data=[X])
 
 
-def test_observing_is_optional_and_changes_nothing_where_no_observer_needs_it():
+def test_observing_is_optional_and_changes_nothing_if_no_observer_needs_it():
     with_data = fewbits.quantize(mlp(), "int8", data=[X]).model
     assert torch.equal(with_data[0].weight, fewbits.quantize(mlp(), "int8").model[0].weight)
 
 
-def test_a_loader_may_be_used_as_it_is():
+def test_a_data_loader_can_be_passed_directly():
     dataset = torch.utils.data.TensorDataset(torch.rand(8, 16), torch.arange(8))
     seen = []
     quantizer, _ = prepared(observer=Watcher(seen.append))
@@ -152,7 +152,7 @@ def test_a_loader_may_be_used_as_it_is():
 
 
 class Features(nn.Module):
-    """Takes all its inputs in one mapping, as `SentenceTransformer` does."""
+    """A model that takes all its inputs in one mapping, as `SentenceTransformer` does."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Features(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
-def test_a_mapping_is_one_argument_where_the_forward_asks_for_it(kind):
+def test_a_mapping_is_one_argument_if_the_forward_asks_for_it(kind):
     seen = []
     quantizer, _ = prepared(Features(), observer=Watcher(seen.append))
     assert quantizer.observe([kind(x=X, mask=torch.ones(2, 1))]) == Observed(2, 1)
@@ -177,11 +177,11 @@ def test_calibration_data_in_mappings_goes_to_a_model_that_takes_one_mapping():
     assert result.model.linear.weight_stored.input_scale.item() == pytest.approx(31 / 127)
 
 
-# How many samples are run.
+# The number of samples that are run.
 
 
 def counting(sizes, taken):
-    """Batches of these sizes; what was taken so far is in the list."""
+    """Yield batches of these sizes, and record them in the list `taken`."""
     for size in sizes:
         taken.append(size)
         yield torch.ones(size, 16)
@@ -204,13 +204,13 @@ def test_an_endless_loader_stops_at_150_samples():
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40) | st.none())
-def test_of_a_sized_source_observe_knows_whether_data_is_left(sizes, samples):
+def test_observe_knows_whether_data_is_left_of_a_source_with_a_length(sizes, samples):
     observed = calibration.run(nn.Identity(), Sized(sizes), samples=samples)
     assert observed.samples == sum(sizes[: observed.batches])
     assert observed.more is (observed.batches < len(sizes))
 
 
-def test_observe_takes_nothing_from_a_generator_that_it_does_not_run():
+def test_observe_takes_no_batch_from_a_generator_that_it_does_not_run():
     quantizer, _ = prepared()
     batches = (torch.ones(2, 16) for _ in range(5))
     calls = [quantizer.observe(batches, samples=4) for _ in range(3)]
@@ -230,7 +230,7 @@ def test_the_calls_of_observe_add_up_in_the_report():
 
 
 @given(st.lists(st.builds(Observed, st.integers(1, 9), st.integers(1, 9), st.sampled_from([True, False, None]))))
-def test_data_that_one_call_left_is_left(calls):
+def test_data_that_one_call_left_counts_as_left(calls):
     total = sum(calls, start=Observed(0, 0))
     left = [call.more for call in calls]
     assert total.more is (True if True in left else None if None in left else False)
@@ -245,7 +245,7 @@ def test_without_data_the_report_has_nothing_observed():
 
 
 @pytest.mark.parametrize("samples", [{}, {"samples": 150}, {"samples": 7}, {"samples": None}])
-def test_quantize_says_in_its_report_how_much_data_it_ran(samples):
+def test_the_report_of_quantize_says_how_much_data_was_run(samples):
     report = fewbits.quantize(mlp(), "int8", data=[torch.ones(1, 16)] * 200, **samples).report
     limit = samples.get("samples", 150)
     assert report.observed == Observed(limit or 200, limit or 200, more=limit is not None)
@@ -296,7 +296,7 @@ def test_samples_that_cannot_be_counted_are_refused(samples):
 
 
 @pytest.mark.parametrize("batches", [X, torch.tensor(1.0), {"input": X}, {}, UserDict(input=X)])
-def test_one_batch_in_the_place_of_many_is_refused(batches):
+def test_a_single_batch_instead_of_an_iterable_is_refused(batches):
     quantizer, _ = prepared()
     with pytest.raises(CalibrationError, match=rf"a single {type(batches).__name__} is one batch.*\[batch\]"):
         quantizer.observe(batches)
@@ -304,12 +304,12 @@ def test_one_batch_in_the_place_of_many_is_refused(batches):
 
 
 @pytest.mark.parametrize("batches", [None, 5, object()])
-def test_what_cannot_be_iterated_is_refused(batches):
+def test_an_object_that_cannot_be_iterated_is_refused(batches):
     with pytest.raises(CalibrationError, match=f"such as a list or a DataLoader, not {type(batches).__name__}"):
         calibration.run(nn.Identity(), batches)
 
 
-def test_what_can_only_be_indexed_is_iterated():
+def test_an_object_that_can_only_be_indexed_is_iterated():
     class Rows:
         def __getitem__(self, index):
             return [X, X][index]
@@ -317,7 +317,7 @@ def test_what_can_only_be_indexed_is_iterated():
     assert calibration.run(nn.Identity(), Rows()) == Observed(4, 2)
 
 
-def test_batches_are_let_go_of():
+def test_batches_are_freed():
     alive = []
 
     def batches():
@@ -333,7 +333,7 @@ def test_batches_are_let_go_of():
     assert len(alive) == 5
 
 
-# What is told on the way.
+# Progress reports.
 
 
 def steps_of(batches, **options):
@@ -343,7 +343,7 @@ def steps_of(batches, **options):
 
 
 class Sized:
-    """A loader that knows how many batches it has."""
+    """A loader with a length."""
 
     def __init__(self, sizes):
         self._sizes = sizes
@@ -355,7 +355,7 @@ class Sized:
         return (torch.ones(size, 1) for size in self._sizes)
 
 
-def test_every_batch_is_told_where_50_samples_are_expected():
+def test_progress_reports_every_batch_if_50_samples_are_expected():
     assert steps_of([torch.ones(20, 1)] * 3) == [
         Step("observe", "batch 1", 20, 60),
         Step("observe", "batch 2", 40, 60),
@@ -365,13 +365,13 @@ def test_every_batch_is_told_where_50_samples_are_expected():
     assert [step.total for step in steps_of(Sized([20] * 9), samples=90)] == [90] * 4 + [100]
 
 
-def test_below_50_samples_nothing_is_told():
+def test_progress_reports_nothing_below_50_samples():
     assert steps_of([torch.ones(7, 1)] * 7) == []
     assert steps_of([torch.ones(20, 1)] * 9, samples=40) == []
     assert steps_of(torch.ones(7, 1) for _ in range(7)) == []
 
 
-def test_without_a_length_it_is_told_from_50_samples_on():
+def test_progress_without_a_length_is_reported_from_50_samples_on():
     steps = steps_of(torch.ones(20, 1) for _ in range(4))
     assert [(step.name, step.done, step.total) for step in steps] == [("batch 3", 60, 0), ("batch 4", 80, 0)]
 
@@ -384,11 +384,11 @@ def test_without_a_length_it_is_told_from_50_samples_on():
         ([60, 1], [(60, 120), (61, 120), (61, 61)]),
     ],
 )
-def test_a_wrong_guess_is_corrected_at_the_end(sizes, told):
+def test_a_wrong_total_is_corrected_at_the_end(sizes, told):
     assert [(step.done, step.total) for step in steps_of(Sized(sizes))] == told
 
 
-# A batch that fails.
+# Batches that fail.
 
 
 def test_a_batch_that_does_not_fit_the_model_is_named():
@@ -401,7 +401,7 @@ def test_a_batch_that_does_not_fit_the_model_is_named():
     assert quantizer.state is State.PREPARED
 
 
-def test_a_forward_that_fails_is_named_as_such():
+def test_an_error_of_the_user_s_forward_is_reported_as_such():
     with pytest.raises(
         CalibrationError, match=r"batch 1, of type Tensor.*KeyError: 'x'.*fed by your forward="
     ) as caught:
@@ -428,18 +428,18 @@ def test_nan_in_an_input_is_refused_with_layer_and_batch():
         quantizer.observe([X, bad])
 
 
-# What is shown to observers.
+# The inputs that observers get.
 
 
 class Recorder(Watcher):
-    """A `Watcher` that keeps what it is shown."""
+    """A `Watcher` that keeps the inputs it gets."""
 
     def __init__(self):
         self.seen = []
         super().__init__(self.seen.append)
 
 
-def test_what_is_not_floating_or_empty_is_not_shown():
+def test_inputs_that_are_not_floating_or_empty_are_not_shown():
     layer, observer = nn.Identity(), Recorder()
     watch = calibration.InputWatch([("weight", layer, observer)])
     for x in (torch.arange(3), torch.empty(0, 4), torch.ones(2, dtype=torch.bool), "text"):
@@ -467,7 +467,7 @@ def test_the_first_tensor_among_the_arguments_is_shown():
     assert len(observer.seen) == 2
 
 
-def test_static_scales_come_from_what_was_observed():
+def test_static_scales_come_from_the_observed_inputs():
     scales = []
     for factor in (1, 3):
         quantizer, _ = prepared(activations="static")

@@ -14,7 +14,7 @@ MAY_LOSE = 3
 
 
 class RowsOfAnImage(nn.Module):
-    """An LSTM that reads the eight rows of an image one after the other."""
+    """An LSTM that reads the eight rows of an image one by one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def convolutions() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train with, images and labels held out."""
+    """Return training images and labels, then held-out images and labels."""
     data = datasets.load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)[order] / 16

@@ -1,4 +1,4 @@
-"""Events: silent by default, and structured for those who listen."""
+"""Events: silent by default, and structured if the application configures structlog."""
 
 import logging
 import subprocess
@@ -15,13 +15,13 @@ from lifecycle_helpers import mlp, quantize_small, small
 
 @pytest.fixture
 def events():
-    """What structlog is told, where an application has configured it."""
+    """Collect the events that a configured structlog gets."""
     with structlog.testing.capture_logs() as captured:
         yield captured
     structlog.reset_defaults()
 
 
-def test_every_step_is_an_event_with_fields(events, tmp_path):
+def test_every_activity_is_an_event_with_fields(events, tmp_path):
     quantizer = small()
     quantizer.prepare(mlp())
     quantizer.observe([torch.ones(2, 16)])

@@ -1,4 +1,4 @@
-"""Names and sentences in a given width."""
+"""Names and sentences fitted into a width."""
 
 import pytest
 from hypothesis import given
@@ -45,7 +45,7 @@ def test_names_that_differ_stay_different(width):
 
 
 @given(st.lists(dotted, max_size=8), st.integers(0, 60))
-def test_names_elided_together_fit_and_one_that_fits_stays_itself(names, width):
+def test_shortened_names_fit_and_short_names_are_unchanged(names, width):
     short = elide_all(names, width)
     assert all(len(text) <= width for text in short)
     assert all(text == name for name, text in zip(names, short, strict=True) if len(name) <= width)
@@ -65,13 +65,13 @@ rows = st.lists(st.tuples(dotted, st.text("xyz", max_size=12), sentences), min_s
 
 
 @given(rows, st.integers(50, 120))
-def test_a_table_fits_where_its_names_are_elided(table, width):
+def test_a_table_with_shortened_names_fits_the_width(table, width):
     names_and_figures = [row[:2] for row in table]
     assert max(map(len, render_table(elide_first(names_and_figures, width)).splitlines())) <= width
 
 
 @given(rows, st.integers(80, 120))
-def test_a_table_fits_where_its_text_goes_on_in_the_next_line(table, width):
+def test_a_table_with_wrapped_text_fits_the_width(table, width):
     figures_and_text = [row[1:] for row in table]
     wrapped = wrap_last(figures_and_text, width)
     assert max(map(len, render_table(wrapped).splitlines())) <= width

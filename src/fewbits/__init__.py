@@ -1,4 +1,4 @@
-"""fewbits makes any PyTorch model or checkpoint smaller, accounts for every tensor, and checks what it wrote.
+"""fewbits makes any PyTorch model or checkpoint smaller, accounts for every tensor, and checks its own output.
 
 >>> import torch, fewbits
 >>> result = fewbits.quantize(torch.nn.Linear(256, 64), "int8")

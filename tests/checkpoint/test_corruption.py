@@ -336,7 +336,7 @@ def test_the_part_that_holds_the_shape_must_agree_with_the_ledger(scratch, genui
 def test_verifying_finds_that_too_though_the_digests_fit(scratch, genuine):
     scratch.write_bytes(forged_tensor(genuine, "layers.0.weight_shape", bytes(16)))
     for read in (verify, fewbits.load):
-        with pytest.raises(fewbits.errors.FormatError, match=r"the part 'shape' says \(0, 0\), the layout \(24, 200\)"):
+        with pytest.raises(fewbits.errors.FormatError, match=r"'shape' is \(0, 0\), but the layout has \(24, 200\)"):
             read(scratch)
 
 

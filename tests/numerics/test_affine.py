@@ -1,4 +1,4 @@
-"""Choosing scale and zero point, encoding, decoding, and the bound on the error."""
+"""The choice of scale and zero point, encoding, decoding, and the bound on the error."""
 
 import math
 from fractions import Fraction
@@ -22,7 +22,7 @@ def channel(bits=8, symmetric=False, scale_dtype=torch.float32) -> QuantSpec:
 
 
 def choose(low: float, high: float, spec: QuantSpec) -> tuple[float, int]:
-    """Scale and zero point of a single range."""
+    """Choose scale and zero point of a single range."""
     bounds = [torch.tensor([[bound]], dtype=torch.float64) for bound in (low, high)]
     scale, zero_point = choose_params(*bounds, spec)
     return scale.item(), 0 if zero_point is None else int(zero_point)
@@ -58,9 +58,9 @@ def test_nothing_in_the_range_clips(case):
 
 
 @given(ranges())
-def test_the_scale_is_the_nearest_stored_number_or_the_next_one_where_that_would_clip(case):
+def test_the_scale_is_rounded_to_nearest_or_up_if_the_nearest_would_clip(case):
     low, high, spec = case
-    # Beyond, a larger scale may be needed, so that no code stands for Inf (test_quantize.py).
+    # For larger numbers a larger scale may be needed, so that no code decodes to Inf (see test_quantize.py).
     assume(max(-low, high) < torch.finfo(compute_dtype(spec.scale_dtype)).max / 2)
     scale, zero = choose(low, high, spec)
     steps = spec.code_max if spec.symmetric else spec.code_max - spec.code_min
@@ -94,7 +94,7 @@ def test_the_zero_point_is_a_code_and_follows_from_the_stored_scale(case):
         (5, torch.float16, -7.109375, 3.140625, 0.33056640625),
     ],
 )
-def test_a_scale_that_rounds_down_so_far_that_it_clips_takes_the_next_number_up(bits, dtype, low, high, nearest):
+def test_a_scale_whose_rounding_would_clip_is_rounded_up(bits, dtype, low, high, nearest):
     scale, _ = choose(low, high, channel(bits, scale_dtype=dtype))
     assert rounded((high - low) / (2**bits - 1), dtype) == nearest
     assert scale == nearest + ulp(nearest, dtype)
@@ -110,7 +110,7 @@ def test_a_scale_is_never_below_the_smallest_normal_number(dtype, symmetric):
 
 @pytest.mark.parametrize(
     ("dtype", "largest"),
-    # What lies half a unit above the largest number rounds to infinity.
+    # A number half a unit above the largest one rounds to infinity.
     [(torch.float16, 65519.99), (torch.bfloat16, 3.3961e38), (torch.float32, 3.40282356e38)],
 )
 def test_a_scale_beyond_its_dtype_is_refused(dtype, largest):
@@ -130,7 +130,7 @@ def test_the_whole_range_of_float64_has_a_scale(symmetric):
 
 @st.composite
 def encodings(draw):
-    """A matrix with scales and zero points of any kind: wide, clipping, negative, anything an observer may choose."""
+    """Draw a matrix with any scales and zero points that an observer may choose: wide, clipping, negative."""
     weight, spec, _ = draw(problems(scale_dtypes=(None, torch.float32)))
     x = weight.reshape(-1, weight.shape[-1])
     spec = spec.for_dtype(x.dtype)
@@ -146,7 +146,7 @@ def encodings(draw):
 
 
 def exact_terms(x, scale, zero_point, spec):
-    """(w, s, z) of each element, as fractions."""
+    """Yield (weight, scale, zero point) of each element, as fractions."""
     zeros = torch.zeros_like(scale) if zero_point is None else zero_point
     return zip(*(fractions(t) for t in (x, *(per_element(p, spec, *x.shape) for p in (scale, zeros)))), strict=True)
 
@@ -187,7 +187,7 @@ def test_the_bound_is_half_a_step_or_the_distance_to_the_representable_range(cas
 
 
 @given(encodings())
-def test_zero_is_exactly_zero_whatever_the_zero_point(case):
+def test_zero_is_exactly_zero_for_any_zero_point(case):
     x, scale, zero_point, spec = case
     for zeros in (torch.zeros_like(x), -torch.zeros_like(x)):
         decoded = decode(encode(zeros, scale, zero_point, spec), scale, zero_point, spec, torch.float64)
@@ -195,7 +195,7 @@ def test_zero_is_exactly_zero_whatever_the_zero_point(case):
 
 
 @given(encodings())
-def test_what_was_chosen_well_is_taken_as_it_is(case):
+def test_valid_scales_and_zero_points_are_accepted_unchanged(case):
     x, scale, zero_point, spec = case
     taken, taken_zero = check_params(scale, zero_point, spec, tuple(x.shape))
     assert torch.equal(taken, scale)
@@ -227,7 +227,7 @@ GOOD_SCALE, GOOD_ZERO = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
         (GOOD_SCALE, 0, "zero point"),
     ],
 )
-def test_what_codes_cannot_be_made_with_is_refused(scale, zero_point, message):
+def test_invalid_scales_and_zero_points_are_refused(scale, zero_point, message):
     spec = QuantSpec(bits=4, granularity="group", group_size=4, symmetric=False, scale_dtype=torch.float32)
     with pytest.raises(NumericsError, match=message):
         check_params(scale, zero_point, spec, (3, 5))

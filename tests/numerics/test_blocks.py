@@ -1,4 +1,4 @@
-"""Weights of several blocks: what is computed block by block, in memory used again, is the plain formula."""
+"""Weights of several blocks: working block by block, in reused memory, gives the result of the plain formula."""
 
 import math
 
@@ -27,7 +27,7 @@ SHAPES = [(600, 1024), (500, 1100), (3, BLOCK_ELEMENTS + 7)]
 
 
 def by_formula(matrix: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Signed codes and scales of a symmetric spec that rounds to nearest, for all rows at once."""
+    """Compute signed codes and scales of a symmetric spec that rounds to nearest, for all rows at once."""
     x, width = matrix.to(compute_dtype(matrix.dtype)), spec.group_size or matrix.shape[1]
     groups = F.pad(x, (0, -matrix.shape[1] % width)).reshape(len(x), -1, width)
     exact = groups.abs().amax(-1).double() / (2 ** (spec.bits - 1) - 1)
@@ -95,7 +95,7 @@ def test_the_number_of_threads_changes_no_bit_of_any_width(bits, symmetric, dtyp
         "stack",
     ],
 )
-def test_how_a_weight_lies_in_memory_changes_nothing(tensor, layout, spec):
+def test_the_memory_layout_of_a_weight_changes_nothing(tensor, layout, spec):
     layout = layout or Layout.of(tensor.shape)
     matrix = tensor.permute(layout.permutation).reshape(layout.matrix_shape).contiguous()
     codes, scale = by_formula(matrix, spec)
@@ -106,7 +106,7 @@ def test_how_a_weight_lies_in_memory_changes_nothing(tensor, layout, spec):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_finite_numbers_whose_sum_is_not_are_quantized(granularity, dtype):
+def test_finite_numbers_with_an_infinite_sum_are_quantized(granularity, dtype):
     weight = torch.full((5, 64), torch.finfo(dtype).max, dtype=dtype)
     weight[3] *= -1
     codes = quantize(weight, QuantSpec(bits=8, granularity=granularity)).codes()

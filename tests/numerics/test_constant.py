@@ -1,4 +1,4 @@
-"""Codes that stay the same: which rows count as lost, and that a block after the other gives what the whole gives."""
+"""Rows with equal codes: which of them count as lost, and that the result does not depend on the cut into blocks."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def same(rows):
 
 
 @given(st.lists(CODES, max_size=4))
-def test_rows_are_the_same_exactly_if_there_are_several_and_all_equal(parts):
+def test_rows_count_as_the_same_exactly_if_there_are_at_least_two_and_all_are_equal(parts):
     rows = [row for part in parts for row in part]
     joined = SameRows()
     for part in parts:
@@ -39,7 +39,7 @@ def stored(codes, scale, **fields):
 @pytest.mark.parametrize("rounding", ["nearest", "free"])
 @pytest.mark.parametrize("columns", [2, 15, 16, 17, 100])
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_row_with_one_code_is_lost_only_without_another_one(rounding, columns, place):
+def test_a_row_is_lost_only_if_all_its_codes_are_equal(rounding, columns, place):
     x = torch.linspace(-10, 20, 3 * columns).reshape(3, columns)
     codes = x.round().int()
     codes[1] = 5
@@ -48,7 +48,7 @@ def test_a_row_with_one_code_is_lost_only_without_another_one(rounding, columns,
     assert measure(x, stored(codes.tolist(), [[1.0]] * 3, rounding=rounding)).constant_rows == 0
 
 
-def test_a_row_that_one_code_serves_well_is_not_lost():
+def test_a_nearly_constant_row_with_one_code_is_not_lost():
     x = torch.tensor([[10.0, 10.8, 11.6], [1.0, 2.0, 3.0]])
     found = measure(x, stored([[10, 10, 10], [1, 2, 3]], [[1.0], [1.0]]))
     assert found.broken_at == (0, 1)

@@ -104,7 +104,7 @@ def test_a_scalar_is_a_matrix_of_one_element():
     ],
     ids=str,
 )
-def test_a_row_is_what_one_output_is_made_of(module, input_shape):
+def test_a_row_holds_the_weights_of_one_output(module, input_shape):
     outputs = module(torch.ones(1, *input_shape)).flatten(2) if len(input_shape) > 1 else module(torch.ones(1, 5))
     layout, declared = layout_of(module, "weight", module.weight)
     assert declared

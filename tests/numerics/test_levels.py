@@ -1,4 +1,4 @@
-"""Codes that stand for levels of their own: the nearest one always, measured against fractions in plain Python."""
+"""Codes with levels, compared with exact fractions in plain Python."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from fewbits.numerics.spec import spec_from_dict
 from lifecycle_helpers import small
 from strategies import FLOATS, as_matrix, fractions, layouts, per_element, rounded, ulp, weights
 
-#: The quantiles of a normal distribution that are known as NF4, and numbers of the field's other formats.
+#: NF4 (quantiles of a normal distribution), and the numbers of other formats in use.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -37,7 +37,7 @@ KNOWN = {"NF4": NF4, "FP4": FP4, "ternary and one": TERNARY, "integers": tuple(m
 
 @st.composite
 def level_tuples(draw):
-    """4, 8 or 16 rising numbers with 0 inside, spread evenly or not at all."""
+    """Draw 4, 8 or 16 rising numbers around 0, spread evenly or unevenly."""
     if draw(st.booleans()):
         return draw(st.sampled_from([*KNOWN.values()]))
     count = 2 ** draw(st.integers(2, 4))
@@ -63,7 +63,7 @@ def leveled_specs(draw):
 
 @st.composite
 def problems(draw):
-    """(weight, spec, layout), with room for a scale that is 64 times the largest magnitude."""
+    """Draw (weight, spec, layout), where a scale of 64 times the largest magnitude is finite."""
     spec, dtype = draw(leveled_specs()), draw(st.sampled_from(FLOATS))
     limit = min(torch.finfo(d).max for d in (dtype, spec.scale_dtype or dtype)) * 2.0**-8
     weight = draw(weights((dtype,), min_dims=1, limit=limit))
@@ -71,14 +71,14 @@ def problems(draw):
 
 
 def elements(weight, q):
-    """(w, code from 0 up, s) of each element; w and s as fractions."""
+    """Yield (weight, unsigned code, scale) of each element; weight and scale as fractions."""
     scale = per_element(q.scale, q.spec, *q.layout.matrix_shape)
     codes = (q.codes().to(torch.int64) - q.spec.code_min).flatten().tolist()
     return zip(fractions(as_matrix(weight, q.layout)), codes, fractions(scale), strict=True)
 
 
 def groups_of(weight, q):
-    """(all elements that share a scale, the scale), in fractions."""
+    """Yield (all elements that share a scale, the scale), as fractions."""
     matrix, spec = as_matrix(weight, q.layout), q.spec
     width = {"tensor": matrix.numel(), "channel": q.layout.columns, "group": spec.group_size}[spec.granularity]
     rows = [matrix.flatten()] if spec.granularity == "tensor" else matrix
@@ -87,7 +87,7 @@ def groups_of(weight, q):
 
 
 def bound_of(w, s, levels):
-    """Half the distance of the two levels around an element, or how far it is from the nearer end."""
+    """Return half the distance between the two levels around an element, or its distance to the nearer end."""
     steps = [Fraction(level) * s for level in levels]
     if not steps[0] <= w <= steps[-1]:
         inside = steps[1] - steps[0] if w < 0 else steps[-1] - steps[-2]
@@ -95,7 +95,7 @@ def bound_of(w, s, levels):
     return max((high - low) / 2 for low, high in pairwise(steps) if low <= w <= high)
 
 
-# What holds for every tensor and any levels.
+# Properties of every tensor and any levels.
 
 
 @given(problems())
@@ -104,7 +104,7 @@ def test_every_element_takes_the_nearest_level(problem):
     q = quantize(weight, spec, layout=layout)
     for w, code, s in elements(weight, q):
         distances = [abs(w - Fraction(level) * s) for level in spec.levels]
-        # The quotient of element and scale is rounded, which counts where two levels are as near.
+        # The quotient of element and scale is rounded, which can decide between two equally near levels.
         assert distances[code] <= min(distances) + abs(w) / 2**22
 
 
@@ -121,15 +121,15 @@ def test_every_element_is_within_half_the_distance_of_the_levels_around_it(probl
 
 
 @given(problems())
-def test_the_bound_is_that_of_fractions(problem):
+def test_the_bound_agrees_with_exact_fractions(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     x = as_matrix(weight, layout).double()
     bounds = error_bound(x, q.scale, None, q.spec).flatten().tolist()
     for (w, _, s), bound in zip(elements(weight, q), bounds, strict=True):
         expected = bound_of(w, s, spec.levels) + abs(w) / 2**23
-        # On a level itself, as far as a quotient in float64 can tell, it is the distance to either neighbour.
-        # A quotient below the smallest subnormal number tells nothing.
+        # For an element on a level, up to the rounding of a float64 quotient, the bound may use either neighbour.
+        # Quotients below the smallest subnormal number are skipped.
         steps, near = [Fraction(level) * s for level in spec.levels], abs(w) / 2**50 + s * Fraction(2) ** -1074
         around = [high - low for low, high in pairwise(steps) if low - near <= w <= high + near]
         least, most = (min(around) / 2, max(around) / 2 + abs(w) / 2**23) if around[1:] else (expected, expected)
@@ -175,12 +175,12 @@ def test_a_code_decodes_to_its_level_times_the_scale(problem):
 
 
 @given(problems())
-def test_quantizing_what_was_decoded_gives_the_same_codes(problem):
+def test_quantizing_decoded_codes_gives_the_same_codes(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     decoded = q.dequantize(compute_dtype(q.scale.dtype))
     again = quantize(decoded, q.spec, lambda rows, spec: (q.scale, None), layout=layout)
-    # Levels that are nearer to one another than the smallest numbers can tell decode to one number.
+    # Levels that differ by less than the smallest number decode to the same number.
     assert torch.equal(again.dequantize(decoded.dtype), decoded)
 
 
@@ -201,7 +201,7 @@ def test_the_default_is_the_min_max_observer(problem):
 
 
 @given(problems())
-def test_parts_and_json_bring_a_tensor_back(problem):
+def test_a_tensor_is_rebuilt_from_its_parts_and_json(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     again = spec_from_dict(json.loads(json.dumps(q.spec.to_dict())))
@@ -211,7 +211,7 @@ def test_parts_and_json_bring_a_tensor_back(problem):
 
 
 class Leveled(fewbits.Quantizer):
-    """Any levels, in any granularity."""
+    """A scheme with any levels, in any granularity."""
 
     def __init__(self, spec, **strategies):
         self.spec = spec
@@ -272,7 +272,7 @@ def test_integers_as_levels_are_integer_codes_that_use_the_lowest_one():
     assert plain.scale.item() > leveled.scale.item() == 1
 
 
-def test_each_sign_has_a_reach_of_its_own():
+def test_the_scale_fits_the_largest_level_of_each_sign():
     levels = (-4.0, -2.0, -1.0, 0.0, 0.25, 0.5, 0.75, 1.0)
     spec = QuantSpec(bits=3, granularity="channel", levels=levels)
     for row, scale in (([-4.0, 1.0], 1.0), ([-8.0, 1.0], 2.0), ([-4.0, 3.0], 3.0), ([-1.0, 0.0], 0.25)):
@@ -331,8 +331,8 @@ def test_zeros_and_subnormals_have_the_smallest_normal_scale(dtype):
     assert not q.dequantize().any()
 
 
-def test_torch_has_nothing_to_warn_of_whatever_the_strides():
-    torch.set_warn_always(True)  # otherwise it says so once in a process
+def test_torch_warns_for_no_strides():
+    torch.set_warn_always(True)  # by default torch warns once per process
     try:
         weight = torch.randn(8, 6).T
         q = quantize(weight, QuantSpec(4, "channel", levels=NF4))
@@ -341,7 +341,7 @@ def test_torch_has_nothing_to_warn_of_whatever_the_strides():
         torch.set_warn_always(False)
 
 
-def test_a_scale_may_be_negative_or_clip_and_the_bound_says_so():
+def test_the_bound_holds_for_negative_and_for_clipping_scales():
     spec = QuantSpec(4, "channel", scale_dtype=torch.float32, levels=FP4)
     x = torch.tensor([[-9.0, -8.5, 0.3, 5.2, 6.9, 20.0]])
     for scale in (torch.tensor([[1.0]]), torch.tensor([[-1.0]])):
@@ -352,7 +352,7 @@ def test_a_scale_may_be_negative_or_clip_and_the_bound_says_so():
         assert (error <= error_bound(x.double(), scale, None, spec)).all()
         outside = clipped(x.double(), scale, None, spec)[0].tolist()
         low, high = sorted(level * float(scale) for level in (FP4[0], FP4[-1]))
-        # Up to half the distance of the last two levels it is as good as inside.
+        # An element up to half the distance of the last two levels outside counts as inside.
         assert outside == [not low - 1 <= w <= high + 1 for w in x[0].tolist()]
 
 
@@ -363,7 +363,7 @@ def test_params_with_a_zero_point_are_refused():
         quantize(torch.ones(3, 4), spec, lambda rows, spec: (torch.ones(3, 1), zero_points))
 
 
-def test_a_range_without_any_extent_is_nothing_special():
+def test_a_range_of_zero_width_is_handled():
     spec = QuantSpec(4, "channel", scale_dtype=torch.float32, levels=NF4)
     zero = torch.zeros(2, 1)
     scale, zero_point = choose_params(zero, zero, spec)
@@ -371,11 +371,11 @@ def test_a_range_without_any_extent_is_nothing_special():
     assert zero_point is None
 
 
-# Which levels there can be.
+# Which levels are valid.
 
 
 @given(level_tuples())
-def test_levels_are_kept_as_they_are_given_and_rounded_to_float32(levels):
+def test_levels_keep_their_order_and_are_rounded_to_float32(levels):
     bits = len(levels).bit_length() - 1
     spec = QuantSpec(bits, "channel", levels=list(levels))
     assert spec.levels == tuple(torch.tensor(levels, dtype=torch.float32).tolist())
@@ -416,7 +416,7 @@ def test_levels_that_are_not_finite_are_refused(levels, bad, data):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_levels_are_a_number_of_rising_numbers_around_zero(levels, why):
+def test_levels_that_are_not_rising_numbers_around_zero_are_refused(levels, why):
     with pytest.raises(ArgumentError, match="levels of 2 bits must be 4 finite numbers in rising order, none of them"):
         QuantSpec(2, "channel", levels=levels)
 
@@ -428,7 +428,7 @@ def test_a_level_that_float32_rounds_to_zero_is_zero():
 @pytest.mark.parametrize(
     "junk", [4, True, "nf4", ["a", "b", "c", "d"], [None] * 4, [-1.0, 0.0, 1.0, 1e60], 0.5], ids=str
 )
-def test_levels_that_are_no_numbers_are_refused(junk):
+def test_levels_that_are_not_numbers_are_refused(junk):
     with pytest.raises(ArgumentError, match="levels"):
         QuantSpec(2, "channel", levels=junk)
 

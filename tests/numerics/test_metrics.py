@@ -1,4 +1,4 @@
-"""Measuring what was stored against what it was made from."""
+"""Measurements of stored tensors against their originals."""
 
 import json
 import math
@@ -22,7 +22,7 @@ NARROW = (torch.float32, torch.float16, torch.bfloat16)  # differences of these 
 
 
 def decoded(q) -> list:
-    """What each code stands for, as a fraction."""
+    """Decode each code to a fraction."""
     steps = q.codes().to(torch.int64)
     if not q.spec.symmetric:
         steps = steps - per_element(q.zero_points(), q.spec, *steps.shape)
@@ -31,7 +31,7 @@ def decoded(q) -> list:
 
 
 def damaged(weight, spec=CHANNEL, **scales):
-    """Quantized, with the scale of row `r0`, `r1` ... replaced."""
+    """Quantize, and replace the scale of row `r0`, `r1` ..."""
     q = quantize(weight, spec)
     scale = q.scale.clone()
     for row, value in scales.items():
@@ -66,9 +66,9 @@ def test_codes_and_scales_in_use_are_reported(problem):
     assert (measured.scale_min, measured.scale_max) == (q.scale.min().item(), q.scale.max().item())
 
 
-# At the edge of float64 what a code stands for may lie beyond it, where no error can be evaluated.
+# At the edge of float64 a code may decode to a number beyond it, whose error cannot be computed.
 @given(problems(relative_limit=0.25))
-def test_the_bound_holds_for_what_was_rounded_to_nearest(problem):
+def test_the_bound_holds_for_rounding_to_nearest(problem):
     weight, spec, layout = problem
     measured = measure(weight, quantize(weight, spec, layout=layout))
     assert measured.broken_at is None
@@ -85,11 +85,11 @@ def test_the_bound_holds_for_a_cast(weight, dtype):
 
 
 @given(weights(dtypes=(torch.float32,), min_dims=2, max_dims=2), st.data())
-def test_a_code_off_by_one_is_found_where_it_is(weight, data):
+def test_a_code_off_by_one_is_reported_with_its_place(weight, data):
     spec = QuantSpec(bits=4, granularity="channel")
     q = quantize(weight, spec)
     row, column = (data.draw(st.integers(0, size - 1)) for size in weight.shape)
-    # Away from the weight, so that an error of exactly half a step becomes more.
+    # Move the code away from the weight, so that an error of exactly half a step grows.
     codes = q.codes()
     codes[row, column] += 1 if q.dequantize(torch.float64)[row, column] >= weight[row, column] else -1
     assume(spec.code_min <= codes[row, column] <= spec.code_max)
@@ -159,7 +159,7 @@ def test_the_strides_of_the_source_change_no_figure(problem, data):
 
 
 @given(weights(dtypes=NARROW, min_dims=1))
-def test_what_is_equal_has_no_error(weight):
+def test_equal_tensors_have_no_error(weight):
     measured = measure(weight, weight)
     assert (measured.noise, measured.max_abs_error, measured.worst_bound_ratio) == (0.0, 0.0, 0.0)
     assert measured.sqnr_db == math.inf
@@ -180,7 +180,7 @@ def test_sqnr_and_cosine_of_known_numbers():
     assert measured.max_abs_error == 0.5
 
 
-def test_the_sum_is_of_every_element_also_of_odd_widths():
+def test_sums_include_every_element_of_odd_widths():
     for columns in range(1, 40):
         weight = torch.arange(1.0, 3 * columns + 1).reshape(3, columns)
         n = 3 * columns
@@ -252,12 +252,12 @@ def test_the_bound_is_proved_also_where_squares_leave_the_range_of_float64(magni
         (torch.ones(3, 0), torch.ones(3, 0)),
     ],
 )
-def test_what_cannot_be_compared_is_refused(original, stored):
+def test_tensors_that_cannot_be_compared_are_refused(original, stored):
     with pytest.raises(ArgumentError, match="cannot be compared"):
         measure(original, stored)
 
 
-def test_a_broken_place_is_a_row_and_a_column_of_the_matrix():
+def test_the_place_of_a_broken_bound_is_row_and_column_of_the_matrix():
     layout = Layout.of((2, 3, 4), inputs=(1,))
     weight = torch.ones(2, 3, 4)
     q = quantize(weight, CHANNEL, layout=layout)
@@ -265,7 +265,7 @@ def test_a_broken_place_is_a_row_and_a_column_of_the_matrix():
     assert measure(weight, q).broken_at == (7, 2)
 
 
-def test_the_first_broken_place_is_found_in_a_later_block():
+def test_the_first_broken_bound_is_found_in_a_later_block():
     weight = torch.ones(9, 4)
     q = quantize(weight, CHANNEL)
     weight[6, 1] = weight[7, 0] = 0.0
@@ -285,7 +285,7 @@ def test_parts_give_the_figures_of_the_whole_to_the_last_bit(problem, data):
         for start in range(0, layout.rows, step):
             part = Tally(unit_of([weight]))
             part.add(matrix[start : start + step], stored.rows(start, min(start + step, layout.rows)))
-            # On its way through a journal.
+            # As when it is read back from a journal.
             whole.join(Tally.from_dict(json.loads(json.dumps(part.to_dict()))))
         assert whole.measurement(layout.columns) == measure(weight, stored)
 
@@ -321,7 +321,7 @@ def test_parts_of_a_cast_give_the_figures_of_the_whole(weight, blocks, block):
 
 
 @given(problems(), st.data())
-def test_some_rows_of_a_quantized_tensor_are_what_these_rows_decode_to(problem, data):
+def test_some_rows_of_a_quantized_tensor_decode_like_the_whole(problem, data):
     weight, spec, layout = problem
     stored = quantize(weight, spec, layout=layout)
     start = 32 * data.draw(st.integers(0, (layout.rows - 1) // 32))

@@ -21,7 +21,7 @@ def codes_and_bits(draw):
 
 
 def words_of(row: list[int], bits: int) -> list[int]:
-    """The words of one row, by way of one large integer."""
+    """Compute the words of one row from one large integer."""
     stream = sum(code << (index * bits) for index, code in enumerate(row))
     size = 4 * -(-len(row) * bits // 32)
     data = stream.to_bytes(size, "little")

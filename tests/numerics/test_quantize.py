@@ -1,4 +1,4 @@
-"""Rounding tensors to codes, and casting them: what holds for every tensor, spec and layout."""
+"""Quantizing and casting tensors: properties of every tensor, spec and layout."""
 
 import math
 from fractions import Fraction
@@ -35,13 +35,13 @@ from strategies import (
 WIDE = (torch.float32, torch.float64)
 CHANNEL = QuantSpec(bits=8, granularity="channel")
 
-# With the nearest bfloat16 for its scale, the lowest number would be further than half a step from every code.
+# With a scale rounded to the nearest bfloat16, the lowest number would be more than half a step from every code.
 COARSE = QuantSpec(bits=8, granularity="tensor", symmetric=False, scale_dtype=torch.bfloat16)
 BELOW = torch.tensor([-2.9802]), COARSE, Layout(shape=(1,), view=(1,), permutation=(0,), row_axes=0)
 
 
 def fixed(scale, zero_point):
-    """A choice of parameters that looks at nothing."""
+    """Make a `ChooseParams` that returns fixed values."""
     return lambda rows, spec: (scale, zero_point)
 
 
@@ -50,7 +50,7 @@ def parameters(q):
 
 
 def same(one, other) -> bool:
-    """Whether codes and parameters are equal, whatever the shapes and dtypes of the sources."""
+    """Tell whether codes and parameters are equal; shapes and dtypes of the sources may differ."""
     return all(
         (a is None and b is None) or torch.equal(a, b)
         for a, b in [(one.codes(), other.codes()), (one.scale, other.scale), (one.zero_points(), other.zero_points())]
@@ -58,7 +58,7 @@ def same(one, other) -> bool:
 
 
 def elements(weight, q):
-    """(w, q - z, s) of each element, as fractions."""
+    """Yield (weight, code less zero point, scale) of each element, as fractions."""
     zeros = torch.zeros_like(q.scale) if q.spec.symmetric else q.zero_points()
     scale, zero = (per_element(p, q.spec, *q.layout.matrix_shape) for p in (q.scale, zeros))
     steps = q.codes().to(torch.int64) - zero.to(torch.int64)
@@ -80,13 +80,13 @@ def test_zero_stays_exactly_zero(problem):
     assert all(steps == 0 for w, steps, _ in elements(weight, q) if w == 0)
 
 
-# A scale wider than its weight leaves the dtype of the division open.
+# Skip scales wider than their weight: the dtype of their division is not specified.
 @given(problems(scale_dtypes=(None, torch.float16, torch.bfloat16, torch.float32)))
 @example(BELOW)
-def test_codes_and_scales_are_those_of_ten_lines_of_python(problem):
+def test_codes_and_scales_agree_with_ten_lines_of_python(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
-    # At the very end of the range a larger scale is taken, so that no code stands for Inf; tested below.
+    # At the end of the dtype's range the scale is larger, so that no code decodes to Inf; tested below.
     assume(weight.abs().max().double() < torch.finfo(compute_dtype(q.scale.dtype)).max / 2)
     matrix = as_matrix(weight, layout)
     width = {"tensor": matrix.numel(), "channel": layout.columns, "group": spec.group_size}[spec.granularity]
@@ -112,7 +112,7 @@ def test_symmetric_codes_never_use_the_lowest_one(problem):
 
 
 @given(problems(relative_limit=0.25))
-def test_quantizing_what_was_decoded_gives_the_same_codes(problem):
+def test_quantizing_decoded_codes_gives_the_same_codes(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     decoded = q.dequantize(torch.float64 if q.scale.dtype == torch.float64 else torch.float32)
@@ -120,9 +120,9 @@ def test_quantizing_what_was_decoded_gives_the_same_codes(problem):
     assert same(q, again)
 
 
-# 255 steps are more than the 8 bits of a bfloat16 can tell apart.
+# The 8 bits of a bfloat16 cannot represent 255 steps.
 @given(problems(relative_limit=0.25, scale_dtypes=(None,)))
-def test_quantizing_what_was_decoded_to_its_own_dtype_gives_the_same_codes(problem):
+def test_quantizing_codes_decoded_to_the_source_s_dtype_gives_the_same_codes(problem):
     weight, spec, layout = problem
     assume(spec.symmetric or spec.bits < 8 or weight.dtype != torch.bfloat16)
     q = quantize(weight, spec, layout=layout)
@@ -235,7 +235,7 @@ EXACT = {
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("row", EXACT.values(), ids=EXACT)
-def test_a_constant_is_exact_but_for_the_rounding_of_its_scale(row, bits, symmetric):
+def test_a_constant_is_exact_except_for_the_rounding_of_its_scale(row, bits, symmetric):
     weight = torch.tensor([row], dtype=torch.float64)
     decoded = quantize(weight, QuantSpec(bits=bits, granularity="channel", symmetric=symmetric)).dequantize()
     assert torch.allclose(decoded, weight, rtol=1e-15, atol=0)
@@ -313,7 +313,7 @@ def test_a_scale_beyond_its_dtype_is_refused():
 
 @st.composite
 def damaged(draw):
-    """(weight, layout, the first bad index in row-major order, that bad value)."""
+    """Draw (weight, layout, the first bad index in row-major order, the bad value)."""
     weight = draw(weights(min_dims=1)).clone(memory_format=torch.preserve_format)
     assume(0 not in [s for s, n in zip(weight.stride(), weight.shape, strict=True) if n > 1])
     places = sorted(draw(st.sets(st.integers(0, weight.numel() - 1), min_size=1, max_size=3)))
@@ -350,7 +350,7 @@ def observers():
         "no zero point": (fixed(ones(3, 1), None), False),
         "a zero point above the codes": (fixed(ones(3, 1), torch.full((3, 1), 128, **whole)), False),
         "a zero point below the codes": (fixed(ones(3, 1), torch.full((3, 1), -129, **whole)), False),
-        "a zero point that is not whole": (fixed(ones(3, 1), ones(3, 1) / 2), False),
+        "a zero point that is not an integer": (fixed(ones(3, 1), ones(3, 1) / 2), False),
         "zero points of another shape": (fixed(ones(3, 1), torch.zeros(3, **whole)), False),
     }
 
@@ -370,7 +370,7 @@ def test_a_zero_point_may_be_of_any_integer_dtype(dtype):
     assert q.dequantize().eq(1).all()
 
 
-def test_an_observer_sees_the_rows_in_order_and_the_settled_spec():
+def test_an_observer_gets_the_rows_in_order_and_a_spec_with_its_scale_dtype():
     seen = []
 
     def choose(rows, spec):
@@ -386,7 +386,7 @@ def test_an_observer_sees_the_rows_in_order_and_the_settled_spec():
     assert torch.equal(torch.cat(rows), weight.float())
 
 
-def test_an_observer_sees_the_whole_weight_where_one_scale_serves_it():
+def test_an_observer_gets_the_whole_weight_for_a_scale_per_tensor():
     shapes = []
 
     def choose(rows, spec):
@@ -399,7 +399,7 @@ def test_an_observer_sees_the_whole_weight_where_one_scale_serves_it():
     assert shapes == [((4, 3), torch.float16)]
 
 
-def test_a_matrix_and_a_tensor_with_a_layout_are_the_same():
+def test_a_matrix_is_quantized_like_a_tensor_with_a_layout():
     weight, layout = torch.randn(6, 4, 3), Layout.of((6, 4, 3), inputs=(0, 2))
     assert quantize(WeightMatrix(weight, layout), CHANNEL).equal(quantize(weight, CHANNEL, layout=layout))
 
@@ -409,7 +409,7 @@ def test_a_parameter_leaves_no_gradient_behind():
     assert not any(part.requires_grad for part in quantize(parameter, CHANNEL).parts().values())
 
 
-def test_a_view_with_a_pending_negation_is_read_as_what_it_is():
+def test_a_view_with_a_pending_negation_is_negated_on_reading():
     negated = torch.complex(torch.ones(3, 4), torch.arange(12.0).reshape(3, 4)).conj().imag
     assert negated.is_neg()
     assert quantize(negated, CHANNEL).equal(quantize(negated.clone(), CHANNEL))
@@ -420,7 +420,7 @@ def test_a_scalar_is_a_tensor_of_one_element(function):
     assert torch.equal(function(torch.tensor(2.0)), torch.tensor(2.0))
 
 
-# Casting.
+# Casts.
 
 
 @given(weights(min_dims=1), st.sampled_from(FLOATS))
@@ -449,7 +449,7 @@ def test_a_cast_out_of_range_names_the_first_index(weight, dtype, block):
     assert f"the element at index {index} is " in str(caught.value)
 
 
-def test_a_cast_names_nan_before_what_is_out_of_range():
+def test_a_cast_reports_nan_before_numbers_out_of_range():
     with pytest.raises(NonFiniteError, match=r"index \(1, 1\) is nan"):
         cast(torch.tensor([[1e30, 0.0], [1.0, math.nan]]), torch.float16)
 

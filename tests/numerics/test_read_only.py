@@ -1,4 +1,4 @@
-"""A read-only tensor: computing with it gives plain tensors, changing it or what shares its memory is refused."""
+"""A read-only tensor gives plain results; changing it, or a tensor that shares its memory, is refused."""
 
 import contextlib
 import copy
@@ -82,7 +82,7 @@ def test_numpy_reads_and_cannot_write():
     with pytest.raises(ValueError, match="read-only"):
         guarded().numpy()[0] = 0
     array = guarded().__array__(torch.zeros((), dtype=torch.float64).numpy().dtype)
-    array[0] = 0, 0, 0, 0  # of another dtype, so a copy
+    array[0] = 0, 0, 0, 0  # the array has another dtype, so it is a copy
 
 
 RESULTS = {
@@ -135,7 +135,7 @@ def test_gradients_flow_through_products_with_a_read_only_tensor():
     assert torch.equal(x.grad, guarded().sum(0).expand(2, 4))
 
 
-def test_what_libraries_do_to_every_frozen_weight_is_allowed():
+def test_freezing_and_dropping_gradients_is_allowed():
     w = guarded()
     w.requires_grad = False
     w.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""FP8 codes and their scales: the numbers they stand for, whatever part of them is asked for."""
+"""Dequantizing FP8 codes with scales, whole or in part."""
 
 import math
 
@@ -15,7 +15,7 @@ SIZES = st.integers(1, 9)
 
 
 def part(weight, scale, grid, start=0, stop=None, piece=1 << 18):
-    """Elements `start` to `stop`, dequantized in pieces of about so many."""
+    """Dequantize elements `start` to `stop` in pieces of about `piece` elements."""
     out = torch.empty((weight.numel() if stop is None else stop) - start, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewbits.numerics.scaled.BLOCK_ELEMENTS", piece)
@@ -32,7 +32,7 @@ def part(weight, scale, grid, start=0, stop=None, piece=1 << 18):
 
 @st.composite
 def scaled(draw):
-    """(codes, scales, grid, what they are dequantized to): blocks, rows, stacks, whole tensors."""
+    """Draw (codes, scales, grid, dequantized tensor) with scales for blocks, rows, stacks or whole tensors."""
     shape = tuple(draw(st.lists(SIZES, min_size=1, max_size=4)))
     dtypes, seed = (draw(FP8), draw(st.sampled_from(SCALE_DTYPES))), draw(st.integers(0, 99))
     block = draw(st.tuples(SIZES, SIZES)) if len(shape) > 1 and draw(st.booleans()) else None
@@ -48,7 +48,7 @@ def scaled(draw):
 
 
 @given(scaled(), st.data(), st.sampled_from([1, 2, 7, 30, 1 << 18]))
-def test_any_part_is_that_part_of_the_whole(problem, data, piece):
+def test_dequantizing_a_part_gives_that_part_of_the_whole(problem, data, piece):
     weight, scale, grid, whole = problem
     start = data.draw(st.integers(0, weight.numel()))
     stop = data.draw(st.integers(start, weight.numel()))
@@ -56,7 +56,7 @@ def test_any_part_is_that_part_of_the_whole(problem, data, piece):
 
 
 @pytest.mark.parametrize("dtype", FP8_DTYPES, ids=str)
-def test_every_code_is_the_number_that_torch_says(dtype):
+def test_every_code_decodes_to_the_number_of_torch(dtype):
     every = torch.arange(256, dtype=torch.uint8).view(dtype)
     assert torch.equal(decoded(every).nan_to_num(7.0), every.to(torch.float32).nan_to_num(7.0))
     assert torch.equal(decoded(every).signbit(), every.to(torch.float32).signbit())
@@ -70,7 +70,7 @@ def test_scales_can_be_powers_of_two_in_8_bits():
 
 
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=3), st.sampled_from([(128, 128), (1, 128), (64, 64)]))
-def test_blocks_are_found_by_how_many_there_are(shape, block):
+def test_block_sizes_follow_from_the_number_of_scales(shape, block):
     grid = ScaleGrid.fit(shape, scale_shape(shape, block), [(200, 3), block])
     assert grid is not None
     if math.prod(scale_shape(shape, block)[-2:]) > 1 and scale_shape(shape, block) != scale_shape(shape, (200, 3)):
@@ -128,7 +128,7 @@ def test_a_bad_scale_is_named(bad, error, message, piece):
         part(weight, scale, ScaleGrid.fit((4, 3), (2, 1), [(2, 3)]), piece=piece)
 
 
-def test_a_scale_of_zero_is_right_where_all_codes_are():
+def test_a_scale_of_zero_is_allowed_for_codes_of_zero():
     weight, scale = torch.zeros(4, 3).to(torch.float8_e4m3fn), torch.tensor([[0.0], [2.0]])
     weight.view(torch.uint8)[2, 1] = 0x7E
     assert part(weight, scale, ScaleGrid.fit((4, 3), (2, 1), [(2, 3)])).tolist()[6:9] == [0, 896, 0]
@@ -139,13 +139,13 @@ def test_a_scale_of_zero_is_right_where_all_codes_are():
     [(torch.float8_e4m3fn, 0x7F, "nan"), (torch.float8_e5m2, 0x7C, "inf"), (torch.float8_e5m2, 0xFF, "nan")],
 )
 @pytest.mark.parametrize("piece", [2, 1 << 18])
-def test_a_code_that_is_no_number_is_named(dtype, code, value, piece):
+def test_a_code_that_is_nan_or_inf_is_named(dtype, code, value, piece):
     weight = torch.ones(2, 3, 5).to(dtype)
     weight.view(torch.uint8)[1, 2, 3] = code
     with pytest.raises(fewbits.errors.NonFiniteError, match=rf"index \(1, 2, 3\) is {value}"):
         part(weight, torch.ones(()), ScaleGrid.fit((2, 3, 5), (), []), piece=piece)
 
 
-def test_products_next_to_nothing_are_rounded_and_not_refused():
+def test_tiny_products_are_rounded_and_not_refused():
     weight, scale = codes((3, 40)), torch.full((3, 1), 1e-40)
     assert torch.equal(part(weight, scale, ScaleGrid.fit((3, 40), (3, 1), [])), expected(weight, scale).reshape(-1))

@@ -1,4 +1,4 @@
-"""Memory that is used again for every block."""
+"""Memory that is reused for every block."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from strategies import problems
 CPU = torch.device("cpu")
 
 
-def test_the_same_memory_is_given_again_for_the_same_shape_and_for_smaller_ones():
+def test_memory_is_reused_for_the_same_and_smaller_shapes():
     scratch = Scratch()
     first = scratch.take("codes", (4, 6), torch.int8, CPU)
     for shape in [(4, 6), (3, 2, 4), (1,), (0, 5)]:
@@ -22,7 +22,7 @@ def test_the_same_memory_is_given_again_for_the_same_shape_and_for_smaller_ones(
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((5, 6), torch.int8), ((4, 6), torch.uint8), ((2, 2), torch.float64)])
-def test_what_does_not_fit_gets_other_memory(shape, dtype):
+def test_larger_tensors_and_other_dtypes_get_new_memory(shape, dtype):
     scratch = Scratch()
     first = scratch.take("codes", (4, 6), torch.int8, CPU)
     other = scratch.take("codes", shape, dtype, CPU)
@@ -30,14 +30,14 @@ def test_what_does_not_fit_gets_other_memory(shape, dtype):
     assert other.data_ptr() != first.data_ptr()
 
 
-def test_memory_of_another_name_is_another_one():
+def test_each_name_has_its_own_memory():
     scratch = Scratch()
     one, other = (scratch.take(name, (4,), torch.int8, CPU) for name in ("codes", "steps"))
     assert one.data_ptr() != other.data_ptr()
 
 
 @given(problems(levels=None), problems())
-def test_what_was_computed_before_in_the_same_memory_changes_nothing(before, problem):
+def test_earlier_results_in_the_same_memory_change_nothing(before, problem):
     scratch = Scratch()
     for weight, spec, _ in (before, problem):
         rows = weight.reshape(-1, weight.shape[-1])

@@ -121,7 +121,7 @@ def test_a_description_that_is_not_a_spec_is_refused(fields):
         spec_from_dict(fields)
 
 
-def test_a_description_may_leave_out_what_is_as_by_default():
+def test_a_description_may_omit_fields_with_default_values():
     spec = QuantSpec(bits=4, granularity="group", group_size=32, scale_dtype=torch.float16)
     assert spec_from_dict(AFFINE) == spec
     assert {name for name, value in spec.to_dict().items() if name not in AFFINE and value} == {"rounding"}
@@ -143,7 +143,7 @@ def test_codes_are_two_s_complement(bits):
 
 
 @given(specs(), st.integers(1, 20), st.integers(1, 200))
-def test_groups_cover_a_row_and_none_is_empty(spec, rows, columns):
+def test_groups_cover_a_row_without_empty_groups(spec, rows, columns):
     width, groups = spec.width(columns), spec.groups(columns)
     assert (groups - 1) * width < columns <= groups * width
     assert spec.scale_shape(rows, columns) == ((1,) if spec.granularity == "tensor" else (rows, groups))
@@ -154,13 +154,13 @@ def test_a_group_larger_than_a_row_is_the_row():
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_scales_take_the_dtype_of_the_weight_unless_told_otherwise(dtype):
+def test_scales_have_the_dtype_of_the_weight_by_default(dtype):
     spec = QuantSpec(bits=8, granularity="channel")
     assert spec.for_dtype(dtype).scale_dtype == dtype
     assert spec.for_dtype(torch.float16).for_dtype(dtype).scale_dtype == torch.float16
 
 
-def test_a_cast_does_not_depend_on_where_it_comes_from():
+def test_a_cast_does_not_depend_on_the_source_s_dtype():
     assert CastSpec(torch.float16).for_dtype(torch.float32) == CastSpec(torch.float16)
 
 
@@ -174,5 +174,5 @@ def test_a_cast_does_not_depend_on_where_it_comes_from():
         (QuantSpec(bits=2, granularity="channel", levels=(-1, 0, 1, 2)), "4 levels channel"),
     ],
 )
-def test_a_spec_reads_well(spec, text):
+def test_a_spec_prints_as_readable_text(spec, text):
     assert str(spec) == text

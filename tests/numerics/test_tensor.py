@@ -1,4 +1,4 @@
-"""`QuantizedTensor`: parts that fit each other, and what they stand for."""
+"""`QuantizedTensor`: its parts must fit each other, and decode by the formula."""
 
 import copy
 import pickle
@@ -40,7 +40,7 @@ def test_parts_make_the_same_tensor_again_without_a_copy(problem):
 
 
 @given(problems())
-def test_the_parts_have_the_shapes_that_were_announced(problem):
+def test_the_parts_have_the_predicted_shapes(problem):
     weight, spec, layout = problem
     parts = quantize(weight, spec, layout=layout).parts()
     assert {n: (tuple(t.shape), t.dtype) for n, t in parts.items()} == part_shapes(layout, spec, weight.dtype)
@@ -80,7 +80,7 @@ def test_decoding_is_the_formula_in_the_shape_and_dtype_of_the_source(problem):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_caller_may_ask_for_another_dtype(q, dtype):
+def test_dequantizing_to_another_dtype(q, dtype):
     assert torch.equal(q.dequantize(dtype), q.dequantize(torch.float32).to(dtype))
 
 
@@ -125,7 +125,7 @@ HOSTILE = {
     "a single scale": replaced("scale", lambda t: t[0, 0]),
     "zero points of 8 bits": replaced("zero_point", lambda t: t.to(torch.int8)),
     "zero points unpacked": replaced("zero_point", lambda t: t.expand(4, -1)),
-    "zero points that are None": replaced("zero_point", lambda t: None),
+    "None for zero points": replaced("zero_point", lambda t: None),
     "the shape of another tensor": replaced("shape", lambda t: t.flip(0)),
     "a shape of one number": replaced("shape", lambda t: t[0]),
     "a shape in two rows": replaced("shape", lambda t: t[None]),

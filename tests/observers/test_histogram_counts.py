@@ -1,4 +1,4 @@
-"""`HistogramCounts`: a function of the numbers seen, whatever the order and the batches they come in."""
+"""`HistogramCounts` depends only on the numbers seen, not on their order or batches."""
 
 import math
 from fractions import Fraction
@@ -17,7 +17,7 @@ BINS = st.sampled_from([64, 256])
 
 @st.composite
 def batches(draw, limit=None):
-    """A few tensors of one dtype, of any magnitudes."""
+    """Draw a few tensors of one dtype, of any magnitudes."""
     dtype = draw(st.sampled_from(FLOATS))
     return [
         draw(contents(draw(shapes(max_dims=3, max_elements=60)), dtype, limit)) for _ in range(draw(st.integers(1, 4)))
@@ -41,7 +41,7 @@ def together(tensors):
 
 
 def counted(values, bins):
-    """(exponent, {(sign, bin): count}) by exact arithmetic."""
+    """Compute (exponent, {(sign, bin): count}) by exact arithmetic."""
     values = [Fraction(value) for value in values if value]
     if not values:
         return None, {}
@@ -108,7 +108,7 @@ def test_the_occupied_bins_hold_all_but_the_zeros(tensors, bins):
 
 
 @given(batches(limit=1e300), BINS, st.sampled_from(["0.5", "0.9", "0.99", "1"]), st.booleans())
-def test_the_inner_range_has_its_share_inside_and_is_a_bin_too_wide_at_most(tensors, bins, share, symmetric):
+def test_the_inner_range_holds_its_share_and_is_at_most_one_bin_too_wide(tensors, bins, share, symmetric):
     histogram, values, share = merged(tensors, bins), together(tensors), Fraction(share)
     assume(values.any())
     inner, width = histogram.inner_range(share, symmetric=symmetric), 2.0**histogram.exponent
@@ -128,7 +128,7 @@ def test_the_inner_range_has_its_share_inside_and_is_a_bin_too_wide_at_most(tens
         assert max(-low, high) <= magnitudes[spare] + width
 
 
-def test_a_range_of_nothing_but_zero_becomes_that_of_the_extremes():
+def test_a_range_of_zero_alone_is_replaced_by_the_extremes():
     values = torch.zeros(1000)
     values[0], values[1] = 3.0, -2.0
     for symmetric in (True, False):
@@ -150,7 +150,7 @@ def test_without_floating_elements_there_is_nothing_to_count(x):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_what_is_not_finite_is_refused(bad, dtype):
+def test_nan_and_inf_are_refused(bad, dtype):
     x = torch.ones(2, 3, dtype=dtype)
     x[1, 1] = bad
     with pytest.raises(CalibrationError, match=r"shape \(2, 3\) in .* holds NaN or Inf.*repair the batch"):

@@ -61,13 +61,13 @@ def after(recipe, tensors):
 
 
 def chosen(recipe, tensors, spec=INPUT_SPEC):
-    """Scale and zero point as Python numbers."""
+    """Return scale and zero point as Python numbers."""
     scale, zero_point = after(recipe, tensors).input_params(spec)
     return scale.item(), 0 if zero_point is None else zero_point.item()
 
 
 def noise(recipe, x, spec=INPUT_SPEC):
-    """The mean square of what rounding with the chosen scale changes."""
+    """Return the mean square error of rounding with the chosen scale."""
     return noise_with(after(recipe, [x]).input_params(spec), x, spec)
 
 
@@ -83,7 +83,7 @@ def normal(count=100_000, seed=0):
 @every
 @FEWER_EXAMPLES
 @given(batches(), SPECS)
-def test_scales_can_be_used_whatever_was_seen(recipe, tensors, spec):
+def test_scales_are_valid_for_any_inputs(recipe, tensors, spec):
     scale, zero_point = after(recipe, tensors).input_params(spec)
     assert scale.shape == (1,)
     assert scale.dtype == (spec.scale_dtype or torch.float32)
@@ -109,7 +109,7 @@ def test_order_and_batches_do_not_matter(recipe, tensors, spec, random):
 @every_merging
 @FEWER_EXAMPLES
 @given(batches(), batches(), SPECS)
-def test_copies_merge_into_one_that_has_seen_all(recipe, one, other, spec):
+def test_merged_copies_equal_one_that_saw_all_inputs(recipe, one, other, spec):
     observer = after(recipe, one)
     observer.merge(after(recipe, other))
     scale, zero_point = observer.input_params(spec)
@@ -157,7 +157,7 @@ def test_a_moving_average_cannot_be_merged():
 
 
 @every
-def test_calibration_changes_what_is_chosen(recipe):
+def test_the_inputs_seen_change_the_scale_of_inputs(recipe):
     small, large = normal(), normal(seed=1) * 10
     assert chosen(recipe, [large])[0] > 5 * chosen(recipe, [small])[0]
     assert chosen(recipe, [small, large])[0] > chosen(recipe, [small])[0]
@@ -167,7 +167,7 @@ def test_calibration_changes_what_is_chosen(recipe):
 
 
 @every
-def test_inputs_do_not_change_what_is_chosen_for_a_weight(recipe):
+def test_the_inputs_seen_do_not_change_the_scale_of_a_weight(recipe):
     spec = QuantSpec(bits=4, granularity="channel", scale_dtype=torch.float32)
     weight = normal(64).reshape(4, 16)
     assert not recipe.needs_data
@@ -183,7 +183,7 @@ def test_without_data_there_is_no_scale(recipe, inputs):
 
 
 @every
-def test_what_holds_no_floating_number_changes_nothing(recipe):
+def test_inputs_without_floating_numbers_change_nothing(recipe):
     x = normal(100)
     assert chosen(recipe, [torch.arange(9), x, torch.empty(0)]) == chosen(recipe, [x])
 
@@ -201,7 +201,7 @@ def test_reset_forgets_and_fresh_copies_nothing(recipe):
 
 @every
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_refused_and_leaves_no_trace(recipe, bad):
+def test_nan_and_inf_are_refused_and_change_no_statistics(recipe, bad):
     x = normal(100)
     observer = after(recipe, [x])
     with pytest.raises(CalibrationError, match="NaN or Inf"):
@@ -219,7 +219,7 @@ def test_what_is_not_finite_is_refused_and_leaves_no_trace(recipe, bad):
     ],
     ids=str,
 )
-def test_specs_that_inputs_have_no_use_for_are_refused(recipe, spec):
+def test_specs_that_do_not_suit_inputs_are_refused(recipe, spec):
     with pytest.raises(ArgumentError, match="inputs need a spec with granularity"):
         after(recipe, [torch.ones(3)]).input_params(spec)
 
@@ -239,7 +239,7 @@ def test_constants(recipe, x):
     assert (decoded - rows).abs().max() <= scale / 2
 
 
-def test_a_strange_layout_is_seen_whole():
+def test_all_elements_of_a_strided_input_are_seen():
     x = normal(24).reshape(2, 3, 4)
     for view in (x.permute(2, 0, 1), x.flip(0), x[:, :1].expand(2, 3, 4)):
         assert chosen(HistogramObserver(), [view]) == chosen(HistogramObserver(), [view.contiguous()])
@@ -252,7 +252,7 @@ def test_an_input_that_requires_gradients_keeps_no_graph():
         assert not after(recipe, [x]).input_params(INPUT_SPEC)[0].requires_grad
 
 
-# What each of them is good for.
+# The purpose of each observer.
 
 
 @given(batches())
@@ -289,7 +289,7 @@ def test_an_average_of_positive_extremes_still_has_zero_in_range():
 
 
 @pytest.mark.parametrize("percentile", [50, 90, 99.9, 99.99, 100])
-def test_a_percentile_has_its_share_inside(percentile):
+def test_the_range_of_a_percentile_holds_its_share(percentile):
     x = normal()
     scale, _ = chosen(PercentileObserver(percentile), [x])
     exact = x.abs().sort().values[math.ceil(len(x) * percentile / 100) - 1].item()
@@ -305,8 +305,8 @@ SKEWED = torch.nn.functional.gelu(torch.cat([normal() * 2, torch.tensor([150.0])
 @pytest.mark.parametrize("recipe", [HistogramObserver(), MSEObserver()], ids=repr)
 @pytest.mark.parametrize("spec", [INPUT_SPEC, ASYMMETRIC], ids=str)
 @pytest.mark.parametrize("x", [normal(), OUTLIERS, SKEWED], ids=["normal", "outliers", "gelu"])
-def test_the_noise_is_within_a_twentieth_of_the_least_there_is(recipe, spec, x):
-    """Against every 60th of an octave of the range, narrowed alike on both sides, by actual rounding of the numbers."""
+def test_the_noise_is_within_a_twentieth_of_the_minimum(recipe, spec, x):
+    """The minimum is over ranges narrowed equally on both sides, in 60ths of an octave, by rounding the numbers."""
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
     params = (
         choose_params(torch.tensor([low * share]), torch.tensor([high * share]), spec.for_dtype(torch.float32))
@@ -324,7 +324,7 @@ def test_outliers_do_not_set_the_scale(recipe):
 
 @given(batches())
 def test_the_least_error_is_not_above_that_of_the_extremes(tensors):
-    """By the histogram itself: the numbers of a bin spread evenly over it, which tensors of a few numbers are not."""
+    """Both errors are of the histogram, whose numbers count as spread evenly over their bin."""
     observer = MSEObserver(bins=64)
     x = torch.cat([x.flatten() for x in tensors]).double()
     lower, upper, counts = after(observer, [x])._seen.occupied()
@@ -338,7 +338,7 @@ def test_the_least_error_is_not_above_that_of_the_extremes(tensors):
     assert total(observer) <= total(MinMaxObserver()) * 1.001
 
 
-# What they are made with.
+# The arguments of observers.
 
 
 def test_the_short_names():
@@ -375,7 +375,7 @@ def test_an_observer_prints_as_its_recipe():
     assert repr(after(MinMaxObserver(), [torch.ones(2)])) == "MinMaxObserver()"
 
 
-def test_an_observer_of_ones_own_says_what_it_cannot_do():
+def test_an_outside_observer_refuses_optional_calls_by_name():
     class Fixed(Observer):
         def observe_weight(self, weight, spec):
             return torch.ones(spec.scale_shape(*weight.shape)), None

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# The peak of a process of its own, as the kernel counts it: what torch allocates is hidden from Python's own tools.
+# Measure the peak memory of a separate process by the kernel's count: Python's tools do not see torch's allocations.
 SCRIPT = """
 import sys
 import torch
@@ -38,5 +38,5 @@ def peak_mib(batches):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_500_batches_need_no_more_memory_than_5():
-    # Kept, the inputs of either layer would take 125 MiB.
+    # The inputs of one layer would take 125 MiB if they were kept.
     assert peak_mib(500) < peak_mib(5) + 20

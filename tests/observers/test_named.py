@@ -1,4 +1,4 @@
-"""Observers by name: every scheme takes the names and tables that `quantize` and configs take."""
+"""Observers by name: every scheme accepts the names and mappings that `quantize` and configs accept."""
 
 import attrs
 import pytest
@@ -51,7 +51,7 @@ def test_a_named_observer_makes_the_codes_that_quantize_makes_with_that_name():
     ],
     ids=str,
 )
-def test_what_names_no_observer_is_refused_with_those_there_are(setting, recipe, message):
+def test_an_unknown_observer_is_refused_with_a_list_of_observers(setting, recipe, message):
     with pytest.raises(ArgumentError, match=message.format(setting)):
         Int4Grouped(**{setting: recipe})
 

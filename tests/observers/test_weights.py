@@ -27,7 +27,7 @@ from fewbits.observers.percentile import PercentileObserver
 from lifecycle_helpers import FEWER_EXAMPLES
 from strategies import problems
 
-# Levels on a grid of quarters, with more of them above zero than below, and gaps of different widths.
+# Levels that are multiples of a quarter, more of them above zero than below, with gaps of different widths.
 LEVELS = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.75, 1.5, 3.0)
 
 RECIPES = [
@@ -42,7 +42,7 @@ every = pytest.mark.parametrize("recipe", RECIPES, ids=repr)
 
 @st.composite
 def cases(draw, relative_limit=1.0, **fixed):
-    """(rows as an observer is shown them, spec with its scale dtype settled), some with levels."""
+    """Draw (rows as an observer gets them, spec with its scale dtype set), some with levels."""
     weight, spec, layout = draw(problems(relative_limit=relative_limit, **fixed))
     spec = spec.for_dtype(weight.dtype)
     if spec.symmetric and draw(st.booleans()):
@@ -52,12 +52,12 @@ def cases(draw, relative_limit=1.0, **fixed):
 
 
 def errors(rows, params, spec):
-    """The errors of all elements, (rows, columns), in float64."""
+    """Return the errors of all elements, (rows, columns), in float64."""
     return decode(encode(rows, *params, spec), *params, spec, torch.float64) - rows.double()
 
 
 def totals(values, spec):
-    """Sums over each group."""
+    """Return the sum over each group."""
     if spec.granularity == "tensor":
         return values.sum().reshape(1)
     width = spec.width(values.shape[1])
@@ -65,11 +65,11 @@ def totals(values, spec):
 
 
 def slack(rows, spec, *candidates):
-    """What the arithmetic of the search may be wrong by, for each group.
+    """Bound the rounding error of the search's arithmetic for each group.
 
-    A quotient ``t`` of element and scale is rounded once, so the square of an error ``e`` (in scales) is off by no more
-    than ``2 |e t| u + (t u)**2`` with ``u = 2**-24``, half a unit in the last place of float32; the sum of a group
-    adds a relative error of ``u`` for each of the fewer than 8 halvings, the square one more.
+    A quotient ``t`` of element and scale is rounded once. So the square of an error ``e`` (in units of the scale) is
+    off by at most ``2 |e t| u + (t u)**2`` with ``u = 2**-24``, half a unit in the last place of float32. The sum of a
+    group adds a relative error of ``u`` for each of its fewer than 8 halvings, and the square adds another.
     """
     x, unit = rows.double().abs(), 2.0**-24
     each = [2 * e.abs() * x * unit + (x * unit) ** 2 + 9 * unit * e.square() for e in candidates]
@@ -78,7 +78,7 @@ def slack(rows, spec, *candidates):
 
 @every
 @given(cases())
-def test_scales_can_be_used_whatever_the_weight(recipe, case):
+def test_scales_are_valid_for_any_weight(recipe, case):
     rows, spec = case
     stored = quantize(rows, spec, recipe.observe_weight)
     assert torch.isfinite(stored.dequantize(torch.float64)).all()
@@ -86,7 +86,7 @@ def test_scales_can_be_used_whatever_the_weight(recipe, case):
 
 @every
 @given(cases(relative_limit=1 / 16))
-def test_a_row_alone_gets_the_scales_it_gets_in_company(recipe, case):
+def test_a_row_gets_the_same_scales_alone_and_among_others(recipe, case):
     rows, spec = case
     scale, zero_point = recipe.observe_weight(rows, spec)
     again = recipe.observe_weight(rows, spec)
@@ -146,7 +146,7 @@ def test_the_expected_noise_is_never_above_that_of_a_range_that_was_tried(case):
 
 
 def expected(rows, params, unit, spec):
-    """The expected noise of each row by its definition, in squares of the unit, in plain Python."""
+    """Compute the expected noise of each row by its definition, in units of ``unit**2``, in plain Python."""
     levels = spec.levels or [float(code) for code in range(spec.code_min, spec.code_max + 1)]
     zero_points = [0] * len(rows) if params[1] is None else params[1].flatten().tolist()
     noise = []
@@ -158,7 +158,7 @@ def expected(rows, params, unit, spec):
 
 
 def expected_of(x, reached):
-    """The expected noise of a number, in squares of the scale, where codes reach these multiples of it."""
+    """Compute the expected noise of a number, in units of the squared scale; codes decode to `reached` times it."""
     zero = reached.index(0)
     below = reached[zero - 1] / 2 if zero else -0.5
     above = reached[zero + 1] / 2 if zero + 1 < len(reached) else 0.5
@@ -172,7 +172,7 @@ def expected_of(x, reached):
 
 
 @given(cases(relative_limit=1 / 16), st.sampled_from([30, 75, 80, 99.9, 100]))
-def test_a_percentile_leaves_out_as_many_as_it_may(case, percentile):
+def test_a_percentile_leaves_out_as_many_elements_as_allowed(case, percentile):
     rows, spec = case
     groups = [rows.flatten()] if spec.granularity == "tensor" else rows.split(spec.width(rows.shape[1]), 1)
     if spec.granularity != "tensor":
@@ -187,7 +187,7 @@ def test_a_percentile_leaves_out_as_many_as_it_may(case, percentile):
 
 
 def inner(values, symmetric, share):
-    """The narrowest range around zero with a share of the values inside."""
+    """Find the narrowest range around zero that holds a share of the values."""
     spare = math.floor(len(values) * (1 - share))
     if symmetric:
         high = sorted(map(abs, values), reverse=True)[spare]
@@ -198,7 +198,7 @@ def inner(values, symmetric, share):
 
 
 @every
-def test_what_cannot_be_stored_is_an_error(recipe):
+def test_a_scale_beyond_its_dtype_is_an_error(recipe):
     spec = QuantSpec(bits=8, granularity="channel", scale_dtype=torch.float16)
     with pytest.raises(RangeError, match="wider scale_dtype"):
         recipe.observe_weight(torch.full((2, 4), 1e30), spec)
@@ -226,7 +226,7 @@ def test_a_negative_scale_gives_the_positive_side_the_lowest_code():
 
 
 def test_a_scale_is_fitted_to_its_codes():
-    """Codes 1 and 7 alone, a little off: no share of the range gives the scale that least squares does."""
+    """All elements are near the codes 1 and 7: no share of the range gives the least-squares scale."""
     spec = QuantSpec(bits=4, granularity="channel", scale_dtype=torch.float64)
     rows = torch.tensor([[7.1, 6.9, 6.95, 7.05, 1.02]], dtype=torch.float64)
     codes = torch.tensor([7.0, 7.0, 7.0, 7.0, 1.0], dtype=torch.float64)
@@ -235,7 +235,7 @@ def test_a_scale_is_fitted_to_its_codes():
 
 
 def test_blocks_of_a_whole_tensor_are_added_up():
-    """More rows than one block has, in float16: the choice is the one for the same numbers in one row."""
+    """The scale for a float16 weight of several blocks is as good as the scale for the same numbers in one row."""
     columns = 128
     rows = torch.randn(3 * block_rows(columns) + 1, columns, generator=torch.Generator().manual_seed(0)).half()
     spec = QuantSpec(bits=4, granularity="tensor", scale_dtype=torch.float32)
@@ -247,7 +247,7 @@ def test_blocks_of_a_whole_tensor_are_added_up():
 
 
 @pytest.mark.parametrize(("bits", "gain"), [(2, 4.0), (3, 2.5), (4, 1.4), (8, 0.03)])
-def test_what_the_search_is_worth_on_normal_weights(bits, gain):
+def test_the_search_improves_the_sqnr_of_normal_weights(bits, gain):
     weight = torch.randn(200, 512, generator=torch.Generator().manual_seed(0))
     spec = QuantSpec(bits=bits, granularity="group", group_size=128, scale_dtype=torch.float16)
     plain, found = (
@@ -256,7 +256,7 @@ def test_what_the_search_is_worth_on_normal_weights(bits, gain):
     assert found >= plain + gain
 
 
-def test_what_the_search_is_worth_on_a_real_model(minilm_path):
+def test_the_search_improves_the_sqnr_of_a_real_model(minilm_path):
     spec = QuantSpec(bits=4, granularity="group", group_size=128)
     pooled = {}
     with safe_open(minilm_path, "pt") as file:

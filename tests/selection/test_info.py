@@ -1,4 +1,4 @@
-"""What names, shapes and dtypes alone tell of a tensor."""
+"""Facts about a tensor that follow from its name, shape and dtype."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_nbytes_is_what_torch_would_allocate(shape, dtype):
         ("biased", (4, 4), torch.float32, None),
     ],
 )
-def test_what_can_never_be_quantized_has_a_reason(name, shape, dtype, reason):
+def test_a_tensor_that_can_never_be_quantized_has_a_reason(name, shape, dtype, reason):
     assert numeric_obstacle(name, shape, dtype) == reason
 
 
@@ -86,7 +86,7 @@ def test_the_first_axis_is_never_an_input(shape):
         ("model.embed_tokens.weight", nn.Linear, False),
     ],
 )
-def test_names_tell_an_embedding_only_where_no_class_does(name, owner, is_embedding):
+def test_names_identify_an_embedding_only_without_a_class(name, owner, is_embedding):
     assert entry(name, owner=owner).is_embedding_by_name is is_embedding
 
 
@@ -101,6 +101,6 @@ def test_names_tell_an_embedding_only_where_no_class_does(name, owner, is_embedd
         ("embeddings.cls", (1, 17, 64), nn.Module, False),
     ],
 )
-def test_a_kernel_of_a_convolution_is_no_embedding_and_a_table_of_positions_is_one(name, shape, owner, is_embedding):
+def test_a_table_of_positions_is_an_embedding_and_a_convolution_kernel_is_not(name, shape, owner, is_embedding):
     info = TensorInfo(name, shape, torch.float32, owner=owner)
     assert info.is_embedding_by_name is is_embedding

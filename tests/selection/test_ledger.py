@@ -54,7 +54,7 @@ def test_bytes_before_are_those_of_the_distinct_storages(model, quantizer, inpla
 @given(random_models(), SCHEMES, st.booleans())
 def test_bytes_after_are_those_of_the_result_and_of_the_file(model, quantizer, inplace):
     quantizer.prepare(model, inplace=inplace)
-    # The forms that kernels read are filled up to whole rows of bytes and tiles.
+    # The layouts that kernels read are padded to whole bytes and tiles.
     held = distinct_bytes(named_tensors(quantizer.convert(compute="exact")).values())
     shapes = sum(8 * len(row.shape) for row in quantizer.ledger if row.fate == "quantized")
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def test_bytes_after_are_those_of_the_result_and_of_the_file(model, quantizer, i
 
 
 @given(random_models(), SCHEMES)
-def test_an_alias_points_to_a_row_that_is_none_and_shares_its_storage(model, quantizer):
+def test_an_alias_refers_to_a_stored_row_that_shares_its_storage(model, quantizer):
     quantizer.prepare(model)
     tensors = named_tensors(model)
     for row in quantizer.ledger:
@@ -148,14 +148,14 @@ def test_a_table_fits_a_terminal_and_otherwise_has_whole_names(ledger):
 
 
 def with_embeddings(share):
-    """A model of two matrices, of which the embedding has this share."""
+    """Make a model of an embedding, with this share of the elements, and a linear layer."""
     rows = round(1000 * share)
     return nn.ModuleDict({"embed": nn.Embedding(rows, 64), "linear": nn.Linear(64, 1000 - rows, bias=False)})
 
 
 @pytest.mark.parametrize("source", [dict, nn.Module], ids=["file", "model"])
 @pytest.mark.parametrize(("share", "told"), [(0.5, True), (0.02, False)])
-def test_a_summary_says_that_kept_embeddings_are_much_of_the_result(share, told, source):
+def test_a_summary_reports_kept_embeddings_that_take_much_of_the_result(share, told, source):
     model = with_embeddings(share)
     given = (
         model
@@ -222,7 +222,7 @@ def test_a_row_that_does_not_exist_is_a_named_error():
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 5), (0,)])
 def test_a_tensor_without_elements_is_never_quantized(shape):
-    """Whatever a file says: chunks are cut by columns, and there would be none."""
+    """Also if a file says otherwise: chunks are cut by columns, and the tensor would have none."""
     spec, layout = fewbits.QuantSpec(8, "channel"), fewbits.extend.Layout.of(shape)
     with pytest.raises(fewbits.errors.ArgumentError, match="has no elements, and is never quantized"):
         LedgerRow("a", shape, torch.float32, "quantized", "why", 0, 0, spec, layout)

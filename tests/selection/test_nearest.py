@@ -1,4 +1,4 @@
-"""Advice for misspelled names: it is given where a name is near, and nowhere else."""
+"""Suggestions for misspelled names: given if a known name is near, and otherwise not."""
 
 import re
 
@@ -20,12 +20,12 @@ NAMES = [*SCHEMES, *OBSERVERS]
     ("word", "meant"),
     [("in8", "int8"), ("Int4", "int4"), ("int8_tensor", "int8-tensor"), ("percentil", "percentile"), ("MSE", "mse")],
 )
-def test_the_name_that_was_meant_is_advised(word, meant):
+def test_the_intended_name_is_suggested(word, meant):
     assert did_you_mean(word, NAMES) == f" (did you mean {meant!r}?)"
 
 
 @pytest.mark.parametrize("word", ["int3", "int2", "int16", "int3-tensor", "fp8", "fp32", "nf4", "gptq", "", None, 8])
-def test_no_scheme_is_advised_where_none_is_near(word):
+def test_no_scheme_is_suggested_if_none_is_near(word):
     assert did_you_mean(word, SCHEMES) == ""
 
 
@@ -37,23 +37,23 @@ def test_one_letter_too_few_is_still_near(name, data):
 
 
 @given(st.sampled_from(sorted(SCHEMES)), st.integers(0, 999))
-def test_a_scheme_with_other_bits_is_never_advised(name, bits):
+def test_a_scheme_with_other_bits_is_never_suggested(name, bits):
     word = re.sub(r"\d+", str(bits), name)
     assert all(set(re.findall(r"\d", word)) == set(re.findall(r"\d", advised)) for advised in nearest(word, SCHEMES))
 
 
 @pytest.mark.parametrize("refused", [lambda: fewbits.quantize(mlp(), "int3"), lambda: fewbits.plan(mlp(), "int3")])
-def test_int3_is_refused_with_the_schemes_there_are_and_without_advice(refused):
+def test_int3_is_refused_with_a_list_of_schemes_and_no_suggestion(refused):
     with pytest.raises(ArgumentError) as caught:
         refused()
     assert str(caught.value) == "there is no scheme 'int3'; there are 'int8-tensor', 'int8', 'int4', 'fp16'"
 
 
-def test_an_override_of_int3_is_refused_without_advice():
+def test_an_override_of_int3_is_refused_without_a_suggestion():
     with pytest.raises(SelectionError, match=r"no scheme 'int3'; there are 'int8-tensor', 'int8', 'int4'"):
         fewbits.quantize(mlp(), "int8", overrides={"0": "int3"})
 
 
-def test_a_layer_of_another_number_is_not_advised():
+def test_a_layer_with_another_number_is_not_suggested():
     with pytest.raises(SelectionError, match=r"exclude: '12' matches nothing$"):
         fewbits.quantize(mlp(), "int8", exclude=["12"])

@@ -1,4 +1,4 @@
-"""Name patterns against a matcher that is written without regular expressions."""
+"""Name patterns, compared with a matcher that uses no regular expressions."""
 
 import re
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ from fewbits import LayerSelector
 from fewbits.errors import SelectionError
 from fewbits.selection.patterns import Pattern, check_all_used
 
-# Few letters, so that matches are frequent, and what a regular expression would read as an operator.
+# Few letters, so that matches are frequent, and characters that are operators in regular expressions.
 COMPONENT = st.text("ab1[]^$+(|\\\n", min_size=1, max_size=3)
 NAMES = st.lists(COMPONENT, min_size=1, max_size=4).map(".".join)
 PATTERNS = st.lists(st.text("ab1[]^$+(|\\\n*?", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)
@@ -90,7 +90,7 @@ def test_a_regular_expression_matches_the_whole_module_path_or_tensor_name(patte
 
 
 @given(NAMES, NAMES)
-def test_an_escaped_name_as_regular_expression_matches_itself_and_what_it_holds(text, name):
+def test_an_escaped_name_as_regular_expression_matches_itself_and_its_tensors(text, name):
     assert Pattern("re:" + re.escape(text)).matches(name) == (text in (name, name.rpartition(".")[0]))
 
 
@@ -140,5 +140,5 @@ def test_patterns_are_refused_exactly_if_one_names_nothing(patterns, names):
 
 @pytest.mark.parametrize("rule", ["include", "exclude", "modules_to_not_convert"])
 def test_one_string_in_place_of_a_list_is_refused_with_the_list_to_write(rule):
-    with pytest.raises(SelectionError, match=rf"{rule} is a sequence .*\['lm_head'\]"):
+    with pytest.raises(SelectionError, match=rf"{rule} must be a sequence .*\['lm_head'\]"):
         LayerSelector(**{rule: "lm_head"})

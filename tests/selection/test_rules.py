@@ -1,4 +1,4 @@
-"""Overrides and input axes: every form they can have, which of them wins, and what is refused."""
+"""Overrides and input axes: their forms, which rule wins, and which rules are refused."""
 
 import attrs
 import pytest
@@ -31,7 +31,7 @@ def select(**rules):
 
 
 def spec_of(rule, own=OWN):
-    """What a rule makes of a quantizer's own spec."""
+    """Apply a rule to a quantizer's own spec."""
     return parse_override("w", rule).spec(own)
 
 
@@ -89,7 +89,7 @@ PATTERNS = ["*", "layers", "layers.1", "head", "re:.*weight"]
 
 
 @given(st.lists(st.sampled_from(PATTERNS), unique=True, min_size=1), st.data())
-def test_of_the_patterns_that_match_the_last_one_wins(patterns, data):
+def test_the_last_matching_pattern_wins(patterns, data):
     rules = st.sampled_from(["keep", "int8", "int4", "fp16", QuantSpec(bits=3, granularity="channel")])
     overrides = {pattern: data.draw(rules) for pattern in patterns}
     decisions = select(overrides=overrides)
@@ -140,7 +140,7 @@ def test_a_field_that_does_not_exist_is_refused_with_the_nearest_one(field, hint
     ],
     ids=str,
 )
-def test_a_rule_that_is_no_override_is_refused_by_its_pattern(rule, message):
+def test_a_malformed_override_is_refused_with_its_pattern(rule, message):
     with pytest.raises(SelectionError, match=rf"overrides\['head'\]:? ?{message}"):
         LayerSelector(overrides={"head": rule})
 
@@ -150,7 +150,7 @@ def test_a_rule_that_is_no_override_is_refused_by_its_pattern(rule, message):
              {"granularity": "channel"}, {"activations": "dynamic"}, {"scale_dtype": torch.int8}],
     ids=str,
 )  # fmt: skip
-def test_fields_that_do_not_go_with_the_spec_are_refused(rule):
+def test_fields_that_do_not_fit_the_spec_are_refused(rule):
     with pytest.raises(SelectionError, match=r"overrides\['w'\].* does not fit int"):
         spec_of(rule)
 
@@ -163,7 +163,7 @@ def test_fields_of_codes_cannot_be_changed_in_a_cast(own):
 
 @pytest.mark.parametrize("junk", [["head"], "head", 3, [("head", "int8")]])
 @pytest.mark.parametrize("rule", ["overrides", "input_axes"])
-def test_what_is_no_mapping_is_refused(rule, junk):
+def test_rules_that_are_not_a_mapping_are_refused(rule, junk):
     with pytest.raises(SelectionError, match=f"{rule} must be a mapping from name patterns to settings"):
         LayerSelector(**{rule: junk})
 
@@ -179,7 +179,7 @@ def test_a_pattern_that_names_nothing_is_refused_with_the_nearest_names(rule):
 
 @pytest.mark.parametrize("pattern", ["bias", "layers.1.mlp.bias", "re:.*bias"])
 @pytest.mark.parametrize("rule", [{"include": []}, {"overrides": "int8"}, {"input_axes": 0}], ids=str)
-def test_a_pattern_that_names_only_what_cannot_be_quantized_is_refused(rule, pattern):
+def test_a_pattern_that_names_only_tensors_that_cannot_be_quantized_is_refused(rule, pattern):
     ((name, value),) = rule.items()
     with pytest.raises(
         SelectionError, match=r"names nothing that can be quantized: layers\.1\.mlp\.bias, a bias is never"
@@ -188,21 +188,21 @@ def test_a_pattern_that_names_only_what_cannot_be_quantized_is_refused(rule, pat
 
 
 @pytest.mark.parametrize("rules", [{"exclude": ["bias"]}, {"overrides": {"bias": "keep"}}], ids=str)
-def test_what_cannot_be_quantized_may_be_kept_by_name(rules):
+def test_tensors_that_cannot_be_quantized_may_be_kept_by_name(rules):
     assert not select(**rules)["layers.1.mlp.bias"].quantize
 
 
-def test_an_override_quantizes_what_the_scheme_skips():
+def test_an_override_quantizes_tensors_that_the_scheme_skips():
     decision = select(overrides={"embed": "int8"})["embed.weight"]
     assert (decision.quantize, decision.reason) == (True, "override 'embed'")
 
 
-def test_keep_is_as_good_as_an_exclusion():
+def test_keep_excludes_a_tensor():
     decision = select(overrides={"head": "keep"})["head.weight"]
     assert (decision.quantize, decision.reason, decision.named) == (False, "override 'head'", True)
 
 
-def test_overrides_do_not_turn_what_they_do_not_name_out():
+def test_overrides_do_not_exclude_other_tensors():
     assert [name for name, decision in select(overrides={"head": "int8"}).items() if decision.reason == "selected"] == [
         "layers.0.mlp.weight",
         "layers.1.mlp.weight",
@@ -219,7 +219,7 @@ def test_input_axes_are_one_axis_or_several(axes, tuple_of_them):
     assert {name: d.input_axes for name, d in decisions.items() if d.input_axes} == {"head.weight": tuple_of_them}
 
 
-def test_of_the_patterns_for_input_axes_the_last_one_wins_and_none_of_them_includes():
+def test_the_last_matching_input_axes_win_and_do_not_include_a_tensor():
     decisions = select(input_axes={"*": 0, "head": 1}, exclude=["head"])
     assert [d.input_axes for d in decisions.values()] == [(0,), (0,), (0,), (0,), (1,)]
     assert [d.quantize for d in decisions.values()] == [False, True, True, True, False]
@@ -227,6 +227,6 @@ def test_of_the_patterns_for_input_axes_the_last_one_wins_and_none_of_them_inclu
 
 
 @pytest.mark.parametrize("junk", ["0", [], (), 1.0, None, True, [True], [0, "1"], {0}])
-def test_axes_that_are_no_integers_are_refused(junk):
+def test_axes_that_are_not_integers_are_refused(junk):
     with pytest.raises(SelectionError, match=r"input_axes\['head'\] must be an axis or a sequence of axes"):
         LayerSelector(input_axes={"head": junk})

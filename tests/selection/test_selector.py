@@ -1,4 +1,4 @@
-"""`LayerSelector`: which rule wins, types, sizes, and rules that fit nothing."""
+"""`LayerSelector`: which rule wins, types, sizes, and rules that match nothing."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ subsets = st.lists(st.sampled_from(MODULES), unique=True, max_size=3)
 
 
 def select(infos=INFOS, **rules):
-    """One decision a tensor; none of them is too small unless a rule says so."""
+    """Return one decision per tensor, by default without a limit on the size."""
     return LayerSelector(**{"min_elements": 1} | rules).select(infos)
 
 
@@ -37,7 +37,7 @@ def chosen(**rules):
 
 
 @given(subsets, subsets, subsets)
-def test_exclude_beats_include_and_include_beats_what_the_scheme_skips(include, exclude, not_convert):
+def test_exclude_beats_include_and_include_beats_the_scheme(include, exclude, not_convert):
     def is_chosen(info):
         if info.module in exclude + not_convert:
             return False
@@ -87,24 +87,24 @@ def test_the_reason_names_the_rule(rules, module, reason, named):
 @pytest.mark.parametrize("rule", ["include_types", "exclude_types"])
 @pytest.mark.parametrize("single", ["Linear", nn.Linear])
 def test_one_type_in_place_of_a_list_is_refused(rule, single):
-    with pytest.raises(SelectionError, match=rf"{rule} is a sequence .*\[Linear\]"):
+    with pytest.raises(SelectionError, match=rf"{rule} must be a sequence .*\[Linear\]"):
         LayerSelector(**{rule: single})
 
 
 @pytest.mark.parametrize("junk", [3, None, nn.Linear(1, 1), b"Linear"])
-def test_something_that_is_no_type_is_refused(junk):
+def test_a_value_that_is_not_a_type_is_refused(junk):
     with pytest.raises(SelectionError, match="include_types must hold classes or their names"):
         LayerSelector(include_types=[junk])
 
 
 @pytest.mark.parametrize("rule", ["include_types", "exclude_types"])
 @pytest.mark.parametrize("unused", [nn.Conv2d, "Conv2d"])
-def test_a_type_that_owns_nothing_is_refused_with_the_types_there_are(rule, unused):
+def test_a_type_without_tensors_is_refused_with_a_list_of_types(rule, unused):
     with pytest.raises(SelectionError, match=f"{rule}.*Conv2d.*Embedding, Linear, Projection"):
         LayerSelector(**{rule: [unused]}).select(INFOS)
 
 
-def test_a_type_rule_on_tensors_without_classes_says_so():
+def test_a_type_rule_for_tensors_without_classes_is_refused():
     with pytest.raises(SelectionError, match="has no classes"):
         LayerSelector(include_types=[nn.Linear]).select([entry("weight")])
 
@@ -134,7 +134,7 @@ def test_a_state_dict_knows_embeddings_by_name(rule):
 
 
 @given(st.integers(0, 50), st.none() | st.integers(0, 50), st.integers(0, 9), st.integers(0, 9))
-def test_the_least_size_of_a_selector_outranks_that_of_a_scheme(scheme_s, selector_s, rows, columns):
+def test_min_elements_of_a_selector_overrides_that_of_the_scheme(scheme_s, selector_s, rows, columns):
     (decision,) = LayerSelector(min_elements=selector_s).select([entry("w", (rows, columns), min_elements=scheme_s)])
     least = scheme_s if selector_s is None else selector_s
     assert decision.quantize == (rows * columns >= least)
@@ -159,18 +159,18 @@ def test_exactly_the_tensors_with_fewer_elements_are_kept(min_elements, shapes):
     ],
     ids=str,
 )
-def test_a_rule_that_names_a_small_tensor_outranks_its_size(rules):
+def test_a_rule_that_names_a_small_tensor_overrides_min_elements(rules):
     decision = select(**rules, min_elements=10**9)[-1]
     assert (decision.quantize, decision.named) == (True, True)
 
 
 @pytest.mark.parametrize("junk", [-1, 1.0, "512", True, [512]])
-def test_a_least_size_that_is_no_number_of_elements_is_refused(junk):
+def test_a_malformed_min_elements_is_refused(junk):
     with pytest.raises(SelectionError, match="min_elements must be an integer from 0 up"):
         LayerSelector(min_elements=junk)
 
 
-# What outranks what: of the rows that hold, the first one decides.
+# The order of the rules: the first row that applies decides.
 
 RANKS = {
     "exclude": ({"exclude": ["layer"]}, False, "excluded by 'layer'"),
@@ -185,12 +185,12 @@ RANKS = {
     "skip": ({}, False, "the scheme keeps it"),
     "nothing": ({}, True, "selected"),
 }
-#: Both are rules of one mapping, in which the last one that matches wins; tested by itself.
+#: These two are rules of one mapping, in which the last match wins; another test covers that.
 TOGETHER = {"keep", "override"}
 
 
 def decided(holding):
-    """The decision on a tensor for which these rows of the table hold."""
+    """Decide about a tensor to which these rows of the table apply."""
     rules = {}
     for row in holding:
         for rule, value in RANKS[row][0].items():
@@ -208,7 +208,7 @@ def decided(holding):
 
 @pytest.mark.parametrize("first", RANKS)
 @pytest.mark.parametrize("second", RANKS)
-def test_of_two_rules_the_one_that_comes_first_in_the_table_decides(first, second):
+def test_the_first_of_two_rules_in_the_table_decides(first, second):
     ranked = sorted({first, second}, key=[*RANKS].index)
     if ranked == sorted(TOGETHER, key=[*RANKS].index):
         ranked = ["override"]
@@ -217,7 +217,7 @@ def test_of_two_rules_the_one_that_comes_first_in_the_table_decides(first, secon
 
 
 @given(st.sets(st.sampled_from([row for row in RANKS if row != "nothing"])))
-def test_of_any_rules_the_one_that_comes_first_in_the_table_decides(holding):
+def test_the_first_of_any_rules_in_the_table_decides(holding):
     ranked = sorted(holding - {"keep"} if holding >= TOGETHER else holding, key=[*RANKS].index)
     decision = decided(ranked)
     assert (decision.quantize, decision.reason) == RANKS[[*ranked, "nothing"][0]][1:]

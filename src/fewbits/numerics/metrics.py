@@ -320,7 +320,7 @@ def _worst_ratio(error: Tensor, bound: Tensor) -> float:
 
 
 def _sums_of_products(*pairs: tuple[Tensor, Tensor]) -> list[float]:
-    """Return the sum of products of each pair: each row is summed in a fixed order, the rows exactly, rounded once."""
+    """Return the sum of products of each pair: rows are summed in a fixed order, then added exactly and rounded."""
     products = torch.empty(len(pairs), *pairs[0][0].shape, dtype=torch.float64, device=pairs[0][0].device)
     for product, (a, b) in zip(products, pairs, strict=True):
         torch.mul(a, b, out=product)

@@ -35,7 +35,7 @@ def _check_granularity(_: Any, __: Any, granularity: object) -> None:
 def _check_group_size(spec: QuantSpec, _: Any, group_size: object) -> None:
     if spec.granularity != "group":
         if group_size is not None:
-            raise ArgumentError(f"group_size goes with granularity 'group', not {spec.granularity!r}")
+            raise ArgumentError(f"group_size needs granularity 'group', not {spec.granularity!r}")
     elif type(group_size) is not int or group_size < 1:
         raise ArgumentError(f"group_size must be a positive integer, not {group_size!r}")
 

@@ -1,7 +1,7 @@
 """Name patterns, which match whole dotted components.
 
 ``layers.1`` matches ``model.layers.1.mlp.weight`` and never ``layers.10``; ``gate`` never matches ``gate_proj``. Within
-a component ``*`` stands for any characters and ``?`` for one. ``re:`` starts a regular expression that must match the
+a component ``*`` matches any characters and ``?`` matches one. ``re:`` starts a regular expression that must match the
 whole path of the module, or the whole name of the tensor.
 """
 
