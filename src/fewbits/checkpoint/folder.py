@@ -1,6 +1,6 @@
 """The files of a checkpoint: one file, or a directory with an index of several.
 
-What an index says is not believed either: it names files in its own directory, and nothing else.
+An index is checked too: it may name only files in its own directory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CheckpointFiles:
         folder: the directory, if a whole one was asked for; None for a single file.
         index: the file that says where each tensor is; None without one.
         weight_map: the file's name for every tensor, as the index has it; None without an index.
-        metadata: what else the index says.
+        metadata: further entries of the index.
     """
 
     paths: tuple[Path, ...]
@@ -113,7 +113,7 @@ def _indexed(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
 
 
 def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What else is in a checkpoint's directory, by paths in it.
+    """The other files of a checkpoint's directory, by paths in it.
 
     Returns:
         the files that go with any form of its tensors: configuration, tokenizer and the like, in its subdirectories
@@ -139,7 +139,7 @@ def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def file_beside(files: CheckpointFiles, name: str) -> Path | None:
-    """The file of that name beside those of a checkpoint; None if there is none.
+    """Find a file beside those of a checkpoint; None if it does not exist.
 
     Raises:
         FormatError: if it is a link to somewhere else.

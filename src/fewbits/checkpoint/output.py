@@ -78,7 +78,7 @@ class Output:
 
     @classmethod
     def beside(cls, source: str | os.PathLike[str], **how: Any) -> Output:
-        """Where a result could go of which nothing is said: beside its source."""
+        """Suggest a path for a result: beside its source."""
         path = Path(os.path.abspath(source))
         if ".index." in path.name:
             path = path.parent  # the index of a directory stands for all of it

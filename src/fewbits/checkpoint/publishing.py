@@ -19,7 +19,7 @@ class NewFolder:
     """A directory under a temporary name, beside the one it will have. As a context manager, removed if left early.
 
     Args:
-        path: what it will be called.
+        path: its final path.
         replace: whether a directory that is there already, with something in it, is replaced.
 
     Attributes:
@@ -37,7 +37,7 @@ class NewFolder:
             self.work.mkdir()
 
     def publish(self) -> None:
-        """Give it its name. What was there before is gone then.
+        """Give it its name. It replaces a previous file.
 
         Raises:
             CheckpointError: if that cannot be done.
@@ -56,7 +56,7 @@ class NewFolder:
     ) -> None:
         self.abort()
         if isinstance(error, CheckpointError) and str(self.work) in str(error):
-            # The name it has meanwhile means nothing to anybody.
+            # No program looks for the temporary name.
             raise type(error)(str(error).replace(str(self.work), str(self._path))) from error
 
 
@@ -68,7 +68,7 @@ def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") ->
         folder: whether it is a directory.
         replace: whether a directory that is there already, with something in it, is replaced, or what a link to a
             directory points to. A file always is.
-        advice: what else can be done about such a directory.
+        advice: an alternative to replacing such a directory.
 
     Raises:
         ArgumentError: if something is there that will not be replaced.
@@ -116,7 +116,7 @@ def check_name_and_parent(path: Path, *, folder: bool, advice: str = "") -> None
 
 
 def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
-    """Give a finished directory its name. What was there before is gone then.
+    """Give a finished directory its name. It replaces a previous one.
 
     Raises:
         CheckpointError: if that cannot be done.

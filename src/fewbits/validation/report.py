@@ -20,7 +20,7 @@ Verdict = Literal["good", "fair", "warning", "critical"]
 #: Decibels below which a tensor is critical (and fails), a warning, only fair.
 CRITICAL_DB, WARNING_DB, FAIR_DB = 10.0, 20.0, 30.0
 
-#: What to do about an SQNR that is a warning.
+#: Advice for an SQNR that is a warning.
 LOSE_LESS = 'int8, smaller groups, or observer="mse" lose less'
 
 
@@ -158,7 +158,7 @@ class Report:
         """The verdict in a few lines, with every failure; the warnings are counted.
 
         Args:
-            width: of the longest line; what is longer goes on in the next line. A failure is one line, however long it
+            width: of the longest line; longer text is wrapped. A failure is one line, however long it
                 is, so that it can be searched for.
         """
         passed = "passed" if self.ok else "FAILED"
@@ -178,7 +178,7 @@ class Report:
         """A line for every tensor.
 
         Args:
-            width: of the longest line; None stands for the whole table. Where that is wider, columns are left out, and
+            width: of the longest line; None means the whole table. Where that is wider, columns are left out, and
                 names lose their middle.
         """
         whole = [("name", "fate", "scheme", "SQNR dB", "max error", "of bound", "cosine", "verdict", "failures")]

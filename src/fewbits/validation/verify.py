@@ -111,10 +111,10 @@ def verify_checkpoint(
 
 
 def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
-    """Compare names, shapes and dtypes of the source with those that the file was made from.
+    """Compare names, shapes and dtypes of the source with those in the file's ledger.
 
     Returns:
-        what differs, in words; and, for each stored row, the name to read it by in the source. Of tied names the
+        the differences, in words; and, for each stored row, the name to read it by in the source. Of tied names the
         source may have any: checkpoints commonly hold one of them.
     """
     found = {info.name: (info.shape, info.dtype) for info in source.infos}
