@@ -121,7 +121,8 @@ def sync_directory(path: Path) -> None:
 def as_checkpoint_error(what: str) -> Iterator[None]:
     """Turn an error of the system into a `CheckpointError` that says what failed.
 
-    A path with a NUL in it is a ValueError."""
+    A path with a NUL in it is a ValueError.
+    """
     try:
         yield
     except FewbitsError:
