@@ -57,8 +57,8 @@ def find_files(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
         suffixes: how the names of files of tensors may end; of a directory that has several kinds the first is taken.
 
     Raises:
-        FormatError: if it is a directory of which that cannot be told, or the index is not one, or names what is
-            outside of its directory.
+        FormatError: if a directory holds several checkpoints or none, or the index is invalid or names a file outside
+            of its directory.
         CheckpointError: if something cannot be read, or a file that the index names is missing.
     """
     with as_checkpoint_error(f"{path} cannot be read"):
@@ -117,8 +117,7 @@ def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]
 
     Returns:
         the files that go with any form of its tensors: configuration, tokenizer and the like, in its subdirectories
-        too; and what stays where it is: files of tensors that are not the checkpoint's, what is hidden, and links to
-        elsewhere.
+        too; and the files to leave behind: other files of tensors, hidden files, and links to other directories.
     """
     if files.folder is None:
         return (), ()

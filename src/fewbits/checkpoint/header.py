@@ -142,7 +142,7 @@ def parse_object(text: bytes, where: object, what: str) -> dict[str, Any]:
         what: the name of the text in errors.
 
     Raises:
-        FormatError: if it is none, is nested too deep, or has a key twice.
+        FormatError: if it is not a JSON object, is nested too deep, or has a key twice.
     """
     if not text.startswith(b"{"):
         raise FormatError(f"{where}: its {what} does not begin with {{")

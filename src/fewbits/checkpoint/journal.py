@@ -1,7 +1,7 @@
 """`Journal`: how far one file of an unfinished result is, a line of JSON for every chunk.
 
-It is a claim, not a proof: whoever goes on with the file reads back what was written, and believes as much of the
-journal as the bytes agree with. Nothing has to reach the disk in any order for that, so nothing is waited for.
+A resumed run reads the unfinished file back, and believes only those lines of the journal that agree with its bytes.
+The order in which bytes reach the disk therefore does not matter, and no write is waited for.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _checked(line: bytes) -> bytes:
 
 
 def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
-    """Keep other processes out of an open file, until it is closed; with `shared`, those that do not share it.
+    """Lock an open file until it is closed. Processes that all pass `shared` may hold the lock together.
 
     Raises:
         CheckpointError: if one of them is in there.

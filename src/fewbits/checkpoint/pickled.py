@@ -175,7 +175,7 @@ class _Machine:
         self.stack.append(_made(maker, arguments))
 
     def build(self, _: object) -> None:
-        """Attributes of the last object, such as the versions in a state dict, which nobody asks for."""
+        """Skip attributes of the last object, such as the versions in a state dict; they are not needed."""
         self.stack.pop()
 
 

@@ -61,18 +61,18 @@ class NewFolder:
 
 
 def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") -> Path:
-    """Where a result really goes: what a link points to, if it is one. The link stays.
+    """Resolve the path of a result: a link is followed, and stays.
 
     Args:
         path: of the result.
         folder: whether it is a directory.
-        replace: whether a directory that is there already, with something in it, is replaced, or what a link to a
-            directory points to. A file always is.
+        replace: whether an existing directory with files in it, or the target of a link to one, is replaced. A file
+            always is.
         advice: an alternative to replacing such a directory.
 
     Raises:
         ArgumentError: if something is there that will not be replaced.
-        CheckpointError: if that cannot be told.
+        CheckpointError: if the path cannot be read.
     """
     with as_checkpoint_error(f"{path} cannot be written"):
         if not folder:
@@ -136,7 +136,7 @@ def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
 
 
 def remove_tree(folder: Path, complaint: str) -> None:
-    """Remove a directory with all that is in it; where that cannot be done, somebody is told."""
+    """Remove a directory with its content; if that fails, an event (`left_over`) says so."""
     with contextlib.suppress(OSError):
         shutil.rmtree(folder, ignore_errors=True)
     if os.path.lexists(folder):
@@ -144,7 +144,7 @@ def remove_tree(folder: Path, complaint: str) -> None:
 
 
 def _set_aside(path: Path, *, replace: bool) -> Path | None:
-    """Move what is there out of the way; None if nothing is, any more."""
+    """Move an existing file or directory to another name; None if it is gone."""
     if not path.exists():
         return None
     if not replace:

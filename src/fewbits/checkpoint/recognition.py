@@ -1,4 +1,4 @@
-"""Files that hold no checkpoint that can be read here: each is recognised by its content, and told what to do about."""
+"""Recognise files that are no readable checkpoint by their content, and advise what to do with them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`TorchFile`: a state dict that `torch.save` wrote, read by position. Nothing in it is ever executed.
 
 The format is a zip archive: one record of pickled structure, and one, not compressed, for the bytes of every storage.
-Nothing of it is read by torch, which calls what a file names, as long as it takes that for safe: a file of a kilobyte
-can make it take any amount of memory, or of time. Read here, a file of any size takes no memory.
+Torch does not read these files here, since it calls functions named in the file if it considers them safe: a file of a
+kilobyte can make torch take any amount of memory or time. Opening a file here takes memory for its structure only.
 """
 
 from __future__ import annotations
