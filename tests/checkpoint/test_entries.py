@@ -118,7 +118,7 @@ def test_an_entry_goes_with_nothing_that_has_none(tmp_path):
     quantize_small(source, "int8").save(tmp_path / "out")
     save_file(source, tmp_path / "in.safetensors")
     for whole in (nn.Linear(32, 32), tmp_path / "in.safetensors"):
-        with pytest.raises(fewbits.errors.ArgumentError, match="entry='a' goes with"):
+        with pytest.raises(fewbits.errors.ArgumentError, match="entry='a' needs a"):
             fewbits.plan(whole, "int8", entry="a")
     with pytest.raises(fewbits.errors.ArgumentError, match="against="):
         fewbits.verify(tmp_path / "out", entry="a")

@@ -64,7 +64,7 @@ class Codec:
         return {name: tensor for name, tensor in tensors.items() if name not in once}
 
     def decode(self, row: LedgerRow, tensors: Callable[[str], Tensor]) -> Value:
-        """Put the value of a row together out of whole tensors, which are used as they are, not copied.
+        """Put the value of a row together out of whole tensors. They are not copied.
 
         Args:
             row: of the ledger; not an alias, and not merged into another.

@@ -1,4 +1,4 @@
-"""What a file leaves open in a model: buffers on the meta device that it lacks, and names that the model would tie.
+"""Find values for buffers on the meta device that a file lacks, and names that the model would tie.
 
 Both are found out on copies of the model whose parameters have no memory, so the model itself never changes.
 """

@@ -19,7 +19,7 @@ from fewbits.nn.swap import attach, attached
 from fewbits.nn.walk import Slot, slots
 from fewbits.selection.ledger import LedgerRow
 
-#: What names a device, as torch takes it.
+#: A device, as torch takes it.
 Device = str | torch.device | int
 
 _CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ class Place:
         Args:
             row: of the ledger.
             taken: the slots.
-            device: where it is to be; None stands for that of the first slot, or the CPU if that is the meta device.
+            device: where it is to be; None means that of the first slot, or the CPU if that is the meta device.
             held_elsewhere: whether others hold the memory of one of the slots.
         """
         there = taken[0].tensor.device
@@ -57,9 +57,9 @@ class Place:
         return cls(row, taken, device, held_elsewhere and held[:1] == [(device, row.dtype)])
 
     def may_alias(self, compute: Compute) -> bool:
-        """Whether what is put here may go on aliasing a mapped file: on the CPU, in the order that files have.
+        """Whether a value put here may alias a mapped file: on the CPU, in the weight layout of files.
 
-        To see what the layers ask for, a weight without memory is put into the slots and taken out again.
+        To ask the layers for their weight layout, a weight without memory is put into the slots and taken out again.
 
         Raises:
             SourceError: if a module would not read its quantized weight.
@@ -75,7 +75,7 @@ class Place:
 
         Args:
             value: in the CPU's memory.
-            compute: what layers may do to be fast.
+            compute: see `fewbits.set_compute`.
             reuse_memory: whether its memory may be written to, because nothing else holds it.
         """
         if self.row.spec is not None:
@@ -124,16 +124,16 @@ def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> N
     Args:
         checkpoint: the file.
         places: where each of its tensors goes.
-        compute: what the layers may do to be fast.
+        compute: see `fewbits.set_compute`.
 
     Raises:
         SourceError: if a module would not read its quantized weight. The model is unchanged then.
         CheckpointError: if the file cannot be read any more.
     """
-    # All are tried before the first is put, whatever the first ones say.
+    # Every place is tried before the first is filled, so that an error leaves the model unchanged.
     able = [place.may_alias(compute) for place in places]
     aliasing = all(able)
-    # What is only copied from is read by position too: looked at in a mapped file, it would stay in memory.
+    # Tensors that are only copied are read by position too: pages of a mapped file would stay in memory.
     mapped = {place.row.name: checkpoint.value(place.row.name) for place in places if aliasing and not place.in_place}
     for place in places:
         if (value := mapped.pop(place.row.name, None)) is not None:
@@ -150,7 +150,7 @@ def usable(device: object) -> torch.device:
     """
     try:
         found: torch.device = torch.empty(0, device=device).device  # type: ignore[call-overload]
-    except Exception as error:  # whatever a backend raises that is not there
+    except Exception as error:  # a missing backend may raise anything
         why = str(error).strip().split("\n")[0]
         raise ArgumentError(f"device={device!r} cannot be used here ({why}); give another, such as 'cpu'") from error
     if found.type == "meta":
@@ -159,7 +159,7 @@ def usable(device: object) -> torch.device:
 
 
 def move_others(model: nn.Module, device: torch.device) -> None:
-    """Move to the device what no file has filled: buffers that no state dict holds."""
+    """Move non-persistent buffers to the device; no file has filled them."""
     moved: dict[int, Tensor] = {}
     for slot in slots(model):
         tensor = slot.tensor

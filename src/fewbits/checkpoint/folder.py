@@ -1,6 +1,6 @@
 """The files of a checkpoint: one file, or a directory with an index of several.
 
-What an index says is not believed either: it names files in its own directory, and nothing else.
+An index is checked too: it may name only files in its own directory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CheckpointFiles:
         folder: the directory, if a whole one was asked for; None for a single file.
         index: the file that says where each tensor is; None without one.
         weight_map: the file's name for every tensor, as the index has it; None without an index.
-        metadata: what else the index says.
+        metadata: further entries of the index.
     """
 
     paths: tuple[Path, ...]
@@ -57,8 +57,8 @@ def find_files(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
         suffixes: how the names of files of tensors may end; of a directory that has several kinds the first is taken.
 
     Raises:
-        FormatError: if it is a directory of which that cannot be told, or the index is not one, or names what is
-            outside of its directory.
+        FormatError: if a directory holds several checkpoints or none, or the index is invalid or names a file outside
+            of its directory.
         CheckpointError: if something cannot be read, or a file that the index names is missing.
     """
     with as_checkpoint_error(f"{path} cannot be read"):
@@ -113,12 +113,11 @@ def _indexed(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
 
 
 def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What else is in a checkpoint's directory, by paths in it.
+    """The other files of a checkpoint's directory, by paths in it.
 
     Returns:
         the files that go with any form of its tensors: configuration, tokenizer and the like, in its subdirectories
-        too; and what stays where it is: files of tensors that are not the checkpoint's, what is hidden, and links to
-        elsewhere.
+        too; and the files to leave behind: other files of tensors, hidden files, and links to other directories.
     """
     if files.folder is None:
         return (), ()
@@ -139,7 +138,7 @@ def companions(files: CheckpointFiles) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def file_beside(files: CheckpointFiles, name: str) -> Path | None:
-    """The file of that name beside those of a checkpoint; None if there is none.
+    """Find a file beside those of a checkpoint; None if it does not exist.
 
     Raises:
         FormatError: if it is a link to somewhere else.

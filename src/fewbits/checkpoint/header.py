@@ -1,4 +1,4 @@
-"""The header of a safetensors file: where each tensor lies, and what the file says about itself.
+"""Parse and write the header of a safetensors file: the place of each tensor, and the metadata.
 
 The format is https://github.com/huggingface/safetensors: eight bytes of header length (little-endian), a JSON header
 that may end in spaces, the tensors' bytes without gaps. A header comes from anywhere: nothing in it is believed before
@@ -59,7 +59,7 @@ class Span:
 
 @attrs.frozen
 class FileHeader:
-    """What the header of a file says.
+    """The content of a file's header.
 
     Attributes:
         metadata: strings.
@@ -139,10 +139,10 @@ def parse_object(text: bytes, where: object, what: str) -> dict[str, Any]:
     Args:
         text: in UTF-8.
         where: names the file in errors.
-        what: names the text in errors.
+        what: the name of the text in errors.
 
     Raises:
-        FormatError: if it is none, is nested too deep, or has a key twice.
+        FormatError: if it is not a JSON object, is nested too deep, or has a key twice.
     """
     if not text.startswith(b"{"):
         raise FormatError(f"{where}: its {what} does not begin with {{")
@@ -199,7 +199,7 @@ def _are_sizes(values: object) -> bool:
 
 
 def _check_places(spans: Mapping[str, Span], payload: int, size: int, where: object) -> None:
-    """Refuse tensors that overlap or leave gaps: bytes that nobody names could be anything."""
+    """Refuse tensors that overlap or leave gaps, since a gap could hide any bytes."""
     end = payload
     for name, span in spans.items():
         if span.start != end:

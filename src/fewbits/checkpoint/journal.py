@@ -1,7 +1,7 @@
 """`Journal`: how far one file of an unfinished result is, a line of JSON for every chunk.
 
-It is a claim, not a proof: whoever goes on with the file reads back what was written, and believes as much of the
-journal as the bytes agree with. Nothing has to reach the disk in any order for that, so nothing is waited for.
+A resumed run reads the unfinished file back, and believes only those lines of the journal that agree with its bytes.
+The order in which bytes reach the disk therefore does not matter, and no write is waited for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fewbits.numerics.metrics import Tally
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where nobody is kept out
+except ImportError:  # missing on Windows, where the journal is not locked
     fcntl = None  # type: ignore[assignment]
 
 #: The field of a line that holds a digest of the others.
@@ -52,7 +52,7 @@ class Note:
         source: SHA-256 of the chunk's bytes as they were read.
         written: of everything in the file that belongs to the tensor: how many elements are written by now, from the
             first on, and the SHA-256 of their bytes.
-        tally: what was found out when the chunk was compared with its source; see `Tally.to_dict`.
+        tally: the comparison of the chunk with its source; see `Tally.to_dict`.
     """
 
     tensor: str = attrs.field(validator=_is(str))
@@ -69,7 +69,7 @@ class Seal:
 
     Attributes:
         header: the digest in its header.
-        measured: what `Measurement` holds, by tensor.
+        measured: the fields of `Measurement`, by tensor.
     """
 
     header: str = attrs.field(validator=_is(str))
@@ -80,10 +80,10 @@ class Journal:
     """Records the progress of one file. While it is open, no other process can write the file.
 
     Args:
-        path: of the journal, which is made if there is none.
+        path: of the journal, which is created if it does not exist.
 
     Attributes:
-        notes: what earlier processes have written, in order.
+        notes: the notes of earlier processes, in order.
         seal: the end of the file; None before that.
 
     Raises:
@@ -97,7 +97,7 @@ class Journal:
             try:
                 lock(self._file.fileno(), path)
                 self.notes, self.seal, good = _read(path)
-                # Off with a line that a process did not come to the end of.
+                # Remove a line that a process did not finish.
                 os.truncate(self._file.fileno(), good)
             except BaseException:
                 self._file.close()
@@ -138,7 +138,7 @@ def read_journal(path: Path) -> tuple[list[Note], Seal | None]:
 
 
 def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
-    """Everything up to the first line that is none, and how many bytes that is."""
+    """Valid lines and their length in bytes."""
     notes: list[Note] = []
     seal: Seal | None = None
     good = 0
@@ -179,7 +179,7 @@ def _checked(line: bytes) -> bytes:
 
 
 def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
-    """Keep other processes out of an open file, until it is closed; with `shared`, those that do not share it.
+    """Lock an open file until it is closed. Processes that all pass `shared` may hold the lock together.
 
     Raises:
         CheckpointError: if one of them is in there.

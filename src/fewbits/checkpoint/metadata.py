@@ -1,4 +1,4 @@
-"""What the header of a fewbits file says, as strings; ``docs/format.md`` describes every key."""
+"""Write and read the metadata of a fewbits file, as strings; ``docs/format.md`` describes every key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PLACEHOLDER_DIGEST = "0" * 64
 #: No float is longer in JSON.
 _LONGEST_FLOAT = -2.2250738585072014e-308
 
-#: What comes of JSON that is not of the form it should have.
+#: Errors that JSON of an unexpected form may raise.
 _UNREADABLE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError, FewbitsError)
 
 _is = attrs.validators.instance_of
@@ -44,7 +44,7 @@ def _is_figure(_: object, attribute: attrs.Attribute[float | None], value: objec
 
 @attrs.frozen
 class Metrics:
-    """What was measured about one tensor, rounded for the file; None for a figure that is not finite.
+    """The measurement of one tensor, rounded for the file; None for a figure that is not finite.
 
     Attributes:
         sqnr_db: signal to noise; None where there is no error at all.
@@ -114,7 +114,7 @@ class Metadata:
         return strings | {HEADER_DIGEST_KEY: header_digest(strings, entries)}
 
     def to_placeholder_strings(self) -> dict[str, str]:
-        """Strings as long as those of `to_strings`: of a header that is never written, nobody needs the digest."""
+        """Strings as long as those of `to_strings`, with a placeholder for the digest."""
         return self._strings() | {HEADER_DIGEST_KEY: _PLACEHOLDER_DIGEST}
 
     def _strings(self) -> dict[str, str]:
@@ -130,7 +130,7 @@ class Metadata:
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], entries: Mapping[str, Entry], where: object) -> Metadata:
-        """Read back what `to_strings` wrote, and check it against the file's entries.
+        """Read back the strings of `to_strings`, and check them against the file's entries.
 
         Raises:
             FormatError: if it was not written by fewbits, by a version of the format that is not known, or its
@@ -194,7 +194,7 @@ def is_fewbits_file(strings: Mapping[str, str]) -> bool:
 
 
 def stored_entries(ledger: Ledger) -> dict[str, Entry]:
-    """What a file with this ledger holds, by name.
+    """Describe the tensors of a file with this ledger, by name.
 
     Raises:
         FormatError: if two tensors would have the same name in the file.

@@ -47,24 +47,24 @@ class Output:
         path: of the file, or of the directory, if the source is one or `max_shard_size` is given.
         max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
             which is the default; a larger tensor has a file of its own.
-        replace: whether a directory that is there already, with files in it, is replaced, and an unfinished run begun
-            anew. Of a link to a directory, this replaces the directory that it points to; the link stays. A file always
-            is replaced, unless it was created after the resumed run began.
-        resume: whether a run that did not come to its end is gone on with, if there is one. It is refused if anything
-            that the result depends on has changed since. A result that is there already is compared with its source:
-            the fates and all elements, within their bounds; which observer chose the scales a file does not say.
-        paranoid: whether what an earlier run has read of the source is read again, to see that it is still the same;
-            otherwise size, time of change and header of each file tell.
+        replace: whether an existing directory with files in it is replaced, and an unfinished run started again. If the
+            path is a link to a directory, the directory is replaced and the link stays. A file is always
+            replaced, unless it was created after the resumed run began.
+        resume: whether an unfinished run is resumed, if there is one. Resuming is refused if an input of the result has
+            changed. A finished result is compared with its source: the fates, and all elements within their bounds. A
+            file does not say which observer chose its scales.
+        paranoid: whether a resumed run reads the source again, to see that it has not changed. Otherwise the size, time
+            of change and header of each file are compared.
         distributed: whether every process of `torch.distributed`'s default group makes this call alike, each writes
             some of the files of a directory, and the first publishes them.
-        max_memory: the most resident memory that the process may take beyond what it has when fewbits is imported, as a
+        max_memory: the most resident memory that the process may take in addition to that after importing fewbits, as a
             number of bytes or a text such as ``"512MB"``. Chunks become smaller and threads fewer to stay within it;
-            what cannot be done within it is refused before anything is written. None sets no limit.
-        threads: how many tensors, or pieces of large ones, are worked on at a time; None stands for as many as torch
+            a run that cannot stay within it is refused before anything is written. None sets no limit.
+        threads: how many tensors, or pieces of large ones, are worked on at a time; None means as many as torch
             has threads. They change nothing in the result.
 
     Raises:
-        ArgumentError: for a size that is none, or less than one thread.
+        ArgumentError: for an invalid size, or less than one thread.
     """
 
     path: Path = attrs.field(converter=_path)
@@ -78,10 +78,10 @@ class Output:
 
     @classmethod
     def beside(cls, source: str | os.PathLike[str], **how: Any) -> Output:
-        """Where a result could go of which nothing is said: beside its source."""
+        """Suggest a path for a result: beside its source."""
         path = Path(os.path.abspath(source))
         if ".index." in path.name:
-            path = path.parent  # the index of a directory stands for all of it
+            path = path.parent  # an index means its whole directory
         several = path.is_dir() or how.get("max_shard_size") is not None
         return cls(path.with_name(f"{path.stem}-quantized{'' if several else '.safetensors'}"), **how)
 

@@ -1,4 +1,4 @@
-"""What `torch.save` pickled, read without importing or calling anything that it names.
+"""Read a pickle of `torch.save` without importing or calling anything that it names.
 
 A state dict takes few of the opcodes of protocol 2, and a handful of the names that they can bring. Tensors become
 descriptions of where their bytes are; any other object that a name would make becomes `Made`, and stays that.
@@ -18,7 +18,7 @@ from fewbits.errors import FormatError
 from fewbits.numerics.dtypes import dtype_from_name
 from fewbits.numerics.layout import MAX_AXES
 
-#: What comes of opcodes in an order that no pickler writes.
+#: Errors that opcodes in an invalid order may raise.
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 #: The classes of storage, whose names tell what they hold. An untyped one holds bytes.
@@ -40,7 +40,7 @@ class Name:
 
 @attrs.frozen
 class Made:
-    """What a class or a function would make, if anything were called."""
+    """Stands for the object that a class or function would make, if anything were called."""
 
     maker: str
 
@@ -61,8 +61,8 @@ class SavedTensor:
         storage: where its bytes are.
         offset: of its first element, in elements.
         shape: of the tensor.
-        stride: likewise, in elements.
-        dtype: likewise.
+        stride: of the tensor, in elements.
+        dtype: of the tensor.
     """
 
     storage: Storage
@@ -100,7 +100,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def step(self, opcode: str, argument: Any) -> None:
-        """Do what one opcode says."""
+        """Execute one opcode."""
         if opcode in _PUSHED:
             self.stack.append(argument)
         elif opcode in _NEW:
@@ -175,7 +175,7 @@ class _Machine:
         self.stack.append(_made(maker, arguments))
 
     def build(self, _: object) -> None:
-        """Attributes of the last object, such as the versions in a state dict, which nobody asks for."""
+        """Skip attributes of the last object, such as the versions in a state dict; they are not needed."""
         self.stack.pop()
 
 

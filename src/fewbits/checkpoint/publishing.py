@@ -19,7 +19,7 @@ class NewFolder:
     """A directory under a temporary name, beside the one it will have. As a context manager, removed if left early.
 
     Args:
-        path: what it will be called.
+        path: its final path.
         replace: whether a directory that is there already, with something in it, is replaced.
 
     Attributes:
@@ -37,7 +37,7 @@ class NewFolder:
             self.work.mkdir()
 
     def publish(self) -> None:
-        """Give it its name. What was there before is gone then.
+        """Give it its name. It replaces a previous file.
 
         Raises:
             CheckpointError: if that cannot be done.
@@ -56,23 +56,23 @@ class NewFolder:
     ) -> None:
         self.abort()
         if isinstance(error, CheckpointError) and str(self.work) in str(error):
-            # The name it has meanwhile means nothing to anybody.
+            # No program looks for the temporary name.
             raise type(error)(str(error).replace(str(self.work), str(self._path))) from error
 
 
 def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") -> Path:
-    """Where a result really goes: what a link points to, if it is one. The link stays.
+    """Resolve the path of a result: a link is followed, and stays.
 
     Args:
         path: of the result.
         folder: whether it is a directory.
-        replace: whether a directory that is there already, with something in it, is replaced, or what a link to a
-            directory points to. A file always is.
-        advice: what else can be done about such a directory.
+        replace: whether an existing directory with files in it, or the target of a link to one, is replaced. A file
+            always is.
+        advice: an alternative to replacing such a directory.
 
     Raises:
         ArgumentError: if something is there that will not be replaced.
-        CheckpointError: if that cannot be told.
+        CheckpointError: if the path cannot be read.
     """
     with as_checkpoint_error(f"{path} cannot be written"):
         if not folder:
@@ -116,7 +116,7 @@ def check_name_and_parent(path: Path, *, folder: bool, advice: str = "") -> None
 
 
 def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
-    """Give a finished directory its name. What was there before is gone then.
+    """Give a finished directory its name. It replaces a previous one.
 
     Raises:
         CheckpointError: if that cannot be done.
@@ -136,7 +136,7 @@ def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
 
 
 def remove_tree(folder: Path, complaint: str) -> None:
-    """Remove a directory with all that is in it; where that cannot be done, somebody is told."""
+    """Remove a directory with its content; if that fails, an event (`left_over`) says so."""
     with contextlib.suppress(OSError):
         shutil.rmtree(folder, ignore_errors=True)
     if os.path.lexists(folder):
@@ -144,7 +144,7 @@ def remove_tree(folder: Path, complaint: str) -> None:
 
 
 def _set_aside(path: Path, *, replace: bool) -> Path | None:
-    """Move what is there out of the way; None if nothing is, any more."""
+    """Move an existing file or directory to another name; None if it is gone."""
     if not path.exists():
         return None
     if not replace:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbits.errors import CheckpointError, FewbitsError
 
-#: What tells one state of a file from another: device, inode, size, time of the last change in nanoseconds.
+#: Identifies a state of a file: device, inode, size, time of the last change in nanoseconds.
 Identity = tuple[int, int, int, int]
 
 
@@ -43,7 +43,7 @@ class FileBytes:
         """Fill a buffer with the file's bytes from `offset` on.
 
         Raises:
-            CheckpointError: if they cannot be read, or the file is not what it was.
+            CheckpointError: if they cannot be read, or the file has changed.
         """
         with self.opened() as file:
             self._check(identity(file))
@@ -55,7 +55,7 @@ class FileBytes:
                 buffer = buffer[count:]
 
     def check_unchanged(self) -> None:
-        """Refuse a file that is not what it was when this was made.
+        """Refuse a file that has changed since it was opened.
 
         Raises:
             CheckpointError: if it has changed, or is gone.
@@ -69,7 +69,7 @@ class FileBytes:
 
 
 def identity(file: FileIO) -> Identity:
-    """What tells this state of an open file from another."""
+    """Identify the current state of an open file."""
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -119,7 +119,10 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def as_checkpoint_error(what: str) -> Iterator[None]:
-    """Wrap an error of the system once, with what was being done. A path with a NUL in it is a ValueError."""
+    """Turn an error of the system into a `CheckpointError` that says what failed.
+
+    A path with a NUL in it is a ValueError.
+    """
     try:
         yield
     except FewbitsError:

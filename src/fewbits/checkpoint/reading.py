@@ -1,4 +1,4 @@
-"""`Checkpoint`: what fewbits wrote, opened and checked."""
+"""`Checkpoint`: an opened file of fewbits, or a directory of several."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ _PIECE = 1 << 18
 
 
 class Checkpoint:
-    """What fewbits wrote, opened: a file, or a directory of several. Structure is checked at once, digests when asked.
+    """A file of fewbits, or a directory of several. Opening checks the structure; `check` also checks digests.
 
     Args:
         path: the file, the directory, or the index in it.
-        serializer: reads it; None stands for safetensors.
+        serializer: reads the files; None means safetensors.
 
     Attributes:
-        metadata: what the files say about themselves, as one.
+        metadata: the metadata of all files, united.
         ledger: the fate of every tensor of the source.
 
     Raises:
-        FormatError: if it is not what fewbits wrote, or its parts contradict one another.
-        DigestError: if a header is not the one that was written.
+        FormatError: if fewbits did not write it, or its parts contradict one another.
+        DigestError: if a header is damaged.
         CheckpointError: if it cannot be opened.
     """
 
@@ -122,12 +122,12 @@ class Checkpoint:
     def check(self, check: Check) -> None:
         """Check every digest and every scale, or, with ``"header"``, little more than was checked on opening.
 
-        What passes can be read: whoever fills a model, a tensor at a time, does not find out half-way.
+        A file that passes can be read, so filling a model does not fail half-way.
 
         Raises:
             DigestError: naming the damaged tensors.
             FormatError: naming the tensors with scales that are zero, NaN or Inf; or if a shape is stated twice, and
-                not the same, or a scale of inputs is none.
+                not the same, or a scale of inputs is not a positive number.
             ArgumentError: for another value of `check`.
         """
         check_check(check)
@@ -200,7 +200,7 @@ def _check_index(files: CheckpointFiles, shards: Sequence[_Shard]) -> None:
 
 
 def _united(all_metadata: Sequence[Metadata], where: object) -> Metadata:
-    """What several files say about themselves, as one."""
+    """Unite the metadata of several files."""
     first = all_metadata[0]
     if len(all_metadata) == 1:
         return first

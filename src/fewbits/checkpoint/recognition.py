@@ -1,4 +1,4 @@
-"""Files that hold no checkpoint that can be read here: each is recognised by its content, and told what to do about."""
+"""Recognise files that are no readable checkpoint by their content, and advise what to do with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARCHIVE = b"PK\x03\x04"
 #: How a file begins that `torch.save` wrote before there was the zip format: a pickle of its magic number.
 OLD_TORCH_FILE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-#: What to do about a file of `torch.save` that only torch reads, wherever its tensors were.
+#: Advice for a file of `torch.save` that only torch reads, on any device.
 RESAVE = (
     "write it again, with this line of Python: import torch; "
     "torch.save(torch.load({path!r}, map_location='cpu', weights_only=True), {saved!r})"
@@ -35,7 +35,7 @@ class _Kind:
     """A kind of file.
 
     Attributes:
-        what: the kind, in words.
+        what: the name of the kind.
         advice: what to do; a line of Python in it may name the file, `{path!r}`, and a new one beside it, `{saved!r}`.
         fits: whether the first bytes of a file, or the names of an archive's records, are those of the kind.
     """
@@ -179,7 +179,7 @@ def recognised(path: Path) -> str | None:
 
 
 def recognised_archive(path: Path, names: Collection[str]) -> str | None:
-    """Likewise of a zip archive, by the names of its records."""
+    """Describe a zip archive by the names of its records, and what to do with it."""
     return next((kind.sentence(path) for kind in _ARCHIVES if kind.fits(names)), None)
 
 
@@ -187,5 +187,5 @@ def _names(path: Path) -> list[str] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except Exception:  # whatever zipfile raises of a file that may hold anything
+    except Exception:  # zipfile may raise anything for an invalid file
         return None

@@ -122,7 +122,7 @@ class _SafetensorsWriter(ResumableWriter):
         self._written[name] = elements
 
     def _entry(self, name: str, start: int, chunk: Tensor) -> Entry:
-        """What the header announces of a tensor.
+        """The header's entry for a tensor.
 
         Raises:
             ArgumentError: if it has no such chunk from `start` on.

@@ -42,7 +42,7 @@ class CheckpointWriter:
     Args:
         serializer: writes it.
         path: where.
-        ledger: what is in it.
+        ledger: the rows of the file.
         architecture: the class of the model.
         extra: further strings for the header.
         resumable: whether the unfinished file is left at `path` when this gives up, where the serializer can go on with
@@ -89,7 +89,7 @@ class CheckpointWriter:
         """Go on where an earlier process stopped: believe as much of its journal as the bytes in the file agree with.
 
         Returns:
-            the notes of what need not be written again; those of each tensor follow one another from its beginning.
+            the notes of chunks that need not be written again; those of each tensor are consecutive from its beginning.
         """
         if self._resumed is None:
             return []
@@ -102,7 +102,7 @@ class CheckpointWriter:
         return taken
 
     def _take_over(self, writer: ResumableWriter, note: Note) -> bool:
-        """Whether the file holds what a note says it does; if so, it counts as written."""
+        """Compare the file with a note; if they agree, the note's chunk counts as written."""
         row = self._rows.get(note.tensor)
         if row is None or note.written.keys() != CODEC.entries(row).keys() or not note.start <= note.stop:
             return False
@@ -130,7 +130,7 @@ class CheckpointWriter:
         """Write the stored form of one row, which is not an alias.
 
         Raises:
-            FormatError: if it is not what the ledger announced.
+            FormatError: if its shapes or dtypes are not those of the ledger.
         """
         self.append(Chunk.whole(row), value)
         self.set_measurement(row, measurement)
@@ -139,7 +139,7 @@ class CheckpointWriter:
         """Write the stored form of the next chunk of a row.
 
         Raises:
-            FormatError: if it is not what the ledger announced.
+            FormatError: if its shapes or dtypes are not those of the ledger.
         """
         announced = CODEC.entries(chunk.described())
         tensors = CODEC.encode(chunk.row.name, value)
@@ -159,7 +159,7 @@ class CheckpointWriter:
             self._counts[name] = self._counts.get(name, 0) + tensor.numel()
 
     def set_measurement(self, row: LedgerRow, measurement: Measurement | None) -> None:
-        """Note what was measured about a row, for the header."""
+        """Note the measurement of a row, for the header."""
         if measurement is not None:
             self._metrics[row.name] = Metrics.of(measurement)
 
@@ -215,7 +215,7 @@ def save(
     Args:
         serializer: writes the files.
         path: where. An existing file is replaced, at once, when the new one is complete; a directory must be new.
-        ledger: its rows decide what is written.
+        ledger: the rows to write.
         value_of: gives the stored form of a tensor by its name.
         measurements: by tensor name; may be empty.
         architecture: the class of the model.

@@ -37,11 +37,11 @@ class Entry:
 
 @attrs.frozen
 class Header:
-    """What a file will hold, known before the first tensor is written.
+    """The planned content of a file, known before the first tensor is written.
 
     Attributes:
         entries: every tensor, by name.
-        metadata: strings as long as those that `Writer.seal` will bring, or longer.
+        metadata: strings at least as long as those passed to `Writer.seal`.
     """
 
     entries: Mapping[str, Entry]
@@ -85,7 +85,7 @@ class ChunkWriter(Writer):
 
 
 class ResumableWriter(ChunkWriter):
-    """A chunk writer whose unfinished file another process can go on with."""
+    """A chunk writer whose unfinished file another process can resume."""
 
     @abstractmethod
     def read_back(self, name: str, start: int, out: Tensor) -> None:
@@ -156,7 +156,7 @@ class Serializer(ABC):
         """
 
     def check_name(self, path: str | os.PathLike[str]) -> None:
-        """Look at what a file shall be called, before anything is done for it.
+        """Check the name of a new file before anything is written.
 
         Raises:
             ArgumentError: if whoever goes by the name could not read the file.
@@ -174,7 +174,7 @@ class Serializer(ABC):
         No reader takes it for a file before it is sealed.
 
         Returns:
-            None if files of this format cannot be gone on with; they are written anew then.
+            None if files of this format cannot be resumed; they are then written anew.
 
         Raises:
             CheckpointError: if it cannot be begun.

@@ -14,7 +14,7 @@ from fewbits.errors import FormatError
 
 
 class ShardedReader:
-    """Reads tensors by name, whichever file they are in.
+    """Reads tensors by name from all files.
 
     Args:
         files: the paths, and the index if there is one.

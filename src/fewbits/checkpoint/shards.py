@@ -1,10 +1,10 @@
 """A result in several files: which tensor goes where, and the index that says so.
 
 The names and the index are those of transformers: ``model-00001-of-00003.safetensors`` and so on, and
-``model.safetensors.index.json`` with a ``weight_map`` from tensor to file. What transformers cannot read has other
-names, ``fewbits-00001-of-00003.safetensors`` and ``fewbits.safetensors.index.map.json``. Every shard is a file of ours
-in its own right, with a ledger of its tensors; the index holds their header digests, so that shards of two results do
-not mix.
+``model.safetensors.index.json`` with a ``weight_map`` from tensor to file. Results that transformers cannot read have
+other names: ``fewbits-00001-of-00003.safetensors`` and ``fewbits.safetensors.index.map.json``. Every shard is a valid
+file of fewbits, with a ledger of its tensors. The index holds the header digests of all shards, so that shards of two
+results cannot be mixed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fewbits.checkpoint.metadata import FORMAT_VERSION, VERSION_KEY, stored_entr
 from fewbits.checkpoint.raw import write_durably
 from fewbits.selection.ledger import Ledger, LedgerRow
 
-#: What a directory with one file of tensors calls it, and how the names of several begin: as loaders look for them.
+#: The stem of the names of tensor files in a directory, as loaders look for them.
 STEM = "model"
 
 #: The same for tensors that only fewbits reads. No loader takes files of this name for a model's.
@@ -35,8 +35,8 @@ class Shard:
 
     Attributes:
         file: its name.
-        ledger: what is in it: rows of the whole ledger in their order, aliases with the row that holds their tensor,
-            what is merged with that which it is merged into.
+        ledger: its rows of the whole ledger, in order; an alias is in the shard of its tensor, a merged scale in that
+            of its weight.
     """
 
     file: str
@@ -88,6 +88,6 @@ def write_index(
         },
         "weight_map": {name: shard.file for shard in shards for name in stored_entries(shard.ledger)},
     }
-    # Accelerate opens any index that ends in ".index.json", and leaves what it does not know as it was.
+    # Accelerate opens any index that ends in ".index.json", and leaves unknown tensors as they were.
     name = f"{stem}{suffix}.index{'' if stem == STEM else '.map'}.json"
     write_durably(folder / name, (json.dumps(index, indent=2) + "\n").encode())

@@ -18,13 +18,13 @@ def entry_of(saved: object, entry: str, kind: type, where: object) -> object:
     """An entry by its name; a dot leads from an entry to one within.
 
     Args:
-        saved: what has entries.
+        saved: the mapping.
         entry: the name.
         kind: of the tensors in it, which have a dtype.
         where: names `saved` in errors.
 
     Raises:
-        ArgumentError: if there is none of that name.
+        ArgumentError: if it has no entry of that name.
     """
     if not isinstance(entry, str):
         raise ArgumentError(f"entry must be the name of an entry, not {entry!r}")
@@ -49,7 +49,7 @@ def advice(saved: object, kind: type) -> str:
 
 
 def _find(saved: Any, entry: str) -> Any:
-    """The entry; None if there is none."""
+    """Find the entry; None if it does not exist."""
     if not isinstance(saved, Mapping):
         return None
     if entry in saved:

@@ -1,8 +1,8 @@
 """`TorchFile`: a state dict that `torch.save` wrote, read by position. Nothing in it is ever executed.
 
 The format is a zip archive: one record of pickled structure, and one, not compressed, for the bytes of every storage.
-Nothing of it is read by torch, which calls what a file names, as long as it takes that for safe: a file of a kilobyte
-can make it take any amount of memory, or of time. Read here, a file of any size takes no memory.
+Torch does not read these files here, since it calls functions named in the file if it considers them safe: a file of a
+kilobyte can make torch take any amount of memory or time. Opening a file here takes memory for its structure only.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class TorchFile(ChunkReader):
         entry: the name of the state dict in it, if it holds more than that; a dot leads from an entry to one within.
 
     Attributes:
-        views: what of the file's bytes each tensor shows: tied tensors are the same view.
+        views: the bytes of each tensor in the file; tied tensors have the same view.
 
     Raises:
-        FormatError: if it is none, is in the old format, or holds something else than dense tensors under names.
+        FormatError: if it is not such a file, has the old format, or holds anything but dense tensors under names.
         CheckpointError: if it cannot be read.
         ArgumentError: if it has no entry of that name.
     """
@@ -105,7 +105,7 @@ class TorchFile(ChunkReader):
             out.view(-1).copy_(self._whole(name, view, start, out.numel()).view(-1)[start : start + out.numel()])
 
     def gathered_bytes(self, name: str) -> int:
-        """How much memory it takes to read any of a tensor, besides that for what is read: 0 where it lies in order."""
+        """Extra memory in bytes that reading any part of a tensor takes; 0 if its elements lie in order."""
         view = self._view(name)
         return 0 if _in_order(view) else view.stop - view.start + self.entries[name].nbytes
 
@@ -162,7 +162,7 @@ def is_torch_file(path: Path) -> bool:
 
 
 def use_of(path: Path) -> str:
-    """What a file of `torch.save` is good for, where a result of fewbits' is expected: a message for an error."""
+    """Explain, for an error message, how to use a file of `torch.save` given in place of a result of fewbits."""
     try:
         names = TorchFile(path).entries
     except FormatError as error:
@@ -188,7 +188,7 @@ def _records(source: FileBytes) -> dict[str, _Place]:
         try:
             with zipfile.ZipFile(file) as archive:
                 listed = archive.infolist()
-        except Exception as error:  # whatever zipfile raises of a file that may hold anything
+        except Exception as error:  # zipfile may raise anything for an invalid file
             raise FormatError(f"{path} is a damaged file of torch.save ({error}); fetch or write it again") from None
         if other := recognised_archive(path, [record.filename for record in listed]):
             raise FormatError(other)
@@ -218,7 +218,7 @@ def _data_offset(file: FileIO, record: int) -> int | None:
 
 
 def _folder(path: Path, records: Mapping[str, _Place]) -> str:
-    """What the names of all records begin with."""
+    """The common prefix of the names of all records."""
     found = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")]
     if len(found) != 1:
         raise FormatError(f"{path} is a zip archive that torch.save did not write: it has {len(found)} data.pkl files")
@@ -261,7 +261,7 @@ def _tensors(path: Path, saved: object) -> Iterator[tuple[str, SavedTensor]]:
 
 
 def _kind(saved: object) -> str:
-    """What something in a file is, in a word."""
+    """Name the kind of an object in a file."""
     if isinstance(saved, Made):
         return saved.maker
     return "Tensor" if isinstance(saved, SavedTensor) else type(saved).__name__

@@ -66,7 +66,7 @@ def load(
     ignore: Sequence[str] = (),
     init_buffers: InitBuffers | None = None,
 ) -> dict[str, Value] | nn.Module:
-    """Load what fewbits wrote, or, without `into`, a checkpoint of compressed-tensors. Nothing is ever unpickled.
+    """Load a file of fewbits, or, without `into`, a checkpoint of compressed-tensors. Nothing is ever unpickled.
 
     A checkpoint of compressed-tensors has no digests, and every tensor is read into memory of its own. A weight whose
     columns are in another order (``g_idx``) is dequantized, with its columns put back.
@@ -85,10 +85,10 @@ def load(
         into: a float model of the same architecture, which may live on the meta device; its layers become quantized
             in place. None loads a mapping from name to `QuantizedTensor` or `torch.Tensor`.
         check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` trusts the payload.
-        serializer: reads the file; None stands for safetensors.
+        serializer: reads the file; None means safetensors.
         dequantize: whether the mapping has a float tensor for each `QuantizedTensor`, so that it can be quantized
             anew. Needs ``into=None``.
-        compute: what the layers of `into` may do to be fast; see `fewbits.set_compute`.
+        compute: how fast, or exact, the layers of `into` compute; see `fewbits.set_compute`.
         device: where all tensors of `into` are to be, those that are not in the file too, such as ``"cuda"``. None
             leaves each where it is, and puts those of the meta device on the CPU.
         ignore: name patterns, as `LayerSelector` takes them, of tensors that the model may lack: they stay in the file.
@@ -177,9 +177,9 @@ def _places(
     ignored: Sequence[Pattern],
     init_buffers: InitBuffers | None,
 ) -> tuple[dict[str, list[Slot]], list[tuple[Slot, Tensor]]]:
-    """Where each stored row goes, and what buffers get that the file lacks.
+    """Find the slots of each stored row, and values for buffers that the file lacks.
 
-    A row goes to the slots of its own name, of its aliases, and of what the model ties to them.
+    A row goes to the slots of its own name, of its aliases, and of names that the model ties to them.
     """
     rows = {row.name: row for row in checkpoint.ledger.present}
     by_name = {slot.name: slot for slot in slots(model)}
@@ -262,7 +262,7 @@ def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
 
 
 def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:
-    """Whether the file says that a layer rounds its inputs, and none of those that take the weight does."""
+    """Problems of a weight whose layers should round their inputs, and do not."""
     places = [slot for slot in places if slot.is_parameter]
     if row.spec is None or row.spec.activations is None or not places:
         return []
