@@ -19,6 +19,7 @@ from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.file_writer import Share
 from fewbits.kernels.base import Kernel, Operand
 from fewbits.numerics.layout import Layout, WeightMatrix
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import Spec
 from fewbits.observers.base import Observer
 from fewbits.selection.info import TensorInfo
@@ -37,6 +38,7 @@ __all__ = [
     "Observer",
     "Operand",
     "Progress",
+    "QuantParams",
     "Reader",
     "ResumableWriter",
     "SafetensorsSerializer",

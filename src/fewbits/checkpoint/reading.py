@@ -29,7 +29,7 @@ from fewbits.checkpoint.saving import Value
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader, Serializer
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
-from fewbits.numerics.affine import are_sound
+from fewbits.numerics.params import are_sound
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import (
     QuantizedTensor,

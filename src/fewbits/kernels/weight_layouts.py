@@ -21,6 +21,7 @@ from fewbits.numerics.affine import centered_codes, decode
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words, unpack
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, narrow, unpack_zero_point
 
@@ -92,15 +93,14 @@ class WeightLayout(ABC):
 
     def decoded(self, where: Rows) -> Tensor:
         """What some rows stand for: (rows, columns), in float32 (float64 for float64 scales)."""
-        scale, zero_point = self.params(where)
-        return decode(self.codes(where), scale, zero_point, self.spec, compute_dtype(scale.dtype))
+        return decode(self.codes(where), self.params(where), self.spec, compute_dtype(self.scale.dtype))
 
-    def params(self, where: Rows) -> tuple[Tensor, Tensor | None]:
+    def params(self, where: Rows) -> QuantParams:
         """Scale and unpacked zero point of some rows."""
         zero_point = unpack_zero_point(self.zero_point, self.scale, self.spec)
         if self.spec.granularity == "tensor":
-            return self.scale, zero_point
-        return taken(self.scale, where), None if zero_point is None else taken(zero_point, where)
+            return QuantParams(self.scale, zero_point)
+        return QuantParams(taken(self.scale, where), None if zero_point is None else taken(zero_point, where))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in its own shape, computed in float32 (float64 for float64 scales) and cast to `dtype`."""
@@ -110,7 +110,7 @@ class WeightLayout(ABC):
 
     def centered_codes(self) -> Tensor:
         """Codes less zero points: float64, in the weight's own shape."""
-        return self.layout.from_matrix(centered_codes(self.codes(slice(None)), self.params(slice(None))[1], self.spec))
+        return self.layout.from_matrix(centered_codes(self.codes(slice(None)), self.params(slice(None)), self.spec))
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -262,10 +262,10 @@ class Int4Tiles(WeightLayout):
         # What stays is allocated first, and what is only needed meanwhile lies behind it: no holes between the layers.
         tiles = _memory(weight, reuse_memory, tall, wide, width // 2)
         table = tiles.new_zeros((wide // group, tall * width, 2), dtype=torch.bfloat16)
-        scale, zero_point = weight.params(slice(None))
-        spread(scale, weight, group, table[..., 0])
-        if zero_point is not None:
-            spread(-zero_point * scale.float(), weight, group, table[..., 1])
+        params = weight.params(slice(None))
+        spread(params.scale, weight, group, table[..., 0])
+        if params.zero_point is not None:
+            spread(-params.zero_point * params.scale.float(), weight, group, table[..., 1])
         for first in range(0, tall, step := _BLOCKS_AT_ONCE * max(1, block_rows(wide) // width)):
             count = min(step, tall - first)
             even, odd = _joined(weight, first * width, count, width, wide)

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fewbits.errors import NumericsError, RangeError
+from fewbits.errors import RangeError
 from fewbits.numerics.dtypes import compute_dtype, dtype_name
 from fewbits.numerics.grid import (
     broadcast,
@@ -27,6 +27,7 @@ from fewbits.numerics.grid import (
     nearest_level,
     nearest_step,
 )
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
@@ -49,7 +50,7 @@ def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return groups.amin(dims).clamp_(max=0).view(shape), groups.amax(dims).clamp_(min=0).view(shape)
 
 
-def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     """The smallest scale, and its zero point, with which everything between `low` and `high` is in range.
 
     Scales are computed in float64, then rounded to ``spec.scale_dtype``. One below that dtype's smallest normal
@@ -81,18 +82,15 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
                 f"{dtype_name(scale.dtype)} ({torch.finfo(scale.dtype).max:.6g}); "
                 "pass a wider scale_dtype, or keep this tensor"
             )
-    return scale, None if spec.symmetric else _zero_point(low, scale, spec).to(torch.int32)
+    return QuantParams(scale, None if spec.symmetric else _zero_point(low, scale, spec).to(torch.int32))
 
 
-def encode(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, scratch: Scratch | None = None
-) -> Tensor:
+def encode(x: Tensor, params: QuantParams, spec: QuantSpec, scratch: Scratch | None = None) -> Tensor:
     """Round to the nearest code, clamped to the code range.
 
     Args:
         x: (rows, columns).
-        scale: of these rows.
-        zero_point: likewise, or None.
+        params: of these rows.
         spec: how the codes look.
         scratch: what to compute in; the result is in it too, until it is used again.
 
@@ -100,13 +98,13 @@ def encode(
         uint8, the shape of `x`: codes made unsigned by adding ``2**(bits-1)``.
     """
     scratch = scratch or Scratch()
-    steps = in_steps(x, scale, spec, scratch)
+    steps = in_steps(x, params.scale, spec, scratch)
     if spec.levels is not None:
         codes = nearest_level(steps, spec).to(torch.uint8)
     else:
         steps.round_()
-        if zero_point is not None:
-            steps += broadcast(zero_point)
+        if params.zero_point is not None:
+            steps += broadcast(params.zero_point)
         steps.clamp_(spec.code_min, spec.code_max)
         # Made unsigned as bytes: floats become signed bytes many times faster than unsigned ones.
         codes = scratch.take("codes", steps.shape, torch.int8, x.device).copy_(steps).view(torch.uint8)
@@ -114,17 +112,17 @@ def encode(
     return codes.flatten(1)[:, : x.shape[1]]
 
 
-def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """What the codes stand for, computed in `dtype`.
 
     Args:
         codes: uint8, (rows, columns), unsigned as `encode` returns them.
-        scale: of the rows that `codes` holds.
-        zero_point: likewise, or None.
+        params: of the rows that `codes` holds.
         spec: the spec they were encoded with.
         dtype: float32 or float64.
     """
     # No in-place operation: this is traced by torch.compile and torch.export.
+    scale, zero_point = params.scale, params.zero_point
     if spec.levels is not None:
         levels = torch.tensor(spec.levels, dtype=dtype, device=codes.device)
         steps = levels.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
@@ -135,7 +133,7 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantS
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
-def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def error_bound(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     """How far each element may lie from what its code stands for.
 
     ``scale / 2 + |x| * 2**-23``, or half the distance of the two levels around it in place of ``scale / 2``; where an
@@ -144,68 +142,27 @@ def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Quant
 
     Args:
         x: float64, (rows, columns).
-        scale: as stored.
-        zero_point: as stored, unpacked; None if symmetric.
+        params: as stored, zero points unpacked.
         spec: how the codes look.
     """
-    return bound_and_clipped(x, scale, zero_point, spec)[0]
+    return bound_and_clipped(x, params, spec)[0]
 
 
-def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     """Which elements lie further than half a step outside what the codes can stand for; arguments as `error_bound`."""
-    return bound_and_clipped(x, scale, zero_point, spec)[1]
+    return bound_and_clipped(x, params, spec)[1]
 
 
-def bound_and_clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """`error_bound` and `clipped` of the same elements: most of the work is the same."""
-    groups, gap = grouped(x, spec), half_gap(x, scale, spec)
-    low, high = code_range(scale, zero_point, spec)
+    groups, gap = grouped(x, spec), half_gap(x, params.scale, spec)
+    low, high = code_range(params, spec)
     above, below = groups - high, low - groups
     beyond = torch.maximum(above, below)  # at most zero inside of the range
     farthest = -torch.minimum(above, below) if spec.rounding == "free" else torch.maximum(beyond, gap)
     bound = farthest + groups.abs() * 2.0**-23
     outside = beyond > gap
     return bound.flatten(1)[:, : x.shape[1]], outside.flatten(1)[:, : x.shape[1]]
-
-
-def are_sound(scale: Tensor) -> bool:
-    """Whether codes can be made with these scales: finite numbers, none of them zero."""
-    if not scale.numel():
-        return True
-    least, largest = torch.aminmax(scale.abs())  # both NaN, if a scale is
-    return float(least) > 0 and float(largest) < math.inf
-
-
-def check_params(
-    scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point for a (rows, columns) block, if codes can be made with them.
-
-    Raises:
-        NumericsError: if shape or dtype is not what the spec asks for, a scale is zero, NaN or Inf, or a zero
-            point lies outside the code range.
-    """
-    expected = spec.scale_shape(*shape)
-    if not isinstance(scale, Tensor) or not isinstance(zero_point, (Tensor, type(None))):
-        raise NumericsError("scales must be a tensor, zero points a tensor or None")
-    if tuple(scale.shape) != expected or scale.dtype != spec.scale_dtype:
-        raise NumericsError(
-            f"scales of shape {tuple(scale.shape)} in {dtype_name(scale.dtype)} for {shape[0]} rows of {shape[1]}; "
-            f"{spec} needs shape {expected} in {spec.scale_dtype}"
-        )
-    if not are_sound(scale):
-        raise NumericsError("a scale is zero, NaN or Inf; scales must be finite and not zero")
-    if (zero_point is None) != spec.symmetric:
-        raise NumericsError(f"there is a zero point exactly where the spec is asymmetric; this is {spec}")
-    if zero_point is None:
-        return scale, None
-    whole = not zero_point.is_floating_point() and zero_point.dtype != torch.bool
-    wide = zero_point.to(torch.int64)
-    if not whole or tuple(wide.shape) != expected or bool(((wide < spec.code_min) | (wide > spec.code_max)).any()):
-        raise NumericsError(
-            f"these zero points are not integers of shape {expected} between {spec.code_min} and {spec.code_max}"
-        )
-    return scale, wide.to(torch.int32)
 
 
 def _exact_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
@@ -296,16 +253,16 @@ def clip_input(x: Tensor, scale: Tensor) -> Tensor:
     return x.clamp(INPUT_SPEC.code_min * scale, INPUT_SPEC.code_max * scale)
 
 
-def centered_codes(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Codes less their zero points, in float64.
+def centered_codes(codes: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """Return the codes minus their zero points, in float64.
 
     Args:
         codes: uint8, (rows, columns), unsigned as `encode` returns them.
-        zero_point: of these rows, or None.
+        params: of these rows.
         spec: the spec they were encoded with.
     """
-    ones = torch.ones(spec.scale_shape(*codes.shape), dtype=torch.float64, device=codes.device)
-    return decode(codes, ones, zero_point, spec, torch.float64)
+    ones = torch.ones_like(params.scale, dtype=torch.float64)
+    return decode(codes, QuantParams(ones, params.zero_point), spec, torch.float64)
 
 
 def largest_sum(products: int, spec: QuantSpec) -> int:
@@ -366,9 +323,9 @@ def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> 
     return _stored(scale.double().abs() * factor, spec).copysign(scale)
 
 
-def is_finite_throughout(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:
     """For each scale, whether every code stands for a finite number in the dtype that decoding computes in."""
-    first, last = ends(spec)
+    (first, last), scale, zero_point = ends(spec), params.scale, params.zero_point
     zero = scale.new_zeros((), dtype=torch.float64) if zero_point is None else zero_point.double()
     limit = torch.finfo(compute_dtype(scale.dtype)).max
     return torch.maximum(last - zero, zero - first) * scale.double().abs() <= limit

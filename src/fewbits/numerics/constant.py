@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.affine import error_bound
+from fewbits.numerics.noise import group_sums
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.sums import group_sums
 
 #: A row whose signal is less than so many times its noise (10 dB) has lost what was in it.
 _LOST = 10
@@ -22,17 +23,14 @@ _LOST = 10
 _LOOKED_AT = 16
 
 
-def constant_rows(
-    x: Tensor, decoded: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
-) -> int:
+def constant_rows(x: Tensor, decoded: Tensor, codes: Tensor, params: QuantParams, spec: QuantSpec) -> int:
     """How many rows have one code throughout that rounding would not give, and have lost what was in them.
 
     Args:
         x: float64, (rows, columns), as it was.
         decoded: likewise, what the codes stand for.
         codes: integer, likewise.
-        scale: of these rows.
-        zero_point: likewise; None if symmetric.
+        params: of these rows.
         spec: how the codes look.
     """
     which = _uniform(codes)
@@ -41,9 +39,7 @@ def constant_rows(
     if not len(which):
         return 0
     x, error = x[which], (x[which] - decoded[which]).abs_()
-    if spec.granularity != "tensor":
-        scale, zero_point = scale[which], None if zero_point is None else zero_point[which]
-    held = error <= error_bound(x, scale, zero_point, attrs.evolve(spec, rounding="nearest"))
+    held = error <= error_bound(x, params.rows(which), attrs.evolve(spec, rounding="nearest"))
     unit = x.abs().amax(1, keepdim=True)
     noise, signal = group_sums((error / unit).square_()), group_sums((x / unit).square_())
     return int((~held.all(1) & ~(noise * _LOST <= signal)).sum())

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.grid import broadcast, ends, in_steps, levels_of, nearest_step
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
 
-def rounding_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def rounding_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     """The square of what rounding and clipping change in each element."""
-    steps = in_steps(x, scale, spec)
+    steps = in_steps(x, params.scale, spec)
     if spec.levels is None:
-        return steps.sub_(_rounded(steps, zero_point, spec)).square_()
+        return steps.sub_(_rounded(steps, params.zero_point, spec)).square_()
     # The nearest level is at the least distance; to look for that is several times as fast as to look for the level.
     least = torch.full_like(steps, torch.inf)
     for level in spec.levels:
@@ -24,14 +25,14 @@ def rounding_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     return least.square_()
 
 
-def expected_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def expected_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     """What `rounding_noise` is on average, if nothing is known of an element but its size.
 
     That is the square of what is clipped, outside the range of the codes; the square of the element itself, if it is
     so small that it becomes zero; else a twelfth of the square of the distance between neighbouring steps.
     """
-    steps = in_steps(x, scale, spec)
-    first, last = _shifted_ends(zero_point, spec, steps)
+    steps = in_steps(x, params.scale, spec)
+    first, last = _shifted_ends(params.zero_point, spec, steps)
     beyond = torch.maximum(steps - last, first - steps)
     below, above = -0.5, 0.5
     inside = torch.full_like(steps, 1 / 12)
@@ -43,25 +44,24 @@ def expected_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     return torch.where((steps > below) & (steps < above), steps.square_(), noise)
 
 
-def bin_noise(lower: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def bin_noise(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     """The mean of `rounding_noise` over values that are spread evenly between two bounds.
 
     Args:
         lower: (1, bins), float64.
         upper: likewise, and larger.
-        scale: (1,).
-        zero_point: (1,), or None.
+        params: one scale, (1,).
         spec: of granularity "tensor", without levels.
     """
-    bounds = in_steps(lower, scale, spec), in_steps(upper, scale, spec)
-    integrals = [_integral(steps, _rounded(steps, zero_point, spec)) for steps in bounds]
+    bounds = in_steps(lower, params.scale, spec), in_steps(upper, params.scale, spec)
+    integrals = [_integral(steps, _rounded(steps, params.zero_point, spec)) for steps in bounds]
     return (integrals[1] - integrals[0]) / (bounds[1] - bounds[0])
 
 
-def fit_terms(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def fit_terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """What `refit` needs the sums of: element times step, and step squared, in units of the scale."""
-    steps = in_steps(x, scale, spec)
-    rounded = _rounded(steps, zero_point, spec)
+    steps = in_steps(x, params.scale, spec)
+    rounded = _rounded(steps, params.zero_point, spec)
     return steps.mul_(rounded), rounded.square()
 
 
@@ -80,3 +80,17 @@ def _shifted_ends(zero_point: Tensor | None, spec: QuantSpec, like: Tensor) -> t
 def _integral(steps: Tensor, rounded: Tensor) -> Tensor:
     """The integral of `rounding_noise` from 0 to `steps`: a twelfth for every whole step, then what is left."""
     return rounded / 12 + (steps - rounded) ** 3 / 3
+
+
+def group_sums(values: Tensor) -> Tensor:
+    """Return the sums along the last axis, in float64; overwrite the values.
+
+    Adds the halves of a group, element by element, until one element is left. The number of terms alone decides the
+    order of the sum: not threads, not the instruction set.
+    """
+    width = values.shape[-1]
+    while width > 1:
+        half = width // 2
+        values.narrow(-1, 0, half).add_(values.narrow(-1, width - half, half))
+        width -= half
+    return values[..., 0].double()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError, CalibrationError
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer, recipe
 
@@ -38,7 +39,7 @@ class AccumulatingObserver(Observer, Generic[_S]):
         """The statistics of one input; None if there is nothing in it to observe."""
 
     @abstractmethod
-    def _choose(self, seen: _S, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, seen: _S, spec: QuantSpec) -> QuantParams:
         """Scale and zero point for inputs with these statistics; the `scale_dtype` of the spec is settled."""
 
     def observe_input(self, x: Tensor) -> None:
@@ -49,7 +50,7 @@ class AccumulatingObserver(Observer, Generic[_S]):
         """
         self._take_in(self._statistics(x.detach()))
 
-    def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def input_params(self, spec: QuantSpec) -> QuantParams:
         """Scale and zero point for inputs like those seen so far, as `Observer.input_params` has it."""
         check_input_spec(spec)
         if self._seen is None:

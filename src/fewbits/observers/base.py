@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import CalibrationError
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
 _Self = TypeVar("_Self", bound="Observer")
@@ -29,7 +30,7 @@ class Observer(ABC):
     needs_data: ClassVar[bool] = False
 
     @abstractmethod
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
         """Pick scale and zero point for some rows of a weight.
 
         What is picked for a row depends on this row, and on inputs that were observed, and on nothing else: of a
@@ -42,8 +43,8 @@ class Observer(ABC):
             spec: how the codes shall look, with ``spec.scale_dtype`` settled.
 
         Returns:
-            scale, of shape ``spec.scale_shape(rows, columns)`` and dtype ``spec.scale_dtype``, finite and not zero;
-            and zero point, integer, of the same shape, in the code range (None if the spec is symmetric).
+            scales of shape ``spec.scale_shape(rows, columns)`` and dtype ``spec.scale_dtype``, finite and not zero;
+            and zero points, integer, of the same shape, in the code range (None if the spec is symmetric).
         """
 
     @property
@@ -51,7 +52,7 @@ class Observer(ABC):
         """Whether `observe_chunks` holds the whole weight."""
         return True
 
-    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> QuantParams:
         """Pick the one scale and zero point of a weight that comes in chunks, because it may be larger than memory.
 
         An observer that needs no more than a summary of them should override this, which brings them together.
@@ -68,7 +69,7 @@ class Observer(ABC):
         Called during calibration, if `needs_data`, or if `input_params` will be asked for.
         """
 
-    def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def input_params(self, spec: QuantSpec) -> QuantParams:
         """Pick scale and zero point for inputs like those seen so far.
 
         Args:
@@ -76,7 +77,7 @@ class Observer(ABC):
 
         Returns:
             scale, (1,), in ``spec.scale_dtype`` (float32 if that is None), positive; and zero point, int32, (1,), or
-            None if the spec is symmetric. Both on the CPU.
+            None if the spec is symmetric. Both are on the CPU.
 
         Raises:
             CalibrationError: if nothing was seen, or this observer does not look at inputs.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.affine import choose_params, extremes
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import min_max
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.accumulating import AccumulatingObserver
@@ -21,7 +22,7 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
     largest element, zero included, over ``2**bits - 1``. For inputs, the extremes of all that were seen.
     """
 
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
         """Scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
 
@@ -30,7 +31,7 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
         """Not unless a subclass picks otherwise than from the extremes."""
         return type(self).observe_weight is not MinMaxObserver.observe_weight
 
-    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> QuantParams:
         """Scale and zero point from the extremes of all chunks."""
         if self.gathers_chunks:
             return super().observe_chunks(chunks, spec)
@@ -40,5 +41,5 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
     def _statistics(self, x: Tensor) -> Extremes | None:
         return Extremes.of(x)
 
-    def _choose(self, seen: Extremes, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, seen: Extremes, spec: QuantSpec) -> QuantParams:
         return choose_params(*seen.around_zero(), spec)
