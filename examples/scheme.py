@@ -34,10 +34,11 @@ class Clipped(fewbits.extend.Observer):
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def observe_weight(self, weight: torch.Tensor, spec: fewbits.QuantSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scale, zero_point = fewbits.MinMaxObserver().observe_weight(weight, spec)
+    def observe_weight(self, weight: torch.Tensor, spec: fewbits.QuantSpec) -> fewbits.extend.QuantParams:
+        params = fewbits.MinMaxObserver().observe_weight(weight, spec)
         # A group of zeros has the smallest scale there is already.
-        return (scale * self.share).clamp(min=torch.finfo(scale.dtype).tiny), zero_point
+        scale = (params.scale * self.share).clamp(min=torch.finfo(params.scale.dtype).tiny)
+        return fewbits.extend.QuantParams(scale, params.zero_point)
 
 
 torch.manual_seed(0)

@@ -6,6 +6,7 @@ import json
 import struct
 from pathlib import Path
 
+import attrs
 import torch
 from hypothesis import settings
 from torch import nn
@@ -135,8 +136,8 @@ class Watcher(MinMaxObserver):
         self._peak = 0.0
 
     def observe_weight(self, weight, spec):
-        scale, zero_point = super().observe_weight(weight, spec)
-        return scale * (1 + self._peak), zero_point
+        params = super().observe_weight(weight, spec)
+        return attrs.evolve(params, scale=params.scale * (1 + self._peak))
 
     def observe_input(self, x):
         self._show(x)

@@ -11,6 +11,7 @@ from torch import nn
 import fewbits
 from fewbits import LayerSelector
 from fewbits.errors import MismatchError, SelectionError, SourceError
+from fewbits.extend import QuantParams
 from lifecycle_helpers import small
 
 W = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
@@ -327,7 +328,7 @@ class WideScales(fewbits.extend.Observer):
     """Scales a hundredth too wide, which overflows at the end of the range."""
 
     def observe_weight(self, weight, spec):
-        return fewbits.MinMaxObserver().observe_weight(weight, spec)[0] * 1.01, None
+        return QuantParams(fewbits.MinMaxObserver().observe_weight(weight, spec).scale * 1.01)
 
 
 class Int4Channel(fewbits.Quantizer):

@@ -105,7 +105,7 @@ class Mixed(Quantizer):
     def quantize_tensor(self, weight, spec, observer):
         plain = super().quantize_tensor(weight, spec, observer)
         return fewbits.QuantizedTensor.from_codes(
-            plain.codes(), plain.scale, None, spec=spec, layout=weight.layout, dtype=weight.dtype
+            plain.codes(), plain.params(), spec=spec, layout=weight.layout, dtype=weight.dtype
         )
 
 
@@ -126,7 +126,7 @@ def test_codes_that_do_not_round_to_nearest_break_the_bound():
             plain = super().quantize_tensor(weight, spec, observer)
             codes = (plain.codes() + 1).clamp(max=spec.code_max)
             return fewbits.QuantizedTensor.from_codes(
-                codes, plain.scale, None, spec=spec, layout=weight.layout, dtype=weight.dtype
+                codes, plain.params(), spec=spec, layout=weight.layout, dtype=weight.dtype
             )
 
     with pytest.raises(fewbits.errors.ValidationError, match=r"0\.weight: the error bound is broken"):

@@ -33,6 +33,7 @@ from fewbits.nn.modules import (
     QuantizedLinear,
 )
 from fewbits.numerics.layout import Layout, WeightMatrix
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import Spec
 from fewbits.observers.base import Observer
 from fewbits.selection.info import TensorInfo
@@ -54,6 +55,7 @@ __all__ = [
     "Operand",
     "PackedInt32",
     "Progress",
+    "QuantParams",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits import QuantSpec
-from fewbits.extend import Layout
+from fewbits.extend import Layout, QuantParams
 from fewbits.kernels import choose
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.weight_layouts import PackedInt32
@@ -39,7 +39,7 @@ def any_words(
 
 def with_codes(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None = None) -> PackedInt32:
     value = QuantizedTensor.from_codes(
-        codes, scale, zero_point, spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
+        codes, QuantParams(scale, zero_point), spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
     )
     return PackedInt32.of_value(with_inputs(value, spec))
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from fewbits import QuantSpec
 from fewbits.errors import NumericsError, RangeError
-from fewbits.numerics.affine import check_params, choose_params, decode, encode, error_bound, extremes
+from fewbits.extend import QuantParams
+from fewbits.numerics.affine import choose_params, decode, encode, error_bound, extremes
 from fewbits.numerics.dtypes import compute_dtype
+from fewbits.numerics.params import check_params
 from strategies import FLOATS, fractions, numbers, per_element, problems, rounded, specs, ulp
 
 HALF = Fraction(1, 2)
@@ -24,8 +26,8 @@ def channel(bits=8, symmetric=False, scale_dtype=torch.float32) -> QuantSpec:
 def choose(low: float, high: float, spec: QuantSpec) -> tuple[float, int]:
     """Choose scale and zero point of a single range."""
     bounds = [torch.tensor([[bound]], dtype=torch.float64) for bound in (low, high)]
-    scale, zero_point = choose_params(*bounds, spec)
-    return scale.item(), 0 if zero_point is None else int(zero_point)
+    params = choose_params(*bounds, spec)
+    return params.scale.item(), 0 if params.zero_point is None else int(params.zero_point)
 
 
 @st.composite
@@ -142,19 +144,21 @@ def encodings(draw):
     tiny = torch.finfo(spec.scale_dtype).tiny
     scale = torch.where(scale.abs() < tiny, tiny, scale).clamp(max=torch.finfo(spec.scale_dtype).max)
     zero_point = torch.randint(spec.code_min, spec.code_max + 1, shape, generator=generator, dtype=torch.int32)
-    return x, scale, None if spec.symmetric else zero_point, spec
+    return x, QuantParams(scale, None if spec.symmetric else zero_point), spec
 
 
-def exact_terms(x, scale, zero_point, spec):
-    """Yield (weight, scale, zero point) of each element, as fractions."""
-    zeros = torch.zeros_like(scale) if zero_point is None else zero_point
-    return zip(*(fractions(t) for t in (x, *(per_element(p, spec, *x.shape) for p in (scale, zeros)))), strict=True)
+def exact_terms(x, params, spec):
+    """(w, s, z) of each element, as fractions."""
+    zeros = torch.zeros_like(params.scale) if params.zero_point is None else params.zero_point
+    return zip(
+        *(fractions(t) for t in (x, *(per_element(p, spec, *x.shape) for p in (params.scale, zeros)))), strict=True
+    )
 
 
 @given(encodings())
 def test_the_code_is_the_nearest_one_for_any_scale_and_zero_point(case):
-    x, scale, zero_point, spec = case
-    codes = encode(x, scale, zero_point, spec)
+    x, params, spec = case
+    codes = encode(x, params, spec)
     assert codes.dtype == torch.uint8
     for code, (w, s, z) in zip(codes.flatten().tolist(), exact_terms(*case), strict=True):
         q = code + spec.code_min
@@ -165,9 +169,9 @@ def test_the_code_is_the_nearest_one_for_any_scale_and_zero_point(case):
 
 @given(encodings())
 def test_decoding_is_the_formula_rounded_once(case):
-    x, scale, zero_point, spec = case
-    codes = encode(x, scale, zero_point, spec)
-    decoded = decode(codes, scale, zero_point, spec, torch.float64)
+    x, params, spec = case
+    codes = encode(x, params, spec)
+    decoded = decode(codes, params, spec, torch.float64)
     expected = [
         (code + spec.code_min - z) * s for code, (_, s, z) in zip(fractions(codes), exact_terms(*case), strict=True)
     ]
@@ -178,8 +182,8 @@ def test_decoding_is_the_formula_rounded_once(case):
 
 @given(encodings())
 def test_the_bound_is_half_a_step_or_the_distance_to_the_representable_range(case):
-    x, scale, zero_point, spec = case
-    bounds = error_bound(x.double(), scale, zero_point, spec).flatten().tolist()
+    x, params, spec = case
+    bounds = error_bound(x.double(), params, spec).flatten().tolist()
     for bound, (w, s, z) in zip(bounds, exact_terms(*case), strict=True):
         ends = sorted([(spec.code_min - z) * s, (spec.code_max - z) * s])
         beyond = max(ends[0] - w, w - ends[1], Fraction(0))
@@ -187,19 +191,19 @@ def test_the_bound_is_half_a_step_or_the_distance_to_the_representable_range(cas
 
 
 @given(encodings())
-def test_zero_is_exactly_zero_for_any_zero_point(case):
-    x, scale, zero_point, spec = case
+def test_zero_is_exactly_zero_whatever_the_zero_point(case):
+    x, params, spec = case
     for zeros in (torch.zeros_like(x), -torch.zeros_like(x)):
-        decoded = decode(encode(zeros, scale, zero_point, spec), scale, zero_point, spec, torch.float64)
+        decoded = decode(encode(zeros, params, spec), params, spec, torch.float64)
         assert torch.equal(decoded, torch.zeros_like(decoded))
 
 
 @given(encodings())
-def test_valid_scales_and_zero_points_are_accepted_unchanged(case):
-    x, scale, zero_point, spec = case
-    taken, taken_zero = check_params(scale, zero_point, spec, tuple(x.shape))
-    assert torch.equal(taken, scale)
-    assert taken_zero is zero_point is None or torch.equal(taken_zero.int(), zero_point)
+def test_what_was_chosen_well_is_taken_as_it_is(case):
+    x, params, spec = case
+    taken, zero_point = check_params(params, spec, tuple(x.shape)), params.zero_point
+    assert torch.equal(taken.scale, params.scale)
+    assert taken.zero_point is zero_point is None or torch.equal(taken.zero_point.int(), zero_point)
 
 
 GOOD_SCALE, GOOD_ZERO = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
@@ -217,7 +221,7 @@ GOOD_SCALE, GOOD_ZERO = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
         (GOOD_SCALE * torch.tensor([1.0, 0.0]), GOOD_ZERO, "zero, NaN or Inf"),
         (GOOD_SCALE * math.nan, GOOD_ZERO, "zero, NaN or Inf"),
         (GOOD_SCALE * -math.inf, GOOD_ZERO, "zero, NaN or Inf"),
-        (GOOD_SCALE, None, "asymmetric specs need zero points"),
+        (GOOD_SCALE, None, "zero points exactly if it is asymmetric"),
         (GOOD_SCALE, GOOD_ZERO + 8, "between -8 and 7"),
         (GOOD_SCALE, GOOD_ZERO - 9, "between -8 and 7"),
         (GOOD_SCALE, GOOD_ZERO[:1], "integers of shape"),
@@ -230,10 +234,10 @@ GOOD_SCALE, GOOD_ZERO = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
 def test_invalid_scales_and_zero_points_are_refused(scale, zero_point, message):
     spec = QuantSpec(bits=4, granularity="group", group_size=4, symmetric=False, scale_dtype=torch.float32)
     with pytest.raises(NumericsError, match=message):
-        check_params(scale, zero_point, spec, (3, 5))
+        check_params(QuantParams(scale, zero_point), spec, (3, 5))
 
 
 def test_a_symmetric_spec_has_no_zero_point():
     spec = QuantSpec(bits=4, granularity="group", group_size=4, scale_dtype=torch.float32)
-    with pytest.raises(NumericsError, match="asymmetric specs need zero points"):
-        check_params(GOOD_SCALE, GOOD_ZERO, spec, (3, 5))
+    with pytest.raises(NumericsError, match="zero points exactly if it is asymmetric"):
+        check_params(QuantParams(GOOD_SCALE, GOOD_ZERO), spec, (3, 5))

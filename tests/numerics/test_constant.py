@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbits import QuantizedTensor, QuantSpec, measure
+from fewbits.extend import QuantParams
 from fewbits.numerics.constant import SameRows
 from fewbits.numerics.layout import Layout
 
@@ -32,7 +33,7 @@ def stored(codes, scale, **fields):
     spec = QuantSpec(8, **({"granularity": "channel"} | fields))
     codes = torch.tensor(codes)
     return QuantizedTensor.from_codes(
-        codes, torch.tensor(scale), None, spec=spec, layout=Layout.of(codes.shape), dtype=torch.float32
+        codes, QuantParams(torch.tensor(scale)), spec=spec, layout=Layout.of(codes.shape), dtype=torch.float32
     )
 
 
@@ -67,5 +68,5 @@ def test_rows_of_any_magnitude_are_told_apart(magnitude):
     spec, layout = QuantSpec(8, "channel"), Layout.of((2, 2))
     scale = torch.full((2, 1), magnitude, dtype=torch.float64)
     codes = torch.tensor([[1, -2], [-5, -5]])
-    lost = QuantizedTensor.from_codes(codes, scale, None, spec=spec, layout=layout, dtype=torch.float64)
+    lost = QuantizedTensor.from_codes(codes, QuantParams(scale), spec=spec, layout=layout, dtype=torch.float64)
     assert measure(x, lost).constant_rows == 1

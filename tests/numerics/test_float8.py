@@ -5,6 +5,7 @@ import torch
 
 from fewbits.numerics.float8 import FLOAT8_DTYPES, float8_codes, float8_spec
 from fewbits.numerics.packing import pack
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.tensor import decode_packed
 
 
@@ -13,7 +14,7 @@ def test_every_finite_number_is_a_code(dtype):
     values = torch.arange(256).to(torch.uint8).view(dtype)
     values = values[torch.isfinite(values.float())].reshape(1, -1)
     spec = float8_spec(dtype, "tensor", None, torch.float32)
-    decoded = decode_packed(pack(float8_codes(values), 8), torch.tensor([2.0]), None, spec, values.shape[1])
+    decoded = decode_packed(pack(float8_codes(values), 8), QuantParams(torch.tensor([2.0])), spec, values.shape[1])
     assert torch.equal(decoded, 2 * values.float())
 
 

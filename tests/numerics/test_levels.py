@@ -16,7 +16,7 @@ from torch import nn
 import fewbits
 from fewbits import MinMaxObserver, QuantSpec, measure
 from fewbits.errors import ArgumentError, NumericsError, RangeError
-from fewbits.extend import Layout
+from fewbits.extend import Layout, QuantParams
 from fewbits.numerics.affine import choose_params, clipped, decode, encode, error_bound
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.quantize import quantize
@@ -125,7 +125,7 @@ def test_the_bound_agrees_with_exact_fractions(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     x = as_matrix(weight, layout).double()
-    bounds = error_bound(x, q.scale, None, q.spec).flatten().tolist()
+    bounds = error_bound(x, q.params(), q.spec).flatten().tolist()
     for (w, _, s), bound in zip(elements(weight, q), bounds, strict=True):
         expected = bound_of(w, s, spec.levels) + abs(w) / 2**23
         # For an element on a level, up to the rounding of a float64 quotient, the bound may use either neighbour.
@@ -345,12 +345,13 @@ def test_the_bound_holds_for_negative_and_for_clipping_scales():
     spec = QuantSpec(4, "channel", scale_dtype=torch.float32, levels=FP4)
     x = torch.tensor([[-9.0, -8.5, 0.3, 5.2, 6.9, 20.0]])
     for scale in (torch.tensor([[1.0]]), torch.tensor([[-1.0]])):
-        decoded = decode(encode(x, scale, None, spec), scale, None, spec, torch.float64)
+        params = QuantParams(scale)
+        decoded = decode(encode(x, params, spec), params, spec, torch.float64)
         expected = min(FP4, key=lambda level: abs(level * float(scale) - 20.0)) * float(scale)
         assert decoded[0, -1] == expected
         error = (x.double() - decoded).abs()
-        assert (error <= error_bound(x.double(), scale, None, spec)).all()
-        outside = clipped(x.double(), scale, None, spec)[0].tolist()
+        assert (error <= error_bound(x.double(), params, spec)).all()
+        outside = clipped(x.double(), params, spec)[0].tolist()
         low, high = sorted(level * float(scale) for level in (FP4[0], FP4[-1]))
         # An element up to half the distance of the last two levels outside counts as inside.
         assert outside == [not low - 1 <= w <= high + 1 for w in x[0].tolist()]
@@ -360,15 +361,15 @@ def test_params_with_a_zero_point_are_refused():
     spec = QuantSpec(4, "channel", levels=NF4)
     zero_points = torch.zeros(3, 1, dtype=torch.int32)
     with pytest.raises(NumericsError, match="zero point"):
-        quantize(torch.ones(3, 4), spec, lambda rows, spec: (torch.ones(3, 1), zero_points))
+        quantize(torch.ones(3, 4), spec, lambda rows, spec: QuantParams(torch.ones(3, 1), zero_points))
 
 
 def test_a_range_of_zero_width_is_handled():
     spec = QuantSpec(4, "channel", scale_dtype=torch.float32, levels=NF4)
     zero = torch.zeros(2, 1)
-    scale, zero_point = choose_params(zero, zero, spec)
-    assert scale.tolist() == [[torch.finfo(torch.float32).tiny]] * 2
-    assert zero_point is None
+    params = choose_params(zero, zero, spec)
+    assert params.scale.tolist() == [[torch.finfo(torch.float32).tiny]] * 2
+    assert params.zero_point is None
 
 
 # Which levels are valid.

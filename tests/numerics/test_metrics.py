@@ -93,7 +93,7 @@ def test_a_code_off_by_one_is_reported_with_its_place(weight, data):
     codes = q.codes()
     codes[row, column] += 1 if q.dequantize(torch.float64)[row, column] >= weight[row, column] else -1
     assume(spec.code_min <= codes[row, column] <= spec.code_max)
-    moved = type(q).from_codes(codes, q.scale, None, spec=q.spec, layout=q.layout, dtype=q.dtype)
+    moved = type(q).from_codes(codes, q.params(), spec=q.spec, layout=q.layout, dtype=q.dtype)
     measured = measure(weight, moved)
     assert measured.broken_at == (row, column)
     assert measured.worst_bound_ratio > 1

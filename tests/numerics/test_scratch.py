@@ -43,8 +43,8 @@ def test_earlier_results_in_the_same_memory_change_nothing(before, problem):
         rows = weight.reshape(-1, weight.shape[-1])
         spec = spec.for_dtype(weight.dtype)
         params = choose_params(*extremes(rows, spec), spec)
-        codes = encode(rows, *params, spec, scratch)
-        assert torch.equal(codes, encode(rows, *params, spec))
+        codes = encode(rows, params, spec, scratch)
+        assert torch.equal(codes, encode(rows, params, spec))
         words = torch.full((len(rows), packed_words(rows.shape[1], spec.bits)), -1, dtype=torch.int32)
         assert pack(codes, spec.bits, words, scratch) is words
         assert torch.equal(words, pack(codes, spec.bits))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fewbits import QuantizedTensor, QuantSpec
 from fewbits.errors import FormatError, NumericsError
-from fewbits.extend import Layout
+from fewbits.extend import Layout, QuantParams
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import part_shapes
 from strategies import FLOATS, per_element, problems
@@ -60,8 +60,8 @@ def test_codes_and_parameters_make_the_same_tensor_again(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     parameters = {"spec": spec, "layout": layout, "dtype": weight.dtype}
-    assert QuantizedTensor.from_codes(q.codes(), q.scale, q.zero_points(), **parameters).equal(q)
-    assert QuantizedTensor.from_codes(q.codes().long(), q.scale, q.zero_points(), **parameters).equal(q)
+    assert QuantizedTensor.from_codes(q.codes(), q.params(), **parameters).equal(q)
+    assert QuantizedTensor.from_codes(q.codes().long(), q.params(), **parameters).equal(q)
 
 
 @given(problems(relative_limit=0.25))
@@ -91,7 +91,7 @@ def test_zero_points_are_packed_along_the_rows(bits, rows):
     zeros = torch.arange(rows * 3).reshape(rows, 3) % (1 << bits) + spec.code_min
     codes = torch.zeros(rows, 20, dtype=torch.int8)
     q = QuantizedTensor.from_codes(
-        codes, torch.ones(rows, 3), zeros, spec=spec, layout=Layout.of((rows, 20)), dtype=torch.float32
+        codes, QuantParams(torch.ones(rows, 3), zeros), spec=spec, layout=Layout.of((rows, 20)), dtype=torch.float32
     )
     assert q.zero_point.shape == (-(-rows * bits // 32), 3)
     for group in range(3):
@@ -196,14 +196,16 @@ CODES, SCALE, ZEROS = torch.zeros(4, 20, dtype=torch.int8), torch.ones(4, 3), to
 )
 def test_codes_that_do_not_fit_are_refused(codes, scale, zero_point):
     with pytest.raises((FormatError, NumericsError)):
-        QuantizedTensor.from_codes(codes, scale, zero_point, spec=GROUPS, layout=LAYOUT, dtype=torch.float32)
+        QuantizedTensor.from_codes(
+            codes, QuantParams(scale, zero_point), spec=GROUPS, layout=LAYOUT, dtype=torch.float32
+        )
 
 
 def test_the_lowest_and_the_highest_code_may_be_used():
     spec = QuantSpec(bits=3, granularity="channel")
     codes = torch.tensor([[-4, 3, 0]])
     q = QuantizedTensor.from_codes(
-        codes, torch.tensor([[0.5]]), None, spec=spec, layout=Layout.of((1, 3)), dtype=torch.float16
+        codes, QuantParams(torch.tensor([[0.5]])), spec=spec, layout=Layout.of((1, 3)), dtype=torch.float16
     )
     assert q.dequantize().tolist() == [[-2.0, 1.5, 0.0]]
     assert q.dequantize().dtype == torch.float16

@@ -17,6 +17,7 @@ from fewbits.numerics.affine import choose_params, decode, encode, extremes
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import block_rows
 from fewbits.numerics.metrics import measure, pooled_sqnr_db
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.search import shares
 from fewbits.observers import OBSERVERS
@@ -52,8 +53,8 @@ def cases(draw, relative_limit=1.0, **fixed):
 
 
 def errors(rows, params, spec):
-    """Return the errors of all elements, (rows, columns), in float64."""
-    return decode(encode(rows, *params, spec), *params, spec, torch.float64) - rows.double()
+    """The errors of all elements, (rows, columns), in float64."""
+    return decode(encode(rows, params, spec), params, spec, torch.float64) - rows.double()
 
 
 def totals(values, spec):
@@ -88,13 +89,14 @@ def test_scales_are_valid_for_any_weight(recipe, case):
 @given(cases(relative_limit=1 / 16))
 def test_a_row_gets_the_same_scales_alone_and_among_others(recipe, case):
     rows, spec = case
-    scale, zero_point = recipe.observe_weight(rows, spec)
+    params = recipe.observe_weight(rows, spec)
     again = recipe.observe_weight(rows, spec)
-    assert torch.equal(again[0], scale)
+    assert torch.equal(again.scale, params.scale)
     if spec.granularity != "tensor":
         each = [recipe.observe_weight(row, spec) for row in rows.split(1)]
-        assert torch.equal(torch.cat([one[0] for one in each]), scale)
-        assert zero_point is None or torch.equal(torch.cat([one[1] for one in each]), zero_point)
+        assert torch.equal(torch.cat([one.scale for one in each]), params.scale)
+        zero_point = params.zero_point
+        assert zero_point is None or torch.equal(torch.cat([one.zero_point for one in each]), zero_point)
 
 
 @every
@@ -106,7 +108,7 @@ def test_threads_make_no_difference(recipe, granularity):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            scales.append(recipe.observe_weight(rows, spec)[0])
+            scales.append(recipe.observe_weight(rows, spec).scale)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*scales)
@@ -138,7 +140,7 @@ def test_the_least_error_is_never_above_that_of_a_range_that_was_tried(case):
 def test_the_expected_noise_is_never_above_that_of_a_range_that_was_tried(case):
     rows, spec = case
     low, high = extremes(rows, spec)
-    wide = choose_params(low, high, spec)[0]
+    wide = choose_params(low, high, spec).scale
     found = expected(rows, HistogramObserver().observe_weight(rows, spec), wide, spec)
     for share in shares(20):
         tried = expected(rows, choose_params(low * share, high * share, spec), wide, spec)
@@ -150,7 +152,7 @@ def expected(rows, params, unit, spec):
     levels = spec.levels or [float(code) for code in range(spec.code_min, spec.code_max + 1)]
     zero_points = [0] * len(rows) if params[1] is None else params[1].flatten().tolist()
     noise = []
-    for row, scale, zero, one in zip(rows.tolist(), params[0].tolist(), zero_points, unit.tolist(), strict=True):
+    for row, scale, zero, one in zip(rows.tolist(), params.scale.tolist(), zero_points, unit.tolist(), strict=True):
         reached = [level - zero for level in levels]
         share = scale[0] / one[0]
         noise.append(math.fsum(expected_of(x / scale[0], reached) for x in row) * share * share)
@@ -180,10 +182,9 @@ def test_a_percentile_leaves_out_as_many_elements_as_allowed(case, percentile):
     ends = [inner(group.tolist(), spec.symmetric, Fraction(str(percentile)) / 100) for group in groups]
     shape = spec.scale_shape(*rows.shape)
     low, high = (torch.tensor(side, dtype=torch.float64).reshape(shape) for side in zip(*ends, strict=True))
-    scale, zero_point = PercentileObserver(percentile).observe_weight(rows, spec)
-    expected_scale, expected_zero_point = choose_params(low, high, spec)
-    assert torch.equal(scale, expected_scale)
-    assert zero_point is None or torch.equal(zero_point, expected_zero_point)
+    params, wanted = PercentileObserver(percentile).observe_weight(rows, spec), choose_params(low, high, spec)
+    assert torch.equal(params.scale, wanted.scale)
+    assert params.zero_point is None or torch.equal(params.zero_point, wanted.zero_point)
 
 
 def inner(values, symmetric, share):
@@ -213,14 +214,14 @@ def test_a_scale_beyond_its_dtype_is_an_error(recipe):
 def test_constants(recipe, spec, value):
     rows = torch.full((2, 7), value)
     params = recipe.observe_weight(rows, spec)
-    assert (errors(rows, params, spec).abs() <= params[0].double().abs().max() / 2).all()
+    assert (errors(rows, params, spec).abs() <= params.scale.double().abs().max() / 2).all()
 
 
 def test_a_negative_scale_gives_the_positive_side_the_lowest_code():
     spec = QuantSpec(bits=4, granularity="channel", scale_dtype=torch.float32)
     rows = torch.tensor([[8.0, 3.0, -7.0, 1.0, -2.0]])
     params = MSEObserver().observe_weight(rows, spec)
-    assert params[0].item() == -1.0
+    assert params.scale.item() == -1.0
     assert not errors(rows, params, spec).any()
     assert errors(rows, MinMaxObserver().observe_weight(rows, spec), spec).abs().max() > 0.4
 
@@ -231,7 +232,7 @@ def test_a_scale_is_fitted_to_its_codes():
     rows = torch.tensor([[7.1, 6.9, 6.95, 7.05, 1.02]], dtype=torch.float64)
     codes = torch.tensor([7.0, 7.0, 7.0, 7.0, 1.0], dtype=torch.float64)
     refitted = (rows @ codes / codes.square().sum()).item()
-    assert MSEObserver(steps=2).observe_weight(rows, spec)[0].item() == pytest.approx(refitted, rel=1e-12)
+    assert MSEObserver(steps=2).observe_weight(rows, spec).scale.item() == pytest.approx(refitted, rel=1e-12)
 
 
 def test_blocks_of_a_whole_tensor_are_added_up():
@@ -239,10 +240,10 @@ def test_blocks_of_a_whole_tensor_are_added_up():
     columns = 128
     rows = torch.randn(3 * block_rows(columns) + 1, columns, generator=torch.Generator().manual_seed(0)).half()
     spec = QuantSpec(bits=4, granularity="tensor", scale_dtype=torch.float32)
-    scale, _ = MSEObserver().observe_weight(rows, spec)
+    params = MSEObserver().observe_weight(rows, spec)
     row = rows.reshape(1, -1).float()
-    other, _ = MSEObserver().observe_weight(row, attrs.evolve(spec, granularity="channel"))
-    noise = [errors(rows, (s.reshape(1), None), spec).square().sum().item() for s in (scale, other)]
+    other = MSEObserver().observe_weight(row, attrs.evolve(spec, granularity="channel"))
+    noise = [errors(rows, QuantParams(p.scale.reshape(1)), spec).square().sum().item() for p in (params, other)]
     assert noise[0] == pytest.approx(noise[1], rel=1e-5)
 
 

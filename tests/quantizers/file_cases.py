@@ -6,6 +6,7 @@ import torch
 
 import fewbits
 from checkpoints import AnyScheme
+from fewbits.extend import QuantParams
 from lifecycle_helpers import small
 
 INDEX = "model.safetensors.index.json"
@@ -20,7 +21,7 @@ class WithOneScale(fewbits.Int8PerChannel):
         scale = torch.full((weight.rows, 1), float(weight.whole().abs().max() / 127), dtype=spec.scale_dtype)
         codes = (weight.whole() / scale).round().clamp(-128, 127).to(torch.int8)
         return fewbits.QuantizedTensor.from_codes(
-            codes, scale, None, spec=spec, layout=weight.layout, dtype=weight.dtype
+            codes, QuantParams(scale), spec=spec, layout=weight.layout, dtype=weight.dtype
         )
 
 

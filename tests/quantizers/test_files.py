@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import attrs
 import pytest
 import safetensors.torch
 import torch
@@ -20,6 +21,7 @@ import fewbits
 from checkpoints import write_shards
 from fewbits.conversion.pool import in_order
 from fewbits.errors import CheckpointError, FormatError
+from fewbits.extend import QuantParams
 from fewbits.numerics.metrics import Tally
 from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize_small, small, visible
 
@@ -435,8 +437,8 @@ class Halves(fewbits.MinMaxObserver):
     """Overrides `observe_weight`, and inherits `observe_chunks`."""
 
     def observe_weight(self, weight, spec):
-        scale, zero_point = super().observe_weight(weight, spec)
-        return scale / 2, zero_point
+        params = super().observe_weight(weight, spec)
+        return attrs.evolve(params, scale=params.scale / 2)
 
 
 def test_an_observer_that_overrides_observe_weight_is_used_for_chunks_too(tmp_path, monkeypatch):
@@ -451,7 +453,10 @@ def test_an_observer_that_overrides_observe_weight_is_used_for_chunks_too(tmp_pa
     assert (tmp_path / "out").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
-@pytest.mark.parametrize("chosen", [None, (1, 2, 3), (torch.ones(2), None), (torch.tensor([math.nan]), None)])
+@pytest.mark.parametrize(
+    "chosen",
+    [None, (torch.ones(1), None), QuantParams(1.0), QuantParams(torch.ones(2)), QuantParams(torch.tensor([math.nan]))],
+)
 def test_scales_that_an_observer_chooses_for_chunks_are_checked(tmp_path, monkeypatch, chosen):
     class Odd(fewbits.MinMaxObserver):
         def observe_weight(self, weight, spec):

@@ -1,5 +1,6 @@
 """Strategies of an outside author: observer, selector, serializer."""
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -170,8 +171,8 @@ def test_invalid_scales_of_an_observer_are_refused_with_the_name_of_the_tensor(s
 def test_an_observer_may_clip_and_the_bound_becomes_wider():
     class Clips(MinMaxObserver):
         def observe_weight(self, weight, spec):
-            scale, zero_point = super().observe_weight(weight, spec)
-            return scale / 2, zero_point
+            params = super().observe_weight(weight, spec)
+            return attrs.evolve(params, scale=params.scale / 2)
 
     result = quantize_small(mlp(), "int8", observer=Clips(), fail_under=0)
     assert result.report.ok

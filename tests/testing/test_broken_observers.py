@@ -1,12 +1,13 @@
 """Observers that are wrong in one way each, and the check that finds it."""
 
+import attrs
 import pytest
 import torch
 from caught import caught, covered
 
 from fewbits import MinMaxObserver
 from fewbits.errors import CalibrationError
-from fewbits.extend import Observer
+from fewbits.extend import Observer, QuantParams
 from fewbits.testing import check_observer
 
 
@@ -19,13 +20,13 @@ class Plain(Observer):
 
 class InFloat32(Plain):
     def observe_weight(self, weight, spec):
-        scale, zero_point = super().observe_weight(weight, spec)
-        return scale.float(), zero_point
+        params = super().observe_weight(weight, spec)
+        return attrs.evolve(params, scale=params.scale.float())
 
 
 class NoZeroPoint(Plain):
     def observe_weight(self, weight, spec):
-        return super().observe_weight(weight, spec)[0], None
+        return QuantParams(super().observe_weight(weight, spec).scale)
 
 
 class Refuses(Plain):
@@ -39,8 +40,9 @@ class Refuses(Plain):
 
 class OneScaleForABlock(Plain):
     def observe_weight(self, weight, spec):
-        scale, zero_point = super().observe_weight(weight, spec)
-        return scale.amax().expand_as(scale), None if zero_point is None else zero_point.amax().expand_as(zero_point)
+        params = super().observe_weight(weight, spec)
+        parts = attrs.astuple(params, recurse=False)
+        return QuantParams(*(None if part is None else part.amax().expand_as(part) for part in parts))
 
 
 class Drifts(Plain):
@@ -48,15 +50,15 @@ class Drifts(Plain):
 
     def observe_weight(self, weight, spec):
         self.asked += 1
-        scale, zero_point = super().observe_weight(weight, spec)
-        return (scale * (1 + 0.1 * self.asked)).to(scale.dtype), zero_point
+        params = super().observe_weight(weight, spec)
+        return attrs.evolve(params, scale=(params.scale * (1 + 0.1 * self.asked)).to(params.scale.dtype))
 
 
 class ClipsInPlace(Plain):
     def observe_weight(self, weight, spec):
-        scale, zero_point = super().observe_weight(weight, spec)
+        params = super().observe_weight(weight, spec)
         weight.mul_(0.9)
-        return scale, zero_point
+        return params
 
 
 class SortsInputs(Plain):
@@ -74,8 +76,8 @@ class Peaks(Plain):
         self.peak = max(self.peak, float(x.abs().max()))
 
     def observe_weight(self, weight, spec):
-        scale, zero_point = super().observe_weight(weight, spec)
-        return (scale * (1 + min(self.peak, 10) / 10)).to(scale.dtype), zero_point
+        params = super().observe_weight(weight, spec)
+        return attrs.evolve(params, scale=(params.scale * (1 + min(self.peak, 10) / 10)).to(params.scale.dtype))
 
 
 class NeverForgets(Peaks):
@@ -102,20 +104,20 @@ class NeedsNothing(Plain):
 
 class ZeroForZeros(MinMaxObserver):
     def input_params(self, spec):
-        scale, zero_point = super().input_params(spec)
-        return torch.where(scale < 1e-30, 0.0, scale), zero_point
+        params = super().input_params(spec)
+        return attrs.evolve(params, scale=torch.where(params.scale < 1e-30, 0.0, params.scale))
 
 
 class AScalar(MinMaxObserver):
     def input_params(self, spec):
-        scale, zero_point = super().input_params(spec)
-        return scale[0], zero_point
+        params = super().input_params(spec)
+        return attrs.evolve(params, scale=params.scale[0])
 
 
 class NegativeScale(MinMaxObserver):
     def input_params(self, spec):
-        scale, zero_point = super().input_params(spec)
-        return -scale, zero_point
+        params = super().input_params(spec)
+        return attrs.evolve(params, scale=-params.scale)
 
 
 class Guesses(MinMaxObserver):
@@ -123,7 +125,7 @@ class Guesses(MinMaxObserver):
         try:
             return super().input_params(spec)
         except CalibrationError:
-            return torch.ones(1), None if spec.symmetric else torch.zeros(1, dtype=torch.int32)
+            return QuantParams(torch.ones(1), None if spec.symmetric else torch.zeros(1, dtype=torch.int32))
 
 
 class MergesNothing(MinMaxObserver):
@@ -149,8 +151,8 @@ class Hoards(MinMaxObserver):
 
 class Hundreds(Plain):
     def observe_weight(self, weight, spec):
-        scale, zero_point = super().observe_weight(weight, spec)
-        return torch.full_like(scale, 100), zero_point
+        params = super().observe_weight(weight, spec)
+        return attrs.evolve(params, scale=torch.full_like(params.scale, 100))
 
 
 CASES = [

@@ -13,7 +13,7 @@ from torch import Tensor
 import fewbits
 from fewbits import Int8PerChannel, QuantizedTensor, Quantizer, QuantSpec
 from fewbits.errors import RangeError
-from fewbits.extend import SafetensorsSerializer
+from fewbits.extend import QuantParams, SafetensorsSerializer
 from fewbits.quantizers.base import Quantizer as Base
 from fewbits.sources import module as module_source
 from fewbits.testing import check_quantizer
@@ -27,7 +27,9 @@ class Int8(Quantizer):
     def remade(self, value: QuantizedTensor, codes: Tensor | None = None, scale: Tensor | None = None):
         """The same value with other codes or scales."""
         codes, scale = value.codes() if codes is None else codes, value.scale if scale is None else scale
-        return QuantizedTensor.from_codes(codes, scale, None, spec=value.spec, layout=value.layout, dtype=value.dtype)
+        return QuantizedTensor.from_codes(
+            codes, QuantParams(scale), spec=value.spec, layout=value.layout, dtype=value.dtype
+        )
 
 
 class Truncates(Int8):
@@ -45,7 +47,7 @@ class OtherEveryTime(Int8):
 class OneScaleForABlock(Int8):
     def quantize_tensor(self, weight, spec, observer):
         def largest(rows, spec):
-            scale, _ = observer.observe_weight(rows, spec)
+            scale = observer.observe_weight(rows, spec).scale
             return scale.amax().expand_as(scale), None
 
         return fewbits.numerics.quantize.quantize(weight, spec, largest)
@@ -62,7 +64,9 @@ class ZeroScales(Int8):
         rows = weight.whole()
         scale = rows.abs().amax(1, keepdim=True) / 127
         codes = (rows / scale).nan_to_num().round().to(torch.int8)
-        return QuantizedTensor.from_codes(codes, scale, None, spec=spec, layout=weight.layout, dtype=weight.dtype)
+        return QuantizedTensor.from_codes(
+            codes, QuantParams(scale), spec=spec, layout=weight.layout, dtype=weight.dtype
+        )
 
 
 class RefusesLargeNumbers(Int8):

@@ -24,7 +24,7 @@ from fewbits.checkpoint.serializer import Reader, Serializer
 from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
-from fewbits.numerics.affine import are_sound
+from fewbits.numerics.params import are_sound
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import (
     check_input_scale,

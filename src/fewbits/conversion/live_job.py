@@ -22,9 +22,9 @@ from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, Num
 from fewbits.formats.fp8 import tell_unscaled
 from fewbits.nn.classes import rounds_inputs
 from fewbits.nn.walk import parent_of
-from fewbits.numerics.affine import check_params
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement, measure
+from fewbits.numerics.params import check_params
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
@@ -201,7 +201,7 @@ def static_scale(observer: Observer) -> Tensor:
         NumericsError: if the scale is negative, zero or not finite.
         CalibrationError: if the observer has seen nothing but zeros or nothing at all, or does not look at inputs.
     """
-    scale, _ = check_params(*observer.input_params(INPUT_SPEC), INPUT_SPEC, (1, 1))
+    scale = check_params(observer.input_params(INPUT_SPEC), INPUT_SPEC, (1, 1)).scale
     if float(scale) < 0:
         raise NumericsError(f"{type(observer).__name__} chose {float(scale)} as a scale of inputs; it must be positive")
     if float(scale) <= torch.finfo(torch.float32).tiny:

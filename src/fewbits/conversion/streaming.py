@@ -19,6 +19,7 @@ from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.pool import in_order
 from fewbits.errors import NumericsError
 from fewbits.numerics.metrics import Tally, unit_of
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import check_chosen, check_finite
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.observers.base import Observer
@@ -101,7 +102,7 @@ class Streaming:
         shape = (row.layout.rows, row.layout.columns)
         seen = (self._finite(chunk) for chunk in pieces)
         with naming(row):
-            return FixedObserver(*check_chosen(observer.observe_chunks(seen, spec), spec, shape))
+            return FixedObserver(check_chosen(observer.observe_chunks(seen, spec), spec, shape))
 
     def _finite(self, chunk: Chunk) -> Tensor:
         tensor = self.source.read_chunk(chunk.row.name, chunk)
@@ -143,9 +144,9 @@ class Streaming:
 class FixedObserver(Observer):
     """Returns the scale and zero point that another observer has chosen for a whole weight."""
 
-    def __init__(self, scale: Tensor, zero_point: Tensor | None) -> None:
-        self.scale, self.zero_point = scale, zero_point
+    def __init__(self, params: QuantParams) -> None:
+        self.params = params
 
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
         """Return the chosen scale and zero point for any weight."""
-        return self.scale, self.zero_point
+        return self.params

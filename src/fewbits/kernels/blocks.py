@@ -50,7 +50,7 @@ class ByteBlocks(Blocks[Int8Rows]):
         x = padded(x.to(product_dtype(weight)), wide)
         if weight.zero_point is None and weight.signed.numel() <= BLOCK:
             return torch.mm(x, weight.signed.to(x.dtype).t()) * weight.row_scale
-        zero_point = weight.params(slice(None))[1]
+        zero_point = weight.params(slice(None)).zero_point
         output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
         for where in row_slices(rows, len(block)):
             part = block[: where.stop - where.start].copy_(weight.signed[where])
@@ -149,13 +149,14 @@ def row_slices(count: int, step: int) -> Iterator[slice]:
 
 def _params(weight: Int4Tiles, dtype: torch.dtype, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """Return scales and zero points for codes times 16: (groups, 1, tiles, 2, half a tile), permuted."""
-    scale, zero_point = weight.params(slice(None))
+    params = weight.params(slice(None))
     count, _, half = weight.tiles.shape
 
-    def of_tiles(params: Tensor) -> Tensor:
-        return weight.of_groups(params).to(dtype).view(-1, 1, count, 2, half).permute(axes).contiguous()
+    def of_tiles(values: Tensor) -> Tensor:
+        return weight.of_groups(values).to(dtype).view(-1, 1, count, 2, half).permute(axes).contiguous()
 
-    return of_tiles(scale) / 16, None if zero_point is None else of_tiles(zero_point) * 16
+    zeros = None if params.zero_point is None else of_tiles(params.zero_point) * 16
+    return of_tiles(params.scale) / 16, zeros
 
 
 def _expanded(tiles: Tensor, scales: Tensor, zeros: Tensor | None, where: slice, block: Tensor) -> Tensor:

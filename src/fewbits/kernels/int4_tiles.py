@@ -78,10 +78,10 @@ class Int4Tiles(WeightLayout):
         # The tensors that stay are allocated before temporary ones, so that no holes remain between layers.
         tiles = reused_memory(weight, reuse_memory, tall, wide, width // 2)
         table = tiles.new_zeros((wide // group, tall * width, 2), dtype=torch.bfloat16)
-        scale, zero_point = weight.params(slice(None))
-        spread(scale, weight, group, table[..., 0])
-        if zero_point is not None:
-            spread(-zero_point * scale.float(), weight, group, table[..., 1])
+        params = weight.params(slice(None))
+        spread(params.scale, weight, group, table[..., 0])
+        if params.zero_point is not None:
+            spread(-params.zero_point * params.scale.float(), weight, group, table[..., 1])
         for first in range(0, tall, step := _BLOCKS_AT_ONCE * max(1, block_rows(wide) // width)):
             count = min(step, tall - first)
             even, odd = _joined(weight, first * width, count, width, wide)

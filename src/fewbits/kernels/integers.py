@@ -66,7 +66,7 @@ class IntMM(Integers[Int8Rows]):
         """Compute one integer product, and scale it."""
         codes, x_scale = rounded(x, weight, weight.signed.shape[1])
         sums = sums_of_products(codes, weight.signed)
-        if (zero_point := weight.params(slice(None))[1]) is not None:
+        if (zero_point := weight.params(slice(None)).zero_point) is not None:
             sums -= codes.sum(1, dtype=torch.int32, keepdim=True) * zero_point.flatten()
         return sums.float().mul_(x_scale).mul_(weight.row_scale)
 
@@ -87,7 +87,7 @@ class FloatSums(Integers[Int8Rows]):
         """Multiply blocks of rows and inputs, and add up the sums as integers."""
         rows, wide = weight.signed.shape
         codes, x_scale = rounded(x, weight, wide)
-        inputs, (_, zero_point) = codes.float(), weight.params(slice(None))
+        inputs, zero_point = codes.float(), weight.params(slice(None)).zero_point
         sums = codes.new_zeros((x.shape[0], rows), dtype=torch.int32)
         step = max(1, BLOCK // EXACT_IN_FLOAT)
         for start in range(0, rows, step):

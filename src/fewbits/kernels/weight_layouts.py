@@ -19,6 +19,7 @@ from fewbits.numerics.affine import centered_codes, decode
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words, unpack
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, narrow, unpack_zero_point
 
@@ -127,15 +128,14 @@ class WeightLayout(ABC):
 
     def decoded(self, where: Rows) -> Tensor:
         """Decode some rows: (rows, columns), in float32 (float64 for float64 scales)."""
-        scale, zero_point = self.params(where)
-        return decode(self.codes(where), scale, zero_point, self.spec, compute_dtype(scale.dtype))
+        return decode(self.codes(where), self.params(where), self.spec, compute_dtype(self.scale.dtype))
 
-    def params(self, where: Rows) -> tuple[Tensor, Tensor | None]:
+    def params(self, where: Rows) -> QuantParams:
         """Return the scale and the unpacked zero point of some rows."""
         zero_point = unpack_zero_point(self.zero_point, self.scale, self.spec)
         if self.spec.granularity == "tensor":
-            return self.scale, zero_point
-        return taken(self.scale, where), None if zero_point is None else taken(zero_point, where)
+            return QuantParams(self.scale, zero_point)
+        return QuantParams(taken(self.scale, where), None if zero_point is None else taken(zero_point, where))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight in float32 (float64 for float64 scales), in its own shape, and cast it to `dtype`."""
@@ -145,7 +145,7 @@ class WeightLayout(ABC):
 
     def centered_codes(self) -> Tensor:
         """Return codes minus zero points: float64, in the weight's own shape."""
-        return self.layout.from_matrix(centered_codes(self.codes(slice(None)), self.params(slice(None))[1], self.spec))
+        return self.layout.from_matrix(centered_codes(self.codes(slice(None)), self.params(slice(None)), self.spec))
 
 
 @attrs.define(eq=False, kw_only=True)

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fewbits.errors import NumericsError, RangeError
+from fewbits.errors import RangeError
 from fewbits.numerics.dtypes import compute_dtype, dtype_name
 from fewbits.numerics.grid import (
     broadcast,
@@ -27,6 +27,7 @@ from fewbits.numerics.grid import (
     nearest_level,
     nearest_step,
 )
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
@@ -49,8 +50,8 @@ def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return groups.amin(dims).clamp_(max=0).view(shape), groups.amax(dims).clamp_(min=0).view(shape)
 
 
-def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Choose the smallest scale whose codes cover the range from `low` to `high`, and its zero point.
+def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
+    """The smallest scale, and its zero point, with which everything between `low` and `high` is in range.
 
     Scales are computed in float64, then rounded to ``spec.scale_dtype``. The rounded scale is replaced by
 
@@ -83,32 +84,29 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
                 f"{dtype_name(scale.dtype)} ({torch.finfo(scale.dtype).max:.6g}); "
                 "pass a wider scale_dtype, or keep this tensor"
             )
-    return scale, None if spec.symmetric else _zero_point(low, scale, spec).to(torch.int32)
+    return QuantParams(scale, None if spec.symmetric else _zero_point(low, scale, spec).to(torch.int32))
 
 
-def encode(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, scratch: Scratch | None = None
-) -> Tensor:
+def encode(x: Tensor, params: QuantParams, spec: QuantSpec, scratch: Scratch | None = None) -> Tensor:
     """Round to the nearest code, clamped to the code range.
 
     Args:
         x: (rows, columns).
-        scale: the scales of these rows.
-        zero_point: the zero points of these rows, or None.
-        spec: the spec of the codes.
-        scratch: memory for intermediate results and for the result, which the next use of `scratch` overwrites.
+        params: of these rows.
+        spec: how the codes look.
+        scratch: what to compute in; the result is in it too, until it is used again.
 
     Returns:
         uint8, the shape of `x`: codes made unsigned by adding ``2**(bits-1)``.
     """
     scratch = scratch or Scratch()
-    steps = in_steps(x, scale, spec, scratch)
+    steps = in_steps(x, params.scale, spec, scratch)
     if spec.levels is not None:
         codes = nearest_level(steps, spec).to(torch.uint8)
     else:
         steps.round_()
-        if zero_point is not None:
-            steps += broadcast(zero_point)
+        if params.zero_point is not None:
+            steps += broadcast(params.zero_point)
         steps.clamp_(spec.code_min, spec.code_max)
         # Convert to signed bytes and shift them afterwards: torch converts floats to unsigned bytes much more slowly.
         codes = scratch.take("codes", steps.shape, torch.int8, x.device).copy_(steps).view(torch.uint8)
@@ -116,17 +114,17 @@ def encode(
     return codes.flatten(1)[:, : x.shape[1]]
 
 
-def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """Turn codes back into numbers, computed in `dtype`.
+def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """What the codes stand for, computed in `dtype`.
 
     Args:
         codes: uint8, (rows, columns), unsigned as `encode` returns them.
-        scale: the scales of these rows.
-        zero_point: the zero points of these rows, or None.
-        spec: the spec of the codes.
+        params: of the rows that `codes` holds.
+        spec: the spec they were encoded with.
         dtype: float32 or float64.
     """
-    # torch.compile and torch.export trace this function, so it uses no in-place operation.
+    # No in-place operation: this is traced by torch.compile and torch.export.
+    scale, zero_point = params.scale, params.zero_point
     if spec.levels is not None:
         levels = torch.tensor(spec.levels, dtype=dtype, device=codes.device)
         steps = levels.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
@@ -137,8 +135,8 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantS
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
-def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Bound the error of each element: its largest allowed distance from its decoded code.
+def error_bound(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """How far each element may lie from what its code stands for.
 
     The bound is ``gap + |x| * 2**-23``, in float64. ``gap`` is
 
@@ -149,68 +147,27 @@ def error_bound(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Quant
 
     Args:
         x: float64, (rows, columns).
-        scale: as stored.
-        zero_point: as stored, unpacked; None if symmetric.
-        spec: the spec of the codes.
+        params: as stored, zero points unpacked.
+        spec: how the codes look.
     """
-    return bound_and_clipped(x, scale, zero_point, spec)[0]
+    return bound_and_clipped(x, params, spec)[0]
 
 
-def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Mark the elements that lie more than half a step outside the code range. The arguments are `error_bound`'s."""
-    return bound_and_clipped(x, scale, zero_point, spec)[1]
+def clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """Which elements lie further than half a step outside what the codes can stand for; arguments as `error_bound`."""
+    return bound_and_clipped(x, params, spec)[1]
 
 
-def bound_and_clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Compute `error_bound` and `clipped` together, since they share most of the work."""
-    groups, gap = grouped(x, spec), half_gap(x, scale, spec)
-    low, high = code_range(scale, zero_point, spec)
+def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """`error_bound` and `clipped` of the same elements: most of the work is the same."""
+    groups, gap = grouped(x, spec), half_gap(x, params.scale, spec)
+    low, high = code_range(params, spec)
     above, below = groups - high, low - groups
     beyond = torch.maximum(above, below)  # at most zero inside the range
     farthest = -torch.minimum(above, below) if spec.rounding == "free" else torch.maximum(beyond, gap)
     bound = farthest + groups.abs() * 2.0**-23
     outside = beyond > gap
     return bound.flatten(1)[:, : x.shape[1]], outside.flatten(1)[:, : x.shape[1]]
-
-
-def are_sound(scale: Tensor) -> bool:
-    """Tell whether all scales are finite and not zero."""
-    if not scale.numel():
-        return True
-    least, largest = torch.aminmax(scale.abs())  # both are NaN if one scale is NaN
-    return float(least) > 0 and float(largest) < math.inf
-
-
-def check_params(
-    scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor | None]:
-    """Check scale and zero point of a (rows, columns) block, and return them with the zero point in int32.
-
-    Raises:
-        NumericsError: if shape or dtype do not fit the spec, a scale is zero, NaN or Inf, or a zero point lies outside
-            the code range.
-    """
-    expected = spec.scale_shape(*shape)
-    if not isinstance(scale, Tensor) or not isinstance(zero_point, (Tensor, type(None))):
-        raise NumericsError("scales must be a tensor, zero points a tensor or None")
-    if tuple(scale.shape) != expected or scale.dtype != spec.scale_dtype:
-        raise NumericsError(
-            f"scales of shape {tuple(scale.shape)} in {dtype_name(scale.dtype)} for {shape[0]} rows of {shape[1]}; "
-            f"{spec} needs shape {expected} in {spec.scale_dtype}"
-        )
-    if not are_sound(scale):
-        raise NumericsError("a scale is zero, NaN or Inf; scales must be finite and not zero")
-    if (zero_point is None) != spec.symmetric:
-        raise NumericsError(f"asymmetric specs need zero points, symmetric specs must have none; this spec is {spec}")
-    if zero_point is None:
-        return scale, None
-    whole = not zero_point.is_floating_point() and zero_point.dtype != torch.bool
-    wide = zero_point.to(torch.int64)
-    if not whole or tuple(wide.shape) != expected or bool(((wide < spec.code_min) | (wide > spec.code_max)).any()):
-        raise NumericsError(
-            f"these zero points are not integers of shape {expected} between {spec.code_min} and {spec.code_max}"
-        )
-    return scale, wide.to(torch.int32)
 
 
 def _exact_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
@@ -301,16 +258,16 @@ def clip_input(x: Tensor, scale: Tensor) -> Tensor:
     return x.clamp(INPUT_SPEC.code_min * scale, INPUT_SPEC.code_max * scale)
 
 
-def centered_codes(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Subtract the zero points from the codes, in float64.
+def centered_codes(codes: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """Return the codes minus their zero points, in float64.
 
     Args:
         codes: uint8, (rows, columns), unsigned as `encode` returns them.
-        zero_point: the zero points of these rows, or None.
-        spec: the spec of the codes.
+        params: of these rows.
+        spec: the spec they were encoded with.
     """
-    ones = torch.ones(spec.scale_shape(*codes.shape), dtype=torch.float64, device=codes.device)
-    return decode(codes, ones, zero_point, spec, torch.float64)
+    ones = torch.ones_like(params.scale, dtype=torch.float64)
+    return decode(codes, QuantParams(ones, params.zero_point), spec, torch.float64)
 
 
 def largest_sum(products: int, spec: QuantSpec) -> int:
@@ -371,9 +328,9 @@ def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> 
     return _stored(scale.double().abs() * factor, spec).copysign(scale)
 
 
-def is_finite_throughout(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Tell for each scale whether every code decodes to a finite number."""
-    first, last = ends(spec)
+def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:
+    """For each scale, whether every code stands for a finite number in the dtype that decoding computes in."""
+    (first, last), scale, zero_point = ends(spec), params.scale, params.zero_point
     zero = scale.new_zeros((), dtype=torch.float64) if zero_point is None else zero_point.double()
     limit = torch.finfo(compute_dtype(scale.dtype)).max
     return torch.maximum(last - zero, zero - first) * scale.double().abs() <= limit

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.affine import error_bound
+from fewbits.numerics.noise import group_sums
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.sums import group_sums
 
 #: A row with a lower ratio of signal to noise (10 dB) has lost its content.
 _LOST = 10
@@ -22,18 +23,15 @@ _LOST = 10
 _LOOKED_AT = 16
 
 
-def constant_rows(
-    x: Tensor, decoded: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
-) -> int:
-    """Count the rows that lost their content: all codes are equal, and rounding cannot have made them so.
+def constant_rows(x: Tensor, decoded: Tensor, codes: Tensor, params: QuantParams, spec: QuantSpec) -> int:
+    """How many rows have one code throughout that rounding would not give, and have lost what was in them.
 
     Args:
-        x: the source, float64, (rows, columns).
-        decoded: the decoded codes, float64, (rows, columns).
-        codes: integer, (rows, columns).
-        scale: the scales of these rows.
-        zero_point: the zero points of these rows; None if symmetric.
-        spec: the spec of the codes.
+        x: float64, (rows, columns), as it was.
+        decoded: likewise, what the codes stand for.
+        codes: integer, likewise.
+        params: of these rows.
+        spec: how the codes look.
     """
     which = _uniform(codes)
     if len(which):
@@ -41,9 +39,7 @@ def constant_rows(
     if not len(which):
         return 0
     x, error = x[which], (x[which] - decoded[which]).abs_()
-    if spec.granularity != "tensor":
-        scale, zero_point = scale[which], None if zero_point is None else zero_point[which]
-    held = error <= error_bound(x, scale, zero_point, attrs.evolve(spec, rounding="nearest"))
+    held = error <= error_bound(x, params.rows(which), attrs.evolve(spec, rounding="nearest"))
     unit = x.abs().amax(1, keepdim=True)
     noise, signal = group_sums((error / unit).square_()), group_sums((x / unit).square_())
     return int((~held.all(1) & ~(noise * _LOST <= signal)).sum())

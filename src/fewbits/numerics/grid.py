@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.numerics.dtypes import compute_dtype
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import QuantSpec
 
@@ -85,9 +86,9 @@ def half_gap(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return (levels[above] - levels[above - 1]) * step.abs() / 2
 
 
-def code_range(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest representable number (grouped, float64); scales may be negative."""
-    step, (first, last) = broadcast(scale.double()), ends(spec)
-    zero = broadcast(zero_point.double()) if zero_point is not None else 0.0
+def code_range(params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number that codes can stand for (grouped, float64); scales may be negative."""
+    step, (first, last) = broadcast(params.scale.double()), ends(spec)
+    zero = broadcast(params.zero_point.double()) if params.zero_point is not None else 0.0
     bounds = (first - zero) * step, (last - zero) * step
     return torch.minimum(*bounds), torch.maximum(*bounds)

@@ -19,8 +19,8 @@ from fewbits.numerics.affine import bound_and_clipped, decode
 from fewbits.numerics.constant import SameRows, constant_rows
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, WeightMatrix
+from fewbits.numerics.noise import group_sums
 from fewbits.numerics.packing import unpack
-from fewbits.numerics.sums import group_sums
 from fewbits.numerics.tensor import QuantizedTensor
 
 _Number = TypeVar("_Number", int, float)
@@ -270,16 +270,15 @@ class _Block:
 
 
 def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Block]:
-    zero_points, spec = stored.zero_points(), stored.spec
+    whole, spec = stored.params(), stored.spec
     for start, stop, rows in WeightMatrix(original, stored.layout).blocks():
-        where = slice(None) if spec.granularity == "tensor" else slice(start, stop)
-        scale, zero_point = stored.scale[where], None if zero_points is None else zero_points[where]
+        params = whole.rows(slice(start, stop))
         codes = unpack(stored.packed[start:stop], spec.bits, stored.layout.columns)
         x = rows.double()
-        decoded = _as_read(decode(codes, scale, zero_point, spec, torch.float64), compute_dtype(scale.dtype))
+        decoded = _as_read(decode(codes, params, spec, torch.float64), compute_dtype(params.scale.dtype))
         signed = codes.to(torch.int16) + spec.code_min
-        constant = constant_rows(x, decoded, codes, scale, zero_point, spec)
-        bound, outside = bound_and_clipped(x, scale, zero_point, spec)
+        constant = constant_rows(x, decoded, codes, params, spec)
+        bound, outside = bound_and_clipped(x, params, spec)
         yield _Block(x, decoded, bound, signed, int(outside.sum()), constant)
 
 

@@ -9,30 +9,31 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.grid import broadcast, ends, in_steps, levels_of, nearest_step
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
 
-def rounding_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Return the squared error of each element from rounding and clipping."""
-    steps = in_steps(x, scale, spec)
+def rounding_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """The square of what rounding and clipping change in each element."""
+    steps = in_steps(x, params.scale, spec)
     if spec.levels is None:
-        return steps.sub_(_rounded(steps, zero_point, spec)).square_()
-    # Only the least distance is needed: finding it is several times faster than finding the nearest level.
+        return steps.sub_(_rounded(steps, params.zero_point, spec)).square_()
+    # The nearest level is at the least distance; to look for that is several times as fast as to look for the level.
     least = torch.full_like(steps, torch.inf)
     for level in spec.levels:
         torch.minimum(least, (steps - level).abs_(), out=least)
     return least.square_()
 
 
-def expected_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Return the mean of `rounding_noise` over elements of about this size.
+def expected_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """What `rounding_noise` is on average, if nothing is known of an element but its size.
 
     - Outside the range of the codes: the square of the clipped part.
     - For an element so small that it rounds to zero: the square of the element.
     - Otherwise: the square of the distance between neighbouring steps, over 12.
     """
-    steps = in_steps(x, scale, spec)
-    first, last = _shifted_ends(zero_point, spec, steps)
+    steps = in_steps(x, params.scale, spec)
+    first, last = _shifted_ends(params.zero_point, spec, steps)
     beyond = torch.maximum(steps - last, first - steps)
     below, above = -0.5, 0.5
     inside = torch.full_like(steps, 1 / 12)
@@ -44,25 +45,24 @@ def expected_noise(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     return torch.where((steps > below) & (steps < above), steps.square_(), noise)
 
 
-def bin_noise(lower: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Return the mean of `rounding_noise` over values that are spread evenly between two bounds.
+def bin_noise(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """The mean of `rounding_noise` over values that are spread evenly between two bounds.
 
     Args:
-        lower: the lower bounds of the bins, (1, bins), float64.
-        upper: the upper bounds, (1, bins), float64, larger than `lower`.
-        scale: (1,).
-        zero_point: (1,), or None.
+        lower: (1, bins), float64.
+        upper: likewise, and larger.
+        params: one scale, (1,).
         spec: of granularity "tensor", without levels.
     """
-    bounds = in_steps(lower, scale, spec), in_steps(upper, scale, spec)
-    integrals = [_integral(steps, _rounded(steps, zero_point, spec)) for steps in bounds]
+    bounds = in_steps(lower, params.scale, spec), in_steps(upper, params.scale, spec)
+    integrals = [_integral(steps, _rounded(steps, params.zero_point, spec)) for steps in bounds]
     return (integrals[1] - integrals[0]) / (bounds[1] - bounds[0])
 
 
-def fit_terms(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the terms that `refit` needs the sums of: element times step, and step squared, in units of the scale."""
-    steps = in_steps(x, scale, spec)
-    rounded = _rounded(steps, zero_point, spec)
+def fit_terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """What `refit` needs the sums of: element times step, and step squared, in units of the scale."""
+    steps = in_steps(x, params.scale, spec)
+    rounded = _rounded(steps, params.zero_point, spec)
     return steps.mul_(rounded), rounded.square()
 
 
@@ -81,3 +81,17 @@ def _shifted_ends(zero_point: Tensor | None, spec: QuantSpec, like: Tensor) -> t
 def _integral(steps: Tensor, rounded: Tensor) -> Tensor:
     """Return the integral of `rounding_noise` from 0 to `steps`: 1/12 for every whole step, plus the remaining part."""
     return rounded / 12 + (steps - rounded) ** 3 / 3
+
+
+def group_sums(values: Tensor) -> Tensor:
+    """Return the sums along the last axis, in float64; overwrite the values.
+
+    Adds the halves of a group, element by element, until one element is left. The number of terms alone decides the
+    order of the sum: not threads, not the instruction set.
+    """
+    width = values.shape[-1]
+    while width > 1:
+        half = width // 2
+        values.narrow(-1, 0, half).add_(values.narrow(-1, width - half, half))
+        width -= half
+    return values[..., 0].double()

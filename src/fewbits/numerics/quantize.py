@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError, NonFiniteError, NumericsError, RangeError
-from fewbits.numerics.affine import check_params, choose_params, encode, extremes
+from fewbits.numerics.affine import choose_params, encode, extremes
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout, WeightMatrix, block_rows
 from fewbits.numerics.packing import pack, packed_words
+from fewbits.numerics.params import QuantParams, check_params
 from fewbits.numerics.scratch import Scratch, scratch
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
 
-#: Takes some whole rows of a weight's matrix and the spec, and returns scale and zero point for these rows. The rows
-#: come in float32 or float64, a block at a time. If one scale serves the whole tensor, all rows come at once, in the
-#: weight's dtype.
-ChooseParams = Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
+#: Shown some whole rows of a weight's matrix and the spec, returns scale and zero point for them. The rows come in
+#: float32 or float64, a block at a time; where one scale serves the whole tensor, all of them in the weight's dtype.
+ChooseParams = Callable[[Tensor, QuantSpec], QuantParams]
 
-#: How many ordinary blocks are quantized at a time. A block of any size costs some fifty calls of torch, so larger blocks
-#: are faster. They fit in the cache, because quantizing has fewer intermediate results than other work on blocks.
+#: How many ordinary blocks are quantized at a time. A block of any size costs some fifty calls of torch, so larger
+#: blocks are faster. They fit in the cache, because quantizing has fewer intermediate results than other work on blocks.
 _BLOCKS_AT_ONCE = 4
 
 
-def min_max(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Take scales from the extremes, so that nothing clips; the default `ChooseParams`."""
+def min_max(rows: Tensor, spec: QuantSpec) -> QuantParams:
+    """The default `ChooseParams`: scales from the extremes, so that nothing clips."""
     return choose_params(*extremes(rows, spec), spec)
 
 
@@ -70,19 +70,19 @@ def quantize(
     # Allocate all scales at once: small tensors that outlive a block would keep the block's memory from being reused.
     scale = torch.empty(spec.scale_shape(rows, columns), dtype=spec.scale_dtype, device=matrix.device)
     zero_point = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.int32, device=matrix.device)
+    params = QuantParams(scale, zero_point)
     memory = scratch()
     per_tensor = spec.granularity == "tensor"
     if per_tensor:
         check_finite(matrix.tensor)
-        _fill(slice(None), scale, zero_point, _chosen(choose, matrix.whole(), spec))
+        _fill(slice(None), params, _chosen(choose, matrix.whole(), spec))
     for start, stop, values in matrix.blocks(_BLOCKS_AT_ONCE):
         block = _row_after_row(values, compute_dtype(matrix.dtype), memory)
-        where = slice(None) if per_tensor else slice(start, stop)
         if not per_tensor:
             if not _is_finite(block):
                 check_finite(matrix.tensor)
-            _fill(where, scale, zero_point, _chosen(choose, block, spec))
-        codes = encode(block, scale[where], None if zero_point is None else zero_point[where], spec, memory)
+            _fill(slice(start, stop), params, _chosen(choose, block, spec))
+        codes = encode(block, params.rows(slice(start, stop)), spec, memory)
         pack(codes, spec.bits, packed[start:stop], memory)
     return QuantizedTensor(packed, scale, pack_zero_point(zero_point, spec), spec, matrix.layout, matrix.dtype)
 
@@ -157,30 +157,26 @@ def _index(position: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Return the observer's scale and zero point for these rows, checked."""
-    return check_chosen(choose(rows, spec), spec, (rows.shape[0], rows.shape[1]))
-
-
-def check_chosen(chosen: object, spec: QuantSpec, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Check the scale and zero point that an observer chose, and return them.
+def check_chosen(chosen: object, spec: QuantSpec, shape: tuple[int, int]) -> QuantParams:
+    """Return the parameters that an observer chose for some rows, if codes can be made with them.
 
     Raises:
         NumericsError: if they do not fit the spec and the shape.
     """
-    if not isinstance(chosen, tuple) or len(chosen) != 2:
-        raise NumericsError(f"an observer must return (scale, zero point or None), not {type(chosen).__name__}")
     try:
-        return check_params(*chosen, spec, shape)
+        return check_params(chosen, spec, shape)
     except NumericsError as error:
         raise NumericsError(f"an observer chose a scale or zero point that cannot be used: {error}") from None
 
 
-def _fill(where: slice, scale: Tensor, zero_point: Tensor | None, chosen: tuple[Tensor, Tensor | None]) -> None:
-    """Write the scales and zero points chosen for some rows to the rows' place."""
-    scale[where] = chosen[0]
-    if zero_point is not None and chosen[1] is not None:
-        zero_point[where] = chosen[1]
+def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> QuantParams:
+    return check_chosen(choose(rows, spec), spec, (rows.shape[0], rows.shape[1]))
+
+
+def _fill(where: slice, params: QuantParams, chosen: QuantParams) -> None:
+    params.scale[where] = chosen.scale
+    if params.zero_point is not None and chosen.zero_point is not None:
+        params.zero_point[where] = chosen.zero_point
 
 
 def _row_after_row(values: Tensor, dtype: torch.dtype, memory: Scratch) -> Tensor:

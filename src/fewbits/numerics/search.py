@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
 from fewbits.numerics.affine import choose_params, extremes, is_finite_throughout, refit
 from fewbits.numerics.layout import block_rows
-from fewbits.numerics.noise import fit_terms
+from fewbits.numerics.noise import fit_terms, group_sums
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.sums import group_sums
 
-#: Returns the noise of each group with some scales and zero points: float64, the shape of the scales, in units of the
-#: squared scale.
-Noise = Callable[[Tensor, Tensor | None], Tensor]
+#: The noise of each group with some scales and zero points: float64, the shape of the scales, in their squares.
+Noise = Callable[[QuantParams], Tensor]
 
-#: Returns the noise of each element of some rows: (rows, groups, width), in units of the squared scale.
-ElementNoise = Callable[[Tensor, Tensor, Tensor | None, QuantSpec], Tensor]
+#: The noise of each element of some rows: (rows, groups, width), in squares of the scale.
+ElementNoise = Callable[[Tensor, QuantParams, QuantSpec], Tensor]
 
 #: The ends of a range that each pass narrows. Symmetric ranges need one pass.
 _PASSES = {True: [(True, True)], False: [(True, True), (False, True), (True, False)]}
@@ -52,9 +52,9 @@ class Choice:
 
     def __init__(self, low: Tensor, high: Tensor, spec: QuantSpec, noise: Noise) -> None:
         self.low, self.high, self.spec, self._noise = low.double(), high.double(), spec, noise
-        self.scale, self.zero_point = choose_params(low, high, spec)
-        self._unit = self.scale.double()
-        self.noise = noise(self.scale, self.zero_point)
+        self.params = choose_params(low, high, spec)
+        self._unit = self.params.scale.double()
+        self.noise = noise(self.params)
 
     def narrow(self, shares: Sequence[float], *, mirrored: bool = False) -> None:
         """Try shares of the range.
@@ -68,25 +68,22 @@ class Choice:
             low, high = self.low, self.high
             for share in shares:
                 narrowed = low * share if narrows_low else low, high * share if narrows_high else high
-                self.offer(*narrowed, *choose_params(*narrowed, self.spec))
+                self.offer(*narrowed, choose_params(*narrowed, self.spec))
                 if mirrored and self.spec.symmetric:
-                    self.offer(*narrowed, -choose_params(-narrowed[1], -narrowed[0], self.spec)[0], None)
+                    mirror = choose_params(-narrowed[1], -narrowed[0], self.spec)
+                    self.offer(*narrowed, QuantParams(-mirror.scale))
 
-    def offer(self, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
-        """Keep these scales and zero points, made for the range from `low` to `high`, wherever their noise is less."""
-        noise = self._noise(scale, zero_point) * (scale.double() / self._unit).square()
-        better = (noise < self.noise) & is_finite_throughout(scale, zero_point, self.spec)
+    def offer(self, low: Tensor, high: Tensor, params: QuantParams) -> None:
+        """Take these parameters, made for a range, wherever their noise is less."""
+        noise = self._noise(params) * (params.scale.double() / self._unit).square()
+        better = (noise < self.noise) & is_finite_throughout(params, self.spec)
         self.noise = torch.where(better, noise, self.noise)
-        self.scale = torch.where(better, scale, self.scale)
+        self.params = params.where(better, self.params)
         self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
-        if zero_point is not None and self.zero_point is not None:
-            self.zero_point = torch.where(better, zero_point, self.zero_point)
 
 
-def choose_within(
-    inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec
-) -> tuple[Tensor, Tensor | None]:
-    """Choose scales and zero points for ranges that leave some elements outside.
+def choose_within(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec) -> QuantParams:
+    """Scales and zero points for ranges that leave some elements outside.
 
     Args:
         inner: the ends of the ranges, as `choose_params` takes them.
@@ -96,45 +93,39 @@ def choose_within(
     Raises:
         RangeError: if a scale is beyond the largest number of its dtype.
     """
-    scale, zero_point = choose_params(*inner, spec)
-    usable = is_finite_throughout(scale, zero_point, spec)
-    if usable.all():
-        return scale, zero_point
-    wider, other = choose_params(*outer, spec)
-    if zero_point is not None and other is not None:
-        zero_point = torch.where(usable, zero_point, other)
-    return torch.where(usable, scale, wider), zero_point
+    params = choose_params(*inner, spec)
+    usable = is_finite_throughout(params, spec)
+    return params if usable.all() else params.where(usable, choose_params(*outer, spec))
 
 
 def choose_for(
     x: Tensor, spec: QuantSpec, noise: ElementNoise, shares: Sequence[float], *, mirrored: bool = False
 ) -> Choice:
-    """Choose the scales of some rows from shares of their ranges; arguments as for `Choice` and `Choice.narrow`."""
-    choice = Choice(*extremes(x, spec), spec, lambda scale, zero: _totals(noise, x, scale, zero, spec)[0])
+    """The scales of some rows, out of shares of their ranges; arguments as `Choice` and `Choice.narrow` have them."""
+    choice = Choice(*extremes(x, spec), spec, lambda params: _totals(noise, x, params, spec)[0])
     choice.narrow(shares, mirrored=mirrored)
     return choice
 
 
 def fit(choice: Choice, x: Tensor) -> None:
-    """Refit the chosen scales of some rows to their codes, and keep them where the noise is less."""
-    products, squares = _totals(fit_terms, x, choice.scale, choice.zero_point, choice.spec)
-    refitted = refit(choice.scale, products, squares, choice.spec)
-    choice.offer(choice.low, choice.high, refitted, choice.zero_point)
+    """Offer a choice for some rows the scales that suit its codes best."""
+    products, squares = _totals(fit_terms, x, choice.params, choice.spec)
+    refitted = refit(choice.params.scale, products, squares, choice.spec)
+    choice.offer(choice.low, choice.high, attrs.evolve(choice.params, scale=refitted))
 
 
 def _totals(
-    terms: Callable[[Tensor, Tensor, Tensor | None, QuantSpec], Tensor | tuple[Tensor, ...]],
+    terms: Callable[[Tensor, QuantParams, QuantSpec], Tensor | tuple[Tensor, ...]],
     x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    params: QuantParams,
     spec: QuantSpec,
 ) -> list[Tensor]:
     """Sum each term over each group, in the shape of the scales."""
     if spec.granularity != "tensor":
-        return [group_sums(values) for values in _as_tuple(terms(x, scale, zero_point, spec))]
-    # A single group may need more memory for intermediate results than there is, so sum a block of rows at a time.
+        return [group_sums(values) for values in _as_tuple(terms(x, params, spec))]
+    # One group, perhaps larger than there is memory for intermediate results: a block of rows at a time.
     sums = [
-        [group_sums(values.flatten()) for values in _as_tuple(terms(rows, scale, zero_point, spec))]
+        [group_sums(values.flatten()) for values in _as_tuple(terms(rows, params, spec))]
         for rows in torch.split(x, block_rows(x.shape[1]))
     ]
     return [group_sums(torch.stack(parts)).reshape(1) for parts in zip(*sums, strict=True)]

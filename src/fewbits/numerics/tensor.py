@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FormatError
-from fewbits.numerics.affine import check_params, decode
+from fewbits.numerics.affine import decode
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.packing import pack, packed_words, unpack
+from fewbits.numerics.params import QuantParams, check_params
 from fewbits.numerics.plain import plain
 from fewbits.numerics.spec import QuantSpec
 
@@ -76,8 +77,7 @@ class QuantizedTensor:
     def from_codes(
         cls,
         codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
+        params: QuantParams,
         *,
         spec: QuantSpec,
         layout: Layout,
@@ -87,14 +87,13 @@ class QuantizedTensor:
 
         Args:
             codes: integer, (rows, columns), in the code range of `spec`.
-            scale: (rows, groups) or (1,), in ``spec.scale_dtype`` (any float dtype if that is None).
-            zero_point: integer, the shape of `scale`; None if symmetric.
-            spec: the spec of the codes.
-            layout: how the tensor was cut into rows and columns.
-            dtype: the dtype of the tensor that was quantized.
+            params: scales in ``spec.scale_dtype`` (any dtype if that is None), and zero points if asymmetric.
+            spec: how the codes look.
+            layout: how the tensor was cut.
+            dtype: of the tensor that was quantized.
         """
-        spec = spec.for_dtype(scale.dtype)
-        scale, zero_point = check_params(scale, zero_point, spec, layout.matrix_shape)
+        spec = spec.for_dtype(params.scale.dtype)
+        params = check_params(params, spec, layout.matrix_shape)
         if tuple(codes.shape) != layout.matrix_shape or codes.is_floating_point():
             raise FormatError(
                 f"codes must be integers of shape {layout.matrix_shape}, "
@@ -103,7 +102,7 @@ class QuantizedTensor:
         if codes.numel() and not spec.code_min <= int(codes.min()) <= int(codes.max()) <= spec.code_max:
             raise FormatError(f"codes of {spec} must lie between {spec.code_min} and {spec.code_max}")
         packed = pack((codes.to(torch.int16) - spec.code_min).to(torch.uint8), spec.bits)
-        return cls(packed, scale, pack_zero_point(zero_point, spec), spec, layout, dtype)
+        return cls(packed, params.scale, pack_zero_point(params.zero_point, spec), spec, layout, dtype)
 
     @classmethod
     def from_parts(
@@ -145,6 +144,10 @@ class QuantizedTensor:
         """Return the unpacked zero points: int32, the shape of `scale`; None if symmetric."""
         return unpack_zero_point(self.zero_point, self.scale, self.spec)
 
+    def params(self) -> QuantParams:
+        """Return the scales, and the zero points unpacked."""
+        return QuantParams(self.scale, self.zero_points())
+
     def codes(self) -> Tensor:
         """Return the signed codes: int8, (rows, columns)."""
         unsigned = unpack(self.packed, self.spec.bits, self.layout.columns)
@@ -156,7 +159,7 @@ class QuantizedTensor:
         Args:
             dtype: the dtype to cast the result to; None means the source's dtype.
         """
-        matrix = decode_packed(self.packed, self.scale, self.zero_points(), self.spec, self.layout.columns)
+        matrix = decode_packed(self.packed, self.params(), self.spec, self.layout.columns)
         return self.layout.from_matrix(narrow(matrix, dtype or self.dtype))
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
@@ -278,17 +281,16 @@ def unpack_zero_point(zero_point: Tensor | None, scale: Tensor, spec: QuantSpec)
     return (unpack(columns, spec.bits, scale.shape[0]).T.to(torch.int32) + spec.code_min).reshape(scale.shape)
 
 
-def decode_packed(packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, columns: int) -> Tensor:
-    """Decode packed rows to (rows, columns) in float32 (float64 for float64 scales).
+def decode_packed(packed: Tensor, params: QuantParams, spec: QuantSpec, columns: int) -> Tensor:
+    """What packed rows stand for: (rows, columns), in float32 (float64 for float64 scales).
 
     Args:
         packed: int32, (rows, words).
-        scale: the scales of these rows; (1,) for granularity "tensor".
-        zero_point: the zero points of these rows, unpacked; None if symmetric.
-        spec: the spec of the codes.
-        columns: the number of codes in a row.
+        params: of these rows, zero points unpacked.
+        spec: how the codes look.
+        columns: how many codes a row has.
     """
-    return decode(unpack(packed, spec.bits, columns), scale, zero_point, spec, compute_dtype(scale.dtype))
+    return decode(unpack(packed, spec.bits, columns), params, spec, compute_dtype(params.scale.dtype))
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError, CalibrationError
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer, recipe
 
@@ -38,8 +39,8 @@ class AccumulatingObserver(Observer, Generic[_S]):
         """Return the statistics of one input; None if the input has nothing to observe."""
 
     @abstractmethod
-    def _choose(self, seen: _S, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Choose scale and zero point for inputs with these statistics; the spec has its `scale_dtype` set."""
+    def _choose(self, seen: _S, spec: QuantSpec) -> QuantParams:
+        """Scale and zero point for inputs with these statistics; the `scale_dtype` of the spec is settled."""
 
     def observe_input(self, x: Tensor) -> None:
         """Add one input to the statistics. Inputs that are not floating are ignored.
@@ -49,8 +50,8 @@ class AccumulatingObserver(Observer, Generic[_S]):
         """
         self._take_in(self._statistics(x.detach()))
 
-    def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Pick scale and zero point for inputs like those seen so far; see `Observer.input_params`."""
+    def input_params(self, spec: QuantSpec) -> QuantParams:
+        """Scale and zero point for inputs like those seen so far, as `Observer.input_params` has it."""
         check_input_spec(spec)
         if self._seen is None:
             raise nothing_seen(self)

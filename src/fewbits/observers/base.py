@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import CalibrationError
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
 _Self = TypeVar("_Self", bound="Observer")
@@ -29,7 +30,7 @@ class Observer(ABC):
     needs_data: ClassVar[bool] = False
 
     @abstractmethod
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
         """Pick scale and zero point for some rows of a weight.
 
         The result for a row may depend only on this row and on the inputs observed before: blocks of one weight of a
@@ -43,8 +44,8 @@ class Observer(ABC):
             spec: the spec of the codes, with ``spec.scale_dtype`` set.
 
         Returns:
-            scale, of shape ``spec.scale_shape(rows, columns)`` and dtype ``spec.scale_dtype``, finite and not zero;
-            and zero point, integer, of the same shape, in the code range (None if the spec is symmetric).
+            scales of shape ``spec.scale_shape(rows, columns)`` and dtype ``spec.scale_dtype``, finite and not zero;
+            and zero points, integer, of the same shape, in the code range (None if the spec is symmetric).
         """
 
     @property
@@ -52,7 +53,7 @@ class Observer(ABC):
         """Whether `observe_chunks` keeps the whole weight in memory."""
         return True
 
-    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> QuantParams:
         """Pick the one scale and zero point of a weight that comes in chunks, because it may be larger than memory.
 
         This method joins the chunks. Override it if a summary of each chunk is enough.
@@ -69,7 +70,7 @@ class Observer(ABC):
         Calibration calls this method if `needs_data` is True, or if `input_params` will be called.
         """
 
-    def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def input_params(self, spec: QuantSpec) -> QuantParams:
         """Pick scale and zero point for inputs like those seen so far.
 
         Args:
@@ -77,7 +78,7 @@ class Observer(ABC):
 
         Returns:
             scale, (1,), in ``spec.scale_dtype`` (float32 if that is None), positive; and zero point, int32, (1,), or
-            None if the spec is symmetric. Both on the CPU.
+            None if the spec is symmetric. Both are on the CPU.
 
         Raises:
             CalibrationError: if no input was seen, or this observer does not observe inputs.

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import choose_params
+from fewbits.numerics.noise import group_sums
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.search import Choice
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.sums import group_sums
 from fewbits.observers.accumulating import AccumulatingObserver
 from fewbits.observers.histogram_counts import HistogramCounts
 
-#: Returns the mean noise of the values in each bin, (1, 1, bins), in units of the squared scale. Its arguments are the
-#: lower bounds and upper bounds of the bins, the scale, the zero point, and the spec.
-BinNoise: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None, QuantSpec], Tensor]
+#: How much noise a value in a bin has on average, with some parameters: (lower bounds, upper bounds,
+#: params, spec) to (1, 1, bins), in squares of the scale.
+BinNoise: TypeAlias = Callable[[Tensor, Tensor, QuantParams, QuantSpec], Tensor]
 
 #: Shares of the range of inputs to try, an eighth of an octave apart. Outliers may be large, so they span ten octaves.
 _SHARES = [2 ** (-index / 8) for index in range(81)]
@@ -43,16 +44,16 @@ class CountingObserver(AccumulatingObserver[HistogramCounts]):
         return HistogramCounts.of(x, self.bins)
 
 
-def least_noise(seen: HistogramCounts, spec: QuantSpec, noise: BinNoise) -> tuple[Tensor, Tensor | None]:
-    """Choose scale and zero point with the least noise over a histogram, for a range within the extremes."""
+def least_noise(seen: HistogramCounts, spec: QuantSpec, noise: BinNoise) -> QuantParams:
+    """Scale and zero point of the range, no wider than the extremes, over which a histogram has the least noise."""
     ends = seen.extremes.around_zero()
     if seen.exponent is None:
         return choose_params(*ends, spec)
     lower, upper, counts = seen.occupied()
 
-    def total(scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        return group_sums(noise(lower, upper, scale, zero_point, spec) * counts).reshape(1)
+    def total(params: QuantParams) -> Tensor:
+        return group_sums(noise(lower, upper, params, spec) * counts).reshape(1)
 
     choice = Choice(*ends, spec, total)
     choice.narrow(_SHARES)
-    return choice.scale, choice.zero_point
+    return choice.params

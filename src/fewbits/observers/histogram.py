@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fewbits.numerics.noise import expected_noise
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.search import choose_for, shares
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.counting import CountingObserver, least_noise
@@ -30,14 +31,14 @@ class HistogramObserver(CountingObserver):
         bins: the number of bins of the histogram on each side of zero: a power of two from 64 to 65536.
     """
 
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Pick scale and zero point from the range with the least expected noise of each group."""
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
+        """Scale and zero point from the range of least expected noise of each group."""
         choice = choose_for(weight, spec, expected_noise, _SHARES)
-        return choice.scale, choice.zero_point
+        return choice.params
 
-    def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> QuantParams:
         return least_noise(seen, spec, _at_the_middle)
 
 
-def _at_the_middle(lower: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    return expected_noise(lower / 2 + upper / 2, scale, zero_point, spec)
+def _at_the_middle(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    return expected_noise(lower / 2 + upper / 2, params, spec)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.affine import choose_params, extremes
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import min_max
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.accumulating import AccumulatingObserver
@@ -22,8 +23,8 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
     inputs seen.
     """
 
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Pick scale and zero point from the extremes of each group."""
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
+        """Scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
 
     @property
@@ -31,8 +32,8 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
         """False, unless a subclass overrides `observe_weight`."""
         return type(self).observe_weight is not MinMaxObserver.observe_weight
 
-    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Pick scale and zero point from the extremes of all chunks."""
+    def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> QuantParams:
+        """Scale and zero point from the extremes of all chunks."""
         if self.gathers_chunks:
             return super().observe_chunks(chunks, spec)
         lows, highs = zip(*(extremes(chunk, spec) for chunk in chunks), strict=True)
@@ -41,5 +42,5 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
     def _statistics(self, x: Tensor) -> Extremes | None:
         return Extremes.of(x)
 
-    def _choose(self, seen: Extremes, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, seen: Extremes, spec: QuantSpec) -> QuantParams:
         return choose_params(*seen.around_zero(), spec)

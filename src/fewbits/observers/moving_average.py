@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import choose_params
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import min_max
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.accumulating import check_input_spec, nothing_seen
@@ -34,8 +35,8 @@ class MovingAverageMinMaxObserver(Observer):
         self.averaging_constant = float(averaging_constant)
         self._average: Extremes | None = None
 
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Pick scale and zero point from the extremes of each group."""
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
+        """Scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
 
     def observe_input(self, x: Tensor) -> None:
@@ -53,8 +54,8 @@ class MovingAverageMinMaxObserver(Observer):
         low = (1 - weight) * before.low + weight * latest.low
         self._average = Extremes(low, (1 - weight) * before.high + weight * latest.high)
 
-    def input_params(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Pick scale and zero point from the averaged extremes; see `Observer.input_params`."""
+    def input_params(self, spec: QuantSpec) -> QuantParams:
+        """Scale and zero point from the averaged extremes, as `Observer.input_params` has it."""
         check_input_spec(spec)
         if self._average is None:
             raise nothing_seen(self)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.noise import bin_noise, rounding_noise
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.search import choose_for, fit, shares
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.counting import CountingObserver, least_noise
@@ -39,11 +40,11 @@ class MSEObserver(CountingObserver):
             raise ArgumentError(f"steps must be an integer from 2 up, not {steps!r}")
         self.steps = steps
 
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Pick scale and zero point with the least square error of each group."""
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
+        """Scale and zero point with the least square error of each group."""
         choice = choose_for(weight, spec, rounding_noise, shares(self.steps), mirrored=True)
         fit(choice, weight)
-        return choice.scale, choice.zero_point
+        return choice.params
 
-    def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> QuantParams:
         return least_noise(seen, spec, bin_noise)

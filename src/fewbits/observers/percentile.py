@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import extremes, inner_extremes
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.search import choose_within
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.counting import CountingObserver
@@ -44,10 +45,10 @@ class PercentileObserver(CountingObserver):
         """The share inside the range, as the exact decimal: 99.99 is 9999/10000."""
         return Fraction(str(self.percentile)) / 100
 
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Pick scale and zero point from the inner range of each group."""
+    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
+        """Scale and zero point from the inner range of each group."""
         return choose_within(inner_extremes(weight, spec, self._share), extremes(weight, spec), spec)
 
-    def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> QuantParams:
         inner = seen.inner_range(self._share, symmetric=spec.symmetric)
         return choose_within(inner.around_zero(), seen.extremes.around_zero(), spec)

@@ -18,6 +18,7 @@ from fewbits.numerics.affine import decode, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.metrics import measure
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
@@ -104,7 +105,8 @@ class KernelSetup:
         codes, scale = codes.to(self.device), scale.to(self.device)
         zero_point = None if zero_point is None else zero_point.to(self.device)
         layout, resolved = Layout.of(codes.shape), spec.weight_only()
-        value = QuantizedTensor.from_codes(codes, scale, zero_point, spec=resolved, layout=layout, dtype=scale.dtype)
+        params = QuantParams(scale, zero_point)
+        value = QuantizedTensor.from_codes(codes, params, spec=resolved, layout=layout, dtype=scale.dtype)
         return PackedInt32.of_value(with_inputs(value, spec))
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -216,9 +218,8 @@ def as_dynamic(weight: PackedInt32) -> PackedInt32:
 
 def decoded(weight: WeightLayout, codes: Tensor | None = None) -> Tensor:
     """Decode the codes of a weight, or other codes with its scales, to float64."""
-    scale, zero_point = weight.params(slice(None))
     codes = weight.codes(slice(None)) if codes is None else codes
-    return decode(codes, scale, zero_point, weight.spec, torch.float64)
+    return decode(codes, weight.params(slice(None)), weight.spec, torch.float64)
 
 
 def exact(weight: WeightLayout, x: Tensor, *, rounds: bool) -> tuple[Tensor, Tensor]:

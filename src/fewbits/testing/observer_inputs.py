@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.errors import CalibrationError, NumericsError
-from fewbits.numerics.affine import check_params
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.params import QuantParams, check_params
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
 from fewbits.testing.check import Contract, expect, fail, for_all
@@ -40,7 +40,6 @@ _FEW, _MANY = 5, 200
 
 #: Inputs of the layers whose inputs are shown.
 COLUMNS = 32
-Params = tuple[Tensor, Tensor | None]
 
 
 @attrs.frozen
@@ -94,21 +93,21 @@ def input_spec(symmetric: bool) -> QuantSpec:
 
 def answers(observer: Observer, spec: QuantSpec) -> list[Tensor]:
     """Return the scales of a weight, and of inputs if the observer chooses them."""
-    scales = [observer.observe_weight(normal_weight(), resolved(spec))[0]]
+    scales = [observer.observe_weight(normal_weight(), resolved(spec)).scale]
     try:
-        return [*scales, observer.input_params(input_spec(symmetric=True))[0]]
+        return [*scales, observer.input_params(input_spec(symmetric=True)).scale]
     except CalibrationError:
         return scales
 
 
 def asked(observer: Observer, spec: QuantSpec) -> list[Any]:
     """Return these scales bit for bit."""
-    return [bits((scale, None)) for scale in answers(observer, spec)]
+    return [bits(QuantParams(scale)) for scale in answers(observer, spec)]
 
 
-def bits(params: Params) -> object:
+def bits(params: QuantParams) -> object:
     """Make scale and zero point comparable."""
-    scale, zero_point = params
+    scale, zero_point = params.scale, params.zero_point
     return snapshot({"scale": scale} | ({} if zero_point is None else {"zero_point": zero_point.to(torch.int64)}))
 
 
@@ -182,12 +181,12 @@ def inputs_get_one_positive_scale(setup: ObserverSetup) -> None:
 
     def positive(x: Tensor, symmetric: bool) -> None:
         spec = input_spec(symmetric)
-        scale, zero_point = setup.shown([x]).input_params(spec)
+        params = setup.shown([x]).input_params(spec)
         try:
-            check_params(scale, zero_point, spec.for_dtype(torch.float32), (1, 1))
+            check_params(params, spec.for_dtype(torch.float32), (1, 1))
         except NumericsError as error:
             fail(f"inputs of shape {tuple(x.shape)} in {dtype_name(x.dtype)}: {error}", _INPUTS)
-        expect(bool(scale > 0), f"the scale of inputs is {float(scale)}", _INPUTS)
+        expect(bool(params.scale > 0), f"the scale of inputs is {float(params.scale)}", _INPUTS)
 
     limit = torch.finfo(torch.float32).max / 16
     for_all(setup.examples, positive, weights(min_dims=1, max_dims=4, limit=limit), st.booleans())

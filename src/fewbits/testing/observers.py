@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.errors import NumericsError, RangeError
-from fewbits.numerics.affine import check_params
 from fewbits.numerics.dtypes import compute_dtype, dtype_name
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.metrics import measure
+from fewbits.numerics.params import QuantParams, check_params
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
@@ -69,13 +69,13 @@ def scales_fit_the_spec(setup: ObserverSetup) -> None:
     def fit(case: tuple[Tensor, QuantSpec]) -> None:
         rows, spec = case
         try:
-            scale, zero_point = setup.ready(rows.shape[1]).observe_weight(rows, spec)
+            params = setup.ready(rows.shape[1]).observe_weight(rows, spec)
         except RangeError as error:
             largest, limit = float(rows.abs().max()), torch.finfo(spec.scale_dtype or rows.dtype).max / 16
             expect(largest > limit, f"{words(case)} of magnitude {largest:.4g} is refused: {error}", _RANGE)
             return
         try:
-            check_params(scale, zero_point, spec, (rows.shape[0], rows.shape[1]))
+            check_params(params, spec, (rows.shape[0], rows.shape[1]))
         except NumericsError as error:
             fail(f"{words(case)}: {error}", _SCALES)
 
@@ -93,8 +93,9 @@ def rows_stand_alone(setup: ObserverSetup) -> None:
         expect(bits(again) == bits(whole), f"{words(case)}: a second call gives other scales", _ALONE)
         if spec.granularity != "tensor":
             each = [observer.observe_weight(row.unsqueeze(0), spec) for row in rows.unbind()]
-            scale, zero_points = torch.cat([one[0] for one in each]), [one[1] for one in each if one[1] is not None]
-            joined = scale, torch.cat(zero_points) if zero_points else None
+            zero_points = [one.zero_point for one in each if one.zero_point is not None]
+            scale = torch.cat([one.scale for one in each])
+            joined = QuantParams(scale, torch.cat(zero_points) if zero_points else None)
             expect(bits(joined) == bits(whole), f"{words(case)}: row by row it gives other scales", _ALONE)
 
     for_all(setup.examples, alone, cases(setup.specs, 1 / 16))

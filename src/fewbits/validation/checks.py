@@ -17,8 +17,8 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
-from fewbits.numerics.affine import are_sound
 from fewbits.numerics.metrics import Measurement, Tally, unit_of
+from fewbits.numerics.params import are_sound
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed, no_progress

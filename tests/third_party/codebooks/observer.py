@@ -4,7 +4,7 @@ import torch
 
 from fewbits import MinMaxObserver
 from fewbits.errors import ArgumentError
-from fewbits.extend import Observer
+from fewbits.extend import Observer, QuantParams
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 
@@ -31,7 +31,8 @@ class InputWeightedObserver(Observer):
             self._squares = other._squares if self._squares is None else self._squares + other._squares
 
     def observe_weight(self, weight, spec):
-        widest, zero_point = MinMaxObserver().observe_weight(weight, spec)
+        params = MinMaxObserver().observe_weight(weight, spec)
+        widest, zero_point = params.scale, params.zero_point
         least = torch.full(widest.shape, torch.inf, dtype=torch.float64)
         best = widest.clone()
         for share in SHARES:
@@ -39,7 +40,7 @@ class InputWeightedObserver(Observer):
             error = self._error(weight.double(), scale.double(), zero_point, spec)
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
-        return best, zero_point
+        return QuantParams(best, zero_point)
 
     def _error(self, weight, scale, zero_point, spec):
         """The weighted error of each scale, float64, in units of the largest step."""
