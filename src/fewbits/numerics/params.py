@@ -13,7 +13,8 @@ from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.spec import QuantSpec
 
 
-@attrs.frozen(eq=False)
+# Not frozen: torch.compile cannot trace the `__init__` that attrs writes for frozen classes.
+@attrs.define(eq=False)
 class QuantParams:
     """Scale and zero point of some rows, or of a whole tensor.
 
