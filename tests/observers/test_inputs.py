@@ -116,10 +116,10 @@ def test_order_and_batches_do_not_matter(recipe, tensors, spec, random):
 def test_merged_copies_equal_one_that_saw_all_inputs(recipe, one, other, spec):
     observer = after(recipe, one)
     observer.merge(after(recipe, other))
-    scale, zero_point = observer.input_params(spec)
+    params = observer.input_params(spec)
     expected = after(recipe, [*one, *other]).input_params(spec)
-    assert torch.equal(scale, expected[0])
-    assert zero_point is None or torch.equal(zero_point, expected[1])
+    assert torch.equal(params.scale, expected.scale)
+    assert params.zero_point is None or torch.equal(params.zero_point, expected.zero_point)
 
 
 @every_merging

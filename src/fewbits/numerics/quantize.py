@@ -24,7 +24,7 @@ from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
 ChooseParams = Callable[[Tensor, QuantSpec], QuantParams]
 
 #: How many ordinary blocks are quantized at a time. A block of any size costs some fifty calls of torch, so larger
-#: blocks are faster. They fit in the cache, because quantizing has fewer intermediate results than other work on blocks.
+#: blocks are faster. They fit in the cache: quantizing has fewer intermediate results than other work on blocks.
 _BLOCKS_AT_ONCE = 4
 
 
