@@ -88,7 +88,7 @@ def test_a_tied_weight_stays_tied_when_it_is_dequantized(tmp_path):
     ("change", "said"),
     [
         (lambda t: t.pop(f"{NAME}_shape"), f"{NAME}: .*no {NAME}_shape"),
-        (lambda t: t.pop(f"{NAME}_packed"), f"{NAME}_scale is a part of a weight whose codes are not there"),
+        (lambda t: t.pop(f"{NAME}_packed"), f"{NAME}_scale is a part of a weight whose codes are missing"),
     ],
 )
 def test_a_tensor_that_cannot_be_read_is_named(scratch, change, said):

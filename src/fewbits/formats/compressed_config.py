@@ -104,7 +104,7 @@ class _Fields:
     def config(self) -> CompressionConfig:
         method = self.get("quant_method", str, QUANT_METHOD)
         if method != QUANT_METHOD:
-            self._refuse("quant_method", f"is {method!r}; fewbits reads no other tool than {QUANT_METHOD}")
+            self._refuse("quant_method", f"is {method!r}; fewbits can only read {QUANT_METHOD}")
         groups = self.get("config_groups", dict, {})
         # A group can be a list of targets under the name of a preset. Its scheme is then inferred from the tensors.
         described = [_Fields(group, f"{self._where}.config_groups.{name}") for name, group in groups.items()

@@ -113,17 +113,17 @@ class CompressedTensors:
         return QuantizedTensor.from_parts(parts, spec=weight.spec, layout=described.layout, dtype=row.dtype)
 
     def values(self) -> dict[str, Value]:
-        """The stored form of every tensor; a weight with a ``g_idx`` dequantized, its columns in their own order.
+        """Return every tensor in its stored form. Weights with a ``g_idx`` are dequantized, in original column order.
 
         Scales and zero points of activations are left out; an event (`tensors_left_out`) names them.
 
         Raises:
-            FormatError: naming every tensor that cannot be read, or if the weights are those of a transformed model.
+            FormatError: if a tensor cannot be read (the message names all of them), or if the config names transforms.
         """
         problems = [f"{name}: {problem}" for name, (_, problem) in self.problems.items()]
-        problems += [f"{name} is a part of a weight whose codes are not there" for name in self.unknown]
+        problems += [f"{name} is a part of a weight whose codes are missing" for name in self.unknown]
         if self._config is not None and self._config.transforms:
-            problems.append("config.json names transforms, without which the weights are not those of the model")
+            problems.append("config.json names transforms, so the weights are not those of the original model")
         if problems:
             raise FormatError(f"{self._path} cannot be loaded: {'; '.join(problems)}")
         if self.of_activations:
@@ -137,7 +137,7 @@ class CompressedTensors:
         return value.dequantize()[..., torch.argsort(order)]
 
     def read(self, name: str) -> Tensor:
-        """One of the files' tensors."""
+        """Return one tensor of the files."""
         return self._tensors.read_whole(name)
 
     def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:

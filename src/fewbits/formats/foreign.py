@@ -84,13 +84,13 @@ FOREIGN_FORMATS = (
 )
 
 
-#: What a user can do about codes, by whether `fewbits.load` reads them.
+#: Advice for the error message, by whether `fewbits.load` reads the format.
 _ADVICE = {
     False: (
         "cannot be read yet; give the float checkpoint it was made from, or dequantize it with the tool that wrote it"
     ),
     True: (
-        "is not quantized again unasked; give the float checkpoint it was made from, or "
+        "must be dequantized before it is quantized again; give the float checkpoint it was made from, or "
         "fewbits.load(path, dequantize=True)"
     ),
 }

@@ -1,4 +1,4 @@
-"""`load`: a file of fewbits or compressed-tensors as a mapping; a file of fewbits into a model."""
+"""`load`: read a fewbits or compressed-tensors checkpoint as a mapping, or a fewbits checkpoint into a model."""
 
 from __future__ import annotations
 
@@ -66,51 +66,49 @@ def load(
     ignore: Sequence[str] = (),
     init_buffers: InitBuffers | None = None,
 ) -> dict[str, Value] | nn.Module:
-    """Load a file of fewbits, or, without `into`, a checkpoint of compressed-tensors. Nothing is ever unpickled.
+    """Load a fewbits checkpoint or, without `into`, a checkpoint of compressed-tensors. Nothing is ever unpickled.
 
-    A checkpoint of compressed-tensors has no digests, and every tensor is read into memory of its own. A weight whose
-    columns are in another order (``g_idx``) is dequantized, with its columns put back.
+    Tensors of a fewbits checkpoint alias the mapped file. There are two exceptions: the kernels of a layer need another
+    weight layout than the file's, or a tensor goes to another device than the CPU. Then all tensors are read in the
+    order of the files, and each is put into the model before the next one is read. In all cases, memory holds at most
+    `into`, the result and one further tensor.
 
-    Tensors alias the mapped file, unless a layer's kernels ask for another form than that of files or a tensor is to be
-    on another device than the CPU. Then all are read one after the other, in the order of the files, and each takes its
-    place before the next one is read. Either way the process never has more in memory than `into` and the result, and
-    beside them one tensor.
+    All checks run before `into` is changed. Reading can still fail later, if the file disappears or memory runs out.
+    The model is then partly loaded and must be built again.
 
-    All that can be checked is checked before `into` is changed. If the file is taken away, or memory runs out, while
-    tensors are read one after the other, those that were read are in their places and the others are as they were:
-    build the model anew.
+    A checkpoint of compressed-tensors has no digests, and its tensors are read into new memory. A weight whose columns
+    are in another order (``g_idx``) is dequantized, with its columns in the original order.
 
     Args:
-        path: the file, or the directory of several, or the index in it.
-        into: a float model of the same architecture, which may live on the meta device; its layers become quantized
+        path: the file, the directory of several files, or the index in it.
+        into: a float model of the same architecture, which may be on the meta device; its layers become quantized
             in place. None loads a mapping from name to `QuantizedTensor` or `torch.Tensor`.
-        check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` trusts the payload.
+        check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` checks the header only.
         serializer: reads the file; None means safetensors.
-        dequantize: whether the mapping has a float tensor for each `QuantizedTensor`, so that it can be quantized
-            anew. Needs ``into=None``.
-        compute: how fast, or exact, the layers of `into` compute; see `fewbits.set_compute`.
-        device: where all tensors of `into` are to be, those that are not in the file too, such as ``"cuda"``. None
-            leaves each where it is, and puts those of the meta device on the CPU.
-        ignore: name patterns, as `LayerSelector` takes them, of tensors that the model may lack: they stay in the file.
-            So do non-persistent buffers that they name. Everything else that the model has is loaded whatever they say.
-        init_buffers: called with each module that has non-persistent buffers on the meta device which the file lacks;
-            sets them, such as ``lambda module: module.reset_buffers()``. The module is a copy whose parameters have no
-            memory. `_init_weights` of a transformers model is called first, and is often enough.
+        dequantize: whether to return a float tensor for each `QuantizedTensor`, for example to quantize it again.
+            Needs ``into=None``.
+        compute: how the layers of `into` may trade exactness for speed; see `fewbits.set_compute`.
+        device: the device for all tensors of `into`, also for tensors that are not in the file, such as ``"cuda"``.
+            None keeps each tensor's device, and moves tensors of the meta device to the CPU.
+        ignore: name patterns, as for `LayerSelector`, of tensors in the file that the model may lack. Matching
+            non-persistent buffers of the model are not loaded either. All other tensors of the model are loaded.
+        init_buffers: called with each module that has non-persistent buffers on the meta device that the file lacks, to
+            set them, for example ``lambda module: module.reset_buffers()``. The module is a copy whose parameters have
+            no memory. `_init_weights` of a transformers model is called first, and is often enough.
 
     Returns:
         `into`, or the mapping.
 
     Raises:
-        FormatError: if the file was written neither by fewbits nor as compressed-tensors does, its parts contradict
-            one another, or it has a weight that cannot be read.
-        DigestError: if a byte of it has changed; the message names the tensors.
-        ArgumentError: if `into` is not a model, `compute` no setting, `device` none that torch has here, or
-            `init_buffers` not callable; or if there is no model that `device`, `ignore` or `init_buffers` could be
-            about; or if a model is given with `dequantize`, or for a checkpoint of compressed-tensors.
-        SelectionError: if a pattern of `ignore` names nothing that may stay in the file.
-        SourceError: if a module of `into` would not read a quantized weight. The model is unchanged then.
-        MismatchError: if file and model do not fit; the message names every tensor. Or if the model holds a quantized
-            module or a tensor that is not plain (a DTensor, a sparse one), which it names. The model is unchanged then.
+        FormatError: if the checkpoint has neither format, its parts contradict each other, or a weight cannot be read.
+        DigestError: if a byte has changed; the message names the tensors.
+        ArgumentError: if `into` is not a model; if `compute`, `device` or `init_buffers` is invalid; if `device`,
+            `ignore` or `init_buffers` is given without a model; or if a model is given with `dequantize` or for a
+            checkpoint of compressed-tensors.
+        SelectionError: if a pattern of `ignore` matches no tensor that may stay in the file.
+        SourceError: if a module of `into` would not read a quantized weight. The model is unchanged.
+        MismatchError: if file and model do not match, or if the model has a quantized module or a tensor that is not
+            plain (a DTensor, a sparse tensor). The message names every such tensor. The model is unchanged.
         CheckpointError: if the file cannot be opened.
     """
     check_compute(compute)
@@ -119,9 +117,9 @@ def load(
     if into is None and target is not None:
         raise ArgumentError("device= says where a model is to be; without into= tensors alias the file, on the CPU")
     if into is None and ignored:
-        raise ArgumentError("ignore= says what a model may lack; without into= the mapping has every tensor")
+        raise ArgumentError("ignore= names tensors that a model may lack; without into= the mapping has every tensor")
     if into is None and init_buffers is not None:
-        raise ArgumentError("init_buffers= sets buffers of a model; without into= there is none")
+        raise ArgumentError("init_buffers= sets buffers of a model; without into= there is no model")
     if not (init_buffers is None or callable(init_buffers)):
         raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
     if into is not None and dequantize:
@@ -154,7 +152,7 @@ def load(
     ]
     try:
         fill(checkpoint, filled, compute)
-    finally:  # a model that is filled in part cannot be saved either
+    finally:  # also if loading failed: a partly loaded model must not be saved
         refuse_save_pretrained(into)
     for slot, value in values:
         slot.module._buffers[slot.local] = value
@@ -165,7 +163,7 @@ def load(
 
 
 def _dequantized(values: Mapping[str, Value]) -> dict[str, Value]:
-    """The values with a float tensor for every quantized one; tied names still share one tensor."""
+    """The values, with quantized tensors replaced by float tensors; tied names still share one tensor."""
     floats = {id(value): value.dequantize() for value in values.values() if isinstance(value, QuantizedTensor)}
     return {name: floats.get(id(value), value) for name, value in values.items()}
 
@@ -184,9 +182,9 @@ def _places(
     rows = {row.name: row for row in checkpoint.ledger.present}
     by_name = {slot.name: slot for slot in slots(model)}
     places: dict[str, list[Slot]] = {row.name: [] for row in checkpoint.ledger.stored}
-    # The file may have these and the model need not take them.
+    # Tensors in the file that the model may lack or leave out.
     needless = [name for name in rows if name not in by_name or not by_name[name].persistent]
-    check_all_used(ignored, needless, f"ignore, of what {checkpoint.path} has and the model lacks")
+    check_all_used(ignored, needless, f"ignore, among tensors that {checkpoint.path} has and the model lacks")
     left = {name for name in needless if any(pattern.matches(name) for pattern in ignored)}
     missed = [name for name, row in rows.items() if name not in by_name and row.persistent and name not in left]
     problems = _missed(missed, compiled_hint(model, missed))
@@ -198,7 +196,7 @@ def _places(
     bare: list[Slot] = []
     for name, slot in by_name.items():
         row = taken.get(name)
-        # A name that the file lacks is filled all the same if the model ties it to one that the file has.
+        # A name that the file lacks is still filled if the model ties it to a name that the file has.
         stored = home.get(id(slot.tensor)) if row is None else row.holder
         if stored is not None:
             first = takers.get(slot.key)
@@ -206,7 +204,7 @@ def _places(
                 takers[slot.key] = stored
                 places[stored].append(slot)
             elif first != stored and not checkpoint.same(first, stored):
-                problems.append(f"{first} and {name} are one tensor in the model, two different ones in the file")
+                problems.append(f"{first} and {name} are one tensor in the model, but two different ones in the file")
             problems += _misfits(rows[stored], slot, beside.get(name))
         elif slot.persistent:
             absent.append(name)
@@ -225,7 +223,7 @@ def _places(
 def _missed(names: Sequence[str], hint: str) -> list[str]:
     problems = [f"{name} is in the file, not in the model" for name in names]
     if problems:
-        problems[-1] += f" (with ignore=[...] what the model may lack stays in the file){hint}"
+        problems[-1] += f" (with ignore=[...] such tensors stay in the file){hint}"
     return problems
 
 
@@ -234,10 +232,10 @@ def _tie_advice(other: str | None) -> str:
 
 
 def _stays(slot: Slot, row: LedgerRow) -> bool:
-    """Whether a non-persistent buffer stays as the model made it, though the file has one of its name.
+    """Whether a non-persistent buffer keeps the model's value although the file has a tensor of its name.
 
-    As in torch, a result need not restore such a buffer. Before it was saved, a forward may have changed its shape, and
-    in a file made from a checkpoint it may be rounded.
+    As in torch, loading need not restore such a buffer. Its shape may have changed in a forward pass before saving, and
+    its values may be rounded in a file made from a checkpoint.
     """
     if nn.parameter.is_lazy(slot.tensor) or slot.tensor.is_floating_point() != row.dtype.is_floating_point:
         return True
@@ -262,7 +260,7 @@ def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
 
 
 def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:
-    """Problems of a weight whose layers should round their inputs, and do not."""
+    """Problems of a weight with quantized inputs that goes to layers which do not quantize inputs that way."""
     places = [slot for slot in places if slot.is_parameter]
     if row.spec is None or row.spec.activations is None or not places:
         return []
@@ -271,7 +269,7 @@ def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list
     rounding = [slot for slot in places if rounds_inputs(slot.module, slot.local, parent_of(model, slot))]
     if rounding and all(layout_of(slot.module, slot.local, slot.tensor)[0] == row.layout for slot in rounding):
         return []
-    why = "is cut along other inputs" if rounding else "does not round its inputs"
+    why = "has its inputs on other axes" if rounding else "does not quantize its inputs"
     return [
         f"{row.name} is {row.scheme} in the file, but {type(places[0].module).__name__} {why}: "
         f"quantize it with overrides={{{row.name!r}: {{'activations': None}}}}"

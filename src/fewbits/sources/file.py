@@ -51,7 +51,7 @@ class FileSource(Source):
 
     Attributes:
         path: the given path.
-        folder: the directory, if the path is a directory; otherwise None.
+        folder: the directory if the path is a directory or an index; None for a single file.
         companions: files in the directory to copy along with the tensors: configuration, tokenizer and the like.
         left_behind: files in the directory that are not copied: weights that the source does not use and, beside FP8
             weights, files that state how the weights are quantized.

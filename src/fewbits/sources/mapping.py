@@ -27,7 +27,7 @@ from fewbits.sources.entries import entry_infos
 class MappingSource(LiveSource):
     """A state dict, or any mapping from name to tensor.
 
-    Rules see only names, shapes and dtypes, so a file with the same tensors gives the same result.
+    Tensors are described without module classes, so a file with the same tensors gives the same result.
     """
 
     def __init__(self, tensors: Mapping[str, object], *, inplace: bool) -> None:
@@ -118,7 +118,7 @@ class _MappingTarget(Target):
             if self._source.inplace and not as_it_was:
                 self._source.replace(name, value)
             if self._source.inplace and name in self._merged:
-                # Without its codes, the scale would be read as the scale of another kind of tensor.
+                # Left beside the new value, the old scale would be misread as part of it.
                 self._source.remove(self._merged[name])
 
     def finish(self) -> object:

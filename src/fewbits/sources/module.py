@@ -33,7 +33,7 @@ from fewbits.sources.base import LiveSource, Target
 
 
 class ModuleSource(LiveSource):
-    """A model. Unless `inplace`, the prepared model is a copy of its modules that shares the tensors' memory."""
+    """A model. Unless `inplace`, the prepared model is a copy of its modules that shares the parameters' memory."""
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
         refuse_wrapped(model, SourceError)

@@ -166,7 +166,7 @@ class _Blind:
 
     def notes(self) -> list[str]:
         same = len(self._codes) == 1 and self._elements > 1
-        return [f"all of its codes are {code}; without the source, whether that is right cannot be checked"
+        return [f"all of its codes are {code}; only a comparison with the source can tell whether that is right"
                 for code in self._codes if same]  # fmt: skip
 
 
@@ -188,12 +188,12 @@ def _broken(measurement: Measurement) -> str:
 def _patterns(measurement: Measurement) -> list[str]:
     """Failures for patterns of codes that suggest lost or never written data."""
     if measurement.constant_rows and measurement.code_min == measurement.code_max:
-        return [f"all of its codes are {measurement.code_min}, which rounding the source does not give"]
+        return [f"all of its codes are {measurement.code_min}, but rounding the source gives others"]
     if measurement.constant_rows:
         rows = f"{measurement.constant_rows:,} of its rows"
-        return [f"one code throughout in {rows}, which rounding the source does not give"]
+        return [f"one code throughout in {rows}, but rounding the source gives others"]
     if measurement.same_rows and measurement.sqnr_db < CRITICAL_DB and measurement.broken_at is not None:
-        return ["all of its rows have the same codes, which rounding the source does not give"]
+        return ["all of its rows have the same codes, but rounding the source gives others"]
     return []
 
 

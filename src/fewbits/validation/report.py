@@ -116,7 +116,7 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """A line for every tensor whose SQNR is a warning, the lowest SQNR first."""
+        """A line for every tensor with the verdict "warning", the lowest SQNR first."""
         return [f"{name}: SQNR {sqnr_db:.2f} dB in {scheme}" for sqnr_db, name, scheme in self._low()]
 
     @property
@@ -208,11 +208,11 @@ class Report:
             yield f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider"
 
     def _low(self) -> list[tuple[float, str, str]]:
-        """SQNR, name and scheme of every tensor whose SQNR is a warning, the lowest SQNR first."""
+        """SQNR, name and scheme of every tensor with the verdict "warning", the lowest SQNR first."""
         return sorted((m.sqnr_db, t.name, t.scheme) for t, m in self._measured() if t.verdict == "warning")
 
     def _warning(self) -> Iterator[str]:
-        """At most one line, which counts the tensors whose SQNR is a warning."""
+        """At most one line, which counts the tensors with the verdict "warning"."""
         if low := self._low():
             sqnr_db, name, _ = low[0]
             yield (
