@@ -23,8 +23,8 @@ from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
 #: weight's dtype.
 ChooseParams = Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
 
-#: How many ordinary blocks are quantized at a time. A block of any size costs some fifty calls of torch, so larger blocks
-#: are faster. They fit in the cache, because quantizing has fewer intermediate results than other work on blocks.
+#: How many ordinary blocks are quantized at a time. Any block costs some fifty calls of torch, so larger blocks are
+#: faster. They still fit in the cache, because quantizing has fewer intermediate results than other work on blocks.
 _BLOCKS_AT_ONCE = 4
 
 
