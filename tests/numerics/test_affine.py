@@ -221,7 +221,7 @@ GOOD_SCALE, GOOD_ZERO = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
         (GOOD_SCALE * torch.tensor([1.0, 0.0]), GOOD_ZERO, "zero, NaN or Inf"),
         (GOOD_SCALE * math.nan, GOOD_ZERO, "zero, NaN or Inf"),
         (GOOD_SCALE * -math.inf, GOOD_ZERO, "zero, NaN or Inf"),
-        (GOOD_SCALE, None, "zero points exactly if it is asymmetric"),
+        (GOOD_SCALE, None, "symmetric specs must have none"),
         (GOOD_SCALE, GOOD_ZERO + 8, "between -8 and 7"),
         (GOOD_SCALE, GOOD_ZERO - 9, "between -8 and 7"),
         (GOOD_SCALE, GOOD_ZERO[:1], "integers of shape"),
@@ -239,5 +239,5 @@ def test_invalid_scales_and_zero_points_are_refused(scale, zero_point, message):
 
 def test_a_symmetric_spec_has_no_zero_point():
     spec = QuantSpec(bits=4, granularity="group", group_size=4, scale_dtype=torch.float32)
-    with pytest.raises(NumericsError, match="zero points exactly if it is asymmetric"):
+    with pytest.raises(NumericsError, match="symmetric specs must have none"):
         check_params(QuantParams(GOOD_SCALE, GOOD_ZERO), spec, (3, 5))

@@ -51,7 +51,7 @@ def extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
-    """The smallest scale, and its zero point, with which everything between `low` and `high` is in range.
+    """Choose the smallest scale whose codes cover the range from `low` to `high`, and its zero point.
 
     Scales are computed in float64, then rounded to ``spec.scale_dtype``. The rounded scale is replaced by
 
@@ -92,9 +92,9 @@ def encode(x: Tensor, params: QuantParams, spec: QuantSpec, scratch: Scratch | N
 
     Args:
         x: (rows, columns).
-        params: of these rows.
-        spec: how the codes look.
-        scratch: what to compute in; the result is in it too, until it is used again.
+        params: the parameters of these rows.
+        spec: the spec of the codes.
+        scratch: memory for intermediate results and for the result, which the next use of `scratch` overwrites.
 
     Returns:
         uint8, the shape of `x`: codes made unsigned by adding ``2**(bits-1)``.
@@ -115,15 +115,15 @@ def encode(x: Tensor, params: QuantParams, spec: QuantSpec, scratch: Scratch | N
 
 
 def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """What the codes stand for, computed in `dtype`.
+    """Turn codes back into numbers, computed in `dtype`.
 
     Args:
         codes: uint8, (rows, columns), unsigned as `encode` returns them.
-        params: of the rows that `codes` holds.
-        spec: the spec they were encoded with.
+        params: the parameters of these rows.
+        spec: the spec of the codes.
         dtype: float32 or float64.
     """
-    # No in-place operation: this is traced by torch.compile and torch.export.
+    # torch.compile and torch.export trace this function, so it uses no in-place operation.
     scale, zero_point = params.scale, params.zero_point
     if spec.levels is not None:
         levels = torch.tensor(spec.levels, dtype=dtype, device=codes.device)
@@ -136,7 +136,7 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
 
 
 def error_bound(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """How far each element may lie from what its code stands for.
+    """Bound the error of each element: its largest allowed distance from its decoded code.
 
     The bound is ``gap + |x| * 2**-23``, in float64. ``gap`` is
 
@@ -148,18 +148,18 @@ def error_bound(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     Args:
         x: float64, (rows, columns).
         params: as stored, zero points unpacked.
-        spec: how the codes look.
+        spec: the spec of the codes.
     """
     return bound_and_clipped(x, params, spec)[0]
 
 
 def clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """Which elements lie further than half a step outside what the codes can stand for; arguments as `error_bound`."""
+    """Mark the elements that lie more than half a step outside the code range. The arguments are `error_bound`'s."""
     return bound_and_clipped(x, params, spec)[1]
 
 
 def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """`error_bound` and `clipped` of the same elements: most of the work is the same."""
+    """Compute `error_bound` and `clipped` together, since they share most of the work."""
     groups, gap = grouped(x, spec), half_gap(x, params.scale, spec)
     low, high = code_range(params, spec)
     above, below = groups - high, low - groups
@@ -263,8 +263,8 @@ def centered_codes(codes: Tensor, params: QuantParams, spec: QuantSpec) -> Tenso
 
     Args:
         codes: uint8, (rows, columns), unsigned as `encode` returns them.
-        params: of these rows.
-        spec: the spec they were encoded with.
+        params: the parameters of these rows.
+        spec: the spec of the codes.
     """
     ones = torch.ones_like(params.scale, dtype=torch.float64)
     return decode(codes, QuantParams(ones, params.zero_point), spec, torch.float64)
@@ -329,7 +329,7 @@ def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> 
 
 
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:
-    """For each scale, whether every code stands for a finite number in the dtype that decoding computes in."""
+    """Tell for each scale whether every code decodes to a finite number."""
     (first, last), scale, zero_point = ends(spec), params.scale, params.zero_point
     zero = scale.new_zeros((), dtype=torch.float64) if zero_point is None else zero_point.double()
     limit = torch.finfo(compute_dtype(scale.dtype)).max

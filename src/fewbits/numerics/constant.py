@@ -24,14 +24,14 @@ _LOOKED_AT = 16
 
 
 def constant_rows(x: Tensor, decoded: Tensor, codes: Tensor, params: QuantParams, spec: QuantSpec) -> int:
-    """How many rows have one code throughout that rounding would not give, and have lost what was in them.
+    """Count the rows that lost their content: all codes are equal, and rounding cannot have made them so.
 
     Args:
-        x: float64, (rows, columns), as it was.
-        decoded: likewise, what the codes stand for.
-        codes: integer, likewise.
-        params: of these rows.
-        spec: how the codes look.
+        x: the source, float64, (rows, columns).
+        decoded: the decoded codes, float64, (rows, columns).
+        codes: integer, (rows, columns).
+        params: the parameters of these rows.
+        spec: the spec of the codes.
     """
     which = _uniform(codes)
     if len(which):

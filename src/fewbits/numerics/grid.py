@@ -87,7 +87,7 @@ def half_gap(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def code_range(params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest number that codes can stand for (grouped, float64); scales may be negative."""
+    """Return the smallest and the largest representable number (grouped, float64); scales may be negative."""
     step, (first, last) = broadcast(params.scale.double()), ends(spec)
     zero = broadcast(params.zero_point.double()) if params.zero_point is not None else 0.0
     bounds = (first - zero) * step, (last - zero) * step

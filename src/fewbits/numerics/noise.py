@@ -14,11 +14,11 @@ from fewbits.numerics.spec import QuantSpec
 
 
 def rounding_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """The square of what rounding and clipping change in each element."""
+    """Return the squared error of each element from rounding and clipping."""
     steps = in_steps(x, params.scale, spec)
     if spec.levels is None:
         return steps.sub_(_rounded(steps, params.zero_point, spec)).square_()
-    # The nearest level is at the least distance; to look for that is several times as fast as to look for the level.
+    # Only the least distance is needed: finding it is several times faster than finding the nearest level.
     least = torch.full_like(steps, torch.inf)
     for level in spec.levels:
         torch.minimum(least, (steps - level).abs_(), out=least)
@@ -26,7 +26,7 @@ def rounding_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
 
 
 def expected_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """What `rounding_noise` is on average, if nothing is known of an element but its size.
+    """Return the mean of `rounding_noise` over elements of about this size.
 
     - Outside the range of the codes: the square of the clipped part.
     - For an element so small that it rounds to zero: the square of the element.
@@ -46,11 +46,11 @@ def expected_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
 
 
 def bin_noise(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """The mean of `rounding_noise` over values that are spread evenly between two bounds.
+    """Return the mean of `rounding_noise` over values that are spread evenly between two bounds.
 
     Args:
-        lower: (1, bins), float64.
-        upper: likewise, and larger.
+        lower: the lower bounds of the bins, (1, bins), float64.
+        upper: the upper bounds, (1, bins), float64, larger than `lower`.
         params: one scale, (1,).
         spec: of granularity "tensor", without levels.
     """
@@ -60,7 +60,7 @@ def bin_noise(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec
 
 
 def fit_terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """What `refit` needs the sums of: element times step, and step squared, in units of the scale."""
+    """Return the terms that `refit` needs the sums of: element times step, and step squared, in units of the scale."""
     steps = in_steps(x, params.scale, spec)
     rounded = _rounded(steps, params.zero_point, spec)
     return steps.mul_(rounded), rounded.square()

@@ -41,10 +41,10 @@ class QuantParams:
 
 
 def are_sound(scale: Tensor) -> bool:
-    """Whether codes can be made with these scales: finite numbers, none of them zero."""
+    """Tell whether all scales are finite and not zero."""
     if not scale.numel():
         return True
-    least, largest = torch.aminmax(scale.abs())  # both NaN, if a scale is
+    least, largest = torch.aminmax(scale.abs())  # both are NaN if one scale is NaN
     return float(least) > 0 and float(largest) < math.inf
 
 
@@ -69,7 +69,7 @@ def check_params(params: object, spec: QuantSpec, shape: tuple[int, int]) -> Qua
     if not are_sound(scale):
         raise NumericsError("a scale is zero, NaN or Inf; scales must be finite and not zero")
     if (zero_point is None) != spec.symmetric:
-        raise NumericsError(f"a spec has zero points exactly if it is asymmetric; this one is {spec}")
+        raise NumericsError(f"asymmetric specs need zero points, symmetric specs must have none; this spec is {spec}")
     if zero_point is None:
         return params
     whole = not zero_point.is_floating_point() and zero_point.dtype != torch.bool

@@ -19,8 +19,9 @@ from fewbits.numerics.scratch import Scratch, scratch
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
 
-#: Shown some whole rows of a weight's matrix and the spec, returns scale and zero point for them. The rows come in
-#: float32 or float64, a block at a time; where one scale serves the whole tensor, all of them in the weight's dtype.
+#: Takes some whole rows of a weight's matrix and the spec, and returns scale and zero point for these rows. The rows
+#: come in float32 or float64, a block at a time. If one scale serves the whole tensor, all rows come at once, in the
+#: weight's dtype.
 ChooseParams = Callable[[Tensor, QuantSpec], QuantParams]
 
 #: How many ordinary blocks are quantized at a time. A block of any size costs some fifty calls of torch, so larger
@@ -29,7 +30,7 @@ _BLOCKS_AT_ONCE = 4
 
 
 def min_max(rows: Tensor, spec: QuantSpec) -> QuantParams:
-    """The default `ChooseParams`: scales from the extremes, so that nothing clips."""
+    """Take scales from the extremes, so that nothing clips; the default `ChooseParams`."""
     return choose_params(*extremes(rows, spec), spec)
 
 

@@ -18,10 +18,11 @@ from fewbits.numerics.noise import fit_terms, group_sums
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
-#: The noise of each group with some scales and zero points: float64, the shape of the scales, in their squares.
+#: Returns the noise of each group with some parameters: float64, the shape of the scales, in units of the squared
+#: scale.
 Noise = Callable[[QuantParams], Tensor]
 
-#: The noise of each element of some rows: (rows, groups, width), in squares of the scale.
+#: Returns the noise of each element of some rows: (rows, groups, width), in units of the squared scale.
 ElementNoise = Callable[[Tensor, QuantParams, QuantSpec], Tensor]
 
 #: The ends of a range that each pass narrows. Symmetric ranges need one pass.
@@ -74,7 +75,7 @@ class Choice:
                     self.offer(*narrowed, QuantParams(-mirror.scale))
 
     def offer(self, low: Tensor, high: Tensor, params: QuantParams) -> None:
-        """Take these parameters, made for a range, wherever their noise is less."""
+        """Keep these parameters, made for the range from `low` to `high`, wherever their noise is less."""
         noise = self._noise(params) * (params.scale.double() / self._unit).square()
         better = (noise < self.noise) & is_finite_throughout(params, self.spec)
         self.noise = torch.where(better, noise, self.noise)
@@ -83,7 +84,7 @@ class Choice:
 
 
 def choose_within(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec) -> QuantParams:
-    """Scales and zero points for ranges that leave some elements outside.
+    """Choose scales and zero points for ranges that leave some elements outside.
 
     Args:
         inner: the ends of the ranges, as `choose_params` takes them.
@@ -101,14 +102,14 @@ def choose_within(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], sp
 def choose_for(
     x: Tensor, spec: QuantSpec, noise: ElementNoise, shares: Sequence[float], *, mirrored: bool = False
 ) -> Choice:
-    """The scales of some rows, out of shares of their ranges; arguments as `Choice` and `Choice.narrow` have them."""
+    """Choose the scales of some rows from shares of their ranges; arguments as for `Choice` and `Choice.narrow`."""
     choice = Choice(*extremes(x, spec), spec, lambda params: _totals(noise, x, params, spec)[0])
     choice.narrow(shares, mirrored=mirrored)
     return choice
 
 
 def fit(choice: Choice, x: Tensor) -> None:
-    """Offer a choice for some rows the scales that suit its codes best."""
+    """Refit the chosen scales of some rows to their codes, and keep them where the noise is less."""
     products, squares = _totals(fit_terms, x, choice.params, choice.spec)
     refitted = refit(choice.params.scale, products, squares, choice.spec)
     choice.offer(choice.low, choice.high, attrs.evolve(choice.params, scale=refitted))
@@ -123,7 +124,7 @@ def _totals(
     """Sum each term over each group, in the shape of the scales."""
     if spec.granularity != "tensor":
         return [group_sums(values) for values in _as_tuple(terms(x, params, spec))]
-    # One group, perhaps larger than there is memory for intermediate results: a block of rows at a time.
+    # A single group may need more memory for intermediate results than there is, so sum a block of rows at a time.
     sums = [
         [group_sums(values.flatten()) for values in _as_tuple(terms(rows, params, spec))]
         for rows in torch.split(x, block_rows(x.shape[1]))

@@ -282,7 +282,7 @@ def unpack_zero_point(zero_point: Tensor | None, scale: Tensor, spec: QuantSpec)
 
 
 def decode_packed(packed: Tensor, params: QuantParams, spec: QuantSpec, columns: int) -> Tensor:
-    """What packed rows stand for: (rows, columns), in float32 (float64 for float64 scales).
+    """Decode packed rows: (rows, columns), in float32 (float64 for float64 scales).
 
     Args:
         packed: int32, (rows, words).

@@ -40,7 +40,7 @@ class AccumulatingObserver(Observer, Generic[_S]):
 
     @abstractmethod
     def _choose(self, seen: _S, spec: QuantSpec) -> QuantParams:
-        """Scale and zero point for inputs with these statistics; the `scale_dtype` of the spec is settled."""
+        """Choose scale and zero point for inputs with these statistics; the spec has its `scale_dtype` set."""
 
     def observe_input(self, x: Tensor) -> None:
         """Add one input to the statistics. Inputs that are not floating are ignored.
@@ -51,7 +51,7 @@ class AccumulatingObserver(Observer, Generic[_S]):
         self._take_in(self._statistics(x.detach()))
 
     def input_params(self, spec: QuantSpec) -> QuantParams:
-        """Scale and zero point for inputs like those seen so far, as `Observer.input_params` has it."""
+        """Pick scale and zero point for inputs like those seen so far; see `Observer.input_params`."""
         check_input_spec(spec)
         if self._seen is None:
             raise nothing_seen(self)

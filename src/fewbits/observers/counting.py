@@ -45,7 +45,7 @@ class CountingObserver(AccumulatingObserver[HistogramCounts]):
 
 
 def least_noise(seen: HistogramCounts, spec: QuantSpec, noise: BinNoise) -> QuantParams:
-    """Scale and zero point of the range, no wider than the extremes, over which a histogram has the least noise."""
+    """Choose scale and zero point with the least noise over a histogram, for a range within the extremes."""
     ends = seen.extremes.around_zero()
     if seen.exponent is None:
         return choose_params(*ends, spec)

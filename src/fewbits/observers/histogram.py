@@ -32,7 +32,7 @@ class HistogramObserver(CountingObserver):
     """
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
-        """Scale and zero point from the range of least expected noise of each group."""
+        """Pick scale and zero point from the range of least expected noise of each group."""
         choice = choose_for(weight, spec, expected_noise, _SHARES)
         return choice.params
 

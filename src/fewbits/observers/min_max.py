@@ -24,7 +24,7 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
     """
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
-        """Scale and zero point from the extremes of each group."""
+        """Pick scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
 
     @property
@@ -33,7 +33,7 @@ class MinMaxObserver(AccumulatingObserver[Extremes]):
         return type(self).observe_weight is not MinMaxObserver.observe_weight
 
     def observe_chunks(self, chunks: Iterable[Tensor], spec: QuantSpec) -> QuantParams:
-        """Scale and zero point from the extremes of all chunks."""
+        """Pick scale and zero point from the extremes of all chunks."""
         if self.gathers_chunks:
             return super().observe_chunks(chunks, spec)
         lows, highs = zip(*(extremes(chunk, spec) for chunk in chunks), strict=True)

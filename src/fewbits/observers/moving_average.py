@@ -36,7 +36,7 @@ class MovingAverageMinMaxObserver(Observer):
         self._average: Extremes | None = None
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
-        """Scale and zero point from the extremes of each group."""
+        """Pick scale and zero point from the extremes of each group."""
         return min_max(weight, spec)
 
     def observe_input(self, x: Tensor) -> None:
@@ -55,7 +55,7 @@ class MovingAverageMinMaxObserver(Observer):
         self._average = Extremes(low, (1 - weight) * before.high + weight * latest.high)
 
     def input_params(self, spec: QuantSpec) -> QuantParams:
-        """Scale and zero point from the averaged extremes, as `Observer.input_params` has it."""
+        """Pick scale and zero point from the averaged extremes; see `Observer.input_params`."""
         check_input_spec(spec)
         if self._average is None:
             raise nothing_seen(self)

@@ -41,7 +41,7 @@ class MSEObserver(CountingObserver):
         self.steps = steps
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
-        """Scale and zero point with the least square error of each group."""
+        """Pick scale and zero point with the least square error of each group."""
         choice = choose_for(weight, spec, rounding_noise, shares(self.steps), mirrored=True)
         fit(choice, weight)
         return choice.params

@@ -46,7 +46,7 @@ class PercentileObserver(CountingObserver):
         return Fraction(str(self.percentile)) / 100
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
-        """Scale and zero point from the inner range of each group."""
+        """Pick scale and zero point from the inner range of each group."""
         return choose_within(inner_extremes(weight, spec, self._share), extremes(weight, spec), spec)
 
     def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> QuantParams:
