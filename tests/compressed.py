@@ -20,7 +20,7 @@ class Recipe:
     """How weights are rounded to the nearest code, and stored."""
 
     bits: int = 4
-    group_size: int | None = 8  # None stands for a scale a row, 0 for one scale
+    group_size: int | None = 8  # None: one scale per row; 0: one scale in all
     symmetric: bool = True
     packed: bool = True
 
@@ -29,7 +29,7 @@ class Recipe:
         return "group" if self.group_size else "channel" if self.group_size is None else "tensor"
 
     def weights(self) -> dict[str, Any]:
-        """What config.json says about them."""
+        """The entry of these weights in config.json."""
         return {
             "num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": self.strategy,
             "group_size": self.group_size or None, "dynamic": False,
@@ -108,7 +108,7 @@ def stored(name: str, weight: Tensor, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def quantized(source: dict[str, Tensor], recipe: Recipe, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """A whole result: these weights quantized, the rest as it is."""
+    """A whole result: these weights quantized, the other tensors unchanged."""
     tensors = {name: tensor for name, tensor in source.items() if name not in names}
     for name in names:
         tensors |= stored(name, source[name], recipe)

@@ -32,7 +32,7 @@ def scale_shape(shape, block):
 
 
 def expected(weight, scale, block=None):
-    """What a weight is dequantized to: a scale for each element, all of it at once."""
+    """A dequantized weight, computed at once with a scale for each element."""
     scale = scale.to(torch.float32)
     if block is None:
         scale = scale.reshape(*scale.shape, *[1] * (weight.dim() - scale.dim())) if scale.numel() > 1 else scale

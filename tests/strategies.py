@@ -39,7 +39,7 @@ def per_element(params: Tensor, spec: QuantSpec, rows: int, columns: int) -> Ten
 
 
 def fractions(tensor: Tensor) -> list[Fraction]:
-    """The elements as they are, without rounding."""
+    """The elements, without rounding."""
     return [Fraction(value) for value in tensor.flatten().tolist()]
 
 

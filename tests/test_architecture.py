@@ -1,4 +1,4 @@
-"""The structure of the source: which room may import which, and what no module may contain.
+"""The structure of the source: which room may import which, and constructs that no module may contain.
 
 Each rule yields complaints about one module. The last tests show that each rule can complain.
 """

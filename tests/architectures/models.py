@@ -1,4 +1,4 @@
-"""Tiny models of many architectures, with random weights, and what to call them with."""
+"""Tiny models of many architectures, with random weights, and inputs for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-#: What most text models agree on.
+#: Arguments that most text models share.
 _TEXT = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -31,7 +31,7 @@ class Architecture:
     Attributes:
         name: the class of its config, less "Config".
         model: the class of the model.
-        config: what its config is made with.
+        config: the arguments of its config.
         inputs: makes the keyword arguments of a call.
     """
 
@@ -46,7 +46,7 @@ class Architecture:
         model: nn.Module = getattr(transformers, self.model)(config).eval()
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
-            if not parameter.is_meta:  # zeros and ones, as most begin, hide what is lost
+            if not parameter.is_meta:  # the usual zeros and ones hide lost values
                 parameter.data.normal_(0, 0.05, generator=generator)
         return model
 

@@ -1,4 +1,4 @@
-"""Whole models of transformers: what gets codes, what they compute, and the way through a file."""
+"""Whole models of transformers: which tensors get codes, the outputs, and saving and loading."""
 
 import copy
 import importlib.util
@@ -130,7 +130,7 @@ def test_a_model_of_experts_computes_as_its_dequantized_form(architecture):
     assert same_outputs(architecture.run(model), architecture.run(plain(model)))
 
 
-# What transformers does with a model.
+# Operations of transformers on a model.
 
 
 def test_generation_gives_the_tokens_of_the_dequantized_model():

@@ -45,7 +45,7 @@ def path(tmp_path):
 
 
 def held(model: nn.Module) -> list[object]:
-    """What the model is, on the meta device too: its tensor objects and its classes."""
+    """The tensor objects and classes of a model, on the meta device too."""
     return [*((slot.name, id(slot.tensor)) for slot in slots(model)), *map(type, model.modules())]
 
 
@@ -271,7 +271,7 @@ class Model(nn.Module):
 
 
 class Initialized(Model):
-    """What `_init_weights` does in models of transformers: it sets weights and buffers of one module."""
+    """As `_init_weights` does in models of transformers, set weights and buffers of one module."""
 
     def _init_weights(self, module) -> None:
         if isinstance(module, Rope):

@@ -1,4 +1,4 @@
-"""Damage and forgery: every file that is not what was written ends in a CheckpointError, at once."""
+"""Damage and forgery: every changed file ends in a CheckpointError, at once."""
 
 import json
 import math
@@ -140,7 +140,7 @@ def test_a_header_that_is_no_header_is_refused(scratch, header):
 
 
 def refusal(action):
-    """None if it raises a CheckpointError; otherwise what it does in place of that."""
+    """None if it raises a CheckpointError; otherwise its other outcome."""
     try:
         result = action()
     except fewbits.errors.CheckpointError:
@@ -151,7 +151,7 @@ def refusal(action):
 
 
 def not_refused(path, data):
-    """Who does not refuse a file with these bytes, and what happens there."""
+    """The readers that do not refuse a file with these bytes, with the outcome of each."""
     path.write_bytes(data)
     outcomes = {
         "load": refusal(lambda: fewbits.load(path)),
@@ -243,7 +243,7 @@ QUANTIZED, KEPT, ALIAS = "layers.0.weight", "layers.0.bias", "head.weight"
 
 
 def wrong_values_not_refused(scratch, genuine, field, right, find):
-    """What happens to each wrong value of a field of the object that `find` picks from the ledger."""
+    """The outcome for each wrong value of a field of the object that `find` picks from the ledger."""
     problems = {}
     for value in WRONG:
         data = forged_ledger(genuine, lambda rows, value=value: find(rows).update({field: value}))

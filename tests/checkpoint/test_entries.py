@@ -18,7 +18,7 @@ from lifecycle_helpers import quantize_small
 
 
 def checkpoint():
-    """What a training loop saves: weights, their average, the optimizer's state, and much else."""
+    """A checkpoint of a training loop: weights, their average, the optimizer's state, and more."""
     model = nn.Linear(32, 32)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 32)).sum().backward()

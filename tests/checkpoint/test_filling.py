@@ -1,4 +1,4 @@
-"""Loading a tensor at a time: onto a device, within a bound on memory, and what a model is when it goes wrong."""
+"""Loading a tensor at a time: onto a device, within a bound on memory, and the state of the model after a failure."""
 
 import json
 import struct
@@ -185,7 +185,7 @@ def test_what_a_reader_hands_out_is_never_written_to(path):
     assert all(same_bits(t, before[p, n]) for p, r in serializer.readers.items() for n, t in r.tensors.items())
 
 
-# What goes wrong.
+# Failures.
 
 
 class Asking(nn.Linear):
@@ -279,7 +279,7 @@ LOADING = """if True:
     print(json.dumps({"peak": peak, "result": sum(sizes.values()), "largest": max(sizes.values())}))
 """
 
-#: What a process may take besides: the header and its objects, pieces that digests are taken of, holes of the heap.
+#: Other memory that a process may take: the header and its objects, pieces that digests are taken of, holes of the heap.
 ALLOWED = 32 * MB
 LAYERS, SIDE = 32, 3072
 OPTIONS = [("auto", "digests", ""), ("auto", "header", "cpu"), ("exact", "digests", ""), ("int8", "header", "")]

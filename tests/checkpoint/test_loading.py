@@ -52,7 +52,7 @@ def on_meta(make) -> nn.Module:
         return make()
 
 
-# What fits.
+# Files that fit the model.
 
 
 @pytest.mark.parametrize("place", ["fresh", "meta"])
@@ -185,7 +185,7 @@ def _mapping_of(path: Path) -> list[range]:
     return [range(int(start, 16), int(stop, 16)) for start, stop in bounds]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps tells what is mapped on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists mapped files, in /proc/self/maps")
 @pytest.mark.parametrize("place", ["fresh", "meta"])
 @every_scheme
 def test_what_is_loaded_aliases_the_mapped_file(scheme, place, path):
@@ -197,7 +197,7 @@ def test_what_is_loaded_aliases_the_mapped_file(scheme, place, path):
     assert all(any(buffer.data_ptr() in region for region in mapped) for buffer in buffers.values())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps tells what is mapped on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists mapped files, in /proc/self/maps")
 def test_the_file_is_let_go_with_the_last_tensor_from_it(path):
     saved(nn.Linear(64, 64), "int8", path)
     loaded = fewbits.load(path, into=nn.Linear(64, 64))
@@ -280,7 +280,7 @@ def test_one_layer_at_two_paths_cannot_take_two_different_weights(path):
     assert snapshot(into).equals(before)
 
 
-# What does not fit.
+# Files that do not fit the model.
 
 
 def layers(**changes) -> nn.Module:

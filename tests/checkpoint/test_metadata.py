@@ -1,4 +1,4 @@
-"""What a file says: the parts of every tensor, decoded without fewbits, and the strings in the header."""
+"""The content of a file: the parts of every tensor, decoded without fewbits, and the strings in the header."""
 
 import json
 import math

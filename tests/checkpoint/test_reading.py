@@ -1,4 +1,4 @@
-"""Reading: what was saved comes back, and everything that is not one of our files is refused with a reason."""
+"""Reading: saved values come back, and files that fewbits did not write are refused with a reason."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Files that are no checkpoint: told by their content, by every call that opens one, with what to do about them."""
+"""Files that are no checkpoint: told by their content, by every call that opens one, with advice."""
 
 import gzip
 import io

@@ -182,7 +182,7 @@ WRITERS = {
 }
 
 
-# Failures. Whatever breaks while a file is written, the old file stays and nothing else is left.
+# Failures while a file is written: the old file stays, and no other file is left.
 
 
 class FullDisk(io.FileIO):

@@ -166,7 +166,7 @@ def test_a_directory_that_cannot_be_renamed_gives_the_old_one_back(tmp_path, mon
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("old")
     with folder(tmp_path / "model", replace=True) as new:
-        shutil.rmtree(new.work)  # as somebody else might
+        shutil.rmtree(new.work)  # as another tool might
         new.work.write_text("a file")
         new.work.unlink()
         with pytest.raises(fewbits.errors.CheckpointError):

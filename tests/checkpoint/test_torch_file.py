@@ -161,7 +161,7 @@ def doubled(path):
 
 
 def pickled(path, value, key=b"X\1\0\0\0a", end=b"s."):
-    """A file whose pickle maps a name to what some opcodes make."""
+    """A file whose pickle maps a name to the result of some opcodes."""
     rewritten(path, lambda name, data: b"\x80\2}" + key + value + end if name.endswith("data.pkl") else data)
 
 
@@ -192,7 +192,7 @@ BAD = {
     "a state dict inside of another": (lambda p: torch.save({"model": {"a": torch.ones(2)}}, p),
                                        "the entry 'model' looks like a state dict: take it with --entry model"),
     "a number": (lambda p: torch.save({"a": torch.ones(2), "step": 3}, p), "'step' is a int"),
-    "a tensor of which something is left to be computed": (
+    "a tensor that is not computed completely": (
         lambda p: torch.save({"a": torch.ones(2, dtype=torch.complex64).conj()}, p), "a is not a plain dense tensor"),
     "a quantized tensor": (lambda p: torch.save({"a": quantized()}, p), "a is not a plain dense tensor"),
     "a number for a name": (lambda p: torch.save({3: torch.ones(2)}, p), "the entry 3"),
@@ -268,7 +268,7 @@ def test_a_safetensors_file_whose_header_has_the_length_of_a_pickle_is_none(tmp_
 
 
 def test_a_safetensors_file_whose_last_tensor_is_an_archive_is_none(tmp_path):
-    """An archive is known by its end, and the end of a safetensors file is whatever its last tensor holds."""
+    """An archive is known by its end, and a safetensors file ends with the bytes of its last tensor."""
     torch.save({"a": torch.ones(3, 3)}, tmp_path / "inner.bin")
     inner = torch.frombuffer(bytearray((tmp_path / "inner.bin").read_bytes()), dtype=torch.uint8)
     save_file({"m.weight": torch.randn(32, 32), "z": inner}, tmp_path / "in")
@@ -278,7 +278,7 @@ def test_a_safetensors_file_whose_last_tensor_is_an_archive_is_none(tmp_path):
     assert torch.equal(fewbits.load(tmp_path / "out")["z"], inner)
 
 
-# Where a result of fewbits' is expected, the error says what such a file is good for, and that is true.
+# Where a result of fewbits is expected, the error gives the right use of such a file.
 
 
 def refused(path):

@@ -20,7 +20,7 @@ def source():
 
 
 def decoded(weight, recipe):
-    """The numbers that the codes of a weight stand for."""
+    """The decoded weight."""
     codes, scale, zero = rounded(weight, recipe)
     width = weight.numel() if recipe.group_size == 0 else recipe.group_size or weight.shape[1]
     groups = codes.double().reshape(-1, width) - zero.double().reshape(-1, 1)

@@ -14,7 +14,7 @@ import fewbits
 from fewbits.kernels.packed_mm import Int8PackMM
 from kernels.kernel_cases import normal
 
-#: Forward mode of torch itself uses what torch itself deprecates.
+#: Forward mode of torch uses a function that torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 SHAPE = 128, 128
 

@@ -1,4 +1,4 @@
-"""What a CPU can do is found out by trying, once, and where it cannot a kernel says so."""
+"""The features of a CPU are tried once; a kernel that lacks one says so."""
 
 import json
 import os

@@ -71,7 +71,7 @@ def test_sums_of_whole_rows_are_those_of_64_bit_integers(kernel, spec, inputs, r
 @needs_int_mm
 @pytest.mark.parametrize("inputs", [64, 128, 1000, 4096, MOST_INPUTS])
 def test_sums_of_groups_are_those_of_64_bit_integers(inputs, without_bf16):
-    """Scales of one make all sums whole numbers, which float32 holds as long as they are below 2**24."""
+    """Scales of one make all sums whole numbers, which float32 holds while they are below 2**24."""
     words = weight_at_ends(QuantSpec(bits=4, granularity="group", group_size=64), inputs)
     words = attrs.evolve(words, input_scale=torch.ones(1))
     codes = ends(130, inputs)

@@ -179,7 +179,7 @@ def test_the_meta_device_and_back(module, state):
 def test_to_empty_and_load(module, state):
     other = copy.deepcopy(module).to("meta").to_empty(device="cpu")
     for buffer in other.buffers():
-        buffer.zero_()  # what is not initialized can be anything, even a scale of zero
+        buffer.zero_()  # uninitialized memory can hold any number, even a scale of zero
     copy.deepcopy(other).load_state_dict(state)
     other.load_state_dict(state)
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(module, state, assign):
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_loading_into_a_model_from_a_file(module, tmp_path, assign):
-    """The scales of a loaded model alias the file, or did: whatever is kept beside them has to follow."""
+    """The scales of a loaded model alias the file, or did: tensors derived from them have to follow."""
     spec = module.weight_stored.spec
     data = [normal(64, SHAPE[1])] if spec.activations == "static" else None
     fewbits.quantize(linear(*SHAPE), Of(spec), data=data, validate=False).save(tmp_path / "file")

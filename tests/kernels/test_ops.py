@@ -41,7 +41,7 @@ def arguments(layout, compute="auto"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [(), (1,), (200,), (2, 3)], ids=str)
 def test_the_operation_is_what_it_says(spec, dtype, rows):
-    """Odd sizes: what a kernel fills up must not be seen. Shapes, strides and aliases are compared with the fake's."""
+    """Odd sizes: the padding of a kernel must not show. Shapes, strides and aliases are compared with the fake's."""
     for layout in layouts_of(any_words(spec, 100, 130)):
         x = normal(*rows, 130, dtype=dtype)
         tests = ("test_schema", "test_faketensor")

@@ -1,4 +1,4 @@
-"""A linear layer's forward: whatever torch's own layer takes, with the same numbers or the same error."""
+"""A linear layer's forward: every input of torch's own layer, with the same numbers or the same error."""
 
 import warnings
 

@@ -37,7 +37,7 @@ def weights(draw, bits):
 
 @pytest.fixture(params=features.WIDTHS)
 def tile_width(request, monkeypatch):
-    """Tiles of both widths, whatever this CPU has."""
+    """Tiles of both widths, on every CPU."""
     monkeypatch.setattr(features, "tile_width", lambda: request.param)
     return request.param
 

@@ -151,7 +151,7 @@ BAD = {
                                r"a\.weight .* quantized already"),
     "a shard that is missing": (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), CheckpointError,
                                 "missing: model-00002"),
-    "a shard that is none": (lambda f: (f / "model-00002-of-00003.safetensors").write_text("x"), FormatError,
+    "a shard that holds text": (lambda f: (f / "model-00002-of-00003.safetensors").write_text("x"), FormatError,
                              "00002-of-00003.safetensors is text, which holds no tensors"),
 }  # fmt: skip
 

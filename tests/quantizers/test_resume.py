@@ -517,8 +517,8 @@ def _link(path, precious):
 
 FOREIGN = {
     "a link to a directory in its place": lambda work, precious: work.symlink_to(precious.parent),
-    "a file of somebody's": lambda work, precious: (work.mkdir(), (work / "mine").write_text("mine")),
-    "a directory of somebody's": lambda work, precious: (work / "mine").mkdir(parents=True),
+    "a file of another program": lambda work, precious: (work.mkdir(), (work / "mine").write_text("mine")),
+    "a directory of another program": lambda work, precious: (work / "mine").mkdir(parents=True),
 }
 FOREIGN_INSIDE = {
     "a link for a file": lambda work, precious: _link(next((work / "files").iterdir()), precious),
