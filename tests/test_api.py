@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-import lifecycle_helpers
 from fewbits import Int8PerChannel, LayerSelector, MinMaxObserver, QuantizedTensor, Result, State
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, CalibrationError, SelectionError, ValidationError
 from fewbits.observers import OBSERVERS
-from lifecycle_helpers import JsonSerializer, Watcher, files_in, hook_count, snapshot, stored
+from support import lifecycle_helpers
+from support.lifecycle_helpers import JsonSerializer, Watcher, files_in, hook_count, snapshot, stored
 
 SCHEMES = ["int8", "int8-tensor", "int4", "fp16"]
 

@@ -17,7 +17,7 @@ import fewbits
 from fewbits import Int8PerChannel, LayerSelector, State, Step, calibration
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.extend import Observed
-from lifecycle_helpers import Watcher, mlp
+from support.lifecycle_helpers import Watcher, mlp
 
 X = torch.arange(32.0).reshape(2, 16)
 Pair = namedtuple("Pair", ["x", "target"])

@@ -18,7 +18,7 @@ from fewbits.config.config import SETTINGS, VERSION, QuantizationConfig
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.observers import OBSERVERS
 from fewbits.quantizers.schemes import SCHEMES
-from lifecycle_helpers import FEWER_EXAMPLES
+from support.lifecycle_helpers import FEWER_EXAMPLES
 
 # Settings as in a file: only strings, numbers, booleans, lists and tables.
 

@@ -10,7 +10,7 @@ import structlog
 import torch
 
 import fewbits
-from lifecycle_helpers import mlp, quantize_small, small
+from support.lifecycle_helpers import mlp, quantize_small, small
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from checkpoints import write_shards
-from lifecycle_helpers import FEWER_EXAMPLES, files_in, visible
+from support.checkpoints import write_shards
+from support.lifecycle_helpers import FEWER_EXAMPLES, files_in, visible
 
 
 def tensors():

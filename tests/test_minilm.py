@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import fewbits
-from checkpoints import split
 from fewbits.numerics.metrics import pooled_sqnr_db
 from fewbits.sources.open import open_source
 from fewbits.validation.verify import verify
+from support.checkpoints import split
 
 transformers = pytest.importorskip("transformers")
 

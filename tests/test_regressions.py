@@ -12,7 +12,7 @@ import fewbits
 from fewbits import LayerSelector
 from fewbits.errors import MismatchError, SelectionError, SourceError
 from fewbits.extend import QuantParams
-from lifecycle_helpers import small
+from support.lifecycle_helpers import small
 
 W = torch.linspace(-1, 1, 64 * 32).reshape(64, 32)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import fewbits
 from fewbits import Quantizer, QuantSpec
-from lifecycle_helpers import mlp, read_header, snapshot
+from support.lifecycle_helpers import mlp, read_header, snapshot
 
 
 class Int6Grouped(Quantizer):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from checkpoints import AnyScheme, forged, forged_ledger, forged_tensor, joined, save, sign, split, state
 from fewbits.sources.open import open_source
 from fewbits.validation.verify import verify
+from support.checkpoints import AnyScheme, forged, forged_ledger, forged_tensor, joined, save, sign, split, state
 
 
 @pytest.fixture(scope="module")

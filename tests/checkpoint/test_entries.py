@@ -14,7 +14,7 @@ from torch import nn
 
 import fewbits
 from fewbits.cli.commands import run as run_cli
-from lifecycle_helpers import quantize_small
+from support.lifecycle_helpers import quantize_small
 
 
 def checkpoint():

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import fewbits
-from checkpoints import forged_tensor
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Reader, Serializer
 from fewbits.errors import ArgumentError, CheckpointError, SourceError
-from lifecycle_helpers import small
 from nn.cases import Mixed, Tied, same_bits, same_state, seeded, snapshot, tensors_in
+from support.checkpoints import forged_tensor
+from support.lifecycle_helpers import small
 
 MB = 10**6
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")
@@ -279,7 +279,7 @@ LOADING = """if True:
     print(json.dumps({"peak": peak, "result": sum(sizes.values()), "largest": max(sizes.values())}))
 """
 
-#: Other memory that a process may take: the header and its objects, pieces that digests are taken of, holes of the heap.
+#: Other memory that a process may take: the header and its objects, pieces for digests, holes of the heap.
 ALLOWED = 32 * MB
 LAYERS, SIDE = 32, 3072
 OPTIONS = [("auto", "digests", ""), ("auto", "header", "cpu"), ("exact", "digests", ""), ("int8", "header", "")]

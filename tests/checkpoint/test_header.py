@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from checkpoints import joined, split
 from fewbits.checkpoint.header import read_header
+from support.checkpoints import joined, split
 
 
 def entry(dtype="F32", shape=(2,), start=0, end=8):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from checkpoints import AnyScheme, decoded, forged, metadata_of, read_codes, save, specs, split, state
-from lifecycle_helpers import quantize_small
+from support.checkpoints import AnyScheme, decoded, forged, metadata_of, read_codes, save, specs, split, state
+from support.lifecycle_helpers import quantize_small
 
 
 @pytest.fixture(scope="module")

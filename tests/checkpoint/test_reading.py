@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from checkpoints import save, state
-from lifecycle_helpers import quantize_small
+from support.checkpoints import save, state
+from support.lifecycle_helpers import quantize_small
 
 KEPT = {
     "empty": torch.empty(0, 3),

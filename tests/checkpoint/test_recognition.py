@@ -17,7 +17,7 @@ from torch import nn
 
 import fewbits
 from fewbits.checkpoint.recognition import recognised
-from lifecycle_helpers import quantize_small
+from support.lifecycle_helpers import quantize_small
 
 LAYER = nn.Linear(32, 32)
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import fewbits
-from checkpoints import AnyScheme, metadata_of, save, split, state
 from fewbits.checkpoint import safetensors as writing
 from fewbits.checkpoint.digests import digest
-from lifecycle_helpers import quantize_small, small, visible
+from support.checkpoints import AnyScheme, metadata_of, save, split, state
+from support.lifecycle_helpers import quantize_small, small, visible
 
 SCHEMES = {
     "int8": small,

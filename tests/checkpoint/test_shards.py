@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from checkpoints import save, split, state
 from fewbits._sizes import parse_size
 from fewbits.checkpoint.shards import plan_shards
 from fewbits.testing.environment import snapshot
-from lifecycle_helpers import TiedLM, files_in, quantize_small
+from support.checkpoints import save, split, state
+from support.lifecycle_helpers import TiedLM, files_in, quantize_small
 
 INDEX = "model.safetensors.index.json"
 

@@ -15,7 +15,7 @@ from torch import nn
 import fewbits
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import FormatError
-from lifecycle_helpers import FEWER_EXAMPLES, TiedLM, files_in, mlp, quantize_small
+from support.lifecycle_helpers import FEWER_EXAMPLES, TiedLM, files_in, mlp, quantize_small
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64,

@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 
 import fewbits
-from checkpoints import split, state
-from compressed import Recipe, config, write
-from compressed import quantized as quantized_by_hand
 from fewbits.cli.commands import run as run_cli
 from fewbits.config.config import QuantizationConfig
+from support.checkpoints import split, state
+from support.compressed import Recipe, config, write
+from support.compressed import quantized as quantized_by_hand
 
 
 @pytest.fixture

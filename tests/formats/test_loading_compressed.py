@@ -8,8 +8,8 @@ from hypothesis import given
 from torch import nn
 
 import fewbits
-from compressed import Recipe, config, pack, quantized, recipes, rounded, write
 from fewbits.errors import ArgumentError, FormatError, SourceError
+from support.compressed import Recipe, config, pack, quantized, recipes, rounded, write
 
 NAME = "layers.0.weight"
 

@@ -13,8 +13,8 @@ import attrs
 import torch
 
 from case import Case, Item
-from checkpoints import forged, forged_tensor, joined, sign, split
 from seeds import safetensors_file, seeds, torch_file
+from support.checkpoints import forged, forged_tensor, joined, sign, split
 
 _MODEL = "model.safetensors"
 _FLOAT = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}

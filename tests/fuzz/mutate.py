@@ -14,7 +14,7 @@ import attrs
 import json_mutations
 import zip_mutations
 from case import SCHEMES, Case, Item, parse
-from checkpoints import DIGEST_KEY, sign
+from support.checkpoints import DIGEST_KEY, sign
 
 #: Bytes per element of the dtypes in safetensors files.
 _WIDTHS = {

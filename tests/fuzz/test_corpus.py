@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import fewbits
 from case import Case, Item, parse
 from hostile import hostile
-from lifecycle_helpers import FEWER_EXAMPLES
 from mutate import crossed, mutated
 from reached import Reached, lines_to_reach
 from seeds import seeds
+from support.lifecycle_helpers import FEWER_EXAMPLES
 from targets import FindingError, limited, nothing_left, run
 
 CORPUS = {path.name: path.read_bytes() for path in sorted((Path(__file__).parent / "corpus").iterdir())}

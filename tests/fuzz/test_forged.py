@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import fewbits
 from case import Case, Item
-from checkpoints import DTYPE_NAMES, joined
 from fewbits.checkpoint.codec import CODEC
 from fewbits.checkpoint.metadata import Metadata
 from fewbits.selection.ledger import Ledger, LedgerRow
+from support.checkpoints import DTYPE_NAMES, joined
 from targets import run
 
 CODES = {name: code for code, name in DTYPE_NAMES.items()}

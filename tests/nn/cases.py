@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits.numerics.dtypes import FLOAT_DTYPES
-from lifecycle_helpers import small
+from support.lifecycle_helpers import small
 
 
 def keeping(scheme: type[fewbits.Quantizer] = fewbits.Int8PerChannel, *args: Any, **options: Any) -> fewbits.Quantizer:

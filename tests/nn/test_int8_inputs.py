@@ -10,8 +10,8 @@ from torch import nn
 import fewbits
 from fewbits.errors import ArgumentError
 from fewbits.kernels import features
-from lifecycle_helpers import FEWER_EXAMPLES, small
 from nn.cases import same_bits
+from support.lifecycle_helpers import FEWER_EXAMPLES, small
 
 TINY = torch.finfo(torch.float32).tiny
 

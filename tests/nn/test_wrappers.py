@@ -8,7 +8,7 @@ from torch import nn
 
 import fewbits
 from fewbits.errors import ArgumentError, MismatchError, SourceError
-from lifecycle_helpers import mlp, quantize_small
+from support.lifecycle_helpers import mlp, quantize_small
 
 X = torch.linspace(-1, 1, 32).reshape(2, 16)
 

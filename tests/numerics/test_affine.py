@@ -14,7 +14,7 @@ from fewbits.extend import QuantParams
 from fewbits.numerics.affine import choose_params, decode, encode, error_bound, extremes
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.params import check_params
-from strategies import FLOATS, fractions, numbers, per_element, problems, rounded, specs, ulp
+from support.strategies import FLOATS, fractions, numbers, per_element, problems, rounded, specs, ulp
 
 HALF = Fraction(1, 2)
 

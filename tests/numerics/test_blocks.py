@@ -13,7 +13,7 @@ from fewbits.extend import Layout
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import BLOCK_ELEMENTS
 from fewbits.numerics.quantize import cast, check_finite, quantize
-from strategies import FLOATS
+from support.strategies import FLOATS
 
 SCHEMES = {
     "int8": QuantSpec(bits=8, granularity="channel"),

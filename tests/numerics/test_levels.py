@@ -21,8 +21,8 @@ from fewbits.numerics.affine import choose_params, clipped, decode, encode, erro
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import spec_from_dict
-from lifecycle_helpers import small
-from strategies import FLOATS, as_matrix, fractions, layouts, per_element, rounded, ulp, weights
+from support.lifecycle_helpers import small
+from support.strategies import FLOATS, as_matrix, fractions, layouts, per_element, rounded, ulp, weights
 
 #: NF4 (quantiles of a normal distribution), and the numbers of other formats in use.
 NF4 = (

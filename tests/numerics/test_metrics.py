@@ -15,7 +15,7 @@ from fewbits.extend import Layout
 from fewbits.numerics.layout import block_rows
 from fewbits.numerics.metrics import Tally, pooled_sqnr_db, sqnr_db, unit_of
 from fewbits.numerics.quantize import cast, quantize
-from strategies import as_matrix, fractions, numbers, per_element, problems, restrided, weights
+from support.strategies import as_matrix, fractions, numbers, per_element, problems, restrided, weights
 
 CHANNEL = QuantSpec(bits=8, granularity="channel")
 NARROW = (torch.float32, torch.float16, torch.bfloat16)  # differences of these are exact in float64

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbits.numerics.packing import pack, packed_words, unpack
-from strategies import seeds
+from support.strategies import seeds
 
 widths = st.integers(2, 8)
 

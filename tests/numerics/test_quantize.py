@@ -15,7 +15,7 @@ from fewbits.errors import NonFiniteError, NumericsError, RangeError
 from fewbits.extend import Layout, WeightMatrix
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.quantize import cast, quantize
-from strategies import (
+from support.strategies import (
     FLOATS,
     as_matrix,
     fractions,

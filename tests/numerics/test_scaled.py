@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fewbits
 from fewbits.numerics.scaled import FP8_DTYPES, ScaleGrid, decoded, dequantize_scaled
-from fp8 import FP8, SCALE_DTYPES, codes, expected, scale_shape, scales
+from support.fp8 import FP8, SCALE_DTYPES, codes, expected, scale_shape, scales
 
 SIZES = st.integers(1, 9)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from fewbits.numerics.affine import choose_params, encode, extremes
 from fewbits.numerics.packing import pack, packed_words
 from fewbits.numerics.scratch import Scratch
-from strategies import problems
+from support.strategies import problems
 
 CPU = torch.device("cpu")
 

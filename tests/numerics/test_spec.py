@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fewbits import CastSpec, QuantSpec
 from fewbits.errors import ArgumentError
 from fewbits.numerics.spec import spec_from_dict
-from strategies import FLOATS, specs
+from support.strategies import FLOATS, specs
 
 AFFINE = {
     "kind": "affine",

@@ -14,7 +14,7 @@ from fewbits.errors import FormatError, NumericsError
 from fewbits.extend import Layout, QuantParams
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import part_shapes
-from strategies import FLOATS, per_element, problems
+from support.strategies import FLOATS, per_element, problems
 
 GROUPS = QuantSpec(bits=4, granularity="group", group_size=8, symmetric=False)
 LAYOUT = Layout.of((4, 20))

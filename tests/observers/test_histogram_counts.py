@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fewbits.errors import CalibrationError
 from fewbits.observers.histogram_counts import HistogramCounts
-from strategies import FLOATS, contents, shapes
+from support.strategies import FLOATS, contents, shapes
 
 BINS = st.sampled_from([64, 256])
 

@@ -17,8 +17,8 @@ from fewbits.observers.histogram import HistogramObserver
 from fewbits.observers.moving_average import MovingAverageMinMaxObserver
 from fewbits.observers.mse import MSEObserver
 from fewbits.observers.percentile import PercentileObserver
-from lifecycle_helpers import FEWER_EXAMPLES
-from strategies import FLOATS, contents, shapes
+from support.lifecycle_helpers import FEWER_EXAMPLES
+from support.strategies import FLOATS, contents, shapes
 
 ASYMMETRIC = QuantSpec(bits=8, granularity="tensor", symmetric=False)
 SPECS = st.sampled_from(

@@ -8,7 +8,7 @@ import fewbits
 from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, MinMaxObserver, PercentileObserver, QuantSpec
 from fewbits.errors import ArgumentError
 from fewbits.observers import OBSERVERS
-from lifecycle_helpers import mlp, small
+from support.lifecycle_helpers import mlp, small
 
 SCHEMES = [Int8PerTensor, Int8PerChannel, Int4Grouped, FP16Cast]
 

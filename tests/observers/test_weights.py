@@ -25,8 +25,8 @@ from fewbits.observers.histogram import HistogramObserver
 from fewbits.observers.moving_average import MovingAverageMinMaxObserver
 from fewbits.observers.mse import MSEObserver
 from fewbits.observers.percentile import PercentileObserver
-from lifecycle_helpers import FEWER_EXAMPLES
-from strategies import problems
+from support.lifecycle_helpers import FEWER_EXAMPLES
+from support.strategies import problems
 
 # Levels that are multiples of a quarter, more of them above zero than below, with gaps of different widths.
 LEVELS = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.75, 1.5, 3.0)

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 
 import fewbits
-from checkpoints import AnyScheme
 from fewbits.extend import QuantParams
-from lifecycle_helpers import small
+from support.checkpoints import AnyScheme
+from support.lifecycle_helpers import small
 
 INDEX = "model.safetensors.index.json"
 

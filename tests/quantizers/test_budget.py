@@ -13,8 +13,8 @@ import torch
 import fewbits
 from fewbits.conversion.budget import Budget, Demand, choose_budget
 from fewbits.errors import ArgumentError
-from fp8 import codes, scales
-from lifecycle_helpers import quantize_small
+from support.fp8 import codes, scales
+from support.lifecycle_helpers import quantize_small
 
 MB = 10**6
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")

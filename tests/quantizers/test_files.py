@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from checkpoints import write_shards
 from fewbits.conversion.pool import in_order
 from fewbits.errors import CheckpointError, FormatError
 from fewbits.extend import QuantParams
 from fewbits.numerics.metrics import Tally
-from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize_small, small, visible
+from support.checkpoints import write_shards
+from support.lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize_small, small, visible
 
 
 @pytest.fixture(scope="module")

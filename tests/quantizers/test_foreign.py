@@ -7,8 +7,8 @@ from torch import nn
 
 import fewbits
 from fewbits.errors import SourceError
-from fp8 import codes, scales
-from lifecycle_helpers import quantize_small
+from support.fp8 import codes, scales
+from support.lifecycle_helpers import quantize_small
 
 U8, I8, I32, F8 = torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn
 

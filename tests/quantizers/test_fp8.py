@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from checkpoints import forged_ledger, write_shards
 from fewbits.checkpoint.shards import plan_shards
 from fewbits.conversion.budget import Budget, Demand
 from fewbits.errors import SourceError
-from fp8 import codes, expected, scale_shape, scales
-from lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small, snapshot
+from support.checkpoints import forged_ledger, write_shards
+from support.fp8 import codes, expected, scale_shape, scales
+from support.lifecycle_helpers import FEWER_EXAMPLES, files_in, quantize_small, small, snapshot
 from test_reader import ROOT, read
 
 BLOCK = (128, 128)

@@ -12,7 +12,16 @@ from torch import nn
 import fewbits
 from fewbits import QuantizedTensor
 from fewbits.errors import NonFiniteError, SourceError
-from lifecycle_helpers import FEWER_EXAMPLES, TiedLM, hook_count, mlp, named_tensors, quantize_small, small, snapshot
+from support.lifecycle_helpers import (
+    FEWER_EXAMPLES,
+    TiedLM,
+    hook_count,
+    mlp,
+    named_tensors,
+    quantize_small,
+    small,
+    snapshot,
+)
 
 MODELS = {"mlp": lambda: mlp(), "tied": lambda: TiedLM(), "mapping": lambda: mlp().state_dict()}
 

@@ -11,7 +11,7 @@ import fewbits
 from fewbits import FP16Cast, Int8PerChannel, LayerSelector, MinMaxObserver, Output, Quantizer, QuantSpec, State
 from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError, SelectionError, SourceError, StateError
 from fewbits.quantizers.lifecycle import TRANSITIONS
-from lifecycle_helpers import (
+from support.lifecycle_helpers import (
     JsonSerializer,
     TiedLM,
     Watcher,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 import fewbits
 from fewbits.errors import MismatchError, SourceError
 from fewbits.nn.storage import View, overlaps, storage_key
-from lifecycle_helpers import as_bytes, mlp, quantize_small, small
+from support.lifecycle_helpers import as_bytes, mlp, quantize_small, small
 
 pytestmark = [
     # Torch's warnings about its own quantized, nested and sparse tensors.

@@ -9,7 +9,7 @@ from fewbits import CastSpec, QuantSpec
 from fewbits.errors import SelectionError, SourceError
 from fewbits.extend import Decision
 from fewbits.quantizers.plan import plan
-from lifecycle_helpers import entry
+from support.lifecycle_helpers import entry
 
 INT8 = QuantSpec(bits=8, granularity="channel")
 KEEP, TAKE = Decision(False, "kept by default"), Decision(True, "selected")

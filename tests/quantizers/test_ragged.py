@@ -11,7 +11,7 @@ from torch import nn
 import fewbits
 from fewbits import Int4Grouped, Int8PerChannel, Int8PerTensor, QuantSpec, State
 from fewbits.errors import ArgumentError, SelectionError
-from lifecycle_helpers import quantize_small, small
+from support.lifecycle_helpers import quantize_small, small
 
 TERNARY = (-1.0, 0.0, 1.0, 2.0)
 POLICIES = ["auto", "shorter", "fallback", "error"]

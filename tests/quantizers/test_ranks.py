@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from checkpoints import write_shards
 from fewbits.conversion.ranks import spread
-from lifecycle_helpers import files_in, visible
+from support.checkpoints import write_shards
+from support.lifecycle_helpers import files_in, visible
 
 sizes = st.dictionaries(st.text(max_size=8), st.integers(0, 1000), max_size=30)
 

@@ -19,10 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from checkpoints import write_shards
 from fewbits.checkpoint.raw import FileBytes
 from fewbits.numerics.metrics import Tally
-from lifecycle_helpers import FEWER_EXAMPLES, JsonSerializer, files_in, quantize_small, read_header, small, visible
+from support.checkpoints import write_shards
+from support.lifecycle_helpers import (
+    FEWER_EXAMPLES,
+    JsonSerializer,
+    files_in,
+    quantize_small,
+    read_header,
+    small,
+    visible,
+)
 
 
 class Stopped(BaseException):

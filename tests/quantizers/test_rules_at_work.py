@@ -13,7 +13,7 @@ import fewbits
 from fewbits import CastSpec, Int4Grouped, Int8PerChannel, LayerSelector, QuantSpec
 from fewbits.errors import SelectionError
 from fewbits.numerics.spec import SPECS
-from lifecycle_helpers import TiedLM, mlp, quantize_small, small
+from support.lifecycle_helpers import TiedLM, mlp, quantize_small, small
 
 
 class Bag(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 import fewbits
 from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, QuantSpec
 from fewbits.errors import ArgumentError, RangeError, SelectionError
-from lifecycle_helpers import DTYPES, TiedLM, as_bytes, mlp, quantize_small, small
+from support.lifecycle_helpers import DTYPES, TiedLM, as_bytes, mlp, quantize_small, small
 
 ALL = [Int8PerTensor, Int8PerChannel, Int4Grouped, FP16Cast]
 

@@ -14,7 +14,7 @@ import fewbits
 from fewbits import QuantizedTensor
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.nn.storage import View, overlaps, storage_key
-from lifecycle_helpers import (
+from support.lifecycle_helpers import (
     TiedLM,
     as_bytes,
     files_in,

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fewbits import QuantizedTensor, State
 from fewbits.errors import ArgumentError, CalibrationError, StateError
 from fewbits.quantizers.lifecycle import guard
-from lifecycle_helpers import files_in, hook_count, mlp, named_tensors, small, snapshot
+from support.lifecycle_helpers import files_in, hook_count, mlp, named_tensors, small, snapshot
 
 TOO_EARLY_OR_TOO_LATE = {
     "prepare": dict.fromkeys(["PREPARED", "OBSERVED", "CONVERTED", "VALIDATED"], "reset()"),

@@ -11,7 +11,7 @@ import fewbits
 from fewbits import LayerSelector, MinMaxObserver, QuantizedTensor
 from fewbits.errors import CalibrationError, NumericsError, SelectionError
 from fewbits.extend import Decision, Observer
-from lifecycle_helpers import (
+from support.lifecycle_helpers import (
     FEWER_EXAMPLES,
     JsonSerializer,
     Watcher,

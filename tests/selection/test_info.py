@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
-from lifecycle_helpers import DTYPES, entry
+from support.lifecycle_helpers import DTYPES, entry
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 
 import fewbits
 from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, Ledger, LedgerRow
-from lifecycle_helpers import (
+from support.lifecycle_helpers import (
     FEWER_EXAMPLES,
     TiedLM,
     distinct_bytes,

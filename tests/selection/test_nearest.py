@@ -11,7 +11,7 @@ from fewbits.errors import ArgumentError, SelectionError
 from fewbits.observers import OBSERVERS
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.nearest import did_you_mean, nearest
-from lifecycle_helpers import mlp
+from support.lifecycle_helpers import mlp
 
 NAMES = [*SCHEMES, *OBSERVERS]
 

@@ -11,8 +11,8 @@ from fewbits import CastSpec, LayerSelector, QuantSpec
 from fewbits.errors import SelectionError
 from fewbits.numerics.spec import SPECS
 from fewbits.selection.rules import parse_override
-from lifecycle_helpers import entry
-from strategies import FLOATS, specs
+from support.lifecycle_helpers import entry
+from support.strategies import FLOATS, specs
 
 OWN = QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False, scale_dtype=torch.float32)
 INFOS = [

@@ -8,7 +8,7 @@ from torch import nn
 
 from fewbits import LayerSelector
 from fewbits.errors import SelectionError
-from lifecycle_helpers import entry
+from support.lifecycle_helpers import entry
 
 
 class Projection(nn.Linear):

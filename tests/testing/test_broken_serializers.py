@@ -9,7 +9,7 @@ from caught import caught, covered
 
 from fewbits.extend import Reader, SafetensorsSerializer, Serializer, Writer
 from fewbits.testing import check_serializer
-from lifecycle_helpers import JsonSerializer
+from support.lifecycle_helpers import JsonSerializer
 
 
 class Changed(Serializer):

@@ -14,7 +14,7 @@ import fewbits
 from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
 from fewbits.errors import ValidationError
 from fewbits.validation.checks import same_bits
-from lifecycle_helpers import TiedLM, mlp, quantize_small, read_header, small
+from support.lifecycle_helpers import TiedLM, mlp, quantize_small, read_header, small
 
 pytestmark = pytest.mark.usefixtures("reference_only")
 

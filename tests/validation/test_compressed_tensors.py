@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from compressed import Recipe, config, pack, quantized, recipes, rounded, stored, words, write
 from fewbits.sources.open import open_source
 from fewbits.validation.verify import verify
+from support.compressed import Recipe, config, pack, quantized, recipes, rounded, stored, words, write
 
 WEIGHTS = ("layers.0.weight", "layers.1.weight")
 SHAPES = st.tuples(st.integers(2, 70), st.sampled_from([48, 96]))

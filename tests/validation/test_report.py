@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fewbits import Measurement, Report, TensorReport
 from fewbits.validation.report import verdict_of
-from lifecycle_helpers import mlp, quantize_small
+from support.lifecycle_helpers import mlp, quantize_small
 
 
 def measured(signal=100.0, noise=1.0, **fields):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from checkpoints import save, state
 from fewbits.sources.open import open_source
 from fewbits.validation.verify import verify
-from lifecycle_helpers import small
+from support.checkpoints import save, state
+from support.lifecycle_helpers import small
 
 SCHEMES = {
     "int8": small,
