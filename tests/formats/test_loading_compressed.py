@@ -55,14 +55,14 @@ def test_a_checkpoint_is_quantized_again_after_it_is_dequantized_on_request(scra
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_codes_are_not_quantized_again_unasked(scratch, packed):
+def test_codes_are_not_quantized_again_without_dequantizing_first(scratch, packed):
     recipe = Recipe(bits=8, packed=packed)
     path = write(scratch, quantized(source(), recipe, (NAME,)), config(recipe))
     with pytest.raises(SourceError, match=re.escape("fewbits.load(path, dequantize=True)")):
         fewbits.plan(path, "int4")
 
 
-def test_columns_in_another_order_are_put_back(scratch):
+def test_columns_in_another_order_are_loaded_in_the_original_order(scratch):
     recipe, weight = Recipe(bits=4, group_size=8), source()[NAME]
     order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
     # The file holds codes in the order of the columns, and a scale for each group of them.
@@ -112,7 +112,7 @@ def test_scales_of_activations_are_left_out_and_named(scratch, caplog):
     assert "layers.0.input_scale" in caplog.text
 
 
-def test_a_model_takes_no_checkpoint_of_compressed_tensors_and_no_floats(scratch):
+def test_into_is_refused_for_compressed_tensors_and_with_dequantize(scratch):
     path = write(scratch, quantized(source(), Recipe(), (NAME,)), config(Recipe()))
     with pytest.raises(ArgumentError, match="is a checkpoint of compressed-tensors; load it without into="):
         fewbits.load(path, into=nn.Linear(48, 33))

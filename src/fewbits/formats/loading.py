@@ -87,7 +87,7 @@ def load(
         serializer: reads the file; None means safetensors.
         dequantize: whether to return a float tensor for each `QuantizedTensor`, for example to quantize it again.
             Needs ``into=None``.
-        compute: how the layers of `into` may trade exactness for speed; see `fewbits.set_compute`.
+        compute: whether the layers of `into` may trade exactness for speed; see `fewbits.set_compute`.
         device: the device for all tensors of `into`, also for tensors that are not in the file, such as ``"cuda"``.
             None keeps each tensor's device, and moves tensors of the meta device to the CPU.
         ignore: name patterns, as for `LayerSelector`, of tensors in the file that the model may lack. Matching
