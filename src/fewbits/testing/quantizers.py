@@ -46,7 +46,7 @@ _BITS = Contract(
     "fewbits.Quantizer.save", "Write the result atomically to a file, or to a directory of several, and read it back."
 )
 _BYTES = Contract("fewbits.Ledger.bytes_after", "the bytes of the file without its header")
-_INTO = Contract("fewbits.load", "a float model of the same architecture, which may live on the meta device")
+_INTO = Contract("fewbits.load", "a float model of the same architecture, which may be on the meta device")
 _UNPICKLED = Contract("fewbits.testing.check_quantizer", "A file is read without the class that made it.")
 
 
