@@ -198,9 +198,9 @@ BROKEN = {
     "a file is missing": (lambda d: next(d.glob("*-00002-of-*")).unlink(), "files that are missing: model-00002-of-"),
     "a file of another result": (
         lambda d: shutil.copy(next(other_result(d).glob("*-00002-of-*")), d),
-        "not those that the index was written for",
+        "the index was written for other files",
     ),
-    "another index": (lambda d: shutil.copy(other_result(d) / INDEX, d), "not those that the index was written for"),
+    "another index": (lambda d: shutil.copy(other_result(d) / INDEX, d), "the index was written for other files"),
     "a tensor elsewhere": (
         lambda d: edit_index(d, lambda i: i["weight_map"].update({first(i): max(i["weight_map"].values())})),
         "is not in the file that the index names",
@@ -231,7 +231,7 @@ BROKEN |= {
     ),
     "another size": (
         lambda d: edit_index(d, lambda i: i["metadata"].update(total_size=-5)),
-        "not those that the index was written for",
+        "the index was written for other files",
     ),
     "a directory for an index": (lambda d: ((d / INDEX).unlink(), (d / INDEX).mkdir()), "it is no index"),
     "a link to nothing": (lambda d: ((d / INDEX).unlink(), (d / INDEX).symlink_to(d / "nothing")), "it is no index"),

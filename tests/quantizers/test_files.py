@@ -247,7 +247,7 @@ def test_no_tallies_are_held_for_finished_tensors(tmp_path):
 @pytest.mark.parametrize("name", ["out.pt", "out.BIN", "out.gguf"])
 def test_an_output_with_the_suffix_of_another_format_is_refused(sources, tmp_path, name):
     with pytest.raises(
-        fewbits.errors.ArgumentError, match=r"what is written is a \.safetensors file: call it out\.safetensors"
+        fewbits.errors.ArgumentError, match=r"the result is a \.safetensors file: call it out\.safetensors"
     ):
         quantize_small(sources["one"], "int8", output=tmp_path / name)
     with pytest.raises(fewbits.errors.ArgumentError, match=r"call it out\.safetensors"):

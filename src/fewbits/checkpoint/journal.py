@@ -174,7 +174,7 @@ def _checked(line: bytes) -> bytes:
     """
     text = line.rpartition(f',"{_CHECK}":'.encode())[0] + b"}"
     if line != _signed(text):
-        raise ValueError("the line is not what was written")
+        raise ValueError("the line differs from the line that was written")
     return text
 
 

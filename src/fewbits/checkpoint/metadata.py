@@ -135,7 +135,7 @@ class Metadata:
         Raises:
             FormatError: if it was not written by fewbits, by a version of the format that is not known, or its
                 parts contradict one another.
-            DigestError: if the header is not the one that was written.
+            DigestError: if the header has changed since it was written.
         """
         version = strings.get(VERSION_KEY)
         if version is None:
@@ -143,7 +143,7 @@ class Metadata:
         if version != str(FORMAT_VERSION):
             raise FormatError(f"{where} has format version {version}; this release of fewbits reads {FORMAT_VERSION}")
         if strings.get(HEADER_DIGEST_KEY) != header_digest(strings, entries):
-            raise DigestError(f"{where}: the header is not the one that was written; the file is damaged")
+            raise DigestError(f"{where}: the header has changed since it was written; the file is damaged")
         try:
             metadata = cls._parse(strings, where)
         except _UNREADABLE as error:

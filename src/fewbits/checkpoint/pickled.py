@@ -21,7 +21,7 @@ from fewbits.numerics.layout import MAX_AXES
 #: Errors that opcodes in an invalid order may raise.
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
-#: The classes of storage, whose names tell what they hold. An untyped one holds bytes.
+#: The dtypes of the classes of storage. An untyped storage holds bytes.
 _STORAGES = {
     "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
     "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
@@ -40,7 +40,7 @@ class Name:
 
 @attrs.frozen
 class Made:
-    """Stands for the object that a class or function would make, if anything were called."""
+    """A stand-in for the result of a class or function; nothing is called."""
 
     maker: str
 

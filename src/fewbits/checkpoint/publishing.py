@@ -106,7 +106,7 @@ def check_name_and_parent(path: Path, *, folder: bool, advice: str = "") -> None
     with as_checkpoint_error(f"{path} cannot be written"):
         if folder and path.suffix.lower() in WEIGHT_SUFFIXES and not path.is_dir():
             raise ArgumentError(
-                f"{path} is the name of a {path.suffix} file, and what is written is a directory of files; give the "
+                f"{path} is the name of a {path.suffix} file, but the result is a directory of files; give the "
                 f"path of a directory, such as {path.with_suffix('')}{advice}"
             )
         parent = Path(os.path.realpath(path)).parent
@@ -132,7 +132,7 @@ def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
             raise
         sync_directory(path.parent)
     if old is not None:
-        remove_tree(old, "what was replaced cannot be removed")
+        remove_tree(old, "the replaced files cannot be removed")
 
 
 def remove_tree(folder: Path, complaint: str) -> None:

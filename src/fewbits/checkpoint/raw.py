@@ -19,7 +19,7 @@ Identity = tuple[int, int, int, int]
 
 
 class FileBytes:
-    """A file that several threads may read in pieces. It must not change meanwhile.
+    """A file that several threads may read in pieces. It must not change while it is open.
 
     It is opened anew for each piece: a checkpoint can have more files than a process may hold open.
     """
@@ -65,7 +65,9 @@ class FileBytes:
 
     def _check(self, found: Identity) -> None:
         if found != self.identity:
-            raise CheckpointError(f"{self.path} has changed since it was opened; what was read of it is of two files")
+            raise CheckpointError(
+                f"{self.path} has changed since it was opened; its contents may come from two versions"
+            )
 
 
 def identity(file: FileIO) -> Identity:
@@ -119,7 +121,7 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def as_checkpoint_error(what: str) -> Iterator[None]:
-    """Turn an error of the system into a `CheckpointError` that says what failed.
+    """Turn an error of the system into a `CheckpointError` that names the failed operation.
 
     A path with a NUL in it is a ValueError.
     """

@@ -183,7 +183,7 @@ def _check_index(files: CheckpointFiles, shards: Sequence[_Shard]) -> None:
     """Refuse files that do not belong together.
 
     Raises:
-        FormatError: if a tensor is not where the index says, or a file is not the one that it was written for.
+        FormatError: if the index names the wrong file for a tensor, or was written for other files.
     """
     where = files.folder
     digests = {shard.file: shard.reader.metadata[HEADER_DIGEST_KEY] for shard in shards}
@@ -192,7 +192,7 @@ def _check_index(files: CheckpointFiles, shards: Sequence[_Shard]) -> None:
         raise FormatError(f"{where} has format version {version}; this release of fewbits reads {FORMAT_VERSION}")
     total = sum(entry.nbytes for shard in shards for entry in shard.reader.entries.values())
     if files.metadata.get(SHARDS_KEY) != digests or files.metadata.get("total_size") != total:
-        raise FormatError(f"{where}: the files are not those that the index was written for; fetch all of them again")
+        raise FormatError(f"{where}: the index was written for other files; fetch all files again")
     found = {name: shard.file for shard in shards for name in shard.reader.entries}
     if found != files.weight_map:
         odd = sorted(found.items() ^ dict(files.weight_map or {}).items())

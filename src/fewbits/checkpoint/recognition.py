@@ -1,4 +1,4 @@
-"""Recognise files that are no readable checkpoint by their content, and advise what to do with them."""
+"""Recognise files that are no readable checkpoint by their content, and advise how to proceed."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class _Kind:
     """A kind of file.
 
     Attributes:
-        what: the name of the kind.
-        advice: what to do; a line of Python in it may name the file, `{path!r}`, and a new one beside it, `{saved!r}`.
+        what: the kind of file, in words.
+        advice: the next step; a line of Python in it may name the file, `{path!r}`, and a new one beside it, `{saved!r}`.
         fits: whether the first bytes of a file, or the names of an archive's records, are those of the kind.
     """
 
@@ -76,9 +76,9 @@ def _is_text(head: bytes) -> bool:
 
 #: By the first bytes of a file; the first kind that fits counts.
 _FILES = (
-    _Kind("empty", f"a download or a copy has not come to its end: {_FETCH}", lambda head: not head),
+    _Kind("empty", f"a download or a copy is incomplete: {_FETCH}", lambda head: not head),
     _Kind(
-        "a Git LFS pointer, not the file that it stands for",
+        "a Git LFS pointer, not the file itself",
         "fetch that: git lfs pull",
         _begins(b"version https://git-lfs"),
     ),
@@ -162,7 +162,7 @@ _ARCHIVES = (
 
 
 def recognised(path: Path) -> str | None:
-    """Describe a file, and what to do with it, in one sentence.
+    """Describe a file and the next step in one sentence.
 
     Returns:
         None if that is not known, or `torch.save` wrote it in the format of today.
@@ -179,7 +179,7 @@ def recognised(path: Path) -> str | None:
 
 
 def recognised_archive(path: Path, names: Collection[str]) -> str | None:
-    """Describe a zip archive by the names of its records, and what to do with it."""
+    """Describe a zip archive by the names of its records, and give the next step."""
     return next((kind.sentence(path) for kind in _ARCHIVES if kind.fits(names)), None)
 
 

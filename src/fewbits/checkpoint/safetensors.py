@@ -78,7 +78,7 @@ class _SafetensorsWriter(ResumableWriter):
             try:
                 self._begin(end)
             except OSError:
-                # At its own path the file may be an earlier writer's unfinished one.
+                # An earlier writer may have left an unfinished file at this path.
                 (self.leave if at == path else self.abort)()
                 raise
 
@@ -109,7 +109,7 @@ class _SafetensorsWriter(ResumableWriter):
         self._written[name] = done + chunk.numel()
 
     def read_back(self, name: str, start: int, out: Tensor) -> None:
-        """Read what is there by position."""
+        """Read the unfinished file by position."""
         entry = self._entry(name, start, out)
         with as_checkpoint_error(f"{self._path} cannot be read"):
             self._file.seek(self._starts[name] + start * entry.dtype.itemsize)

@@ -192,7 +192,7 @@ class CheckpointWriter:
         strings = metadata.to_strings(self._entries)
         reader = self._writer.seal(strings)
         if (reader.metadata, reader.entries) != (strings, self._entries):
-            # A serializer may add to what it was given; anything else is refused here, with the reason.
+            # A serializer may add strings or tensors; any other change is refused here, with the reason.
             Metadata.from_strings(reader.metadata, reader.entries, self._path)
         refuse_damaged(wrong_digests(reader, digests, threads), self._path)
         self._writer.close()

@@ -89,7 +89,7 @@ class ResumableWriter(ChunkWriter):
 
     @abstractmethod
     def read_back(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out`, contiguous and in CPU memory, with elements of a tensor as they are in the unfinished file."""
+        """Fill `out`, contiguous and in CPU memory, with elements of a tensor from the unfinished file."""
 
     @abstractmethod
     def take_over(self, name: str, elements: int) -> None:
@@ -97,7 +97,7 @@ class ResumableWriter(ChunkWriter):
 
     @abstractmethod
     def leave(self) -> None:
-        """Give up and leave the unfinished file as it is. Does nothing after `close`."""
+        """Give up and keep the unfinished file. Does nothing after `close`."""
 
 
 class Reader(ABC):
@@ -164,7 +164,7 @@ class Serializer(ABC):
         path = Path(path)
         if path.suffix.lower() in self.foreign_suffixes:
             raise ArgumentError(
-                f"{path} is the name of a {path.suffix} file, and what is written is a {self.suffix} file: call it "
+                f"{path} is the name of a {path.suffix} file, but the result is a {self.suffix} file: call it "
                 f"{path.stem.removesuffix(self.suffix)}{self.suffix}"
             )
 

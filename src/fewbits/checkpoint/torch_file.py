@@ -244,7 +244,7 @@ def _tensors(path: Path, saved: object) -> Iterator[tuple[str, SavedTensor]]:
     if not isinstance(saved, Mapping):
         raise FormatError(
             f"{path} holds a {_kind(saved)}, not a state dict that maps names to tensors; if it is a model, and you "
-            "trust the file, take what torch.load(path, weights_only=False) gives"
+            "trust the file, take the result of torch.load(path, weights_only=False)"
         )
     for name, tensor in saved.items():
         if isinstance(name, str) and isinstance(tensor, SavedTensor):
@@ -254,7 +254,7 @@ def _tensors(path: Path, saved: object) -> Iterator[tuple[str, SavedTensor]]:
             raise FormatError(f"{path} holds more than a state dict, as a training checkpoint does{hint}")
         if isinstance(tensor, Made) and isinstance(name, str):
             raise FormatError(
-                f"{path}: {name} is not a plain dense tensor, but what {tensor.maker} would make, which is not called; "
+                f"{path}: {name} is not a plain dense tensor, but the result of {tensor.maker}, which is not called; "
                 "make it one, and save it again"
             )
         raise FormatError(f"{path}: the entry {name!r} is a {_kind(tensor)}; a state dict maps names to tensors")
