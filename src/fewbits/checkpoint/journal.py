@@ -1,7 +1,7 @@
-"""`Journal`: how far one file of an unfinished result is, a line of JSON for every chunk.
+"""`Journal`: the progress of one unfinished output file, one line of JSON per chunk.
 
-It is a claim, not a proof: whoever goes on with the file reads back what was written, and believes as much of the
-journal as the bytes agree with. Nothing has to reach the disk in any order for that, so nothing is waited for.
+The journal is not proof. A resumed run reads the file's bytes back and trusts only the notes that match them.
+The order in which writes reach the disk therefore does not matter, and the journal never calls fsync.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fewbits.numerics.metrics import Tally
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where nobody is kept out
+except ImportError:  # Windows has no fcntl: files are not locked there
     fcntl = None  # type: ignore[assignment]
 
-#: The field of a line that holds a digest of the others.
+#: The field that holds the digest of a line's other fields.
 _CHECK = "check"
 
 _is = attrs.validators.instance_of
@@ -47,12 +47,12 @@ class Note:
 
     Attributes:
         tensor: its name in the source.
-        start: the first element of the chunk.
-        stop: the one after the last.
+        start: index of the chunk's first element.
+        stop: index after the chunk's last element.
         source: SHA-256 of the chunk's bytes as they were read.
-        written: of everything in the file that belongs to the tensor: how many elements are written by now, from the
-            first on, and the SHA-256 of their bytes.
-        tally: what was found out when the chunk was compared with its source; see `Tally.to_dict`.
+        written: for each entry that the file stores for the tensor, the number of elements written so far, counted from
+            the first, and the SHA-256 of their bytes.
+        tally: the comparison of the chunk with its source, as `Tally.to_dict` gives it; None if not compared.
     """
 
     tensor: str = attrs.field(validator=_is(str))
@@ -69,7 +69,7 @@ class Seal:
 
     Attributes:
         header: the digest in its header.
-        measured: what `Measurement` holds, by tensor.
+        measured: the fields of each tensor's `Measurement`, by tensor name.
     """
 
     header: str = attrs.field(validator=_is(str))
@@ -77,17 +77,17 @@ class Seal:
 
 
 class Journal:
-    """How far one file is. Open while somebody writes the file; nobody else can, meanwhile.
+    """Record the progress of one file. An open journal keeps other processes from writing the file.
 
     Args:
-        path: of the journal, which is made if there is none.
+        path: path of the journal. A missing journal is created.
 
     Attributes:
-        notes: what earlier processes have written, in order.
-        seal: the end of the file; None before that.
+        notes: the notes of earlier processes, in order.
+        seal: the seal of a complete file; None while the file is incomplete.
 
     Raises:
-        CheckpointError: if it cannot be opened, or another process writes the file.
+        CheckpointError: if the journal cannot be opened, or another process is writing the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,21 +97,21 @@ class Journal:
             try:
                 lock(self._file.fileno(), path)
                 self.notes, self.seal, good = _read(path)
-                # Off with a line that a process did not come to the end of.
+                # Cut off a line that an interrupted process left incomplete.
                 os.truncate(self._file.fileno(), good)
             except BaseException:
                 self._file.close()
                 raise
 
     def add(self, line: Note | Seal) -> None:
-        """Write one more line."""
+        """Append one line."""
         data = _line(attrs.asdict(line, recurse=False))
         with as_checkpoint_error(f"{self._path} cannot be written"):
             while data:
                 data = data[self._file.write(data) :]
 
     def rewrite(self, notes: Sequence[Note]) -> None:
-        """Forget everything but some notes: the file is not complete, and holds no more than these say."""
+        """Keep only the given notes and drop the seal: the file is incomplete and holds only those chunks."""
         if notes == self.notes and self.seal is None:
             return
         self.notes, self.seal = [*notes], None
@@ -121,7 +121,7 @@ class Journal:
             self.add(note)
 
     def close(self) -> None:
-        """Let others write the file."""
+        """Close the journal and let other processes write the file."""
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -132,13 +132,13 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[list[Note], Seal | None]:
-    """What a journal says, also while somebody writes to it; nothing if there is none."""
+    """Read a journal's notes and seal, even while a process writes it; a missing journal gives `([], None)`."""
     with as_checkpoint_error(f"{path} cannot be read"):
         return _read(path)[:2] if path.exists() else ([], None)
 
 
 def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
-    """Everything up to the first line that is none, and how many bytes that is."""
+    """Read all lines before the first invalid one, and count their bytes."""
     notes: list[Note] = []
     seal: Seal | None = None
     good = 0
@@ -157,7 +157,7 @@ def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
 
 
 def _line(fields: Mapping[str, Any]) -> bytes:
-    """Fields as a line, with a digest of them: a figure in which a bit has changed is still a figure."""
+    """Encode fields as a line with a digest, since a number with a flipped bit can still be a valid number."""
     return _signed(json.dumps(fields, separators=(",", ":")).encode())
 
 
@@ -167,10 +167,10 @@ def _signed(text: bytes) -> bytes:
 
 
 def _checked(line: bytes) -> bytes:
-    """The JSON that `_line` made a line of.
+    """Return the JSON of a line that `_line` wrote, after checking the digest.
 
     Raises:
-        ValueError: if it is not one of those.
+        ValueError: if the digest does not match the line.
     """
     text = line.rpartition(f',"{_CHECK}":'.encode())[0] + b"}"
     if line != _signed(text):
@@ -179,10 +179,10 @@ def _checked(line: bytes) -> bytes:
 
 
 def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
-    """Keep other processes out of an open file, until it is closed; with `shared`, those that do not share it.
+    """Lock an open file until it is closed. A `shared` lock excludes only processes that want an exclusive one.
 
     Raises:
-        CheckpointError: if one of them is in there.
+        CheckpointError: if another process holds a conflicting lock.
     """
     if fcntl is None:
         return
@@ -195,7 +195,7 @@ def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
 
 
 def unlock(descriptor: int) -> None:
-    """Let other processes in, also while a child that this one has forked still has the file open."""
+    """Release the lock, even if a forked child process still has the file open."""
     if fcntl is not None:
-        with suppress(OSError):  # as above
+        with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -1,4 +1,4 @@
-"""`Output`: where the result of a file goes, and how."""
+"""`Output`: where and how a quantized checkpoint is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import attrs
 from fewbits._sizes import parse_size
 from fewbits.errors import ArgumentError
 
-#: Bytes of tensors in one file of a directory, unless something else is asked for; that of transformers.
+#: Default limit on the bytes of tensors in one file of a directory; the default of transformers.
 MAX_SHARD_SIZE = 5 * 10**9
 
 
@@ -47,14 +47,14 @@ class Output:
         path: of the file, or of the directory, if the source is one or `max_shard_size` is given.
         max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
             which is the default; a larger tensor has a file of its own.
-        replace: whether a directory that is there already, with files in it, is replaced, and an unfinished run begun
-            anew. Of a link to a directory, this replaces the directory that it points to; the link stays. A file always
-            is replaced, except one that has come there since a run was begun that is gone on with.
-        resume: whether a run that did not come to its end is gone on with, if there is one. It is refused if anything
-            that the result depends on has changed since. A result that is there already is compared with its source:
-            the fates and all elements, within their bounds; which observer chose the scales a file does not say.
-        paranoid: whether what an earlier run has read of the source is read again, to see that it is still the same;
-            otherwise size, time of change and header of each file tell.
+        replace: whether a directory that is there already, with files in it, is replaced, and an unfinished run
+            starts again. If `path` links to a directory, the directory is replaced and the link stays. An existing file
+            is always replaced, unless the file appeared after the start of a run that is now resumed.
+        resume: whether to continue an unfinished run, if there is one. fewbits refuses if anything that determines the
+            result has changed since. An existing result is compared with its source: the fate of every tensor, and all
+            elements within their bounds. The observer cannot be compared, since a file does not record it.
+        paranoid: whether to read again the parts of the source that an earlier run has read, and check that they are
+            unchanged. Otherwise only each file's size, modification time and header are compared.
         distributed: whether every process of `torch.distributed`'s default group makes this call alike, each writes
             some of the files of a directory, and the first publishes them.
         max_memory: the most resident memory that the process may take beyond what it has when fewbits is imported, as a
@@ -64,7 +64,7 @@ class Output:
             has threads. They change nothing in the result.
 
     Raises:
-        ArgumentError: for a size that is none, or less than one thread.
+        ArgumentError: for an invalid path, flag or size, or for fewer than one thread.
     """
 
     path: Path = attrs.field(converter=_path)
@@ -78,7 +78,7 @@ class Output:
 
     @classmethod
     def beside(cls, source: str | os.PathLike[str], **how: Any) -> Output:
-        """Where a result could go of which nothing is said: beside its source."""
+        """Return the default output, a path next to the source."""
         path = Path(os.path.abspath(source))
         if ".index." in path.name:
             path = path.parent  # the index of a directory stands for all of it
@@ -87,5 +87,5 @@ class Output:
 
     @classmethod
     def of(cls, output: str | os.PathLike[str] | Output) -> Output:
-        """The output itself, or the one for a path alone."""
+        """Return `output` itself, or an `Output` for a path."""
         return output if isinstance(output, Output) else cls(output)
