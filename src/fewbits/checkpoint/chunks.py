@@ -1,4 +1,4 @@
-"""Chunks: as much of a tensor as is read, converted, compared and written at a time, however large it is."""
+"""Chunks: parts of a tensor, each read, converted, compared and written at a time, to limit memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.spec import QuantSpec
 from fewbits.selection.ledger import LedgerRow
 
-#: Elements of a chunk: enough that what a chunk costs apart from its elements does not matter.
+#: Default elements per chunk: enough that the fixed cost of a chunk does not matter.
 CHUNK_ELEMENTS = 1 << 22
 
-#: Packed zero points begin a new word at a multiple of so many rows, whatever their bits.
+#: Packed zero points begin a new 32-bit word at every multiple of this many rows, for every bit width.
 _ZERO_POINT_ROWS = 32
 
 
@@ -23,9 +23,9 @@ class Chunk:
     """Some elements of one tensor, as they lie in a file; of a quantized one, whole rows of its matrix.
 
     Attributes:
-        row: of the whole tensor.
-        start: the first element.
-        stop: the one after the last.
+        row: ledger row of the whole tensor.
+        start: index of the first element.
+        stop: index after the last element.
     """
 
     row: LedgerRow
@@ -82,7 +82,7 @@ def columns_of(row: LedgerRow) -> int:
 
 
 def chunks(row: LedgerRow, elements: int | None = None, *, start: int = 0) -> Iterator[Chunk]:
-    """The chunks of one tensor, in order, of about so many elements; None stands for `CHUNK_ELEMENTS`.
+    """Yield a tensor's chunks in order, each of about `elements` elements (None: `CHUNK_ELEMENTS`).
 
     A tensor whose rows do not lie one after the other is one chunk, and so is an empty one.
 
@@ -104,7 +104,7 @@ def chunk_elements(row: LedgerRow, elements: int) -> int:
         return min(total, elements)
     if not row.layout.in_order:
         return total
-    # Whole blocks, so that what is summed over a chunk is summed as over the whole tensor.
+    # Whole blocks, so that sums over chunks add in the same order as sums over the whole tensor.
     rows = block_rows(row.layout.columns)
     if isinstance(row.spec, QuantSpec) and not row.spec.symmetric:
         rows = math.lcm(rows, _ZERO_POINT_ROWS)
