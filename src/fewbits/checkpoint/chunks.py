@@ -23,9 +23,9 @@ class Chunk:
     """Consecutive elements of one tensor; of a quantized tensor, whole rows of its matrix.
 
     Attributes:
-        row: of the whole tensor.
-        start: the first element.
-        stop: the one after the last.
+        row: ledger row of the whole tensor.
+        start: index of the first element.
+        stop: index after the last element.
     """
 
     row: LedgerRow

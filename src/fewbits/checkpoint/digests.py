@@ -16,7 +16,7 @@ from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader
 from fewbits.errors import DigestError
 from fewbits.numerics.tensor import in_memory
 
-#: Bytes of a file that are looked at together.
+#: Bytes of a tensor that are read and hashed at a time.
 _PIECE = 1 << 20
 
 
@@ -32,10 +32,10 @@ def value_digest(value: Value) -> str:
 
 
 def wrong_digests(reader: Reader, digests: Mapping[str, str], threads: int | None = None) -> list[str]:
-    """The names of the tensors whose bytes do not have their digest.
+    """Return the names of the tensors whose bytes do not match their digest.
 
     Args:
-        reader: of the file.
+        reader: an open reader of the file.
         digests: SHA-256 in hexadecimal, by name.
         threads: how many tensors are read at a time, where the format allows it; None means as many as torch uses.
     """
@@ -65,7 +65,7 @@ def digest_in(reader: Reader, name: str) -> str:
 
 @attrs.frozen(eq=False)
 class Piece:
-    """Some elements of a tensor in a file, and memory for them, which the next piece uses again."""
+    """A run of a tensor's elements, and memory for them. The next piece reuses that memory."""
 
     start: int
     out: Tensor
@@ -84,7 +84,7 @@ def refuse_damaged(names: Sequence[str], where: object) -> None:
     """Refuse a file with damaged tensors.
 
     Raises:
-        DigestError: naming every one of them.
+        DigestError: if there is a damaged tensor; the message names all of them.
     """
     if names:
         raise DigestError(

@@ -1,4 +1,4 @@
-"""`Journal`: how far one file of an unfinished result is, a line of JSON for every chunk.
+"""`Journal`: the progress of one unfinished output file, one line of JSON per chunk.
 
 A resumed run reads the unfinished file back, and believes only those lines of the journal that agree with its bytes.
 The order in which bytes reach the disk therefore does not matter, and no write is waited for.
@@ -25,7 +25,7 @@ try:
 except ImportError:  # missing on Windows, where the journal is not locked
     fcntl = None  # type: ignore[assignment]
 
-#: The field of a line that holds a digest of the others.
+#: The field that holds the digest of a line's other fields.
 _CHECK = "check"
 
 _is = attrs.validators.instance_of
@@ -47,8 +47,8 @@ class Note:
 
     Attributes:
         tensor: its name in the source.
-        start: the first element of the chunk.
-        stop: the one after the last.
+        start: index of the chunk's first element.
+        stop: index after the chunk's last element.
         source: SHA-256 of the chunk's bytes as they were read.
         written: of everything in the file that belongs to the tensor: how many elements are written by now, from the
             first on, and the SHA-256 of their bytes.
@@ -87,7 +87,7 @@ class Journal:
         seal: the end of the file; None before that.
 
     Raises:
-        CheckpointError: if it cannot be opened, or another process writes the file.
+        CheckpointError: if the journal cannot be opened, or another process is writing the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,14 +104,14 @@ class Journal:
                 raise
 
     def add(self, line: Note | Seal) -> None:
-        """Write one more line."""
+        """Append one line."""
         data = _line(attrs.asdict(line, recurse=False))
         with as_checkpoint_error(f"{self._path} cannot be written"):
             while data:
                 data = data[self._file.write(data) :]
 
     def rewrite(self, notes: Sequence[Note]) -> None:
-        """Forget everything but some notes: the file is not complete, and holds no more than these say."""
+        """Keep only the given notes and drop the seal: the file is incomplete and holds only those chunks."""
         if notes == self.notes and self.seal is None:
             return
         self.notes, self.seal = [*notes], None
@@ -121,7 +121,7 @@ class Journal:
             self.add(note)
 
     def close(self) -> None:
-        """Let others write the file."""
+        """Close the journal and let other processes write the file."""
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -157,7 +157,7 @@ def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
 
 
 def _line(fields: Mapping[str, Any]) -> bytes:
-    """Fields as a line, with a digest of them: a figure in which a bit has changed is still a figure."""
+    """Encode fields as a line with a digest, since a number with a flipped bit can still be a valid number."""
     return _signed(json.dumps(fields, separators=(",", ":")).encode())
 
 
@@ -167,10 +167,10 @@ def _signed(text: bytes) -> bytes:
 
 
 def _checked(line: bytes) -> bytes:
-    """The JSON that `_line` made a line of.
+    """Return the JSON of a line that `_line` wrote, after checking the digest.
 
     Raises:
-        ValueError: if it is not one of those.
+        ValueError: if the digest does not match the line.
     """
     text = line.rpartition(f',"{_CHECK}":'.encode())[0] + b"}"
     if line != _signed(text):
@@ -182,7 +182,7 @@ def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
     """Lock an open file until it is closed. Processes that all pass `shared` may hold the lock together.
 
     Raises:
-        CheckpointError: if one of them is in there.
+        CheckpointError: if another process holds a conflicting lock.
     """
     if fcntl is None:
         return
@@ -195,7 +195,7 @@ def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:
 
 
 def unlock(descriptor: int) -> None:
-    """Let other processes in, also while a child that this one has forked still has the file open."""
+    """Release the lock, even if a forked child process still has the file open."""
     if fcntl is not None:
-        with suppress(OSError):  # as above
+        with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_UN)

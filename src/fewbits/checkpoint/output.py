@@ -1,4 +1,4 @@
-"""`Output`: where the result of a file goes, and how."""
+"""`Output`: where and how a quantized checkpoint is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import attrs
 from fewbits._sizes import parse_size
 from fewbits.errors import ArgumentError
 
-#: Bytes of tensors in one file of a directory, unless something else is asked for; that of transformers.
+#: Default limit on the bytes of tensors in one file of a directory; the default of transformers.
 MAX_SHARD_SIZE = 5 * 10**9
 
 
@@ -87,5 +87,5 @@ class Output:
 
     @classmethod
     def of(cls, output: str | os.PathLike[str] | Output) -> Output:
-        """The output itself, or the one for a path alone."""
+        """Return `output` itself, or an `Output` for a path."""
         return output if isinstance(output, Output) else cls(output)
