@@ -36,7 +36,7 @@ class _Kind:
 
     Attributes:
         what: the kind of file, in words.
-        advice: the next step; a line of Python in it may name the file, `{path!r}`, and a new one beside it, `{saved!r}`.
+        advice: the next step; a line of Python in it may name the file, `{path!r}`, and a new file, `{saved!r}`.
         fits: whether the first bytes of a file, or the names of an archive's records, are those of the kind.
     """
 
