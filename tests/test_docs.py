@@ -186,7 +186,7 @@ def test_the_diagram_of_rooms_has_every_room_once():
 
 
 def test_the_files_that_the_pages_for_developers_name_exist():
-    for page in ("CONTRIBUTING.md", "docs/design.md"):
+    for page in ("CONTRIBUTING.md", "docs/design.md", "tests/README.md"):
         text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
         named = set(re.findall(r"`([\w./]+(?:/|\.py|\.md))`", text))
         assert named

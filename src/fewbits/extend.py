@@ -16,6 +16,7 @@ from fewbits.checkpoint.serializer import (
     Writer,
 )
 from fewbits.checkpoint.shards import Shard
+from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_writer import Share
 from fewbits.kernels.base import Kernel, Operand
 from fewbits.kernels.int4_tiles import Int4Tiles
@@ -43,6 +44,7 @@ from fewbits.selection.selector import Decision
 __all__ = [
     "ChunkReader",
     "ChunkWriter",
+    "Coordinator",
     "Decision",
     "Entry",
     "Header",
@@ -77,4 +79,5 @@ __all__ = [
     "WeightLayout",
     "WeightMatrix",
     "Writer",
+    "Written",
 ]
