@@ -179,7 +179,7 @@ def test_quantizing_decoded_codes_gives_the_same_codes(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     decoded = q.dequantize(compute_dtype(q.scale.dtype))
-    again = quantize(decoded, q.spec, lambda rows, spec: (q.scale, None), layout=layout)
+    again = quantize(decoded, q.spec, lambda rows, spec: QuantParams(q.scale), layout=layout)
     # Levels that differ by less than the smallest number decode to the same number.
     assert torch.equal(again.dequantize(decoded.dtype), decoded)
 

@@ -14,6 +14,7 @@ from fewbits import MinMaxObserver, QuantSpec, measure
 from fewbits.errors import NonFiniteError, NumericsError, RangeError
 from fewbits.extend import Layout, WeightMatrix
 from fewbits.numerics.dtypes import compute_dtype
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import cast, quantize
 from support.strategies import (
     FLOATS,
@@ -42,7 +43,7 @@ BELOW = torch.tensor([-2.9802]), COARSE, Layout(shape=(1,), view=(1,), permutati
 
 def fixed(scale, zero_point):
     """Make a `ChooseParams` that returns fixed values."""
-    return lambda rows, spec: (scale, zero_point)
+    return lambda rows, spec: QuantParams(scale, zero_point)
 
 
 def parameters(q):
@@ -375,7 +376,7 @@ def test_an_observer_gets_the_rows_in_order_and_a_spec_with_its_scale_dtype():
 
     def choose(rows, spec):
         seen.append((rows.dtype, rows.clone(), spec.scale_dtype))
-        return torch.ones(len(rows), 1, dtype=spec.scale_dtype), None
+        return QuantParams(torch.ones(len(rows), 1, dtype=spec.scale_dtype))
 
     weight = torch.arange(12.0).reshape(4, 3).half()
     with pytest.MonkeyPatch.context() as patch:
@@ -391,7 +392,7 @@ def test_an_observer_gets_the_whole_weight_for_a_scale_per_tensor():
 
     def choose(rows, spec):
         shapes.append((tuple(rows.shape), rows.dtype))
-        return torch.ones(1, dtype=spec.scale_dtype), None
+        return QuantParams(torch.ones(1, dtype=spec.scale_dtype))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewbits.numerics.layout.BLOCK_ELEMENTS", 6)

@@ -11,6 +11,7 @@ from fewbits import MinMaxObserver, QuantSpec
 from fewbits.errors import ArgumentError, CalibrationError, RangeError
 from fewbits.extend import Observer
 from fewbits.numerics.affine import choose_params, decode, encode
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import INPUT_SPEC
 from fewbits.observers import OBSERVERS
 from fewbits.observers.histogram import HistogramObserver
@@ -379,7 +380,7 @@ def test_an_observer_prints_as_its_recipe():
 def test_an_outside_observer_refuses_optional_calls_by_name():
     class Fixed(Observer):
         def observe_weight(self, weight, spec):
-            return torch.ones(spec.scale_shape(*weight.shape)), None
+            return QuantParams(torch.ones(spec.scale_shape(*weight.shape)))
 
     observer = Fixed()
     observer.observe_input(torch.ones(3))

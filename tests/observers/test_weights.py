@@ -150,7 +150,7 @@ def test_the_expected_noise_is_never_above_that_of_a_range_that_was_tried(case):
 def expected(rows, params, unit, spec):
     """Compute the expected noise of each row by its definition, in units of ``unit**2``, in plain Python."""
     levels = spec.levels or [float(code) for code in range(spec.code_min, spec.code_max + 1)]
-    zero_points = [0] * len(rows) if params[1] is None else params[1].flatten().tolist()
+    zero_points = [0] * len(rows) if params.zero_point is None else params.zero_point.flatten().tolist()
     noise = []
     for row, scale, zero, one in zip(rows.tolist(), params.scale.tolist(), zero_points, unit.tolist(), strict=True):
         reached = [level - zero for level in levels]

@@ -192,7 +192,8 @@ def test_a_scheme_that_makes_codes_that_are_not_plain_is_refused_by_name():
     quantizer = Wrapping()
     quantizer.prepare({"w": torch.rand(8, 8)})
     with pytest.raises(
-        fewbits.errors.NumericsError, match=r"^w.*'packed' of what Wrapping\.quantize_tensor returned is a "
+        fewbits.errors.NumericsError,
+        match=r"^w.*Wrapping\.quantize_tensor returned a QuantizedTensor whose part 'packed' is a ",
     ):
         quantizer.convert()
 

@@ -11,6 +11,8 @@ from torch import nn
 import fewbits
 from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, QuantSpec
 from fewbits.errors import ArgumentError, RangeError, SelectionError
+from fewbits.numerics.spec import SPECS
+from fewbits.quantizers.schemes import SCHEMES
 from support.lifecycle_helpers import DTYPES, TiedLM, as_bytes, mlp, quantize_small, small
 
 ALL = [Int8PerTensor, Int8PerChannel, Int4Grouped, FP16Cast]
@@ -246,3 +248,7 @@ def test_a_subclass_of_a_known_layer_is_quantized_and_computes_in_its_own_way(sc
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(result.model(x), fewbits.dequantize(result.model).requires_grad_(False)(x))
+
+
+def test_every_scheme_has_a_spec_of_its_name_for_overrides():
+    assert SPECS.keys() == SCHEMES.keys()

@@ -48,7 +48,7 @@ class OneScaleForABlock(Int8):
     def quantize_tensor(self, weight, spec, observer):
         def largest(rows, spec):
             scale = observer.observe_weight(rows, spec).scale
-            return scale.amax().expand_as(scale), None
+            return QuantParams(scale.amax().expand_as(scale))
 
         return fewbits.numerics.quantize.quantize(weight, spec, largest)
 

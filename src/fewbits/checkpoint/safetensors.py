@@ -186,9 +186,10 @@ class _SafetensorsReader(ChunkReader):
         try:
             with self._bytes.opened() as file:
                 header = read_header(file, path)
-        except FormatError as error:
-            known = recognised(path) or (use_of(path) if is_torch_file(path) else None)
-            raise FormatError(known or str(error)) from None
+        except FormatError:
+            if known := recognised(path) or (use_of(path) if is_torch_file(path) else None):
+                raise FormatError(known) from None
+            raise
         self.metadata, self._spans = header.metadata, header.spans
         self.entries = {name: span.entry for name, span in header.spans.items()}
         self._mapped: Any = None
