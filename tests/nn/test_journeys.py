@@ -79,8 +79,14 @@ def check_journey(case, scheme, journey):
     assert same_outputs(case.run(arrived), expected)
 
 
-@pytest.mark.parametrize("journey", JOURNEYS)
-@pytest.mark.parametrize(("case", "scheme"), [*OWN_FORMS, *SOME], ids=str)
+@pytest.mark.parametrize(
+    ("case", "scheme", "journey"),
+    [
+        pytest.param(case, scheme, journey, marks=[pytest.mark.slow] * ((i + j) % 2), id=f"{case}-{scheme}-{journey}")
+        for i, (case, scheme) in enumerate([*OWN_FORMS, *SOME])
+        for j, journey in enumerate(JOURNEYS)
+    ],
+)
 def test_a_module_arrives_unchanged(case, scheme, journey):
     check_journey(case, scheme, journey)
 
