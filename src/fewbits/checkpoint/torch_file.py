@@ -218,7 +218,7 @@ def _data_offset(file: FileIO, record: int) -> int | None:
 
 
 def _folder(path: Path, records: Mapping[str, _Place]) -> str:
-    """The common prefix of the names of all records."""
+    """Return the folder of the archive's only data.pkl."""
     found = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")]
     if len(found) != 1:
         raise FormatError(f"{path} is a zip archive that torch.save did not write: it has {len(found)} data.pkl files")

@@ -127,7 +127,7 @@ def sequence_of(*kinds: type) -> Callable[[Any], bool]:
 
 
 def is_table(value: Any) -> bool:
-    """Whether a value is a mapping, which its converter has made a table."""
+    """Whether a value is a `Table`: converters turn every mapping into one."""
     return isinstance(value, Table)
 
 

@@ -138,7 +138,7 @@ def examine_tensor(
 
 
 def _measured(row: LedgerRow, pairs: Pairs, blind: _Blind) -> tuple[Measurement | None, bool]:
-    """The errors of a tensor (None without a source), and whether all of its scales are positive and finite."""
+    """Measure a tensor (None without a source), and tell whether all its scales are finite and not zero."""
     tally = Tally(_unit(row, pairs))
     compared, sound = False, True
     for value, source in pairs(row, True):
