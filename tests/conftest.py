@@ -85,3 +85,26 @@ def first_failure():
     settings.load_profile("first failure")
     yield
     settings.load_profile("as before")
+
+
+# For the programs that work on checkpoints on disk, in benchmarks/ and tests/stress/.
+
+
+@pytest.fixture
+def threads_as_before():
+    """Restore the number of torch's threads after a test."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def synthetic_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two megabytes in three files."""
+    from stress import synthetic
+
+    folder = tmp_path_factory.mktemp("benchmarks") / "source"
+    synthetic.write(folder, synthetic.shape_of(2_000_000), shards=3)
+    return folder

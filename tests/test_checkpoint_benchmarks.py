@@ -3,28 +3,12 @@
 import json
 
 import pytest
-import torch
 from benchmarks import copying, disk, many_tensors
 from benchmarks.report import Cell, Report
 
-from stress import synthetic
-
 MB = 10**6
 
-
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A checkpoint of two megabytes in three files."""
-    folder = tmp_path_factory.mktemp("benchmarks") / "source"
-    synthetic.write(folder, synthetic.shape_of(2 * MB), shards=3)
-    return folder
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
 # Many tensors.
@@ -43,10 +27,10 @@ def test_many_tensors_times_every_step_and_prints_the_cost_of_a_tensor(tmp_path,
 # Copying.
 
 
-def test_copying_times_fewbits_and_cp_and_leaves_nothing(tmp_path, source, capsys):
+def test_copying_times_fewbits_and_cp_and_leaves_nothing(tmp_path, synthetic_source, capsys):
     file = tmp_path / "copying.json"
     (tmp_path / "out").mkdir()
-    asked = [str(source), "--out", str(tmp_path / "out"), "--rounds", "2", "--threads", "1"]
+    asked = [str(synthetic_source), "--out", str(tmp_path / "out"), "--rounds", "2", "--threads", "1"]
     assert copying.main([*asked, "--scheme", "int8,int4", "--compare", "1,2", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     names = [cell["contender"] for cell in found["cells"]]

@@ -27,20 +27,7 @@ from stress.unfinished import Job
 LINUX = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="figures are read from Linux's /proc")
 MB = 10**6
 
-
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A checkpoint of two megabytes in three files."""
-    folder = tmp_path_factory.mktemp("benchmarks") / "source"
-    synthetic.write(folder, synthetic.shape_of(2 * MB), shards=3)
-    return folder
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
 # Synthetic checkpoints.
@@ -69,24 +56,26 @@ def test_files_have_about_equal_or_exactly_equal_sizes(size, shards):
         assert abs(sum(map(synthetic.nbytes, part.values())) - size / shards) <= largest + shape.hidden * synthetic.ITEM
 
 
-def test_the_same_seed_gives_the_same_bytes_for_any_cut(tmp_path, source):
+def test_the_same_seed_gives_the_same_bytes_for_any_cut(tmp_path, synthetic_source):
     shape = synthetic.shape_of(2 * MB)
     for name, shards, seed in [("again", 3, 0), ("whole", 1, 0), ("other", 3, 1)]:
         synthetic.write(tmp_path / name, shape, shards=shards, seed=seed)
-    assert disk.digests(tmp_path / "again") == disk.digests(source)
-    tensors = {n: t for path in source.glob("*.safetensors") for n, t in load_file(path).items()}
+    assert disk.digests(tmp_path / "again") == disk.digests(synthetic_source)
+    tensors = {n: t for path in synthetic_source.glob("*.safetensors") for n, t in load_file(path).items()}
     whole = load_file(tmp_path / "whole" / "model-00001-of-00001.safetensors")
     assert all(torch.equal(whole[name], tensors[name]) for name in tensors)
     assert whole.keys() == tensors.keys()
-    assert disk.digests(tmp_path / "other").keys() == disk.digests(source).keys()
-    made, other = disk.digests(source), disk.digests(tmp_path / "other")
+    assert disk.digests(tmp_path / "other").keys() == disk.digests(synthetic_source).keys()
+    made, other = disk.digests(synthetic_source), disk.digests(tmp_path / "other")
     assert [name for name in made if made[name] == other[name]] == ["config.json", "model.safetensors.index.json"]
 
 
-def test_a_sparse_twin_has_the_headers_of_the_other_and_takes_no_room(tmp_path, source):
+def test_a_sparse_twin_has_the_headers_of_the_other_and_takes_no_room(tmp_path, synthetic_source):
     synthetic.write(tmp_path / "sparse", synthetic.shape_of(2 * MB), shards=3, sparse=True)
-    assert [i.shape for i in FileSource(tmp_path / "sparse").infos] == [i.shape for i in FileSource(source).infos]
-    for path in disk.files(source):
+    assert [i.shape for i in FileSource(tmp_path / "sparse").infos] == [
+        i.shape for i in FileSource(synthetic_source).infos
+    ]
+    for path in disk.files(synthetic_source):
         twin = tmp_path / "sparse" / path.name
         assert twin.stat().st_size == path.stat().st_size
         if path.suffix == ".safetensors":
@@ -117,12 +106,12 @@ def test_synthetic_writes_the_requested_checkpoint(tmp_path, capsys):
 # Room.
 
 
-def test_a_program_refuses_to_start_without_enough_space(tmp_path, source, monkeypatch, capsys):
+def test_a_program_refuses_to_start_without_enough_space(tmp_path, synthetic_source, monkeypatch, capsys):
     monkeypatch.setattr(disk, "room", lambda path: 1000)
     for main, arguments in [
-        (copying.main, [str(source)]),
-        (limited.main, [str(source)]),
-        (killing.main, [str(source)]),
+        (copying.main, [str(synthetic_source)]),
+        (limited.main, [str(synthetic_source)]),
+        (killing.main, [str(synthetic_source)]),
         (dryrun.main, []),
         (torchrun.main, []),
     ]:
@@ -142,8 +131,8 @@ def test_the_space_of_a_file_system_in_memory_is_limited_by_memory(tmp_path, mon
     assert disk.room(tmp_path) > 5
 
 
-def test_the_bytes_of_tensors_are_those_of_the_ledger(tmp_path, source):
-    ledger = fewbits.quantize(source, "int4", output=tmp_path / "out", on_failure="ignore").ledger
+def test_the_bytes_of_tensors_are_those_of_the_ledger(tmp_path, synthetic_source):
+    ledger = fewbits.quantize(synthetic_source, "int4", output=tmp_path / "out", on_failure="ignore").ledger
     assert sum(process.tensor_bytes(path) for path in (tmp_path / "out").glob("*.safetensors")) == ledger.bytes_after
 
 
@@ -152,9 +141,9 @@ def test_the_bytes_of_tensors_are_those_of_the_ledger(tmp_path, source):
 
 @LINUX
 @pytest.mark.slow
-def test_limited_holds_a_process_to_its_limit_and_compares_a_twin_with_memory(tmp_path, source, capsys):
-    asked = [str(source), "--out", str(tmp_path), "--threads", "1", "--check"]
-    assert limited.main([*asked, "--twin", str(source)]) == 0
+def test_limited_holds_a_process_to_its_limit_and_compares_a_twin_with_memory(tmp_path, synthetic_source, capsys):
+    asked = [str(synthetic_source), "--out", str(tmp_path), "--threads", "1", "--check"]
+    assert limited.main([*asked, "--twin", str(synthetic_source)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("held: ") == 2
     assert re.search(r"held: at most 512 MB, found \d+\.\d, in \d+\.\d s, exit code 0", printed)
@@ -171,13 +160,13 @@ def test_limited_reports_an_exceeded_limit_and_a_dead_process():
 
 
 @LINUX
-def test_limited_reports_a_file_that_differs_from_that_of_memory(tmp_path, source):
+def test_limited_reports_a_file_that_differs_from_that_of_memory(tmp_path, synthetic_source):
     made = tmp_path / "out"
-    fewbits.quantize(source, "int8", output=made, on_failure="ignore")
+    fewbits.quantize(synthetic_source, "int8", output=made, on_failure="ignore")
 
     def line() -> str:
         shutil.rmtree(tmp_path / "in-memory", ignore_errors=True)
-        return limited.same_as_in_memory(source, made, "int8", 5 * 10**9).split(":")[0]
+        return limited.same_as_in_memory(synthetic_source, made, "int8", 5 * 10**9).split(":")[0]
 
     assert line() == "held"
     (file,) = made.glob("*.safetensors")
@@ -189,14 +178,14 @@ def test_limited_reports_a_file_that_differs_from_that_of_memory(tmp_path, sourc
 # Dry runs.
 
 
-def test_dryrun_subtracts_the_bytes_of_modules(source):
+def test_dryrun_subtracts_the_bytes_of_modules(synthetic_source):
     figures = {"read": 10 * MB, "seconds": 1.0, "rise": 1}
     small = measured.Measured(0, "", "", 2.0, figures)
-    described = dryrun.described(source)
+    described = dryrun.described(synthetic_source)
     assert described < 20_000
     for read, wall, held in [(10 * MB + described, 9.0, [True, True]), (12 * MB, 11.0, [False, False])]:
         large = measured.Measured(0, "", "", wall, figures | {"read": read})
-        assert [line.startswith("held") for line in dryrun.checks(large, small, source)] == held
+        assert [line.startswith("held") for line in dryrun.checks(large, small, synthetic_source)] == held
 
 
 @LINUX
@@ -218,10 +207,10 @@ def journal(folder, file, *lines):
     path.write_bytes(b"".join(lines))
 
 
-def test_journals_are_counted_in_bytes_of_the_source(tmp_path, source):
-    job = Job.of(source, "int4", "--threads", 1)
+def test_journals_are_counted_in_bytes_of_the_source(tmp_path, synthetic_source):
+    job = Job.of(synthetic_source, "int4", "--threads", 1)
     name, other = sorted(job.item)[:2]
-    assert job.total == sum(info.nbytes for info in FileSource(source).infos)
+    assert job.total == sum(info.nbytes for info in FileSource(synthetic_source).infos)
     assert job.recorded(tmp_path / "out") == 0
     line = b'{"tensor":"%s","stop":%d}\n'
     first, second = ([line % (n.encode(), stop) for stop in stops] for n, stops in [(name, (8, 24)), (other, (16,))])
@@ -232,8 +221,8 @@ def test_journals_are_counted_in_bytes_of_the_source(tmp_path, source):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killing_reports_every_broken_promise(source):
-    job = Job.of(source, "int4")
+def test_killing_reports_every_broken_promise(synthetic_source):
+    job = Job.of(synthetic_source, "int4")
     done = job.total // 2
     left = job.total - done
 

@@ -92,10 +92,11 @@ def test_every_activity_starts_a_new_measurement(first, second):
     assert readings(first + moved)[len(first) :] == readings(moved)
 
 
-def test_recent_speed_counts_more_than_old_speed():
+def test_the_rate_is_the_speed_of_the_last_half_minute():
     slow = [(Step("convert", "t", second, 10**9), float(second)) for second in range(60)]
     fast = [(Step("convert", "t", 60 + 100 * second, 10**9), 60.0 + second) for second in range(60)]
-    assert 90 < readings(slow + fast)[-1].rate <= 100
+    assert 1 < readings(slow + fast[:10])[-1].rate < 100
+    assert readings(slow + fast)[-1].rate == pytest.approx(100)
 
 
 def test_steps_that_go_back_or_beyond_the_total_are_corrected():

@@ -28,7 +28,7 @@ READING = frozenset(
 )  # fmt: skip
 
 #: Classes and functions in these files that only write, and therefore do not count.
-_WRITING = ("_SafetensorsWriter", "encode", "encode_chunk")
+_WRITING = ("_SafetensorsWriter", "encode", "for_chunk")
 
 #: A file name and a line number.
 Line = tuple[str, int]

@@ -13,7 +13,7 @@ from torch import nn
 
 from nn.any_cases import as_the_original, converted, same_outputs
 from nn.cases import SCHEMES, TYPICAL, Case, convert, pickled, reloaded, storages, tensors_in
-from nn.test_torch_nn import ALL, ONE_OF_A_CLASS, SOME, parts, same_tensors, unless_refused
+from nn.combinations import ALL, ONE_OF_A_CLASS, SOME, parts, same_tensors, unless_refused
 
 pytestmark = pytest.mark.usefixtures("reference_only")
 

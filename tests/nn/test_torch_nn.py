@@ -4,8 +4,6 @@ Where torch refuses the float original, the quantized module has to be refused t
 torch's error, so that the summary of a run lists all of these.
 """
 
-import contextlib
-import itertools
 import warnings
 
 import pytest
@@ -32,40 +30,14 @@ from nn.any_cases import (
     wanted,
 )
 from nn.cases import fewbits_classes, same_bits, snapshot, storages, tensors_in, through_torch_save
+from nn.combinations import ALL, ONE_OF_A_CLASS, QUANTIZABLE, SOME, parts, same_tensors, unless_refused
 
 pytestmark = pytest.mark.usefixtures("reference_only")
-
-#: The cases in which there is something to quantize, and the first of every class.
-QUANTIZABLE = tuple(case for case in ANY_CASES if wanted(case.module()))
-FIRST = tuple({case.cls: case for case in reversed(QUANTIZABLE)}.values())
-
-ALL = [(case, scheme) for case in QUANTIZABLE for scheme in EVERYTHING]
-#: Every case with one scheme, and every class with one scheme; slow tests use all combinations.
-SOME = list(zip(QUANTIZABLE, itertools.cycle(EVERYTHING), strict=False))
-ONE_OF_A_CLASS = [(case, scheme) for case, scheme in SOME if case in FIRST]
 
 every_combination = pytest.mark.parametrize(("case", "scheme"), ALL, ids=str)
 every_case = pytest.mark.parametrize(("case", "scheme"), SOME, ids=str)
 every_class = pytest.mark.parametrize(("case", "scheme"), ONE_OF_A_CLASS, ids=str)
 every_scheme = pytest.mark.parametrize("scheme", EVERYTHING)
-
-
-def parts(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Codes and scales."""
-    return {name: tensor.clone() for name, tensor in model.named_buffers() if "_stored." in name}
-
-
-def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return list(a) == list(b) and all(same_bits(tensor, b[name]) for name, tensor in a.items())
-
-
-@contextlib.contextmanager
-def unless_refused():
-    """Goes on where torch refuses the original."""
-    try:
-        yield
-    except pytest.skip.Exception as refusal:
-        print(refusal)
 
 
 # Nothing is overlooked.

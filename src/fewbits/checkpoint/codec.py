@@ -50,9 +50,14 @@ class Codec:
             return {part_name(name, part): tensor for part, tensor in value.parts().items()}
         return {name: value}
 
-    def encode_chunk(self, chunk: Chunk, value: Value) -> dict[str, Tensor]:
-        """Take the value of one chunk apart. Tensors stored once per row of the ledger come with the first chunk."""
-        row, tensors = chunk.row, self.encode(chunk.row.name, value)
+    def for_chunk(self, chunk: Chunk, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Select the tensors that a file takes with one chunk: those stored once per row come with the first chunk.
+
+        Args:
+            chunk: a chunk of a row.
+            tensors: the encoded value of the chunk.
+        """
+        row = chunk.row
         if chunk.is_whole or not isinstance(row.spec, QuantSpec) or row.layout is None:
             return tensors
         once = {part_name(row.name, "shape"): shape_part(row.shape)}

@@ -93,7 +93,7 @@ class Place:
         return [slot for slot in self.slots if slot.is_parameter]
 
     def _dequantize_into_buffers(self, weight: StoredWeight) -> None:
-        """Give the buffers among the slots one float tensor: a file made from a checkpoint may hold them as codes."""
+        """Dequantize the weight once for all buffers among the slots: a file may hold buffers as codes."""
         buffers = [slot for slot in self.slots if not slot.is_parameter]
         tensor = weight.dequantize() if buffers else None
         for slot in buffers:
@@ -102,7 +102,7 @@ class Place:
     def _keep(self, tensor: Tensor) -> None:
         held = [slot.tensor for slot in self._parameters]
         if held and not held[0].is_meta:
-            # The same object, and where others hold its memory the same memory: they stay true.
+            # Keep the parameter object, and its memory if others hold that, so that their references stay valid.
             if self.in_place:
                 held[0].data.copy_(tensor)
             else:
@@ -117,9 +117,9 @@ class Place:
 def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> None:
     """Put the tensors of a file into a model.
 
-    All of them alias the mapped file if all may go on doing so. If not, nothing is mapped: each is read by position
-    into memory of its own, in the order of the files, and takes its device and the form that its layer's kernels read
-    before the next one is read.
+    If every tensor may stay in the mapped file, all alias it, except those copied into memory that the model has. If
+    not, nothing is mapped: each tensor is read into memory of its own, moved to its device and prepacked before the
+    next one is read.
 
     Args:
         checkpoint: the file.

@@ -176,7 +176,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _stays_inside(path: Path) -> bool:
-    """Whether a path is a file, or a link to one, in its own directory.
+    """Whether a path, with links followed, stays in its own directory.
 
     In the cache of the Hugging Face hub, links in ``snapshots/<revision>`` and below go to the ``blobs`` beside
     ``snapshots``; these count too.

@@ -144,7 +144,7 @@ def remove_tree(folder: Path, complaint: str) -> None:
 
 
 def _set_aside(path: Path, *, replace: bool) -> Path | None:
-    """Move an existing file or directory to another name; None if it is gone."""
+    """Make room at a path: move its content aside with `replace`, else remove an empty directory; the new name."""
     if not path.exists():
         return None
     if not replace:

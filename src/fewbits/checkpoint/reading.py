@@ -141,7 +141,7 @@ class Checkpoint:
                 self._check_input_scale(row)
 
     def _is_sound(self, row: LedgerRow) -> bool:
-        """Whether there are codes for the scales of a tensor, if it has any."""
+        """Whether no scale of a tensor is zero, NaN or Inf; true for a tensor without scales."""
         if not isinstance(row.spec, QuantSpec):
             return True
         name = part_name(row.name, "scale")

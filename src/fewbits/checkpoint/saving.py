@@ -86,7 +86,7 @@ class CheckpointWriter:
             self._writer.abort()
 
     def take_over(self, notes: Iterable[Note]) -> list[Note]:
-        """Go on where an earlier process stopped: believe as much of its journal as the bytes in the file agree with.
+        """Continue where an earlier process stopped: accept its notes as far as they agree with the bytes in the file.
 
         Returns:
             the notes of chunks that need not be written again; those of each tensor are consecutive from its beginning.
@@ -152,7 +152,7 @@ class CheckpointWriter:
                     f"{name} has shape {tuple(tensor.shape)} in {tensor.dtype}, the ledger announced "
                     f"{announced.get(name)}; the model has changed since it was quantized"
                 )
-        for name, tensor in CODEC.encode_chunk(chunk, value).items():
+        for name, tensor in CODEC.for_chunk(chunk, tensors).items():
             tensor = in_memory(tensor)
             self._hashes[name].update(tensor_bytes(tensor))
             self._write(chunk, name, tensor)

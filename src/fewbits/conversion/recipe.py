@@ -58,7 +58,7 @@ def _bytes(tensor: Tensor) -> str:
 
 
 def _fields(value: object) -> dict[str, object] | None:
-    """The attributes of an object; None if they are not visible."""
+    """The fields of an attrs object, or the attributes of another; None for callables and built-in objects."""
     slots = getattr(type(value), "__attrs_attrs__", None)
     if slots is not None:
         return {field.name: getattr(value, field.name) for field in slots}

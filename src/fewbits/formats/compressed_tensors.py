@@ -18,6 +18,7 @@ from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.folder import CheckpointFiles, find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
+from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.checkpoint.sharded import ShardedReader
@@ -260,6 +261,23 @@ def is_compressed_tensors(path: str | os.PathLike[str], serializer: Serializer |
     if any(map(is_own_key, first.metadata)):
         return False
     return bool(codes_names(_opened(files, serializer).entries)) or read_config(files) is not None
+
+
+def open_checkpoint(path: str | os.PathLike[str], serializer: Serializer | None = None) -> Checkpoint | None:
+    """Open a fewbits checkpoint; None if the path is one of compressed-tensors.
+
+    Raises:
+        FormatError: if the checkpoint has neither format, or is malformed.
+        DigestError: if a header is damaged.
+        CheckpointError: if the files cannot be opened.
+    """
+    # In this order, the headers of a fewbits checkpoint are read once.
+    try:
+        return Checkpoint(path, serializer)
+    except FormatError:
+        if is_compressed_tensors(path, serializer):
+            return None
+        raise
 
 
 def _opened(files: CheckpointFiles, serializer: Serializer) -> ShardedReader:

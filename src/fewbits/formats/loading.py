@@ -15,7 +15,7 @@ from fewbits.checkpoint.filling import Device, Place, fill, move_others, usable
 from fewbits.checkpoint.reading import Check, Checkpoint, check_check
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
-from fewbits.formats.compressed_tensors import CompressedTensors, is_compressed_tensors
+from fewbits.formats.compressed_tensors import CompressedTensors, open_checkpoint
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.classes import layout_of, rounds_inputs
@@ -124,7 +124,8 @@ def load(
         raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
     if into is not None and dequantize:
         raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
-    if is_compressed_tensors(path, serializer):
+    checkpoint = open_checkpoint(path, serializer)
+    if checkpoint is None:
         check_check(check)
         if into is not None:
             raise ArgumentError(
@@ -133,7 +134,6 @@ def load(
             )
         loaded = CompressedTensors(path, serializer).values()
         return _dequantized(loaded) if dequantize else loaded
-    checkpoint = Checkpoint(path, serializer)
     if into is None:
         checkpoint.check(check)
         return _dequantized(checkpoint.values()) if dequantize else checkpoint.values()

@@ -83,7 +83,7 @@ def sums_of_patches(codes: Tensor, module: Any, weight: WeightLayout) -> Tensor:
     patches = _patches(padded, module.kernel_size, module.stride, module.dilation)
     outputs = patches.shape[: 1 + spatial]
     signed = (weight.codes(slice(None)) ^ 0x80).view(torch.int8).view(weight.layout.shape).movedim(1, -1)
-    # torch multiplies a view whose rows overlap wrongly.
+    # torch gives wrong products for a view with overlapping rows, so copy it.
     rows = patches.reshape(math.prod(outputs), -1).contiguous()
     sums = sums_of_products(rows, signed.reshape(len(signed), -1))
     return sums.view(*outputs, -1).movedim(-1, 1)

@@ -13,7 +13,7 @@ from fewbits.selection.info import layout_by_shape
 
 
 def quantized_class(float_class: type[nn.Module], names: Collection[str]) -> type[QuantizedModule]:
-    """Return the class of modules of `float_class` whose parameters of these names are stored.
+    """Return the quantized class for modules of `float_class` that store these parameters.
 
     Raises:
         TypeError: if the class cannot be subclassed.

@@ -77,7 +77,7 @@ def _is_foreign(function: FunctionType) -> bool:
 
 
 def held_beside(model: nn.Module) -> dict[str, str]:
-    """Give a reason for each parameter whose memory a module also holds elsewhere: in an attribute, a list, a view.
+    """Give a reason for each tensor whose memory an attribute of a module also holds: directly, in a list, as a view.
 
     Such a reference would keep using the float tensor. Attributes that the quantized module rebuilds do no harm.
     """

@@ -81,7 +81,7 @@ class ReadOnlyTensor(Tensor):
 
 
 def _changed_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the arguments that a function would change; None if it changes none."""
+    """Return the argument that a call changes, judged by the name of the function; None if it changes none."""
     name = getattr(func, "__name__", "")
     first = args[0] if args else next((kwargs[known] for known in _CHANGED_NAMES if known in kwargs), None)
     if name == "__set__":

@@ -70,10 +70,10 @@ class ModuleSource(LiveSource):
         return slots(self._model)
 
     def target(self, ledger: Ledger) -> Target:
-        """Create the target: the model itself if in place, otherwise another structural copy.
+        """Create the target: the prepared model if in place, else a structural copy.
 
         Raises:
-            SourceError: if the model has gained or lost tensors since it was prepared.
+            SourceError: if tensors were added or removed since it was prepared, or are not plain, or copying fails.
         """
         for slot in self.slots:
             plain(slot.tensor, slot.name)

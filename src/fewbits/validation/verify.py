@@ -13,7 +13,7 @@ from fewbits.checkpoint.chunks import chunks
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.formats.compressed_tensors import is_compressed_tensors
+from fewbits.formats.compressed_tensors import open_checkpoint
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import same_bits
@@ -52,7 +52,8 @@ def verify(
         FormatError: if the checkpoint has neither format, or its parts contradict each other.
         DigestError: if its header is damaged.
     """
-    if is_compressed_tensors(path, serializer):
+    checkpoint = open_checkpoint(path, serializer)
+    if checkpoint is None:
         return verify_compressed_tensors(
             path,
             source,
@@ -62,7 +63,7 @@ def verify(
             progress=progress,
         )
     return verify_checkpoint(
-        Checkpoint(path, serializer),
+        checkpoint,
         source,
         measured=measured,
         chunk_elements=chunk_elements,
