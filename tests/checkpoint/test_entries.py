@@ -141,6 +141,14 @@ def test_a_run_is_not_gone_on_with_from_another_entry(tmp_path):
     assert sum(share.resumed for share in result.quantizer.shares) > 0
 
 
+def test_of_two_entries_with_one_name_the_state_dict_is_taken(tmp_path):
+    weight = torch.ones(2, 2)
+    saved = {"a.b": weight, "a": {"b": {"weight": weight}}}
+    torch.save({"epoch": 1, "state": saved}, tmp_path / "last.ckpt")
+    plan = fewbits.plan(tmp_path / "last.ckpt", "int8", entry="state.a.b", min_elements=1)
+    assert [row.name for row in plan.ledger] == ["weight"]
+
+
 NAMES = st.text("ab.", max_size=3)
 
 

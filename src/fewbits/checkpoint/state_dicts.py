@@ -28,12 +28,13 @@ def entry_of(saved: object, entry: str, kind: type, where: object) -> object:
     """
     if not isinstance(entry, str):
         raise ArgumentError(f"entry must be the name of an entry, not {entry!r}")
-    found = _find(saved, entry)
-    if found is None:
+    # Dots in names make some entries ambiguous; `advice` names those that look like state dicts.
+    found = list(_readings(saved, entry))
+    if not found:
         names = [name for name in saved if isinstance(name, str)] if isinstance(saved, Mapping) else []
         hint = advice(saved, kind)
         raise ArgumentError(f"{where} has no entry {entry!r}{did_you_mean(entry, names)}{hint}")
-    return found
+    return next((value for value in found if isinstance(value, Mapping) and _looks_like_one(value, kind)), found[0])
 
 
 def advice(saved: object, kind: type) -> str:
@@ -48,18 +49,15 @@ def advice(saved: object, kind: type) -> str:
     return f"; {which} with --entry {shlex.quote(names[0])}, or entry={names[0]!r}"
 
 
-def _find(saved: Any, entry: str) -> Any:
-    """Find the entry; None if it does not exist."""
+def _readings(saved: Any, entry: str) -> Iterator[Any]:
+    """Yield the values that a name may stand for: the entry of that name, then entries within entries."""
     if not isinstance(saved, Mapping):
-        return None
+        return
     if entry in saved:
-        return saved[entry]
+        yield saved[entry]
     for at, letter in enumerate(entry):
         if letter == "." and entry[:at] in saved:
-            found = _find(saved[entry[:at]], entry[at + 1 :])
-            if found is not None:
-                return found
-    return None
+            yield from _readings(saved[entry[:at]], entry[at + 1 :])
 
 
 def _state_dicts(saved: object, kind: type) -> Iterator[str]:
