@@ -131,6 +131,16 @@ def test_autocast_rounds_no_sum_of_a_convolution(name):
     assert same_bits(output, module(x))
 
 
+@torch.no_grad()
+def test_outputs_of_padding_alone_are_positive_zeros():
+    layer = nn.Conv1d(1, 2, 1, padding=1, bias=False)
+    layer.weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1))
+    module = rounded(layer, "dynamic", torch.ones(1, 1, 9))
+    for compute in ("auto", "exact"):
+        fewbits.set_compute(module, compute)
+        assert not module(torch.ones(1, 1, 9))[..., [0, -1]].signbit().any()
+
+
 @FEWER_EXAMPLES
 @given(st.data())
 @torch.no_grad()

@@ -120,7 +120,8 @@ def integer_product(
         if sums is None or is_transformed(x) or codes.sum().isnan():
             # Autocast does not touch float64; it would round sums in float32.
             with nullcontext() if sum_dtype == torch.float64 else torch.autocast("cpu", enabled=False):
-                summed = product(codes.to(sum_dtype), weight.centered_codes().to(sum_dtype))
+                # A sum of negative zeros is -0.0 in floats; integer kernels give 0.
+                summed = product(codes.to(sum_dtype), weight.centered_codes().to(sum_dtype)) + 0.0
         else:
             summed = sums(codes.to(torch.int8))
         output = summed.to(dtype) * x_scale * per_channel(weight.scale.flatten())
