@@ -161,11 +161,13 @@ class WantsContiguous(Right):
 
 
 CASES = [
-    pytest.param(SupportsNothing, "it_says_why_not", "it accepts none of the weights", id="nothing"),
-    pytest.param(TakesNothing, "it_says_why_not", "it accepts none of the weights", id="no-input"),
-    pytest.param(AnswersFalse, "it_says_why_not", "returns False, neither None nor a reason", id="false"),
-    pytest.param(GivesNoReason, "it_says_why_not", "returns '', neither None nor a reason", id="no-reason"),
-    pytest.param(WantsWords, "it_says_why_not", "once prepacked, supports.. returns 'it is no words'", id="only-words"),
+    pytest.param(SupportsNothing, "prepacking_loses_nothing", "it accepts none of the weights", id="nothing"),
+    pytest.param(TakesNothing, "prepacking_loses_nothing", "it accepts none of the weights", id="no-input"),
+    pytest.param(AnswersFalse, "prepacking_loses_nothing", "returns False, neither None nor a reason", id="false"),
+    pytest.param(GivesNoReason, "prepacking_loses_nothing", "returns '', neither None nor a reason", id="no-reason"),
+    pytest.param(
+        WantsWords, "prepacking_loses_nothing", "once prepacked, supports.. returns 'it is no words'", id="only-words"
+    ),
     pytest.param(PrepacksNothing, "prepacking_loses_nothing", "prepacked as PackedInt32, not Int8Rows", id="no-form"),
     pytest.param(NoLowestCode, "prepacking_loses_nothing", "gives another value back", id="lost-code"),
     pytest.param(LosesTheScale, "prepacking_loses_nothing", "gives another value back", id="lost-scale"),

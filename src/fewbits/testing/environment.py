@@ -1,8 +1,11 @@
-"""Helpers of the checks: compare bits and files, damage files."""
+"""Helpers of the checks: compare bits and files, measure, damage files."""
 
 from __future__ import annotations
 
+import io
+import pickle
 import tempfile
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +39,21 @@ def snapshot(source: nn.Module | Mapping[str, Value]) -> Snapshot:
 def _bytes_of(tensor: Tensor) -> bytes:
     tensor = in_memory(tensor)  # the name keeps it alive until its bytes are copied
     return bytes(tensor_bytes(tensor))
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles the state of an object; code is named, so that classes need not be importable."""
+
+    def persistent_id(self, value: object) -> str | None:
+        """Name code instead of pickling it."""
+        return repr(value) if isinstance(value, (type, types.FunctionType, types.ModuleType)) else None
+
+
+def state_bytes(value: object) -> int:
+    """Count the bytes of the state of an object."""
+    stream = io.BytesIO()
+    _Pickler(stream).dump(value)
+    return stream.tell()
 
 
 def sqnr_of(found: Tensor, expected: Tensor) -> float:

@@ -25,21 +25,22 @@ from fewbits.testing.strategies import FLOATS
 
 LEVELS = (-1.0, -0.7, -0.5, -0.35, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
-#: Specs of the weights.
-SPECS: tuple[QuantSpec, ...] = (
+_WHOLE_ROWS = (
     QuantSpec(bits=8, granularity="tensor"),
     QuantSpec(bits=8, granularity="channel"),
     QuantSpec(bits=8, granularity="channel", symmetric=False),
-    QuantSpec(bits=8, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="channel"),
+)
+
+#: Specs of the weights.
+SPECS: tuple[QuantSpec, ...] = (
+    *_WHOLE_ROWS,
+    QuantSpec(bits=8, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="group", group_size=32),
     QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False),
     QuantSpec(bits=6, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="group", group_size=64, levels=LEVELS),
-    QuantSpec(bits=8, granularity="channel", activations="dynamic"),
-    QuantSpec(bits=8, granularity="tensor", activations="dynamic"),
-    QuantSpec(bits=8, granularity="channel", symmetric=False, activations="dynamic"),
-    QuantSpec(bits=4, granularity="channel", activations="dynamic"),
+    *(attrs.evolve(spec, activations="dynamic") for spec in _WHOLE_ROWS),
     QuantSpec(bits=8, granularity="channel", activations="static"),
 )
 
@@ -113,10 +114,16 @@ class KernelSetup(Setup[Kernel[Any]]):
         """Draw numbers from a normal distribution."""
         return torch.randn(shape, generator=generator(seed)).to(dtype).to(self.device)
 
+    def weights(self, sizes: list[tuple[int, int]]) -> Iterator[PackedInt32]:
+        """Make weights of all specs and dtypes in these sizes, (outputs, inputs)."""
+        for spec in self.specs():
+            for dtype in FLOATS:
+                yield from (self.weight(spec, outputs, inputs, dtype) for outputs, inputs in sizes)
+
     def packed(self, weight: PackedInt32) -> Layer | None:
         """Prepack a weight with a new kernel; None if the kernel refuses it."""
         kernel = self.make()
-        return (kernel, kernel.prepack(weight)) if kernel.supports(weight) is None else None
+        return (kernel, kernel.prepack(weight)) if accepts(kernel.supports(weight), "supports", weight) else None
 
     def layers(self, outputs: int, inputs: int) -> Iterator[tuple[PackedInt32, torch.dtype, Layer]]:
         """Yield every weight of this size that the kernel accepts, the dtype of its inputs, and the layer."""
@@ -128,12 +135,22 @@ class KernelSetup(Setup[Kernel[Any]]):
                     yield weight, kind, layer
 
 
+def accepts(why: object, call: str, weight: WeightLayout) -> bool:
+    """Tell whether the answer of a kernel is None. Another answer must be a reason."""
+    is_reason = isinstance(why, str) and why.strip() != ""
+    expect(why is None or is_reason, f"for {weight.spec} {call}() returns {why!r}, neither None nor a reason")
+    return why is None
+
+
+def takes(layer: Layer, x: Tensor) -> bool:
+    """Tell whether a kernel computes with an input."""
+    kernel, weight = layer
+    return accepts(kernel.takes(x, x.shape[0]), "takes", weight)
+
+
 def computed(layer: Layer | None, inputs: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return every input that a kernel accepts, with its output."""
-    if layer is None:
-        return []
-    kernel, weight = layer
-    return [(x, kernel.linear(x, weight)) for x in inputs if kernel.takes(x, x.shape[0]) is None]
+    return [] if layer is None else [(x, layer[0].linear(x, layer[1])) for x in inputs if takes(layer, x)]
 
 
 def any_size_is_computed(setup: KernelSetup) -> None:
@@ -238,16 +255,20 @@ def decoded(weight: WeightLayout, codes: Tensor | None = None) -> Tensor:
     return decode(codes, weight.params(slice(None)), weight.spec, torch.float64)
 
 
+def as_multiplied(weight: WeightLayout, x: Tensor, *, rounds: bool) -> Tensor:
+    """Return an input in float64, rounded to int8 where a kernel rounds it."""
+    if not rounds:
+        return x.double()
+    scale = dynamic_scale(x.float(), (-1,)) if weight.input_scale is None else weight.input_scale
+    return encode_input(x.float(), scale).double() * scale.double()
+
+
 def exact(weight: WeightLayout, x: Tensor, *, rounds: bool) -> tuple[Tensor, Tensor]:
     """Compute the product in float64, and the sum of the magnitudes of its addends.
 
     Codes and zero points count as separate addends, because a kernel may sum them separately.
     """
-    wide = x.double()
-    if rounds:
-        scale = dynamic_scale(x.float(), (-1,)) if weight.input_scale is None else weight.input_scale
-        wide = encode_input(x.float(), scale).double() * scale.double()
-    dense = decoded(weight)
+    wide, dense = as_multiplied(weight, x, rounds=rounds), decoded(weight)
     magnitudes = dense.abs()
     if weight.zero_point is not None:
         offset = decoded(weight, torch.full_like(weight.codes(slice(None)), -weight.spec.code_min))

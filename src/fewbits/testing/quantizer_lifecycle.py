@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewbits.api import quantize, verify
 from fewbits.errors import CalibrationError, StateError
 from fewbits.quantizers.base import Quantizer
-from fewbits.quantizers.lifecycle import TRANSITIONS, State
+from fewbits.quantizers.lifecycle import TRANSITIONS, State, after
 from fewbits.selection.selector import LayerSelector
 from fewbits.testing.check import Setup, expect, expect_error, for_all
 from fewbits.testing.environment import files_in, folder, snapshot
@@ -72,7 +72,10 @@ def batches(model: nn.Module) -> list[Tensor]:
 
 
 def lifecycle_of_a_model(setup: QuantizerSetup) -> None:
-    """A model passes all states of `Quantizer` and comes back quantized; the original does not change."""
+    """A model passes all states of `Quantizer` and comes back quantized; the original does not change.
+
+    Every call that a state does not allow raises `StateError` and changes nothing.
+    """
     model = SmallModel()
     before = snapshot(model)
     with folder() as there:
@@ -106,32 +109,6 @@ def lifecycle_of_a_file(setup: QuantizerSetup) -> None:
         result = _lives(setup.make(for_model=False), source, there, output=output)
         expect(Path(result) == output and output.is_file(), f"the result is {result!r}, not {output}")
         expect(files_in(there).items() >= before.items(), "the prepared file has changed")
-
-
-def illegal_calls_change_nothing(setup: QuantizerSetup) -> None:
-    """Every call that the state does not allow raises `StateError` and changes nothing."""
-    model, quantizer = SmallModel(), setup.make()
-    with folder() as there:
-        calls: dict[str, Callable[[], object]] = {
-            "prepare": lambda: quantizer.prepare(model),
-            "observe": lambda: quantizer.observe(batches(model)),
-            "convert": quantizer.convert,
-            "validate": lambda: quantizer.validate(fail_under=-math.inf),
-            "save": lambda: quantizer.save(there / "model.out"),
-        }
-
-        def visible() -> tuple[object, ...]:
-            ledger = None if quantizer.state is State.CREATED else quantizer.ledger
-            return quantizer.state, ledger, files_in(there)
-
-        for advance in (None, "prepare", "observe", "convert", "validate"):
-            if advance is not None:
-                calls[advance]()
-            for name, call in calls.items():
-                if quantizer.state not in TRANSITIONS[name][0]:
-                    before = visible()
-                    expect_error(StateError, f"{name}() in state {before[0]}", call)
-                    expect(visible() == before, f"{name}() raises StateError but changes something")
 
 
 def other_ways_give_the_same(setup: QuantizerSetup) -> None:
@@ -168,24 +145,39 @@ def any_model_is_covered(setup: QuantizerSetup) -> None:
 def _lives(
     quantizer: Quantizer, source: object, there: Path, *, data: list[Tensor] | None = None, output: Path | None = None
 ) -> Any:
-    """Take a source through all states, without a limit on the SQNR, and return the result."""
+    """Take a source through all states, without a limit on the SQNR, and return the result.
 
-    def step(leads_to: State, call: Callable[[], Any]) -> Any:
-        result = call()
-        expect(quantizer.state is leads_to, f"the state is {quantizer.state.name}, not {leads_to.name}")
-        return result
+    In every state, a call that the state does not allow raises `StateError` and changes nothing.
+    """
+    saved = there / "saved.out"
+    calls: dict[str, Callable[[], Any]] = {
+        "prepare": lambda: quantizer.prepare(source),
+        "observe": lambda: quantizer.observe(data or []),
+        "convert": lambda: quantizer.convert(output=output),
+        "validate": lambda: quantizer.validate(on_failure="ignore", fail_under=-math.inf),
+        "save": lambda: quantizer.save(saved),
+    }
 
-    step(State.PREPARED, lambda: quantizer.prepare(source))
-    if data is not None:
-        step(State.OBSERVED, lambda: quantizer.observe(data))
-    result = step(State.CONVERTED, lambda: quantizer.convert(output=output))
-    report = step(State.VALIDATED, lambda: quantizer.validate(on_failure="ignore", fail_under=-math.inf))
-    expect(report.ok, f"validate found: {'; '.join(report.failures)}")
-    step(State.VALIDATED, lambda: quantizer.save(there / "saved.out"))
-    report = verify(there / "saved.out", source, serializer=quantizer.serializer, fail_under=-math.inf)
-    expect(report.ok, f"verify found: {'; '.join(report.failures)}")
-    step(State.CREATED, quantizer.reset)
-    return result
+    def visible() -> tuple[object, ...]:
+        return quantizer.state, None if quantizer.state is State.CREATED else quantizer.ledger, files_in(there)
+
+    results = {}
+    for name in calls:
+        if name == "observe" and data is None:
+            continue
+        before = visible()
+        for illegal in (call for call in calls if quantizer.state not in TRANSITIONS[call][0]):
+            expect_error(StateError, f"{illegal}() in state {quantizer.state}", calls[illegal])
+            expect(visible() == before, f"{illegal}() raises StateError but changes something")
+        expected = after(quantizer.state, name)
+        results[name] = calls[name]()
+        expect(quantizer.state is expected, f"the state is {quantizer.state.name}, not {expected.name}")
+    verified = verify(saved, source, serializer=quantizer.serializer, fail_under=-math.inf)
+    for way, report in (("validate", results["validate"]), ("verify", verified)):
+        expect(report.ok, f"{way} found: {'; '.join(report.failures)}")
+    quantizer.reset()
+    expect(quantizer.state is State.CREATED, f"the state after reset is {quantizer.state.name}")
+    return results["convert"]
 
 
 def _check_refused(setup: QuantizerSetup, source: Mapping[str, Tensor] | Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbits.checkpoint.codec import CODEC, Value
+from fewbits.checkpoint.codec import Value
 from fewbits.errors import RangeError
 from fewbits.formats.loading import load
 from fewbits.numerics import layout
@@ -23,7 +23,7 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.quantizers.base import Quantizer
 from fewbits.selection.ledger import LedgerRow
 from fewbits.testing.check import EXAMPLES, Check, checks_of, copy_of, expect, for_all
-from fewbits.testing.environment import Snapshot, check_damage, folder, snapshot
+from fewbits.testing.environment import Snapshot, folder, snapshot
 from fewbits.testing.models import SmallModel, ids
 from fewbits.testing.quantizer_lifecycle import QuantizerSetup, linear
 from fewbits.testing.strategies import FLOATS, weights
@@ -143,29 +143,6 @@ def files_give_back_every_bit(setup: QuantizerSetup) -> None:
         with torch.no_grad():
             same = torch.equal(model.eval()(ids()), result.eval()(ids()))
         expect(same, "the loaded model computes other bits")
-
-
-def written_bytes_are_predicted(setup: QuantizerSetup) -> None:
-    """The ledger predicts the bytes in the file, without its header."""
-    quantizer = setup.prepared(SmallModel())
-    predicted = {row.name: row.bytes_after for row in quantizer.ledger}
-    quantizer.convert()
-    with folder() as there:
-        quantizer.save(there / "model.out")
-        entries = quantizer.serializer.reader(there / "model.out").entries
-    for row in quantizer.ledger:
-        written = sum(entries[name].nbytes for name in CODEC.entries(row))
-        expect(written == predicted[row.name], f"{row.name} has {written} bytes, not {predicted[row.name]}")
-    total = sum(entry.nbytes for entry in entries.values())
-    expect(total == quantizer.ledger.bytes_after, f"{total} bytes, not {quantizer.ledger.bytes_after}")
-
-
-def damage_is_found(setup: QuantizerSetup) -> None:
-    """`fewbits.verify` finds a flipped bit anywhere in a file, or the bit does not matter."""
-    quantizer, _ = setup.converted(SmallModel())
-    with folder() as there:
-        quantizer.save(there / "model.out")
-        check_damage(there / "model.out", quantizer.serializer)
 
 
 def _keep_their_bounds(setup: QuantizerSetup, weights: list[Tensor]) -> None:
