@@ -161,11 +161,13 @@ class WantsContiguous(Right):
 
 
 CASES = [
-    pytest.param(SupportsNothing, "it_says_why_not", "it accepts none of the weights", id="nothing"),
-    pytest.param(TakesNothing, "it_says_why_not", "it accepts none of the weights", id="no-input"),
-    pytest.param(AnswersFalse, "it_says_why_not", "returns False, neither None nor a reason", id="false"),
-    pytest.param(GivesNoReason, "it_says_why_not", "returns '', neither None nor a reason", id="no-reason"),
-    pytest.param(WantsWords, "it_says_why_not", "once prepacked, supports.. returns 'it is no words'", id="only-words"),
+    pytest.param(SupportsNothing, "prepacking_loses_nothing", "it accepts none of the weights", id="nothing"),
+    pytest.param(TakesNothing, "prepacking_loses_nothing", "it accepts none of the weights", id="no-input"),
+    pytest.param(AnswersFalse, "prepacking_loses_nothing", "returns False, neither None nor a reason", id="false"),
+    pytest.param(GivesNoReason, "prepacking_loses_nothing", "returns '', neither None nor a reason", id="no-reason"),
+    pytest.param(
+        WantsWords, "prepacking_loses_nothing", "once prepacked, supports.. returns 'it is no words'", id="only-words"
+    ),
     pytest.param(PrepacksNothing, "prepacking_loses_nothing", "prepacked as PackedInt32, not Int8Rows", id="no-form"),
     pytest.param(NoLowestCode, "prepacking_loses_nothing", "gives another value back", id="lost-code"),
     pytest.param(LosesTheScale, "prepacking_loses_nothing", "gives another value back", id="lost-scale"),
@@ -178,8 +180,8 @@ CASES = [
     pytest.param(TakesNoughtForOne, "every_code_is_read_right", "a code is read as another code", id="one-code"),
     pytest.param(OffByOne, "integer_sums_are_exact", "differs from that of the reference", id="off-by-one"),
     pytest.param(SumsInFloat16, "integer_sums_are_exact", "differs from that of the reference", id="float16-sums"),
-    pytest.param(InPlace, "arguments_stay", "an argument has changed", id="in-place"),
-    pytest.param(WeightInPlace, "arguments_stay", "an argument has changed", id="weight-in-place"),
+    pytest.param(InPlace, "outputs_are_reproducible", "an argument has changed", id="in-place"),
+    pytest.param(WeightInPlace, "outputs_are_reproducible", "an argument has changed", id="weight-in-place"),
     pytest.param(Noisy, "outputs_are_reproducible", "other bits", id="noisy"),
     pytest.param(WantsContiguous, "outputs_are_reproducible", "exceeds the allowed rounding|other bits", id="strides"),
 ]

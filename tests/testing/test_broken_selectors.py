@@ -82,7 +82,9 @@ CASES = [
     pytest.param(KnowsClasses, "any_tensors_get_decisions_or_an_error", "AttributeError", id="knows-classes"),
     pytest.param(OnlyOnce, "decisions_are_reproducible", "a second call decides otherwise", id="only-once"),
     pytest.param(Remembers, "decisions_are_reproducible", "a call for other tensors changes", id="remembers"),
-    pytest.param(SortsInPlace, "the_descriptions_stay", "it changes the list of descriptions", id="sorts-in-place"),
+    pytest.param(
+        SortsInPlace, "decisions_are_reproducible", "it changes the list of descriptions", id="sorts-in-place"
+    ),
     pytest.param(ByName, "the_ledger_covers_everything", "one storage, two fates", id="by-name"),
 ]
 

@@ -34,6 +34,8 @@ from fewbits.testing import (
     check_serializer,
 )
 
+#: Examples of the checks that take longest; in `make test-all` as many as an author gets.
+EXAMPLES = min(10, settings.default.max_examples // 6)
 SUBJECTS = {
     "int8-tensor": check_quantizer(Int8PerTensor()),
     "int8": check_quantizer(Int8PerChannel()),
@@ -44,10 +46,10 @@ SUBJECTS = {
     "fp16": check_quantizer(FP16Cast()),
     "minmax": check_observer(MinMaxObserver()),
     "moving-average": check_observer(MovingAverageMinMaxObserver()),
-    "histogram": check_observer(HistogramObserver()),
+    "histogram": check_observer(HistogramObserver(), max_examples=EXAMPLES),
     "percentile": check_observer(PercentileObserver()),
     "percentile-90": check_observer(PercentileObserver(90.0)),
-    "mse": check_observer(MSEObserver()),
+    "mse": check_observer(MSEObserver(), max_examples=EXAMPLES),
     "selector": check_selector(LayerSelector()),
     "selector-with-rules": check_selector(
         LayerSelector(include=["up"], exclude_types=[nn.LayerNorm], overrides={"down": {"group_size": 16}}),
@@ -66,8 +68,6 @@ def test_it_conforms(check):
 
 #: With and without instructions for bfloat16, where the results differ.
 BF16 = dict.fromkeys(("byte_blocks", "tile_blocks", "word_blocks"), (True, False)) | {"grouped_int_mm": (False,)}
-#: Every kernel is checked with and without bfloat16, which takes a minute with as many examples as an author gets.
-EXAMPLES = min(10, settings.default.max_examples // 6)
 KERNEL_CHECKS = [
     pytest.param(kernel, check, bf16, id=f"{kernel.name}-{'bf16' if bf16 else 'float32'}-{check}")
     for kernel in KERNELS

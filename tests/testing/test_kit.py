@@ -1,8 +1,6 @@
 """Checks: their names and messages, and the state that they leave unchanged."""
 
 import copy
-import inspect
-import pkgutil
 import re
 import subprocess
 import sys
@@ -14,26 +12,36 @@ import fewbits
 import fewbits.testing
 from fewbits import FewbitsError, Int8PerChannel, MinMaxObserver
 from fewbits.errors import ArgumentError
-from fewbits.testing import Check, ConformanceError, check_kernel, check_observer, check_quantizer, check_selector
-from fewbits.testing.check import Contract, fail
+from fewbits.extend import SafetensorsSerializer
+from fewbits.kernels.reference import Reference
+from fewbits.testing import (
+    Check,
+    ConformanceError,
+    check_kernel,
+    check_module,
+    check_observer,
+    check_quantizer,
+    check_selector,
+    check_serializer,
+)
+from fewbits.testing.check import fail
 
-ALL = (check_quantizer, check_observer, check_selector, fewbits.testing.check_serializer, check_kernel)
+ALL = (check_quantizer, check_observer, check_selector, check_serializer, check_kernel)
 
 
-def contracts():
-    """Everything that the kit cites."""
-    for found in pkgutil.iter_modules(fewbits.testing.__path__):
-        module = pkgutil.resolve_name(f"fewbits.testing.{found.name}")
-        yield from (value for value in vars(module).values() if isinstance(value, Contract))
+CHECKS = [
+    *check_quantizer(Int8PerChannel()),
+    *check_observer(MinMaxObserver()),
+    *check_selector(fewbits.LayerSelector()),
+    *check_serializer(SafetensorsSerializer()),
+    *check_kernel(Reference()),
+    *check_module(torch.nn.Linear(64, 8), torch.zeros(1, 64)),
+]
 
 
-CONTRACTS = sorted(set(contracts()), key=str)
-
-
-@pytest.mark.parametrize("contract", CONTRACTS, ids=str)
-def test_every_cited_docstring_has_the_quoted_words(contract):
-    said = inspect.getdoc(pkgutil.resolve_name(contract.where))
-    assert re.sub(r"\s+", " ", contract.quote) in re.sub(r"\s+", " ", said)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.subject}-{check}")
+def test_every_check_states_its_promise(check):
+    assert re.fullmatch(r"[A-Z`].*\.", check.promise, re.DOTALL)
 
 
 def test_checks_have_names_of_their_own():
@@ -43,12 +51,10 @@ def test_checks_have_names_of_their_own():
 
 
 def test_a_failed_check_names_the_fault_and_the_promise():
-    def wrong():
-        fail("the scale is 0", Contract("fewbits.extend.Observer", "not zero"))
-
+    check = Check("some_name", "MyObserver", "Scales are not zero.", lambda: fail("the scale is 0"))
     with pytest.raises(ConformanceError) as caught:
-        Check("some_name", "MyObserver", wrong)()
-    assert str(caught.value) == "the scale is 0\n    fewbits.extend.Observer: 'not zero'"
+        check()
+    assert str(caught.value) == "MyObserver, some_name: the scale is 0\n    Promise: Scales are not zero."
     assert isinstance(caught.value, AssertionError)
     assert isinstance(caught.value, FewbitsError)
 
@@ -58,7 +64,7 @@ def test_any_other_error_is_a_failure_with_its_cause():
         raise KeyError("scale")
 
     with pytest.raises(ConformanceError, match="MyObserver, some_name: KeyError: 'scale'") as caught:
-        Check("some_name", "MyObserver", breaks)()
+        Check("some_name", "MyObserver", "Scales are not zero.", breaks)()
     assert isinstance(caught.value.__cause__, KeyError)
 
 
@@ -90,7 +96,7 @@ def test_checks_use_a_copy_of_the_strategy():
 
     given = Counts()
     checks = {str(check): check for check in check_observer(given)}
-    checks["nothing_is_written_to"]()
+    checks["rows_stand_alone"]()
     checks["a_model_can_be_quantized_with_it"]()
     assert given.calls == 0
 
@@ -130,7 +136,7 @@ def test_threads_blocks_and_modules_are_restored():
     before = torch.get_num_threads(), layout.BLOCK_ELEMENTS, sys.modules[__name__]
     checks = {str(check): check for check in check_quantizer(fewbits.Int4Grouped(32))}
     checks["results_are_reproducible"]()
-    checks["files_need_no_class"]()
+    checks["files_give_back_every_bit"]()
     assert (torch.get_num_threads(), layout.BLOCK_ELEMENTS, sys.modules[__name__]) == before
 
 

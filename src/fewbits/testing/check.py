@@ -6,8 +6,8 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, NoReturn, TypeVar
 
 import attrs
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +15,6 @@ from hypothesis.strategies import SearchStrategy
 
 from fewbits.errors import ArgumentError, FewbitsError
 
-_Setup = TypeVar("_Setup")
 _Strategy = TypeVar("_Strategy")
 
 #: Default number of examples that a check draws.
@@ -23,23 +22,24 @@ EXAMPLES = 10
 
 
 class ConformanceError(FewbitsError, AssertionError):
-    """A strategy breaks a promise of its interface. The message cites the docstring with the promise."""
+    """A strategy breaks a promise of its interface. The message names the fault, the check, and the promise."""
 
 
 @attrs.frozen
-class Contract:
-    """A promise in a docstring.
+class Setup(Generic[_Strategy]):
+    """A strategy to check.
 
     Attributes:
-        where: the dotted name of the documented class or function.
-        quote: the words of the promise.
+        recipe: The original strategy. The checks use copies.
+        examples: The number of examples that a check draws.
     """
 
-    where: str
-    quote: str
+    recipe: _Strategy
+    examples: int
 
-    def __str__(self) -> str:
-        return f"{self.where}: {self.quote!r}"
+    def make(self) -> _Strategy:
+        """Copy the strategy."""
+        return copy.deepcopy(self.recipe)
 
 
 @attrs.frozen
@@ -47,12 +47,14 @@ class Check:
     """One requirement of an interface. Calling it raises if the requirement is not met.
 
     Attributes:
-        name: the requirement, in words joined by underscores.
-        subject: the name of the class under test.
+        name: The requirement, in words joined by underscores.
+        subject: The name of the class under test.
+        promise: The requirement, in a sentence or two.
     """
 
     name: str
     subject: str
+    promise: str = attrs.field(repr=False)
     _run: Callable[[], None] = attrs.field(repr=False, eq=False)
 
     def __call__(self) -> None:
@@ -63,45 +65,65 @@ class Check:
         """
         try:
             self._run()
-        except ConformanceError:
-            raise
         except Exception as error:
-            raise ConformanceError(f"{self.subject}, {self.name}: {type(error).__name__}: {error}") from error
+            fault = str(error) if isinstance(error, ConformanceError) else f"{type(error).__name__}: {error}"
+            raise ConformanceError(f"{self.subject}, {self.name}: {fault}\n    Promise: {self.promise}") from error
 
     def __str__(self) -> str:
         return self.name
 
 
-def checks(subject: object, functions: Sequence[Callable[[_Setup], None]], setup: _Setup) -> list[Check]:
-    """Make a check from every function, with its name."""
-    name = type(subject).__name__
-    return [Check(function.__name__, name, functools.partial(function, setup)) for function in functions]
+def checks_of(setup: Setup[Any], *modules: str) -> list[Check]:
+    """Make a check from every public function of these modules whose only parameter is `setup`."""
+    subject = type(setup.recipe).__name__
+    values = [value for module in modules for value in vars(sys.modules[module]).values()]
+    return [
+        Check(value.__name__, subject, inspect.getdoc(value) or "", functools.partial(value, setup))
+        for value in values
+        if inspect.isfunction(value)
+        and value.__module__ in modules
+        and not value.__name__.startswith("_")
+        and [*inspect.signature(value).parameters] == ["setup"]
+    ]
 
 
-def check_functions(*modules: str) -> list[Callable[[Any], None]]:
-    """Collect the checks of these modules: all public functions whose only parameter is `setup`."""
-    found = [value for module in modules for value in vars(sys.modules[module]).values() if inspect.isfunction(value)]
-    public = [one for one in found if one.__module__ in modules and not one.__name__.startswith("_")]
-    return [one for one in public if [*inspect.signature(one).parameters] == ["setup"]]
-
-
-def expect(holds: bool, wrong: str, contract: Contract) -> None:
+def expect(holds: bool, fault: str) -> None:
     """Raise if a condition does not hold.
 
     Raises:
-        ConformanceError: with the fault and the promise.
+        ConformanceError: with the fault.
     """
     if not holds:
-        fail(wrong, contract)
+        fail(fault)
 
 
-def fail(wrong: str, contract: Contract) -> NoReturn:
-    """Raise an error with the fault and the promise.
+def fail(fault: str) -> NoReturn:
+    """Raise an error.
 
     Raises:
-        ConformanceError: always.
+        ConformanceError: always, with the fault.
     """
-    raise ConformanceError(f"{wrong}\n    {contract}")
+    raise ConformanceError(fault)
+
+
+def expect_error(expected: type[Exception], what: str, call: Callable[[], object]) -> None:
+    """Raise unless a call raises an error of this class.
+
+    Args:
+        expected: The class of the error.
+        what: The call, in words.
+        call: The call itself.
+
+    Raises:
+        ConformanceError: if the call raises no error, or an error of another class.
+    """
+    try:
+        call()
+    except expected:
+        return
+    except Exception as error:
+        fail(f"{what} raises {type(error).__name__}, not {expected.__name__}: {error}")
+    fail(f"{what} raises no error; it should raise {expected.__name__}")
 
 
 def for_all(examples: int, holds: Callable[..., None], *strategies: SearchStrategy[Any]) -> None:

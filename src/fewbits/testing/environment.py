@@ -1,9 +1,11 @@
-"""Helpers of the checks: compare bits and files, damage files, change threads and blocks, hide modules."""
+"""Helpers of the checks: compare bits and files, measure, damage files."""
 
 from __future__ import annotations
 
-import sys
+import io
+import pickle
 import tempfile
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +17,10 @@ from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError
-from fewbits.numerics import layout
+from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.tensor import in_memory
-from fewbits.testing.check import Contract, expect
+from fewbits.testing.check import expect
 from fewbits.validation.verify import verify
-
-_DIGESTS = Contract("fewbits.verify", "its digests, its structure, and every element against the source")
 
 #: Name -> (shape, dtype, bytes). Equal snapshots mean equal tensors.
 Snapshot = dict[str, tuple[tuple[int, ...], torch.dtype, bytes]]
@@ -39,6 +39,27 @@ def snapshot(source: nn.Module | Mapping[str, Value]) -> Snapshot:
 def _bytes_of(tensor: Tensor) -> bytes:
     tensor = in_memory(tensor)  # the name keeps it alive until its bytes are copied
     return bytes(tensor_bytes(tensor))
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles the state of an object; code is named, so that classes need not be importable."""
+
+    def persistent_id(self, value: object) -> str | None:
+        """Name code instead of pickling it."""
+        return repr(value) if isinstance(value, (type, types.FunctionType, types.ModuleType)) else None
+
+
+def state_bytes(value: object) -> int:
+    """Count the bytes of the state of an object."""
+    stream = io.BytesIO()
+    _Pickler(stream).dump(value)
+    return stream.tell()
+
+
+def sqnr_of(found: Tensor, expected: Tensor) -> float:
+    """Measure the SQNR of a result in dB against the expected numbers."""
+    expected = expected.double()
+    return sqnr_db(float(expected.square().sum()), float((found.double() - expected).square().sum()))
 
 
 @contextmanager
@@ -73,8 +94,8 @@ def check_damage(path: Path, serializer: Serializer) -> None:
         elif _as_read(copy, serializer) != expected:
             missed.append(position)
         copy.unlink()
-    expect(not missed, f"flipped bits in bytes {missed} change the tensors, and verify finds nothing", _DIGESTS)
-    expect(found > 0, "verify finds none of the flipped bits", _DIGESTS)
+    expect(not missed, f"flipped bits in bytes {missed} change the tensors, and verify finds nothing")
+    expect(found > 0, "verify finds none of the flipped bits")
 
 
 def _is_found(path: Path, serializer: Serializer) -> bool:
@@ -88,39 +109,3 @@ def _as_read(path: Path, serializer: Serializer) -> tuple[Snapshot, Mapping[str,
     """Read everything in a file; tensors are copied, because they may alias the file."""
     reader = serializer.reader(path)
     return snapshot({name: reader.read(name).clone() for name in reader.entries}), dict(reader.metadata)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch compute with this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def blocks_of(elements: int) -> Iterator[None]:
-    """Let fewbits process tensors in blocks of this many elements, in whole rows."""
-    before = layout.BLOCK_ELEMENTS
-    layout.BLOCK_ELEMENTS = elements
-    try:
-        yield
-    finally:
-        layout.BLOCK_ELEMENTS = before
-
-
-@contextmanager
-def not_importable(name: str) -> Iterator[None]:
-    """Make the import of a module fail; earlier imports keep working."""
-    before = sys.modules.get(name)
-    sys.modules[name] = None  # type: ignore[assignment]  # the import system treats it as missing
-    try:
-        yield
-    finally:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,36 +16,31 @@ from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.numerics.affine import decode, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
-from fewbits.numerics.metrics import measure
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.testing.check import Contract, expect, for_all
+from fewbits.testing.check import Setup, expect, for_all
 from fewbits.testing.strategies import FLOATS
-
-_OUTPUT = Contract("fewbits.extend.Kernel.linear", "(rows, outputs), in float32")
-_NEAR = Contract("fewbits.testing.check_kernel", "times the sum of the magnitudes of the addends")
-_WHOLE = Contract("fewbits.testing.check_kernel", "the output is exact")
-_EXACT = Contract("fewbits.testing.check_kernel", "the bits of `fewbits.kernels.reference.Reference`")
 
 LEVELS = (-1.0, -0.7, -0.5, -0.35, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
-#: Specs of the weights.
-SPECS: tuple[QuantSpec, ...] = (
+_WHOLE_ROWS = (
     QuantSpec(bits=8, granularity="tensor"),
     QuantSpec(bits=8, granularity="channel"),
     QuantSpec(bits=8, granularity="channel", symmetric=False),
-    QuantSpec(bits=8, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="channel"),
+)
+
+#: Specs of the weights.
+SPECS: tuple[QuantSpec, ...] = (
+    *_WHOLE_ROWS,
+    QuantSpec(bits=8, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="group", group_size=32),
     QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False),
     QuantSpec(bits=6, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="group", group_size=64, levels=LEVELS),
-    QuantSpec(bits=8, granularity="channel", activations="dynamic"),
-    QuantSpec(bits=8, granularity="tensor", activations="dynamic"),
-    QuantSpec(bits=8, granularity="channel", symmetric=False, activations="dynamic"),
-    QuantSpec(bits=4, granularity="channel", activations="dynamic"),
+    *(attrs.evolve(spec, activations="dynamic") for spec in _WHOLE_ROWS),
     QuantSpec(bits=8, granularity="channel", activations="static"),
 )
 
@@ -69,72 +63,105 @@ ROWS = (1, 7, 40, 200)
 _BF16 = torch.finfo(torch.bfloat16).eps / 2
 
 
+#: A kernel, and a weight in the layout that it reads.
+Layer = tuple[Kernel[Any], WeightLayout]
+
+
 @attrs.frozen
-class KernelSetup:
-    """A kernel to check. The checks use copies of `recipe`."""
+class KernelSetup(Setup[Kernel[Any]]):
+    """A kernel to check.
 
-    recipe: Kernel[Any]
+    Attributes:
+        device: The device of weights and inputs.
+    """
+
     device: torch.device
-    examples: int
-
-    def make(self) -> Kernel[Any]:
-        return copy.deepcopy(self.recipe)
 
     def specs(self) -> Iterator[QuantSpec]:
         """Yield the specs for this kernel; specs with int8 inputs only if the kernel rounds inputs."""
         follows = self.recipe.rounds_inputs or isinstance(self.recipe, Reference)
         return (spec for spec in SPECS if follows or spec.activations is None)
 
-    def rounds(self, weight: WeightLayout) -> bool:
-        """Whether the kernel rounds the inputs of a layer with this weight."""
-        return self.recipe.rounds_inputs or weight.spec.activations is not None
+    def rounds(self, spec: QuantSpec) -> bool:
+        """Whether the kernel rounds the inputs of a layer with a weight of this spec."""
+        return self.recipe.rounds_inputs or spec.activations is not None
 
     def weight(self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> PackedInt32:
         """Make a weight from normally distributed values, as packed int32 words."""
         value = quantize(self.normal((outputs, inputs), dtype, seed), spec.weight_only())
         return PackedInt32.of_value(with_inputs(value, spec))
 
-    def measured(
-        self, spec: QuantSpec, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0
-    ) -> tuple[PackedInt32, float]:
-        """Make the same weight, and measure the SQNR of its codes in dB."""
-        weight = self.weight(spec, outputs, inputs, dtype, seed)
-        return weight, measure(self.normal((outputs, inputs), dtype, seed), weight.value(dtype)).sqnr_db
+    def weight_of_codes(self, spec: QuantSpec, outputs: int, inputs: int) -> PackedInt32:
+        """Make a weight with rows of the least code, rows of the largest code, and rows of random codes.
 
-    def with_codes(self, codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> PackedInt32:
-        codes, scale = codes.to(self.device), scale.to(self.device)
-        zero_point = None if zero_point is None else zero_point.to(self.device)
-        layout, resolved = Layout.of(codes.shape), spec.weight_only()
-        params = QuantParams(scale, zero_point)
-        value = QuantizedTensor.from_codes(codes, params, spec=resolved, layout=layout, dtype=scale.dtype)
+        The scales are powers of two of both signs.
+        """
+        draws, shape = generator(2), spec.scale_shape(outputs, inputs)
+        scale = 2.0 ** torch.randint(-7, 3, shape, generator=draws) * (1 - 2 * torch.randint(2, shape, generator=draws))
+        codes = any_codes((outputs, inputs), spec, draws)
+        codes[::4], codes[1::4] = spec.code_min, spec.code_max
+        params = QuantParams(scale.to(self.device))
+        if not spec.symmetric:
+            zero_point = any_codes(shape, spec, draws)
+            zero_point[::4] = spec.code_max
+            params = QuantParams(scale.to(self.device), zero_point.to(self.device))
+        value = QuantizedTensor.from_codes(
+            codes.to(self.device), params, spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
+        )
         return PackedInt32.of_value(with_inputs(value, spec))
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+        """Draw numbers from a normal distribution."""
         return torch.randn(shape, generator=generator(seed)).to(dtype).to(self.device)
 
-    def packed(self, weight: PackedInt32) -> tuple[Kernel[Any], WeightLayout] | None:
+    def weights(self, sizes: list[tuple[int, int]]) -> Iterator[PackedInt32]:
+        """Make weights of all specs and dtypes in these sizes, (outputs, inputs)."""
+        for spec in self.specs():
+            for dtype in FLOATS:
+                yield from (self.weight(spec, outputs, inputs, dtype) for outputs, inputs in sizes)
+
+    def packed(self, weight: PackedInt32) -> Layer | None:
         """Prepack a weight with a new kernel; None if the kernel refuses it."""
         kernel = self.make()
-        return (kernel, kernel.prepack(weight)) if kernel.supports(weight) is None else None
+        return (kernel, kernel.prepack(weight)) if accepts(kernel.supports(weight), "supports", weight) else None
 
-    def computed(self, weight: PackedInt32, inputs: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every input that the kernel accepts, with its output."""
-        packed = self.packed(weight)
-        if packed is None:
-            return
-        for x in inputs:
-            if packed[0].takes(x, x.shape[0]) is None:
-                yield x, packed[0].linear(x, packed[1])
+    def layers(self, outputs: int, inputs: int) -> Iterator[tuple[PackedInt32, torch.dtype, Layer]]:
+        """Yield every weight of this size that the kernel accepts, the dtype of its inputs, and the layer."""
+        for spec in self.specs():
+            for dtype, kind in PAIRS:
+                weight = self.weight(spec, outputs, inputs, dtype)
+                layer = self.packed(weight)
+                if layer is not None:
+                    yield weight, kind, layer
+
+
+def accepts(why: object, call: str, weight: WeightLayout) -> bool:
+    """Tell whether the answer of a kernel is None. Another answer must be a reason."""
+    is_reason = isinstance(why, str) and why.strip() != ""
+    expect(why is None or is_reason, f"for {weight.spec} {call}() returns {why!r}, neither None nor a reason")
+    return why is None
+
+
+def takes(layer: Layer, x: Tensor) -> bool:
+    """Tell whether a kernel computes with an input."""
+    kernel, weight = layer
+    return accepts(kernel.takes(x, x.shape[0]), "takes", weight)
+
+
+def computed(layer: Layer | None, inputs: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return every input that a kernel accepts, with its output."""
+    return [] if layer is None else [(x, layer[0].linear(x, layer[1])) for x in inputs if takes(layer, x)]
 
 
 def any_size_is_computed(setup: KernelSetup) -> None:
-    """Odd sizes, one row and many rows give outputs with the right shape, dtype and elements."""
+    """For any size, the output of `Kernel.linear` has the right shape, dtype and elements."""
 
     def right(
         spec: QuantSpec, dtype: torch.dtype, kind: torch.dtype, sizes: tuple[int, int], rows: int, seed: int
     ) -> None:
         weight = setup.weight(spec, *sizes, dtype, seed)
-        _check_outputs(setup, weight, [setup.normal((rows, sizes[1]), kind, seed + 1)])
+        x = setup.normal((rows, sizes[1]), kind, seed + 1)
+        check_outputs(setup, weight, computed(setup.packed(weight), [x]))
 
     size = st.sampled_from([1, 7, 33, 40, 64, 65, 129, 160, 200])
     drawn = st.sampled_from(FLOATS), st.sampled_from(INPUTS), st.tuples(size, size), st.sampled_from(ROWS)
@@ -143,23 +170,32 @@ def any_size_is_computed(setup: KernelSetup) -> None:
 
 
 def every_code_is_read_right(setup: KernelSetup) -> None:
-    """An input with one power of two and zeros picks out codes, and each is exact."""
+    """An input with one power of two and zeros picks out codes, and the output is exact."""
     for spec in setup.specs():
+        if spec.levels is not None or setup.rounds(spec):
+            continue
         for outputs, inputs in ((5, 33), (70, 160)):
-            if spec.levels is None:
-                weight = of_whole_numbers(setup, spec, outputs, inputs)
-                if not setup.rounds(weight):
-                    _check_picked(setup, weight)
+            weight = setup.weight_of_codes(spec, outputs, inputs)
+            dense = decoded(weight).t()
+            picks = torch.diag(2.0 ** torch.arange(-3, 4, device=setup.device).repeat(inputs)[:inputs])
+            for x, found in computed(setup.packed(weight), (x for rows in ROWS for x in in_parts(rows, picks))):
+                same = torch.equal(found.double(), x.double() @ dense)
+                expect(same, f"{words(weight, x)}: a code is read as another code")
 
 
 def integer_sums_are_exact(setup: KernelSetup) -> None:
-    """With int8 inputs, all codes, extremes included, give the bits of the reference."""
-    for spec in setup.specs():
+    """With inputs rounded to int8, all codes, extremes included, give the bits of the reference."""
+    for spec in filter(setup.rounds, setup.specs()):
         for inputs in (1, 33, 1025, 4096):
+            weight = setup.weight_of_codes(spec, 40, inputs)
+            extremes = []
+            for rows in (3, 200):
+                x = setup.normal((rows, inputs), torch.float32, 4)
+                x[0], x[1], x[rows // 2 + 1] = 2.0, -2.0, -3.0
+                extremes.append(x)
             for dtype, kind in PAIRS:
-                weight = of_extremes(setup, spec, inputs, dtype)
-                if setup.rounds(weight):
-                    _check_outputs(setup, weight, (extreme_inputs(setup, r, inputs).to(kind) for r in (3, 200)))
+                one = attrs.evolve(weight, scale=weight.scale.to(dtype))
+                check_outputs(setup, one, computed(setup.packed(one), (x.to(kind) for x in extremes)))
 
 
 def in_parts(rows: int, x: Tensor) -> list[Tensor]:
@@ -168,39 +204,36 @@ def in_parts(rows: int, x: Tensor) -> list[Tensor]:
     return [*parts[:-1], torch.cat([parts[-1], x.new_zeros(rows - parts[-1].shape[0], x.shape[1])])]
 
 
-def _check_outputs(setup: KernelSetup, weight: PackedInt32, inputs: Iterable[Tensor]) -> None:
-    for x, found in setup.computed(weight, inputs):
-        check_result(setup, weight, x, found)
+def check_outputs(setup: KernelSetup, weight: WeightLayout, outputs: list[tuple[Tensor, Tensor]]) -> None:
+    """Check shape, dtype, and every element of some outputs.
 
-
-def check_result(setup: KernelSetup, weight: WeightLayout, x: Tensor, found: Tensor) -> None:
-    """Check shape, dtype, and every element of an output."""
-    what, shape = words(weight, x), (x.shape[0], weight.layout.rows)
-    right = found.dtype in (torch.float32, x.dtype, torch.bfloat16) and found.device == x.device
-    expect(
-        right and tuple(found.shape) == shape,
-        f"{what}: the output has shape {tuple(found.shape)} in {dtype_name(found.dtype)}",
-        _OUTPUT,
-    )
-    rounds = setup.rounds(weight)
+    Args:
+        setup: The kernel under test.
+        weight: The weight, in any layout.
+        outputs: Inputs of one dtype, with their outputs.
+    """
+    for x, output in outputs:
+        right = output.dtype in (torch.float32, x.dtype, torch.bfloat16) and output.device == x.device
+        expect(
+            right and tuple(output.shape) == (x.shape[0], weight.layout.rows),
+            f"{words(weight, x)}: the output has shape {tuple(output.shape)} in {dtype_name(output.dtype)}",
+        )
+    if not outputs:
+        return
+    # One comparison for all, because decoding the weight takes longer than most products.
+    x, found = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    what, rounds = words(weight, x), setup.rounds(weight.spec)
     if rounds and weight.spec.granularity != "group" and weight.spec.levels is None:
         reference = Reference().linear(x, as_dynamic(PackedInt32.of(weight)))
-        same = torch.equal(found.to(x.dtype), reference)
-        expect(same, f"{what}: the output differs from that of the reference", _EXACT)
+        expect(torch.equal(found.to(x.dtype), reference), f"{what}: the output differs from that of the reference")
         return
     expected, size = exact(weight, x, rounds=rounds)
-    worst = float(((found.double() - expected).abs() - bound(size, x.shape[1], found.dtype, rounds=rounds)).amax())
-    expect(worst <= 0, f"{what}: the error of an element exceeds the allowed rounding by {worst:.3g}", _NEAR)
-
-
-def _check_picked(setup: KernelSetup, weight: PackedInt32) -> None:
-    columns = weight.layout.columns
-    powers = 2.0 ** torch.arange(-3, 4, device=setup.device).repeat(columns)[:columns]
-    inputs = (x for rows in ROWS for x in in_parts(rows, torch.diag(powers)))
-    for x, found in setup.computed(weight, inputs):
-        expected, _ = exact(weight, x, rounds=False)
-        same = torch.equal(found.double(), expected)
-        expect(same, f"{words(weight, x)}: a code is read as another code", _WHOLE)
+    coarsest = max((torch.finfo(output.dtype) for _, output in outputs), key=lambda info: info.eps)
+    # Sums of at least 16 inputs in int8 are exact.
+    rounded_inputs = coarsest.eps / 2 + (4 + x.shape[1] / 16) * 2.0**-24
+    share = rounded_inputs if rounds else (1 + _BF16) ** 4 - 1 + x.shape[1] * 2.0**-23
+    worst = float(((found.double() - expected).abs() - size * share - coarsest.tiny).amax())
+    expect(worst <= 0, f"{what}: the error of an element exceeds the allowed rounding by {worst:.3g}")
 
 
 def with_inputs(value: QuantizedTensor, spec: QuantSpec) -> QuantizedTensor:
@@ -222,59 +255,25 @@ def decoded(weight: WeightLayout, codes: Tensor | None = None) -> Tensor:
     return decode(codes, weight.params(slice(None)), weight.spec, torch.float64)
 
 
+def as_multiplied(weight: WeightLayout, x: Tensor, *, rounds: bool) -> Tensor:
+    """Return an input in float64, rounded to int8 where a kernel rounds it."""
+    if not rounds:
+        return x.double()
+    scale = dynamic_scale(x.float(), (-1,)) if weight.input_scale is None else weight.input_scale
+    return encode_input(x.float(), scale).double() * scale.double()
+
+
 def exact(weight: WeightLayout, x: Tensor, *, rounds: bool) -> tuple[Tensor, Tensor]:
     """Compute the product in float64, and the sum of the magnitudes of its addends.
 
     Codes and zero points count as separate addends, because a kernel may sum them separately.
     """
-    if rounds:
-        wide = x.float()
-        scale = dynamic_scale(wide, (-1,)) if weight.input_scale is None else weight.input_scale
-        wide = encode_input(wide, scale).double() * scale.double()
-    else:
-        wide = x.double()
-    dense = decoded(weight)
-    none = torch.full_like(weight.codes(slice(None)), -weight.spec.code_min)
-    offset = torch.zeros_like(dense) if weight.zero_point is None else decoded(weight, none)
-    magnitudes = (dense - offset).abs() + offset.abs()
+    wide, dense = as_multiplied(weight, x, rounds=rounds), decoded(weight)
+    magnitudes = dense.abs()
+    if weight.zero_point is not None:
+        offset = decoded(weight, torch.full_like(weight.codes(slice(None)), -weight.spec.code_min))
+        magnitudes = (dense - offset).abs() + offset.abs()
     return wide @ dense.t(), wide.abs() @ magnitudes.t()
-
-
-def bound(size: Tensor, inputs: int, dtype: torch.dtype, *, rounds: bool) -> Tensor:
-    """Bound the error of each element by its sum of magnitudes, `size`, as `check_kernel` documents."""
-    if rounds:
-        # Sums of at least 16 inputs in int8 are exact.
-        share = torch.finfo(dtype).eps / 2 + (4 + inputs / 16) * 2.0**-24
-    else:
-        share = (1 + _BF16) ** 4 - 1 + inputs * 2.0**-23
-    return size * share + torch.finfo(dtype).tiny
-
-
-def of_whole_numbers(setup: KernelSetup, spec: QuantSpec, outputs: int, inputs: int) -> PackedInt32:
-    """Make a weight of random codes and zero points, with scales that are powers of two of both signs."""
-    shape, draws = spec.scale_shape(outputs, inputs), generator(2)
-    scale = 2.0 ** torch.randint(-7, 3, shape, generator=draws) * (1 - 2 * torch.randint(2, shape, generator=draws))
-    codes = any_codes((outputs, inputs), spec, draws)
-    zero_point = None if spec.symmetric else any_codes(shape, spec, draws)
-    return setup.with_codes(codes, spec, scale, zero_point)
-
-
-def of_extremes(setup: KernelSetup, spec: QuantSpec, inputs: int, dtype: torch.dtype) -> PackedInt32:
-    """Make a weight with rows of the least code, the largest code, and random codes; zero points are the largest."""
-    codes = any_codes((40, inputs), spec, generator(3))
-    codes[::4], codes[1::4] = spec.code_min, spec.code_max
-    shape = spec.scale_shape(*codes.shape)
-    scale = torch.rand(shape, generator=generator(4)).add_(0.1).to(dtype)
-    zero_point = None if spec.symmetric else torch.full(shape, spec.code_max, dtype=torch.int32)
-    return setup.with_codes(codes, spec, scale, zero_point)
-
-
-def extreme_inputs(setup: KernelSetup, rows: int, inputs: int) -> Tensor:
-    """Make rows at the lower end of int8, at the upper end, and random rows."""
-    x = setup.normal((rows, inputs), torch.float32, 4)
-    x[0], x[1] = 2.0, -2.0
-    x[rows // 2 + 1] = -3.0
-    return x
 
 
 def any_codes(shape: tuple[int, ...], spec: QuantSpec, draws: torch.Generator) -> Tensor:

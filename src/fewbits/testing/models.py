@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ class SmallModel(nn.Module):
     layer in bfloat16, a normalization and a buffer.
 
     Args:
-        seed: of its weights.
+        seed: The seed of its weights.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -61,17 +62,14 @@ def ids(seed: int = 0, samples: int = 3) -> Tensor:
     return torch.randint(VOCABULARY, (samples, 6), generator=torch.Generator().manual_seed(seed))
 
 
-class Bag(nn.Module):
-    """Parameters and buffers without a forward."""
-
-
 _SIZES = st.integers(1, 4)
 _SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
 
 @st.composite
-def _bags(draw: st.DrawFn) -> Bag:
-    bag = Bag()
+def _bags(draw: st.DrawFn) -> nn.Module:
+    """Draw parameters and buffers without a forward."""
+    bag = nn.Module()
     for index in range(draw(st.integers(0, 3))):
         tensor = torch.ones(draw(_SHAPES), dtype=draw(st.sampled_from([*FLOATS, *OTHER_DTYPES])))
         if draw(st.booleans()):
@@ -117,13 +115,8 @@ def models(draw: st.DrawFn) -> nn.Module:
 def _tie(draw: st.DrawFn, leaves: Sequence[nn.Module]) -> None:
     """Let some layers share a weight: the same parameter, or another parameter over the same memory."""
     holders = [leaf for leaf in leaves if isinstance(getattr(leaf, "weight", None), nn.Parameter)]
-    for one in holders:
-        for other in holders:
-            weight, replaced = _weight(one), _weight(other)
-            alike = (weight.shape, weight.dtype) == (replaced.shape, replaced.dtype)
-            if alike and one is not other and draw(st.booleans()):
-                other.register_parameter("weight", draw(st.sampled_from([weight, nn.Parameter(weight.data)])))
-
-
-def _weight(module: nn.Module) -> nn.Parameter:
-    return module.get_parameter("weight")
+    for one, other in itertools.permutations(holders, 2):
+        weight, replaced = one.get_parameter("weight"), other.get_parameter("weight")
+        alike = (weight.shape, weight.dtype) == (replaced.shape, replaced.dtype)
+        if alike and draw(st.booleans()):
+            other.register_parameter("weight", draw(st.sampled_from([weight, nn.Parameter(weight.data)])))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -15,18 +14,12 @@ from fewbits.errors import ArgumentError
 from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.compute import set_compute
 from fewbits.nn.swap import dequantize
-from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import same_bits
 from fewbits.quantizers.base import Quantizer
 from fewbits.selection.selector import LayerSelector
-from fewbits.testing.check import Check, Contract, checks, expect
-
-_REGISTERED = Contract("fewbits.extend.QuantizedModule.register", "Use this quantized form for a float class")
-_NEAR = Contract("fewbits.testing.check_module", "The output has an SQNR of at least 50 dB against the float module")
-_ROUNDED = Contract("fewbits.extend.QuantizedModule", "whether `forward` rounds its inputs to int8")
-_COPIES = Contract("fewbits.testing.check_module", "Copies, pickles and state dicts give the same output, bit for bit.")
-_BACK = Contract("fewbits.testing.check_module", "`fewbits.dequantize` gives a module of the float class back.")
+from fewbits.testing.check import EXAMPLES, Check, Setup, checks_of, expect
+from fewbits.testing.environment import sqnr_of
 
 _WEIGHTS = (
     QuantSpec(bits=8, granularity="channel"),
@@ -43,8 +36,13 @@ class _Everything(Quantizer):
 
 
 @attrs.frozen
-class _Setup:
-    module: nn.Module
+class ModuleSetup(Setup[nn.Module]):
+    """A float module to check.
+
+    Attributes:
+        inputs: Positional arguments of its forward.
+    """
+
     inputs: tuple[Any, ...]
 
     def quantized(self, spec: QuantSpec) -> QuantizedModule:
@@ -54,14 +52,15 @@ class _Setup:
             ConformanceError: if no parameter of the module is quantized.
         """
         quantizer = _Everything(spec)
-        quantizer.prepare(self.module)
+        quantizer.prepare(self.recipe)
         module: QuantizedModule = quantizer.convert()
         reasons = "; ".join(f"{row.name} is kept, {row.reason}" for row in quantizer.ledger)
-        expect(isinstance(module, QuantizedModule), f"no parameter is quantized: {reasons}", _REGISTERED)
+        expect(isinstance(module, QuantizedModule), f"no parameter is quantized: {reasons}")
         return module
 
     @torch.no_grad()
     def output(self, module: nn.Module) -> Tensor:
+        """Run a module on copies of the inputs."""
         output = module(*copy.deepcopy(self.inputs))
         if not isinstance(output, Tensor):
             raise ArgumentError(f"check_module takes a module that returns a tensor, not a {type(output).__name__}")
@@ -78,54 +77,54 @@ def check_module(module: nn.Module, *inputs: Any) -> list[Check]:
     - `fewbits.dequantize` gives a module of the float class back.
 
     Args:
-        module: a float module that returns a tensor; it is not changed.
-        inputs: positional arguments of its forward, in float32 where they are floating.
+        module: A float module that returns a tensor; it is not changed.
+        inputs: Positional arguments of its forward, in float32 where they are floating.
 
     Raises:
         ArgumentError: if `module` is no float module.
     """
     if not isinstance(module, nn.Module) or isinstance(module, QuantizedModule):
         raise ArgumentError(f"check_module takes a float module, not a {type(module).__name__}")
-    return checks(module, _CHECKS, _Setup(copy.deepcopy(module), inputs))
+    return checks_of(ModuleSetup(copy.deepcopy(module), EXAMPLES, inputs), __name__)
 
 
-def a_form_is_registered(setup: _Setup) -> None:
-    """The class has a quantized form of its own, and a module gets it."""
-    name = type(setup.module).__name__
+def a_form_is_registered(setup: ModuleSetup) -> None:
+    """`QuantizedModule.register` was called for the class: a module gets a quantized form of its own."""
     form = form_of(type(setup.quantized(_WEIGHTS[0])))
-    expect(form is not QuantizedModule, f"{name} is quantized without a form of its own", _REGISTERED)
+    expect(form is not QuantizedModule, f"{type(setup.recipe).__name__} is quantized without a form of its own")
 
 
-def outputs_are_those_of_the_dequantized_weights(setup: _Setup) -> None:
-    """A layout or a forward that does not suit the class gives another output."""
+def outputs_are_those_of_the_dequantized_weights(setup: ModuleSetup) -> None:
+    """The output has an SQNR of at least 50 dB against the float module with the dequantized weights.
+
+    A layout or a forward that does not suit the class gives another output.
+    """
     for spec in _WEIGHTS:
         module = setup.quantized(spec)
-        expected = setup.output(dequantize(module)).double()
+        expected = setup.output(dequantize(module))
         for compute in ("exact", "auto"):
             set_compute(module, compute)
             output = setup.output(module)
             same_kind = (output.shape, output.dtype) == (expected.shape, torch.float32)
-            expect(same_kind, f"{spec}: shape {tuple(output.shape)} in {output.dtype}", _NEAR)
-            noise = sqnr_db(float(expected.square().sum()), float((output.double() - expected).square().sum()))
-            expect(noise >= 50, f"{spec}, {compute}: {noise:.1f} dB against the dequantized weights", _NEAR)
+            expect(same_kind, f"{spec}: shape {tuple(output.shape)} in {output.dtype}")
+            noise = sqnr_of(output, expected)
+            expect(noise >= 50, f"{spec}, {compute}: {noise:.1f} dB against the dequantized weights")
 
 
-def inputs_are_rounded_as_declared(setup: _Setup) -> None:
-    """With int8 inputs, the output differs from that of float inputs, by about the error of rounding to 8 bits."""
+def inputs_are_rounded_as_declared(setup: ModuleSetup) -> None:
+    """A form with `rounds_inputs` rounds inputs to int8: the output differs by about the error of 8 bits."""
     spec = attrs.evolve(_WEIGHTS[0], activations="dynamic")
     module = setup.quantized(spec)
     if not form_of(type(module)).rounds_inputs:
         return
+    noise = sqnr_of(setup.output(module), setup.output(dequantize(module)))
     floats = [x for x in setup.inputs if isinstance(x, Tensor) and x.is_floating_point()]
-    expected = setup.output(dequantize(module)).double()
-    output = setup.output(module).double()
-    noise = sqnr_db(float(expected.square().sum()), float((output - expected).square().sum()))
-    expect(bool(floats), "it declares that it rounds its inputs, and takes no floating input", _ROUNDED)
+    expect(bool(floats), "it declares that it rounds its inputs, and takes no floating input")
     # 8 bits leave about 40 dB; equal outputs, far above 100 dB, show that nothing was rounded.
-    expect(20 <= noise < 100, f"{noise:.1f} dB: its inputs are not rounded to int8", _ROUNDED)
+    expect(20 <= noise < 100, f"{noise:.1f} dB: its inputs are not rounded to int8")
 
 
-def copies_compute_the_same(setup: _Setup) -> None:
+def copies_compute_the_same(setup: ModuleSetup) -> None:
     """Deepcopy, state dicts, and pickle if it takes the float module, carry everything that the output depends on."""
     for spec in _WEIGHTS:
         module = setup.quantized(spec)
@@ -139,19 +138,19 @@ def copies_compute_the_same(setup: _Setup) -> None:
             "load_state_dict": filled,
             ".to": copy.deepcopy(module).to(torch.float64).to(torch.float32),
         }
-        if _can_be_pickled(setup.module):
+        if _can_be_pickled(setup.recipe):
             copies["pickle"] = pickle.loads(pickle.dumps(module))
         for way, copied in copies.items():
-            expect(type(copied) is type(module), f"{way} gives a {type(copied).__name__}", _COPIES)
-            expect(same_bits(setup.output(copied), expected), f"{spec}: {way} gives another output", _COPIES)
+            expect(type(copied) is type(module), f"{way} gives a {type(copied).__name__}")
+            expect(same_bits(setup.output(copied), expected), f"{spec}: {way} gives another output")
 
 
-def dequantizing_gives_the_class_back(setup: _Setup) -> None:
-    """The float module has the class, the parameters and the attributes it had."""
+def dequantizing_gives_the_class_back(setup: ModuleSetup) -> None:
+    """`fewbits.dequantize` gives a module of the float class back, with the parameters it had."""
     floats = dequantize(setup.quantized(_WEIGHTS[0]))
-    expect(type(floats) is type(setup.module), f"dequantize gives a {type(floats).__name__}", _BACK)
+    expect(type(floats) is type(setup.recipe), f"dequantize gives a {type(floats).__name__}")
     names = [name for name, _ in floats.named_parameters()]
-    expect(names == [name for name, _ in setup.module.named_parameters()], f"it has the parameters {names}", _BACK)
+    expect(names == [name for name, _ in setup.recipe.named_parameters()], f"it has the parameters {names}")
 
 
 def _can_be_pickled(module: nn.Module) -> bool:
@@ -160,12 +159,3 @@ def _can_be_pickled(module: nn.Module) -> bool:
     except Exception:  # pickle raises many types
         return False
     return True
-
-
-_CHECKS: tuple[Callable[[_Setup], None], ...] = (
-    a_form_is_registered,
-    outputs_are_those_of_the_dequantized_weights,
-    inputs_are_rounded_as_declared,
-    copies_compute_the_same,
-    dequantizing_gives_the_class_back,
-)

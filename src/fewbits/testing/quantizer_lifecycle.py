@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -16,45 +15,23 @@ from torch import Tensor, nn
 
 from fewbits.api import quantize, verify
 from fewbits.errors import CalibrationError, StateError
-from fewbits.numerics.spec import QuantSpec
 from fewbits.quantizers.base import Quantizer
-from fewbits.quantizers.lifecycle import TRANSITIONS, State
+from fewbits.quantizers.lifecycle import TRANSITIONS, State, after
 from fewbits.selection.selector import LayerSelector
-from fewbits.testing.check import Contract, expect, fail, for_all
+from fewbits.testing.check import Setup, expect, expect_error, for_all
 from fewbits.testing.environment import files_in, folder, snapshot
 from fewbits.testing.models import SmallModel, ids, models
 
-_LIFE = Contract("fewbits.Quantizer", "prepare, observe, convert, validate, save")
-_UNTOUCHED = Contract("fewbits.Quantizer.prepare", "It is not modified.")
-_RESULT = Contract(
-    "fewbits.Quantizer.convert",
-    "the quantized model, mapping {name: Tensor or QuantizedTensor}, or path, like the source",
-)
-_INPLACE = Contract("fewbits.Quantizer.prepare", "quantize the model or mapping itself")
-_VALID = Contract("fewbits.Quantizer.validate", "Check the result against the source, element by element")
-_STATE = Contract("fewbits.errors.StateError", "called in a state that does not allow it; the call changed nothing.")
-_COVERED = Contract("fewbits.Quantizer.ledger", "The fate of every tensor.")
-_NO_FORWARD = Contract("fewbits.errors.CalibrationError", "Calibration data is missing, or the model cannot run it.")
-
 
 @attrs.frozen(slots=False)
-class QuantizerSetup:
-    """A scheme to check. The checks use copies of `recipe`."""
+class QuantizerSetup(Setup[Quantizer]):
+    """A scheme to check."""
 
-    recipe: Quantizer
-    examples: int
-
-    def make(self) -> Quantizer:
-        """Copy the quantizer, for tensors of any size; for Linear layers only if its observer needs data."""
-        quantizer = copy.deepcopy(self.recipe)
-        types = ["Linear"] if quantizer.observer.needs_data else []
+    def make(self, *, for_model: bool = True) -> Quantizer:
+        """Copy the quantizer, for tensors of any size; if its observer needs data, for Linear layers of a model."""
+        quantizer = super().make()
+        types = ["Linear"] if for_model and quantizer.observer.needs_data else []
         quantizer.selector = LayerSelector(include_types=types, min_elements=1)
-        return quantizer
-
-    def make_for_tensors(self) -> Quantizer:
-        """Copy the quantizer, for sources without module classes."""
-        quantizer = copy.deepcopy(self.recipe)
-        quantizer.selector = LayerSelector(min_elements=1)
         return quantizer
 
     @cached_property
@@ -62,8 +39,7 @@ class QuantizerSetup:
         """Whether it needs a model, because it must see the inputs of layers."""
         quantizer = self.make()
         quantizer.prepare(SmallModel())
-        specs = [row.spec for row in quantizer.ledger]
-        static = any(isinstance(spec, QuantSpec) and spec.activations == "static" for spec in specs)
+        static = any(row.spec is not None and row.spec.activations == "static" for row in quantizer.ledger)
         return static or quantizer.observer.needs_data
 
     def prepared(self, model: nn.Module, *, inplace: bool = False) -> Quantizer:
@@ -77,15 +53,6 @@ class QuantizerSetup:
         """Quantize a model; return the quantizer and the result."""
         quantizer = self.prepared(model, inplace=inplace)
         return quantizer, quantizer.convert()
-
-    def of_weight(self, weight: Tensor) -> Quantizer:
-        """Prepare a quantizer for a source with this weight, under the name ``"weight"``."""
-        if self.needs_forward:
-            return self.prepared(linear(weight))
-        quantizer = self.make_for_tensors()
-        # Casting the weight to its own dtype leaves nothing to do, which is an error. The other tensor prevents that.
-        quantizer.prepare({"weight": weight, "other": torch.ones(2, 32, dtype=torch.float64)})
-        return quantizer
 
 
 def linear(weight: Tensor) -> nn.Linear:
@@ -105,82 +72,54 @@ def batches(model: nn.Module) -> list[Tensor]:
 
 
 def lifecycle_of_a_model(setup: QuantizerSetup) -> None:
-    """A model passes all states and comes back quantized; the original does not change."""
+    """A model passes all states of `Quantizer` and comes back quantized; the original does not change.
+
+    Every call that a state does not allow raises `StateError` and changes nothing.
+    """
     model = SmallModel()
     before = snapshot(model)
-    quantizer = setup.make()
-    _step(quantizer, State.PREPARED, lambda: quantizer.prepare(model))
-    _step(quantizer, State.OBSERVED, lambda: quantizer.observe(batches(model)))
-    result = _step(quantizer, State.CONVERTED, quantizer.convert)
-    expect(type(result) is SmallModel, f"a model came back as {type(result).__name__}", _RESULT)
     with folder() as there:
-        _validate_and_save(quantizer, model, there / "model.out")
-    expect(snapshot(model) == before, "the prepared model has changed", _UNTOUCHED)
-    _step(quantizer, State.CREATED, quantizer.reset)
+        result = _lives(setup.make(), model, there, data=batches(model))
+    expect(type(result) is SmallModel, f"a model came back as {type(result).__name__}")
+    expect(snapshot(model) == before, "the prepared model has changed")
 
 
 def lifecycle_of_a_state_dict(setup: QuantizerSetup) -> None:
-    """A state dict passes all states; a scheme that needs data refuses it."""
+    """A state dict passes all states, and does not change; a scheme that needs data refuses it."""
     source = dict(SmallModel().state_dict())
     before = snapshot(source)
-    quantizer = setup.make_for_tensors()
-    if _is_refused(setup, quantizer, source):
-        return
-    _step(quantizer, State.PREPARED, lambda: quantizer.prepare(source))
-    result = _step(quantizer, State.CONVERTED, quantizer.convert)
-    expect(isinstance(result, Mapping) and result.keys() == source.keys(), "other names came back", _RESULT)
     with folder() as there:
-        _validate_and_save(quantizer, source, there / "model.out")
-    expect(snapshot(source) == before, "the prepared state dict has changed", _UNTOUCHED)
+        if setup.needs_forward:
+            _check_refused(setup, source)
+            return
+        result = _lives(setup.make(for_model=False), source, there)
+    expect(isinstance(result, Mapping) and result.keys() == source.keys(), "other names came back")
+    expect(snapshot(source) == before, "the prepared state dict has changed")
 
 
 def lifecycle_of_a_file(setup: QuantizerSetup) -> None:
-    """A file passes all states, into another file."""
+    """A file passes all states into another file, and does not change; a scheme that needs data refuses it."""
     with folder() as there:
         source, output = there / "model.safetensors", there / "quantized.out"
         save_file({name: tensor.clone() for name, tensor in SmallModel().state_dict().items()}, source)
         before = files_in(there)
-        quantizer = setup.make_for_tensors()
-        if _is_refused(setup, quantizer, source):
+        if setup.needs_forward:
+            _check_refused(setup, source)
             return
-        _step(quantizer, State.PREPARED, lambda: quantizer.prepare(source))
-        result = _step(quantizer, State.CONVERTED, lambda: quantizer.convert(output=output))
-        expect(Path(result) == output and output.is_file(), f"the result is {result!r}, not {output}", _RESULT)
-        _validate_and_save(quantizer, source, there / "copy.out")
-        expect(files_in(there).items() >= before.items(), "the prepared file has changed", _UNTOUCHED)
+        result = _lives(setup.make(for_model=False), source, there, output=output)
+        expect(Path(result) == output and output.is_file(), f"the result is {result!r}, not {output}")
+        expect(files_in(there).items() >= before.items(), "the prepared file has changed")
 
 
-def illegal_calls_change_nothing(setup: QuantizerSetup) -> None:
-    """Every call that the state does not allow raises `StateError` and changes nothing."""
-    model, quantizer = SmallModel(), setup.make()
-    with folder() as there:
-        calls: dict[str, Callable[[], object]] = {
-            "prepare": lambda: quantizer.prepare(model),
-            "observe": lambda: quantizer.observe(batches(model)),
-            "convert": quantizer.convert,
-            "validate": lambda: quantizer.validate(fail_under=-math.inf),
-            "save": lambda: quantizer.save(there / "model.out"),
-        }
-        _refuses(quantizer, calls, there)
-        for call in ("prepare", "observe", "convert", "validate"):
-            calls[call]()
-            _refuses(quantizer, calls, there)
-
-
-def in_place_gives_the_same(setup: QuantizerSetup) -> None:
-    """In place, the same model object is quantized to the same bits."""
+def other_ways_give_the_same(setup: QuantizerSetup) -> None:
+    """In place, the same model object is quantized to the same bits; so is a model by `fewbits.quantize`."""
     model = SmallModel()
-    _, expected = setup.converted(SmallModel())
+    expected = snapshot(setup.converted(SmallModel())[1])
     _, result = setup.converted(model, inplace=True)
-    expect(result is model, "in-place quantization returns another model", _INPLACE)
-    expect(snapshot(result) == snapshot(expected), "in-place quantization gives other bits", _INPLACE)
-
-
-def one_call_gives_the_same(setup: QuantizerSetup) -> None:
-    """`fewbits.quantize` gives the same bits as the single steps."""
-    _, expected = setup.converted(SmallModel())
-    result = quantize(SmallModel(), setup.make(), data=batches(expected), validate=False)
-    expect(snapshot(result.model) == snapshot(expected), "fewbits.quantize gives other bits than the steps", _LIFE)
+    expect(result is model, "in-place quantization returns another model")
+    expect(snapshot(result) == expected, "in-place quantization gives other bits")
+    result = quantize(SmallModel(), setup.make(), data=batches(model), validate=False).model
+    expect(snapshot(result) == expected, "fewbits.quantize gives other bits than the steps")
 
 
 def any_model_is_covered(setup: QuantizerSetup) -> None:
@@ -189,65 +128,60 @@ def any_model_is_covered(setup: QuantizerSetup) -> None:
     def covered(model: nn.Module) -> None:
         quantizer = setup.make()
         quantizer.prepare(model)
-        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        names |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
         rows = {row.name for row in quantizer.ledger}
-        expect(rows == tensors.keys(), f"the ledger lacks or invents {sorted(rows ^ tensors.keys())}", _COVERED)
+        expect(rows == names, f"the ledger lacks or invents {sorted(rows ^ names)}")
         if setup.needs_forward:
             return
-        result = quantizer.convert()
-        kept = {row.name for row in quantizer.ledger if row.fate == "kept" and row.persistent}
-        before, after = snapshot(model), snapshot(result)
-        changed = sorted(name for name in kept if before[name] != after.get(name))
-        expect(not changed, f"the ledger says kept, but changed: {', '.join(changed)}", _COVERED)
+        before, after = snapshot(model), snapshot(quantizer.convert())
+        kept = [row.name for row in quantizer.ledger if row.fate == "kept" and row.persistent]
+        changed = [name for name in kept if before[name] != after.get(name)]
+        expect(not changed, f"the ledger says kept, but changed: {', '.join(changed)}")
 
     for_all(setup.examples, covered, models())
 
 
-def _step(quantizer: Quantizer, leads_to: State, call: Callable[[], Any]) -> Any:
-    result = call()
-    expect(quantizer.state is leads_to, f"the state is {quantizer.state.name}, not {leads_to.name}", _LIFE)
-    return result
+def _lives(
+    quantizer: Quantizer, source: object, there: Path, *, data: list[Tensor] | None = None, output: Path | None = None
+) -> Any:
+    """Take a source through all states, without a limit on the SQNR, and return the result.
 
+    In every state, a call that the state does not allow raises `StateError` and changes nothing.
+    """
+    saved = there / "saved.out"
+    calls: dict[str, Callable[[], Any]] = {
+        "prepare": lambda: quantizer.prepare(source),
+        "observe": lambda: quantizer.observe(data or []),
+        "convert": lambda: quantizer.convert(output=output),
+        "validate": lambda: quantizer.validate(on_failure="ignore", fail_under=-math.inf),
+        "save": lambda: quantizer.save(saved),
+    }
 
-def _validate_and_save(quantizer: Quantizer, source: object, path: Path) -> None:
-    """Validate and verify without a limit on the SQNR."""
-    report = _step(quantizer, State.VALIDATED, lambda: quantizer.validate(on_failure="ignore", fail_under=-math.inf))
-    expect(report.ok, f"validate found: {'; '.join(report.failures)}", _VALID)
-    _step(quantizer, State.VALIDATED, lambda: quantizer.save(path))
-    verified = verify(path, source, serializer=quantizer.serializer, fail_under=-math.inf)
-    expect(verified.ok, f"verify found: {'; '.join(verified.failures)}", _VALID)
+    def visible() -> tuple[object, ...]:
+        return quantizer.state, None if quantizer.state is State.CREATED else quantizer.ledger, files_in(there)
 
-
-def _is_refused(setup: QuantizerSetup, quantizer: Quantizer, source: Mapping[str, Tensor] | Path) -> bool:
-    """Whether the scheme needs data. If so, check that it refuses a source without a forward."""
-    if not setup.needs_forward:
-        return False
-    try:
-        quantizer.prepare(source)
-    except CalibrationError:
-        expect(quantizer.state is State.CREATED, f"a refused prepare leaves state {quantizer.state.name}", _STATE)
-    else:
-        fail("it needs data, but accepts a source without a forward", _NO_FORWARD)
-    return True
-
-
-def _refuses(quantizer: Quantizer, calls: Mapping[str, Callable[[], object]], there: Path) -> None:
-    for name, call in calls.items():
-        if quantizer.state in TRANSITIONS[name][0]:
+    results = {}
+    for name in calls:
+        if name == "observe" and data is None:
             continue
-        before = _visible(quantizer, there)
-        try:
-            call()
-        except StateError:
-            expect(_visible(quantizer, there) == before, f"{name}() raises StateError but changes something", _STATE)
-        except Exception as error:
-            fail(f"{name}() in state {before[0]} raises {type(error).__name__}: {error}", _STATE)
-        else:
-            fail(f"{name}() works in state {before[0]}", _STATE)
+        before = visible()
+        for illegal in (call for call in calls if quantizer.state not in TRANSITIONS[call][0]):
+            expect_error(StateError, f"{illegal}() in state {quantizer.state}", calls[illegal])
+            expect(visible() == before, f"{illegal}() raises StateError but changes something")
+        expected = after(quantizer.state, name)
+        results[name] = calls[name]()
+        expect(quantizer.state is expected, f"the state is {quantizer.state.name}, not {expected.name}")
+    verified = verify(saved, source, serializer=quantizer.serializer, fail_under=-math.inf)
+    for way, report in (("validate", results["validate"]), ("verify", verified)):
+        expect(report.ok, f"{way} found: {'; '.join(report.failures)}")
+    quantizer.reset()
+    expect(quantizer.state is State.CREATED, f"the state after reset is {quantizer.state.name}")
+    return results["convert"]
 
 
-def _visible(quantizer: Quantizer, there: Path) -> tuple[object, ...]:
-    ledger = None if quantizer.state is State.CREATED else quantizer.ledger
-    return quantizer.state, ledger, files_in(there)
+def _check_refused(setup: QuantizerSetup, source: Mapping[str, Tensor] | Path) -> None:
+    """Check that a scheme that needs data refuses a source without a forward."""
+    quantizer = setup.make(for_model=False)
+    expect_error(CalibrationError, "prepare() with a source that has no forward", lambda: quantizer.prepare(source))
+    expect(quantizer.state is State.CREATED, f"a refused prepare leaves state {quantizer.state.name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import attrs
@@ -13,42 +12,37 @@ from fewbits.quantizers.schemes import Int8PerChannel
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.selector import Decision, LayerSelector
 from fewbits.sources.open import open_source
-from fewbits.testing.check import EXAMPLES, Check, Contract, check_functions, checks, copy_of, expect, fail, for_all
+from fewbits.testing.check import EXAMPLES, Check, Setup, checks_of, copy_of, expect, fail, for_all
 from fewbits.testing.models import SmallModel, models
-
-_EACH = Contract("fewbits.LayerSelector.select", "One decision for every tensor, in the same order.")
-_REASON = Contract("fewbits.extend.Decision", "reason: the reason that the ledger shows.")
-_FIELDS = Contract("fewbits.extend.Decision", "quantize: True to quantize the tensor, False to keep it.")
-_RULES = Contract("fewbits.LayerSelector.select", "SelectionError: if a rule fits no tensor.")
-_OBSTACLE = Contract("fewbits.LayerSelector.select", "A tensor with an `obstacle` cannot be quantized")
-_PURE = Contract("fewbits.testing.check_selector", "The same tensors get the same decisions")
-_INFOS = Contract("fewbits.testing.check_selector", "The descriptions of the tensors do not change.")
-_LEDGER = Contract("fewbits.Quantizer.ledger", "The fate of every tensor.")
 
 
 @attrs.frozen
-class _Setup:
-    recipe: LayerSelector
-    model: nn.Module
-    examples: int
+class SelectorSetup(Setup[LayerSelector]):
+    """A selector to check.
 
-    def make(self) -> LayerSelector:
-        return copy.deepcopy(self.recipe)
+    Attributes:
+        model: A model that the rules of the selector fit.
+    """
+
+    model: nn.Module
 
     def infos(self) -> tuple[TensorInfo, ...]:
         """Describe the tensors of the model."""
         return open_source(self.model, inplace=False).infos
 
-    def select(self) -> Sequence[Decision]:
+    def select(self) -> list[Decision]:
         """Decide on the tensors of the model.
 
         Raises:
-            ConformanceError: if its rules do not fit the model.
+            ConformanceError: if the rules of the selector do not fit the model, or it returns no right decisions.
         """
+        infos = self.infos()
         try:
-            return self.make().select(self.infos())
+            decisions = self.make().select(infos)
         except SelectionError as error:
-            fail(f"its rules do not fit this model; pass a model that they fit as model=: {error}", _RULES)
+            fail(f"its rules do not fit this model; pass a model that they fit as model=: {error}")
+        _check_decisions(decisions, infos)
+        return list(decisions)
 
 
 def check_selector(
@@ -63,25 +57,25 @@ def check_selector(
     - Rules that do not fit the tensors raise a `SelectionError`, and no other error.
 
     Args:
-        selector: a new selector.
-        model: a model that its rules fit; `SmallModel` by default.
-        max_examples: number of examples that a check draws.
+        selector: A new selector.
+        model: A model that its rules fit; `SmallModel` by default.
+        max_examples: The number of examples that a check draws.
 
     Raises:
         ArgumentError: if `selector` is not an instance of `LayerSelector`, or `model` is not a module.
     """
     if not isinstance(model, (nn.Module, type(None))):
         raise ArgumentError(f"model= takes a model, not a {type(model).__name__}")
-    setup = _Setup(copy_of(selector, LayerSelector, "check_selector"), model or SmallModel(), max_examples)
-    return checks(selector, check_functions(__name__), setup)
+    setup = SelectorSetup(copy_of(selector, LayerSelector, "check_selector"), max_examples, model or SmallModel())
+    return checks_of(setup, __name__)
 
 
-def every_tensor_gets_a_decision(setup: _Setup) -> None:
-    """Each tensor of the model gets one `Decision` with a reason."""
-    _check_decisions(setup.select(), setup.infos())
+def every_tensor_gets_a_decision(setup: SelectorSetup) -> None:
+    """`LayerSelector.select` returns one `Decision` with a reason for every tensor of the model, in order."""
+    setup.select()
 
 
-def any_tensors_get_decisions_or_an_error(setup: _Setup) -> None:
+def any_tensors_get_decisions_or_an_error(setup: SelectorSetup) -> None:
     """The tensors of any model, with classes and without, get decisions, or a `SelectionError`."""
 
     def decided(model: nn.Module) -> None:
@@ -97,50 +91,46 @@ def any_tensors_get_decisions_or_an_error(setup: _Setup) -> None:
     for_all(setup.examples, decided, models())
 
 
-def decisions_are_reproducible(setup: _Setup) -> None:
-    """A second call, also after a call for other tensors, gives the same decisions."""
-    selector, infos, expected = setup.make(), setup.infos(), list(setup.select())
-    expect(list(selector.select(infos)) == expected, "another copy decides otherwise", _PURE)
-    expect(list(selector.select(infos)) == expected, "a second call decides otherwise", _PURE)
+def decisions_are_reproducible(setup: SelectorSetup) -> None:
+    """A second call, also after a call for other tensors, gives the same decisions.
+
+    The sequence of descriptions does not change, and any sequence works.
+    """
+    selector, infos, expected = setup.make(), setup.infos(), setup.select()
+    expect(list(selector.select(infos)) == expected, "another copy decides otherwise")
+    expect(list(selector.select(infos)) == expected, "a second call decides otherwise")
     try:
         selector.select(infos[:1])
     except SelectionError as error:
-        expect(str(error) != "", "the error of a rule that does not fit has no message", _RULES)
-    expect(list(selector.select(infos)) == expected, "a call for other tensors changes its decisions", _PURE)
-
-
-def the_descriptions_stay(setup: _Setup) -> None:
-    """The sequence of descriptions does not change, and any sequence works."""
-    expected = list(setup.select())
-    given = list(setup.infos())
+        expect(str(error) != "", "the error of a rule that does not fit has no message")
+    expect(list(selector.select(infos)) == expected, "a call for other tensors changes its decisions")
+    given = list(infos)
     found = list(setup.make().select(given))
-    expect(given == list(setup.infos()), "it changes the list of descriptions", _INFOS)
-    expect(found == expected, "it decides otherwise on a list than on a tuple", _PURE)
+    expect(given == list(setup.infos()), "it changes the list of descriptions")
+    expect(found == expected, "it decides otherwise on a list than on a tuple")
 
 
-def the_ledger_covers_everything(setup: _Setup) -> None:
-    """The ledger of a quantizer has a row for every tensor, as the selector decided."""
+def the_ledger_covers_everything(setup: SelectorSetup) -> None:
+    """`Quantizer.ledger` has a row for every tensor, as the selector decided; a tensor with an `obstacle` is kept."""
     infos, decisions = setup.infos(), setup.select()
     quantizer = Int8PerChannel(selector=setup.make())
     quantizer.prepare(setup.model)
     names = [row.name for row in quantizer.ledger]
-    expect(names == [info.name for info in infos], f"the ledger has the rows {names}", _LEDGER)
+    expect(names == [info.name for info in infos], f"the ledger has the rows {names}")
     for info, decision in zip(infos, decisions, strict=True):
         row = quantizer.ledger[quantizer.ledger[info.name].holder]
-        expect(row.reason != "", f"{info.name} has no reason in the ledger", _REASON)
-        if info.obstacle is not None:
-            expect(row.fate == "kept", f"{info.name} is {row.fate}, although: {info.obstacle}", _OBSTACLE)
-        elif decision.named and not decision.quantize:
-            expect(row.fate == "kept", f"{info.name} is {row.fate}, although: {decision.reason}", _FIELDS)
+        expect(row.reason != "", f"{info.name} has no reason in the ledger")
+        unwanted = decision.reason if decision.named and not decision.quantize else None
+        why = info.obstacle or unwanted
+        expect(why is None or row.fate == "kept", f"{info.name} is {row.fate}, although: {why}")
 
 
 def _check_decisions(decisions: Sequence[Decision], infos: Sequence[TensorInfo]) -> None:
-    expect(isinstance(decisions, Sequence), f"select returns a {type(decisions).__name__}, not a sequence", _EACH)
-    expect(len(decisions) == len(infos), f"{len(decisions)} decisions for {len(infos)} tensors", _EACH)
+    expect(isinstance(decisions, Sequence), f"select returns a {type(decisions).__name__}, not a sequence")
+    expect(len(decisions) == len(infos), f"{len(decisions)} decisions for {len(infos)} tensors")
     for info, decision in zip(infos, decisions, strict=True):
-        expect(isinstance(decision, Decision), f"for {info.name} it returns {decision!r}, not a Decision", _EACH)
+        expect(isinstance(decision, Decision), f"for {info.name} it returns {decision!r}, not a Decision")
         reason = decision.reason
-        expect(isinstance(reason, str) and reason.strip() != "", f"the reason for {info.name} is {reason!r}", _REASON)
-        flags = {"quantize": decision.quantize, "named": decision.named}
-        wrong = {name: value for name, value in flags.items() if not isinstance(value, bool)}
-        expect(not wrong, f"the decision on {info.name} has fields that are not True or False: {wrong}", _FIELDS)
+        expect(isinstance(reason, str) and reason.strip() != "", f"the reason for {info.name} is {reason!r}")
+        wrong = {name: flag for name in ("quantize", "named") if not isinstance(flag := getattr(decision, name), bool)}
+        expect(not wrong, f"the decision on {info.name} has fields that are not True or False: {wrong}")

@@ -34,9 +34,9 @@ def shapes(min_dims: int = 1, max_dims: int = 5, max_elements: int = 120) -> st.
     """Draw shapes with at least one element, odd sizes and ones included.
 
     Args:
-        min_dims: the least number of axes.
-        max_dims: the largest number of axes.
-        max_elements: the largest number of elements.
+        min_dims: The least number of axes.
+        max_dims: The largest number of axes.
+        max_elements: The largest number of elements.
     """
     sides = st.lists(st.sampled_from([1, 2, 3, 4, 5, 7, 9, 33]), min_size=min_dims, max_size=max_dims)
     return sides.filter(lambda sizes: math.prod(sizes) <= max_elements).map(tuple)
@@ -62,9 +62,9 @@ def specs(draw: st.DrawFn, /, scale_dtypes: Sequence[torch.dtype | None] = (None
     """Draw a spec of any width, granularity, symmetry, levels and scale dtype.
 
     Args:
-        draw: passed by Hypothesis.
-        scale_dtypes: dtypes of scales; None means the dtype of the weight.
-        fixed: fields of `QuantSpec` with fixed values.
+        draw: Passed by Hypothesis.
+        scale_dtypes: The dtypes of scales to choose from; None means the dtype of the weight.
+        fixed: Fields of `QuantSpec` with fixed values.
     """
     granularity = fixed.get("granularity") or draw(st.sampled_from(["tensor", "channel", "group"]))
     fields: dict[str, Any] = {
@@ -85,8 +85,8 @@ def numbers(dtype: torch.dtype, limit: float | None = None) -> st.SearchStrategy
     """Draw numbers of a floating dtype: near one, of any magnitude, and edge cases.
 
     Args:
-        dtype: floating.
-        limit: the largest magnitude; by default the largest number of the dtype.
+        dtype: A floating dtype.
+        limit: The largest magnitude; by default the largest number of the dtype.
     """
     info = torch.finfo(dtype)
     largest = min(info.max, limit or info.max)
@@ -148,12 +148,12 @@ def weights(
     """Draw a finite floating tensor with at least one element, of any shape, strides and content.
 
     Args:
-        draw: passed by Hypothesis.
-        dtypes: floating dtypes to choose from.
-        min_dims: the least number of axes, from 1.
-        max_dims: the largest number of axes.
-        limit: the largest magnitude; by default the largest number of the dtype.
-        max_elements: the largest number of elements.
+        draw: Passed by Hypothesis.
+        dtypes: Floating dtypes to choose from.
+        min_dims: The least number of axes, from 1.
+        max_dims: The largest number of axes.
+        limit: The largest magnitude; by default the largest number of the dtype.
+        max_elements: The largest number of elements.
     """
     shape = draw(shapes(min_dims, max_dims, max_elements))
     return draw(restrided(draw(contents(shape, draw(st.sampled_from(dtypes)), limit))))
@@ -191,22 +191,23 @@ def problems(
     dtypes: Sequence[torch.dtype] = FLOATS,
     relative_limit: float = 1.0,
     max_elements: int = 120,
+    spec: st.SearchStrategy[QuantSpec] | None = None,
     **fixed: Any,
 ) -> tuple[Tensor, QuantSpec, Layout]:
     """Draw a weight, a spec, and a layout for the weight.
 
     Args:
-        draw: passed by Hypothesis.
-        dtypes: of the weight.
-        relative_limit: the largest magnitude, as a share of the largest number in the dtypes of weight and scales.
-        max_elements: the largest number of elements.
-        fixed: arguments of `specs`.
+        draw: Passed by Hypothesis.
+        dtypes: The dtypes of the weight to choose from.
+        relative_limit: The largest magnitude, as a share of the largest number in the dtypes of weight and scales.
+        max_elements: The largest number of elements.
+        spec: A strategy for the spec; by default `specs` with the arguments `fixed`.
+        fixed: Arguments of `specs`.
     """
-    dtype = draw(st.sampled_from(dtypes))
-    spec = draw(specs(**fixed))
-    limit = relative_limit * min(torch.finfo(d).max for d in (dtype, spec.scale_dtype or dtype))
+    dtype, drawn = draw(st.sampled_from(dtypes)), draw(specs(**fixed) if spec is None else spec)
+    limit = relative_limit * min(torch.finfo(d).max for d in (dtype, drawn.scale_dtype or dtype))
     weight = draw(weights((dtype,), min_dims=1, limit=limit, max_elements=max_elements))
-    return weight, spec, draw(layouts(tuple(weight.shape)))
+    return weight, drawn, draw(layouts(tuple(weight.shape)))
 
 
 def rounded(x: float, dtype: torch.dtype) -> float:
