@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.output import MAX_SHARD_SIZE, Output
 from fewbits.checkpoint.publishing import check_name_and_parent
 from fewbits.checkpoint.reading import Checkpoint
@@ -174,15 +175,9 @@ class FileJob(Job):
         if result.headers != written.headers:
             raise CheckpointError(f"{written.path} is not what convert() wrote; call convert() again")
         result.check("digests")
-        save(
-            serializer,
-            path,
-            self.ledger,
-            result.value,
-            measurements={**written.measured, **measurements(self.report)},
-            extra=self.source.extra,
-            max_shard_size=max_shard_size,
-        )
+        measured = {**written.measured, **measurements(self.report)}
+        about = Metadata(self.ledger, extra=self.source.extra)
+        save(serializer, path, about, result.value, measured=measured, max_shard_size=max_shard_size)
 
     def _result(self) -> Written:
         if self._written is None:

@@ -13,6 +13,7 @@ from fewbits._events import emit
 from fewbits.calibration import InputWatch
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import value_digest
+from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
@@ -147,16 +148,9 @@ class LiveJob(Job):
         """Write the result, with every measurement."""
         if self.source.unstorable:
             raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
-        save(
-            serializer,
-            path,
-            self.ledger,
-            self._result().value,
-            measurements=self._measured | measurements(self.report),
-            architecture=self.source.architecture,
-            extra=self.source.extra,
-            max_shard_size=max_shard_size,
-        )
+        measured = self._measured | measurements(self.report)
+        about = Metadata(self.ledger, self.source.architecture, extra=self.source.extra)
+        save(serializer, path, about, self._result().value, measured=measured, max_shard_size=max_shard_size)
 
     def drop(self) -> None:
         """Take the hooks off the prepared model; warn if the model stays quantized in part."""
