@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewbits.checkpoint.folder import FOREIGN_SUFFIXES
-from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, Span, dump_header, read_header
+from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, dump_header, read_header
+from fewbits.checkpoint.publishing import beside, check_place
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
 from fewbits.checkpoint.recognition import recognised
-from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer
+from fewbits.checkpoint.serializer import ChunkReader, Header, ResumableWriter, Serializer, entry_of, entry_with
 from fewbits.checkpoint.torch_file import is_torch_file, use_of
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
 from fewbits.numerics.dtypes import dtype_name
@@ -34,15 +34,12 @@ class SafetensorsSerializer(Serializer):
 
     def writer(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter:
         """Begin a file beside `path`; it takes its name when it is closed."""
-        path = Path(path)
-        with as_checkpoint_error(f"{path} cannot be written"):
-            # A link stays one: the file that it points to is replaced.
-            path = Path(os.path.realpath(path) if path.is_symlink() else os.path.abspath(path))
-        return _SafetensorsWriter(path, header, at=path.parent / f".fewbits-{secrets.token_hex(8)}.tmp")
+        path = check_place(Path(path), folder=False, replace=True)  # a link stays one: the file behind it is replaced
+        return _SafetensorsWriter(path, header, at=beside(path))
 
     def resumable(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter:
         """Begin a file at its path; its header is empty until it is sealed."""
-        path = Path(os.path.abspath(path))
+        path = check_place(Path(path), folder=False, replace=True)
         return _SafetensorsWriter(path, header, at=path)
 
     def reader(self, path: str | os.PathLike[str]) -> ChunkReader:
@@ -70,10 +67,6 @@ class _SafetensorsWriter(ResumableWriter):
             self._starts[name] = end
             end += entry.nbytes
         with as_checkpoint_error(f"{path} cannot be written"):
-            if path.is_dir():
-                raise ArgumentError(f"{path} is a directory; give the path of the file to write")
-            if path.exists() and not path.is_file():
-                raise ArgumentError(f"{path} is not a regular file, and would be replaced by one; give another path")
             self._file = open(at, "r+b" if at == path and path.exists() else "x+b", buffering=0)  # noqa: SIM115
             try:
                 self._begin(end)
@@ -102,7 +95,7 @@ class _SafetensorsWriter(ResumableWriter):
     def append(self, name: str, chunk: Tensor) -> None:
         """Write the next bytes of a tensor at their place."""
         done = self._written.get(name, 0)
-        entry = self._entry(name, done, chunk)
+        entry = entry_with(self._entries, name, done, chunk, self._path)
         chunk = in_memory(chunk)
         with as_checkpoint_error(f"{self._path}: writing {name} failed"):
             self._put(tensor_bytes(chunk), self._starts[name] + done * entry.dtype.itemsize)
@@ -110,7 +103,7 @@ class _SafetensorsWriter(ResumableWriter):
 
     def read_back(self, name: str, start: int, out: Tensor) -> None:
         """Read the unfinished file by position."""
-        entry = self._entry(name, start, out)
+        entry = entry_with(self._entries, name, start, out, self._path)
         with as_checkpoint_error(f"{self._path} cannot be read"):
             self._file.seek(self._starts[name] + start * entry.dtype.itemsize)
             buffer = tensor_bytes(out)
@@ -120,20 +113,6 @@ class _SafetensorsWriter(ResumableWriter):
     def take_over(self, name: str, elements: int) -> None:
         """The next chunk goes behind them."""
         self._written[name] = elements
-
-    def _entry(self, name: str, start: int, chunk: Tensor) -> Entry:
-        """The header's entry for a tensor.
-
-        Raises:
-            ArgumentError: if it has no such chunk from `start` on.
-        """
-        entry = self._entries.get(name)
-        if entry is None or chunk.dtype != entry.dtype or start + chunk.numel() > entry.numel:
-            raise ArgumentError(
-                f"{name!r}: {chunk.numel()} elements in {dtype_name(chunk.dtype)} after {start} are not what the "
-                f"header of {self._path} announces: {entry}"
-            )
-        return entry
 
     def seal(self, metadata: Mapping[str, str]) -> ChunkReader:
         """Write the header and make everything durable; the file still has its temporary name."""
@@ -196,8 +175,8 @@ class _SafetensorsReader(ChunkReader):
 
     def read(self, name: str) -> Tensor:
         """One tensor, an alias of the mapped file (copy on write: changing it never changes the file)."""
-        self._span(name)
         path = self._bytes.path
+        entry_of(self.entries, name, path)
         with as_checkpoint_error(f"{path} cannot be read"):
             try:
                 if self._mapped is None:
@@ -210,15 +189,5 @@ class _SafetensorsReader(ChunkReader):
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Some elements of a tensor, read by position: the file is not mapped for that."""
-        span = self._span(name)
-        if out.dtype != span.entry.dtype or not 0 <= start <= start + out.numel() <= span.entry.numel:
-            raise ArgumentError(
-                f"{self._bytes.path}: {name} has no {out.numel()} elements in {dtype_name(out.dtype)} from {start} on; "
-                f"it is {span.entry}"
-            )
-        self._bytes.read_into(tensor_bytes(out), span.start + start * span.entry.dtype.itemsize)
-
-    def _span(self, name: str) -> Span:
-        if name not in self._spans:
-            raise ArgumentError(f"{self._bytes.path} has no tensor named {name!r}")
-        return self._spans[name]
+        entry = entry_with(self.entries, name, start, out, self._bytes.path)
+        self._bytes.read_into(tensor_bytes(out), self._spans[name].start + start * entry.dtype.itemsize)

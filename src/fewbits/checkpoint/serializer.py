@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
+from fewbits.numerics.dtypes import dtype_name
 
 
 @attrs.frozen
@@ -33,6 +34,32 @@ class Entry:
     def nbytes(self) -> int:
         """Its size in bytes."""
         return self.numel * self.dtype.itemsize
+
+
+def entry_of(entries: Mapping[str, Entry], name: str, where: object) -> Entry:
+    """Return the entry of a name.
+
+    Raises:
+        ArgumentError: if there is none.
+    """
+    if name not in entries:
+        raise ArgumentError(f"{where} has no tensor named {name!r}")
+    return entries[name]
+
+
+def entry_with(entries: Mapping[str, Entry], name: str, start: int, chunk: Tensor, where: object) -> Entry:
+    """Return the entry of a tensor that has elements such as those of `chunk` from `start` on.
+
+    Raises:
+        ArgumentError: if there is no such tensor, or it has another dtype or too few elements.
+    """
+    entry = entry_of(entries, name, where)
+    if chunk.dtype != entry.dtype or not 0 <= start <= start + chunk.numel() <= entry.numel:
+        raise ArgumentError(
+            f"{where}: {name} has no {chunk.numel()} elements in {dtype_name(chunk.dtype)} from {start} on; "
+            f"it is {entry}"
+        )
+    return entry
 
 
 @attrs.frozen
