@@ -31,19 +31,20 @@ def value_digest(value: Value) -> str:
 
 
 def wrong_digests(reader: Reader, digests: Mapping[str, str], threads: int | None = None) -> list[str]:
-    """Return the names of the tensors whose bytes do not match their digest.
+    """Return the names of the tensors of a file whose bytes do not match their digest.
 
     Args:
-        reader: an open reader of the file.
-        digests: SHA-256 in hexadecimal, by name.
-        threads: how many tensors are read at a time, where the format allows it; None means as many as torch uses.
+        reader: An open reader of the file.
+        digests: The SHA-256 of every tensor in the file, in hexadecimal, by name; there may be others.
+        threads: The number of tensors that are read at a time, if the format allows several; None means as many as
+            torch has threads.
     """
     threads = (threads or torch.get_num_threads()) if isinstance(reader, ChunkReader) else 1
     if threads == 1:  # a thread takes memory of its own
-        return [name for name in digests if digest_in(reader, name) != digests[name]]
+        return [name for name in reader.entries if digest_in(reader, name) != digests[name]]
     with ThreadPoolExecutor(threads, "fewbits") as pool:
-        found = pool.map(lambda name: digest_in(reader, name), digests)
-        return [name for name, is_now in zip(digests, found, strict=True) if is_now != digests[name]]
+        found = pool.map(lambda name: digest_in(reader, name), reader.entries)
+        return [name for name, is_now in zip(reader.entries, found, strict=True) if is_now != digests[name]]
 
 
 def digest_in(reader: Reader, name: str) -> str:
