@@ -37,7 +37,6 @@ class Note:
         tensor: The name of the tensor in the source.
         start: The index of the chunk's first element.
         stop: The index after the chunk's last element.
-        source: The SHA-256 of the chunk's bytes as they were read.
         written: For each part of the tensor in the file, the number of elements that are written by now, counted from
             the first one, and the SHA-256 of their bytes.
         tally: The comparison of the chunk with its source; None if there was no comparison.
@@ -46,7 +45,6 @@ class Note:
     tensor: str
     start: int
     stop: int
-    source: str
     written: Mapping[str, tuple[int, str]]
     tally: Tally | None
 

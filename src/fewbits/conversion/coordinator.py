@@ -235,7 +235,7 @@ class Coordinator:
     def _has_source_changed(self) -> bool:
         """Whether the source has changed since `begin` or `join`. An unreadable source may come back."""
         try:
-            return self._writer.source_changed or self._source.fingerprint() != self._source_state
+            return self._source.fingerprint() != self._source_state
         except CheckpointError:
             return False
 

@@ -115,8 +115,7 @@ class FileJob(Job):
             serializer,
             shards,
             StagingDirectory(output, folder=self._is_folder(output), names=[shard.file for shard in shards]),
-            paranoid=output.paranoid,
-            progress=progress,
+            progress,
         )
         return Coordinator(writer, output.path, self.readers, shared=shared)
 

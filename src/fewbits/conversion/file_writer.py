@@ -43,11 +43,7 @@ class FileWriter:
         serializer: the format of the files.
         shards: the files of the result.
         staging: where the files are written.
-        paranoid: whether to read the source again, as far as an earlier run has read it.
         progress: called before and after every chunk.
-
-    Attributes:
-        source_changed: whether the source has changed since an earlier run read it.
     """
 
     def __init__(
@@ -56,8 +52,6 @@ class FileWriter:
         serializer: Serializer,
         shards: Sequence[Shard],
         staging: StagingDirectory,
-        *,
-        paranoid: bool,
         progress: Progress,
     ) -> None:
         self.streaming, self.serializer, self.staging = streaming, serializer, staging
@@ -66,8 +60,7 @@ class FileWriter:
         self.sizes = {
             file: sum(Chunk.whole(row).nbytes for row in shard.ledger.stored) for file, shard in self.shards.items()
         }
-        self.source_changed = False
-        self._paranoid, self._progress = paranoid, progress
+        self._progress = progress
 
     def write(self, files: Sequence[str]) -> Share:
         """Write the missing parts of some files. A file counts as complete after it was read back.
@@ -102,13 +95,11 @@ class FileWriter:
         """
         with self.staging.journal(shard.file) as journal:
             if journal.seal is not None and self._is_sound(shard, journal.seal):
-                self._check_source(shard, journal.notes)
                 advance(shard.ledger.stored[-1].name, self.sizes[shard.file])
                 return 0, self.sizes[shard.file]
             about = Metadata(shard.ledger, extra=self.streaming.source.extra)
             with CheckpointWriter(self.serializer, self.staging.files / shard.file, about, resumable=True) as writer:
                 taken = writer.take_over(journal.notes)
-                self._check_source(shard, taken)
                 journal.rewrite(taken)
                 resumed = sum(_chunk(shard, note).nbytes for note in taken)
                 if taken:
@@ -119,7 +110,7 @@ class FileWriter:
                     advance(name, 0)
                     writer.append(chunk, ready.value)
                     written = writer.written(chunk.row)
-                    journal.add(Note(name, chunk.start, chunk.stop, ready.source, written, ready.tally))
+                    journal.add(Note(name, chunk.start, chunk.stop, written, ready.tally))
                     measurements.add(chunk, ready.tally)
                     advance(name, chunk.nbytes)
                 header = writer.close(measurements.complete, self.streaming.budget.threads)
@@ -133,17 +124,6 @@ class FileWriter:
             return found.headers == {shard.file: header} and not found.damaged()
         except CheckpointError:
             return False
-
-    def _check_source(self, shard: Shard, notes: Sequence[Note]) -> None:
-        """If paranoid, read the source again, as far as an earlier run has read it."""
-        for note in notes if self._paranoid else ():
-            chunk = _chunk(shard, note)
-            if self.streaming.source_digest(chunk) != note.source:
-                self.source_changed = True
-                raise CheckpointError(
-                    f"{self.streaming.source.path}: {note.tensor} has changed since it was read, between elements "
-                    f"{note.start:,} and {note.stop:,}"
-                )
 
 
 def _chunk(shard: Shard, note: Note) -> Chunk:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk, chunks
 from fewbits.checkpoint.codec import Value
-from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.conversion.budget import Budget, Demand
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.pool import in_order
@@ -34,13 +32,11 @@ class Converted:
     Attributes:
         chunk: its place in its tensor.
         value: its stored form.
-        source: SHA-256 of its bytes in the source.
         tally: the comparison with the source, if asked for.
     """
 
     chunk: Chunk
     value: Value
-    source: str
     tally: Tally | None
 
 
@@ -61,17 +57,6 @@ class Streaming:
             done: how many elements of a tensor to skip, by tensor name: an earlier run has converted them.
         """
         return in_order(self._tasks(ledger, done), self.budget.threads)
-
-    def source_digest(self, chunk: Chunk) -> str:
-        """SHA-256 of a chunk's bytes in the source now."""
-        # Without a layout, elements are read in the order of the file.
-        flat = attrs.evolve(chunk.row, fate="kept", spec=None, layout=None)
-        found = hashlib.sha256()
-        for start in range(chunk.start, chunk.stop, self.budget.chunk_elements):
-            part = Chunk(flat, start, min(start + self.budget.chunk_elements, chunk.stop))
-            tensor = self.source.read_chunk(flat.name, part)
-            found.update(tensor_bytes(tensor))
-        return found.hexdigest()
 
     def _tasks(self, ledger: Ledger, done: Mapping[str, int]) -> Iterator[Callable[[], Converted]]:
         for row in ledger.stored:
@@ -118,16 +103,15 @@ class Streaming:
     def _convert(self, chunk: Chunk, observer: Observer | None, unit: float) -> Converted:
         row = chunk.row
         tensor = self.source.read_chunk(row.name, chunk)
-        read = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         if row.spec is None:
-            return Converted(chunk, tensor, read, None)
+            return Converted(chunk, tensor, None)
         with naming(row):
             value = self._encode(chunk, tensor, observer)
         tally = None
         if self.demand.comparing:
             tally = Tally(unit)
             tally.add(tensor, value)
-        return Converted(chunk, value, read, tally)
+        return Converted(chunk, value, tally)
 
     def _encode(self, chunk: Chunk, tensor: Tensor, observer: Observer | None) -> Value:
         try:
