@@ -21,7 +21,7 @@ from fewbits.checkpoint import state_dicts
 from fewbits.checkpoint.header import MAX_HEADER, is_possible
 from fewbits.checkpoint.pickled import Made, SavedTensor, read_pickle
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, tensor_bytes
-from fewbits.checkpoint.recognition import ARCHIVE, OLD_TORCH_FILE, RESAVE, recognised, recognised_archive, with_paths
+from fewbits.checkpoint.recognition import ARCHIVE, OLD_TORCH_FILE, RESAVE, recognised, with_paths
 from fewbits.checkpoint.serializer import ChunkReader, Entry, entry_of, entry_with
 from fewbits.errors import FormatError
 from fewbits.nn.storage import View
@@ -147,15 +147,13 @@ def _records(source: FileBytes) -> dict[str, _Place]:
     """Where the bytes of every record are, by its name."""
     path, size = source.path, source.identity[2]
     with source.opened() as file:
-        if file.read(len(OLD_TORCH_FILE)) == OLD_TORCH_FILE:
-            raise FormatError(recognised(path))
+        if other := recognised(path):
+            raise FormatError(other)
         try:
             with zipfile.ZipFile(file) as archive:
                 listed = archive.infolist()
         except Exception as error:  # zipfile may raise anything for an invalid file
             raise FormatError(f"{path} is a damaged file of torch.save ({error}); fetch or write it again") from None
-        if other := recognised_archive(path, [record.filename for record in listed]):
-            raise FormatError(other)
         if any(record.compress_type != zipfile.ZIP_STORED for record in listed):
             raise FormatError(f"{path} is compressed; {with_paths(RESAVE, path)}")
         records: dict[str, _Place] = {}
