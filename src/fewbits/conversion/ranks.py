@@ -137,5 +137,4 @@ def spread(sizes: Mapping[str, int], count: int) -> list[list[str]]:
         rank = loads.index(min(loads))
         shares[rank].append(file)
         loads[rank] += sizes[file]
-    order = {file: index for index, file in enumerate(sizes)}
-    return [sorted(share, key=order.__getitem__) for share in shares]
+    return [[file for file in sizes if file in share] for share in shares]
