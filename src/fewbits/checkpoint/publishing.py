@@ -12,6 +12,7 @@ from pathlib import Path
 from fewbits._events import emit
 from fewbits.checkpoint.folder import WEIGHT_SUFFIXES
 from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory
+from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
 
 
@@ -71,20 +72,22 @@ def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") ->
         return Path(os.path.realpath(path))
 
 
-def check_name_and_parent(path: Path, *, folder: bool, advice: str = "") -> None:
+def check_name_and_parent(path: Path, serializer: Serializer, *, folder: bool, advice: str = "") -> None:
     """Refuse a place for a result before anything is done for it.
 
     Args:
-        path: of the result.
-        folder: whether it is a directory.
-        advice: how else to get a file, if it is.
+        path: The path of the result.
+        serializer: The format of its files.
+        folder: Whether the result is a directory.
+        advice: How else to get a file, if the result is a directory.
 
     Raises:
-        ArgumentError: if it is a directory with the name of a file, which is not there yet.
+        ArgumentError: if the name is that of a file in another format, or a new directory has the name of a file.
         CheckpointError: if the directory that it would be in does not exist.
     """
+    kind, suffix = path.suffix.lower(), serializer.suffix
     with as_checkpoint_error(f"{path} cannot be written"):
-        if folder and path.suffix.lower() in WEIGHT_SUFFIXES and not path.is_dir():
+        if folder and kind in WEIGHT_SUFFIXES and not path.is_dir():
             raise ArgumentError(
                 f"{path} is the name of a {path.suffix} file, but the result is a directory of files; give the "
                 f"path of a directory, such as {path.with_suffix('')}{advice}"
@@ -93,6 +96,11 @@ def check_name_and_parent(path: Path, *, folder: bool, advice: str = "") -> None
         if not parent.is_dir():
             why = "is a file" if parent.exists() else "does not exist; make it first"
             raise CheckpointError(f"{path} cannot be written: the directory {parent} {why}, or give another path")
+    if not folder and kind in serializer.foreign_suffixes:
+        raise ArgumentError(
+            f"{path} is the name of a {path.suffix} file, but the result is a {suffix} file: call it "
+            f"{path.stem.removesuffix(suffix)}{suffix}"
+        )
 
 
 def move_into_place(work: Path, path: Path, *, replace: bool) -> None:

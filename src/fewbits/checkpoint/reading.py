@@ -12,11 +12,10 @@ import attrs
 from fewbits.checkpoint.chunks import Chunk, chunks
 from fewbits.checkpoint.codec import CODEC, Value, part_name
 from fewbits.checkpoint.digests import refuse_damaged, wrong_digests
-from fewbits.checkpoint.folder import CheckpointFiles, find_files
+from fewbits.checkpoint.folder import CheckpointFiles, ShardedReader, find_files
 from fewbits.checkpoint.metadata import FORMAT_VERSION, HEADER_DIGEST_KEY, VERSION_KEY, Metadata
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Reader, Serializer
-from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.params import are_sound

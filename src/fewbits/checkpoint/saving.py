@@ -185,7 +185,7 @@ def save(
         ArgumentError: if the name of a file is that of another kind, or that of a directory is the name of a file.
         CheckpointError: if the directory that it would be in does not exist, or it cannot be written.
     """
-    check_name_and_parent(Path(path), folder=max_shard_size is not None)
+    check_name_and_parent(Path(path), serializer, folder=max_shard_size is not None)
 
     def write(path: str | os.PathLike[str], ledger: Ledger) -> str:
         with CheckpointWriter(serializer, path, attrs.evolve(about, ledger=ledger)) as writer:
@@ -194,7 +194,6 @@ def save(
             return writer.close(measured)
 
     if max_shard_size is None:
-        serializer.check_name(path)
         write(path, about.ledger)
         return
     shards = plan_shards(about.ledger, max_shard_size, serializer.suffix)

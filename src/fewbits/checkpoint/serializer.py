@@ -6,7 +6,6 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
@@ -158,8 +157,9 @@ class Serializer(ABC):
     """Writes and reads the result of a quantization.
 
     Attributes:
-        suffix: how the names of its files end where they are several, in a directory.
-        foreign_suffixes: how names of files do not end, in lower case, as those of other formats do.
+        suffix: The end of the names of files in a directory.
+        foreign_suffixes: The ends of names, in lower case, that no file may have, because they are those of other
+            formats.
     """
 
     suffix: ClassVar[str] = ".safetensors"
@@ -181,19 +181,6 @@ class Serializer(ABC):
             FormatError: if it is not in this serializer's format.
             CheckpointError: if it cannot be opened.
         """
-
-    def check_name(self, path: str | os.PathLike[str]) -> None:
-        """Check the name of a new file before anything is written.
-
-        Raises:
-            ArgumentError: if whoever goes by the name could not read the file.
-        """
-        path = Path(path)
-        if path.suffix.lower() in self.foreign_suffixes:
-            raise ArgumentError(
-                f"{path} is the name of a {path.suffix} file, but the result is a {self.suffix} file: call it "
-                f"{path.stem.removesuffix(self.suffix)}{self.suffix}"
-            )
 
     def resumable(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter | None:
         """Begin a file at its own path, or resume the unfinished file of an earlier writer.

@@ -118,9 +118,8 @@ class FileJob(Job):
         files, advice = self.source.files, ""
         if output.max_shard_size is None and len(files) == 1:
             advice = f"; or, for a file alone, give {files[0]} as the source"
-        check_name_and_parent(output.path, folder=folder, advice=advice)
+        check_name_and_parent(output.path, serializer, folder=folder, advice=advice)
         if not folder:
-            serializer.check_name(output.path)
             return (Shard(output.path.name, self.ledger),)
         stem = STEM if self.readers is None else self.readers.stem
         return plan_shards(self.ledger, output.max_shard_size or MAX_SHARD_SIZE, serializer.suffix, stem)

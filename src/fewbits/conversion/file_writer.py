@@ -105,13 +105,13 @@ class FileWriter:
                 if taken:
                     advance(taken[-1].tensor, resumed)
                 measurements = _Measurements(shard, taken)
-                for ready in self.streaming.convert(shard.ledger, {note.tensor: note.stop for note in taken}):
-                    chunk, name = ready.chunk, ready.chunk.row.name
+                done = {note.tensor: note.stop for note in taken}
+                for chunk, value, tally in self.streaming.convert(shard.ledger, done):
+                    name = chunk.row.name
                     advance(name, 0)
-                    writer.append(chunk, ready.value)
-                    written = writer.written(chunk.row)
-                    journal.add(Note(name, chunk.start, chunk.stop, written, ready.tally))
-                    measurements.add(chunk, ready.tally)
+                    writer.append(chunk, value)
+                    journal.add(Note(name, chunk.start, chunk.stop, writer.written(chunk.row), tally))
+                    measurements.add(chunk, tally)
                     advance(name, chunk.nbytes)
                 header = writer.close(measurements.complete, self.streaming.budget.threads)
             journal.add_seal(header)

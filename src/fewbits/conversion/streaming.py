@@ -24,20 +24,8 @@ from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.file import FileSource
 
-
-@attrs.frozen(eq=False)
-class Converted:
-    """A chunk that is ready to be written.
-
-    Attributes:
-        chunk: its place in its tensor.
-        value: its stored form.
-        tally: the comparison with the source, if asked for.
-    """
-
-    chunk: Chunk
-    value: Value
-    tally: Tally | None
+#: A chunk, its stored form, and its comparison with the source, if there is one.
+Converted = tuple[Chunk, Value, Tally | None]
 
 
 @attrs.frozen(eq=False)
@@ -53,8 +41,8 @@ class Streaming:
         """Convert all tensors of a ledger, in order, on as many threads as the budget allows.
 
         Args:
-            ledger: of all tensors, or those of one file.
-            done: how many elements of a tensor to skip, by tensor name: an earlier run has converted them.
+            ledger: The rows of all tensors, or of those in one file.
+            done: The number of elements of each tensor that an earlier run has converted, by tensor name.
         """
         return in_order(self._tasks(ledger, done), self.budget.threads)
 
@@ -79,9 +67,9 @@ class Streaming:
     def _observer(self, row: LedgerRow, pieces: Sequence[Chunk]) -> Observer | None:
         """The observer of a row. If several chunks share one scale, it has chosen that scale from all of them."""
         observer = self.demand.observers.get(row.name)
-        if observer is None or len(pieces) == 1 or not isinstance(row.spec, QuantSpec):
+        if observer is None or row.layout is None or not isinstance(row.spec, QuantSpec):
             return observer
-        if row.spec.granularity != "tensor" or row.layout is None:
+        if len(pieces) == 1 or row.spec.granularity != "tensor":
             return observer
         spec = row.spec.for_dtype(row.dtype).weight_only()
         shape = (row.layout.rows, row.layout.columns)
@@ -104,14 +92,14 @@ class Streaming:
         row = chunk.row
         tensor = self.source.read_chunk(row.name, chunk)
         if row.spec is None:
-            return Converted(chunk, tensor, None)
+            return chunk, tensor, None
         with naming(row):
             value = self._encode(chunk, tensor, observer)
         tally = None
         if self.demand.comparing:
             tally = Tally(unit)
             tally.add(tensor, value)
-        return Converted(chunk, value, tally)
+        return chunk, value, tally
 
     def _encode(self, chunk: Chunk, tensor: Tensor, observer: Observer | None) -> Value:
         try:
