@@ -102,10 +102,10 @@ class FileJob(Job):
         gathered = {name: nbytes for name, nbytes in gathered.items() if nbytes}
         demand = Demand(self.ledger, self.observers, encoder.by_rows, comparing, gathered)
         folder = self.source.folder is not None or output.max_shard_size is not None
-        shards = self._plan_shards(output, serializer, folder)
+        shards = {shard.file: shard for shard in self._plan_shards(output, serializer, folder)}
         self._budget = choose_budget(demand, output, output.threads or torch.get_num_threads())
         streaming = Streaming(self.source, demand, encoder, self._budget)
-        staging = StagingDirectory(output, folder=folder, names=[shard.file for shard in shards])
+        staging = StagingDirectory(output, folder=folder, names=[*shards])
         writer = FileWriter(streaming, serializer, shards, staging, progress)
         return Coordinator(writer, output.path, self.readers, shared=shared)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
@@ -35,32 +35,32 @@ class Share:
     resumed: int = 0
 
 
+@attrs.frozen(eq=False)
 class FileWriter:
     """Writes files of one result.
 
-    Args:
-        streaming: converts chunks.
-        serializer: the format of the files.
-        shards: the files of the result.
-        staging: where the files are written.
-        progress: called before and after every chunk.
+    Attributes:
+        streaming: Converts chunks.
+        serializer: The format of the files.
+        shards: The files of the result, by name.
+        staging: The directory where the files are written.
+        progress: Called before and after every chunk.
+        sizes: Bytes of the source that each file takes in, by file name; scales that are merged into their weights do
+            not count.
     """
 
-    def __init__(
-        self,
-        streaming: Streaming,
-        serializer: Serializer,
-        shards: Sequence[Shard],
-        staging: StagingDirectory,
-        progress: Progress,
-    ) -> None:
-        self.streaming, self.serializer, self.staging = streaming, serializer, staging
-        self.shards = {shard.file: shard for shard in shards}
-        # Scales that are merged into their weights do not count.
-        self.sizes = {
+    streaming: Streaming
+    serializer: Serializer
+    shards: Mapping[str, Shard]
+    staging: StagingDirectory
+    progress: Progress
+    sizes: Mapping[str, int] = attrs.field(init=False)
+
+    @sizes.default
+    def _sizes(self) -> dict[str, int]:
+        return {
             file: sum(Chunk.whole(row).nbytes for row in shard.ledger.stored) for file, shard in self.shards.items()
         }
-        self._progress = progress
 
     def write(self, files: Sequence[str]) -> Share:
         """Write the missing parts of some files. A file counts as complete after it was read back.
@@ -74,7 +74,7 @@ class FileWriter:
         def advance(name: str, nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            self._progress(Step("convert", name, done, total))
+            self.progress(Step("convert", name, done, total))
 
         # Complete files come first, so that the progress afterwards shows the speed of this run.
         complete = self.staging.seals()
