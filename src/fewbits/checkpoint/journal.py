@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ class Note:
     tally: Tally | None
 
 
-class Journal:
-    """Records the progress of one file. While it is open, no other process can write the file.
+class Journal(AbstractContextManager["Journal"]):
+    """Records the progress of one file. Until the `with` block ends, no other process can write the file.
 
     Args:
-        path: of the journal, which is created if it does not exist.
+        path: The path of the journal, which is created if it does not exist.
 
     Attributes:
         notes: The notes of earlier processes, in order.
@@ -101,15 +101,8 @@ class Journal:
         for note in notes:
             self.add(note)
 
-    def close(self) -> None:
-        """Close the journal and let other processes write the file."""
-        self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()  # which lets other processes write the file
 
 
 def read_journal(path: Path) -> tuple[list[Note], str | None]:

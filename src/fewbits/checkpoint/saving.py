@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import attrs
@@ -27,8 +28,8 @@ from fewbits.numerics.tensor import QuantizedTensor, in_memory
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 
-class CheckpointWriter:
-    """Writes one file, a chunk at a time. As a context manager it gives up if left early.
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
+    """Writes one file, a chunk at a time. If the `with` block ends before `close`, it gives up.
 
     Args:
         serializer: The format of the file.
@@ -51,14 +52,7 @@ class CheckpointWriter:
         self._resumed = serializer.resumable(path, header) if resumable else None
         self._writer = self._resumed or serializer.writer(path, header)
 
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.abort()
-
-    def abort(self) -> None:
-        """Give up. Does nothing after `close`."""
         if self._resumed is not None:
             self._resumed.leave()
         else:

@@ -6,7 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import attrs
@@ -74,7 +74,7 @@ class Header:
     metadata: Mapping[str, str]
 
 
-class Writer(ABC):
+class Writer(AbstractContextManager["Writer"]):
     """Writes one file. Nothing is visible at its path before `close`."""
 
     @abstractmethod
@@ -93,12 +93,7 @@ class Writer(ABC):
     def abort(self) -> None:
         """Give up and leave nothing behind. Does nothing after `close`."""
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
 

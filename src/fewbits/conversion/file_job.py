@@ -66,8 +66,7 @@ class FileJob(Job):
         """Write the result. It appears at its path only after all of it was written, read back and checked."""
         if output is None:
             raise ArgumentError(f"quantizing the file {self.source.path} needs output=, the path to write to")
-        ranks = Group() if output.distributed else Ranks()
-        with ranks:
+        with Group() if output.distributed else Ranks() as ranks:
             coordinator = self.coordinator(
                 encoder, serializer, output, comparing=comparing, shared=ranks.count > 1, progress=progress
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ _Made = TypeVar("_Made")
 _TIMEOUT = timedelta(days=365)
 
 
-class Ranks:
+class Ranks(AbstractContextManager["Ranks"]):
     """A single process.
 
     Attributes:
@@ -27,9 +27,6 @@ class Ranks:
 
     rank = 0
     count = 1
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
