@@ -6,7 +6,6 @@ final metadata at once, and we learn the digests as we write; `fewbits.checkpoin
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,9 @@ from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, dump_header
 from fewbits.checkpoint.publishing import beside, check_place
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
 from fewbits.checkpoint.recognition import recognised
-from fewbits.checkpoint.serializer import ChunkReader, Header, ResumableWriter, Serializer, entry_of, entry_with
+from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer, entry_of, entry_with
 from fewbits.checkpoint.torch_file import is_torch_file, use_of
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
-from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import in_memory
 
 
@@ -48,10 +46,10 @@ class SafetensorsSerializer(Serializer):
 
 
 class _SafetensorsWriter(ResumableWriter):
-    """Writes a file at one path, until it is closed, for another."""
+    """Writes a file at the path `at`; when it is closed, it gets the name `path`, which may be the same."""
 
     def __init__(self, path: Path, header: Header, *, at: Path) -> None:
-        self._path, self._at, self._closed = path, at, False
+        self._path, self._at = path, at
         # Widest dtypes first: every tensor then starts at a multiple of its element's size.
         self._entries = dict(sorted(header.entries.items(), key=lambda item: -item[1].dtype.itemsize))
         self._written: dict[str, int] = {}
@@ -71,8 +69,7 @@ class _SafetensorsWriter(ResumableWriter):
             try:
                 self._begin(end)
             except OSError:
-                # An earlier writer may have left an unfinished file at this path.
-                (self.leave if at == path else self.abort)()
+                self.abort()
                 raise
 
     def _begin(self, size: int) -> None:
@@ -85,11 +82,9 @@ class _SafetensorsWriter(ResumableWriter):
         entry = self._entries.get(name)
         if entry is None or name in self._written:
             raise ArgumentError(f"{name!r} is not in the file's header, or has been written already")
-        if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
-            raise FormatError(
-                f"{name} has shape {tuple(tensor.shape)} in {dtype_name(tensor.dtype)}; the header of {self._path} "
-                f"announces {entry.shape} in {dtype_name(entry.dtype)}"
-            )
+        found = Entry(tuple(tensor.shape), tensor.dtype)
+        if found != entry:
+            raise FormatError(f"{name} has {found.in_words}; the header of {self._path} announces {entry.in_words}")
         self.append(name, tensor)
 
     def append(self, name: str, chunk: Tensor) -> None:
@@ -135,23 +130,17 @@ class _SafetensorsWriter(ResumableWriter):
             if self._at != self._path:
                 os.replace(self._at, self._path)
             sync_directory(self._path.parent)
-        self._closed = True
 
     def _put(self, data: memoryview, position: int) -> None:
         self._file.seek(position)
         while data:
             data = data[self._file.write(data) :]
 
-    def leave(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def abort(self) -> None:
-        """Remove the unfinished file."""
+        """Close the file, and remove it if it has a temporary name."""
         self._file.close()
-        if not self._closed:
-            with contextlib.suppress(FileNotFoundError):
-                self._at.unlink()
+        if self._at != self._path:
+            self._at.unlink(missing_ok=True)  # after `close` there is no file of that name
 
 
 class _SafetensorsReader(ChunkReader):

@@ -49,14 +49,11 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._counts = dict.fromkeys(self._entries, 0)
         self._held: dict[str, list[Tensor]] = {}
         header = Header(self._entries, about.placeholder_strings())
-        self._resumed = serializer.resumable(path, header) if resumable else None
-        self._writer = self._resumed or serializer.writer(path, header)
+        resumed = serializer.resumable(path, header) if resumable else None
+        self._writer = resumed or serializer.writer(path, header)
 
     def __exit__(self, *_: object) -> None:
-        if self._resumed is not None:
-            self._resumed.leave()
-        else:
-            self._writer.abort()
+        self._writer.abort()
 
     def take_over(self, notes: Iterable[Note]) -> list[Note]:
         """Continue where an earlier process stopped: accept its notes as far as they agree with the bytes in the file.
@@ -64,12 +61,12 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         Returns:
             the notes of chunks that need not be written again; those of each tensor are consecutive from its beginning.
         """
-        if self._resumed is None:
+        if not isinstance(self._writer, ResumableWriter):
             return []
         stops: dict[str, int] = {}
         taken = []
         for note in notes:
-            if note.start == stops.get(note.tensor, 0) and self._take_over(self._resumed, note):
+            if note.start == stops.get(note.tensor, 0) and self._take_over(self._writer, note):
                 stops[note.tensor] = note.stop
                 taken.append(note)
         return taken
@@ -148,7 +145,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         strings = attrs.evolve(self._about, metrics=metrics, digests=digests).to_strings(self._entries)
         reader = self._writer.seal(strings)
         if (reader.metadata, reader.entries) != (strings, self._entries):
-            # A serializer may add strings or tensors; any other change is refused here, with the reason.
+            # A serializer may add strings. Any other difference is refused here, with the reason.
             Metadata.from_strings(reader.metadata, reader.entries, self._path)
         refuse_damaged(wrong_digests(reader, digests, threads), self._path)
         self._writer.close()

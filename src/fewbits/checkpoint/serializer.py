@@ -34,6 +34,11 @@ class Entry:
         """Its size in bytes."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def in_words(self) -> str:
+        """Its description in messages."""
+        return f"shape {self.shape} in {dtype_name(self.dtype)}"
+
 
 def entry_of(entries: Mapping[str, Entry], name: str, where: object) -> Entry:
     """Return the entry of a name.
@@ -56,7 +61,7 @@ def entry_with(entries: Mapping[str, Entry], name: str, start: int, chunk: Tenso
     if chunk.dtype != entry.dtype or not 0 <= start <= start + chunk.numel() <= entry.numel:
         raise ArgumentError(
             f"{where}: {name} has no {chunk.numel()} elements in {dtype_name(chunk.dtype)} from {start} on; "
-            f"it is {entry}"
+            f"it has {entry.in_words}"
         )
     return entry
 
@@ -106,7 +111,10 @@ class ChunkWriter(Writer):
 
 
 class ResumableWriter(ChunkWriter):
-    """A chunk writer whose unfinished file another process can resume."""
+    """A chunk writer whose unfinished file another process can resume.
+
+    If `Serializer.resumable` has returned the writer, `abort` leaves the unfinished file where it is.
+    """
 
     @abstractmethod
     def read_back(self, name: str, start: int, out: Tensor) -> None:
@@ -115,10 +123,6 @@ class ResumableWriter(ChunkWriter):
     @abstractmethod
     def take_over(self, name: str, elements: int) -> None:
         """Count so many elements of a tensor, which an earlier writer has written, as written."""
-
-    @abstractmethod
-    def leave(self) -> None:
-        """Give up and keep the unfinished file. Does nothing after `close`."""
 
 
 class Reader(ABC):
