@@ -59,7 +59,6 @@ FRONT_DOORS = {
     "fewbits.api.quantize",
     "fewbits.api.plan",
     "fewbits.formats.loading.load",
-    "fewbits.checkpoint.saving.save",
     "fewbits.fleet.FleetRun.__init__",
     "fewbits.selection.selector.LayerSelector.__init__",
 }

@@ -147,35 +147,30 @@ def test_an_empty_directory_is_filled(tmp_path):
 
 def test_a_failure_in_any_file_leaves_nothing(tmp_path, monkeypatch):
     result = quantize_small(state(), "int8")
-    write, calls = fewbits.checkpoint.saving.CheckpointWriter.put, []
+    write, calls = fewbits.checkpoint.saving.CheckpointWriter.append, []
 
-    def failing(self, row, *args):
-        calls.append(row.name)
+    def failing(self, chunk, value):
+        calls.append(chunk.row.name)
         if len(calls) == 4:
             raise InterruptedError("the disk is full")
-        write(self, row, *args)
+        write(self, chunk, value)
 
-    monkeypatch.setattr(fewbits.checkpoint.saving.CheckpointWriter, "put", failing)
+    monkeypatch.setattr(fewbits.checkpoint.saving.CheckpointWriter, "append", failing)
     with pytest.raises(InterruptedError):
         result.save(tmp_path / "model", max_shard_size=2000)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_that_cannot_be_renamed_gives_the_old_one_back(tmp_path, monkeypatch):
-    folder = fewbits.checkpoint.publishing.NewFolder
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").write_text("old")
-    with folder(tmp_path / "model", replace=True) as new:
-        shutil.rmtree(new.work)  # as another tool might
-        new.work.write_text("a file")
-        new.work.unlink()
-        with pytest.raises(fewbits.errors.CheckpointError):
-            new.publish()
-    assert files_in(tmp_path / "model") == {"old": b"old"}
-    with folder(tmp_path / "model", replace=True) as new:
-        (new.work / "new").write_text("new")
-        new.publish()
-    assert files_in(tmp_path / "model") == {"new": b"new"}
+def test_a_directory_that_cannot_be_renamed_gives_the_old_one_back(tmp_path):
+    for folder in ("model", "new"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "content").write_text(folder)
+    move = fewbits.checkpoint.publishing.move_into_place
+    with pytest.raises(fewbits.errors.CheckpointError):
+        move(tmp_path, tmp_path / "model", replace=True)  # no directory can be moved into itself
+    assert files_in(tmp_path / "model") == {"content": b"model"}
+    move(tmp_path / "new", tmp_path / "model", replace=True)
+    assert files_in(tmp_path / "model") == {"content": b"new"}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -221,7 +221,7 @@ BAD = {
                                                "a tuple is the name of an entry"),
     "tuples of tuples without end": (lambda p: pickled(p, DOUBLED), "the entry 'a' is a tuple"),
     "lists in lists without end": (lambda p: pickled(p, b"]" * 100_000 + b"a" * 99_999), "the entry 'a' is a list"),
-    "a pickle of a later protocol": (lambda p: pickled(p, b"\x8c\1x"), "the opcode SHORT_BINUNICODE"),
+    "a pickle of a later protocol": (lambda p: pickled(p, b"\x8c\1x"), "holds no pickle .*KeyError: 140"),
     "a pickle that ends early": (lambda p: pickled(p, b"}", end=b""), "holds no pickle"),
     "a pickle that takes more than there is": (lambda p: pickled(p, b"\x87"), "holds no pickle"),
     "half a file": (lambda p: (old_format(p), p.write_bytes(p.read_bytes()[:100])), "before torch 1.6"),

@@ -421,7 +421,6 @@ def own_output(folder):
             id="OUT a directory, forced",
         ),
         pytest.param(["quantize", "in", "-o", "no/out", "--scheme", "int8"], None, "no/out", id="OUT in no directory"),
-        pytest.param([*QUANTIZE, "--paranoid"], None, "--paranoid needs --resume", id="paranoid of nothing"),
         pytest.param(QUANTIZE, nan_in_source, r"layers.0.weight", id="NaN"),
         pytest.param([*QUANTIZE[:-1], "fp16"], beyond_half, "big.weight", id="beyond half precision"),
         pytest.param(QUANTIZE, own_output, "written by fewbits", id="IN is quantized"),

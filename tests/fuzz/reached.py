@@ -22,7 +22,7 @@ READING = frozenset(
     for name in (
         "checkpoint/header.py", "checkpoint/safetensors.py", "checkpoint/folder.py", "checkpoint/reading.py",
         "checkpoint/metadata.py", "checkpoint/torch_file.py", "checkpoint/pickled.py", "checkpoint/raw.py",
-        "checkpoint/recognition.py", "checkpoint/state_dicts.py", "checkpoint/sharded.py", "checkpoint/codec.py",
+        "checkpoint/recognition.py", "checkpoint/state_dicts.py", "checkpoint/codec.py",
         "sources/file.py", "formats/fp8.py", "sources/model_config.py",
     )
 )  # fmt: skip

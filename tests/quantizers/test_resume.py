@@ -27,7 +27,6 @@ from support.lifecycle_helpers import (
     JsonSerializer,
     files_in,
     quantize_small,
-    read_header,
     small,
     visible,
 )
@@ -331,29 +330,6 @@ def test_a_run_can_be_resumed_after_its_source_was_unreadable(tmp_path):
     (tmp_path / "away").rename(source)
     (share,) = run(source, tmp_path / "out", resume=True)
     assert share.resumed > 0
-
-
-@pytest.mark.parametrize("paranoid", [True, False])
-def test_a_paranoid_run_reads_the_source_again(tmp_path, begun, paranoid):
-    """The change keeps size, time and header."""
-    path = begun / "model-00001-of-00002.safetensors"
-    status, data = path.stat(), bytearray(path.read_bytes())
-    entries, _, payload = read_header(path)
-    read = next(note["tensor"] for note in notes(tmp_path) if note["tensor"] in entries)
-    data[len(data) - payload + entries[read]["data_offsets"][0]] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    if paranoid:
-        changed = f"{read} has changed since it was read, between elements 0 .* start over"
-        with pytest.raises(fewbits.errors.CheckpointError, match=changed):
-            run(begun, tmp_path / "out", resume=True, paranoid=True)
-    else:
-        run(begun, tmp_path / "out", resume=True)
-
-
-def test_a_paranoid_run_accepts_an_unchanged_source(tmp_path, begun, source):
-    run(begun, tmp_path / "out", resume=True, paranoid=True)
-    assert visible(tmp_path) == ["model", "out"]
 
 
 def test_an_unfinished_run_is_neither_removed_nor_resumed_unasked(tmp_path, begun):

@@ -23,9 +23,9 @@ class Chunk:
     """Consecutive elements of one tensor; of a quantized tensor, whole rows of its matrix.
 
     Attributes:
-        row: ledger row of the whole tensor.
-        start: index of the first element.
-        stop: index after the last element.
+        row: The ledger row of the whole tensor.
+        start: The index of the first element.
+        stop: The index after the last element.
     """
 
     row: LedgerRow
@@ -77,7 +77,7 @@ class Chunk:
 
 
 def columns_of(row: LedgerRow) -> int:
-    """Columns of the matrix that a tensor is measured as: that of its codes, else of its last axis."""
+    """Return the columns of the matrix that a tensor is measured as: the matrix of its codes, else its last axis."""
     return (row.layout or Layout.of(row.shape)).columns
 
 
@@ -87,9 +87,9 @@ def chunks(row: LedgerRow, elements: int | None = None, *, start: int = 0) -> It
     A tensor whose rows do not lie one after the other is one chunk, and so is an empty one.
 
     Args:
-        row: of the tensor.
-        elements: of a chunk, about; None means `CHUNK_ELEMENTS`.
-        start: the first element; a chunk must begin there.
+        row: The tensor's row in the ledger.
+        elements: The approximate number of elements of a chunk; None means `CHUNK_ELEMENTS`.
+        start: The first element; a chunk of the whole tensor must begin there.
     """
     total = math.prod(row.shape)
     step = chunk_elements(row, CHUNK_ELEMENTS if elements is None else elements)

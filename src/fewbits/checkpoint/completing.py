@@ -24,25 +24,28 @@ InitBuffers = Callable[[nn.Module], object]
 def initial_values(
     model: nn.Module, buffers: Sequence[Slot], init_buffers: InitBuffers | None
 ) -> tuple[dict[tuple[int, str], Tensor], list[str]]:
-    """Values for buffers on the meta device, as `_init_weights` of the model sets them, and after it `init_buffers`.
+    """Find values for buffers on the meta device, as `_init_weights` of the model and then `init_buffers` set them.
 
-    Two copies of the model are initialized, one with zeros in these buffers and one with ones. A buffer that is not the
-    same in both was not set, or not completely, or by chance.
+    Two copies of the model are initialized, one with zeros in these buffers and one with ones. If a buffer is not the
+    same in both, nothing has set it, or only a part of it, or its values are random.
 
     Args:
-        model: not changed.
-        buffers: of the model, all on the meta device.
-        init_buffers: called with the copy of each module that holds some of the buffers.
+        model: The model, which does not change.
+        buffers: Buffers of the model; all are on the meta device.
+        init_buffers: Called with the copy of each module that holds some of the buffers.
 
     Returns:
         the values by `Slot.key`, and a problem for each buffer that got none.
     """
     if not buffers:
         return {}, []
+    first: dict[str, Tensor | None] = {}
+    second = first
     try:
-        (first, why), (second, _) = (_initialized(model, buffers, init_buffers, fill) for fill in (0, 1))
+        first, why = _initialized(model, buffers, init_buffers, 0)
+        second, _ = _initialized(model, buffers, init_buffers, 1)
     except SourceError as error:
-        first, second, why = {}, {}, dict.fromkeys((_path(slot) for slot in buffers), f" ({error})")
+        why = dict.fromkeys(map(_path, buffers), f" ({error})")
     values = {}
     problems = []
     for slot in buffers:
@@ -50,9 +53,9 @@ def initial_values(
         if value is not None and other is not None and not value.is_meta and same_bits(value, other):
             values[slot.key] = value
         else:
-            where = f"{slot.name} is a buffer that no state dict holds, and is on the meta device"
             problems.append(
-                f"{where}{why.get(_path(slot), '')}; build the model on the CPU, or give a function that sets it as "
+                f"{slot.name} is a buffer that no state dict holds, and is on the meta device"
+                f"{why.get(_path(slot), '')}; build the model on the CPU, or give a function that sets it as "
                 "init_buffers="
             )
     return values, problems
@@ -61,12 +64,12 @@ def initial_values(
 def _initialized(
     model: nn.Module, buffers: Sequence[Slot], init_buffers: InitBuffers | None, fill: int
 ) -> tuple[dict[str, Tensor | None], dict[str, str]]:
-    """The buffers of an initialized copy by name, and by module why its `_init_weights` failed."""
+    """The buffers of an initialized copy by name, and the reasons for which `_init_weights` failed, by module."""
     memory = {id(slot.tensor): torch.full_like(slot.tensor, fill, device="cpu") for slot in buffers}
     failures = {}
     with torch.no_grad(), torch.device("cpu"):
         copied = _copy_without_memory(model, memory)
-        modules = {_path(slot): copied.get_submodule(_path(slot)) for slot in buffers}
+        modules = {path: copied.get_submodule(path) for path in map(_path, buffers)}
         for path, module in modules.items():
             try:
                 _init_weights_around(copied, path)(module)
@@ -100,7 +103,7 @@ def ties(model: nn.Module, names: Collection[str], others: Collection[str]) -> d
 
 
 def _copy_without_memory(model: nn.Module, memory: dict[int, Tensor]) -> nn.Module:
-    """A copy of the model on the meta device, but for the tensors that `memory` has, by the id of the original."""
+    """Copy a model to the meta device, except the tensors for which `memory` has one, by the id of the original."""
     memo: dict[int, Any] = {}
     for slot in slots(model):
         tensor = slot.tensor

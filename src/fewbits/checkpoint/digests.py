@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -32,52 +31,42 @@ def value_digest(value: Value) -> str:
 
 
 def wrong_digests(reader: Reader, digests: Mapping[str, str], threads: int | None = None) -> list[str]:
-    """Return the names of the tensors whose bytes do not match their digest.
+    """Return the names of the tensors of a file whose bytes do not match their digest.
 
     Args:
-        reader: an open reader of the file.
-        digests: SHA-256 in hexadecimal, by name.
-        threads: how many tensors are read at a time, where the format allows it; None means as many as torch uses.
+        reader: An open reader of the file.
+        digests: The SHA-256 of every tensor in the file, in hexadecimal, by name; there may be others.
+        threads: The number of tensors that are read at a time, if the format allows several; None means as many as
+            torch has threads.
     """
     threads = (threads or torch.get_num_threads()) if isinstance(reader, ChunkReader) else 1
     if threads == 1:  # a thread takes memory of its own
-        return [name for name in digests if digest_in(reader, name) != digests[name]]
+        return [name for name in reader.entries if digest_in(reader, name) != digests[name]]
     with ThreadPoolExecutor(threads, "fewbits") as pool:
-        found = pool.map(lambda name: digest_in(reader, name), digests)
-        return [name for name, is_now in zip(digests, found, strict=True) if is_now != digests[name]]
+        found = pool.map(lambda name: digest_in(reader, name), reader.entries)
+        return [name for name, is_now in zip(reader.entries, found, strict=True) if is_now != digests[name]]
 
 
 def digest_in(reader: Reader, name: str) -> str:
     """SHA-256 of the bytes of a tensor in a file, read a piece at a time where the format allows it."""
     if not isinstance(reader, ChunkReader):
         return digest(reader.read(name))
-    entry = reader.entries[name]
-    if entry.nbytes <= _PIECE:
-        out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        reader.read_into(name, 0, out)
-        return hashlib.sha256(tensor_bytes(out)).hexdigest()
-    found = hashlib.sha256()
-    for part in pieces(entry):
-        reader.read_into(name, part.start, part.out)
-        found.update(tensor_bytes(part.out))
+    entry, found = reader.entries[name], hashlib.sha256()
+    for start, out in pieces(entry, 0, entry.numel):
+        reader.read_into(name, start, out)
+        found.update(tensor_bytes(out))
     return found.hexdigest()
 
 
-@attrs.frozen(eq=False)
-class Piece:
-    """A run of a tensor's elements, and memory for them. The next piece reuses that memory."""
+def pieces(entry: Entry, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield, in order, the first element of each piece of a tensor from `start` to `stop`, and memory for the piece.
 
-    start: int
-    out: Tensor
-
-
-def pieces(entry: Entry, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
-    """The pieces of a tensor from one element up to another, in order; by default all of it."""
-    stop = entry.numel if stop is None else stop
+    The next piece reuses that memory.
+    """
     step = max(1, _PIECE // entry.dtype.itemsize)
     memory = torch.empty(min(max(stop - start, 0), step), dtype=entry.dtype, device="cpu")
     for first in range(start, stop, step):
-        yield Piece(first, memory[: stop - first])
+        yield first, memory[: stop - first]
 
 
 def refuse_damaged(names: Sequence[str], where: object) -> None:

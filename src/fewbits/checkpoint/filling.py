@@ -14,7 +14,6 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.nn.packed import PackedWeight, store
-from fewbits.nn.stored import StoredWeight
 from fewbits.nn.swap import attach, attached
 from fewbits.nn.walk import Slot, slots
 from fewbits.selection.ledger import LedgerRow
@@ -30,10 +29,10 @@ class Place:
     """The place of one tensor of a file in a model.
 
     Attributes:
-        row: of the ledger.
-        slots: all that take it, at least one; they share it from then on.
-        device: where it is to be.
-        in_place: whether it is written into the memory of the parameter there, because others hold that too.
+        row: The tensor's row in the ledger.
+        slots: All slots that take the tensor, at least one. They share it from then on.
+        device: The device that the tensor goes to.
+        in_place: Whether the tensor is written into the memory of the parameter, because others hold that memory too.
     """
 
     row: LedgerRow
@@ -46,10 +45,10 @@ class Place:
         """The place of a row.
 
         Args:
-            row: of the ledger.
-            taken: the slots.
-            device: where it is to be; None means that of the first slot, or the CPU if that is the meta device.
-            held_elsewhere: whether others hold the memory of one of the slots.
+            row: The tensor's row in the ledger.
+            taken: The slots.
+            device: The device; None means that of the first slot, or the CPU if that is the meta device.
+            held_elsewhere: Whether others hold the memory of one of the slots.
         """
         there = taken[0].tensor.device
         device = device or (_CPU if there.type == "meta" else there)
@@ -71,16 +70,19 @@ class Place:
             return self.device == _CPU and (not isinstance(weight, PackedWeight) or weight.stays(compute))
 
     def put(self, value: Value, compute: Compute, *, reuse_memory: bool) -> None:
-        """Put a value into all slots, where they are to be and in the form that they ask for.
+        """Put a value into all slots, on their device and in the weight layout of their layers.
 
         Args:
-            value: in the CPU's memory.
-            compute: see `fewbits.set_compute`.
-            reuse_memory: whether its memory may be written to, because nothing else holds it.
+            value: A value in the CPU's memory.
+            compute: How the layers may compute; see `fewbits.set_compute`.
+            reuse_memory: Whether the value's memory may be written to, because nothing else holds it.
         """
         if self.row.spec is not None:
             weight = store(value, self.row.dtype).to(self.device)
-            self._dequantize_into_buffers(weight)
+            buffers = [slot for slot in self.slots if not slot.is_parameter]  # a file may hold buffers as codes
+            tensor = weight.dequantize() if buffers else None
+            for slot in buffers:
+                setattr(slot.module, slot.local, tensor)
             for slot in self._parameters:
                 attach(slot.module, slot.local, weight)
             if self._parameters and isinstance(weight, PackedWeight):
@@ -92,22 +94,15 @@ class Place:
     def _parameters(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.is_parameter]
 
-    def _dequantize_into_buffers(self, weight: StoredWeight) -> None:
-        """Dequantize the weight once for all buffers among the slots: a file may hold buffers as codes."""
-        buffers = [slot for slot in self.slots if not slot.is_parameter]
-        tensor = weight.dequantize() if buffers else None
-        for slot in buffers:
-            setattr(slot.module, slot.local, tensor)
-
     def _keep(self, tensor: Tensor) -> None:
         held = [slot.tensor for slot in self._parameters]
         if held and not held[0].is_meta:
             # Keep the parameter object, and its memory if others hold that, so that their references stay valid.
-            if self.in_place:
-                held[0].data.copy_(tensor)
-            else:
-                held[0].data = tensor
             parameter = held[0]
+            if self.in_place:
+                parameter.data.copy_(tensor)
+            else:
+                parameter.data = tensor
         else:
             parameter = nn.Parameter(tensor, requires_grad=any(tensor.requires_grad for tensor in held))
         for slot in self.slots:
@@ -122,9 +117,9 @@ def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> N
     next one is read.
 
     Args:
-        checkpoint: the file.
-        places: where each of its tensors goes.
-        compute: see `fewbits.set_compute`.
+        checkpoint: The file.
+        places: The place of each tensor of the file.
+        compute: How the layers may compute; see `fewbits.set_compute`.
 
     Raises:
         SourceError: if a module would not read its quantized weight. The model is unchanged then.

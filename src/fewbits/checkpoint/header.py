@@ -91,7 +91,9 @@ def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileH
     if length > limit:
         _refuse(where, f"its header has {length:,} bytes, more than {limit:,}")
     fields = parse_object(file.read(length), where, "header")
-    metadata = _metadata(fields.pop(_METADATA, {}), where)
+    metadata = fields.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        _refuse(where, f"{_METADATA} must map strings to strings")
     if odd := [text for text in [*fields, *metadata, *metadata.values()] if not _is_text(text)]:
         _refuse(where, f"{odd[0]!r} is no text that UTF-8 can hold")
     payload = PREFIX + length
@@ -164,12 +166,6 @@ def parse_json(text: bytes | str, where: object, what: str) -> Any:
         return json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits, nested too deep
         raise FormatError(f"{where}: its {what} is no JSON: {error}") from None
-
-
-def _metadata(value: object, where: object) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        _refuse(where, f"{_METADATA} must map strings to strings")
-    return value
 
 
 def _span(name: str, described: object, payload: int, where: object) -> Span:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,63 +28,36 @@ except ImportError:  # missing on Windows, where the journal is not locked
 #: The field that holds the digest of a line's other fields.
 _CHECK = "check"
 
-_is = attrs.validators.instance_of
-_Prefixes = Mapping[str, tuple[int, str]]
 
-
-def _prefixes(prefixes: Mapping[str, Any]) -> _Prefixes:
-    return {name: (int(elements), str(digest)) for name, (elements, digest) in prefixes.items()}
-
-
-def _is_tally(_: object, __: object, fields: Mapping[str, Any] | None) -> None:
-    if fields is not None:
-        Tally.from_dict(fields)
-
-
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Note:
     """One chunk that has been written.
 
     Attributes:
-        tensor: its name in the source.
-        start: index of the chunk's first element.
-        stop: index after the chunk's last element.
-        source: SHA-256 of the chunk's bytes as they were read.
-        written: of everything in the file that belongs to the tensor: how many elements are written by now, from the
-            first on, and the SHA-256 of their bytes.
-        tally: the comparison of the chunk with its source; see `Tally.to_dict`.
+        tensor: The name of the tensor in the source.
+        start: The index of the chunk's first element.
+        stop: The index after the chunk's last element.
+        written: For each part of the tensor in the file, the number of elements that are written by now, counted from
+            the first one, and the SHA-256 of their bytes.
+        tally: The comparison of the chunk with its source; None if there was no comparison.
     """
 
-    tensor: str = attrs.field(validator=_is(str))
-    start: int = attrs.field(validator=_is(int))
-    stop: int = attrs.field(validator=_is(int))
-    source: str = attrs.field(validator=_is(str))
-    written: _Prefixes = attrs.field(converter=_prefixes)
-    tally: Mapping[str, Any] | None = attrs.field(validator=_is_tally)
+    tensor: str
+    start: int
+    stop: int
+    written: Mapping[str, tuple[int, str]]
+    tally: Tally | None
 
 
-@attrs.frozen
-class Seal:
-    """The end of a file.
-
-    Attributes:
-        header: the digest in its header.
-        measured: the fields of `Measurement`, by tensor.
-    """
-
-    header: str = attrs.field(validator=_is(str))
-    measured: Mapping[str, Mapping[str, Any]] = attrs.field(validator=_is(dict))
-
-
-class Journal:
-    """Records the progress of one file. While it is open, no other process can write the file.
+class Journal(AbstractContextManager["Journal"]):
+    """Records the progress of one file. Until the `with` block ends, no other process can write the file.
 
     Args:
-        path: of the journal, which is created if it does not exist.
+        path: The path of the journal, which is created if it does not exist.
 
     Attributes:
-        notes: the notes of earlier processes, in order.
-        seal: the end of the file; None before that.
+        notes: The notes of earlier processes, in order.
+        seal: The digest in the header of the complete file; None before the file is complete.
 
     Raises:
         CheckpointError: if the journal cannot be opened, or another process is writing the file.
@@ -103,9 +76,17 @@ class Journal:
                 self._file.close()
                 raise
 
-    def add(self, line: Note | Seal) -> None:
-        """Append one line."""
-        data = _line(attrs.asdict(line, recurse=False))
+    def add(self, note: Note) -> None:
+        """Append a note."""
+        tally = None if note.tally is None else note.tally.to_dict()
+        self._append({**attrs.asdict(note, recurse=False), "tally": tally})
+
+    def add_seal(self, header: str) -> None:
+        """Append the end of the file: the digest in its header."""
+        self._append({"header": header})
+
+    def _append(self, fields: Mapping[str, Any]) -> None:
+        data = _line(fields)
         with as_checkpoint_error(f"{self._path} cannot be written"):
             while data:
                 data = data[self._file.write(data) :]
@@ -120,37 +101,34 @@ class Journal:
         for note in notes:
             self.add(note)
 
-    def close(self) -> None:
-        """Close the journal and let other processes write the file."""
-        self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()  # which lets other processes write the file
 
 
-def read_journal(path: Path) -> tuple[list[Note], Seal | None]:
-    """Read a journal, even while another process writes to it; empty if there is no journal."""
+def read_journal(path: Path) -> tuple[list[Note], str | None]:
+    """Read the notes and the seal of a journal, even while another process writes to it; none if it does not exist."""
     with as_checkpoint_error(f"{path} cannot be read"):
         return _read(path)[:2] if path.exists() else ([], None)
 
 
-def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
-    """Valid lines and their length in bytes."""
+def _read(path: Path) -> tuple[list[Note], str | None, int]:
+    """Read the notes and the seal of a journal up to the first invalid line, and the length of that part in bytes."""
     notes: list[Note] = []
-    seal: Seal | None = None
+    seal: str | None = None
     good = 0
     with open(path, "rb") as file:
         for line in file:
             try:
-                fields = json.loads(_checked(line))
+                fields = json.loads(line)
+                del fields[_CHECK]
+                if _line(fields) != line:
+                    break
                 if "header" in fields:
-                    seal = Seal(**fields)
+                    seal = fields["header"]
                 else:
-                    notes.append(Note(**fields))
-            except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+                    tally = fields["tally"]
+                    notes.append(Note(**{**fields, "tally": tally if tally is None else Tally.from_dict(tally)}))
+            except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
                 break
             good += len(line)
     return notes, seal, good
@@ -158,24 +136,12 @@ def _read(path: Path) -> tuple[list[Note], Seal | None, int]:
 
 def _line(fields: Mapping[str, Any]) -> bytes:
     """Encode fields as a line with a digest, since a number with a flipped bit can still be a valid number."""
-    return _signed(json.dumps(fields, separators=(",", ":")).encode())
+    check = hashlib.sha256(_json(fields)).hexdigest()[:16]
+    return _json({**fields, _CHECK: check}) + b"\n"
 
 
-def _signed(text: bytes) -> bytes:
-    check = hashlib.sha256(text).hexdigest()[:16]
-    return text[:-1] + f',"{_CHECK}":"{check}"}}\n'.encode()
-
-
-def _checked(line: bytes) -> bytes:
-    """Return the JSON of a line that `_line` wrote, after checking the digest.
-
-    Raises:
-        ValueError: if the digest does not match the line.
-    """
-    text = line.rpartition(f',"{_CHECK}":'.encode())[0] + b"}"
-    if line != _signed(text):
-        raise ValueError("the line differs from the line that was written")
-    return text
+def _json(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def lock(descriptor: int, path: Path, *, shared: bool = False) -> None:

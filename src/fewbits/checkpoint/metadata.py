@@ -61,17 +61,12 @@ class Metrics:
     @classmethod
     def of(cls, measurement: Measurement) -> Metrics:
         """Six significant digits of each figure."""
-        figures = (measurement.sqnr_db, measurement.max_abs_error, measurement.cosine, measurement.worst_bound_ratio)
+        figures = (getattr(measurement, field.name) for field in attrs.fields(cls))
         return cls(*(float(f"{figure:.6g}") if math.isfinite(figure) else None for figure in figures))
 
     def to_dict(self) -> dict[str, float | None]:
         """The figures by name."""
-        return {
-            "sqnr_db": self.sqnr_db,
-            "max_abs_error": self.max_abs_error,
-            "cosine": self.cosine,
-            "worst_bound_ratio": self.worst_bound_ratio,
-        }
+        return attrs.asdict(self)
 
 
 @attrs.frozen
@@ -88,34 +83,26 @@ class Metadata:
     """
 
     ledger: Ledger
-    architecture: str | None = attrs.field(validator=_is((str, type(None))))
-    metrics: Mapping[str, Metrics]
-    digests: Mapping[str, str] = attrs.field(validator=_maps_strings)
+    architecture: str | None = attrs.field(default=None, validator=_is((str, type(None))))
+    metrics: Mapping[str, Metrics] = attrs.field(factory=dict)
+    digests: Mapping[str, str] = attrs.field(factory=dict, validator=_maps_strings)
     versions: Mapping[str, str] = attrs.field(
         factory=lambda: {"fewbits": __version__, "torch": str(torch.__version__)}, validator=_maps_strings
     )
     extra: Mapping[str, str] = attrs.field(factory=dict)
 
-    @classmethod
-    def placeholder(cls, ledger: Ledger, architecture: str | None, extra: Mapping[str, str]) -> Metadata:
-        """Metadata as long as the final one can get, before anything is measured or written."""
+    def placeholder_strings(self) -> dict[str, str]:
+        """Strings as long as those of the complete file can get, before anything is measured or written."""
         longest = Metrics(*[_LONGEST_FLOAT] * 4)
-        return cls(
-            ledger,
-            architecture,
-            metrics={row.name: longest for row in ledger if row.spec is not None},
-            digests=dict.fromkeys(stored_entries(ledger), _PLACEHOLDER_DIGEST),
-            extra=extra,
-        )
+        metrics = {row.name: longest for row in self.ledger if row.spec is not None}
+        digests = dict.fromkeys(stored_entries(self.ledger), _PLACEHOLDER_DIGEST)
+        complete = attrs.evolve(self, metrics=metrics, digests=digests)
+        return complete._strings() | {HEADER_DIGEST_KEY: _PLACEHOLDER_DIGEST}
 
     def to_strings(self, entries: Mapping[str, Entry]) -> dict[str, str]:
         """The header's strings, with a digest of the header itself."""
         strings = self._strings()
         return strings | {HEADER_DIGEST_KEY: header_digest(strings, entries)}
-
-    def to_placeholder_strings(self) -> dict[str, str]:
-        """Strings as long as those of `to_strings`, with a placeholder for the digest."""
-        return self._strings() | {HEADER_DIGEST_KEY: _PLACEHOLDER_DIGEST}
 
     def _strings(self) -> dict[str, str]:
         return dict(self.extra) | {
@@ -186,11 +173,6 @@ class Metadata:
 def is_own_key(key: str) -> bool:
     """Whether a metadata key belongs to fewbits."""
     return key.startswith("fewbits.")
-
-
-def is_fewbits_file(strings: Mapping[str, str]) -> bool:
-    """Whether these header strings are those of a file that fewbits wrote."""
-    return VERSION_KEY in strings
 
 
 def stored_entries(ledger: Ledger) -> dict[str, Entry]:

@@ -44,24 +44,23 @@ class Output:
     """Where the result of a checkpoint on disk is written, and how.
 
     Attributes:
-        path: of the file, or of the directory, if the source is one or `max_shard_size` is given.
-        max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
-            which is the default; a larger tensor has a file of its own.
-        replace: whether an existing directory with files in it is replaced, and an unfinished run started again. If the
-            path is a link to a directory, the directory is replaced and the link stays. A file is always
-            replaced, unless it was created after the resumed run began.
-        resume: whether an unfinished run is resumed, if there is one. Resuming is refused if an input of the result has
-            changed. A finished result is compared with its source: the fates, and all elements within their bounds. A
-            file does not say which observer chose its scales.
-        paranoid: whether a resumed run reads the source again, to see that it has not changed. Otherwise the size, time
-            of change and header of each file are compared.
-        distributed: whether every process of `torch.distributed`'s default group makes this call alike, each writes
-            some of the files of a directory, and the first publishes them.
-        max_memory: the most resident memory that the process may take in addition to that after importing fewbits, as a
+        path: The path of the file, or of a directory if the source is one or `max_shard_size` is given.
+        max_shard_size: The most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
+            which is the default. A larger tensor has a file of its own.
+        replace: Whether to replace a directory that has files, and to start an unfinished run again. If the path is a
+            link to a directory, the directory is replaced and the link stays. A file is always replaced, unless it was
+            created after the resumed run began.
+        resume: Whether to resume an unfinished run, if there is one. Resuming is refused if an input of the result has
+            changed; for each file of the source, its size, time of change and header are compared. A finished result
+            is compared with its source: the fates, and all elements within their bounds. A file does not say which
+            observer chose its scales.
+        distributed: Whether every process of the default group of `torch.distributed` makes this call. Each process
+            writes some of the files of a directory, and the first one publishes them.
+        max_memory: The most resident memory that the process may take in addition to that after importing fewbits, as a
             number of bytes or a text such as ``"512MB"``. Chunks become smaller and threads fewer to stay within it;
             a run that cannot stay within it is refused before anything is written. None sets no limit.
-        threads: how many tensors, or pieces of large ones, are worked on at a time; None means as many as torch
-            has threads. They change nothing in the result.
+        threads: The number of tensors, or pieces of large ones, that are converted at a time; None means as many as
+            torch has threads. The result does not depend on it.
 
     Raises:
         ArgumentError: for an invalid size, or less than one thread.
@@ -73,7 +72,6 @@ class Output:
     max_memory: int | None = attrs.field(default=None, converter=_max_memory, kw_only=True)
     threads: int | None = attrs.field(default=None, validator=_is_count, kw_only=True)
     resume: bool = attrs.field(default=False, validator=_is_bool, kw_only=True)
-    paranoid: bool = attrs.field(default=False, validator=_is_bool, kw_only=True)
     distributed: bool = attrs.field(default=False, validator=_is_bool, kw_only=True)
 
     @classmethod

@@ -1,15 +1,17 @@
 """Read a pickle of `torch.save` without importing or calling anything that it names.
 
-A state dict takes few of the opcodes of protocol 2, and a handful of the names that they can bring. Tensors become
-descriptions of where their bytes are; any other object that a name would make becomes `Made`, and stays that.
+A state dict needs few of the opcodes of protocol 2, and few names of classes and functions. Tensors become descriptions
+of where their bytes are. Any other object that a named class or function would make becomes a `Made`.
 """
 
 from __future__ import annotations
 
-import pickletools
+import io
+import pickle
+import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -19,7 +21,16 @@ from fewbits.numerics.dtypes import dtype_from_name
 from fewbits.numerics.layout import MAX_AXES
 
 #: Errors that opcodes in an invalid order may raise.
-_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
+_UNREADABLE = (
+    LookupError, TypeError, ValueError, AttributeError, OverflowError, EOFError, struct.error, pickle.UnpicklingError,
+)  # fmt: skip
+
+#: The opcodes that work here as in Python's own unpickler.
+_OPCODES = (
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "SHORT_BINSTRING", "BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT",
+    "APPEND", "APPENDS", "GLOBAL", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+)  # fmt: skip
 
 #: The dtypes of the classes of storage. An untyped storage holds bytes.
 _STORAGES = {
@@ -40,9 +51,15 @@ class Name:
 
 @attrs.frozen
 class Made:
-    """A stand-in for the result of a class or function; nothing is called."""
+    """A stand-in for the result of a class or function; nothing is called. It ignores all that is put into it."""
 
     maker: str
+
+    def append(self, value: object) -> None:
+        """Ignore an element."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Ignore an entry."""
 
 
 @attrs.frozen
@@ -55,14 +72,14 @@ class Storage:
 
 @attrs.frozen
 class SavedTensor:
-    """A tensor as it was saved. Its numbers are as the file has them: nothing says that its storage holds them.
+    """A tensor as the file describes it: its storage may have fewer bytes than the tensor would need.
 
     Attributes:
-        storage: where its bytes are.
-        offset: of its first element, in elements.
-        shape: of the tensor.
-        stride: of the tensor, in elements.
-        dtype: of the tensor.
+        storage: The bytes of the tensor.
+        offset: The place of the first element in the storage, in elements.
+        shape: The shape.
+        stride: The strides, in elements.
+        dtype: The dtype.
     """
 
     storage: Storage
@@ -73,86 +90,53 @@ class SavedTensor:
 
 
 def read_pickle(data: bytes, where: object) -> object:
-    """The object that some bytes describe.
+    """Return the object that some bytes describe.
 
     Args:
-        data: a pickle of protocol 2.
-        where: names the file in errors.
+        data: A pickle of protocol 2.
+        where: The name of the file in errors.
 
     Raises:
         FormatError: if they are no pickle, or one that no state dict needs.
     """
-    machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            machine.step(opcode.name, argument)
-        return machine.stack.pop()
+        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except _UNREADABLE as error:
-        raise FormatError(f"{where} holds no pickle that torch.save would write of a state dict: {error}") from None
+        why = f"{type(error).__name__}: {error}"
+        raise FormatError(f"{where} holds no pickle that torch.save would write of a state dict: {why}") from None
 
 
-class _Machine:
-    """The stack of objects that opcodes work on."""
+# Python's own unpickler, written in Python: the one in C takes memory for as many objects as a number in the file says.
+class _Unpickler(pickle._Unpickler):
+    """Knows the opcodes that a state dict needs; others are a KeyError. Imports and calls nothing that a file names."""
 
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
-    def step(self, opcode: str, argument: Any) -> None:
-        """Execute one opcode."""
-        if opcode in _PUSHED:
-            self.stack.append(argument)
-        elif opcode in _NEW:
-            self.stack.append(_NEW[opcode]())
-        elif opcode in _STEPS:
-            _STEPS[opcode](self, argument)
-        else:
-            raise ValueError(f"the opcode {opcode} is not one of them")
+    def find_class(self, module: str, name: str) -> Name:
+        return Name(f"{module}.{name}")
 
-    def mark(self, _: object) -> None:
-        self._marks.append(len(self.stack))
+    def persistent_load(self, identity: Any) -> Storage | Made:
+        kind, name, key, _location, _count = identity
+        if kind != "storage" or not isinstance(name, Name) or not isinstance(key, str):
+            raise TypeError("there is no storage where one should be")
+        dtype = _STORAGES.get(name.dotted)
+        return Made(name.dotted) if dtype is None else Storage(key, dtype)
 
-    def _marked(self) -> list[Any]:
-        """Everything since the last mark."""
-        start = self._marks.pop()
-        taken, self.stack[start:] = self.stack[start:], []
-        return taken
+    def call(self) -> None:
+        arguments, maker = self.stack.pop(), self.stack.pop()
+        self.stack.append(_made(maker, arguments))
 
-    def remember(self, index: int) -> None:
-        self._memo[index] = self.stack[-1]
+    def skip_attributes(self) -> None:
+        """Skip attributes of the last object, such as the versions in a state dict; they are not needed."""
+        self.stack.pop()
 
-    def recall(self, index: int) -> None:
-        self.stack.append(self._memo[index])
-
-    def name(self, text: str) -> None:
-        self.stack.append(Name(".".join(text.split(" ", 1))))
-
-    def tuple_of_marked(self, _: object) -> None:
-        self.stack.append(tuple(self._marked()))
-
-    def tuple_of(self, count: int) -> None:
-        taken, self.stack[-count:] = tuple(self.stack[-count:]), []
-        if len(taken) != count:
-            raise IndexError("the stack is too short")
-        self.stack.append(taken)
-
-    def append(self, _: object) -> None:
-        self._extend([self.stack.pop()])
-
-    def append_marked(self, _: object) -> None:
-        self._extend(self._marked())
-
-    def _extend(self, values: list[Any]) -> None:
-        if not isinstance(self.stack[-1], Made):
-            self.stack[-1].extend(values)
-
-    def set_item(self, _: object) -> None:
+    def set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._set(key, value)
 
-    def set_marked(self, _: object) -> None:
-        items = self._marked()
+    def set_items(self) -> None:
+        items = self.pop_mark()
         for key, value in zip(items[::2], items[1::2], strict=True):
             self._set(key, value)
 
@@ -160,52 +144,16 @@ class _Machine:
         # To hash a tuple of tuples of tuples, each twice the one before, would take for ever.
         if not isinstance(key, (str, int, float, type(None))):
             raise TypeError(f"a {type(key).__name__} is the name of an entry")
-        if not isinstance(self.stack[-1], Made):
-            self.stack[-1][key] = value
+        self.stack[-1][key] = value
 
-    def storage(self, _: object) -> None:
-        kind, name, key, _location, _count = self.stack.pop()
-        if kind != "storage" or not isinstance(name, Name) or not isinstance(key, str):
-            raise TypeError("there is no storage where one should be")
-        dtype = _STORAGES.get(name.dotted)
-        self.stack.append(Made(name.dotted) if dtype is None else Storage(key, dtype))
-
-    def call(self, _: object) -> None:
-        arguments, maker = self.stack.pop(), self.stack.pop()
-        self.stack.append(_made(maker, arguments))
-
-    def build(self, _: object) -> None:
-        """Skip attributes of the last object, such as the versions in a state dict; they are not needed."""
-        self.stack.pop()
-
-
-_PUSHED = frozenset({"BINUNICODE", "SHORT_BINSTRING", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"})
-_NEW: Mapping[str, Callable[[], object]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple, "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-}  # fmt: skip
-_STEPS: Mapping[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda _, __: None,
-    "STOP": lambda _, __: None,
-    "MARK": _Machine.mark,
-    "BINPUT": _Machine.remember,
-    "LONG_BINPUT": _Machine.remember,
-    "BINGET": _Machine.recall,
-    "LONG_BINGET": _Machine.recall,
-    "GLOBAL": _Machine.name,
-    "TUPLE": _Machine.tuple_of_marked,
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.append_marked,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_marked,
-    "BINPERSID": _Machine.storage,
-    "REDUCE": _Machine.call,
-    "NEWOBJ": _Machine.call,
-    "BUILD": _Machine.build,
-}
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, name) for name in _OPCODES)},
+        pickle.SETITEM[0]: set_item,
+        pickle.SETITEMS[0]: set_items,
+        pickle.REDUCE[0]: call,
+        pickle.NEWOBJ[0]: call,
+        pickle.BUILD[0]: skip_attributes,
+    }
 
 
 def _made(maker: Name, arguments: tuple[Any, ...]) -> object:
@@ -221,12 +169,8 @@ def _made(maker: Name, arguments: tuple[Any, ...]) -> object:
         return arguments[0]
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return arguments[0]
-    if name == "torch._utils._rebuild_tensor_v2":
-        storage, offset, shape, stride, _, _, *rest = arguments
-        return _tensor(name, storage, offset, shape, stride, None, *rest)
-    if name == "torch._utils._rebuild_tensor_v3":
-        storage, offset, shape, stride, _, _, dtype, *rest = arguments
-        return _tensor(name, storage, offset, shape, stride, dtype, *rest)
+    if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
+        return _tensor(name, *arguments)
     return Made(name)
 
 
@@ -234,25 +178,21 @@ _TENSORS = (Name("torch.Tensor"), Name("torch.nn.parameter.Parameter"), Name("to
 
 
 def _tensor(
-    maker: str,
-    storage: object,
-    offset: object,
-    shape: object,
-    stride: object,
-    dtype: Name | None,
-    pending: object = None,
+    maker: str, storage: object, offset: Any, shape: Any, stride: Any, _grad: object, _hooks: object, *more: Any
 ) -> SavedTensor | Made:
     """A tensor; `Made` if its storage is of a kind that holds no plain numbers, or something is left to be computed."""
     if isinstance(storage, Made):
         return storage
-    if not isinstance(storage, Storage) or not _are_sizes((offset,)) or not _are_sizes(shape) or not _are_sizes(stride):
+    if not isinstance(storage, Storage) or not all(map(_are_sizes, ((offset,), shape, stride))):
         raise TypeError("a tensor has no storage, or sizes that are none")
-    if len(shape) != len(stride):  # type: ignore[arg-type]
+    if len(shape) != len(stride):
         raise ValueError(f"a tensor of shape {shape} has the strides {stride}")
-    if pending:
+    dtype = storage.dtype
+    if maker.endswith("_v3"):  # its storage holds bytes
+        dtype, more = dtype_from_name(more[0].dotted.removeprefix("torch.")), more[1:]
+    if any(more):  # a conjugation or a negation
         return Made(maker)
-    kind = storage.dtype if dtype is None else dtype_from_name(dtype.dotted.removeprefix("torch."))
-    return SavedTensor(storage, offset, shape, stride, kind)  # type: ignore[arg-type]
+    return SavedTensor(storage, offset, shape, stride, dtype)
 
 
 def _are_sizes(values: object) -> bool:

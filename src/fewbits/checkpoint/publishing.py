@@ -1,4 +1,4 @@
-"""`NewFolder`: a directory that appears under its name when everything is in it, or not at all."""
+"""Publish files and directories: a result appears at its path when it is complete, or not at all."""
 
 from __future__ import annotations
 
@@ -6,58 +6,39 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from fewbits._events import emit
 from fewbits.checkpoint.folder import WEIGHT_SUFFIXES
 from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory
+from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
 
 
-class NewFolder:
-    """A directory under a temporary name, beside the one it will have. As a context manager, removed if left early.
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a directory under a temporary name beside its path. It is published at the end, or removed after an error.
 
     Args:
-        path: its final path.
-        replace: whether a directory that is there already, with something in it, is replaced.
-
-    Attributes:
-        work: where its files go until then.
+        path: The final path of the directory.
 
     Raises:
         ArgumentError: if something is there that will not be replaced.
-        CheckpointError: if it cannot be made.
+        CheckpointError: if it cannot be made or published.
     """
-
-    def __init__(self, path: str | os.PathLike[str], *, replace: bool = False) -> None:
-        self._path, self._replace = check_place(Path(path), folder=True, replace=replace), replace
+    path = check_place(path, folder=True, replace=False)
+    work = beside(path)
+    try:
         with as_checkpoint_error(f"{path} cannot be written"):
-            self.work = _beside(self._path)
-            self.work.mkdir()
-
-    def publish(self) -> None:
-        """Give it its name. It replaces a previous file.
-
-        Raises:
-            CheckpointError: if that cannot be done.
-        """
-        move_into_place(self.work, self._path, replace=self._replace)
-
-    def abort(self) -> None:
-        """Give up and leave nothing behind. Does nothing after `publish`."""
-        shutil.rmtree(self.work, ignore_errors=True)
-
-    def __enter__(self) -> NewFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-        if isinstance(error, CheckpointError) and str(self.work) in str(error):
-            # No program looks for the temporary name.
-            raise type(error)(str(error).replace(str(self.work), str(self._path))) from error
+            work.mkdir()
+        yield work
+        move_into_place(work, path, replace=False)
+    except CheckpointError as error:
+        # No program looks for the temporary name.
+        raise type(error)(str(error).replace(str(work), str(path))) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") -> Path:
@@ -91,20 +72,22 @@ def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") ->
         return Path(os.path.realpath(path))
 
 
-def check_name_and_parent(path: Path, *, folder: bool, advice: str = "") -> None:
+def check_name_and_parent(path: Path, serializer: Serializer, *, folder: bool, advice: str = "") -> None:
     """Refuse a place for a result before anything is done for it.
 
     Args:
-        path: of the result.
-        folder: whether it is a directory.
-        advice: how else to get a file, if it is.
+        path: The path of the result.
+        serializer: The format of its files.
+        folder: Whether the result is a directory.
+        advice: How else to get a file, if the result is a directory.
 
     Raises:
-        ArgumentError: if it is a directory with the name of a file, which is not there yet.
+        ArgumentError: if the name is that of a file in another format, or a new directory has the name of a file.
         CheckpointError: if the directory that it would be in does not exist.
     """
+    kind, suffix = path.suffix.lower(), serializer.suffix
     with as_checkpoint_error(f"{path} cannot be written"):
-        if folder and path.suffix.lower() in WEIGHT_SUFFIXES and not path.is_dir():
+        if folder and kind in WEIGHT_SUFFIXES and not path.is_dir():
             raise ArgumentError(
                 f"{path} is the name of a {path.suffix} file, but the result is a directory of files; give the "
                 f"path of a directory, such as {path.with_suffix('')}{advice}"
@@ -113,6 +96,11 @@ def check_name_and_parent(path: Path, *, folder: bool, advice: str = "") -> None
         if not parent.is_dir():
             why = "is a file" if parent.exists() else "does not exist; make it first"
             raise CheckpointError(f"{path} cannot be written: the directory {parent} {why}, or give another path")
+    if not folder and kind in serializer.foreign_suffixes:
+        raise ArgumentError(
+            f"{path} is the name of a {path.suffix} file, but the result is a {suffix} file: call it "
+            f"{path.stem.removesuffix(suffix)}{suffix}"
+        )
 
 
 def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
@@ -123,7 +111,11 @@ def move_into_place(work: Path, path: Path, *, replace: bool) -> None:
     """
     with as_checkpoint_error(f"{path} cannot be written"):
         sync_directory(work)
-        old = _set_aside(path, replace=replace)
+        old = None
+        if replace and path.exists():
+            old = path.rename(beside(path))
+        elif path.exists():
+            path.rmdir()  # which fails if there is something in it by now
         try:
             work.rename(path)
         except BaseException:
@@ -143,17 +135,6 @@ def remove_tree(folder: Path, complaint: str) -> None:
         emit("warning", "left_over", folder=str(folder), reason=f"{complaint}; remove this directory yourself")
 
 
-def _set_aside(path: Path, *, replace: bool) -> Path | None:
-    """Make room at a path: move its content aside with `replace`, else remove an empty directory; the new name."""
-    if not path.exists():
-        return None
-    if not replace:
-        path.rmdir()  # which fails if there is something in it by now
-        return None
-    old = _beside(path)
-    path.rename(old)
-    return old
-
-
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """Return a temporary name in the directory of a path."""
     return path.parent / f".fewbits-{secrets.token_hex(8)}.tmp"

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from fewbits.errors import CheckpointError, FewbitsError
 
-#: Identifies a state of a file: device, inode, size, time of the last change in nanoseconds.
-Identity = tuple[int, int, int, int]
-
 
 class FileBytes:
     """A file that several threads may read in pieces. It must not change while it is open.
@@ -27,7 +24,7 @@ class FileBytes:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self.opened() as file:
-            self.identity = identity(file)
+            self.identity = _identity(file)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[FileIO]:
@@ -46,7 +43,7 @@ class FileBytes:
             CheckpointError: if they cannot be read, or the file has changed.
         """
         with self.opened() as file:
-            self._check(identity(file))
+            self._check(file)
             file.seek(offset)
             while buffer:
                 count = file.readinto(buffer)
@@ -61,17 +58,17 @@ class FileBytes:
             CheckpointError: if it has changed, or is gone.
         """
         with self.opened() as file:
-            self._check(identity(file))
+            self._check(file)
 
-    def _check(self, found: Identity) -> None:
-        if found != self.identity:
+    def _check(self, file: FileIO) -> None:
+        if _identity(file) != self.identity:
             raise CheckpointError(
                 f"{self.path} has changed since it was opened; its contents may come from two versions"
             )
 
 
-def identity(file: FileIO) -> Identity:
-    """Identify the current state of an open file."""
+def _identity(file: FileIO) -> tuple[int, int, int, int]:
+    """Identify the current state of an open file: device, inode, size, time of the last change in nanoseconds."""
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

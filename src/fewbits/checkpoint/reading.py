@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,25 +12,15 @@ import attrs
 from fewbits.checkpoint.chunks import Chunk, chunks
 from fewbits.checkpoint.codec import CODEC, Value, part_name
 from fewbits.checkpoint.digests import refuse_damaged, wrong_digests
-from fewbits.checkpoint.folder import CheckpointFiles, find_files
-from fewbits.checkpoint.metadata import (
-    FORMAT_VERSION,
-    HEADER_DIGEST_KEY,
-    VERSION_KEY,
-    Metadata,
-)
+from fewbits.checkpoint.folder import CheckpointFiles, ShardedReader, find_files
+from fewbits.checkpoint.metadata import FORMAT_VERSION, HEADER_DIGEST_KEY, VERSION_KEY, Metadata
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Reader, Serializer
-from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.params import are_sound
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import (
-    check_input_scale,
-    check_shape_part,
-    same_bits,
-)
+from fewbits.numerics.tensor import check_input_scale, check_shape_part, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 Check = Literal["digests", "header"]
@@ -47,8 +37,9 @@ class Checkpoint:
         serializer: reads the files; None means safetensors.
 
     Attributes:
-        metadata: the metadata of all files, united.
-        ledger: the fate of every tensor of the source.
+        metadata: The metadata of all files, united.
+        ledger: The fate of every tensor of the source.
+        headers: The digest in each file's header, by the name of the file.
 
     Raises:
         FormatError: if fewbits did not write it, or its parts contradict one another.
@@ -60,22 +51,20 @@ class Checkpoint:
         self.path = path
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        self._shards = [_Shard.opened(file, serializer) for file in files.paths]
+        readers = {file.name: serializer.reader(file) for file in files.paths}
+        opened = zip(files.paths, readers.values(), strict=True)
+        parts = [Metadata.from_strings(reader.metadata, reader.entries, file) for file, reader in opened]
+        self.headers = {file: reader.metadata[HEADER_DIGEST_KEY] for file, reader in readers.items()}
         if files.weight_map is not None:
-            _check_index(files, self._shards)
-        self.metadata = _united([shard.metadata for shard in self._shards], path)
+            _check_index(files, readers, self.headers)
+        self.metadata = _united(parts, path)
         self.ledger = self.metadata.ledger
-        self._tensors = ShardedReader(files, {shard.file: shard.reader for shard in self._shards})
+        self._tensors = ShardedReader(files, readers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, headers aside."""
         return self._tensors.nbytes
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The digest in each file's header, by the name of the file."""
-        return {shard.file: shard.reader.metadata[HEADER_DIGEST_KEY] for shard in self._shards}
 
     def value(self, name: str) -> Value:
         """The stored form of one tensor of the source, by its name there; it aliases the mapped file.
@@ -106,18 +95,10 @@ class Checkpoint:
         pairs = zip(chunks(one), chunks(other), strict=True)
         return described[0] == described[1] and all(same_bits(self.chunk(a), self.chunk(b)) for a, b in pairs)
 
-    def _check_shape(self, row: LedgerRow) -> None:
-        name = part_name(row.name, "shape")
-        check_shape_part(self._tensors.read_whole(name), row.shape)
-
-    def _check_input_scale(self, row: LedgerRow) -> None:
-        name = part_name(row.name, "input_scale")
-        if name in CODEC.entries(row):
-            check_input_scale(self._tensors.read_whole(name))
-
     def damaged(self) -> list[str]:
         """The names, in the files, of all tensors whose bytes do not have their digest."""
-        return [name for shard in self._shards for name in wrong_digests(shard.reader, shard.metadata.digests)]
+        readers = self._tensors.shards.values()
+        return [name for reader in readers for name in wrong_digests(reader, self.metadata.digests)]
 
     def check(self, check: Check) -> None:
         """Check every digest and every scale, or, with ``"header"``, little more than was checked on opening.
@@ -137,8 +118,9 @@ class Checkpoint:
                 raise FormatError(f"{self.path}: a scale is zero, NaN or Inf, of {', '.join(unsound)}; quantize again")
         for row in self.ledger.stored:
             if isinstance(row.spec, QuantSpec):
-                self._check_shape(row)
-                self._check_input_scale(row)
+                check_shape_part(self._tensors.read_whole(part_name(row.name, "shape")), row.shape)
+                if (name := part_name(row.name, "input_scale")) in CODEC.entries(row):
+                    check_input_scale(self._tensors.read_whole(name))
 
     def _is_sound(self, row: LedgerRow) -> bool:
         """Whether no scale of a tensor is zero, NaN or Inf; true for a tensor without scales."""
@@ -167,35 +149,20 @@ def check_check(check: object) -> None:
         raise ArgumentError(f"check must be 'digests' or 'header', not {check!r}")
 
 
-@attrs.frozen
-class _Shard:
-    file: str
-    reader: Reader
-    metadata: Metadata
-
-    @classmethod
-    def opened(cls, path: Path, serializer: Serializer) -> _Shard:
-        reader = serializer.reader(path)
-        return cls(path.name, reader, Metadata.from_strings(reader.metadata, reader.entries, path))
-
-
-def _check_index(files: CheckpointFiles, shards: Sequence[_Shard]) -> None:
+def _check_index(files: CheckpointFiles, readers: Mapping[str, Reader], headers: Mapping[str, str]) -> None:
     """Refuse files that do not belong together.
 
     Raises:
         FormatError: if the index names the wrong file for a tensor, or was written for other files.
     """
-    where = files.folder
-    digests = {shard.file: shard.reader.metadata[HEADER_DIGEST_KEY] for shard in shards}
-    if files.metadata.get(VERSION_KEY) != str(FORMAT_VERSION):
-        version = files.metadata.get(VERSION_KEY)
+    where, version = files.folder, files.metadata.get(VERSION_KEY)
+    if version != str(FORMAT_VERSION):
         raise FormatError(f"{where} has format version {version}; this release of fewbits reads {FORMAT_VERSION}")
-    total = sum(entry.nbytes for shard in shards for entry in shard.reader.entries.values())
-    if files.metadata.get(SHARDS_KEY) != digests or files.metadata.get("total_size") != total:
+    total = sum(entry.nbytes for reader in readers.values() for entry in reader.entries.values())
+    if files.metadata.get(SHARDS_KEY) != headers or files.metadata.get("total_size") != total:
         raise FormatError(f"{where}: the index was written for other files; fetch all files again")
-    found = {name: shard.file for shard in shards for name in shard.reader.entries}
-    if found != files.weight_map:
-        odd = sorted(found.items() ^ dict(files.weight_map or {}).items())
+    found = {name: file for file, reader in readers.items() for name in reader.entries}
+    if odd := sorted(found.items() ^ dict(files.weight_map or {}).items()):
         raise FormatError(f"{where}: {odd[0][0]} is not in the file that the index names")
 
 

@@ -77,11 +77,7 @@ def _is_text(head: bytes) -> bool:
 #: By the first bytes of a file; the first kind that fits counts.
 _FILES = (
     _Kind("empty", f"a download or a copy is incomplete: {_FETCH}", lambda head: not head),
-    _Kind(
-        "a Git LFS pointer, not the file itself",
-        "fetch that: git lfs pull",
-        _begins(b"version https://git-lfs"),
-    ),
+    _Kind("a Git LFS pointer, not the file itself", "fetch that: git lfs pull", _begins(b"version https://git-lfs")),
     _Kind("a web page, not the file that was to be downloaded", _FETCH, _is_page),
     _Kind(
         "a GGUF file, whose tensors are commonly quantized already",
@@ -115,12 +111,7 @@ _FILES = (
         _begins(*(bytes([0x80, protocol]) for protocol in range(2, 6))),
     ),
     _Kind("a protobuf message, as of an ONNX model", _AS_FLOATS, _is_protobuf_of_onnx),
-    _Kind(
-        "JSON, which holds no tensors",
-        "give the path of the file of tensors, or of its directory",
-        lambda head: head.lstrip()[:1] in (b"{", b"[") and _is_text(head),
-    ),
-    _Kind("text, which holds no tensors", "give the path of the file of tensors, or of its directory", _is_text),
+    _Kind("text or JSON, and holds no tensors", "give the path of the file of tensors, or of its directory", _is_text),
 )
 
 
@@ -172,20 +163,11 @@ def recognised(path: Path) -> str | None:
     """
     with as_checkpoint_error(f"{path} cannot be read"), open(path, "rb") as file:
         head = file.read(_HEAD)
-    if head.startswith(ARCHIVE):
-        names = _names(path)
-        return None if names is None else recognised_archive(path, names)
-    return next((kind.sentence(path) for kind in _FILES if kind.fits(head)), None)
-
-
-def recognised_archive(path: Path, names: Collection[str]) -> str | None:
-    """Describe a zip archive by the names of its records, and give the next step."""
-    return next((kind.sentence(path) for kind in _ARCHIVES if kind.fits(names)), None)
-
-
-def _names(path: Path) -> list[str] | None:
+    if not head.startswith(ARCHIVE):
+        return next((kind.sentence(path) for kind in _FILES if kind.fits(head)), None)
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
+            names = archive.namelist()
     except Exception:  # zipfile may raise anything for an invalid file
         return None
+    return next((kind.sentence(path) for kind in _ARCHIVES if kind.fits(names)), None)

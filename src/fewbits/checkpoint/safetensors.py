@@ -6,9 +6,7 @@ final metadata at once, and we learn the digests as we write; `fewbits.checkpoin
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewbits.checkpoint.folder import FOREIGN_SUFFIXES
-from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, Span, dump_header, read_header
+from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, dump_header, read_header
+from fewbits.checkpoint.publishing import beside, check_place
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
 from fewbits.checkpoint.recognition import recognised
-from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer
+from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer, entry_of, entry_with
 from fewbits.checkpoint.torch_file import is_torch_file, use_of
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
-from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import in_memory
 
 
@@ -34,15 +32,12 @@ class SafetensorsSerializer(Serializer):
 
     def writer(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter:
         """Begin a file beside `path`; it takes its name when it is closed."""
-        path = Path(path)
-        with as_checkpoint_error(f"{path} cannot be written"):
-            # A link stays one: the file that it points to is replaced.
-            path = Path(os.path.realpath(path) if path.is_symlink() else os.path.abspath(path))
-        return _SafetensorsWriter(path, header, at=path.parent / f".fewbits-{secrets.token_hex(8)}.tmp")
+        path = check_place(Path(path), folder=False, replace=True)  # a link stays one: the file behind it is replaced
+        return _SafetensorsWriter(path, header, at=beside(path))
 
     def resumable(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter:
         """Begin a file at its path; its header is empty until it is sealed."""
-        path = Path(os.path.abspath(path))
+        path = check_place(Path(path), folder=False, replace=True)
         return _SafetensorsWriter(path, header, at=path)
 
     def reader(self, path: str | os.PathLike[str]) -> ChunkReader:
@@ -51,10 +46,10 @@ class SafetensorsSerializer(Serializer):
 
 
 class _SafetensorsWriter(ResumableWriter):
-    """Writes a file at one path, until it is closed, for another."""
+    """Writes a file at the path `at`; when it is closed, it gets the name `path`, which may be the same."""
 
     def __init__(self, path: Path, header: Header, *, at: Path) -> None:
-        self._path, self._at, self._closed = path, at, False
+        self._path, self._at = path, at
         # Widest dtypes first: every tensor then starts at a multiple of its element's size.
         self._entries = dict(sorted(header.entries.items(), key=lambda item: -item[1].dtype.itemsize))
         self._written: dict[str, int] = {}
@@ -70,16 +65,11 @@ class _SafetensorsWriter(ResumableWriter):
             self._starts[name] = end
             end += entry.nbytes
         with as_checkpoint_error(f"{path} cannot be written"):
-            if path.is_dir():
-                raise ArgumentError(f"{path} is a directory; give the path of the file to write")
-            if path.exists() and not path.is_file():
-                raise ArgumentError(f"{path} is not a regular file, and would be replaced by one; give another path")
             self._file = open(at, "r+b" if at == path and path.exists() else "x+b", buffering=0)  # noqa: SIM115
             try:
                 self._begin(end)
             except OSError:
-                # An earlier writer may have left an unfinished file at this path.
-                (self.leave if at == path else self.abort)()
+                self.abort()
                 raise
 
     def _begin(self, size: int) -> None:
@@ -92,17 +82,15 @@ class _SafetensorsWriter(ResumableWriter):
         entry = self._entries.get(name)
         if entry is None or name in self._written:
             raise ArgumentError(f"{name!r} is not in the file's header, or has been written already")
-        if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
-            raise FormatError(
-                f"{name} has shape {tuple(tensor.shape)} in {dtype_name(tensor.dtype)}; the header of {self._path} "
-                f"announces {entry.shape} in {dtype_name(entry.dtype)}"
-            )
+        found = Entry(tuple(tensor.shape), tensor.dtype)
+        if found != entry:
+            raise FormatError(f"{name} has {found.in_words}; the header of {self._path} announces {entry.in_words}")
         self.append(name, tensor)
 
     def append(self, name: str, chunk: Tensor) -> None:
         """Write the next bytes of a tensor at their place."""
         done = self._written.get(name, 0)
-        entry = self._entry(name, done, chunk)
+        entry = entry_with(self._entries, name, done, chunk, self._path)
         chunk = in_memory(chunk)
         with as_checkpoint_error(f"{self._path}: writing {name} failed"):
             self._put(tensor_bytes(chunk), self._starts[name] + done * entry.dtype.itemsize)
@@ -110,7 +98,7 @@ class _SafetensorsWriter(ResumableWriter):
 
     def read_back(self, name: str, start: int, out: Tensor) -> None:
         """Read the unfinished file by position."""
-        entry = self._entry(name, start, out)
+        entry = entry_with(self._entries, name, start, out, self._path)
         with as_checkpoint_error(f"{self._path} cannot be read"):
             self._file.seek(self._starts[name] + start * entry.dtype.itemsize)
             buffer = tensor_bytes(out)
@@ -120,20 +108,6 @@ class _SafetensorsWriter(ResumableWriter):
     def take_over(self, name: str, elements: int) -> None:
         """The next chunk goes behind them."""
         self._written[name] = elements
-
-    def _entry(self, name: str, start: int, chunk: Tensor) -> Entry:
-        """The header's entry for a tensor.
-
-        Raises:
-            ArgumentError: if it has no such chunk from `start` on.
-        """
-        entry = self._entries.get(name)
-        if entry is None or chunk.dtype != entry.dtype or start + chunk.numel() > entry.numel:
-            raise ArgumentError(
-                f"{name!r}: {chunk.numel()} elements in {dtype_name(chunk.dtype)} after {start} are not what the "
-                f"header of {self._path} announces: {entry}"
-            )
-        return entry
 
     def seal(self, metadata: Mapping[str, str]) -> ChunkReader:
         """Write the header and make everything durable; the file still has its temporary name."""
@@ -156,23 +130,17 @@ class _SafetensorsWriter(ResumableWriter):
             if self._at != self._path:
                 os.replace(self._at, self._path)
             sync_directory(self._path.parent)
-        self._closed = True
 
     def _put(self, data: memoryview, position: int) -> None:
         self._file.seek(position)
         while data:
             data = data[self._file.write(data) :]
 
-    def leave(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def abort(self) -> None:
-        """Remove the unfinished file."""
+        """Close the file, and remove it if it has a temporary name."""
         self._file.close()
-        if not self._closed:
-            with contextlib.suppress(FileNotFoundError):
-                self._at.unlink()
+        if self._at != self._path:
+            self._at.unlink(missing_ok=True)  # after `close` there is no file of that name
 
 
 class _SafetensorsReader(ChunkReader):
@@ -196,8 +164,8 @@ class _SafetensorsReader(ChunkReader):
 
     def read(self, name: str) -> Tensor:
         """One tensor, an alias of the mapped file (copy on write: changing it never changes the file)."""
-        self._span(name)
         path = self._bytes.path
+        entry_of(self.entries, name, path)
         with as_checkpoint_error(f"{path} cannot be read"):
             try:
                 if self._mapped is None:
@@ -210,15 +178,5 @@ class _SafetensorsReader(ChunkReader):
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Some elements of a tensor, read by position: the file is not mapped for that."""
-        span = self._span(name)
-        if out.dtype != span.entry.dtype or not 0 <= start <= start + out.numel() <= span.entry.numel:
-            raise ArgumentError(
-                f"{self._bytes.path}: {name} has no {out.numel()} elements in {dtype_name(out.dtype)} from {start} on; "
-                f"it is {span.entry}"
-            )
-        self._bytes.read_into(tensor_bytes(out), span.start + start * span.entry.dtype.itemsize)
-
-    def _span(self, name: str) -> Span:
-        if name not in self._spans:
-            raise ArgumentError(f"{self._bytes.path} has no tensor named {name!r}")
-        return self._spans[name]
+        entry = entry_with(self.entries, name, start, out, self._bytes.path)
+        self._bytes.read_into(tensor_bytes(out), self._spans[name].start + start * entry.dtype.itemsize)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -14,20 +16,10 @@ from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import pieces, refuse_damaged, wrong_digests
 from fewbits.checkpoint.journal import Note
-from fewbits.checkpoint.metadata import (
-    HEADER_DIGEST_KEY,
-    Metadata,
-    Metrics,
-    stored_entries,
-)
-from fewbits.checkpoint.publishing import NewFolder, check_name_and_parent
+from fewbits.checkpoint.metadata import HEADER_DIGEST_KEY, Metadata, Metrics, stored_entries
+from fewbits.checkpoint.publishing import check_name_and_parent, new_folder
 from fewbits.checkpoint.raw import tensor_bytes
-from fewbits.checkpoint.serializer import (
-    ChunkWriter,
-    Header,
-    ResumableWriter,
-    Serializer,
-)
+from fewbits.checkpoint.serializer import ChunkWriter, Entry, Header, ResumableWriter, Serializer
 from fewbits.checkpoint.shards import plan_shards, write_index
 from fewbits.errors import FormatError
 from fewbits.numerics.metrics import Measurement
@@ -36,54 +28,32 @@ from fewbits.numerics.tensor import QuantizedTensor, in_memory
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 
-class CheckpointWriter:
-    """Writes one file, a chunk at a time. As a context manager it gives up if left early.
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
+    """Writes one file, a chunk at a time. If the `with` block ends before `close`, it gives up.
 
     Args:
-        serializer: writes it.
-        path: where.
-        ledger: the rows of the file.
-        architecture: the class of the model.
-        extra: further strings for the header.
-        resumable: whether the unfinished file is left at `path` when this gives up, where the serializer can go on with
-            it; otherwise nothing is.
+        serializer: The format of the file.
+        path: The path of the file.
+        about: The metadata of the file, without digests and metrics.
+        resumable: Whether an unfinished file stays at `path`, for a later writer, if the serializer can resume it.
+            Otherwise an unfinished file is removed.
     """
 
     def __init__(
-        self,
-        serializer: Serializer,
-        path: str | os.PathLike[str],
-        ledger: Ledger,
-        *,
-        architecture: str | None = None,
-        extra: Mapping[str, str] | None = None,
-        resumable: bool = False,
+        self, serializer: Serializer, path: str | os.PathLike[str], about: Metadata, *, resumable: bool = False
     ) -> None:
-        self._ledger, self._path = ledger, Path(path)
-        self._entries = stored_entries(ledger)
-        self._rows = {row.name: row for row in ledger.stored}
+        self._about, self._path = about, Path(path)
+        self._entries = stored_entries(about.ledger)
+        self._rows = {row.name: row for row in about.ledger.stored}
         self._hashes = {name: hashlib.sha256() for name in self._entries}
-        self._counts: dict[str, int] = {}
-        self._metrics: dict[str, Metrics] = {}
+        self._counts = dict.fromkeys(self._entries, 0)
         self._held: dict[str, list[Tensor]] = {}
-        self._architecture, self._extra = architecture, dict(extra or {})
-        placeholder = Metadata.placeholder(ledger, architecture, self._extra)
-        header = Header(self._entries, placeholder.to_placeholder_strings())
-        self._resumed = serializer.resumable(path, header) if resumable else None
-        self._writer = self._resumed or serializer.writer(path, header)
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
+        header = Header(self._entries, about.placeholder_strings())
+        resumed = serializer.resumable(path, header) if resumable else None
+        self._writer = resumed or serializer.writer(path, header)
 
     def __exit__(self, *_: object) -> None:
-        self.abort()
-
-    def abort(self) -> None:
-        """Give up. Does nothing after `close`."""
-        if self._resumed is not None:
-            self._resumed.leave()
-        else:
-            self._writer.abort()
+        self._writer.abort()
 
     def take_over(self, notes: Iterable[Note]) -> list[Note]:
         """Continue where an earlier process stopped: accept its notes as far as they agree with the bytes in the file.
@@ -91,12 +61,12 @@ class CheckpointWriter:
         Returns:
             the notes of chunks that need not be written again; those of each tensor are consecutive from its beginning.
         """
-        if self._resumed is None:
+        if not isinstance(self._writer, ResumableWriter):
             return []
         stops: dict[str, int] = {}
         taken = []
         for note in notes:
-            if note.start == stops.get(note.tensor, 0) and self._take_over(self._resumed, note):
+            if note.start == stops.get(note.tensor, 0) and self._take_over(self._writer, note):
                 stops[note.tensor] = note.stop
                 taken.append(note)
         return taken
@@ -108,32 +78,23 @@ class CheckpointWriter:
             return False
         hashes = {}
         for name, (elements, expected) in note.written.items():
-            before = self._counts.get(name, 0)
-            if not before <= elements <= self._entries[name].numel:
+            if not self._counts[name] <= elements <= self._entries[name].numel:
                 return False
             hashes[name] = found = self._hashes[name].copy()
-            for part in pieces(self._entries[name], before, elements):
-                writer.read_back(name, part.start, part.out)
-                found.update(tensor_bytes(part.out))
+            for start, out in pieces(self._entries[name], self._counts[name], elements):
+                writer.read_back(name, start, out)
+                found.update(tensor_bytes(out))
             if found.hexdigest() != expected:
                 return False
-        for name, found in hashes.items():
-            self._hashes[name], self._counts[name] = found, note.written[name][0]
-            writer.take_over(name, self._counts[name])
+        self._hashes |= hashes
+        for name, (elements, _) in note.written.items():
+            self._counts[name] = elements
+            writer.take_over(name, elements)
         return True
 
     def written(self, row: LedgerRow) -> dict[str, tuple[int, str]]:
         """How many elements of each tensor that the file holds for a row are written, and their SHA-256."""
-        return {name: (self._counts.get(name, 0), self._hashes[name].copy().hexdigest()) for name in CODEC.entries(row)}
-
-    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None = None) -> None:
-        """Write the stored form of one row, which is not an alias.
-
-        Raises:
-            FormatError: if its shapes or dtypes are not those of the ledger.
-        """
-        self.append(Chunk.whole(row), value)
-        self.set_measurement(row, measurement)
+        return {name: (self._counts[name], self._hashes[name].hexdigest()) for name in CODEC.entries(row)}
 
     def append(self, chunk: Chunk, value: Value) -> None:
         """Write the stored form of the next chunk of a row.
@@ -144,10 +105,7 @@ class CheckpointWriter:
         announced = CODEC.entries(chunk.described())
         tensors = CODEC.encode(chunk.row.name, value)
         for name, tensor in tensors.items():
-            if name not in announced or (tuple(tensor.shape), tensor.dtype) != (
-                announced[name].shape,
-                announced[name].dtype,
-            ):
+            if announced.get(name) != Entry(tuple(tensor.shape), tensor.dtype):
                 raise FormatError(
                     f"{name} has shape {tuple(tensor.shape)} in {tensor.dtype}, the ledger announced "
                     f"{announced.get(name)}; the model has changed since it was quantized"
@@ -156,12 +114,7 @@ class CheckpointWriter:
             tensor = in_memory(tensor)
             self._hashes[name].update(tensor_bytes(tensor))
             self._write(chunk, name, tensor)
-            self._counts[name] = self._counts.get(name, 0) + tensor.numel()
-
-    def set_measurement(self, row: LedgerRow, measurement: Measurement | None) -> None:
-        """Note the measurement of a row, for the header."""
-        if measurement is not None:
-            self._metrics[row.name] = Metrics.of(measurement)
+            self._counts[name] += tensor.numel()
 
     def _write(self, chunk: Chunk, name: str, tensor: Tensor) -> None:
         entry = self._entries[name]
@@ -174,11 +127,12 @@ class CheckpointWriter:
             if chunk.is_last:
                 self._writer.write(name, torch.cat(self._held.pop(name)).reshape(entry.shape))
 
-    def close(self, threads: int | None = None) -> str:
+    def close(self, measured: Mapping[str, Measurement], threads: int | None = None) -> str:
         """Finish the file, read it back, check every digest, and publish it.
 
         Args:
-            threads: that read it; see `wrong_digests`.
+            measured: How tensors compare with their sources, by name, for the header; may be empty, or hold others too.
+            threads: How many tensors are read back at a time; see `wrong_digests`.
 
         Returns:
             the digest of its header.
@@ -187,12 +141,11 @@ class CheckpointWriter:
             DigestError: if the file does not hold the bytes that were written. Nothing is published then.
         """
         digests = {name: found.hexdigest() for name, found in self._hashes.items()}
-        metrics = {row.name: self._metrics[row.name] for row in self._ledger if row.name in self._metrics}
-        metadata = Metadata(self._ledger, self._architecture, metrics, digests, extra=self._extra)
-        strings = metadata.to_strings(self._entries)
+        metrics = {row.name: Metrics.of(measured[row.name]) for row in self._about.ledger if row.name in measured}
+        strings = attrs.evolve(self._about, metrics=metrics, digests=digests).to_strings(self._entries)
         reader = self._writer.seal(strings)
         if (reader.metadata, reader.entries) != (strings, self._entries):
-            # A serializer may add strings or tensors; any other change is refused here, with the reason.
+            # A serializer may add strings. Any other difference is refused here, with the reason.
             Metadata.from_strings(reader.metadata, reader.entries, self._path)
         refuse_damaged(wrong_digests(reader, digests, threads), self._path)
         self._writer.close()
@@ -202,47 +155,42 @@ class CheckpointWriter:
 def save(
     serializer: Serializer,
     path: str | os.PathLike[str],
-    ledger: Ledger,
+    about: Metadata,
     value_of: Callable[[str], Value],
     *,
-    measurements: Mapping[str, Measurement],
-    architecture: str | None = None,
-    extra: Mapping[str, str] | None = None,
+    measured: Mapping[str, Measurement],
     max_shard_size: int | None = None,
 ) -> None:
     """Write a whole result to a file, or to a directory of several.
 
     Args:
-        serializer: writes the files.
-        path: where. An existing file is replaced, at once, when the new one is complete; a directory must be new.
-        ledger: the rows to write.
-        value_of: gives the stored form of a tensor by its name.
-        measurements: by tensor name; may be empty.
-        architecture: the class of the model.
-        extra: further strings for the header.
-        max_shard_size: the most bytes of tensors in one file of a directory; None writes a single file.
+        serializer: The format of the files.
+        path: The path of the result. An existing file is replaced, at once, when the new one is complete; a directory
+            must be new.
+        about: The metadata of the result, without digests and metrics.
+        value_of: Returns the stored form of a tensor, by its name.
+        measured: How tensors compare with their sources, by name; may be empty.
+        max_shard_size: The most bytes of tensors in one file of a directory; None writes a single file.
 
     Raises:
         ArgumentError: if the name of a file is that of another kind, or that of a directory is the name of a file.
         CheckpointError: if the directory that it would be in does not exist, or it cannot be written.
     """
-    check_name_and_parent(Path(path), folder=max_shard_size is not None)
+    check_name_and_parent(Path(path), serializer, folder=max_shard_size is not None)
 
     def write(path: str | os.PathLike[str], ledger: Ledger) -> str:
-        with CheckpointWriter(serializer, path, ledger, architecture=architecture, extra=extra) as writer:
+        with CheckpointWriter(serializer, path, attrs.evolve(about, ledger=ledger)) as writer:
             for row in ledger.stored:
-                writer.put(row, value_of(row.name), measurements.get(row.name))
-            return writer.close()
+                writer.append(Chunk.whole(row), value_of(row.name))
+            return writer.close(measured)
 
     if max_shard_size is None:
-        serializer.check_name(path)
-        write(path, ledger)
+        write(path, about.ledger)
         return
-    shards = plan_shards(ledger, max_shard_size, serializer.suffix)
-    with NewFolder(path) as folder:
-        digests = {shard.file: write(folder.work / shard.file, shard.ledger) for shard in shards}
-        write_index(folder.work, shards, digests, serializer.suffix)
-        folder.publish()
+    shards = plan_shards(about.ledger, max_shard_size, serializer.suffix)
+    with new_folder(Path(path)) as folder:
+        digests = {shard.file: write(folder / shard.file, shard.ledger) for shard in shards}
+        write_index(folder, shards, digests, serializer.suffix)
 
 
 def plain_value(name: str, value: Value) -> Value:

@@ -6,8 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import attrs
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
+from fewbits.numerics.dtypes import dtype_name
 
 
 @attrs.frozen
@@ -34,6 +34,37 @@ class Entry:
         """Its size in bytes."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def in_words(self) -> str:
+        """Its description in messages."""
+        return f"shape {self.shape} in {dtype_name(self.dtype)}"
+
+
+def entry_of(entries: Mapping[str, Entry], name: str, where: object) -> Entry:
+    """Return the entry of a name.
+
+    Raises:
+        ArgumentError: if there is none.
+    """
+    if name not in entries:
+        raise ArgumentError(f"{where} has no tensor named {name!r}")
+    return entries[name]
+
+
+def entry_with(entries: Mapping[str, Entry], name: str, start: int, chunk: Tensor, where: object) -> Entry:
+    """Return the entry of a tensor that has elements such as those of `chunk` from `start` on.
+
+    Raises:
+        ArgumentError: if there is no such tensor, or it has another dtype or too few elements.
+    """
+    entry = entry_of(entries, name, where)
+    if chunk.dtype != entry.dtype or not 0 <= start <= start + chunk.numel() <= entry.numel:
+        raise ArgumentError(
+            f"{where}: {name} has no {chunk.numel()} elements in {dtype_name(chunk.dtype)} from {start} on; "
+            f"it has {entry.in_words}"
+        )
+    return entry
+
 
 @attrs.frozen
 class Header:
@@ -48,7 +79,7 @@ class Header:
     metadata: Mapping[str, str]
 
 
-class Writer(ABC):
+class Writer(AbstractContextManager["Writer"]):
     """Writes one file. Nothing is visible at its path before `close`."""
 
     @abstractmethod
@@ -67,12 +98,7 @@ class Writer(ABC):
     def abort(self) -> None:
         """Give up and leave nothing behind. Does nothing after `close`."""
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
 
@@ -85,7 +111,10 @@ class ChunkWriter(Writer):
 
 
 class ResumableWriter(ChunkWriter):
-    """A chunk writer whose unfinished file another process can resume."""
+    """A chunk writer whose unfinished file another process can resume.
+
+    If `Serializer.resumable` has returned the writer, `abort` leaves the unfinished file where it is.
+    """
 
     @abstractmethod
     def read_back(self, name: str, start: int, out: Tensor) -> None:
@@ -94,10 +123,6 @@ class ResumableWriter(ChunkWriter):
     @abstractmethod
     def take_over(self, name: str, elements: int) -> None:
         """Count so many elements of a tensor, which an earlier writer has written, as written."""
-
-    @abstractmethod
-    def leave(self) -> None:
-        """Give up and keep the unfinished file. Does nothing after `close`."""
 
 
 class Reader(ABC):
@@ -131,8 +156,9 @@ class Serializer(ABC):
     """Writes and reads the result of a quantization.
 
     Attributes:
-        suffix: how the names of its files end where they are several, in a directory.
-        foreign_suffixes: how names of files do not end, in lower case, as those of other formats do.
+        suffix: The end of the names of files in a directory.
+        foreign_suffixes: The ends of names, in lower case, that no file may have, because they are those of other
+            formats.
     """
 
     suffix: ClassVar[str] = ".safetensors"
@@ -154,19 +180,6 @@ class Serializer(ABC):
             FormatError: if it is not in this serializer's format.
             CheckpointError: if it cannot be opened.
         """
-
-    def check_name(self, path: str | os.PathLike[str]) -> None:
-        """Check the name of a new file before anything is written.
-
-        Raises:
-            ArgumentError: if whoever goes by the name could not read the file.
-        """
-        path = Path(path)
-        if path.suffix.lower() in self.foreign_suffixes:
-            raise ArgumentError(
-                f"{path} is the name of a {path.suffix} file, but the result is a {self.suffix} file: call it "
-                f"{path.stem.removesuffix(self.suffix)}{self.suffix}"
-            )
 
     def resumable(self, path: str | os.PathLike[str], header: Header) -> ResumableWriter | None:
         """Begin a file at its own path, or resume the unfinished file of an earlier writer.

@@ -14,19 +14,17 @@ from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
-import attrs
 import torch
 from torch import Tensor
 
+from fewbits.checkpoint import state_dicts
 from fewbits.checkpoint.header import MAX_HEADER, is_possible
 from fewbits.checkpoint.pickled import Made, SavedTensor, read_pickle
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, tensor_bytes
-from fewbits.checkpoint.recognition import ARCHIVE, OLD_TORCH_FILE, RESAVE, recognised, recognised_archive, with_paths
-from fewbits.checkpoint.serializer import ChunkReader, Entry
-from fewbits.checkpoint.state_dicts import advice, entry_of
-from fewbits.errors import ArgumentError, FormatError
+from fewbits.checkpoint.recognition import ARCHIVE, OLD_TORCH_FILE, RESAVE, recognised, with_paths
+from fewbits.checkpoint.serializer import ChunkReader, Entry, entry_of, entry_with
+from fewbits.errors import FormatError
 from fewbits.nn.storage import View
-from fewbits.numerics.dtypes import dtype_name
 
 #: How the names of such files commonly end.
 SUFFIXES = (".bin", ".pt", ".pth")
@@ -59,46 +57,32 @@ class TorchFile(ChunkReader):
         self.metadata: Mapping[str, str] = {}
         records = _records(self._bytes)
         folder = _folder(path, records)
-        _check_byteorder(self._bytes, records.get(f"{folder}/byteorder"))
+        byteorder = records.get(f"{folder}/byteorder")
+        if byteorder is not None and _content(self._bytes, byteorder) != b"little":
+            raise FormatError(f"{path} was written with big-endian numbers; write it again")
         saved = read_pickle(_content(self._bytes, records[f"{folder}/data.pkl"]), path)
         if entry is not None:
-            saved = entry_of(saved, entry, SavedTensor, path)
+            saved = state_dicts.entry_of(saved, entry, SavedTensor, path)
         self.views = {
-            name: _view(path, name, tensor, records.get(f"{folder}/data/{tensor.storage.key}"))
+            name: _view(self._bytes, name, tensor, records.get(f"{folder}/data/{tensor.storage.key}"))
             for name, tensor in _tensors(path, saved)
         }
         self.entries = {name: Entry(view.shape, view.dtype) for name, view in self.views.items()}
-        self._check_entries()
-        self._gathered: _Gathered | None = None
+        # The last tensor that does not lie in order, put in order, and how many of its elements nobody has asked for.
+        self._gathered: dict[str, Tensor] = {}
+        self._missing = 0
         self._lock = threading.Lock()
-
-    def _check_entries(self) -> None:
-        """Refuse shapes that no tensor can have, and tensors that repeat few elements to more than fits anywhere."""
-        size = self._bytes.identity[2]
-        for name, entry in self.entries.items():
-            if not is_possible(entry):
-                raise FormatError(f"{self._bytes.path}: {name} has shape {entry.shape}, which no tensor can have")
-            if entry.nbytes > size:
-                raise FormatError(
-                    f"{self._bytes.path}: {name} has {entry.nbytes:,} bytes, more than its file: it is expanded; "
-                    "save tensor.contiguous()"
-                )
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
-        view = self._view(name)
-        out = torch.empty(view.shape, dtype=view.dtype, device="cpu")
+        entry = entry_of(self.entries, name, self._bytes.path)
+        out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         self.read_into(name, 0, out)
         return out
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Some elements of a tensor; one that does not lie in order is read as a whole for that."""
-        view, entry = self._view(name), self.entries[name]
-        if out.dtype != entry.dtype or not 0 <= start <= start + out.numel() <= entry.numel:
-            raise ArgumentError(
-                f"{self._bytes.path}: {name} has no {out.numel()} elements in {dtype_name(out.dtype)} from {start} on; "
-                f"it is {entry}"
-            )
+        entry, view = entry_with(self.entries, name, start, out, self._bytes.path), self.views[name]
         if _in_order(view):
             self._bytes.read_into(tensor_bytes(out), view.start + start * entry.dtype.itemsize)
         else:
@@ -106,43 +90,23 @@ class TorchFile(ChunkReader):
 
     def gathered_bytes(self, name: str) -> int:
         """Extra memory in bytes that reading any part of a tensor takes; 0 if its elements lie in order."""
-        view = self._view(name)
+        view = self.views[name]
         return 0 if _in_order(view) else view.stop - view.start + self.entries[name].nbytes
 
     def _whole(self, name: str, view: View, start: int, count: int) -> Tensor:
         """A tensor put in order. It is kept until all of it from here on has been asked for, in chunks of any order."""
         with self._lock:
-            if self._gathered is None or self._gathered.name != name:
-                self._gathered = None  # its memory is free before more is taken
+            if name not in self._gathered:
+                self._gathered.clear()  # its memory is free before more is taken
                 memory = torch.empty((view.stop - view.start) // view.dtype.itemsize, dtype=view.dtype, device="cpu")
                 self._bytes.read_into(tensor_bytes(memory), view.start)
-                tensor = memory.as_strided(view.shape, view.stride).contiguous()
-                self._gathered = _Gathered(name, tensor, tensor.numel() - start)
-            gathered = self._gathered
-            gathered.missing -= count
-            if gathered.missing <= 0:
-                self._gathered = None
-            return gathered.tensor
-
-    def _view(self, name: str) -> View:
-        if name not in self.views:
-            raise ArgumentError(f"{self._bytes.path} has no tensor named {name!r}")
-        return self.views[name]
-
-
-@attrs.define(eq=False)
-class _Gathered:
-    """A tensor that does not lie in order, put in order.
-
-    Attributes:
-        name: which.
-        tensor: all of it.
-        missing: how many of its elements have not been asked for.
-    """
-
-    name: str
-    tensor: Tensor
-    missing: int
+                self._gathered[name] = memory.as_strided(view.shape, view.stride).contiguous()
+                self._missing = self.entries[name].numel - start
+            tensor = self._gathered[name]
+            self._missing -= count
+            if self._missing <= 0:
+                self._gathered.clear()
+            return tensor
 
 
 def is_torch_file(path: Path) -> bool:
@@ -183,15 +147,13 @@ def _records(source: FileBytes) -> dict[str, _Place]:
     """Where the bytes of every record are, by its name."""
     path, size = source.path, source.identity[2]
     with source.opened() as file:
-        if file.read(len(OLD_TORCH_FILE)) == OLD_TORCH_FILE:
-            raise FormatError(recognised(path))
+        if other := recognised(path):
+            raise FormatError(other)
         try:
             with zipfile.ZipFile(file) as archive:
                 listed = archive.infolist()
         except Exception as error:  # zipfile may raise anything for an invalid file
             raise FormatError(f"{path} is a damaged file of torch.save ({error}); fetch or write it again") from None
-        if other := recognised_archive(path, [record.filename for record in listed]):
-            raise FormatError(other)
         if any(record.compress_type != zipfile.ZIP_STORED for record in listed):
             raise FormatError(f"{path} is compressed; {with_paths(RESAVE, path)}")
         records: dict[str, _Place] = {}
@@ -235,11 +197,6 @@ def _content(source: FileBytes, place: _Place) -> bytes:
     return bytes(content)
 
 
-def _check_byteorder(source: FileBytes, place: _Place | None) -> None:
-    if place is not None and _content(source, place) != b"little":
-        raise FormatError(f"{source.path} was written with big-endian numbers; write it again")
-
-
 def _tensors(path: Path, saved: object) -> Iterator[tuple[str, SavedTensor]]:
     if not isinstance(saved, Mapping):
         raise FormatError(
@@ -250,7 +207,7 @@ def _tensors(path: Path, saved: object) -> Iterator[tuple[str, SavedTensor]]:
         if isinstance(name, str) and isinstance(tensor, SavedTensor):
             yield name, tensor
             continue
-        if hint := advice(saved, SavedTensor):
+        if hint := state_dicts.advice(saved, SavedTensor):
             raise FormatError(f"{path} holds more than a state dict, as a training checkpoint does{hint}")
         if isinstance(tensor, Made) and isinstance(name, str):
             raise FormatError(
@@ -267,23 +224,31 @@ def _kind(saved: object) -> str:
     return "Tensor" if isinstance(saved, SavedTensor) else type(saved).__name__
 
 
-def _view(path: Path, name: str, tensor: SavedTensor, place: _Place | None) -> View:
-    if 0 in tensor.shape:
+def _view(source: FileBytes, name: str, tensor: SavedTensor, place: _Place | None) -> View:
+    """The place of a tensor in the file.
+
+    Raises:
+        FormatError: if its shape is one that no tensor can have, it repeats few elements to more than fits anywhere, or
+            it has bytes that the file does not have.
+    """
+    where, entry = f"{source.path}: {name}", Entry(tensor.shape, tensor.dtype)
+    if not is_possible(entry):
+        raise FormatError(f"{where} has shape {entry.shape}, which no tensor can have")
+    if entry.nbytes > source.identity[2]:
+        raise FormatError(
+            f"{where} has {entry.nbytes:,} bytes, more than its file: it is expanded; save tensor.contiguous()"
+        )
+    if not entry.numel:
         # As in memory: of one without elements there is no other, but the same object can have two names.
-        return View(str(path), 0, tensor.shape, tensor.stride, tensor.dtype, id(tensor))
+        return View(str(source.path), 0, tensor.shape, tensor.stride, tensor.dtype, id(tensor))
     start, size = place or (0, 0)
     first = start + tensor.offset * tensor.dtype.itemsize
-    view = View(str(path), first, tensor.shape, tensor.stride, tensor.dtype)
+    view = View(str(source.path), first, tensor.shape, tensor.stride, tensor.dtype)
     if view.stop > start + size:
-        raise FormatError(f"{path}: {name} shows bytes that its storage does not have; the file is damaged")
+        raise FormatError(f"{where} shows bytes that its storage does not have; the file is damaged")
     return view
 
 
 def _in_order(view: View) -> bool:
     """Whether the elements lie one after the other."""
-    expected = 1
-    for size, stride in zip(reversed(view.shape), reversed(view.stride), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    return torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device="meta").is_contiguous()

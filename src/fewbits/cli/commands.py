@@ -122,7 +122,6 @@ def cli() -> None:
 @_tensors
 @click.option("--no-validate", is_flag=True, help="Do not compare the result with IN.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished run, if there is one.")
-@click.option("--paranoid", is_flag=True, help="With --resume: read all of IN again, in case it changed.")
 @click.option("--replace", is_flag=True, help="Replace OUT if it exists. Without --resume: restart an unfinished run.")
 @click.option("--fail-under", **_FAIL_UNDER)
 @_quiet
@@ -140,7 +139,6 @@ def quantize(
     tensors: bool,
     no_validate: bool,
     resume: bool,
-    paranoid: bool,
     replace: bool,
     quiet: bool,
     as_json: bool,
@@ -157,12 +155,10 @@ def quantize(
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    if paranoid and not resume:
-        raise click.UsageError("--paranoid needs --resume: it checks the work of an earlier run.")
     settings = _settings(config, embeddings, options)
     rank = join_group()
     given: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
-    given |= {"resume": resume, "paranoid": paranoid, "distributed": rank is not None}
+    given |= {"resume": resume, "distributed": rank is not None}
     target = Output.beside(source, **given) if output is None else Output(output, replace=replace, **given)
     if dry_run:
         planned = plan(source, entry=entry, config=settings, output=target)

@@ -15,7 +15,6 @@ import torch
 
 from fewbits._events import emit
 from fewbits._version import __version__
-from fewbits.checkpoint.journal import Seal
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.shards import STEM, Shard, write_index
 from fewbits.conversion.file_writer import FileWriter, Share
@@ -103,11 +102,11 @@ class Coordinator:
             self.begun = self._staging.begin(self._inputs())
         return [*self.sizes] if self.begun else []
 
-    def check_complete(self) -> dict[str, Seal]:
+    def check_complete(self) -> dict[str, str]:
         """Check that every file has been written.
 
         Returns:
-            the end of each file's journal, by file name.
+            the digest in the header of each file, by file name.
 
         Raises:
             CheckpointError: naming the missing files.
@@ -134,9 +133,9 @@ class Coordinator:
         """
         if not self.begun:
             return self._accept()
-        seals = self.check_complete()
-        headers = {file: seal.header for file, seal in seals.items()}
+        headers = self.check_complete()
         with self._keeping():
+            measured = self._writer.measured()
             self._staging.clear()
             if self._staging.folder:
                 stem = STEM if self._readers is None else self._readers.stem
@@ -146,7 +145,6 @@ class Coordinator:
         tell_unscaled(self._streaming.demand.ledger)
         if self._source.left_behind:
             emit("warning", "left_behind", folder=str(self._source.folder), files=list(self._source.left_behind))
-        measured = {name: _measurement(found) for seal in seals.values() for name, found in seal.measured.items()}
         return Written(self._path, headers, measured, tuple(shares))
 
     def _accept(self) -> Written:
@@ -237,7 +235,7 @@ class Coordinator:
     def _has_source_changed(self) -> bool:
         """Whether the source has changed since `begin` or `join`. An unreadable source may come back."""
         try:
-            return self._writer.source_changed or self._source.fingerprint() != self._source_state
+            return self._source.fingerprint() != self._source_state
         except CheckpointError:
             return False
 
@@ -251,8 +249,3 @@ def convert_on_ranks(coordinator: Coordinator, ranks: Ranks) -> Written:
         return ranks.lead(lambda: coordinator.finish(shares))
     finally:
         coordinator.release()
-
-
-def _measurement(fields: Mapping[str, Any]) -> Measurement:
-    broken = fields["broken_at"]
-    return Measurement(**{**fields, "broken_at": None if broken is None else (broken[0], broken[1])})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.output import MAX_SHARD_SIZE, Output
 from fewbits.checkpoint.publishing import check_name_and_parent
 from fewbits.checkpoint.reading import Checkpoint
@@ -60,20 +61,12 @@ class FileJob(Job):
         return self._ranks.rank == 0
 
     def convert(
-        self,
-        encoder: TensorEncoder,
-        serializer: Serializer,
-        *,
-        output: Output | None,
-        comparing: bool,
-        progress: Progress,
+        self, encoder: TensorEncoder, serializer: Serializer, output: Output | None, comparing: bool, progress: Progress
     ) -> Path:
         """Write the result. It appears at its path only after all of it was written, read back and checked."""
         if output is None:
             raise ArgumentError(f"quantizing the file {self.source.path} needs output=, the path to write to")
-        self._written = None
-        ranks = Group() if output.distributed else Ranks()
-        with ranks:
+        with Group() if output.distributed else Ranks() as ranks:
             coordinator = self.coordinator(
                 encoder, serializer, output, comparing=comparing, shared=ranks.count > 1, progress=progress
             )
@@ -107,41 +100,28 @@ class FileJob(Job):
         gathered = {row.name: self.source.gathered_bytes(row.name) for row in self.ledger.stored}
         gathered = {name: nbytes for name, nbytes in gathered.items() if nbytes}
         demand = Demand(self.ledger, self.observers, encoder.by_rows, comparing, gathered)
-        shards = self._plan_shards(output, serializer)
+        folder = self.source.folder is not None or output.max_shard_size is not None
+        shards = {shard.file: shard for shard in self._plan_shards(output, serializer, folder)}
         self._budget = choose_budget(demand, output, output.threads or torch.get_num_threads())
-        writer = FileWriter(
-            Streaming(self.source, demand, encoder, self._budget),
-            serializer,
-            shards,
-            StagingDirectory(output, folder=self._is_folder(output), names=[shard.file for shard in shards]),
-            paranoid=output.paranoid,
-            progress=progress,
-        )
+        streaming = Streaming(self.source, demand, encoder, self._budget)
+        staging = StagingDirectory(output, folder=folder, names=[*shards])
+        writer = FileWriter(streaming, serializer, shards, staging, progress)
         return Coordinator(writer, output.path, self.readers, shared=shared)
 
     def adopt(self, written: Written) -> None:
         """Take over a result that other processes have written."""
         self._written = written
 
-    def _plan_shards(self, output: Output, serializer: Serializer) -> tuple[Shard, ...]:
-        folder = self._is_folder(output)
+    def _plan_shards(self, output: Output, serializer: Serializer, folder: bool) -> tuple[Shard, ...]:
         self.source.refuse_output(output.path, folder=folder)
-        check_name_and_parent(output.path, folder=folder, advice=self._single_file_advice(output))
+        files, advice = self.source.files, ""
+        if output.max_shard_size is None and len(files) == 1:
+            advice = f"; or, for a file alone, give {files[0]} as the source"
+        check_name_and_parent(output.path, serializer, folder=folder, advice=advice)
         if not folder:
-            serializer.check_name(output.path)
             return (Shard(output.path.name, self.ledger),)
         stem = STEM if self.readers is None else self.readers.stem
         return plan_shards(self.ledger, output.max_shard_size or MAX_SHARD_SIZE, serializer.suffix, stem)
-
-    def _single_file_advice(self, output: Output) -> str:
-        """How to write a single file, if the source is a directory with one file."""
-        files = self.source.files
-        if output.max_shard_size is not None or len(files) > 1:
-            return ""
-        return f"; or, for a file alone, give {files[0]} as the source"
-
-    def _is_folder(self, output: Output) -> bool:
-        return self.source.folder is not None or output.max_shard_size is not None
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
         """Check every digest on disk, and compare with the source all tensors that `convert` has not compared."""
@@ -174,15 +154,9 @@ class FileJob(Job):
         if result.headers != written.headers:
             raise CheckpointError(f"{written.path} is not what convert() wrote; call convert() again")
         result.check("digests")
-        save(
-            serializer,
-            path,
-            self.ledger,
-            result.value,
-            measurements={**written.measured, **measurements(self.report)},
-            extra=self.source.extra,
-            max_shard_size=max_shard_size,
-        )
+        measured = {**written.measured, **measurements(self.report)}
+        about = Metadata(self.ledger, extra=self.source.extra)
+        save(serializer, path, about, result.value, measured=measured, max_shard_size=max_shard_size)
 
     def _result(self) -> Written:
         if self._written is None:

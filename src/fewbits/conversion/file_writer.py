@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
 from fewbits.checkpoint.chunks import Chunk, columns_of
-from fewbits.checkpoint.journal import Journal, Note, Seal
+from fewbits.checkpoint.journal import Note
+from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import CheckpointWriter
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.staging import StagingDirectory
-from fewbits.conversion.streaming import Converted, Streaming
+from fewbits.conversion.streaming import Streaming
 from fewbits.errors import CheckpointError
 from fewbits.numerics.metrics import Measurement, Tally
 from fewbits.selection.progress import Progress, Step
@@ -34,39 +35,32 @@ class Share:
     resumed: int = 0
 
 
+@attrs.frozen(eq=False)
 class FileWriter:
     """Writes files of one result.
 
-    Args:
-        streaming: converts chunks.
-        serializer: the format of the files.
-        shards: the files of the result.
-        staging: where the files are written.
-        paranoid: whether to read the source again, as far as an earlier run has read it.
-        progress: called before and after every chunk.
-
     Attributes:
-        source_changed: whether the source has changed since an earlier run read it.
+        streaming: Converts chunks.
+        serializer: The format of the files.
+        shards: The files of the result, by name.
+        staging: The directory where the files are written.
+        progress: Called before and after every chunk.
+        sizes: Bytes of the source that each file takes in, by file name; scales that are merged into their weights do
+            not count.
     """
 
-    def __init__(
-        self,
-        streaming: Streaming,
-        serializer: Serializer,
-        shards: Sequence[Shard],
-        staging: StagingDirectory,
-        *,
-        paranoid: bool,
-        progress: Progress,
-    ) -> None:
-        self.streaming, self.serializer, self.staging = streaming, serializer, staging
-        self.shards = {shard.file: shard for shard in shards}
-        # Scales that are merged into their weights do not count.
-        self.sizes = {
+    streaming: Streaming
+    serializer: Serializer
+    shards: Mapping[str, Shard]
+    staging: StagingDirectory
+    progress: Progress
+    sizes: Mapping[str, int] = attrs.field(init=False)
+
+    @sizes.default
+    def _sizes(self) -> dict[str, int]:
+        return {
             file: sum(Chunk.whole(row).nbytes for row in shard.ledger.stored) for file, shard in self.shards.items()
         }
-        self.source_changed = False
-        self._paranoid, self._progress = paranoid, progress
 
     def write(self, files: Sequence[str]) -> Share:
         """Write the missing parts of some files. A file counts as complete after it was read back.
@@ -75,86 +69,61 @@ class FileWriter:
             CheckpointError: if a file cannot be written; a later run can continue with the written part.
             NumericsError: if a tensor cannot be converted.
         """
-        progress = _RunProgress(self._progress, sum(self.sizes[file] for file in files))
-        complete = self.staging.seals()
-        # Complete files come first, so that the progress afterwards shows the speed of this run.
-        shares = [self._write(self.shards[file], progress) for file in sorted(files, key=lambda f: f not in complete)]
-        return Share(
-            tuple(file for share in shares for file in share.files),
-            sum(share.converted for share in shares),
-            sum(share.resumed for share in shares),
-        )
+        done, total = 0, sum(self.sizes[file] for file in files)
 
-    def _write(self, shard: Shard, progress: _RunProgress) -> Share:
+        def advance(name: str, nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self.progress(Step("convert", name, done, total))
+
+        # Complete files come first, so that the progress afterwards shows the speed of this run.
+        complete = self.staging.seals()
+        files = sorted(files, key=lambda file: file not in complete)
+        counts = [self._write(self.shards[file], advance) for file in files]
+        return Share(tuple(files), sum(converted for converted, _ in counts), sum(resumed for _, resumed in counts))
+
+    def measured(self) -> dict[str, Measurement]:
+        """How each tensor compares with its source, according to the journals of the complete files."""
+        files = [_Measurements(shard, self.staging.notes(file)) for file, shard in self.shards.items()]
+        return {name: measurement for file in files for name, measurement in file.complete.items()}
+
+    def _write(self, shard: Shard, advance: Callable[[str, int], None]) -> tuple[int, int]:
+        """Write the missing chunks of one file.
+
+        Returns:
+            the bytes of the source that were converted now, and the bytes that an earlier run had converted.
+        """
         with self.staging.journal(shard.file) as journal:
             if journal.seal is not None and self._is_sound(shard, journal.seal):
-                self._check_source(shard, journal.notes)
-                progress.advance(shard.ledger.stored[-1].name, self.sizes[shard.file])
-                return Share((shard.file,), 0, self.sizes[shard.file])
-            path, extra = self.staging.files / shard.file, self.streaming.source.extra
-            with CheckpointWriter(self.serializer, path, shard.ledger, extra=extra, resumable=True) as writer:
+                advance(shard.ledger.stored[-1].name, self.sizes[shard.file])
+                return 0, self.sizes[shard.file]
+            about = Metadata(shard.ledger, extra=self.streaming.source.extra)
+            with CheckpointWriter(self.serializer, self.staging.files / shard.file, about, resumable=True) as writer:
                 taken = writer.take_over(journal.notes)
-                self._check_source(shard, taken)
                 journal.rewrite(taken)
                 resumed = sum(_chunk(shard, note).nbytes for note in taken)
                 if taken:
-                    progress.advance(taken[-1].tensor, resumed)
-                converted, measured = self._convert(shard, writer, journal, taken, progress)
-                for row in shard.ledger.stored:
-                    writer.set_measurement(row, measured.get(row.name))
-                header = writer.close(self.streaming.budget.threads)
-            journal.add(Seal(header, {name: attrs.asdict(found, recurse=False) for name, found in measured.items()}))
-        return Share((shard.file,), converted, resumed)
+                    advance(taken[-1].tensor, resumed)
+                measurements = _Measurements(shard, taken)
+                done = {note.tensor: note.stop for note in taken}
+                for chunk, value, tally in self.streaming.convert(shard.ledger, done):
+                    name = chunk.row.name
+                    advance(name, 0)
+                    writer.append(chunk, value)
+                    journal.add(Note(name, chunk.start, chunk.stop, writer.written(chunk.row), tally))
+                    measurements.add(chunk, tally)
+                    advance(name, chunk.nbytes)
+                header = writer.close(measurements.complete, self.streaming.budget.threads)
+            journal.add_seal(header)
+        return self.sizes[shard.file] - resumed, resumed
 
-    def _convert(
-        self,
-        shard: Shard,
-        writer: CheckpointWriter,
-        journal: Journal,
-        taken: Sequence[Note],
-        progress: _RunProgress,
-    ) -> tuple[int, dict[str, Measurement]]:
-        """Convert and write the missing chunks of a file.
-
-        Returns:
-            the bytes of these chunks in the source, and the measurements of all tensors in the file.
-        """
-        converted, measurements = 0, _Measurements(shard, taken)
-        for ready in self.streaming.convert(shard.ledger, {note.tensor: note.stop for note in taken}):
-            name, nbytes = ready.chunk.row.name, ready.chunk.nbytes
-            progress.advance(name, 0)
-            _put(ready, writer, journal)
-            if ready.tally is not None:
-                measurements.add(ready.chunk, ready.tally)
-            converted += nbytes
-            progress.advance(name, nbytes)
-        return converted, measurements.complete
-
-    def _is_sound(self, shard: Shard, seal: Seal) -> bool:
+    def _is_sound(self, shard: Shard, header: str) -> bool:
         """Whether a complete file has not changed since."""
         try:
             found = Checkpoint(self.staging.files / shard.file, self.serializer)
-            return found.headers == {shard.file: seal.header} and not found.damaged()
+            return found.headers == {shard.file: header} and not found.damaged()
         except CheckpointError:
             return False
-
-    def _check_source(self, shard: Shard, notes: Sequence[Note]) -> None:
-        """If paranoid, read the source again, as far as an earlier run has read it."""
-        for note in notes if self._paranoid else ():
-            chunk = _chunk(shard, note)
-            if self.streaming.source_digest(chunk) != note.source:
-                self.source_changed = True
-                raise CheckpointError(
-                    f"{self.streaming.source.path}: {note.tensor} has changed since it was read, between elements "
-                    f"{note.start:,} and {note.stop:,}"
-                )
-
-
-def _put(ready: Converted, writer: CheckpointWriter, journal: Journal) -> None:
-    chunk, row = ready.chunk, ready.chunk.row
-    writer.append(chunk, ready.value)
-    tally = None if ready.tally is None else ready.tally.to_dict()
-    journal.add(Note(row.name, chunk.start, chunk.stop, ready.source, writer.written(row), tally))
 
 
 def _chunk(shard: Shard, note: Note) -> Chunk:
@@ -172,11 +141,12 @@ class _Measurements:
         self.complete: dict[str, Measurement] = {}
         self._tallies: dict[str, Tally] = {}
         for note in notes:
-            if note.tally is not None:
-                self.add(_chunk(shard, note), Tally.from_dict(note.tally))
+            self.add(_chunk(shard, note), note.tally)
 
-    def add(self, chunk: Chunk, tally: Tally) -> None:
+    def add(self, chunk: Chunk, tally: Tally | None) -> None:
         """Add the next chunk of a tensor. After the last chunk, only the measurement stays in memory."""
+        if tally is None:
+            return
         name = chunk.row.name
         if not chunk.is_first:
             self._tallies[name].join(tally)
@@ -184,14 +154,3 @@ class _Measurements:
         self._tallies[name] = tally
         if chunk.is_last:
             self.complete[name] = self._tallies.pop(name).measurement(columns_of(chunk.row))
-
-
-class _RunProgress:
-    """Reports the progress of a run over all its files."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._done, self._total = progress, 0, total
-
-    def advance(self, name: str, nbytes: int) -> None:
-        self._done += nbytes
-        self._progress(Step("convert", name, self._done, self._total))

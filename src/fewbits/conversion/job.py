@@ -66,13 +66,7 @@ class Job(ABC):
 
     @abstractmethod
     def convert(
-        self,
-        encoder: TensorEncoder,
-        serializer: Serializer,
-        *,
-        output: Output | None,
-        comparing: bool,
-        progress: Progress,
+        self, encoder: TensorEncoder, serializer: Serializer, output: Output | None, comparing: bool, progress: Progress
     ) -> object:
         """Convert every tensor.
 

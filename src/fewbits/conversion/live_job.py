@@ -13,6 +13,7 @@ from fewbits._events import emit
 from fewbits.calibration import InputWatch
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import value_digest
+from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
@@ -60,13 +61,7 @@ class LiveJob(Job):
         self._digests: dict[str, str] = {}
 
     def convert(
-        self,
-        encoder: TensorEncoder,
-        serializer: Serializer,
-        *,
-        output: Output | None,
-        comparing: bool,
-        progress: Progress,
+        self, encoder: TensorEncoder, serializer: Serializer, output: Output | None, comparing: bool, progress: Progress
     ) -> object:
         """Convert every tensor that an earlier call has not converted in place."""
         if output is not None:
@@ -97,23 +92,16 @@ class LiveJob(Job):
         if row.spec is not None:
             with naming(row):
                 value = encoder.encode(row, tensor, self.observers.get(row.name))
-        if isinstance(row.spec, QuantSpec) and row.spec.activations and isinstance(value, QuantizedTensor):
-            value = attrs.evolve(
-                value, spec=row.spec.for_dtype(row.dtype), input_scale=self._input_scale(row, tensor.device)
-            )
+                if isinstance(row.spec, QuantSpec) and row.spec.activations and isinstance(value, QuantizedTensor):
+                    observer = self.input_observers.get(row.name)
+                    scale = None if observer is None else static_scale(observer).to(tensor.device)
+                    value = attrs.evolve(value, spec=row.spec.for_dtype(row.dtype), input_scale=scale)
         if comparing and row.spec is not None:
             self._measured[row.name] = measure(tensor, value)
             if self.source.inplace:
                 self._digests[row.name] = value_digest(value)
         target.put(row, value, self._measured.get(row.name))
         self._done.add(row.name)
-
-    def _input_scale(self, row: LedgerRow, device: torch.device) -> Tensor | None:
-        observer = self.input_observers.get(row.name)
-        if observer is None:
-            return None
-        with naming(row):
-            return static_scale(observer).to(device)
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
         """Check the result against the source and the ledger, and save and load it once."""
@@ -122,41 +110,24 @@ class LiveJob(Job):
         def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
             yield target.value(row.name), self.source.read(row.name) if with_source and not inplace else None
 
+        known: dict[str, Measurement | str] = {}
+        if inplace:
+            changed = [name for name, digest in self._digests.items() if value_digest(target.value(name)) != digest]
+            known = {**self._measured, **dict.fromkeys(changed, "it has changed since it was converted and measured")}
         stored = (CODEC.encode(row.name, target.value(row.name)) for row in self.ledger.stored)
-        report = examine(
-            self.ledger,
-            pairs,
-            sum(tensor.nbytes for tensors in stored for tensor in tensors.values()),
-            known={**self._measured, **self._changed(target)} if inplace else {},
-            fail_under=fail_under,
-            progress=progress,
-        )
+        bytes_after = sum(tensor.nbytes for tensors in stored for tensor in tensors.values())
+        report = examine(self.ledger, pairs, bytes_after, known=known, fail_under=fail_under, progress=progress)
         report = check_reload(report, self.ledger, target.value, serializer)
         self.report = attrs.evolve(report, observed=self.observed)
         return self.report
-
-    def _changed(self, target: Target) -> dict[str, str]:
-        """Values that have changed since `convert` compared them with the source."""
-        return {
-            name: "it has changed since it was converted and measured"
-            for name, digest in self._digests.items()
-            if value_digest(target.value(name)) != digest
-        }
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
         """Write the result, with every measurement."""
         if self.source.unstorable:
             raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
-        save(
-            serializer,
-            path,
-            self.ledger,
-            self._result().value,
-            measurements=self._measured | measurements(self.report),
-            architecture=self.source.architecture,
-            extra=self.source.extra,
-            max_shard_size=max_shard_size,
-        )
+        measured = self._measured | measurements(self.report)
+        about = Metadata(self.ledger, self.source.architecture, extra=self.source.extra)
+        save(serializer, path, about, self._result().value, measured=measured, max_shard_size=max_shard_size)
 
     def drop(self) -> None:
         """Take the hooks off the prepared model; warn if the model stays quantized in part."""

@@ -25,20 +25,21 @@ def in_order(tasks: Iterable[Callable[[], _Made]], threads: int) -> Iterator[_Ma
         tasks: iterated on the thread that takes the results.
         threads: how many tasks run at a time; 1 runs them on the calling thread.
     """
-    before, grad = torch.get_num_threads(), torch.is_grad_enabled()
-    memory = _OfThread()
+    before, grad, memory = torch.get_num_threads(), torch.is_grad_enabled(), _OfThread()
+
+    def act(task: Callable[[], _Made]) -> _Made:
+        # Torch keeps the gradient mode per thread.
+        with torch.set_grad_enabled(grad), working_in(memory.kept):
+            return task()
+
     torch.set_num_threads(1)
     try:
-        if threads == 1:
-            for task in tasks:
-                yield _act(task, grad, memory)
-        else:
-            yield from _in_order(tasks, threads, lambda task: _act(task, grad, memory))
+        yield from map(act, tasks) if threads == 1 else _in_threads(tasks, threads, act)
     finally:
         torch.set_num_threads(before)
 
 
-def _in_order(
+def _in_threads(
     tasks: Iterable[Callable[[], _Made]], threads: int, act: Callable[[Callable[[], _Made]], _Made]
 ) -> Iterator[_Made]:
     waiting: deque[Future[_Made]] = deque()
@@ -58,9 +59,3 @@ def _in_order(
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.kept = Scratch()
-
-
-def _act(task: Callable[[], _Made], grad: bool, memory: _OfThread) -> _Made:
-    """Run a task with the caller's gradient mode, which torch keeps per thread."""
-    with torch.set_grad_enabled(grad), working_in(memory.kept):
-        return task()

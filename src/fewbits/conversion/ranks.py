@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ _Made = TypeVar("_Made")
 _TIMEOUT = timedelta(days=365)
 
 
-class Ranks:
+class Ranks(AbstractContextManager["Ranks"]):
     """A single process.
 
     Attributes:
@@ -27,9 +27,6 @@ class Ranks:
 
     rank = 0
     count = 1
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
@@ -137,5 +134,4 @@ def spread(sizes: Mapping[str, int], count: int) -> list[list[str]]:
         rank = loads.index(min(loads))
         shares[rank].append(file)
         loads[rank] += sizes[file]
-    order = {file: index for index, file in enumerate(sizes)}
-    return [sorted(share, key=order.__getitem__) for share in shares]
+    return [[file for file in sizes if file in share] for share in shares]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.checkpoint.header import parse_object
-from fewbits.checkpoint.journal import Journal, Seal, read_journal
+from fewbits.checkpoint.journal import Journal, Note, read_journal
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.publishing import check_place, move_into_place, remove_tree
 from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory, write_durably
@@ -168,8 +168,12 @@ class StagingDirectory:
         """Open the journal of one file."""
         return Journal(self._journal_path(file))
 
-    def seals(self) -> dict[str, Seal]:
-        """The last journal entry of each complete file, by file name."""
+    def notes(self, file: str) -> list[Note]:
+        """The notes in the journal of one file."""
+        return read_journal(self._journal_path(file))[0]
+
+    def seals(self) -> dict[str, str]:
+        """The digest in the header of each complete file, by file name."""
         seals = {file: read_journal(self._journal_path(file))[1] for file in self._names}
         return {file: seal for file, seal in seals.items() if seal is not None}
 

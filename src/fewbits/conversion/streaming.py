@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk, chunks
 from fewbits.checkpoint.codec import Value
-from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.conversion.budget import Budget, Demand
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.pool import in_order
@@ -26,22 +24,8 @@ from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.file import FileSource
 
-
-@attrs.frozen(eq=False)
-class Converted:
-    """A chunk that is ready to be written.
-
-    Attributes:
-        chunk: its place in its tensor.
-        value: its stored form.
-        source: SHA-256 of its bytes in the source.
-        tally: the comparison with the source, if asked for.
-    """
-
-    chunk: Chunk
-    value: Value
-    source: str
-    tally: Tally | None
+#: A chunk, its stored form, and its comparison with the source, if there is one.
+Converted = tuple[Chunk, Value, Tally | None]
 
 
 @attrs.frozen(eq=False)
@@ -57,21 +41,10 @@ class Streaming:
         """Convert all tensors of a ledger, in order, on as many threads as the budget allows.
 
         Args:
-            ledger: of all tensors, or those of one file.
-            done: how many elements of a tensor to skip, by tensor name: an earlier run has converted them.
+            ledger: The rows of all tensors, or of those in one file.
+            done: The number of elements of each tensor that an earlier run has converted, by tensor name.
         """
         return in_order(self._tasks(ledger, done), self.budget.threads)
-
-    def source_digest(self, chunk: Chunk) -> str:
-        """SHA-256 of a chunk's bytes in the source now."""
-        # Without a layout, elements are read in the order of the file.
-        flat = attrs.evolve(chunk.row, fate="kept", spec=None, layout=None)
-        found = hashlib.sha256()
-        for start in range(chunk.start, chunk.stop, self.budget.chunk_elements):
-            part = Chunk(flat, start, min(start + self.budget.chunk_elements, chunk.stop))
-            tensor = self.source.read_chunk(flat.name, part)
-            found.update(tensor_bytes(tensor))
-        return found.hexdigest()
 
     def _tasks(self, ledger: Ledger, done: Mapping[str, int]) -> Iterator[Callable[[], Converted]]:
         for row in ledger.stored:
@@ -94,9 +67,9 @@ class Streaming:
     def _observer(self, row: LedgerRow, pieces: Sequence[Chunk]) -> Observer | None:
         """The observer of a row. If several chunks share one scale, it has chosen that scale from all of them."""
         observer = self.demand.observers.get(row.name)
-        if observer is None or len(pieces) == 1 or not isinstance(row.spec, QuantSpec):
+        if observer is None or row.layout is None or not isinstance(row.spec, QuantSpec):
             return observer
-        if row.spec.granularity != "tensor" or row.layout is None:
+        if len(pieces) == 1 or row.spec.granularity != "tensor":
             return observer
         spec = row.spec.for_dtype(row.dtype).weight_only()
         shape = (row.layout.rows, row.layout.columns)
@@ -118,16 +91,15 @@ class Streaming:
     def _convert(self, chunk: Chunk, observer: Observer | None, unit: float) -> Converted:
         row = chunk.row
         tensor = self.source.read_chunk(row.name, chunk)
-        read = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         if row.spec is None:
-            return Converted(chunk, tensor, read, None)
+            return chunk, tensor, None
         with naming(row):
             value = self._encode(chunk, tensor, observer)
         tally = None
         if self.demand.comparing:
             tally = Tally(unit)
             tally.add(tensor, value)
-        return Converted(chunk, value, read, tally)
+        return chunk, value, tally
 
     def _encode(self, chunk: Chunk, tensor: Tensor, observer: Observer | None) -> Value:
         try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.codec import part_name
-from fewbits.checkpoint.sharded import ShardedReader
+from fewbits.checkpoint.folder import ShardedReader
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_weight import CompressedWeight, matrix_form
 from fewbits.numerics.float8 import float8_codes

@@ -16,12 +16,11 @@ from torch import Tensor
 from fewbits._events import emit
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import Value
-from fewbits.checkpoint.folder import CheckpointFiles, find_files
+from fewbits.checkpoint.folder import CheckpointFiles, ShardedReader, find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Serializer
-from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
 from fewbits.formats.compressed_parts import (

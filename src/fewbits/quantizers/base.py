@@ -224,7 +224,7 @@ class Quantizer(Scheme):
         encoder = self._encoder()
         comparing = job.compares if compare is None else compare
         target = None if output is None else Output.of(output)
-        result = job.convert(encoder, self.serializer, output=target, comparing=comparing, progress=progress)
+        result = job.convert(encoder, self.serializer, target, comparing, progress)
         if isinstance(result, nn.Module):
             inplace = isinstance(job.source, LiveSource) and job.source.inplace
             # A custom `quantize_tensor` may keep its tensors, and the caller those of a model quantized in place.

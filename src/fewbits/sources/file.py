@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fewbits.checkpoint import torch_file
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.folder import companions, find_files
-from fewbits.checkpoint.metadata import is_fewbits_file, is_own_key
+from fewbits.checkpoint.folder import ShardedReader, companions, find_files
+from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.raw import as_checkpoint_error, copy_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader
-from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.formats.foreign import refuse_foreign
@@ -102,7 +101,7 @@ class FileSource(Source):
         reader = SafetensorsSerializer().reader(file)
         if self._entry is not None:
             raise ArgumentError(f"entry={self._entry!r} needs a file of torch.save; {file} is a safetensors file")
-        if is_fewbits_file(reader.metadata):
+        if VERSION_KEY in reader.metadata:
             raise SourceError(f"{file} was written by fewbits and is quantized already; give the float checkpoint")
         return reader
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbits.checkpoint.chunks import columns_of
 from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
@@ -218,7 +219,7 @@ def check_reload(
     with tempfile.TemporaryDirectory(prefix="fewbits-") as folder:
         path = Path(folder) / "reload"
         try:
-            save(serializer, path, ledger, value_of, measurements={})
+            save(serializer, path, Metadata(ledger), value_of, measured={})
             checkpoint = Checkpoint(path, serializer)
             for row in checkpoint.ledger.stored:
                 if not same_bits(value_of(row.name), checkpoint.value(row.name)):
