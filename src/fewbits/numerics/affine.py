@@ -7,9 +7,7 @@ If the spec has levels, ``q`` decodes to ``levels[q - code_min] * scale``; see `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -73,7 +71,9 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     low, high = low.double(), high.double()
     exact = _exact_scale(low, high, spec)
     scale = _stored(exact, spec)
-    if not _never_clips(spec):
+    # Without zero points and levels, the largest magnitude is at most 127 steps. Rounding a scale to any of its dtypes
+    # moves 127 steps by less than half a step, so nothing clips.
+    if not spec.symmetric or spec.levels is not None:
         scale = torch.where(_clips(low, high, scale, spec), _next_up(scale), scale)
     if not _far_from_overflow(scale, spec):
         scale = _without_overflow(low, high, scale, spec)
@@ -135,8 +135,8 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
-def error_bound(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """Bound the error of each element: its largest allowed distance from its decoded code.
+def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Bound the error of each element, its largest allowed distance from its decoded code, and mark clipped elements.
 
     The bound is ``gap + |x| * 2**-23``, in float64. ``gap`` is
 
@@ -149,17 +149,10 @@ def error_bound(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         x: float64, (rows, columns).
         params: as stored, zero points unpacked.
         spec: the spec of the codes.
+
+    Returns:
+        the bounds; and whether each element lies more than half a step outside the code range.
     """
-    return bound_and_clipped(x, params, spec)[0]
-
-
-def clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """Mark the elements that lie more than half a step outside the code range. The arguments are `error_bound`'s."""
-    return bound_and_clipped(x, params, spec)[1]
-
-
-def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Compute `error_bound` and `clipped` together, since they share most of the work."""
     groups, gap = grouped(x, spec), half_gap(x, params.scale, spec)
     low, high = code_range(params, spec)
     above, below = groups - high, low - groups
@@ -195,18 +188,9 @@ def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Tell where `low` or `high` is further than half a step from every code."""
     zero_point, step = _zero_point(low, scale, spec), scale.double()
-    first, last = ends(spec)
+    first, last = ends(spec, zero_point)
     before, after = end_gaps(spec)
-    return (high > step * (last - zero_point + after)) | (low < step * (first - zero_point - before))
-
-
-def _never_clips(spec: QuantSpec) -> bool:
-    """Tell whether no scale can round down so far that it clips.
-
-    The largest magnitude is at most 127 steps, and rounding a scale to any of its dtypes moves 127 steps by less than
-    half a step.
-    """
-    return spec.symmetric and spec.levels is None
+    return (high > step * (last + after)) | (low < step * (first - before))
 
 
 def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
@@ -276,45 +260,6 @@ def largest_sum(products: int, spec: QuantSpec) -> int:
     return products * largest_step * -INPUT_SPEC.code_min
 
 
-def inner_extremes(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
-    """Find the narrowest range around zero that holds this share of each group's elements.
-
-    Symmetric: both ends have one magnitude. Asymmetric: at most half of the excluded elements lie on either side. A
-    group whose range would be zero alone gets the range of `extremes`.
-
-    Args:
-        x: (rows, columns).
-        spec: gives the groups, and whether ranges are symmetric.
-        share: above 0, at most 1.
-
-    Returns:
-        two tensors of the scales' shape, in the dtype of `x`.
-    """
-    rows, columns = x.shape
-    width = columns if spec.granularity != "tensor" else x.numel()
-    x = x.reshape(-1, width)
-    width = spec.width(width)
-    whole = x.shape[1] // width * width
-    # A shorter last group is handled apart, not padded: the padding zeros would count as elements inside the range.
-    parts = x[:, :whole].reshape(x.shape[0], -1, width), x[:, whole:].unsqueeze(1)
-    ends = [_inner(part, spec, share) for part in parts if part.numel()]
-    low, high = (torch.cat(sides, 1).reshape(spec.scale_shape(rows, columns)) for sides in zip(*ends, strict=True))
-    outer = extremes(x, spec)
-    empty = (low == 0) & (high == 0)
-    return torch.where(empty, outer[0], low), torch.where(empty, outer[1], high)
-
-
-def _inner(groups: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
-    """Compute `inner_extremes` of groups of one width, (rows, groups, width)."""
-    count = groups.shape[2]
-    spare = math.floor(count * (1 - share))
-    if spec.symmetric:
-        high = groups.abs().kthvalue(count - spare).values
-        return -high, high
-    low, high = (groups.kthvalue(rank).values for rank in (1 + spare // 2, count - spare // 2))
-    return low.clamp(max=0), high.clamp(min=0)
-
-
 def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> Tensor:
     """Fit the scale to codes that are already chosen, by least squares: ``sum(x * step) / sum(step**2)``.
 
@@ -330,7 +275,6 @@ def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> 
 
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:
     """Tell for each scale whether every code decodes to a finite number."""
-    (first, last), scale, zero_point = ends(spec), params.scale, params.zero_point
-    zero = scale.new_zeros((), dtype=torch.float64) if zero_point is None else zero_point.double()
-    limit = torch.finfo(compute_dtype(scale.dtype)).max
-    return torch.maximum(last - zero, zero - first) * scale.double().abs() <= limit
+    first, last = ends(spec, None if params.zero_point is None else params.zero_point.double())
+    scale, limit = params.scale.double().abs(), torch.finfo(compute_dtype(params.scale.dtype)).max
+    return (last * scale <= limit) & (-first * scale <= limit)

@@ -6,6 +6,7 @@ A step is a decoded code divided by its scale: the code less its zero point, or 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,10 @@ def in_steps(x: Tensor, scale: Tensor, spec: QuantSpec, scratch: Scratch | None 
     return torch.div(groups, broadcast(scale.to(dtype)), out=out)
 
 
-def ends(spec: QuantSpec) -> tuple[float, float]:
-    """Return the first and the last step, before zero points are subtracted."""
-    return (spec.code_min, spec.code_max) if spec.levels is None else (spec.levels[0], spec.levels[-1])
+def ends(spec: QuantSpec, zero_point: Tensor | None = None) -> tuple[Any, Any]:
+    """Return the first and the last step: numbers, or tensors like the zero points that are subtracted."""
+    first, last = (spec.code_min, spec.code_max) if spec.levels is None else (spec.levels[0], spec.levels[-1])
+    return (first, last) if zero_point is None else (first - zero_point, last - zero_point)
 
 
 def end_gaps(spec: QuantSpec) -> tuple[float, float]:
@@ -88,7 +90,7 @@ def half_gap(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def code_range(params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest representable number (grouped, float64); scales may be negative."""
-    step, (first, last) = broadcast(params.scale.double()), ends(spec)
-    zero = broadcast(params.zero_point.double()) if params.zero_point is not None else 0.0
-    bounds = (first - zero) * step, (last - zero) * step
+    step, zero = broadcast(params.scale.double()), params.zero_point
+    first, last = ends(spec, None if zero is None else broadcast(zero.double()))
+    bounds = first * step, last * step
     return torch.minimum(*bounds), torch.maximum(*bounds)

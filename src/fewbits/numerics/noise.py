@@ -33,7 +33,7 @@ def expected_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     - Otherwise: the square of the distance between neighbouring steps, over 12.
     """
     steps = in_steps(x, params.scale, spec)
-    first, last = _shifted_ends(params.zero_point, spec, steps)
+    first, last = ends(spec, None if params.zero_point is None else broadcast(params.zero_point.to(steps.dtype)))
     beyond = torch.maximum(steps - last, first - steps)
     below, above = -0.5, 0.5
     inside = torch.full_like(steps, 1 / 12)
@@ -69,13 +69,6 @@ def fit_terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, 
 def _rounded(steps: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Round to the nearest steps."""
     return nearest_step(steps, 0.0 if zero_point is None else broadcast(zero_point.to(steps.dtype)), spec)
-
-
-def _shifted_ends(zero_point: Tensor | None, spec: QuantSpec, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first and the last step less the zero points; both broadcast against `like`."""
-    first, last = ends(spec)
-    zero = like.new_zeros(()) if zero_point is None else broadcast(zero_point.to(like.dtype))
-    return first - zero, last - zero
 
 
 def _integral(steps: Tensor, rounded: Tensor) -> Tensor:

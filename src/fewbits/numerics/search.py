@@ -83,22 +83,6 @@ class Choice:
         self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
 
 
-def choose_within(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec) -> QuantParams:
-    """Choose scales and zero points for ranges that leave some elements outside.
-
-    Args:
-        inner: the ends of the ranges, as `choose_params` takes them.
-        outer: the extremes; they replace an inner range whose first or last code would decode to infinity.
-        spec: with its `scale_dtype` set.
-
-    Raises:
-        RangeError: if a scale is beyond the largest number of its dtype.
-    """
-    params = choose_params(*inner, spec)
-    usable = is_finite_throughout(params, spec)
-    return params if usable.all() else params.where(usable, choose_params(*outer, spec))
-
-
 def choose_for(
     x: Tensor, spec: QuantSpec, noise: ElementNoise, shares: Sequence[float], *, mirrored: bool = False
 ) -> Choice:

@@ -93,9 +93,9 @@ def verify_checkpoint(
     if source is not None:
         differences, names = _match(checkpoint.ledger, source)
 
-    def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
+    def pairs(row: LedgerRow) -> Iterator[tuple[Value, Tensor | None]]:
         # A non-persistent buffer may have no name in the source.
-        compared = with_source and source is not None and not differences and row.name in names
+        compared = source is not None and not differences and row.name in names
         for chunk in chunks(row, chunk_elements):
             yield checkpoint.chunk(chunk), source.read_chunk(names[row.name], chunk) if compared else None  # type: ignore[union-attr]
 
