@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import attrs
-import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk, chunks

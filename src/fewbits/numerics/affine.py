@@ -24,6 +24,7 @@ from fewbits.numerics.grid import (
     in_steps,
     nearest_level,
     nearest_step,
+    shifted_ends,
 )
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scratch import Scratch
@@ -188,9 +189,9 @@ def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Tell where `low` or `high` is further than half a step from every code."""
     zero_point, step = _zero_point(low, scale, spec), scale.double()
-    first, last = ends(spec, zero_point)
+    first, last = ends(spec)
     before, after = end_gaps(spec)
-    return (high > step * (last + after)) | (low < step * (first - before))
+    return (high > step * (last - zero_point + after)) | (low < step * (first - zero_point - before))
 
 
 def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
@@ -275,6 +276,6 @@ def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> 
 
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:
     """Tell for each scale whether every code decodes to a finite number."""
-    first, last = ends(spec, None if params.zero_point is None else params.zero_point.double())
-    scale, limit = params.scale.double().abs(), torch.finfo(compute_dtype(params.scale.dtype)).max
-    return (last * scale <= limit) & (-first * scale <= limit)
+    first, last = shifted_ends(params, spec, torch.float64)
+    limit = torch.finfo(compute_dtype(params.scale.dtype)).max
+    return torch.maximum(last, -first) * params.scale.double().abs() <= limit

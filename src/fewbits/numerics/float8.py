@@ -34,9 +34,9 @@ def float8_codes(values: Tensor) -> Tensor | None:
 
 
 @cache
-def float8_numbers(dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> Tensor:
+def float8_numbers(dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Return the numbers that the 256 bytes encode, float32."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32).to(device)
+    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32).to(device or "cpu")
 
 
 @cache

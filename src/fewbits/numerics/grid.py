@@ -6,7 +6,6 @@ A step is a decoded code divided by its scale: the code less its zero point, or 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +39,16 @@ def in_steps(x: Tensor, scale: Tensor, spec: QuantSpec, scratch: Scratch | None 
     return torch.div(groups, broadcast(scale.to(dtype)), out=out)
 
 
-def ends(spec: QuantSpec, zero_point: Tensor | None = None) -> tuple[Any, Any]:
-    """Return the first and the last step: numbers, or tensors like the zero points that are subtracted."""
-    first, last = (spec.code_min, spec.code_max) if spec.levels is None else (spec.levels[0], spec.levels[-1])
-    return (first, last) if zero_point is None else (first - zero_point, last - zero_point)
+def ends(spec: QuantSpec) -> tuple[float, float]:
+    """Return the first and the last step, before zero points are subtracted."""
+    return (spec.code_min, spec.code_max) if spec.levels is None else (spec.levels[0], spec.levels[-1])
+
+
+def shifted_ends(params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the first and the last step for each scale; both are scalars if there are no zero points."""
+    (first, last), zero_point = ends(spec), params.zero_point
+    zero = params.scale.new_zeros((), dtype=dtype) if zero_point is None else zero_point.to(dtype)
+    return first - zero, last - zero
 
 
 def end_gaps(spec: QuantSpec) -> tuple[float, float]:
@@ -90,7 +95,5 @@ def half_gap(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def code_range(params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest representable number (grouped, float64); scales may be negative."""
-    step, zero = broadcast(params.scale.double()), params.zero_point
-    first, last = ends(spec, None if zero is None else broadcast(zero.double()))
-    bounds = first * step, last * step
+    bounds = [broadcast(end * params.scale.double()) for end in shifted_ends(params, spec, torch.float64)]
     return torch.minimum(*bounds), torch.maximum(*bounds)

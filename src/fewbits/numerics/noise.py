@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbits.numerics.grid import broadcast, ends, in_steps, levels_of, nearest_step
+from fewbits.numerics.grid import broadcast, in_steps, levels_of, nearest_step, shifted_ends
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
@@ -33,7 +33,7 @@ def expected_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     - Otherwise: the square of the distance between neighbouring steps, over 12.
     """
     steps = in_steps(x, params.scale, spec)
-    first, last = ends(spec, None if params.zero_point is None else broadcast(params.zero_point.to(steps.dtype)))
+    first, last = (broadcast(end) for end in shifted_ends(params, spec, steps.dtype))
     beyond = torch.maximum(steps - last, first - steps)
     below, above = -0.5, 0.5
     inside = torch.full_like(steps, 1 / 12)

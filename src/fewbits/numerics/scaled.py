@@ -179,8 +179,8 @@ def _refuse_lost(values: Tensor, scale: Tensor, start: int, shape: Sequence[int]
     lost = ((scale == 0) & (values != 0)).flatten().nonzero()
     if len(lost):
         raise NumericsError(
-            f"the scale of the element at index {index_at(start + int(lost[0]), shape)} is 0, but its code is not 0: the "
-            "scales have not been written, or are damaged"
+            f"the scale of the element at index {index_at(start + int(lost[0]), shape)} is 0, but its code is not 0: "
+            "the scales have not been written, or are damaged"
         )
 
 

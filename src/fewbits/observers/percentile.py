@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -49,16 +48,17 @@ class PercentileObserver(CountingObserver):
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
         """Pick scale and zero point from the inner range of each group."""
-        outer, inner = extremes(weight, spec), _inner_ranges(weight, spec, self._share)
-        empty = (inner[0] == 0) & (inner[1] == 0)
-        return _choose_within([torch.where(empty, *ends) for ends in zip(outer, inner, strict=True)], outer, spec)
+        outer, (low, high) = extremes(weight, spec), _inner_ranges(weight, spec, self._share)
+        empty = (low == 0) & (high == 0)
+        inner = torch.where(empty, outer[0], low), torch.where(empty, outer[1], high)
+        return _choose_within(inner, outer, spec)
 
     def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> QuantParams:
         inner = seen.inner_range(self._share, symmetric=spec.symmetric)
         return _choose_within(inner.around_zero(), seen.extremes.around_zero(), spec)
 
 
-def _inner_ranges(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, ...]:
+def _inner_ranges(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
     """Find the narrowest range around zero that holds this share of each group's elements.
 
     Symmetric: both ends have one magnitude. Asymmetric: at most half of the excluded elements lie on either side.
@@ -74,7 +74,8 @@ def _inner_ranges(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, 
     # A shorter last group is handled apart, not padded: the padding zeros would count as elements inside the range.
     parts = x[:, :whole].reshape(rows, -1, width), x[:, whole:].unsqueeze(1)
     ends = [_inner_range(part, spec, share) for part in parts if part.numel()]
-    return tuple(torch.cat(sides, 1).reshape(shape) for sides in zip(*ends, strict=True))
+    low, high = (torch.cat(sides, 1).reshape(shape) for sides in zip(*ends, strict=True))
+    return low, high
 
 
 def _inner_range(groups: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
@@ -88,7 +89,7 @@ def _inner_range(groups: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tens
     return low.clamp(max=0), high.clamp(min=0)
 
 
-def _choose_within(inner: Sequence[Tensor], outer: Sequence[Tensor], spec: QuantSpec) -> QuantParams:
+def _choose_within(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec) -> QuantParams:
     """Choose scales for the inner ranges; where their first or last code would decode to infinity, the outer ones."""
     params = choose_params(*inner, spec)
     usable = is_finite_throughout(params, spec)
