@@ -7,6 +7,7 @@ from fewbits import QuantizedTensor, QuantSpec, measure
 from fewbits.extend import QuantParams
 from fewbits.numerics.layout import Layout
 
+
 def stored(codes, scale, **fields):
     spec = QuantSpec(8, **({"granularity": "channel"} | fields))
     codes = torch.tensor(codes)

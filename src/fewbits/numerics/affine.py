@@ -202,20 +202,15 @@ def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
 
 def _without_overflow(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Enlarge each scale with which `low` or `high` would decode to infinity; the scale itself may become Inf."""
+    limit = torch.finfo(compute_dtype(scale.dtype)).max
     for _ in range(_OVERFLOW_STEPS):
-        overflows = _overflows(low, high, scale, spec)
+        zero_point, step = _zero_point(low, scale, spec), scale.double()
+        first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
+        overflows = torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
         if not overflows.any():
             break
-        scale = torch.where(overflows, _stored(scale.double() * _OVERFLOW_FACTOR, spec), scale)
+        scale = torch.where(overflows, _stored(step * _OVERFLOW_FACTOR, spec), scale)
     return scale
-
-
-def _overflows(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Tell for which scales the code of `low` or `high` decodes to infinity."""
-    zero_point, step = _zero_point(low, scale, spec), scale.double()
-    first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
-    limit = torch.finfo(compute_dtype(scale.dtype)).max
-    return torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
 
 
 def _next_up(x: Tensor) -> Tensor:

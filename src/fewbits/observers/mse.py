@@ -9,8 +9,7 @@ from fewbits.numerics.noise import bin_noise, rounding_noise
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.search import choose_for, fit, shares
 from fewbits.numerics.spec import QuantSpec
-from fewbits.observers.counting import CountingObserver, least_noise
-from fewbits.observers.histogram_counts import HistogramCounts
+from fewbits.observers.histogram_counts import CountingObserver, HistogramCounts, least_noise
 
 
 class MSEObserver(CountingObserver):

@@ -12,8 +12,7 @@ from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import choose_params, extremes, is_finite_throughout
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
-from fewbits.observers.counting import CountingObserver
-from fewbits.observers.histogram_counts import HistogramCounts
+from fewbits.observers.histogram_counts import CountingObserver, HistogramCounts
 
 
 class PercentileObserver(CountingObserver):

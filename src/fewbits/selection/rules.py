@@ -78,7 +78,7 @@ def _parsed(pattern: str, rule: OverrideRule) -> Override | None:
         return Override(rule, pattern=pattern)
     if not isinstance(rule, Mapping) or not rule:
         raise ArgumentError(
-            "this must be a scheme's name, 'keep', a spec, or fields such as "
+            "a rule must be a scheme's name, 'keep', a spec, or fields such as "
             f"{{'scheme': 'int4', 'group_size': 64}}, not {rule!r}"
         )
     if "kind" in rule:  # a whole spec, as `QuantSpec.to_dict` writes it
@@ -89,7 +89,7 @@ def _parsed(pattern: str, rule: OverrideRule) -> Override | None:
         if key not in known:
             raise ArgumentError(f"there is no field {key!r}{did_you_mean(key, known)}")
     if rule.get("scheme") == "keep":
-        raise ArgumentError(f"this keeps the tensor and changes fields; write {pattern!r}: 'keep'")
+        raise ArgumentError(f"the rule keeps the tensor and changes fields; write {pattern!r}: 'keep'")
     base = _named(rule["scheme"]) if "scheme" in rule else None
     if isinstance(changes.get("scale_dtype"), str):
         changes["scale_dtype"] = dtype_from_name(changes["scale_dtype"])
