@@ -157,7 +157,7 @@ def run(
 
     Args:
         model: the prepared model.
-        batches: such as a list of tensors, or a DataLoader; no batch is taken from it that is not run.
+        batches: a list of tensors, a DataLoader, or another iterable of batches; every batch that is taken is run.
         forward: runs one batch, ``forward(model, batch)``; None feeds it as `default_forward` does.
         samples: stop after this many; the batch that reaches the limit is run whole. None runs all batches. If batches
             may be left, the event ``data_left`` reports it, as a warning if the limit is the default.

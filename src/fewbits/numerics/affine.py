@@ -59,9 +59,9 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     - a larger scale, if `low` or `high` would decode to infinity.
 
     Args:
-        low: at most zero; any shape.
-        high: at least zero; the shape of `low`.
-        spec: with its `scale_dtype` set.
+        low: the lower ends, at most zero; any shape.
+        high: the upper ends, at least zero; the shape of `low`.
+        spec: the spec of the codes, with `scale_dtype` set.
 
     Returns:
         scale in ``spec.scale_dtype``, and zero point in int32 or None, in the shape of `low`.
@@ -148,7 +148,7 @@ def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[
 
     Args:
         x: float64, (rows, columns).
-        params: as stored, zero points unpacked.
+        params: the stored scales, and the unpacked zero points.
         spec: the spec of the codes.
 
     Returns:
@@ -262,8 +262,8 @@ def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> 
     Args:
         scale: the scale that the codes were chosen with, as stored.
         products: sums of the first result of `fewbits.numerics.noise.fit_terms`, float64, the shape of `scale`.
-        squares: sums of its second result.
-        spec: with its `scale_dtype` set.
+        squares: sums of the second result of `fit_terms`, in the same form.
+        spec: the spec of the codes, with `scale_dtype` set.
     """
     factor = torch.where(squares > 0, products / squares, 1.0)
     return _stored(scale.double().abs() * factor, spec).copysign(scale)

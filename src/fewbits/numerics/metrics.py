@@ -40,12 +40,12 @@ class Measurement:
         max_abs_error: the largest error.
         worst_bound_ratio: the largest ratio of an element's error to its bound; at most 1 if all bounds hold.
         broken_at: row and column of the first element whose error exceeds its bound; None if all bounds hold.
-        clipped: how many elements an observer left outside the range of the codes; their bound is wider.
+        clipped: the number of elements that an observer left outside the range of the codes; their bound is wider.
         code_min: the smallest code in use; None for a cast.
         code_max: the largest code in use; None for a cast.
         scale_min: the smallest magnitude of a scale; None for a cast.
         scale_max: the largest magnitude of a scale; None for a cast.
-        constant_rows: how many rows have equal codes that rounding cannot explain, and an SQNR below 10 dB.
+        constant_rows: the number of rows with equal codes that rounding cannot explain, and an SQNR below 10 dB.
         unit: elements are divided by this power of two before they are squared for signal, noise, dot and decoded. It
             is 1 except for float64 tensors, whose squares could leave the range of float64.
     """
@@ -106,7 +106,7 @@ def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
 
     Args:
         original: the floating tensor before quantization.
-        stored: its codes, or its cast to another floating dtype.
+        stored: the codes of `original`, or a cast of `original` to another floating dtype.
 
     Raises:
         ArgumentError: if the shapes differ, or there is no element to compare.
@@ -125,11 +125,11 @@ class Tally:
     chunks but the last are multiples of a block, the result has the same bits as one for the whole tensor at once.
 
     Attributes:
-        elements: see `Measurement`, as for the other fields that it has.
+        elements, clipped, constant_rows, max_abs_error, worst_bound_ratio: as in `Measurement`, so far.
         broken: the position of the first element whose error exceeds its bound; None if all bounds hold.
         codes: the smallest and the largest code; empty for a cast.
         scales: the smallest and the largest magnitude of a scale; empty for a cast.
-        sums: for each block its unit, signal, noise, dot and decoded.
+        sums: unit, signal, noise, dot and decoded of each block.
     """
 
     elements: int = 0

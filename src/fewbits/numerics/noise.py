@@ -52,7 +52,7 @@ def bin_noise(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec
         lower: the lower bounds of the bins, (1, bins), float64.
         upper: the upper bounds, (1, bins), float64, larger than `lower`.
         params: one scale, (1,).
-        spec: of granularity "tensor", without levels.
+        spec: a spec of granularity "tensor", without levels.
     """
     bounds = in_steps(lower, params.scale, spec), in_steps(upper, params.scale, spec)
     integrals = [_integral(steps, _rounded(steps, params.zero_point, spec)) for steps in bounds]

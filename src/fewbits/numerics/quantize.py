@@ -47,7 +47,7 @@ def quantize(
         weight: float16, bfloat16, float32 or float64, any shape and strides.
         spec: the spec of the codes.
         choose: picks scales and zero points.
-        layout: how to cut `weight` into rows and columns; None takes the last axis as the input.
+        layout: the layout that cuts `weight` into rows and columns; None takes the last axis as the input.
 
     Raises:
         ArgumentError: if `weight` has no elements, or another dtype.

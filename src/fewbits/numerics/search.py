@@ -44,7 +44,7 @@ class Choice:
     Args:
         low: the smallest element of each group, at most zero; the shape of the scales.
         high: the largest element of each group, at least zero.
-        spec: with its `scale_dtype` set.
+        spec: the spec of the codes, with `scale_dtype` set.
         noise: computes the noise to minimize.
 
     Raises:

@@ -29,7 +29,7 @@ class QuantizedTensor:
         scale: (rows, groups), or (1,) for granularity "tensor", in ``spec.scale_dtype``.
         zero_point: int32, packed along the rows: (words, groups); None if symmetric.
         spec: the spec of the codes.
-        layout: how the tensor was cut into rows and columns, with its true shape.
+        layout: the layout that cut the tensor into rows and columns; it has the shape of the tensor.
         dtype: the dtype of the tensor that was quantized; `dequantize` returns this dtype by default.
         input_scale: float32, (1,), the scale of the layer's int8 inputs; None unless ``spec.activations`` is "static".
     """
@@ -83,9 +83,9 @@ class QuantizedTensor:
         Args:
             codes: integer, (rows, columns), in the code range of `spec`.
             params: scales in ``spec.scale_dtype`` (any dtype if that is None), and zero points if asymmetric.
-            spec: how the codes look.
-            layout: how the tensor was cut.
-            dtype: of the tensor that was quantized.
+            spec: the spec of the codes.
+            layout: the layout that cut the tensor into rows and columns.
+            dtype: the dtype of the tensor that was quantized.
         """
         spec = spec.for_dtype(params.scale.dtype)
         params = check_params(params, spec, layout.matrix_shape)

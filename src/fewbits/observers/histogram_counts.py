@@ -47,7 +47,7 @@ class HistogramCounts:
     Attributes:
         counts: int64, (2, bins), on the CPU: of the negative numbers by magnitude, then of the positive ones. Bin ``i``
             holds magnitudes from ``i * width`` up to, but not including, ``(i + 1) * width``.
-        zeros: how many numbers were zero; they are in no bin.
+        zeros: the number of zeros; they are in no bin.
         exponent: the width is ``2**exponent``; None if all numbers are zero.
         extremes: the smallest and the largest number.
     """
@@ -111,7 +111,7 @@ class HistogramCounts:
         alone, the extremes are returned.
 
         Args:
-            share: above 0, at most 1.
+            share: the share inside the range: above 0, at most 1.
             symmetric: True for two ends of equal magnitude. False for two ends that each leave out at most half of the
                 excluded numbers.
         """

@@ -26,7 +26,7 @@ class MSEObserver(CountingObserver):
     count as spread evenly over their bin. The scale is positive.
 
     Args:
-        steps: how many shares of a range to try; at least 2.
+        steps: the number of shares of a range to try; at least 2.
         bins: the number of bins of the histogram on each side of zero: a power of two from 64 to 65536.
 
     Raises:

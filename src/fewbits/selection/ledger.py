@@ -64,15 +64,15 @@ class LedgerRow:
 
     Attributes:
         name: full dotted name.
-        shape: its shape.
-        dtype: its dtype before quantization; if the source's codes are dequantized on reading, the dtype they get.
+        shape: the shape of the tensor.
+        dtype: the dtype before quantization; if the source's codes are dequantized on reading, the dtype they get.
         fate: ``"quantized"``, ``"cast"``, ``"kept"``, ``"alias"`` of another tensor, or ``"merged"``: a scale of the
             source, used up when its weight is dequantized.
         reason: why the tensor has this fate.
         bytes_before: bytes in the source; 0 for an alias.
         bytes_after: bytes in the result, as predicted from shapes and spec.
         spec: the spec of the stored tensor; None unless quantized or cast.
-        layout: how it is cut into rows and columns; None unless quantized.
+        layout: the layout that cuts the tensor into rows and columns; None unless quantized.
         alias_of: the name whose storage it shares; None unless an alias.
         persistent: whether the source's state dict has it.
         dequantized_from: the dtype of the source's codes, if they are dequantized on reading; None otherwise.

@@ -70,10 +70,8 @@ def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
 
 
 def _parsed(pattern: str, rule: OverrideRule) -> Override | None:
-    if rule == "keep":
-        return None
     if isinstance(rule, str):
-        return Override(_named(rule), pattern=pattern)
+        return None if rule == "keep" else Override(_named(rule), pattern=pattern)
     if isinstance(rule, Spec):
         return Override(rule, pattern=pattern)
     if not isinstance(rule, Mapping) or not rule:

@@ -108,7 +108,7 @@ def examine_tensor(
 
     Args:
         row: the tensor's row in the ledger.
-        pairs: as for `examine`.
+        pairs: yields the chunks of each stored tensor with their source, if there is one.
         measurement: a measurement taken earlier; None measures now, if there is a source.
         fail_under: SQNR in dB below which the tensor fails.
         bounded: whether an error beyond its bound is a failure; otherwise it is a note.
@@ -128,7 +128,9 @@ def examine_tensor(
         verdict = verdict_of(measurement.sqnr_db, fail_under)
         if measurement.broken_at is not None:
             (failures if bounded else notes).append(_broken(measurement) if bounded else NOT_NEAREST)
-        failures += [*_patterns(measurement), *_sqnr_failures(measurement, fail_under)]
+        failures += _patterns(measurement)
+        if verdict == "critical":
+            failures.append(f"SQNR {measurement.sqnr_db:.2f} dB is below {fail_under:g} dB")
     return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures), tuple(notes))
 
 
@@ -168,12 +170,6 @@ def _patterns(measurement: Measurement) -> list[str]:
         rows = f"{measurement.constant_rows:,} of its rows"
         return [f"one code throughout in {rows}, but rounding the source gives others"]
     return []
-
-
-def _sqnr_failures(measurement: Measurement, fail_under: float) -> list[str]:
-    if not math.isnan(measurement.sqnr_db) and measurement.sqnr_db >= fail_under:
-        return []
-    return [f"SQNR {measurement.sqnr_db:.2f} dB is below {fail_under:g} dB"]
 
 
 def check_reload(
