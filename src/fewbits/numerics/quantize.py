@@ -35,11 +35,7 @@ def min_max(rows: Tensor, spec: QuantSpec) -> QuantParams:
 
 @torch.no_grad()
 def quantize(
-    weight: Tensor | WeightMatrix,
-    spec: QuantSpec,
-    choose: ChooseParams = min_max,
-    *,
-    layout: Layout | None = None,
+    weight: Tensor | WeightMatrix, spec: QuantSpec, choose: ChooseParams = min_max, *, layout: Layout | None = None
 ) -> QuantizedTensor:
     """Round a tensor to the nearest codes.
 

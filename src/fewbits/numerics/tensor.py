@@ -70,13 +70,7 @@ class QuantizedTensor:
 
     @classmethod
     def from_codes(
-        cls,
-        codes: Tensor,
-        params: QuantParams,
-        *,
-        spec: QuantSpec,
-        layout: Layout,
-        dtype: torch.dtype,
+        cls, codes: Tensor, params: QuantParams, *, spec: QuantSpec, layout: Layout, dtype: torch.dtype
     ) -> QuantizedTensor:
         """Pack signed codes.
 

@@ -172,12 +172,7 @@ def _patterns(measurement: Measurement) -> list[str]:
     return []
 
 
-def check_reload(
-    report: Report,
-    ledger: Ledger,
-    value_of: Callable[[str], Value],
-    serializer: Serializer,
-) -> Report:
+def check_reload(report: Report, ledger: Ledger, value_of: Callable[[str], Value], serializer: Serializer) -> Report:
     """Save to a temporary file, read it back, and compare the tensors bit for bit, one at a time.
 
     Returns:
