@@ -191,18 +191,14 @@ def run(
             "the data has no batch, or only batches without samples; an iterator that was used before is empty: pass a "
             "list, or a new iterator"
         )
-    observed = Observed(done, number, _left(batches, number, done, samples))
+    left: bool | None = False
+    if samples is not None and done >= samples:
+        length = _length(batches)
+        left = None if length is None else length > number
+    observed = Observed(done, number, left)
     if observed.more is not False:
         emit("warning" if samples == SAMPLES else "info", "data_left", limit=samples, **observed.to_dict())
     return observed
-
-
-def _left(batches: object, number: int, done: int, samples: int | None) -> bool | None:
-    """Tell whether batches follow the last one that was run; None if this cannot be known."""
-    if samples is None or done < samples:
-        return False
-    length = _length(batches)
-    return None if length is None else length > number
 
 
 def samples_in(batch: Any) -> int:

@@ -20,17 +20,11 @@ from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.float8 import float8_numbers
 from fewbits.numerics.layout import BLOCK_ELEMENTS, index_at
 
-
-def _present(*names: str) -> tuple[torch.dtype, ...]:
-    """Return the named dtypes that this release of torch has."""
-    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))
-
-
 #: Dtypes of the codes.
-FP8_DTYPES = _present("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
-#: Dtypes of the scales.
-FP8_SCALE_DTYPES = (*FLOAT_DTYPES, *_present("float8_e8m0fnu"))
+#: Dtypes of the scales. Torch 2.6 has no float8_e8m0fnu.
+FP8_SCALE_DTYPES = (*FLOAT_DTYPES, *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []))
 
 #: The dtype that codes and scales are dequantized to.
 FP8_TARGET = torch.bfloat16

@@ -47,13 +47,13 @@ class HistogramCounts:
     Attributes:
         counts: int64, (2, bins), on the CPU: of the negative numbers by magnitude, then of the positive ones. Bin ``i``
             holds magnitudes from ``i * width`` up to, but not including, ``(i + 1) * width``.
-        zeros: the number of zeros; they are in no bin.
+        total: the number of numbers seen; the zeros among them are in no bin.
         exponent: the width is ``2**exponent``; None if all numbers are zero.
         extremes: the smallest and the largest number.
     """
 
     counts: Tensor
-    zeros: int
+    total: int
     exponent: int | None
     extremes: Extremes
 
@@ -72,24 +72,19 @@ class HistogramCounts:
         if extremes is None:
             return None
         largest = max(-extremes.low, extremes.high)
-        exponent = _exponent(largest, bins) if largest else None
+        # The smallest width that gives the largest magnitude a bin.
+        exponent = max(math.frexp(largest)[1] - (bins.bit_length() - 1), _MIN_EXPONENT) if largest else None
         counts = torch.zeros(2 * bins, dtype=torch.int64)
         if exponent is not None:
             for values in torch.split(x.flatten(), _BLOCK):
                 counts += _count(values.double(), exponent, bins).cpu()
-        counts = counts.reshape(2, bins)
-        return cls(counts, x.numel() - int(counts.sum()), exponent, extremes)
-
-    @property
-    def total(self) -> int:
-        """The number of numbers seen."""
-        return self.zeros + int(self.counts.sum())
+        return cls(counts.reshape(2, bins), x.numel(), exponent, extremes)
 
     def merged(self, other: HistogramCounts) -> HistogramCounts:
         """Return the histogram of the numbers of both, which must have the same number of bins."""
         exponent = max((e for e in (self.exponent, other.exponent) if e is not None), default=None)
         counts = self._widened(exponent) + other._widened(exponent)
-        return HistogramCounts(counts, self.zeros + other.zeros, exponent, self.extremes.merged(other.extremes))
+        return HistogramCounts(counts, self.total + other.total, exponent, self.extremes.merged(other.extremes))
 
     def occupied(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the bins that are not empty.
@@ -177,11 +172,6 @@ def least_noise(seen: HistogramCounts, spec: QuantSpec, noise: BinNoise) -> Quan
     choice = Choice(*ends, spec, total)
     choice.narrow(_SHARES)
     return choice.params
-
-
-def _exponent(largest: float, bins: int) -> int:
-    """Return the exponent of the smallest width that gives the magnitude `largest` a bin."""
-    return max(math.frexp(largest)[1] - (bins.bit_length() - 1), _MIN_EXPONENT)
 
 
 def _count(values: Tensor, exponent: int, bins: int) -> Tensor:

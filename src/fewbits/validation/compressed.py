@@ -66,12 +66,13 @@ def verify_compressed_tensors(
     tensors += [
         TensorReport(name, fate, "", None, None, (problem,)) for name, (fate, problem) in checkpoint.problems.items()
     ]
+    storages = {} if source is None else {info.storage: info.nbytes for info in source.infos}
     failures = [*_unexplained(checkpoint), *([] if source is None else _missing(checkpoint, source))]
     compared = () if source is None else ("SQNR", "constant rows", "kept tensors")
     return Report(
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name)),
         checks=("structure", "scales", *compared),
-        bytes_before=checkpoint.ledger.bytes_before if source is None else _bytes_of(source),
+        bytes_before=checkpoint.ledger.bytes_before if source is None else sum(storages.values()),
         bytes_after=checkpoint.nbytes,
         unchecked=tuple(_unchecked(checkpoint, source)),
         general=tuple(failures),
@@ -133,7 +134,3 @@ def _unchecked(checkpoint: CompressedTensors, source: Source | None) -> Iterator
         yield f"{len(checkpoint.problems)} tensors that cannot be read or compared, each a failure"
     if checkpoint.of_activations:
         yield f"{len(checkpoint.of_activations)} scales and zero points of activations: the source has none"
-
-
-def _bytes_of(source: Source) -> int:
-    return sum({info.storage: info.nbytes for info in source.infos}.values())
