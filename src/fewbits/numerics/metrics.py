@@ -6,7 +6,6 @@ elementwise, so that thread count and instruction set do not change the results.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -117,7 +116,7 @@ def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
     return tally.measurement(columns)
 
 
-@attrs.define
+@attrs.define(on_setattr=attrs.setters.NO_OP)  # a converter would copy the lists at every change
 class Tally:
     """Collects the measurement of one stored tensor chunk by chunk.
 
@@ -138,9 +137,9 @@ class Tally:
     max_abs_error: float = 0.0
     worst_bound_ratio: float = 0.0
     broken: int | None = None
-    codes: list[int] = attrs.Factory(list)
-    scales: list[float] = attrs.Factory(list)
-    sums: list[list[float]] = attrs.Factory(list)
+    codes: list[int] = attrs.field(factory=list, converter=list)
+    scales: list[float] = attrs.field(factory=list, converter=list)
+    sums: list[list[float]] = attrs.field(factory=list, converter=list)
 
     @torch.no_grad()
     def add(self, original: Tensor, stored: QuantizedTensor | Tensor) -> None:
@@ -178,7 +177,7 @@ class Tally:
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Tally:
         """Restore the state that `to_dict` returned."""
-        return cls(**{field.name: copy.deepcopy(state[field.name]) for field in attrs.fields(cls)})
+        return cls(**{field.name: state[field.name] for field in attrs.fields(cls)})
 
     def measurement(self, columns: int) -> Measurement:
         """Return the measurement of the whole tensor, whose matrix has this many columns."""

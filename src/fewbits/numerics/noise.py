@@ -60,7 +60,7 @@ def bin_noise(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec
 
 
 def fit_terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the terms that `refit` needs the sums of: element times step, and step squared, in units of the scale."""
+    """Return two terms of each element, in units of the scale: element times step, and step squared; for `refit`."""
     steps = in_steps(x, params.scale, spec)
     rounded = _rounded(steps, params.zero_point, spec)
     return steps.mul_(rounded), rounded.square()

@@ -76,7 +76,7 @@ class LedgerRow:
         alias_of: the name whose storage it shares; None unless an alias.
         persistent: whether the source's state dict has it.
         dequantized_from: the dtype of the source's codes, if they are dequantized on reading; None otherwise.
-        merged_into: the name of the weight that it is the scale of; None unless merged.
+        merged_into: the name of the weight whose scale this tensor is; None unless merged.
     """
 
     name: str = attrs.field(validator=_is(str))
