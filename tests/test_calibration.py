@@ -355,7 +355,7 @@ class Sized:
         return (torch.ones(size, 1) for size in self._sizes)
 
 
-def test_progress_reports_every_batch_if_50_samples_are_expected():
+def test_progress_reports_every_batch_with_the_expected_number_of_samples():
     assert steps_of([torch.ones(20, 1)] * 3) == [
         Step("observe", "batch 1", 20, 60),
         Step("observe", "batch 2", 40, 60),
@@ -365,15 +365,9 @@ def test_progress_reports_every_batch_if_50_samples_are_expected():
     assert [step.total for step in steps_of(Sized([20] * 9), samples=90)] == [90] * 4 + [100]
 
 
-def test_progress_reports_nothing_below_50_samples():
-    assert steps_of([torch.ones(7, 1)] * 7) == []
-    assert steps_of([torch.ones(20, 1)] * 9, samples=40) == []
-    assert steps_of(torch.ones(7, 1) for _ in range(7)) == []
-
-
-def test_progress_without_a_length_is_reported_from_50_samples_on():
-    steps = steps_of(torch.ones(20, 1) for _ in range(4))
-    assert [(step.name, step.done, step.total) for step in steps] == [("batch 3", 60, 0), ("batch 4", 80, 0)]
+def test_progress_without_a_length_has_no_total():
+    steps = steps_of(torch.ones(20, 1) for _ in range(2))
+    assert [(step.name, step.done, step.total) for step in steps] == [("batch 1", 20, 0), ("batch 2", 40, 0)]
 
 
 @pytest.mark.parametrize(

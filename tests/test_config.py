@@ -373,7 +373,7 @@ MALFORMED = [
     ("include", ["a..b"], "'a..b' has an empty component"),
     ("overrides", {"a": "int5"}, "there is no scheme 'int5'"),
     ("overrides", {"a": 5}, r"overrides\['a'\]"),
-    ("overrides", {"a": {"scheme": "int4", "group": 5}}, r"overrides\['a'\] does not know 'group'"),
+    ("overrides", {"a": {"scheme": "int4", "group": 5}}, r"overrides\['a'\]: there is no field 'group'"),
     ("overrides", {"a": {"scheme": "int4", "group_size": 0}}, r"overrides\['a'\]: .*group_size.* not 0"),
     ("overrides", {"a": {"scheme": "fp16", "bits": 4}}, r"overrides\['a'\]: .*'bits'"),
     ("input_axes", {"a": "0"}, r"input_axes\['a'\]"),

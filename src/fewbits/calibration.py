@@ -24,9 +24,6 @@ Forward = Callable[[nn.Module, Any], object]
 #: The default number of samples.
 SAMPLES = 150
 
-#: With fewer samples than this, progress is not reported.
-TOLD_FROM = 50
-
 _FED = (
     "by default (a tensor directly, a mapping as keyword arguments unless the model's forward asks for the mapping, "
     "the first element of a tuple or list); if the model takes its inputs another way, pass forward=, a function of "
@@ -100,7 +97,7 @@ class InputWatch:
         self._layers = layers
         self._handles: list[RemovableHandle] = []
         self._lock = threading.Lock()  # a model may run in several threads, and observers update their statistics
-        self._seen: dict[str, int] = {name: 0 for name, _, _ in layers}
+        self._unseen = dict.fromkeys(name for name, _, _ in layers)
         self.attach()
 
     def attach(self) -> None:
@@ -128,7 +125,7 @@ class InputWatch:
 
     def unseen(self) -> list[str]:
         """Return the names of the weights whose layers have had no input so far."""
-        return [name for name, inputs in self._seen.items() if not inputs]
+        return list(self._unseen)
 
     def _hook(self, name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -140,7 +137,7 @@ class InputWatch:
                     observer.observe_input(first.detach())
                 except CalibrationError as error:
                     raise CalibrationError(f"the layer of {name}: {error}") from error
-                self._seen[name] += 1
+                self._unseen.pop(name, None)
 
         return show
 
@@ -160,12 +157,12 @@ def run(
 
     Args:
         model: the prepared model.
-        batches: such as a list of tensors, or a DataLoader; no batch is taken from it that is not run.
+        batches: a list of tensors, a DataLoader, or another iterable of batches; every batch that is taken is run.
         forward: runs one batch, ``forward(model, batch)``; None feeds it as `default_forward` does.
         samples: stop after this many; the batch that reaches the limit is run whole. None runs all batches. If batches
             may be left, the event ``data_left`` reports it, as a warning if the limit is the default.
-        progress: called after every batch, if at least 50 samples are expected or were run. The expected number is the
-            number of batches, if it is known, times the samples in the first batch.
+        progress: called after every batch. The expected number of samples is the number of batches, if it is known,
+            times the samples in the first batch.
 
     Returns:
         the number of samples and batches, and whether data was left.
@@ -184,29 +181,24 @@ def run(
             expected = expected or _expected(batches, size, samples)
             _run_one(model, batch, number, forward)
             done += size
-            if max(done, expected) >= TOLD_FROM:
-                progress(Step("observe", f"batch {number}", done, expected and max(done, expected)))
+            progress(Step("observe", f"batch {number}", done, expected and max(done, expected)))
             if samples is not None and done >= samples:
                 break
-    if expected > done and expected >= TOLD_FROM:
+    if expected > done:
         progress(Step("observe", f"batch {number}", done, done))
     if not done:
         raise CalibrationError(
             "the data has no batch, or only batches without samples; an iterator that was used before is empty: pass a "
             "list, or a new iterator"
         )
-    observed = Observed(done, number, _left(batches, number, done, samples))
+    left: bool | None = False
+    if samples is not None and done >= samples:
+        length = _length(batches)
+        left = None if length is None else length > number
+    observed = Observed(done, number, left)
     if observed.more is not False:
         emit("warning" if samples == SAMPLES else "info", "data_left", limit=samples, **observed.to_dict())
     return observed
-
-
-def _left(batches: object, number: int, done: int, samples: int | None) -> bool | None:
-    """Tell whether batches follow the last one that was run; None if this cannot be known."""
-    if samples is None or done < samples:
-        return False
-    length = _length(batches)
-    return None if length is None else length > number
 
 
 def samples_in(batch: Any) -> int:

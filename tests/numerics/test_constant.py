@@ -1,32 +1,11 @@
-"""Rows with equal codes: which of them count as lost, and that the result does not depend on the cut into blocks."""
+"""Rows with equal codes: which of them count as lost."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fewbits import QuantizedTensor, QuantSpec, measure
 from fewbits.extend import QuantParams
-from fewbits.numerics.constant import SameRows
 from fewbits.numerics.layout import Layout
-
-CODES = st.lists(st.lists(st.integers(-2, 1), min_size=3, max_size=3), max_size=5)
-
-
-def same(rows):
-    found = SameRows()
-    if rows:
-        found.add(torch.tensor(rows, dtype=torch.int16))
-    return found
-
-
-@given(st.lists(CODES, max_size=4))
-def test_rows_count_as_the_same_exactly_if_there_are_at_least_two_and_all_are_equal(parts):
-    rows = [row for part in parts for row in part]
-    joined = SameRows()
-    for part in parts:
-        joined.join(same(part))
-    assert bool(joined) is bool(same(rows)) is (len(rows) > 1 and all(row == rows[0] for row in rows))
 
 
 def stored(codes, scale, **fields):
@@ -59,7 +38,7 @@ def test_a_nearly_constant_row_with_one_code_is_not_lost():
 def test_rows_within_half_a_step_are_not_lost():
     x = torch.tensor([[100.0, -100.0], [0.3, -0.4]])
     found = measure(x, stored([[100, -100], [0, 0]], [1.0], granularity="tensor"))
-    assert (found.broken_at, found.constant_rows, found.same_rows) == (None, 0, False)
+    assert (found.broken_at, found.constant_rows) == (None, 0)
 
 
 @pytest.mark.parametrize("magnitude", [1e-300, 1e300])

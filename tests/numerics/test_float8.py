@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from fewbits.numerics.affine import decode
 from fewbits.numerics.float8 import FLOAT8_DTYPES, float8_codes, float8_spec
-from fewbits.numerics.packing import pack
 from fewbits.numerics.params import QuantParams
-from fewbits.numerics.tensor import decode_packed
 
 
 @pytest.mark.parametrize("dtype", FLOAT8_DTYPES)
@@ -14,7 +13,7 @@ def test_every_finite_number_is_a_code(dtype):
     values = torch.arange(256).to(torch.uint8).view(dtype)
     values = values[torch.isfinite(values.float())].reshape(1, -1)
     spec = float8_spec(dtype, "tensor", None, torch.float32)
-    decoded = decode_packed(pack(float8_codes(values), 8), QuantParams(torch.tensor([2.0])), spec, values.shape[1])
+    decoded = decode(float8_codes(values), QuantParams(torch.tensor([2.0])), spec, torch.float32)
     assert torch.equal(decoded, 2 * values.float())
 
 

@@ -17,7 +17,7 @@ import fewbits
 from fewbits import MinMaxObserver, QuantSpec, measure
 from fewbits.errors import ArgumentError, NumericsError, RangeError
 from fewbits.extend import Layout, QuantParams
-from fewbits.numerics.affine import choose_params, clipped, decode, encode, error_bound
+from fewbits.numerics.affine import bound_and_clipped, choose_params, decode, encode
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import spec_from_dict
@@ -125,7 +125,7 @@ def test_the_bound_agrees_with_exact_fractions(problem):
     weight, spec, layout = problem
     q = quantize(weight, spec, layout=layout)
     x = as_matrix(weight, layout).double()
-    bounds = error_bound(x, q.params(), q.spec).flatten().tolist()
+    bounds = bound_and_clipped(x, q.params(), q.spec)[0].flatten().tolist()
     for (w, _, s), bound in zip(elements(weight, q), bounds, strict=True):
         expected = bound_of(w, s, spec.levels) + abs(w) / 2**23
         # For an element on a level, up to the rounding of a float64 quotient, the bound may use either neighbour.
@@ -350,8 +350,9 @@ def test_the_bound_holds_for_negative_and_for_clipping_scales():
         expected = min(FP4, key=lambda level: abs(level * float(scale) - 20.0)) * float(scale)
         assert decoded[0, -1] == expected
         error = (x.double() - decoded).abs()
-        assert (error <= error_bound(x.double(), params, spec)).all()
-        outside = clipped(x.double(), params, spec)[0].tolist()
+        bound, clipped = bound_and_clipped(x.double(), params, spec)
+        assert (error <= bound).all()
+        outside = clipped[0].tolist()
         low, high = sorted(level * float(scale) for level in (FP4[0], FP4[-1]))
         # An element up to half the distance of the last two levels outside counts as inside.
         assert outside == [not low - 1 <= w <= high + 1 for w in x[0].tolist()]

@@ -118,9 +118,8 @@ def test_a_scheme_that_does_not_exist_is_refused_with_the_nearest_one(scheme, hi
 
 @pytest.mark.parametrize(("field", "hint"), [("groupsize", "group_size"), ("bit", "bits"), ("sheme", "scheme")])
 def test_a_field_that_does_not_exist_is_refused_with_the_nearest_one(field, hint):
-    with pytest.raises(
-        SelectionError, match=rf"overrides\['head'\] does not know '{field}' \(did you mean '{hint}'\?\)"
-    ):
+    message = rf"overrides\['head'\]: there is no field '{field}' \(did you mean '{hint}'\?\)"
+    with pytest.raises(SelectionError, match=message):
         LayerSelector(overrides={"head": {field: 4}})
 
 
@@ -136,12 +135,12 @@ def test_a_field_that_does_not_exist_is_refused_with_the_nearest_one(field, hint
         ({"scheme": "keep", "bits": 4}, "keeps the tensor and changes fields"),
         ({"scheme": None}, "there is no scheme None"),
         ({"scheme": ["int8"]}, r"there is no scheme \['int8'\]"),
-        ({4: "bits"}, "does not know 4"),
+        ({4: "bits"}, "there is no field 4"),
     ],
     ids=str,
 )
 def test_a_malformed_override_is_refused_with_its_pattern(rule, message):
-    with pytest.raises(SelectionError, match=rf"overrides\['head'\]:? ?{message}"):
+    with pytest.raises(SelectionError, match=rf"overrides\['head'\]: .*{message}"):
         LayerSelector(overrides={"head": rule})
 
 

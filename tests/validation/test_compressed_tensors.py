@@ -125,7 +125,7 @@ def others(codes, damage):
     if damage == "one code":
         return torch.full_like(codes, int(codes.min())), "all of its codes are"
     if damage == "one row":
-        return codes[:1].expand_as(codes), "all of its rows have the same codes"
+        return codes[:1].expand_as(codes), "SQNR"
     codes[5 : 5 + damage] = 1
     return codes, f"one code throughout in {damage} of its rows"
 

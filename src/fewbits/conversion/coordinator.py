@@ -26,7 +26,7 @@ from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 from fewbits.formats.fp8 import tell_unscaled
 from fewbits.numerics.metrics import Measurement
 from fewbits.sources.model_config import Readers
-from fewbits.validation.verify import verify_checkpoint
+from fewbits.validation.verify import verify
 
 _RESUME = "finished work is kept: continue with --resume, or Output(resume=True)"
 
@@ -151,7 +151,7 @@ class Coordinator:
         """Accept a complete result, after comparing all of it with the source."""
         result = Checkpoint(self._path, self._writer.serializer)
         chunk_elements = self._streaming.budget.chunk_elements
-        report = verify_checkpoint(result, self._source, chunk_elements=chunk_elements, fail_under=-math.inf)
+        report = verify(result, self._source, chunk_elements=chunk_elements, fail_under=-math.inf)
         failures = report.failures
         if {row.name: row for row in result.ledger} != {row.name: row for row in self._streaming.demand.ledger}:
             failures = ["the fates of its tensors differ", *failures]

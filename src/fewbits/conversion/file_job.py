@@ -28,7 +28,7 @@ from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.file import FileSource
 from fewbits.validation.report import Report
-from fewbits.validation.verify import verify_checkpoint
+from fewbits.validation.verify import verify
 
 
 class FileJob(Job):
@@ -129,7 +129,7 @@ class FileJob(Job):
 
         def look() -> Report:
             result = Checkpoint(written.path, serializer)
-            return verify_checkpoint(
+            return verify(
                 result,
                 self.source,
                 measured=written.measured if result.headers == written.headers else {},

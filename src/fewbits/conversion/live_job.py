@@ -107,8 +107,8 @@ class LiveJob(Job):
         """Check the result against the source and the ledger, and save and load it once."""
         target, inplace = self._result(), self.source.inplace
 
-        def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
-            yield target.value(row.name), self.source.read(row.name) if with_source and not inplace else None
+        def pairs(row: LedgerRow) -> Iterator[tuple[Value, Tensor | None]]:
+            yield target.value(row.name), None if inplace else self.source.read(row.name)
 
         known: dict[str, Measurement | str] = {}
         if inplace:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import attrs
-import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk, chunks
@@ -16,7 +15,7 @@ from fewbits.conversion.budget import Budget, Demand
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.pool import in_order
 from fewbits.errors import NumericsError
-from fewbits.numerics.metrics import Tally, unit_of
+from fewbits.numerics.metrics import Tally
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import check_chosen, check_finite
 from fewbits.numerics.spec import CastSpec, QuantSpec
@@ -50,11 +49,9 @@ class Streaming:
         for row in ledger.stored:
             missing = list(self._chunks(row, done.get(row.name)))
             if missing:
-                pieces = list(self._chunks(row))
-                observer = self._observer(row, pieces)
-                unit = self._unit(row, pieces)
+                observer = self._observer(row, list(self._chunks(row)))
                 for chunk in missing:
-                    yield partial(self._convert, chunk, observer, unit)
+                    yield partial(self._convert, chunk, observer)
 
     def _chunks(self, row: LedgerRow, done: int | None = None) -> Iterator[Chunk]:
         """The chunks from element `done` on; one whole chunk, if the scheme must see all rows."""
@@ -82,13 +79,7 @@ class Streaming:
         check_finite(tensor, first=chunk.start, shape=chunk.row.shape)
         return tensor
 
-    def _unit(self, row: LedgerRow, pieces: Sequence[Chunk]) -> float:
-        """The unit for sums of squares. Only float64 tensors need another unit than 1, found by reading them."""
-        if not self.demand.comparing or row.spec is None or row.dtype != torch.float64:
-            return 1.0
-        return unit_of(self.source.read_chunk(row.name, chunk) for chunk in pieces)
-
-    def _convert(self, chunk: Chunk, observer: Observer | None, unit: float) -> Converted:
+    def _convert(self, chunk: Chunk, observer: Observer | None) -> Converted:
         row = chunk.row
         tensor = self.source.read_chunk(row.name, chunk)
         if row.spec is None:
@@ -97,7 +88,7 @@ class Streaming:
             value = self._encode(chunk, tensor, observer)
         tally = None
         if self.demand.comparing:
-            tally = Tally(unit)
+            tally = Tally()
             tally.add(tensor, value)
         return chunk, value, tally
 

@@ -7,9 +7,7 @@ If the spec has levels, ``q`` decodes to ``levels[q - code_min] * scale``; see `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -26,6 +24,7 @@ from fewbits.numerics.grid import (
     in_steps,
     nearest_level,
     nearest_step,
+    shifted_ends,
 )
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scratch import Scratch
@@ -60,9 +59,9 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     - a larger scale, if `low` or `high` would decode to infinity.
 
     Args:
-        low: at most zero; any shape.
-        high: at least zero; the shape of `low`.
-        spec: with its `scale_dtype` set.
+        low: the lower ends, at most zero; any shape.
+        high: the upper ends, at least zero; the shape of `low`.
+        spec: the spec of the codes, with `scale_dtype` set.
 
     Returns:
         scale in ``spec.scale_dtype``, and zero point in int32 or None, in the shape of `low`.
@@ -73,7 +72,9 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     low, high = low.double(), high.double()
     exact = _exact_scale(low, high, spec)
     scale = _stored(exact, spec)
-    if not _never_clips(spec):
+    # Without zero points and levels, the largest magnitude is at most 127 steps. Rounding a scale to any of its dtypes
+    # moves 127 steps by less than half a step, so nothing clips.
+    if not spec.symmetric or spec.levels is not None:
         scale = torch.where(_clips(low, high, scale, spec), _next_up(scale), scale)
     if not _far_from_overflow(scale, spec):
         scale = _without_overflow(low, high, scale, spec)
@@ -135,8 +136,8 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
-def error_bound(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """Bound the error of each element: its largest allowed distance from its decoded code.
+def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Bound the error of each element, its largest allowed distance from its decoded code, and mark clipped elements.
 
     The bound is ``gap + |x| * 2**-23``, in float64. ``gap`` is
 
@@ -147,19 +148,12 @@ def error_bound(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
 
     Args:
         x: float64, (rows, columns).
-        params: as stored, zero points unpacked.
+        params: the stored scales, and the unpacked zero points.
         spec: the spec of the codes.
+
+    Returns:
+        the bounds; and whether each element lies more than half a step outside the code range.
     """
-    return bound_and_clipped(x, params, spec)[0]
-
-
-def clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-    """Mark the elements that lie more than half a step outside the code range. The arguments are `error_bound`'s."""
-    return bound_and_clipped(x, params, spec)[1]
-
-
-def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Compute `error_bound` and `clipped` together, since they share most of the work."""
     groups, gap = grouped(x, spec), half_gap(x, params.scale, spec)
     low, high = code_range(params, spec)
     above, below = groups - high, low - groups
@@ -200,15 +194,6 @@ def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return (high > step * (last - zero_point + after)) | (low < step * (first - zero_point - before))
 
 
-def _never_clips(spec: QuantSpec) -> bool:
-    """Tell whether no scale can round down so far that it clips.
-
-    The largest magnitude is at most 127 steps, and rounding a scale to any of its dtypes moves 127 steps by less than
-    half a step.
-    """
-    return spec.symmetric and spec.levels is None
-
-
 def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
     """Tell whether all codes decode to finite numbers for any zero point."""
     first, last = ends(spec)
@@ -217,20 +202,15 @@ def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
 
 def _without_overflow(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Enlarge each scale with which `low` or `high` would decode to infinity; the scale itself may become Inf."""
+    limit = torch.finfo(compute_dtype(scale.dtype)).max
     for _ in range(_OVERFLOW_STEPS):
-        overflows = _overflows(low, high, scale, spec)
+        zero_point, step = _zero_point(low, scale, spec), scale.double()
+        first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
+        overflows = torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
         if not overflows.any():
             break
-        scale = torch.where(overflows, _stored(scale.double() * _OVERFLOW_FACTOR, spec), scale)
+        scale = torch.where(overflows, _stored(step * _OVERFLOW_FACTOR, spec), scale)
     return scale
-
-
-def _overflows(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Tell for which scales the code of `low` or `high` decodes to infinity."""
-    zero_point, step = _zero_point(low, scale, spec), scale.double()
-    first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
-    limit = torch.finfo(compute_dtype(scale.dtype)).max
-    return torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
 
 
 def _next_up(x: Tensor) -> Tensor:
@@ -276,53 +256,14 @@ def largest_sum(products: int, spec: QuantSpec) -> int:
     return products * largest_step * -INPUT_SPEC.code_min
 
 
-def inner_extremes(x: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
-    """Find the narrowest range around zero that holds this share of each group's elements.
-
-    Symmetric: both ends have one magnitude. Asymmetric: at most half of the excluded elements lie on either side. A
-    group whose range would be zero alone gets the range of `extremes`.
-
-    Args:
-        x: (rows, columns).
-        spec: gives the groups, and whether ranges are symmetric.
-        share: above 0, at most 1.
-
-    Returns:
-        two tensors of the scales' shape, in the dtype of `x`.
-    """
-    rows, columns = x.shape
-    width = columns if spec.granularity != "tensor" else x.numel()
-    x = x.reshape(-1, width)
-    width = spec.width(width)
-    whole = x.shape[1] // width * width
-    # A shorter last group is handled apart, not padded: the padding zeros would count as elements inside the range.
-    parts = x[:, :whole].reshape(x.shape[0], -1, width), x[:, whole:].unsqueeze(1)
-    ends = [_inner(part, spec, share) for part in parts if part.numel()]
-    low, high = (torch.cat(sides, 1).reshape(spec.scale_shape(rows, columns)) for sides in zip(*ends, strict=True))
-    outer = extremes(x, spec)
-    empty = (low == 0) & (high == 0)
-    return torch.where(empty, outer[0], low), torch.where(empty, outer[1], high)
-
-
-def _inner(groups: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tensor, Tensor]:
-    """Compute `inner_extremes` of groups of one width, (rows, groups, width)."""
-    count = groups.shape[2]
-    spare = math.floor(count * (1 - share))
-    if spec.symmetric:
-        high = groups.abs().kthvalue(count - spare).values
-        return -high, high
-    low, high = (groups.kthvalue(rank).values for rank in (1 + spare // 2, count - spare // 2))
-    return low.clamp(max=0), high.clamp(min=0)
-
-
 def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> Tensor:
     """Fit the scale to codes that are already chosen, by least squares: ``sum(x * step) / sum(step**2)``.
 
     Args:
         scale: the scale that the codes were chosen with, as stored.
         products: sums of the first result of `fewbits.numerics.noise.fit_terms`, float64, the shape of `scale`.
-        squares: sums of its second result.
-        spec: with its `scale_dtype` set.
+        squares: sums of the second result of `fit_terms`, in the same form.
+        spec: the spec of the codes, with `scale_dtype` set.
     """
     factor = torch.where(squares > 0, products / squares, 1.0)
     return _stored(scale.double().abs() * factor, spec).copysign(scale)
@@ -330,7 +271,6 @@ def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> 
 
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:
     """Tell for each scale whether every code decodes to a finite number."""
-    (first, last), scale, zero_point = ends(spec), params.scale, params.zero_point
-    zero = scale.new_zeros((), dtype=torch.float64) if zero_point is None else zero_point.double()
-    limit = torch.finfo(compute_dtype(scale.dtype)).max
-    return torch.maximum(last - zero, zero - first) * scale.double().abs() <= limit
+    first, last = shifted_ends(params, spec, torch.float64)
+    limit = torch.finfo(compute_dtype(params.scale.dtype)).max
+    return torch.maximum(last, -first) * params.scale.double().abs() <= limit

@@ -1,7 +1,10 @@
-"""Names of dtypes in files, and the dtypes used for arithmetic."""
+"""Names of dtypes in files, descriptions for JSON, and the dtypes used for arithmetic."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import attrs
 import torch
 
 from fewbits.errors import ArgumentError
@@ -31,3 +34,16 @@ def dtype_from_name(name: str) -> torch.dtype:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that codes are computed in: float64 for float64, float32 for narrower dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def for_json(instance: attrs.AttrsInstance) -> dict[str, Any]:
+    """Describe the fields of an attrs instance: dtypes by their names, and specs and layouts by their `to_dict`."""
+    return {field.name: _json_value(getattr(instance, field.name)) for field in attrs.fields(type(instance))}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value.to_dict() if attrs.has(type(value)) else value

@@ -24,9 +24,7 @@ def float8_spec(
     finite = _finite(dtype)
     step = finite[-1] - finite[-2]
     beyond = [finite[-1] + step * index for index in range(1, 257 - len(finite))]
-    return QuantSpec(
-        8, granularity, group_size=group_size, scale_dtype=scale_dtype, levels=(*finite, *beyond)
-    )  # fmt: skip
+    return QuantSpec(8, granularity, group_size, scale_dtype=scale_dtype, levels=(*finite, *beyond))
 
 
 def float8_codes(values: Tensor) -> Tensor | None:
@@ -36,18 +34,19 @@ def float8_codes(values: Tensor) -> Tensor | None:
 
 
 @cache
+def float8_numbers(dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Return the numbers that the 256 bytes encode, float32."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32).to(device or "cpu")
+
+
+@cache
 def _finite(dtype: torch.dtype) -> tuple[float, ...]:
-    values = _all(dtype)
+    values = float8_numbers(dtype)
     return tuple(sorted(set(values[torch.isfinite(values)].tolist())))
 
 
 @cache
 def _codes(dtype: torch.dtype) -> Tensor:
     """Return the code of each of the 256 bytes, int16; -1 for NaN and Inf."""
-    values, levels = _all(dtype), torch.tensor(_finite(dtype))
+    values, levels = float8_numbers(dtype), torch.tensor(_finite(dtype))
     return torch.where(torch.isfinite(values), torch.searchsorted(levels, values), -1).to(torch.int16)
-
-
-def _all(dtype: torch.dtype) -> Tensor:
-    """Return the numbers that the 256 bytes encode, float32."""
-    return torch.arange(256).to(torch.uint8).view(dtype).float()

@@ -44,6 +44,13 @@ def ends(spec: QuantSpec) -> tuple[float, float]:
     return (spec.code_min, spec.code_max) if spec.levels is None else (spec.levels[0], spec.levels[-1])
 
 
+def shifted_ends(params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the first and the last step for each scale; both are scalars if there are no zero points."""
+    (first, last), zero_point = ends(spec), params.zero_point
+    zero = params.scale.new_zeros((), dtype=dtype) if zero_point is None else zero_point.to(dtype)
+    return first - zero, last - zero
+
+
 def end_gaps(spec: QuantSpec) -> tuple[float, float]:
     """Return half the distance between the first two steps, and between the last two."""
     if spec.levels is None:
@@ -88,7 +95,5 @@ def half_gap(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def code_range(params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest representable number (grouped, float64); scales may be negative."""
-    step, (first, last) = broadcast(params.scale.double()), ends(spec)
-    zero = broadcast(params.zero_point.double()) if params.zero_point is not None else 0.0
-    bounds = (first - zero) * step, (last - zero) * step
+    bounds = [broadcast(end * params.scale.double()) for end in shifted_ends(params, spec, torch.float64)]
     return torch.minimum(*bounds), torch.maximum(*bounds)

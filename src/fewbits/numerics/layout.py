@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
+from fewbits.numerics.dtypes import for_json
 
 #: Elements in one block. A block and its intermediate results fit into a core's cache.
 BLOCK_ELEMENTS = 1 << 18
@@ -100,12 +101,7 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a description for JSON; ``Layout(**fields)`` reads it."""
-        return {
-            "shape": list(self.shape),
-            "view": list(self.view),
-            "permutation": list(self.permutation),
-            "row_axes": self.row_axes,
-        }
+        return for_json(self)
 
 
 @attrs.frozen(eq=False)
@@ -137,31 +133,34 @@ class WeightMatrix:
         Args:
             size: the rows of one block, as a multiple of `block_rows`.
         """
-        rows, columns = self.layout.matrix_shape
-        step, permuted = size * block_rows(columns), self.layout.permuted(self.tensor)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            yield start, stop, self._rows_of(permuted, start, stop).reshape(stop - start, columns)
+        step = size * block_rows(self.columns)
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            yield start, stop, self.read(start, stop)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop` as a (stop - start, columns) tensor; a view where the strides allow it."""
-        rows = self._rows_of(self.layout.permuted(self.tensor), start, stop)
-        return rows.reshape(stop - start, self.columns)
-
-    def _rows_of(self, permuted: Tensor, start: int, stop: int) -> Tensor:
-        """Return rows `start` to `stop`, with columns not yet flattened."""
+        permuted = self.layout.permuted(self.tensor)
         shape = permuted.shape[: self.layout.row_axes]
         if len(shape) == 1:
-            return permuted[start:stop]
-        if permuted.is_contiguous():
-            return permuted.view(self.rows, self.columns)[start:stop]
-        # Several axes make up the rows. Index them, so that only the requested rows are copied.
-        index = torch.arange(start, stop, device=permuted.device)
-        return permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)[start:stop]
+            rows = permuted[start:stop]
+        elif permuted.is_contiguous():
+            rows = permuted.view(self.rows, self.columns)[start:stop]
+        else:
+            # Several axes make up the rows. Index them, so that only the requested rows are copied.
+            index = torch.arange(start, stop, device=permuted.device)
+            rows = permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)[start:stop]
+        return rows.reshape(stop - start, self.columns)
 
     def whole(self) -> Tensor:
         """Return the whole matrix; a copy where the strides require one."""
         return self.layout.permuted(self.tensor).reshape(self.rows, self.columns)
+
+
+def index_at(position: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the index of the element at this position of a contiguous tensor."""
+    index = torch.unravel_index(torch.tensor(position), tuple(shape)) if shape else ()
+    return tuple(int(axis) for axis in index)
 
 
 def block_rows(columns: int) -> int:

@@ -7,7 +7,7 @@ elementwise, so that thread count and instruction set do not change the results.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import bound_and_clipped, decode
-from fewbits.numerics.constant import SameRows, constant_rows
+from fewbits.numerics.constant import constant_rows
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.noise import group_sums
@@ -39,13 +39,12 @@ class Measurement:
         max_abs_error: the largest error.
         worst_bound_ratio: the largest ratio of an element's error to its bound; at most 1 if all bounds hold.
         broken_at: row and column of the first element whose error exceeds its bound; None if all bounds hold.
-        clipped: how many elements an observer left outside the range of the codes; their bound is wider.
+        clipped: the number of elements that an observer left outside the range of the codes; their bound is wider.
         code_min: the smallest code in use; None for a cast.
         code_max: the largest code in use; None for a cast.
         scale_min: the smallest magnitude of a scale; None for a cast.
         scale_max: the largest magnitude of a scale; None for a cast.
-        constant_rows: how many rows have equal codes that rounding cannot explain, and an SQNR below 10 dB.
-        same_rows: whether there are at least two rows and all have the same codes.
+        constant_rows: the number of rows with equal codes that rounding cannot explain, and an SQNR below 10 dB.
         unit: elements are divided by this power of two before they are squared for signal, noise, dot and decoded. It
             is 1 except for float64 tensors, whose squares could leave the range of float64.
     """
@@ -64,7 +63,6 @@ class Measurement:
     scale_min: float | None = None
     scale_max: float | None = None
     constant_rows: int = 0
-    same_rows: bool = False
     unit: float = 1.0
 
     @property
@@ -97,12 +95,8 @@ def sqnr_db(signal: float, noise: float) -> float:
 
 def pooled_sqnr_db(measurements: Iterable[Measurement]) -> float:
     """Return the SQNR of several tensors together: the sum of their signals over the sum of their noises."""
-    measurements = list(measurements)
-    unit = max((m.unit for m in measurements), default=1.0)
-    weighed = [(m, (m.unit / unit) ** 2) for m in measurements]
-    return sqnr_db(
-        math.fsum(m.signal * share for m, share in weighed), math.fsum(m.noise * share for m, share in weighed)
-    )
+    _, signal, noise = _added([(1.0, 0.0, 0.0), *((m.unit, m.signal, m.noise) for m in measurements)])
+    return sqnr_db(signal, noise)
 
 
 @torch.no_grad()
@@ -111,47 +105,41 @@ def measure(original: Tensor, stored: QuantizedTensor | Tensor) -> Measurement:
 
     Args:
         original: the floating tensor before quantization.
-        stored: its codes, or its cast to another floating dtype.
+        stored: the codes of `original`, or a cast of `original` to another floating dtype.
 
     Raises:
         ArgumentError: if the shapes differ, or there is no element to compare.
     """
-    tally = Tally(unit_of([original]))
+    tally = Tally()
     tally.add(original, stored)
     columns = stored.layout.columns if isinstance(stored, QuantizedTensor) else Layout.of(stored.shape).columns
     return tally.measurement(columns)
 
 
-def unit_of(chunks: Iterable[Tensor]) -> float:
-    """Return the unit for sums of squares: a power of two near the largest magnitude of a float64 tensor, else 1."""
-    largest = 0.0
-    for chunk in chunks:
-        if chunk.dtype != torch.float64:
-            return 1.0
-        blocks = WeightMatrix(chunk, Layout.of(chunk.shape)).blocks()
-        largest = max([largest, *(_largest(rows.abs()) for _, _, rows in blocks)])
-    return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000) if math.isfinite(largest) else 1.0
-
-
+@attrs.define(on_setattr=attrs.setters.NO_OP)  # a converter would copy the lists at every change
 class Tally:
     """Collects the measurement of one stored tensor chunk by chunk.
 
     A chunk is some whole rows of the tensor's matrix, or, of a cast tensor, some elements in memory order. If all
     chunks but the last are multiples of a block, the result has the same bits as one for the whole tensor at once.
 
-    Args:
-        unit: see `unit_of`.
+    Attributes:
+        elements, clipped, constant_rows, max_abs_error, worst_bound_ratio: as in `Measurement`, so far.
+        broken: the position of the first element whose error exceeds its bound; None if all bounds hold.
+        codes: the smallest and the largest code; empty for a cast.
+        scales: the smallest and the largest magnitude of a scale; empty for a cast.
+        sums: unit, signal, noise, dot and decoded of each block.
     """
 
-    def __init__(self, unit: float = 1.0) -> None:
-        self._unit = unit
-        self._elements = self._clipped = self._constant_rows = 0
-        self._largest_error = self._worst_ratio = 0.0
-        self._broken: int | None = None
-        self._codes: list[int] = []
-        self._scales: list[float] = []
-        self._sums: list[list[float]] = []
-        self._same_rows = SameRows()
+    elements: int = 0
+    clipped: int = 0
+    constant_rows: int = 0
+    max_abs_error: float = 0.0
+    worst_bound_ratio: float = 0.0
+    broken: int | None = None
+    codes: list[int] = attrs.field(factory=list, converter=list)
+    scales: list[float] = attrs.field(factory=list, converter=list)
+    sums: list[list[float]] = attrs.field(factory=list, converter=list)
 
     @torch.no_grad()
     def add(self, original: Tensor, stored: QuantizedTensor | Tensor) -> None:
@@ -165,139 +153,107 @@ class Tally:
                 f"a tensor of shape {tuple(original.shape)} cannot be compared with {tuple(stored.shape)}"
             )
         if isinstance(stored, QuantizedTensor):
-            self._scales += map(float, torch.aminmax(stored.scale.abs()))
-            blocks = _quantized_blocks(original, stored)
+            self._add_codes(original, stored)
         else:
-            blocks = _cast_blocks(original, stored)
-        for block in blocks:
-            self._add_block(block)
+            self._add_cast(original, stored)
 
     def join(self, later: Tally) -> None:
         """Add the results for the chunks that follow these."""
-        if later._broken is not None and self._broken is None:
-            self._broken = self._elements + later._broken
-        self._elements += later._elements
-        self._clipped += later._clipped
-        self._largest_error = max(self._largest_error, later._largest_error)
-        self._worst_ratio = max(self._worst_ratio, later._worst_ratio)
-        self._codes += later._codes
-        self._scales += later._scales
-        self._sums += later._sums
-        self._constant_rows += later._constant_rows
-        self._same_rows.join(later._same_rows)
+        if later.broken is not None and self.broken is None:
+            self.broken = self.elements + later.broken
+        self.elements += later.elements
+        self.clipped += later.clipped
+        self.constant_rows += later.constant_rows
+        self.max_abs_error = max(self.max_abs_error, later.max_abs_error)
+        self.worst_bound_ratio = max(self.worst_bound_ratio, later.worst_bound_ratio)
+        self.codes = _extremes(self.codes + later.codes)
+        self.scales = _extremes(self.scales + later.scales)
+        self.sums += later.sums
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state for JSON, exact to the last bit."""
-        return {
-            "unit": self._unit,
-            "elements": self._elements,
-            "clipped": self._clipped,
-            "largest_error": self._largest_error,
-            "worst_ratio": self._worst_ratio,
-            "broken": self._broken,
-            "codes": _extremes(self._codes),
-            "scales": _extremes(self._scales),
-            "sums": self._sums,
-            "constant_rows": self._constant_rows,
-            "same_rows": self._same_rows.to_dict(),
-        }
+        return attrs.asdict(self)
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Tally:
         """Restore the state that `to_dict` returned."""
-        tally = cls(state["unit"])
-        tally._elements, tally._clipped = state["elements"], state["clipped"]
-        tally._largest_error, tally._worst_ratio = state["largest_error"], state["worst_ratio"]
-        tally._broken, tally._codes, tally._scales = state["broken"], [*state["codes"]], [*state["scales"]]
-        tally._sums = [[*sums] for sums in state["sums"]]
-        tally._constant_rows, tally._same_rows = state["constant_rows"], SameRows(**state["same_rows"])
-        return tally
+        return cls(**{field.name: state[field.name] for field in attrs.fields(cls)})
 
     def measurement(self, columns: int) -> Measurement:
         """Return the measurement of the whole tensor, whose matrix has this many columns."""
-        signal, noise, dot, power = (_fsum(terms) for terms in zip(*self._sums, strict=True))
+        unit, signal, noise, dot, power = _added(self.sums)
         return Measurement(
-            elements=self._elements,
+            elements=self.elements,
             signal=signal,
             noise=noise,
             dot=dot,
             decoded=power,
-            max_abs_error=self._largest_error,
-            worst_bound_ratio=self._worst_ratio,
-            broken_at=None if self._broken is None else divmod(self._broken, columns),
-            clipped=self._clipped,
-            code_min=min(self._codes, default=None),
-            code_max=max(self._codes, default=None),
-            scale_min=min(self._scales, default=None),
-            scale_max=max(self._scales, default=None),
-            constant_rows=self._constant_rows,
-            same_rows=bool(self._same_rows),
-            unit=self._unit,
+            max_abs_error=self.max_abs_error,
+            worst_bound_ratio=self.worst_bound_ratio,
+            broken_at=None if self.broken is None else divmod(self.broken, columns),
+            clipped=self.clipped,
+            code_min=min(self.codes, default=None),
+            code_max=max(self.codes, default=None),
+            scale_min=min(self.scales, default=None),
+            scale_max=max(self.scales, default=None),
+            constant_rows=self.constant_rows,
+            unit=unit,
         )
 
-    def _add_block(self, block: _Block) -> None:
-        x, decoded = block.original, block.decoded
+    def _add_codes(self, original: Tensor, stored: QuantizedTensor) -> None:
+        whole, spec = stored.params(), stored.spec
+        self.scales = _extremes([*self.scales, *map(float, torch.aminmax(whole.scale.abs()))])
+        for start, stop, rows in WeightMatrix(original, stored.layout).blocks():
+            params = whole.rows(slice(start, stop))
+            codes = unpack(stored.packed[start:stop], spec.bits, stored.layout.columns)
+            x = rows.double()
+            decoded = _as_read(decode(codes, params, spec, torch.float64), compute_dtype(params.scale.dtype))
+            bound, clipped = bound_and_clipped(x, params, spec)
+            self.codes = _extremes([*self.codes, *(int(end) + spec.code_min for end in torch.aminmax(codes))])
+            self.clipped += int(clipped.sum())
+            self.constant_rows += constant_rows(x, decoded, codes, params, spec)
+            self._compare(x, decoded, bound, original.dtype)
+
+    def _add_cast(self, original: Tensor, stored: Tensor) -> None:
+        limits = torch.finfo(stored.dtype)
+        # One element per row, so that a chunk is cut into the same blocks as the whole tensor.
+        layout = Layout.of(original.shape, inputs=())
+        decoded = WeightMatrix(stored, layout)
+        for start, stop, elements in WeightMatrix(original, layout).blocks():
+            x = elements.reshape(1, -1).double()
+            # Half a unit in the last place of a normal number, plus half of one of a subnormal number.
+            bound = x.abs() * (limits.eps / 2) + limits.tiny * limits.eps / 2
+            self._compare(x, decoded.read(start, stop).reshape(1, -1).double(), bound, original.dtype)
+
+    def _compare(self, x: Tensor, decoded: Tensor, bound: Tensor, dtype: torch.dtype) -> None:
+        """Add the figures of the next block: float64 tensors, and the dtype of the original."""
         error = (x - decoded).abs_()
-        ratio = _worst_ratio(error, block.bound)
-        if self._broken is None and not ratio < 1:
+        ratio = _worst_ratio(error, bound)
+        if self.broken is None and not ratio < 1:
             # NaN and Inf, which a damaged scale gives, must count as broken: comparisons with NaN are false.
-            held = (error <= block.bound) & torch.isfinite(error)
+            held = (error <= bound) & torch.isfinite(error)
             if not held.all():
-                self._broken = self._elements + int((~held).reshape(-1).to(torch.int8).argmax())
-        if block.codes is not None:
-            self._codes += map(int, torch.aminmax(block.codes))
-            self._same_rows.add(block.codes)
-        self._elements += x.numel()
-        self._clipped += block.clipped
-        self._constant_rows += block.constant_rows
-        self._largest_error = max(self._largest_error, _largest(error))
-        self._worst_ratio = max(self._worst_ratio, ratio)
-        if self._unit != 1:
-            x, decoded, error = x / self._unit, decoded / self._unit, error / self._unit
-        self._sums.append(_sums_of_products((x, x), (error, error), (x, decoded), (decoded, decoded)))
+                self.broken = self.elements + int((~held).reshape(-1).to(torch.int8).argmax())
+        self.elements += x.numel()
+        self.max_abs_error = max(self.max_abs_error, _largest(error))
+        self.worst_bound_ratio = max(self.worst_bound_ratio, ratio)
+        unit = 1.0
+        # Only squares of float64 numbers can leave the range of float64.
+        if dtype == torch.float64 and (unit := _unit(x)) != 1:
+            x, decoded, error = x / unit, decoded / unit, error / unit
+        self.sums.append([unit, *_sums_of_products((x, x), (error, error), (x, decoded), (decoded, decoded))])
 
 
-@attrs.frozen(eq=False)
-class _Block:
-    """Some rows before and after quantization, with their error bound, all in float64."""
-
-    original: Tensor
-    decoded: Tensor
-    bound: Tensor
-    codes: Tensor | None = None
-    clipped: int = 0
-    constant_rows: int = 0
-
-
-def _quantized_blocks(original: Tensor, stored: QuantizedTensor) -> Iterator[_Block]:
-    whole, spec = stored.params(), stored.spec
-    for start, stop, rows in WeightMatrix(original, stored.layout).blocks():
-        params = whole.rows(slice(start, stop))
-        codes = unpack(stored.packed[start:stop], spec.bits, stored.layout.columns)
-        x = rows.double()
-        decoded = _as_read(decode(codes, params, spec, torch.float64), compute_dtype(params.scale.dtype))
-        signed = codes.to(torch.int16) + spec.code_min
-        constant = constant_rows(x, decoded, codes, params, spec)
-        bound, outside = bound_and_clipped(x, params, spec)
-        yield _Block(x, decoded, bound, signed, int(outside.sum()), constant)
+def _unit(x: Tensor) -> float:
+    """Return a power of two near the largest magnitude; 1 if that is zero, NaN or Inf."""
+    largest = float(x.abs().max())
+    return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000) if math.isfinite(largest) else 1.0
 
 
 def _as_read(decoded: Tensor, dtype: torch.dtype) -> Tensor:
     """Replace numbers by Inf where decoding in `dtype` gives Inf."""
     infinite = torch.isinf(decoded.to(dtype))
     return torch.where(infinite, torch.inf, decoded) if infinite.any() else decoded
-
-
-def _cast_blocks(original: Tensor, stored: Tensor) -> Iterator[_Block]:
-    limits = torch.finfo(stored.dtype)
-    # One element per row, so that a chunk is cut into the same blocks as the whole tensor.
-    layout = Layout.of(original.shape, inputs=())
-    decoded = WeightMatrix(stored, layout)
-    for start, stop, elements in WeightMatrix(original, layout).blocks():
-        x = elements.reshape(1, -1).double()
-        # Half a unit in the last place of a normal number, plus half of one of a subnormal number.
-        bound = x.abs() * (limits.eps / 2) + limits.tiny * limits.eps / 2
-        yield _Block(x, decoded.read(start, stop).reshape(1, -1).double(), bound)
 
 
 def _extremes(values: Sequence[_Number]) -> list[_Number]:
@@ -324,6 +280,18 @@ def _sums_of_products(*pairs: tuple[Tensor, Tensor]) -> list[float]:
     for product, (a, b) in zip(products, pairs, strict=True):
         torch.mul(a, b, out=product)
     return [_fsum(sums) for sums in group_sums(products).tolist()]
+
+
+def _added(sums: Sequence[Sequence[float]]) -> list[float]:
+    """Add sums of products that have different units. Each entry is a unit, a signal, and other sums.
+
+    Returns:
+        the largest unit of a signal that is not zero (1 if all are zero), and the sums in this unit.
+    """
+    unit = max((own for own, signal, *_ in sums if signal), default=1.0)
+    # Divide twice: the square of the ratio may overflow.
+    scaled = ([term / (unit / own) / (unit / own) for term in terms] for own, *terms in sums)
+    return [unit, *map(_fsum, zip(*scaled, strict=True))]
 
 
 def _fsum(terms: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbits.numerics.grid import broadcast, ends, in_steps, levels_of, nearest_step
+from fewbits.numerics.grid import broadcast, in_steps, levels_of, nearest_step, shifted_ends
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
@@ -33,7 +33,7 @@ def expected_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     - Otherwise: the square of the distance between neighbouring steps, over 12.
     """
     steps = in_steps(x, params.scale, spec)
-    first, last = _shifted_ends(params.zero_point, spec, steps)
+    first, last = (broadcast(end) for end in shifted_ends(params, spec, steps.dtype))
     beyond = torch.maximum(steps - last, first - steps)
     below, above = -0.5, 0.5
     inside = torch.full_like(steps, 1 / 12)
@@ -52,7 +52,7 @@ def bin_noise(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec
         lower: the lower bounds of the bins, (1, bins), float64.
         upper: the upper bounds, (1, bins), float64, larger than `lower`.
         params: one scale, (1,).
-        spec: of granularity "tensor", without levels.
+        spec: a spec of granularity "tensor", without levels.
     """
     bounds = in_steps(lower, params.scale, spec), in_steps(upper, params.scale, spec)
     integrals = [_integral(steps, _rounded(steps, params.zero_point, spec)) for steps in bounds]
@@ -60,7 +60,7 @@ def bin_noise(lower: Tensor, upper: Tensor, params: QuantParams, spec: QuantSpec
 
 
 def fit_terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the terms that `refit` needs the sums of: element times step, and step squared, in units of the scale."""
+    """Return two terms of each element, in units of the scale: element times step, and step squared; for `refit`."""
     steps = in_steps(x, params.scale, spec)
     rounded = _rounded(steps, params.zero_point, spec)
     return steps.mul_(rounded), rounded.square()
@@ -69,13 +69,6 @@ def fit_terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, 
 def _rounded(steps: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Round to the nearest steps."""
     return nearest_step(steps, 0.0 if zero_point is None else broadcast(zero_point.to(steps.dtype)), spec)
-
-
-def _shifted_ends(zero_point: Tensor | None, spec: QuantSpec, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first and the last step less the zero points; both broadcast against `like`."""
-    first, last = ends(spec)
-    zero = like.new_zeros(()) if zero_point is None else broadcast(zero_point.to(like.dtype))
-    return first - zero, last - zero
 
 
 def _integral(steps: Tensor, rounded: Tensor) -> Tensor:

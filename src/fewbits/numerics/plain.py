@@ -20,10 +20,7 @@ GATHER = (
 _UNCOPIED = re.compile(r"torch\.u?int[1-7]")
 
 #: Advice for tensors of these classes.
-_ADVICE = {
-    "DTensor": GATHER,
-    "FakeTensor": "make it outside of FakeTensorMode, with its numbers",
-}
+_ADVICE = {"DTensor": GATHER, "FakeTensor": "make it outside of FakeTensorMode, with its numbers"}
 
 
 def unplain_kind(tensor: Tensor) -> str | None:

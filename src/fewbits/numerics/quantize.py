@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from fewbits.errors import ArgumentError, NonFiniteError, NumericsError, RangeError
 from fewbits.numerics.affine import choose_params, encode, extremes
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
-from fewbits.numerics.layout import Layout, WeightMatrix, block_rows
+from fewbits.numerics.layout import Layout, WeightMatrix, block_rows, index_at
 from fewbits.numerics.packing import pack, packed_words
 from fewbits.numerics.params import QuantParams, check_params
 from fewbits.numerics.scratch import Scratch, scratch
@@ -36,11 +35,7 @@ def min_max(rows: Tensor, spec: QuantSpec) -> QuantParams:
 
 @torch.no_grad()
 def quantize(
-    weight: Tensor | WeightMatrix,
-    spec: QuantSpec,
-    choose: ChooseParams = min_max,
-    *,
-    layout: Layout | None = None,
+    weight: Tensor | WeightMatrix, spec: QuantSpec, choose: ChooseParams = min_max, *, layout: Layout | None = None
 ) -> QuantizedTensor:
     """Round a tensor to the nearest codes.
 
@@ -48,7 +43,7 @@ def quantize(
         weight: float16, bfloat16, float32 or float64, any shape and strides.
         spec: the spec of the codes.
         choose: picks scales and zero points.
-        layout: how to cut `weight` into rows and columns; None takes the last axis as the input.
+        layout: the layout that cuts `weight` into rows and columns; None takes the last axis as the input.
 
     Raises:
         ArgumentError: if `weight` has no elements, or another dtype.
@@ -76,14 +71,14 @@ def quantize(
     per_tensor = spec.granularity == "tensor"
     if per_tensor:
         check_finite(matrix.tensor)
-        _fill(slice(None), params, _chosen(choose, matrix.whole(), spec))
+        _choose_into(params, choose, matrix.whole(), spec)
     for start, stop, values in matrix.blocks(_BLOCKS_AT_ONCE):
-        block = _row_after_row(values, compute_dtype(matrix.dtype), memory)
+        chosen, block = params.rows(slice(start, stop)), _row_after_row(values, compute_dtype(matrix.dtype), memory)
         if not per_tensor:
             if not _is_finite(block):
                 check_finite(matrix.tensor)
-            _fill(slice(start, stop), params, _chosen(choose, block, spec))
-        codes = encode(block, params.rows(slice(start, stop)), spec, memory)
+            _choose_into(chosen, choose, block, spec)
+        codes = encode(block, chosen, spec, memory)
         pack(codes, spec.bits, packed[start:stop], memory)
     return QuantizedTensor(packed, scale, pack_zero_point(zero_point, spec), spec, matrix.layout, matrix.dtype)
 
@@ -121,18 +116,18 @@ def check_finite(
         NonFiniteError: for NaN and Inf.
         RangeError: for a number beyond the range of `dtype`.
     """
+    shape = tensor.shape if shape is None else shape
     tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
-    step = block_rows(tensor[:1].numel())
+    columns = tensor[:1].numel()
+    step = block_rows(columns)
     for start in range(0, tensor.shape[0], step):
         values = tensor[start : start + step]
         result = values if dtype is None else values.to(dtype)
         if _is_finite(result):
             continue
-        at = (~torch.isfinite(result)).nonzero()[0]
-        value = float(values[tuple(at)])
-        index = (start + int(at[0]), *(int(i) for i in at[1:]))
-        if shape is not None:
-            index = _index(first + _position(index, tensor.shape), shape)
+        at = int((~torch.isfinite(result)).flatten().nonzero()[0])
+        value = float(values.flatten()[at])
+        index = index_at(first + start * columns + at, shape)
         if dtype is None:
             raise NonFiniteError(
                 f"the element at index {index} is {value}; only finite numbers can be quantized: "
@@ -142,20 +137,6 @@ def check_finite(
             f"the element at index {index} is {value:.6g}, beyond the largest {dtype_name(dtype)} "
             f"({torch.finfo(dtype).max:.6g}); exclude this tensor, or choose another scheme for it"
         )
-
-
-def _position(index: Sequence[int], shape: Sequence[int]) -> int:
-    """Return the position of an index among the elements of a contiguous tensor."""
-    return functools.reduce(lambda position, axis: position * axis[1] + axis[0], zip(index, shape, strict=True), 0)
-
-
-def _index(position: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the index of the element at this position of a contiguous tensor."""
-    index: list[int] = []
-    for size in reversed(shape):
-        position, at = divmod(position, size)
-        index.append(at)
-    return tuple(reversed(index))
 
 
 def check_chosen(chosen: object, spec: QuantSpec, shape: tuple[int, int]) -> QuantParams:
@@ -170,14 +151,12 @@ def check_chosen(chosen: object, spec: QuantSpec, shape: tuple[int, int]) -> Qua
         raise NumericsError(f"an observer chose a scale or zero point that cannot be used: {error}") from None
 
 
-def _chosen(choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> QuantParams:
-    return check_chosen(choose(rows, spec), spec, (rows.shape[0], rows.shape[1]))
-
-
-def _fill(where: slice, params: QuantParams, chosen: QuantParams) -> None:
-    params.scale[where] = chosen.scale
+def _choose_into(params: QuantParams, choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> None:
+    """Write the parameters that are chosen for some rows to `params`."""
+    chosen = check_chosen(choose(rows, spec), spec, (rows.shape[0], rows.shape[1]))
+    params.scale.copy_(chosen.scale)
     if params.zero_point is not None and chosen.zero_point is not None:
-        params.zero_point[where] = chosen.zero_point
+        params.zero_point.copy_(chosen.zero_point)
 
 
 def _row_after_row(values: Tensor, dtype: torch.dtype, memory: Scratch) -> Tensor:

@@ -108,26 +108,24 @@ def _plain(value: Any) -> Any:
         return {name: _plain(part) for name, part in value.items()}
     if not isinstance(value, (list, tuple)):
         return value
-    parts = [_plain(part) for part in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return _like(value, [_plain(part) for part in value])
 
 
 def _guarded(result: Any, arguments: Sequence[ReadOnlyTensor]) -> Any:
     """Make a result read-only where it shares memory with a read-only argument."""
     if isinstance(result, (list, tuple)) and any(isinstance(part, Tensor) for part in result):
-        parts = [_guarded(part, arguments) for part in result]
-        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+        return _like(result, [_guarded(part, arguments) for part in result])
     if type(result) is not Tensor or result.layout is not torch.strided:
         return result
     for argument in arguments:
         if result is argument.plain:
             return argument
-        if _share_memory(result, argument.plain):
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(result)
+        if not wrapped and torch._C._is_alias_of(result, argument.plain):  # type: ignore[attr-defined]
             return ReadOnlyTensor.of(result, argument._what)
     return result
 
 
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(one):
-        return False
-    return bool(torch._C._is_alias_of(one, other))  # type: ignore[attr-defined]
+def _like(value: Any, parts: list[Any]) -> Any:
+    """Return a list, tuple or named tuple of the same class with other parts."""
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

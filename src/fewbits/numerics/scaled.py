@@ -7,7 +7,6 @@ bits.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -18,19 +17,14 @@ from torch import Tensor
 
 from fewbits.errors import NonFiniteError, NumericsError, RangeError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
-from fewbits.numerics.layout import BLOCK_ELEMENTS
-
-
-def _present(*names: str) -> tuple[torch.dtype, ...]:
-    """Return the named dtypes that this release of torch has."""
-    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))
-
+from fewbits.numerics.float8 import float8_numbers
+from fewbits.numerics.layout import BLOCK_ELEMENTS, index_at
 
 #: Dtypes of the codes.
-FP8_DTYPES = _present("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
-#: Dtypes of the scales.
-FP8_SCALE_DTYPES = (*FLOAT_DTYPES, *_present("float8_e8m0fnu"))
+#: Dtypes of the scales. Torch 2.6 has no float8_e8m0fnu.
+FP8_SCALE_DTYPES = (*FLOAT_DTYPES, *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []))
 
 #: The dtype that codes and scales are dequantized to.
 FP8_TARGET = torch.bfloat16
@@ -160,12 +154,7 @@ def dequantize_scaled(
 def decoded(codes: Tensor) -> Tensor:
     """Convert codes to float32, exactly."""
     # A table of all 256 codes is several times faster than torch's conversion.
-    return _table(codes.dtype, codes.device).index_select(0, codes.view(torch.uint8).int())
-
-
-@functools.cache
-def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32).to(device)
+    return float8_numbers(codes.dtype, codes.device).index_select(0, codes.view(torch.uint8).int())
 
 
 def _checked(scales: Elements, start: int, stop: int) -> Tensor:
@@ -184,22 +173,18 @@ def _refuse_lost(values: Tensor, scale: Tensor, start: int, shape: Sequence[int]
     lost = ((scale == 0) & (values != 0)).flatten().nonzero()
     if len(lost):
         raise NumericsError(
-            f"the scale of the element at index {_index(start + int(lost[0]), shape)} is 0, but its code is not 0: the "
-            "scales have not been written, or are damaged"
+            f"the scale of the element at index {index_at(start + int(lost[0]), shape)} is 0, but its code is not 0: "
+            "the scales have not been written, or are damaged"
         )
 
 
 def _refuse(values: Tensor, products: Tensor, start: int, shape: Sequence[int]) -> NoReturn:
     """Raise an error that names the first element beyond the range of bfloat16."""
     at = int((~(products.abs() <= _LARGEST)).nonzero()[0])
-    value, where = float(values[at]), f"the element at index {_index(start + at, shape)}"
+    value, where = float(values[at]), f"the element at index {index_at(start + at, shape)}"
     if not math.isfinite(value):
         raise NonFiniteError(f"{where} is {value}; only finite numbers can be dequantized: repair the tensor")
     raise RangeError(
         f"{where} is {value:g}; times its scale it is beyond the largest {dtype_name(FP8_TARGET)} ({_LARGEST:g}): the "
         "scales are damaged, or not meant for this tensor"
     )
-
-
-def _index(position: int, shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(axis) for axis in torch.unravel_index(torch.tensor(position), tuple(shape))) if shape else ()

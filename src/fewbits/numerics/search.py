@@ -44,7 +44,7 @@ class Choice:
     Args:
         low: the smallest element of each group, at most zero; the shape of the scales.
         high: the largest element of each group, at least zero.
-        spec: with its `scale_dtype` set.
+        spec: the spec of the codes, with `scale_dtype` set.
         noise: computes the noise to minimize.
 
     Raises:
@@ -81,22 +81,6 @@ class Choice:
         self.noise = torch.where(better, noise, self.noise)
         self.params = params.where(better, self.params)
         self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
-
-
-def choose_within(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec) -> QuantParams:
-    """Choose scales and zero points for ranges that leave some elements outside.
-
-    Args:
-        inner: the ends of the ranges, as `choose_params` takes them.
-        outer: the extremes; they replace an inner range whose first or last code would decode to infinity.
-        spec: with its `scale_dtype` set.
-
-    Raises:
-        RangeError: if a scale is beyond the largest number of its dtype.
-    """
-    params = choose_params(*inner, spec)
-    usable = is_finite_throughout(params, spec)
-    return params if usable.all() else params.where(usable, choose_params(*outer, spec))
 
 
 def choose_for(

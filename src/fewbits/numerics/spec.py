@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from fewbits.errors import ArgumentError
-from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
+from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name, for_json
 
 Granularity = Literal["tensor", "channel", "group"]
 Activations = Literal["dynamic", "static"]
@@ -22,14 +22,20 @@ Rounding = Literal["nearest", "free"]
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def _one_of(*allowed: object) -> Callable[[Any, attrs.Attribute[Any], object], None]:
+    """Make a validator that refuses all but these values; False is not 0."""
+
+    def check(_: Any, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            *names, last = [dtype_name(one) if isinstance(one, torch.dtype) else repr(one) for one in allowed]
+            raise ArgumentError(f"{attribute.name} must be {', '.join(names)} or {last}, not {value!r}")
+
+    return check
+
+
 def _check_bits(_: Any, __: Any, bits: int) -> None:
     if type(bits) is not int or not 2 <= bits <= 8:
         raise ArgumentError(f"bits must be an integer from 2 to 8, not {bits!r}")
-
-
-def _check_granularity(_: Any, __: Any, granularity: object) -> None:
-    if granularity not in ("tensor", "channel", "group"):
-        raise ArgumentError(f"granularity must be 'tensor', 'channel' or 'group', not {granularity!r}")
 
 
 def _check_group_size(spec: QuantSpec, _: Any, group_size: object) -> None:
@@ -38,16 +44,6 @@ def _check_group_size(spec: QuantSpec, _: Any, group_size: object) -> None:
             raise ArgumentError(f"group_size needs granularity 'group', not {spec.granularity!r}")
     elif type(group_size) is not int or group_size < 1:
         raise ArgumentError(f"group_size must be a positive integer, not {group_size!r}")
-
-
-def _check_symmetric(_: Any, __: Any, symmetric: object) -> None:
-    if not isinstance(symmetric, bool):
-        raise ArgumentError(f"symmetric must be True or False, not {symmetric!r}")
-
-
-def _check_scale_dtype(_: Any, __: Any, dtype: object) -> None:
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise ArgumentError(f"scale_dtype must be one of {[dtype_name(d) for d in FLOAT_DTYPES]}, not {dtype!r}")
 
 
 def _levels(values: Iterable[float] | None) -> tuple[float, ...] | None:
@@ -75,24 +71,10 @@ def _check_levels(spec: QuantSpec, _: Any, levels: tuple[float, ...] | None) -> 
 
 
 def _check_activations(spec: QuantSpec, _: Any, activations: object) -> None:
-    if activations is None:
-        return
-    if activations not in get_args(Activations):
-        raise ArgumentError(f"activations must be None, 'dynamic' or 'static', not {activations!r}")
-    if spec.granularity == "group" or spec.levels is not None:
+    if activations is not None and (spec.granularity == "group" or spec.levels is not None):
         raise ArgumentError(
             "int8 activations need integer codes and granularity 'channel' or 'tensor' (one scale per row or tensor)"
         )
-
-
-def _check_rounding(_: Any, __: Any, rounding: object) -> None:
-    if rounding not in get_args(Rounding):
-        raise ArgumentError(f"rounding must be 'nearest' or 'free', not {rounding!r}")
-
-
-def _check_cast_dtype(_: Any, __: Any, dtype: torch.dtype) -> None:
-    if dtype not in FLOAT_DTYPES:
-        raise ArgumentError(f"a cast must be to one of {[dtype_name(d) for d in FLOAT_DTYPES]}, not {dtype!r}")
 
 
 @attrs.frozen(cache_hash=True)
@@ -123,13 +105,15 @@ class QuantSpec:
     """
 
     bits: int = attrs.field(validator=_check_bits)
-    granularity: Granularity = attrs.field(validator=_check_granularity)
+    granularity: Granularity = attrs.field(validator=_one_of(*get_args(Granularity)))
     group_size: int | None = attrs.field(default=None, validator=_check_group_size)
-    symmetric: bool = attrs.field(default=True, validator=_check_symmetric)
-    scale_dtype: torch.dtype | None = attrs.field(default=None, validator=_check_scale_dtype)
+    symmetric: bool = attrs.field(default=True, validator=_one_of(True, False))
+    scale_dtype: torch.dtype | None = attrs.field(default=None, validator=_one_of(None, *FLOAT_DTYPES))
     levels: tuple[float, ...] | None = attrs.field(default=None, converter=_levels, validator=_check_levels)
-    activations: Activations | None = attrs.field(default=None, validator=_check_activations)
-    rounding: Rounding = attrs.field(default="nearest", validator=_check_rounding)
+    activations: Activations | None = attrs.field(
+        default=None, validator=[_one_of(None, *get_args(Activations)), _check_activations]
+    )
+    rounding: Rounding = attrs.field(default="nearest", validator=_one_of(*get_args(Rounding)))
 
     @property
     def code_min(self) -> int:
@@ -163,17 +147,7 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description; `spec_from_dict` reads it."""
-        return {
-            "kind": "affine",
-            "bits": self.bits,
-            "granularity": self.granularity,
-            "group_size": self.group_size,
-            "symmetric": self.symmetric,
-            "scale_dtype": None if self.scale_dtype is None else dtype_name(self.scale_dtype),
-            "levels": None if self.levels is None else list(self.levels),
-            "activations": self.activations,
-            "rounding": self.rounding,
-        }
+        return {"kind": "affine", **for_json(self)}
 
     def __str__(self) -> str:
         codes = f"int{self.bits}" if self.levels is None else f"{len(self.levels)} levels"
@@ -191,7 +165,7 @@ class CastSpec:
     float16
     """
 
-    dtype: torch.dtype = attrs.field(validator=_check_cast_dtype)
+    dtype: torch.dtype = attrs.field(validator=_one_of(*FLOAT_DTYPES))
     activations: ClassVar[None] = None
 
     def for_dtype(self, dtype: torch.dtype) -> CastSpec:
@@ -200,7 +174,7 @@ class CastSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description; `spec_from_dict` reads it."""
-        return {"kind": "cast", "dtype": dtype_name(self.dtype)}
+        return {"kind": "cast", **for_json(self)}
 
     def __str__(self) -> str:
         return dtype_name(self.dtype)

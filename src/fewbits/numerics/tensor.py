@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import attrs
 import torch
@@ -18,9 +18,6 @@ from fewbits.numerics.params import QuantParams, check_params
 from fewbits.numerics.plain import plain
 from fewbits.numerics.spec import QuantSpec
 
-#: The names of all parts that a quantized tensor may have.
-PARTS = frozenset({"packed", "scale", "zero_point", "input_scale", "shape"})
-
 
 @attrs.frozen(eq=False, repr=False)
 class QuantizedTensor:
@@ -32,7 +29,7 @@ class QuantizedTensor:
         scale: (rows, groups), or (1,) for granularity "tensor", in ``spec.scale_dtype``.
         zero_point: int32, packed along the rows: (words, groups); None if symmetric.
         spec: the spec of the codes.
-        layout: how the tensor was cut into rows and columns, with its true shape.
+        layout: the layout that cut the tensor into rows and columns; it has the shape of the tensor.
         dtype: the dtype of the tensor that was quantized; `dequantize` returns this dtype by default.
         input_scale: float32, (1,), the scale of the layer's int8 inputs; None unless ``spec.activations`` is "static".
     """
@@ -54,11 +51,9 @@ class QuantizedTensor:
         if self.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{dtype_name(self.dtype)} is not a dtype that a weight can have")
         expected = part_shapes(self.layout, self.spec, self.dtype)
-        del expected["shape"]  # `layout` holds it
         found = self._tensors()
-        if found.keys() != expected.keys():
-            expects, has = (sorted([*parts, "shape"]) for parts in (expected, found))
-            raise FormatError(f"a tensor in {self.spec} must have the parts {expects}, not {has}")
+        _check_names([*found, "shape"], expected, self.spec)
+        del expected["shape"]  # `layout` holds it
         for name, (shape, dtype) in expected.items():
             if (tuple(found[name].shape), found[name].dtype) != (shape, dtype):
                 raise FormatError(
@@ -75,22 +70,16 @@ class QuantizedTensor:
 
     @classmethod
     def from_codes(
-        cls,
-        codes: Tensor,
-        params: QuantParams,
-        *,
-        spec: QuantSpec,
-        layout: Layout,
-        dtype: torch.dtype,
+        cls, codes: Tensor, params: QuantParams, *, spec: QuantSpec, layout: Layout, dtype: torch.dtype
     ) -> QuantizedTensor:
         """Pack signed codes.
 
         Args:
             codes: integer, (rows, columns), in the code range of `spec`.
             params: scales in ``spec.scale_dtype`` (any dtype if that is None), and zero points if asymmetric.
-            spec: how the codes look.
-            layout: how the tensor was cut.
-            dtype: of the tensor that was quantized.
+            spec: the spec of the codes.
+            layout: the layout that cut the tensor into rows and columns.
+            dtype: the dtype of the tensor that was quantized.
         """
         spec = spec.for_dtype(params.scale.dtype)
         params = check_params(params, spec, layout.matrix_shape)
@@ -113,9 +102,7 @@ class QuantizedTensor:
         Raises:
             FormatError: if a part is missing, or does not fit spec and layout.
         """
-        if not {"packed", "scale", "shape"} <= set(parts) <= PARTS:
-            wanted = sorted(part_shapes(layout, spec, dtype))
-            raise FormatError(f"a tensor in {spec} must have the parts {wanted}, not {sorted(parts)}")
+        _check_names(parts, part_shapes(layout, spec, dtype), spec)
         check_shape_part(parts["shape"], layout.shape)
         optional = parts.get("zero_point"), parts.get("input_scale")
         return cls(parts["packed"], parts["scale"], optional[0], spec, layout, dtype, optional[1])
@@ -159,7 +146,8 @@ class QuantizedTensor:
         Args:
             dtype: the dtype to cast the result to; None means the source's dtype.
         """
-        matrix = decode_packed(self.packed, self.params(), self.spec, self.layout.columns)
+        codes = unpack(self.packed, self.spec.bits, self.layout.columns)
+        matrix = decode(codes, self.params(), self.spec, compute_dtype(self.scale.dtype))
         return self.layout.from_matrix(narrow(matrix, dtype or self.dtype))
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
@@ -215,6 +203,11 @@ def in_memory(tensor: Tensor) -> Tensor:
     if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         return tensor
     return tensor.resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _check_names(found: Collection[str], expected: Collection[str], spec: QuantSpec) -> None:
+    if set(found) != set(expected):
+        raise FormatError(f"a tensor in {spec} must have the parts {sorted(expected)}, not {sorted(found)}")
 
 
 def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -279,18 +272,6 @@ def unpack_zero_point(zero_point: Tensor | None, scale: Tensor, spec: QuantSpec)
     # `contiguous` would keep the stride of a single word, which could then not be viewed as bytes; `clone` resets it.
     columns = zero_point.reshape(zero_point.shape[0], -1).T.clone(memory_format=torch.contiguous_format)
     return (unpack(columns, spec.bits, scale.shape[0]).T.to(torch.int32) + spec.code_min).reshape(scale.shape)
-
-
-def decode_packed(packed: Tensor, params: QuantParams, spec: QuantSpec, columns: int) -> Tensor:
-    """Decode packed rows: (rows, columns), in float32 (float64 for float64 scales).
-
-    Args:
-        packed: int32, (rows, words).
-        params: of these rows, zero points unpacked.
-        spec: how the codes look.
-        columns: how many codes a row has.
-    """
-    return decode(unpack(packed, spec.bits, columns), params, spec, compute_dtype(params.scale.dtype))
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:

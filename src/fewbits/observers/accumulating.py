@@ -51,10 +51,18 @@ class AccumulatingObserver(Observer, Generic[_S]):
         self._take_in(self._statistics(x.detach()))
 
     def input_params(self, spec: QuantSpec) -> QuantParams:
-        """Pick scale and zero point for inputs like those seen so far; see `Observer.input_params`."""
-        check_input_spec(spec)
+        """Pick scale and zero point for inputs like those seen so far; see `Observer.input_params`.
+
+        Raises:
+            ArgumentError: unless the spec has one scale for the whole tensor, and integer codes.
+            CalibrationError: if no input was seen.
+        """
+        if spec.granularity != "tensor" or spec.levels is not None:
+            raise ArgumentError(f"inputs need a spec with granularity 'tensor' and without levels, not {spec}")
         if self._seen is None:
-            raise nothing_seen(self)
+            raise CalibrationError(
+                f"{self!r} has seen no input; run data through the layer first: call observe(batches), or pass data="
+            )
         return self._choose(self._seen, spec.for_dtype(torch.float32))
 
     def merge(self, other: Observer) -> None:
@@ -74,20 +82,3 @@ class AccumulatingObserver(Observer, Generic[_S]):
     def _take_in(self, more: _S | None) -> None:
         if more is not None:
             self._seen = more if self._seen is None else self._seen.merged(more)
-
-
-def check_input_spec(spec: QuantSpec) -> None:
-    """Refuse a spec that does not suit inputs.
-
-    Raises:
-        ArgumentError: unless the spec has one scale for the whole tensor, and integer codes.
-    """
-    if spec.granularity != "tensor" or spec.levels is not None:
-        raise ArgumentError(f"inputs need a spec with granularity 'tensor' and without levels, not {spec}")
-
-
-def nothing_seen(observer: Observer) -> CalibrationError:
-    """Return the error of an observer that is asked for the scale of inputs before it has seen any."""
-    return CalibrationError(
-        f"{observer!r} has seen no input; run data through the layer first: call observe(batches), or pass data="
-    )

@@ -60,7 +60,7 @@ class Observer(ABC):
 
         Args:
             chunks: some whole rows each, in order, in the weight's dtype.
-            spec: of granularity "tensor", with ``spec.scale_dtype`` set.
+            spec: a spec of granularity "tensor", with ``spec.scale_dtype`` set.
         """
         return self.observe_weight(torch.cat(list(chunks)), spec)
 

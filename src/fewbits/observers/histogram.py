@@ -8,8 +8,7 @@ from fewbits.numerics.noise import expected_noise
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.search import choose_for, shares
 from fewbits.numerics.spec import QuantSpec
-from fewbits.observers.counting import CountingObserver, least_noise
-from fewbits.observers.histogram_counts import HistogramCounts
+from fewbits.observers.histogram_counts import CountingObserver, HistogramCounts, least_noise
 
 _SHARES = shares(20)
 
@@ -33,8 +32,7 @@ class HistogramObserver(CountingObserver):
 
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
         """Pick scale and zero point from the range of least expected noise of each group."""
-        choice = choose_for(weight, spec, expected_noise, _SHARES)
-        return choice.params
+        return choose_for(weight, spec, expected_noise, _SHARES).params
 
     def _choose(self, seen: HistogramCounts, spec: QuantSpec) -> QuantParams:
         return least_noise(seen, spec, _at_the_middle)

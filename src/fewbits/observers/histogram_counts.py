@@ -1,16 +1,32 @@
-"""`HistogramCounts`: how many numbers of each size were seen, independent of their order."""
+"""Count how many inputs of each size were seen, independent of their order, and choose scales by the counts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from typing import TypeAlias
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbits.errors import ArgumentError
+from fewbits.numerics.affine import choose_params
+from fewbits.numerics.noise import group_sums
+from fewbits.numerics.params import QuantParams
+from fewbits.numerics.search import Choice
+from fewbits.numerics.spec import QuantSpec
+from fewbits.observers.accumulating import AccumulatingObserver
 from fewbits.observers.extremes import Extremes
+
+#: How much noise a value in a bin has on average, with some parameters: (lower bounds, upper bounds,
+#: params, spec) to (1, 1, bins), in squares of the scale.
+BinNoise: TypeAlias = Callable[[Tensor, Tensor, QuantParams, QuantSpec], Tensor]
+
+#: Shares of the range of inputs to try, an eighth of an octave apart. Outliers may be large, so they span ten octaves.
+_SHARES = [2 ** (-index / 8) for index in range(81)]
 
 #: The exponent of the smallest positive float64.
 _MIN_EXPONENT = -1074
@@ -31,13 +47,13 @@ class HistogramCounts:
     Attributes:
         counts: int64, (2, bins), on the CPU: of the negative numbers by magnitude, then of the positive ones. Bin ``i``
             holds magnitudes from ``i * width`` up to, but not including, ``(i + 1) * width``.
-        zeros: how many numbers were zero; they are in no bin.
+        total: the number of numbers seen; the zeros among them are in no bin.
         exponent: the width is ``2**exponent``; None if all numbers are zero.
         extremes: the smallest and the largest number.
     """
 
     counts: Tensor
-    zeros: int
+    total: int
     exponent: int | None
     extremes: Extremes
 
@@ -56,24 +72,19 @@ class HistogramCounts:
         if extremes is None:
             return None
         largest = max(-extremes.low, extremes.high)
-        exponent = _exponent(largest, bins) if largest else None
+        # The smallest width that gives the largest magnitude a bin.
+        exponent = max(math.frexp(largest)[1] - (bins.bit_length() - 1), _MIN_EXPONENT) if largest else None
         counts = torch.zeros(2 * bins, dtype=torch.int64)
         if exponent is not None:
             for values in torch.split(x.flatten(), _BLOCK):
                 counts += _count(values.double(), exponent, bins).cpu()
-        counts = counts.reshape(2, bins)
-        return cls(counts, x.numel() - int(counts.sum()), exponent, extremes)
-
-    @property
-    def total(self) -> int:
-        """The number of numbers seen."""
-        return self.zeros + int(self.counts.sum())
+        return cls(counts.reshape(2, bins), x.numel(), exponent, extremes)
 
     def merged(self, other: HistogramCounts) -> HistogramCounts:
         """Return the histogram of the numbers of both, which must have the same number of bins."""
         exponent = max((e for e in (self.exponent, other.exponent) if e is not None), default=None)
         counts = self._widened(exponent) + other._widened(exponent)
-        return HistogramCounts(counts, self.zeros + other.zeros, exponent, self.extremes.merged(other.extremes))
+        return HistogramCounts(counts, self.total + other.total, exponent, self.extremes.merged(other.extremes))
 
     def occupied(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the bins that are not empty.
@@ -95,7 +106,7 @@ class HistogramCounts:
         alone, the extremes are returned.
 
         Args:
-            share: above 0, at most 1.
+            share: the share inside the range: above 0, at most 1.
             symmetric: True for two ends of equal magnitude. False for two ends that each leave out at most half of the
                 excluded numbers.
         """
@@ -128,9 +139,39 @@ class HistogramCounts:
         return F.pad(self.counts.reshape(2, -1, together).sum(2), (0, bins - bins // together))
 
 
-def _exponent(largest: float, bins: int) -> int:
-    """Return the exponent of the smallest width that gives the magnitude `largest` a bin."""
-    return max(math.frexp(largest)[1] - (bins.bit_length() - 1), _MIN_EXPONENT)
+class CountingObserver(AccumulatingObserver[HistogramCounts]):
+    """Keeps a histogram of the inputs of a layer.
+
+    Args:
+        bins: the number of bins on each side of zero, a power of two from 64 to 65536. On the side of the largest
+            magnitude more than half of the bins are in use.
+
+    Raises:
+        ArgumentError: for another number of bins.
+    """
+
+    def __init__(self, bins: int = 2048) -> None:
+        if type(bins) is not int or bins not in (1 << power for power in range(6, 17)):
+            raise ArgumentError(f"bins must be a power of two from 64 to 65536, not {bins!r}")
+        self.bins = bins
+
+    def _statistics(self, x: Tensor) -> HistogramCounts | None:
+        return HistogramCounts.of(x, self.bins)
+
+
+def least_noise(seen: HistogramCounts, spec: QuantSpec, noise: BinNoise) -> QuantParams:
+    """Choose scale and zero point with the least noise over a histogram, for a range within the extremes."""
+    ends = seen.extremes.around_zero()
+    if seen.exponent is None:
+        return choose_params(*ends, spec)
+    lower, upper, counts = seen.occupied()
+
+    def total(params: QuantParams) -> Tensor:
+        return group_sums(noise(lower, upper, params, spec) * counts).reshape(1)
+
+    choice = Choice(*ends, spec, total)
+    choice.narrow(_SHARES)
+    return choice.params
 
 
 def _count(values: Tensor, exponent: int, bins: int) -> Tensor:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from fewbits.errors import ArgumentError
-from fewbits.numerics.affine import choose_params
-from fewbits.numerics.params import QuantParams
-from fewbits.numerics.quantize import min_max
-from fewbits.numerics.spec import QuantSpec
-from fewbits.observers.accumulating import check_input_spec, nothing_seen
 from fewbits.observers.base import Observer
 from fewbits.observers.extremes import Extremes
+from fewbits.observers.min_max import MinMaxObserver
 
 
-class MovingAverageMinMaxObserver(Observer):
+class MovingAverageMinMaxObserver(MinMaxObserver):
     """Averages the extremes of the batches; later batches count more. For inputs with rare outliers.
 
     The first batch sets the averages to its extremes. Every later batch with the extreme ``x`` changes the average
@@ -33,34 +26,13 @@ class MovingAverageMinMaxObserver(Observer):
         if not isinstance(averaging_constant, (int, float)) or not 0 < averaging_constant <= 1:
             raise ArgumentError(f"averaging_constant must be above 0 and at most 1, not {averaging_constant!r}")
         self.averaging_constant = float(averaging_constant)
-        self._average: Extremes | None = None
 
-    def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
-        """Pick scale and zero point from the extremes of each group."""
-        return min_max(weight, spec)
+    merge = Observer.merge
 
-    def observe_input(self, x: Tensor) -> None:
-        """Move the averages towards the extremes of one batch. Inputs that are not floating are ignored.
-
-        Raises:
-            CalibrationError: if the batch holds NaN or Inf.
-        """
-        latest, before = Extremes.of(x.detach()), self._average
-        if latest is None or before is None:
-            self._average = latest or before
+    def _take_in(self, more: Extremes | None) -> None:
+        if more is None or self._seen is None:
+            self._seen = more or self._seen
             return
-        weight = self.averaging_constant
         # Weigh each extreme before adding them: the difference of two extremes may overflow.
-        low = (1 - weight) * before.low + weight * latest.low
-        self._average = Extremes(low, (1 - weight) * before.high + weight * latest.high)
-
-    def input_params(self, spec: QuantSpec) -> QuantParams:
-        """Pick scale and zero point from the averaged extremes; see `Observer.input_params`."""
-        check_input_spec(spec)
-        if self._average is None:
-            raise nothing_seen(self)
-        return choose_params(*self._average.around_zero(), spec.for_dtype(torch.float32))
-
-    def reset(self) -> None:
-        """Forget all inputs."""
-        self._average = None
+        old, new = 1 - self.averaging_constant, self.averaging_constant
+        self._seen = Extremes(old * self._seen.low + new * more.low, old * self._seen.high + new * more.high)

@@ -9,8 +9,7 @@ from fewbits.numerics.noise import bin_noise, rounding_noise
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.search import choose_for, fit, shares
 from fewbits.numerics.spec import QuantSpec
-from fewbits.observers.counting import CountingObserver, least_noise
-from fewbits.observers.histogram_counts import HistogramCounts
+from fewbits.observers.histogram_counts import CountingObserver, HistogramCounts, least_noise
 
 
 class MSEObserver(CountingObserver):
@@ -27,7 +26,7 @@ class MSEObserver(CountingObserver):
     count as spread evenly over their bin. The scale is positive.
 
     Args:
-        steps: how many shares of a range to try; at least 2.
+        steps: the number of shares of a range to try; at least 2.
         bins: the number of bins of the histogram on each side of zero: a power of two from 64 to 65536.
 
     Raises:

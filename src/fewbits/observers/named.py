@@ -20,7 +20,7 @@ def make_observer(setting: str, recipe: str | Mapping[str, Any]) -> Observer:
 
     Args:
         setting: the name of the setting, for messages: ``"observer"`` or ``"activation_observer"``.
-        recipe: such as ``"percentile"`` or ``{"name": "percentile", "percentile": 99.9}``.
+        recipe: a name or a mapping, such as ``"percentile"`` or ``{"name": "percentile", "percentile": 99.9}``.
 
     Raises:
         ArgumentError: if there is no such observer, or it does not take an argument; the message names the setting.

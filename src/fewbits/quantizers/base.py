@@ -166,7 +166,7 @@ class Quantizer(Scheme):
             forward: runs one batch, ``forward(model, batch)``, if the model takes other inputs.
             samples: stop after this many; the length of a batch's first axis is its number of samples. None runs all
                 batches.
-            progress: called from 50 samples on.
+            progress: called after every batch.
 
         Returns:
             how many samples and batches this call ran, and whether data was left. The report of `validate` has the sum

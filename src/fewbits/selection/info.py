@@ -28,12 +28,12 @@ class TensorInfo:
 
     Attributes:
         name: full dotted name, such as ``"encoder.layer.0.attention.self.query.weight"``.
-        shape: its shape.
-        dtype: its dtype.
+        shape: the shape of the tensor.
+        dtype: the dtype of the tensor in the source, or after it is dequantized on reading.
         kind: ``"parameter"``, ``"buffer"``, or ``"entry"`` (of a state dict or file, which do not tell them apart).
         owner: the class of the module that holds it; None if the source has no modules.
-        storage: equal for two names exactly if they are the same view of the same memory.
-        layout: how it would be cut into rows and columns; None if it cannot be quantized.
+        storage: a key that two names share exactly if they are the same view of the same memory.
+        layout: the layout that would cut the tensor into rows and columns; None if it cannot be quantized.
         declared: whether `layout` follows from the module's class; otherwise it is a guess by shape.
         obstacle: why no rule can make it quantized; None if it can be quantized.
         skip: why the scheme keeps it unless a rule names it; None if the scheme does not skip it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ import torch
 from fewbits._sizes import bytes_in_words
 from fewbits._table import elide_first, render_table, wrap, wrap_last
 from fewbits.errors import ArgumentError
-from fewbits.numerics.dtypes import dtype_from_name, dtype_name
+from fewbits.numerics.dtypes import dtype_from_name, dtype_name, for_json
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec, spec_from_dict
 
@@ -41,6 +41,15 @@ _LARGE_SHARE = 0.25
 #: The reasons of these fates in a summary; the rows' own reasons name single tensors.
 _IN_SUMMARY = {"alias": "shares storage", "merged": "scales of dequantized weights"}
 
+#: Functions that read the values of these fields from JSON.
+_READ: dict[str, Callable[[Any], Any]] = {
+    "shape": tuple,
+    "dtype": dtype_from_name,
+    "spec": spec_from_dict,
+    "layout": lambda fields: Layout(**fields),
+    "dequantized_from": dtype_from_name,
+}
+
 _is = attrs.validators.instance_of
 
 
@@ -55,19 +64,19 @@ class LedgerRow:
 
     Attributes:
         name: full dotted name.
-        shape: its shape.
-        dtype: its dtype before quantization; if the source's codes are dequantized on reading, the dtype they get.
+        shape: the shape of the tensor.
+        dtype: the dtype before quantization; if the source's codes are dequantized on reading, the dtype they get.
         fate: ``"quantized"``, ``"cast"``, ``"kept"``, ``"alias"`` of another tensor, or ``"merged"``: a scale of the
             source, used up when its weight is dequantized.
         reason: why the tensor has this fate.
         bytes_before: bytes in the source; 0 for an alias.
         bytes_after: bytes in the result, as predicted from shapes and spec.
         spec: the spec of the stored tensor; None unless quantized or cast.
-        layout: how it is cut into rows and columns; None unless quantized.
+        layout: the layout that cuts the tensor into rows and columns; None unless quantized.
         alias_of: the name whose storage it shares; None unless an alias.
         persistent: whether the source's state dict has it.
         dequantized_from: the dtype of the source's codes, if they are dequantized on reading; None otherwise.
-        merged_into: the name of the weight that it is the scale of; None unless merged.
+        merged_into: the name of the weight whose scale this tensor is; None unless merged.
     """
 
     name: str = attrs.field(validator=_is(str))
@@ -117,34 +126,15 @@ class LedgerRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a description for JSON; `from_dict` reads it."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.dtype),
-            "fate": self.fate,
-            "scheme": self.scheme,
-            "reason": self.reason,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "spec": None if self.spec is None else self.spec.to_dict(),
-            "layout": None if self.layout is None else self.layout.to_dict(),
-            "alias_of": self.alias_of,
-            "persistent": self.persistent,
-            "dequantized_from": None if self.dequantized_from is None else dtype_name(self.dequantized_from),
-            "merged_into": self.merged_into,
-        }
+        return for_json(self) | {"scheme": self.scheme}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LedgerRow:
         """Read back what `to_dict` wrote."""
-        fields = {name: value for name, value in fields.items() if name != "scheme"}
-        if fields.get("dequantized_from") is not None:
-            fields["dequantized_from"] = dtype_from_name(fields["dequantized_from"])
-        fields["shape"] = tuple(fields["shape"])
-        fields["dtype"] = dtype_from_name(fields["dtype"])
-        fields["spec"] = None if fields["spec"] is None else spec_from_dict(fields["spec"])
-        fields["layout"] = None if fields["layout"] is None else Layout(**fields["layout"])
-        return cls(**fields)
+        given = {name: value for name, value in fields.items() if name != "scheme"}
+        for name in given.keys() & _READ.keys():
+            given[name] = None if given[name] is None else _READ[name](given[name])
+        return cls(**given)
 
 
 def _rows(rows: Iterable[LedgerRow]) -> tuple[LedgerRow, ...]:

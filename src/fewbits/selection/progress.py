@@ -16,9 +16,9 @@ class Step:
     Attributes:
         activity: ``"convert"``, ``"validate"`` or ``"observe"``.
         name: the current tensor or batch.
-        done: how many bytes of the source, or samples of the data for ``"observe"``, are done. It never decreases
+        done: the bytes of the source, or the samples for ``"observe"``, that are done. The number never decreases
             during an activity. A resumed run begins with the amount that the earlier run finished.
-        total: how many bytes or samples there are; 0 while this is not known.
+        total: all bytes or samples; 0 while their number is not known.
     """
 
     activity: str

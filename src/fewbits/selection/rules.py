@@ -11,7 +11,7 @@ from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import dtype_from_name
 from fewbits.numerics.spec import SPECS, QuantSpec, Spec, spec_from_dict
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.nearest import did_you_mean
+from fewbits.selection.nearest import checked_name, did_you_mean
 
 #: A class or its name: ``nn.Embedding`` or ``"Embedding"``.
 TypeRule = type | str
@@ -63,47 +63,40 @@ def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
     Raises:
         SelectionError: if the rule is malformed; the message names the pattern and the allowed values.
     """
-    if isinstance(rule, Spec):
-        return Override(rule, pattern=pattern)
-    if isinstance(rule, str):
-        return None if rule == "keep" else Override(_named(pattern, rule), pattern=pattern)
-    if not isinstance(rule, Mapping) or not rule:
-        raise SelectionError(
-            f"overrides[{pattern!r}] must be a scheme's name, 'keep', a spec, or fields such as "
-            f"{{'scheme': 'int4', 'group_size': 64}}, not {rule!r}"
-        )
     try:
         return _parsed(pattern, rule)
     except ArgumentError as error:
         raise SelectionError(f"overrides[{pattern!r}]: {error}") from None
 
 
-def _parsed(pattern: str, rule: Mapping[str, Any]) -> Override:
-    """Parse a mapping: a whole spec, as `QuantSpec.to_dict` writes it, or fields to change."""
-    if "kind" in rule:
+def _parsed(pattern: str, rule: OverrideRule) -> Override | None:
+    if isinstance(rule, str):
+        return None if rule == "keep" else Override(_named(rule), pattern=pattern)
+    if isinstance(rule, Spec):
+        return Override(rule, pattern=pattern)
+    if not isinstance(rule, Mapping) or not rule:
+        raise ArgumentError(
+            "a rule must be a scheme's name, 'keep', a spec, or fields such as "
+            f"{{'scheme': 'int4', 'group_size': 64}}, not {rule!r}"
+        )
+    if "kind" in rule:  # a whole spec, as `QuantSpec.to_dict` writes it
         return Override(spec_from_dict(dict(rule)), pattern=pattern)
     changes = {key: value for key, value in rule.items() if key != "scheme"}
     known = ["scheme", *attrs.fields_dict(QuantSpec)]
     for key in changes:
         if key not in known:
-            raise SelectionError(f"overrides[{pattern!r}] does not know {key!r}{did_you_mean(key, known)}")
+            raise ArgumentError(f"there is no field {key!r}{did_you_mean(key, known)}")
     if rule.get("scheme") == "keep":
-        raise SelectionError(f"overrides[{pattern!r}] keeps the tensor and changes fields; write {pattern!r}: 'keep'")
-    base = _named(pattern, rule["scheme"]) if "scheme" in rule else None
+        raise ArgumentError(f"the rule keeps the tensor and changes fields; write {pattern!r}: 'keep'")
+    base = _named(rule["scheme"]) if "scheme" in rule else None
     if isinstance(changes.get("scale_dtype"), str):
         changes["scale_dtype"] = dtype_from_name(changes["scale_dtype"])
     fields = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(changes.items()))
     return Override(base, fields, pattern)
 
 
-def _named(pattern: str, scheme: object) -> Spec:
-    if not isinstance(scheme, str) or scheme not in SPECS:
-        names = [*SPECS, "keep"]
-        raise SelectionError(
-            f"overrides[{pattern!r}]: there is no scheme {scheme!r}{did_you_mean(scheme, names)}; "
-            f"there are {', '.join(map(repr, names))}"
-        )
-    return SPECS[scheme]
+def _named(scheme: object) -> Spec:
+    return SPECS[checked_name("scheme", scheme, [*SPECS, "keep"])]
 
 
 def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:

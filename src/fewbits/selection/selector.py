@@ -103,21 +103,19 @@ class LayerSelector:
             SelectionError: if a rule fits no tensor.
         """
         names = [info.name for info in infos]
-        for rule, patterns in (
-            ("exclude", self._exclude),
-            ("include", self._include),
-            ("overrides", tuple(self._overrides)),
-            ("input_axes", tuple(self._input_axes)),
-        ):
+        rules = {
+            "exclude": self._exclude,
+            "include": self._include,
+            "overrides": tuple(self._overrides),
+            "input_axes": tuple(self._input_axes),
+        }
+        for rule, patterns in rules.items():
             check_all_used(patterns, names, rule)
         check_types_used(self._include_types, infos, "include_types")
         check_types_used(self._exclude_types, infos, "exclude_types")
-        for rule, patterns in (
-            ("include", self._include),
-            ("overrides", tuple(pattern for pattern, override in self._overrides.items() if override is not None)),
-            ("input_axes", tuple(self._input_axes)),
-        ):
-            _check_quantizable(patterns, infos, rule)
+        kept = [*self._exclude, *(pattern for pattern, override in self._overrides.items() if override is None)]
+        for rule, patterns in rules.items():
+            _check_quantizable([pattern for pattern in patterns if pattern not in kept], infos, rule)
         return [self._decide(info) for info in infos]
 
     def _decide(self, info: TensorInfo) -> Decision:

@@ -18,7 +18,7 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
-from fewbits.numerics.metrics import Measurement, Tally, unit_of
+from fewbits.numerics.metrics import Measurement, Tally
 from fewbits.numerics.params import are_sound
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -28,9 +28,8 @@ from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict
 #: Note on a tensor that another tool quantized.
 NOT_NEAREST = "errors beyond half a step, as from clipping, error feedback or rounding in a narrower dtype"
 
-#: Yields the chunks of a row, each with its source. The source is None if it is missing, or if the second argument is
-#: False.
-Pairs = Callable[[LedgerRow, bool], Iterator[tuple[Value, Tensor | None]]]
+#: Yields the chunks of a row, each with its source; None in place of a missing source.
+Pairs = Callable[[LedgerRow], Iterator[tuple[Value, Tensor | None]]]
 
 
 def examine(
@@ -110,72 +109,50 @@ def examine_tensor(
 
     Args:
         row: the tensor's row in the ledger.
-        pairs: as for `examine`.
+        pairs: yields the chunks of each stored tensor with their source, if there is one.
         measurement: a measurement taken earlier; None measures now, if there is a source.
         fail_under: SQNR in dB below which the tensor fails.
         bounded: whether an error beyond its bound is a failure; otherwise it is a note.
     """
     if row.spec is None:
-        kept = all(source is None or same_bits(source, value) for value, source in pairs(row, True))
+        kept = all(source is None or same_bits(source, value) for value, source in pairs(row))
         failures = [] if kept else ["kept, but not equal to the source"]
         return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(failures))
-    failures, notes = [], []
-    blind, sound = _Blind(), True
+    failures, notes, sound, verdict = list[str](), list[str](), True, None
     if measurement is None:
-        measurement, sound = _measured(row, pairs, blind)
+        measurement, sound, notes = _measured(row, pairs)
     elif measurement.scale_min is not None and measurement.scale_max is not None:
         sound = measurement.scale_min > 0 and measurement.scale_max < math.inf
     if not sound:
         failures.append("a scale is zero, NaN or Inf")
-    verdict = None
-    if measurement is None:
-        notes += blind.notes()
-    else:
+    if measurement is not None:
         verdict = verdict_of(measurement.sqnr_db, fail_under)
         if measurement.broken_at is not None:
             (failures if bounded else notes).append(_broken(measurement) if bounded else NOT_NEAREST)
-        failures += [*_patterns(measurement), *_sqnr_failures(measurement, fail_under)]
+        failures += _patterns(measurement)
+        if verdict == "critical":
+            failures.append(f"SQNR {measurement.sqnr_db:.2f} dB is below {fail_under:g} dB")
     return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures), tuple(notes))
 
 
-def _measured(row: LedgerRow, pairs: Pairs, blind: _Blind) -> tuple[Measurement | None, bool]:
-    """Measure a tensor (None without a source), and tell whether all its scales are finite and not zero."""
-    tally = Tally(_unit(row, pairs))
-    compared, sound = False, True
-    for value, source in pairs(row, True):
+def _measured(row: LedgerRow, pairs: Pairs) -> tuple[Measurement | None, bool, list[str]]:
+    """Measure a tensor (None without a source), tell whether all its scales are finite and not zero, and note a doubt.
+
+    Without a source, equal codes are a note: only a comparison could tell whether they are right.
+    """
+    tally, codes, sound = Tally(), set[int](), True
+    for value, source in pairs(row):
         if source is not None:
             tally.add(source, value)
-            compared = True
-        else:
-            blind.add(value)
+        elif isinstance(value, QuantizedTensor) and len(codes) < 2:
+            codes.update(map(int, torch.aminmax(value.codes())))
         if isinstance(value, QuantizedTensor):
             sound &= are_sound(value.scale)
-    return tally.measurement(columns_of(row)) if compared else None, sound
-
-
-class _Blind:
-    """Collects observations on codes that have no source to compare with."""
-
-    def __init__(self) -> None:
-        self._codes: set[int] = set()
-        self._elements = 0
-
-    def add(self, value: Value) -> None:
-        if isinstance(value, QuantizedTensor) and len(self._codes) < 2 and value.layout.rows * value.layout.columns:
-            self._elements += value.layout.rows * value.layout.columns
-            self._codes |= {int(end) for end in torch.aminmax(value.codes())}
-
-    def notes(self) -> list[str]:
-        same = len(self._codes) == 1 and self._elements > 1
-        return [f"all of its codes are {code}; only a comparison with the source can tell whether that is right"
-                for code in self._codes if same]  # fmt: skip
-
-
-def _unit(row: LedgerRow, pairs: Pairs) -> float:
-    """The unit for sums of squares; it depends on the source's values for float64 tensors only."""
-    if row.dtype != torch.float64:
-        return 1.0
-    return unit_of(source for _, source in pairs(row, True) if source is not None)
+    notes = []
+    if len(codes) == 1 and math.prod(row.shape) > 1:
+        doubt = "only a comparison with the source can tell whether that is right"
+        notes.append(f"all of its codes are {codes.pop()}; {doubt}")
+    return tally.measurement(columns_of(row)) if tally.elements else None, sound, notes
 
 
 def _broken(measurement: Measurement) -> str:
@@ -193,23 +170,10 @@ def _patterns(measurement: Measurement) -> list[str]:
     if measurement.constant_rows:
         rows = f"{measurement.constant_rows:,} of its rows"
         return [f"one code throughout in {rows}, but rounding the source gives others"]
-    if measurement.same_rows and measurement.sqnr_db < CRITICAL_DB and measurement.broken_at is not None:
-        return ["all of its rows have the same codes, but rounding the source gives others"]
     return []
 
 
-def _sqnr_failures(measurement: Measurement, fail_under: float) -> list[str]:
-    if not math.isnan(measurement.sqnr_db) and measurement.sqnr_db >= fail_under:
-        return []
-    return [f"SQNR {measurement.sqnr_db:.2f} dB is below {fail_under:g} dB"]
-
-
-def check_reload(
-    report: Report,
-    ledger: Ledger,
-    value_of: Callable[[str], Value],
-    serializer: Serializer,
-) -> Report:
+def check_reload(report: Report, ledger: Ledger, value_of: Callable[[str], Value], serializer: Serializer) -> Report:
     """Save to a temporary file, read it back, and compare the tensors bit for bit, one at a time.
 
     Returns:

@@ -23,14 +23,13 @@ from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import LedgerRow
 from fewbits.selection.progress import Progress, followed
 from fewbits.sources.base import Source
-from fewbits.validation.checks import check_fail_under, examine_tensor
+from fewbits.validation.checks import Pairs, check_fail_under, examine_tensor
 from fewbits.validation.report import Report, TensorReport
 
 
 def verify_compressed_tensors(
     path: str | os.PathLike[str],
     source: Source | None,
-    *,
     serializer: Serializer | None,
     chunk_elements: int | None,
     fail_under: float,
@@ -56,17 +55,24 @@ def verify_compressed_tensors(
         present = [info for info in source.infos if info.merged_into is None]
         originals = {info.name: Entry(info.shape, info.dtype) for info in present}
     checkpoint = CompressedTensors(path, serializer, originals)
-    comparison = _Comparison(checkpoint, source, chunk_elements, fail_under)
-    tensors = [comparison.report(row) for row in followed("validate", checkpoint.ledger.stored, progress)]
+
+    def pairs(row: LedgerRow) -> Iterator[tuple[Value, Tensor | None]]:
+        for chunk in chunks(row, chunk_elements):
+            found = None if source is None else source.read_chunk(row.name, chunk)
+            yield checkpoint.chunk(chunk), None if found is None else checkpoint.in_order(row, found)
+
+    rows = followed("validate", checkpoint.ledger.stored, progress)
+    tensors = [_examined(row, pairs, checkpoint, fail_under) for row in rows]
     tensors += [
         TensorReport(name, fate, "", None, None, (problem,)) for name, (fate, problem) in checkpoint.problems.items()
     ]
+    storages = {} if source is None else {info.storage: info.nbytes for info in source.infos}
     failures = [*_unexplained(checkpoint), *([] if source is None else _missing(checkpoint, source))]
     compared = () if source is None else ("SQNR", "constant rows", "kept tensors")
     return Report(
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name)),
         checks=("structure", "scales", *compared),
-        bytes_before=checkpoint.ledger.bytes_before if source is None else _bytes_of(source),
+        bytes_before=checkpoint.ledger.bytes_before if source is None else sum(storages.values()),
         bytes_after=checkpoint.nbytes,
         unchecked=tuple(_unchecked(checkpoint, source)),
         general=tuple(failures),
@@ -74,41 +80,30 @@ def verify_compressed_tensors(
     )
 
 
-@attrs.frozen
-class _Comparison:
-    checkpoint: CompressedTensors
-    source: Source | None
-    chunk_elements: int | None
-    fail_under: float
+def _examined(row: LedgerRow, pairs: Pairs, checkpoint: CompressedTensors, fail_under: float) -> TensorReport:
+    """Compare one tensor with its source; a tensor that cannot be read is a failure."""
+    try:
+        if row.spec is None:
+            return _kept(row, pairs)
+        found = examine_tensor(row, pairs, None, fail_under, bounded=False)
+    except FormatError as error:
+        return TensorReport(row.name, row.fate, row.scheme, None, None, (str(error),))
+    return attrs.evolve(found, scheme=checkpoint.weights[row.name].scheme)
 
-    def report(self, row: LedgerRow) -> TensorReport:
-        try:
-            if row.spec is None:
-                return self._kept(row)
-            found = examine_tensor(row, self._pairs, None, self.fail_under, bounded=False)
-        except FormatError as error:
-            return TensorReport(row.name, row.fate, row.scheme, None, None, (str(error),))
-        return attrs.evolve(found, scheme=self.checkpoint.weights[row.name].scheme)
 
-    def _pairs(self, row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
-        for chunk in chunks(row, self.chunk_elements):
-            source = self.source.read_chunk(row.name, chunk) if with_source and self.source is not None else None
-            value = self.checkpoint.chunk(chunk)
-            yield value, None if source is None else self.checkpoint.in_order(row, source)
-
-    def _kept(self, row: LedgerRow) -> TensorReport:
-        failures, notes = set[str](), set[str]()
-        for value, source in self._pairs(row, True):
-            if source is None or not isinstance(value, Tensor):
-                continue
-            cast, narrow = source.to(value.dtype), dtype_name(value.dtype)
-            if not same_bits(cast, value):
-                failures.add("not quantized, but not equal to the source")
-            if source.dtype != value.dtype:
-                notes.add(f"{dtype_name(source.dtype)} in the source, compared after a cast to {narrow}")
-                if not torch.equal(torch.isfinite(cast), torch.isfinite(source)):
-                    failures.add(f"some of its numbers are beyond {narrow}")
-        return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(sorted(failures)), tuple(notes))
+def _kept(row: LedgerRow, pairs: Pairs) -> TensorReport:
+    failures, notes = set[str](), set[str]()
+    for value, source in pairs(row):
+        if source is None or not isinstance(value, Tensor):
+            continue
+        cast, narrow = source.to(value.dtype), dtype_name(value.dtype)
+        if not same_bits(cast, value):
+            failures.add("not quantized, but not equal to the source")
+        if source.dtype != value.dtype:
+            notes.add(f"{dtype_name(source.dtype)} in the source, compared after a cast to {narrow}")
+            if not torch.equal(torch.isfinite(cast), torch.isfinite(source)):
+                failures.add(f"some of its numbers are beyond {narrow}")
+    return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(sorted(failures)), tuple(notes))
 
 
 def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:
@@ -139,7 +134,3 @@ def _unchecked(checkpoint: CompressedTensors, source: Source | None) -> Iterator
         yield f"{len(checkpoint.problems)} tensors that cannot be read or compared, each a failure"
     if checkpoint.of_activations:
         yield f"{len(checkpoint.of_activations)} scales and zero points of activations: the source has none"
-
-
-def _bytes_of(source: Source) -> int:
-    return sum({info.storage: info.nbytes for info in source.infos}.values())

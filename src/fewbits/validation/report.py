@@ -92,7 +92,7 @@ class Report:
         about: notes on the result as a whole.
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the result's tensors, counted from the tensors.
-        observed: how much data `observe` ran before the weights were converted; None if it ran none.
+        observed: the amount of data that `observe` ran before the weights were converted; None if it ran none.
     """
 
     tensors: tuple[TensorReport, ...]

@@ -26,7 +26,7 @@ from fewbits.validation.report import CRITICAL_DB, Report
 
 
 def verify(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     source: Source | None = None,
     *,
     serializer: Serializer | None = None,
@@ -40,7 +40,7 @@ def verify(
     Codes are decoded directly, by the layout that the file states, and not by a quantized module.
 
     Args:
-        path: the file, or the directory of several files.
+        path: the file, or the directory of several files; or a fewbits checkpoint that is already open.
         source: the source that the file was made from; None checks structure and digests only.
         serializer: reads the file; None means safetensors.
         measured: measurements taken when these same bytes were written, by name; those tensors are not measured again.
@@ -52,50 +52,18 @@ def verify(
         FormatError: if the checkpoint has neither format, or its parts contradict each other.
         DigestError: if its header is damaged.
     """
-    checkpoint = open_checkpoint(path, serializer)
-    if checkpoint is None:
-        return verify_compressed_tensors(
-            path,
-            source,
-            serializer=serializer,
-            chunk_elements=chunk_elements,
-            fail_under=fail_under,
-            progress=progress,
-        )
-    return verify_checkpoint(
-        checkpoint,
-        source,
-        measured=measured,
-        chunk_elements=chunk_elements,
-        fail_under=fail_under,
-        progress=progress,
-    )
+    if not isinstance(path, Checkpoint):
+        opened = open_checkpoint(path, serializer)
+        if opened is None:
+            return verify_compressed_tensors(path, source, serializer, chunk_elements, fail_under, progress)
+        path = opened
+    checkpoint: Checkpoint = path
+    no_match: tuple[list[str], dict[str, str]] = [], {}
+    differences, names = no_match if source is None else _match(checkpoint.ledger, source)
 
-
-def verify_checkpoint(
-    checkpoint: Checkpoint,
-    source: Source | None = None,
-    *,
-    measured: Mapping[str, Measurement] | None = None,
-    chunk_elements: int | None = None,
-    fail_under: float = CRITICAL_DB,
-    progress: Progress = no_progress,
-) -> Report:
-    """Check a fewbits checkpoint that is already open; the other arguments are those of `verify`."""
-    wrong = set(checkpoint.damaged())
-    damaged = {}
-    for row in checkpoint.ledger.stored:
-        bad = sorted(wrong & CODEC.entries(row).keys())
-        if bad:
-            damaged[row.name] = f"the bytes of {', '.join(bad)} are not the bytes that were written"
-    differences: list[str] = []
-    names: dict[str, str] = {}
-    if source is not None:
-        differences, names = _match(checkpoint.ledger, source)
-
-    def pairs(row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
+    def pairs(row: LedgerRow) -> Iterator[tuple[Value, Tensor | None]]:
         # A non-persistent buffer may have no name in the source.
-        compared = with_source and source is not None and not differences and row.name in names
+        compared = source is not None and not differences and row.name in names
         for chunk in chunks(row, chunk_elements):
             yield checkpoint.chunk(chunk), source.read_chunk(names[row.name], chunk) if compared else None  # type: ignore[union-attr]
 
@@ -103,12 +71,19 @@ def verify_checkpoint(
         checkpoint.ledger,
         pairs,
         checkpoint.nbytes,
-        known={**(measured or {}), **damaged},
+        known={**(measured or {}), **_damaged(checkpoint)},
         uncompared="the source is not what the file was made from" if differences else "no source to compare with",
         fail_under=fail_under,
         progress=progress,
     )
     return attrs.evolve(report, checks=("digests", *report.checks), general=(*report.general, *differences))
+
+
+def _damaged(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return a sentence for each stored row whose bytes have changed, by its name."""
+    wrong = set(checkpoint.damaged())
+    damaged = {row.name: ", ".join(sorted(wrong & CODEC.entries(row).keys())) for row in checkpoint.ledger.stored}
+    return {name: f"the bytes of {bad} are not the bytes that were written" for name, bad in damaged.items() if bad}
 
 
 def _match(ledger: Ledger, source: Source) -> tuple[list[str], dict[str, str]]:
