@@ -156,7 +156,7 @@ CASES = [
     pytest.param(
         WritesToTheWeight,
         "lifecycle_of_a_state_dict",
-        "the prepared state dict has changed|bound is broken",
+        "the prepared source has changed|bound is broken",
         id="writes",
     ),
     pytest.param(

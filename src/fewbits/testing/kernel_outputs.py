@@ -156,17 +156,17 @@ def computed(layer: Layer | None, inputs: Iterable[Tensor]) -> list[tuple[Tensor
 def any_size_is_computed(setup: KernelSetup) -> None:
     """For any size, the output of `Kernel.linear` has the right shape, dtype and elements."""
 
-    def right(
-        spec: QuantSpec, dtype: torch.dtype, kind: torch.dtype, sizes: tuple[int, int], rows: int, seed: int
-    ) -> None:
-        weight = setup.weight(spec, *sizes, dtype, seed)
-        x = setup.normal((rows, sizes[1]), kind, seed + 1)
+    def right(spec: QuantSpec, dtype: torch.dtype, kind: torch.dtype, sizes: tuple[int, int, int], seed: int) -> None:
+        outputs, inputs, rows = sizes
+        weight = setup.weight(spec, outputs, inputs, dtype, seed)
+        x = setup.normal((rows, inputs), kind, seed + 1)
         check_outputs(setup, weight, computed(setup.packed(weight), [x]))
 
     size = st.sampled_from([1, 7, 33, 40, 64, 65, 129, 160, 200])
-    drawn = st.sampled_from(FLOATS), st.sampled_from(INPUTS), st.tuples(size, size), st.sampled_from(ROWS)
+    sizes = st.tuples(size, size, st.sampled_from(ROWS))
     for spec in setup.specs():
-        for_all(setup.examples, right, st.just(spec), *drawn, st.integers(0, 99))
+        drawn = st.just(spec), st.sampled_from(FLOATS), st.sampled_from(INPUTS), sizes, st.integers(0, 99)
+        for_all(setup.examples, right, *drawn)
 
 
 def every_code_is_read_right(setup: KernelSetup) -> None:
@@ -244,9 +244,8 @@ def with_inputs(value: QuantizedTensor, spec: QuantSpec) -> QuantizedTensor:
 
 def as_dynamic(weight: PackedInt32) -> PackedInt32:
     """Return the same codes for a layer that rounds its inputs."""
-    if weight.spec.activations is not None:
-        return weight
-    return attrs.evolve(weight, spec=attrs.evolve(weight.spec, activations="dynamic"))
+    activations = weight.spec.activations or "dynamic"
+    return attrs.evolve(weight, spec=attrs.evolve(weight.spec, activations=activations))
 
 
 def decoded(weight: WeightLayout, codes: Tensor | None = None) -> Tensor:
