@@ -40,10 +40,10 @@ class Place:
     """The place of one tensor of a file in a model.
 
     Attributes:
-        row: The tensor's row in the ledger.
-        slots: All slots that take the tensor, at least one. They share it from then on.
-        device: The device that the tensor goes to.
-        in_place: Whether the tensor is written into the memory of the parameter, because others hold that memory too.
+        row: the tensor's row in the ledger.
+        slots: all slots that take the tensor, at least one. They share it from then on.
+        device: the device that the tensor goes to.
+        in_place: whether the tensor is written into the memory of the parameter, because others hold that memory too.
     """
 
     row: LedgerRow
@@ -56,10 +56,10 @@ class Place:
         """The place of a row.
 
         Args:
-            row: The tensor's row in the ledger.
-            taken: The slots.
-            device: The device; None means that of the first slot, or the CPU if that is the meta device.
-            held_elsewhere: Whether others hold the memory of one of the slots.
+            row: the tensor's row in the ledger.
+            taken: the slots.
+            device: the device; None means that of the first slot, or the CPU if that is the meta device.
+            held_elsewhere: whether others hold the memory of one of the slots.
         """
         there = taken[0].tensor.device
         device = device or (_CPU if there.type == "meta" else there)
@@ -85,8 +85,8 @@ class Place:
 
         Args:
             value: A value in the CPU's memory.
-            compute: How the layers may compute; see `fewbits.set_compute`.
-            reuse_memory: Whether the value's memory may be written to, because nothing else holds it.
+            compute: how the layers may compute; see `fewbits.set_compute`.
+            reuse_memory: whether the value's memory may be written to, because nothing else holds it.
         """
         if self.row.spec is not None:
             weight = store(value, self.row.dtype).to(self.device)
@@ -128,9 +128,9 @@ def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> N
     next one is read.
 
     Args:
-        checkpoint: The file.
-        places: The place of each tensor of the file.
-        compute: How the layers may compute; see `fewbits.set_compute`.
+        checkpoint: the file.
+        places: the place of each tensor of the file.
+        compute: how the layers may compute; see `fewbits.set_compute`.
 
     Raises:
         SourceError: if a module would not read its quantized weight. The model is unchanged then.
@@ -182,9 +182,9 @@ def initial_values(
     same in both, nothing has set it, or only a part of it, or its values are random.
 
     Args:
-        model: The model, which does not change.
-        buffers: Buffers of the model; all are on the meta device.
-        init_buffers: Called with the copy of each module that holds some of the buffers.
+        model: the model, which does not change.
+        buffers: buffers of the model; all are on the meta device.
+        init_buffers: called with the copy of each module that holds some of the buffers.
 
     Returns:
         the values by `Slot.key`, and a problem for each buffer that got none.

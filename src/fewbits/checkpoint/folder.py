@@ -109,9 +109,9 @@ class ShardedReader:
         """Some elements of a tensor, in memory of their own; read by position where the format allows it.
 
         Args:
-            name: of the tensor.
+            name: the name of the tensor.
             start: the first element.
-            shape: of the result.
+            shape: the shape of the result.
         """
         reader = self._readers[name]
         if isinstance(reader, ChunkReader):
@@ -130,7 +130,8 @@ def find_files(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
 
     Args:
         path: a file of tensors, an index, or a directory that holds one of either.
-        suffixes: how the names of files of tensors may end; of a directory that has several kinds the first is taken.
+        suffixes: the possible ends of the names of tensor files. If a directory has files of several kinds, the kind
+            that comes first here is taken.
 
     Raises:
         FormatError: if a directory holds several checkpoints or none, or the index is invalid or names a file outside

@@ -49,8 +49,8 @@ class Span:
     """One tensor's place in a file.
 
     Attributes:
-        entry: its shape and dtype.
-        start: its first byte, counted from the beginning of the file.
+        entry: the shape and dtype of the tensor.
+        start: the first byte of the tensor, counted from the beginning of the file.
     """
 
     entry: Entry
@@ -74,8 +74,8 @@ def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileH
     """Read and check the header of an open file.
 
     Args:
-        file: opened for reading, in binary mode.
-        where: names the file in errors.
+        file: a file that is open for reading, in binary mode.
+        where: the name of the file in errors.
         limit: the longest header to read, in bytes.
 
     Raises:
@@ -139,8 +139,8 @@ def parse_object(text: bytes, where: object, what: str) -> dict[str, Any]:
     """A JSON object out of a file that may hold anything.
 
     Args:
-        text: in UTF-8.
-        where: names the file in errors.
+        text: text in UTF-8.
+        where: the name of the file in errors.
         what: the name of the text in errors.
 
     Raises:

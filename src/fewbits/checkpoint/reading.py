@@ -37,9 +37,9 @@ class Checkpoint:
         serializer: reads the files; None means safetensors.
 
     Attributes:
-        metadata: The metadata of all files, united.
-        ledger: The fate of every tensor of the source.
-        headers: The digest in each file's header, by the name of the file.
+        metadata: the metadata of all files, united.
+        ledger: the fate of every tensor of the source.
+        headers: the digest in each file's header, by the name of the file.
 
     Raises:
         FormatError: if fewbits did not write it, or its parts contradict one another.
@@ -81,7 +81,7 @@ class Checkpoint:
         """The stored form of some of a tensor, in memory of its own; read by position where the format allows it.
 
         Args:
-            chunk: of a row of this ledger that is no alias.
+            chunk: a chunk of a row of this ledger; the row is not an alias.
 
         Raises:
             FormatError: with the first chunk, if the stored shape is not that of the ledger.

@@ -156,8 +156,8 @@ class Serializer(ABC):
     """Writes and reads the result of a quantization.
 
     Attributes:
-        suffix: The end of the names of files in a directory.
-        foreign_suffixes: The ends of names, in lower case, that no file may have, because they are those of other
+        suffix: the end of the names of files in a directory.
+        foreign_suffixes: the ends of names, in lower case, that no file may have, because they are those of other
             formats.
     """
 

@@ -40,8 +40,9 @@ class TorchFile(ChunkReader):
     """A file of `torch.save`, with a mapping of names to tensors in it.
 
     Args:
-        path: of the file.
-        entry: the name of the state dict in it, if it holds more than that; a dot leads from an entry to one within.
+        path: the path of the file.
+        entry: the name of the state dict in the file, if the file holds more than that; a dot leads from an entry to
+            one within.
 
     Attributes:
         views: the bytes of each tensor in the file; tied tensors have the same view.

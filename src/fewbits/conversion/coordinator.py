@@ -61,9 +61,9 @@ class Coordinator:
 
     Args:
         writer: writes the files.
-        path: where the result goes.
+        path: the path of the result.
         readers: who can open the result, if its source is a transformers model.
-        shared: whether other processes are workers too. Files of a failed run stay then, for the other processes.
+        shared: whether other processes are workers too. If so, the files of a failed run stay for them.
 
     Attributes:
         begun: whether `begin` has found anything to do.

@@ -42,14 +42,14 @@ class StagingDirectory:
     """The directory where a result is made.
 
     Args:
-        output: The path of the result, and whether to resume or replace an earlier run.
-        folder: Whether the result is a directory.
-        names: The names of the files of the result.
+        output: the path of the result, and whether to resume or replace an earlier run.
+        folder: whether the result is a directory.
+        names: the names of the files of the result.
 
     Attributes:
-        path: The staging directory.
-        files: The directory in it where the files of the result are written.
-        folder: Whether the result is a directory.
+        path: the staging directory.
+        files: the directory in it where the files of the result are written.
+        folder: whether the result is a directory.
     """
 
     def __init__(self, output: Output, *, folder: bool, names: Sequence[str]) -> None:

@@ -47,8 +47,8 @@ class Streaming:
         """Convert all tensors of a ledger, in order, on as many threads as the budget allows.
 
         Args:
-            ledger: The rows of all tensors, or of those in one file.
-            done: The number of elements of each tensor that an earlier run has converted, by tensor name.
+            ledger: the rows of all tensors, or of those in one file.
+            done: the number of elements of each tensor that an earlier run has converted, by tensor name.
         """
         return in_order(self._tasks(ledger, done), self.budget.threads)
 
@@ -137,7 +137,7 @@ def in_order(tasks: Iterable[Callable[[], _Made]], threads: int) -> Iterator[_Ma
     memory stays bounded. Each thread reuses its scratch memory from task to task.
 
     Args:
-        tasks: iterated on the thread that takes the results.
+        tasks: the tasks; the thread that takes the results iterates over them.
         threads: how many tasks run at a time; 1 runs them on the calling thread.
     """
     before, grad, memory = torch.get_num_threads(), torch.is_grad_enabled(), _OfThread()
