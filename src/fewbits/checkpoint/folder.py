@@ -63,6 +63,7 @@ class ShardedReader:
     Attributes:
         shards: the readers, by the file's name.
         entries: shape and dtype of every tensor, by name.
+        nbytes: the bytes of all tensors, without headers.
 
     Raises:
         FormatError: if two files hold a tensor of the same name.
@@ -79,6 +80,7 @@ class ShardedReader:
                 )
             self._readers |= dict.fromkeys(reader.entries, reader)
         self.entries: Mapping[str, Entry] = {name: reader.entries[name] for name, reader in self._readers.items()}
+        self.nbytes = sum(entry.nbytes for entry in self.entries.values())
 
     def check_index(self) -> None:
         """Refuse an index that names another file for a tensor. Tensors that the index does not mention are allowed.
@@ -91,11 +93,6 @@ class ShardedReader:
                 raise FormatError(f"{self._files.index} names {name}, which none of its files holds")
             if name not in self.shards[file].entries:
                 raise FormatError(f"{self._files.index} says that {name} is in {file}; it is in another file")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, headers aside."""
-        return sum(entry.nbytes for entry in self.entries.values())
 
     def reader(self, name: str) -> Reader:
         """The reader of the file that holds a tensor."""

@@ -70,13 +70,12 @@ class FileHeader:
     spans: Mapping[str, Span]
 
 
-def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileHeader:
+def read_header(file: BinaryIO, where: object) -> FileHeader:
     """Read and check the header of an open file.
 
     Args:
         file: a file that is open for reading, in binary mode.
         where: the name of the file in errors.
-        limit: the longest header to read, in bytes.
 
     Raises:
         FormatError: if it is not the header of a safetensors file: too long, no JSON of the right form, a name twice,
@@ -88,8 +87,8 @@ def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileH
     length = int.from_bytes(file.read(PREFIX), "little")
     if size < PREFIX or length > size - PREFIX:
         _refuse(where, f"of its {size:,} bytes the header should take {length:,}, after {PREFIX} that say so")
-    if length > limit:
-        _refuse(where, f"its header has {length:,} bytes, more than {limit:,}")
+    if length > MAX_HEADER:
+        _refuse(where, f"its header has {length:,} bytes, more than {MAX_HEADER:,}")
     fields = parse_object(file.read(length), where, "header")
     metadata = fields.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):

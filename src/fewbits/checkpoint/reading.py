@@ -40,6 +40,7 @@ class Checkpoint:
         metadata: the metadata of all files, united.
         ledger: the fate of every tensor of the source.
         headers: the digest in each file's header, by the name of the file.
+        nbytes: the bytes of all tensors, without headers.
 
     Raises:
         FormatError: if fewbits did not write it, or its parts contradict one another.
@@ -60,11 +61,7 @@ class Checkpoint:
         self.metadata = _united(parts, path)
         self.ledger = self.metadata.ledger
         self._tensors = ShardedReader(files, readers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, headers aside."""
-        return self._tensors.nbytes
+        self.nbytes = self._tensors.nbytes
 
     def value(self, name: str) -> Value:
         """The stored form of one tensor of the source, by its name there; it aliases the mapped file.
