@@ -76,8 +76,7 @@ class StagingDirectory:
             CheckpointError: if the directory cannot be made, or another process is at work there.
         """
         resume, path = self._output.resume, self._output.path
-        is_published = any(path.iterdir()) if self.folder and path.is_dir() else path.is_file()
-        if resume and not self._output.replace and not self._unfinished() and is_published:
+        if resume and not self._output.replace and not self._unfinished() and self._is_published():
             if self.path.is_dir():  # a run has published its result and then ended early
                 with as_checkpoint_error(f"{path} cannot be written"):
                     self._lock.take()
@@ -217,6 +216,10 @@ class StagingDirectory:
             return self.files.is_dir()
         seal = read_journal(self._journal_path(self._names[0]))[1]
         return seal is None or (self.files / self._names[0]).exists()
+
+    def _is_published(self) -> bool:
+        path = self._output.path
+        return any(path.iterdir()) if self.folder and path.is_dir() else path.is_file()
 
     def _is_own(self, path: Path, mode: int) -> bool:
         """Whether a run makes such a file or directory."""
