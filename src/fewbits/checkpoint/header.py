@@ -122,11 +122,7 @@ def dump_header(metadata: Mapping[str, str], entries: Mapping[str, Entry], where
         if entry.dtype not in _FROM_TORCH:
             raise FormatError(f"{name} has dtype {dtype_name(entry.dtype)}, which safetensors cannot store")
         end = start + entry.nbytes
-        fields[name] = {
-            "dtype": _FROM_TORCH[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
+        fields[name] = {"dtype": _FROM_TORCH[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
         start = end
     try:
         return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
