@@ -191,13 +191,11 @@ def initial_values(
     """
     if not buffers:
         return {}, []
-    first: dict[str, Tensor | None] = {}
-    second = first
     try:
-        first, why = _initialized(model, buffers, init_buffers, 0)
-        second, _ = _initialized(model, buffers, init_buffers, 1)
+        runs = [_initialized(model, buffers, init_buffers, fill) for fill in (0, 1)]
     except SourceError as error:
-        why = dict.fromkeys(map(_path, buffers), f" ({error})")
+        runs = [({}, {_path(slot): f" ({error})" for slot in buffers})] * 2
+    (first, why), (second, _) = runs
     values = {}
     problems = []
     for slot in buffers:
