@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fewbits
-from fewbits.conversion.pool import in_order
+from fewbits.conversion.streaming import in_order
 from fewbits.errors import CheckpointError, FormatError
 from fewbits.extend import QuantParams
 from fewbits.numerics.metrics import Tally

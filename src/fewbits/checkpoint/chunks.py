@@ -23,9 +23,9 @@ class Chunk:
     """Consecutive elements of one tensor; of a quantized tensor, whole rows of its matrix.
 
     Attributes:
-        row: The ledger row of the whole tensor.
-        start: The index of the first element.
-        stop: The index after the last element.
+        row: the ledger row of the whole tensor.
+        start: the index of the first element.
+        stop: the index after the last element.
     """
 
     row: LedgerRow
@@ -87,9 +87,9 @@ def chunks(row: LedgerRow, elements: int | None = None, *, start: int = 0) -> It
     A tensor whose rows do not lie one after the other is one chunk, and so is an empty one.
 
     Args:
-        row: The tensor's row in the ledger.
-        elements: The approximate number of elements of a chunk; None means `CHUNK_ELEMENTS`.
-        start: The first element; a chunk of the whole tensor must begin there.
+        row: the tensor's row in the ledger.
+        elements: the approximate number of elements of a chunk; None means `CHUNK_ELEMENTS`.
+        start: the first element; a chunk of the whole tensor must begin there.
     """
     total = math.prod(row.shape)
     step = chunk_elements(row, CHUNK_ELEMENTS if elements is None else elements)

@@ -43,8 +43,8 @@ class Codec:
         """Take a value apart into the tensors that a file holds, by their names there.
 
         Args:
-            name: of the tensor in the source.
-            value: its stored form.
+            name: the name of the tensor in the source.
+            value: the stored form of the tensor.
         """
         if isinstance(value, QuantizedTensor):
             return {part_name(name, part): tensor for part, tensor in value.parts().items()}
@@ -72,8 +72,8 @@ class Codec:
         """Put the value of a row together out of whole tensors. They are not copied.
 
         Args:
-            row: of the ledger; not an alias, and not merged into another.
-            tensors: gives each of the row's tensors by its name in the file.
+            row: the tensor's row in the ledger; not an alias, and not merged into another.
+            tensors: returns a tensor of the file, by its name there.
 
         Raises:
             FormatError: if the tensors do not fit the row.
@@ -88,8 +88,8 @@ class Codec:
         """Put the value of a chunk together, reading no more of each tensor than the chunk needs.
 
         Args:
-            chunk: of a row that is not an alias, and not merged into another.
-            read: reads the elements.
+            chunk: a chunk of a row that is not an alias, and not merged into another.
+            read: reads elements of a tensor in the file.
 
         Raises:
             FormatError: with the first chunk, if the stored shape is not that of the row.

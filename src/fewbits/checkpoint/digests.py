@@ -34,9 +34,9 @@ def wrong_digests(reader: Reader, digests: Mapping[str, str], threads: int | Non
     """Return the names of the tensors of a file whose bytes do not match their digest.
 
     Args:
-        reader: An open reader of the file.
-        digests: The SHA-256 of every tensor in the file, in hexadecimal, by name; there may be others.
-        threads: The number of tensors that are read at a time, if the format allows several; None means as many as
+        reader: an open reader of the file.
+        digests: the SHA-256 of every tensor in the file, in hexadecimal, by name; there may be others.
+        threads: the number of tensors that are read at a time, if the format allows several; None means as many as
             torch has threads.
     """
     threads = (threads or torch.get_num_threads()) if isinstance(reader, ChunkReader) else 1

@@ -63,6 +63,7 @@ class ShardedReader:
     Attributes:
         shards: the readers, by the file's name.
         entries: shape and dtype of every tensor, by name.
+        nbytes: the bytes of all tensors, without headers.
 
     Raises:
         FormatError: if two files hold a tensor of the same name.
@@ -79,6 +80,7 @@ class ShardedReader:
                 )
             self._readers |= dict.fromkeys(reader.entries, reader)
         self.entries: Mapping[str, Entry] = {name: reader.entries[name] for name, reader in self._readers.items()}
+        self.nbytes = sum(entry.nbytes for entry in self.entries.values())
 
     def check_index(self) -> None:
         """Refuse an index that names another file for a tensor. Tensors that the index does not mention are allowed.
@@ -92,11 +94,6 @@ class ShardedReader:
             if name not in self.shards[file].entries:
                 raise FormatError(f"{self._files.index} says that {name} is in {file}; it is in another file")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, headers aside."""
-        return sum(entry.nbytes for entry in self.entries.values())
-
     def reader(self, name: str) -> Reader:
         """The reader of the file that holds a tensor."""
         return self._readers[name]
@@ -109,9 +106,9 @@ class ShardedReader:
         """Some elements of a tensor, in memory of their own; read by position where the format allows it.
 
         Args:
-            name: of the tensor.
+            name: the name of the tensor.
             start: the first element.
-            shape: of the result.
+            shape: the shape of the result.
         """
         reader = self._readers[name]
         if isinstance(reader, ChunkReader):
@@ -130,7 +127,8 @@ def find_files(path: Path, suffixes: Sequence[str]) -> CheckpointFiles:
 
     Args:
         path: a file of tensors, an index, or a directory that holds one of either.
-        suffixes: how the names of files of tensors may end; of a directory that has several kinds the first is taken.
+        suffixes: the possible ends of the names of tensor files. If a directory has files of several kinds, the kind
+            that comes first here is taken.
 
     Raises:
         FormatError: if a directory holds several checkpoints or none, or the index is invalid or names a file outside

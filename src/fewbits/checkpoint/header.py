@@ -49,8 +49,8 @@ class Span:
     """One tensor's place in a file.
 
     Attributes:
-        entry: its shape and dtype.
-        start: its first byte, counted from the beginning of the file.
+        entry: the shape and dtype of the tensor.
+        start: the first byte of the tensor, counted from the beginning of the file.
     """
 
     entry: Entry
@@ -70,13 +70,12 @@ class FileHeader:
     spans: Mapping[str, Span]
 
 
-def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileHeader:
+def read_header(file: BinaryIO, where: object) -> FileHeader:
     """Read and check the header of an open file.
 
     Args:
-        file: opened for reading, in binary mode.
-        where: names the file in errors.
-        limit: the longest header to read, in bytes.
+        file: a file that is open for reading, in binary mode.
+        where: the name of the file in errors.
 
     Raises:
         FormatError: if it is not the header of a safetensors file: too long, no JSON of the right form, a name twice,
@@ -88,8 +87,8 @@ def read_header(file: BinaryIO, where: object, limit: int = MAX_HEADER) -> FileH
     length = int.from_bytes(file.read(PREFIX), "little")
     if size < PREFIX or length > size - PREFIX:
         _refuse(where, f"of its {size:,} bytes the header should take {length:,}, after {PREFIX} that say so")
-    if length > limit:
-        _refuse(where, f"its header has {length:,} bytes, more than {limit:,}")
+    if length > MAX_HEADER:
+        _refuse(where, f"its header has {length:,} bytes, more than {MAX_HEADER:,}")
     fields = parse_object(file.read(length), where, "header")
     metadata = fields.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
@@ -123,11 +122,7 @@ def dump_header(metadata: Mapping[str, str], entries: Mapping[str, Entry], where
         if entry.dtype not in _FROM_TORCH:
             raise FormatError(f"{name} has dtype {dtype_name(entry.dtype)}, which safetensors cannot store")
         end = start + entry.nbytes
-        fields[name] = {
-            "dtype": _FROM_TORCH[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
+        fields[name] = {"dtype": _FROM_TORCH[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
         start = end
     try:
         return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
@@ -139,8 +134,8 @@ def parse_object(text: bytes, where: object, what: str) -> dict[str, Any]:
     """A JSON object out of a file that may hold anything.
 
     Args:
-        text: in UTF-8.
-        where: names the file in errors.
+        text: text in UTF-8.
+        where: the name of the file in errors.
         what: the name of the text in errors.
 
     Raises:

@@ -34,12 +34,12 @@ class Note:
     """One chunk that has been written.
 
     Attributes:
-        tensor: The name of the tensor in the source.
-        start: The index of the chunk's first element.
-        stop: The index after the chunk's last element.
-        written: For each part of the tensor in the file, the number of elements that are written by now, counted from
+        tensor: the name of the tensor in the source.
+        start: the index of the chunk's first element.
+        stop: the index after the chunk's last element.
+        written: for each part of the tensor in the file, the number of elements that are written by now, counted from
             the first one, and the SHA-256 of their bytes.
-        tally: The comparison of the chunk with its source; None if there was no comparison.
+        tally: the comparison of the chunk with its source; None if there was no comparison.
     """
 
     tensor: str
@@ -53,11 +53,11 @@ class Journal(AbstractContextManager["Journal"]):
     """Records the progress of one file. Until the `with` block ends, no other process can write the file.
 
     Args:
-        path: The path of the journal, which is created if it does not exist.
+        path: the path of the journal, which is created if it does not exist.
 
     Attributes:
-        notes: The notes of earlier processes, in order.
-        seal: The digest in the header of the complete file; None before the file is complete.
+        notes: the notes of earlier processes, in order.
+        seal: the digest in the header of the complete file; None before the file is complete.
 
     Raises:
         CheckpointError: if the journal cannot be opened, or another process is writing the file.

@@ -47,10 +47,10 @@ class Metrics:
     """The measurement of one tensor, rounded for the file; None for a figure that is not finite.
 
     Attributes:
-        sqnr_db: signal to noise; None where there is no error at all.
+        sqnr_db: the ratio of signal to noise, in dB; None where there is no error at all.
         max_abs_error: the largest error.
-        cosine: between original and decoded.
-        worst_bound_ratio: the largest error over its own bound.
+        cosine: the cosine between original and decoded tensor.
+        worst_bound_ratio: the largest ratio of an error to its bound.
     """
 
     sqnr_db: float | None = attrs.field(validator=_is_figure)
@@ -76,8 +76,8 @@ class Metadata:
     Attributes:
         ledger: the fate of every tensor of the source, with spec and layout.
         architecture: the class of the model; None if the source had none.
-        versions: of fewbits and torch, when the file was written.
-        metrics: by tensor name; empty if nothing was measured.
+        versions: the versions of fewbits and torch that wrote the file.
+        metrics: the measurement of each tensor, by name; empty if nothing was measured.
         digests: SHA-256 of the bytes of every stored tensor, by its name in the file.
         extra: other strings, carried over from the source.
     """

@@ -44,22 +44,22 @@ class Output:
     """Where the result of a checkpoint on disk is written, and how.
 
     Attributes:
-        path: The path of the file, or of a directory if the source is one or `max_shard_size` is given.
-        max_shard_size: The most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
+        path: the path of the file, or of a directory if the source is one or `max_shard_size` is given.
+        max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
             which is the default. A larger tensor has a file of its own.
-        replace: Whether to replace a directory that has files, and to start an unfinished run again. If the path is a
+        replace: whether to replace a directory that has files, and to start an unfinished run again. If the path is a
             link to a directory, the directory is replaced and the link stays. A file is always replaced, unless it was
             created after the resumed run began.
-        resume: Whether to resume an unfinished run, if there is one. Resuming is refused if an input of the result has
+        resume: whether to resume an unfinished run, if there is one. Resuming is refused if an input of the result has
             changed; for each file of the source, its size, time of change and header are compared. A finished result
             is compared with its source: the fates, and all elements within their bounds. A file does not say which
             observer chose its scales.
-        distributed: Whether every process of the default group of `torch.distributed` makes this call. Each process
+        distributed: whether every process of the default group of `torch.distributed` makes this call. Each process
             writes some of the files of a directory, and the first one publishes them.
-        max_memory: The most resident memory that the process may take in addition to that after importing fewbits, as a
+        max_memory: the most resident memory that the process may take in addition to that after importing fewbits, as a
             number of bytes or a text such as ``"512MB"``. Chunks become smaller and threads fewer to stay within it;
             a run that cannot stay within it is refused before anything is written. None sets no limit.
-        threads: The number of tensors, or pieces of large ones, that are converted at a time; None means as many as
+        threads: the number of tensors, or pieces of large ones, that are converted at a time; None means as many as
             torch has threads. The result does not depend on it.
 
     Raises:

@@ -75,11 +75,11 @@ class SavedTensor:
     """A tensor as the file describes it: its storage may have fewer bytes than the tensor would need.
 
     Attributes:
-        storage: The bytes of the tensor.
-        offset: The place of the first element in the storage, in elements.
-        shape: The shape.
-        stride: The strides, in elements.
-        dtype: The dtype.
+        storage: the bytes of the tensor.
+        offset: the place of the first element in the storage, in elements.
+        shape: the shape.
+        stride: the strides, in elements.
+        dtype: the dtype.
     """
 
     storage: Storage
@@ -94,7 +94,7 @@ def read_pickle(data: bytes, where: object) -> object:
 
     Args:
         data: A pickle of protocol 2.
-        where: The name of the file in errors.
+        where: the name of the file in errors.
 
     Raises:
         FormatError: if they are no pickle, or one that no state dict needs.

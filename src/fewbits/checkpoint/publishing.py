@@ -21,7 +21,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Make a directory under a temporary name beside its path. It is published at the end, or removed after an error.
 
     Args:
-        path: The final path of the directory.
+        path: the final path of the directory.
 
     Raises:
         ArgumentError: if something is there that will not be replaced.
@@ -45,8 +45,8 @@ def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") ->
     """Resolve the path of a result: a link is followed, and stays.
 
     Args:
-        path: of the result.
-        folder: whether it is a directory.
+        path: the path of the result.
+        folder: whether the result is a directory.
         replace: whether an existing directory with files in it, or the target of a link to one, is replaced. A file
             always is.
         advice: an alternative to replacing such a directory.
@@ -76,10 +76,10 @@ def check_name_and_parent(path: Path, serializer: Serializer, *, folder: bool, a
     """Refuse a place for a result before anything is done for it.
 
     Args:
-        path: The path of the result.
-        serializer: The format of its files.
-        folder: Whether the result is a directory.
-        advice: How else to get a file, if the result is a directory.
+        path: the path of the result.
+        serializer: the format of its files.
+        folder: whether the result is a directory.
+        advice: how else to get a file, if the result is a directory.
 
     Raises:
         ArgumentError: if the name is that of a file in another format, or a new directory has the name of a file.

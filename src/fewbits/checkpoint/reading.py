@@ -37,9 +37,10 @@ class Checkpoint:
         serializer: reads the files; None means safetensors.
 
     Attributes:
-        metadata: The metadata of all files, united.
-        ledger: The fate of every tensor of the source.
-        headers: The digest in each file's header, by the name of the file.
+        metadata: the metadata of all files, united.
+        ledger: the fate of every tensor of the source.
+        headers: the digest in each file's header, by the name of the file.
+        nbytes: the bytes of all tensors, without headers.
 
     Raises:
         FormatError: if fewbits did not write it, or its parts contradict one another.
@@ -60,11 +61,7 @@ class Checkpoint:
         self.metadata = _united(parts, path)
         self.ledger = self.metadata.ledger
         self._tensors = ShardedReader(files, readers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, headers aside."""
-        return self._tensors.nbytes
+        self.nbytes = self._tensors.nbytes
 
     def value(self, name: str) -> Value:
         """The stored form of one tensor of the source, by its name there; it aliases the mapped file.
@@ -81,7 +78,7 @@ class Checkpoint:
         """The stored form of some of a tensor, in memory of its own; read by position where the format allows it.
 
         Args:
-            chunk: of a row of this ledger that is no alias.
+            chunk: a chunk of a row of this ledger; the row is not an alias.
 
         Raises:
             FormatError: with the first chunk, if the stored shape is not that of the ledger.

@@ -19,7 +19,7 @@ from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, dump_header
 from fewbits.checkpoint.publishing import beside, check_place
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
 from fewbits.checkpoint.recognition import recognised
-from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer, entry_of, entry_with
+from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer, find_entry
 from fewbits.checkpoint.torch_file import is_torch_file, use_of
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
 from fewbits.numerics.tensor import in_memory
@@ -90,7 +90,7 @@ class _SafetensorsWriter(ResumableWriter):
     def append(self, name: str, chunk: Tensor) -> None:
         """Write the next bytes of a tensor at their place."""
         done = self._written.get(name, 0)
-        entry = entry_with(self._entries, name, done, chunk, self._path)
+        entry = find_entry(self._entries, name, self._path, done, chunk)
         chunk = in_memory(chunk)
         with as_checkpoint_error(f"{self._path}: writing {name} failed"):
             self._put(tensor_bytes(chunk), self._starts[name] + done * entry.dtype.itemsize)
@@ -98,7 +98,7 @@ class _SafetensorsWriter(ResumableWriter):
 
     def read_back(self, name: str, start: int, out: Tensor) -> None:
         """Read the unfinished file by position."""
-        entry = entry_with(self._entries, name, start, out, self._path)
+        entry = find_entry(self._entries, name, self._path, start, out)
         with as_checkpoint_error(f"{self._path} cannot be read"):
             self._file.seek(self._starts[name] + start * entry.dtype.itemsize)
             buffer = tensor_bytes(out)
@@ -165,7 +165,7 @@ class _SafetensorsReader(ChunkReader):
     def read(self, name: str) -> Tensor:
         """One tensor, an alias of the mapped file (copy on write: changing it never changes the file)."""
         path = self._bytes.path
-        entry_of(self.entries, name, path)
+        find_entry(self.entries, name, path)
         with as_checkpoint_error(f"{path} cannot be read"):
             try:
                 if self._mapped is None:
@@ -178,5 +178,5 @@ class _SafetensorsReader(ChunkReader):
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Some elements of a tensor, read by position: the file is not mapped for that."""
-        entry = entry_with(self.entries, name, start, out, self._bytes.path)
+        entry = find_entry(self.entries, name, self._bytes.path, start, out)
         self._bytes.read_into(tensor_bytes(out), self._spans[name].start + start * entry.dtype.itemsize)

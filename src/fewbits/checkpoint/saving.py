@@ -32,10 +32,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Writes one file, a chunk at a time. If the `with` block ends before `close`, it gives up.
 
     Args:
-        serializer: The format of the file.
-        path: The path of the file.
-        about: The metadata of the file, without digests and metrics.
-        resumable: Whether an unfinished file stays at `path`, for a later writer, if the serializer can resume it.
+        serializer: the format of the file.
+        path: the path of the file.
+        about: the metadata of the file, without digests and metrics.
+        resumable: whether an unfinished file stays at `path`, for a later writer, if the serializer can resume it.
             Otherwise an unfinished file is removed.
     """
 
@@ -131,8 +131,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Finish the file, read it back, check every digest, and publish it.
 
         Args:
-            measured: How tensors compare with their sources, by name, for the header; may be empty, or hold others too.
-            threads: How many tensors are read back at a time; see `wrong_digests`.
+            measured: how tensors compare with their sources, by name, for the header; may be empty, or hold others too.
+            threads: how many tensors are read back at a time; see `wrong_digests`.
 
         Returns:
             the digest of its header.
@@ -164,13 +164,13 @@ def save(
     """Write a whole result to a file, or to a directory of several.
 
     Args:
-        serializer: The format of the files.
-        path: The path of the result. An existing file is replaced, at once, when the new one is complete; a directory
+        serializer: the format of the files.
+        path: the path of the result. An existing file is replaced, at once, when the new one is complete; a directory
             must be new.
-        about: The metadata of the result, without digests and metrics.
-        value_of: Returns the stored form of a tensor, by its name.
-        measured: How tensors compare with their sources, by name; may be empty.
-        max_shard_size: The most bytes of tensors in one file of a directory; None writes a single file.
+        about: the metadata of the result, without digests and metrics.
+        value_of: returns the stored form of a tensor, by its name.
+        measured: how tensors compare with their sources, by name; may be empty.
+        max_shard_size: the most bytes of tensors in one file of a directory; None writes a single file.
 
     Raises:
         ArgumentError: if the name of a file is that of another kind, or that of a directory is the name of a file.

@@ -40,25 +40,18 @@ class Entry:
         return f"shape {self.shape} in {dtype_name(self.dtype)}"
 
 
-def entry_of(entries: Mapping[str, Entry], name: str, where: object) -> Entry:
-    """Return the entry of a name.
-
-    Raises:
-        ArgumentError: if there is none.
-    """
-    if name not in entries:
-        raise ArgumentError(f"{where} has no tensor named {name!r}")
-    return entries[name]
-
-
-def entry_with(entries: Mapping[str, Entry], name: str, start: int, chunk: Tensor, where: object) -> Entry:
-    """Return the entry of a tensor that has elements such as those of `chunk` from `start` on.
+def find_entry(
+    entries: Mapping[str, Entry], name: str, where: object, start: int = 0, chunk: Tensor | None = None
+) -> Entry:
+    """Return the entry of a tensor that has, from `start` on, elements such as those of `chunk`.
 
     Raises:
         ArgumentError: if there is no such tensor, or it has another dtype or too few elements.
     """
-    entry = entry_of(entries, name, where)
-    if chunk.dtype != entry.dtype or not 0 <= start <= start + chunk.numel() <= entry.numel:
+    if name not in entries:
+        raise ArgumentError(f"{where} has no tensor named {name!r}")
+    entry = entries[name]
+    if chunk is not None and (chunk.dtype != entry.dtype or not 0 <= start <= start + chunk.numel() <= entry.numel):
         raise ArgumentError(
             f"{where}: {name} has no {chunk.numel()} elements in {dtype_name(chunk.dtype)} from {start} on; "
             f"it has {entry.in_words}"
@@ -156,8 +149,8 @@ class Serializer(ABC):
     """Writes and reads the result of a quantization.
 
     Attributes:
-        suffix: The end of the names of files in a directory.
-        foreign_suffixes: The ends of names, in lower case, that no file may have, because they are those of other
+        suffix: the end of the names of files in a directory.
+        foreign_suffixes: the ends of names, in lower case, that no file may have, because they are those of other
             formats.
     """
 

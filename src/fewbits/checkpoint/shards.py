@@ -34,9 +34,9 @@ class Shard:
     """One file of a result.
 
     Attributes:
-        file: its name.
-        ledger: its rows of the whole ledger, in order; an alias is in the shard of its tensor, a merged scale in that
-            of its weight.
+        file: the name of the file.
+        ledger: the rows of the tensors in the file, in order. An alias is in the shard of its tensor, a merged scale in
+            the shard of its weight.
     """
 
     file: str
@@ -72,11 +72,11 @@ def write_index(
     """Write the index of several shards; a single file needs none.
 
     Args:
-        folder: where the shards are.
-        shards: all of them.
-        digests: the digest in each file's header, by file.
-        suffix: how the names of the files end.
-        stem: how they begin.
+        folder: the directory of the shards.
+        shards: all shards.
+        digests: the digest in each file's header, by file name.
+        suffix: the end of the names of the files.
+        stem: the beginning of the names of the files.
     """
     if len(shards) == 1:
         return

@@ -18,10 +18,10 @@ def entry_of(saved: object, entry: str, kind: type, where: object) -> object:
     """An entry by its name; a dot leads from an entry to one within.
 
     Args:
-        saved: the mapping.
-        entry: the name.
-        kind: of the tensors in it, which have a dtype.
-        where: names `saved` in errors.
+        saved: the object in the file.
+        entry: the name of the entry.
+        kind: the class of the tensors in `saved`; they have a dtype.
+        where: the name of `saved` in errors.
 
     Raises:
         ArgumentError: if it has no entry of that name.

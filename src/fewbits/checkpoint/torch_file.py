@@ -22,7 +22,7 @@ from fewbits.checkpoint.header import MAX_HEADER, is_possible
 from fewbits.checkpoint.pickled import Made, SavedTensor, read_pickle
 from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, tensor_bytes
 from fewbits.checkpoint.recognition import ARCHIVE, OLD_TORCH_FILE, RESAVE, recognised, with_paths
-from fewbits.checkpoint.serializer import ChunkReader, Entry, entry_of, entry_with
+from fewbits.checkpoint.serializer import ChunkReader, Entry, find_entry
 from fewbits.errors import FormatError
 from fewbits.nn.storage import View
 
@@ -40,8 +40,9 @@ class TorchFile(ChunkReader):
     """A file of `torch.save`, with a mapping of names to tensors in it.
 
     Args:
-        path: of the file.
-        entry: the name of the state dict in it, if it holds more than that; a dot leads from an entry to one within.
+        path: the path of the file.
+        entry: the name of the state dict in the file, if the file holds more than that; a dot leads from an entry to
+            one within.
 
     Attributes:
         views: the bytes of each tensor in the file; tied tensors have the same view.
@@ -75,14 +76,14 @@ class TorchFile(ChunkReader):
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
-        entry = entry_of(self.entries, name, self._bytes.path)
+        entry = find_entry(self.entries, name, self._bytes.path)
         out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         self.read_into(name, 0, out)
         return out
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Some elements of a tensor; one that does not lie in order is read as a whole for that."""
-        entry, view = entry_with(self.entries, name, start, out, self._bytes.path), self.views[name]
+        entry, view = find_entry(self.entries, name, self._bytes.path, start, out), self.views[name]
         if _in_order(view):
             self._bytes.read_into(tensor_bytes(out), view.start + start * entry.dtype.itemsize)
         else:

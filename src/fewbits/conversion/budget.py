@@ -39,8 +39,8 @@ class Budget:
     """Threads and chunk size of a conversion.
 
     Attributes:
-        threads: how many work at a time.
-        chunk_elements: elements in one chunk.
+        threads: the number of threads that work at a time.
+        chunk_elements: the number of elements in one chunk.
     """
 
     threads: int
@@ -52,8 +52,8 @@ class Demand:
     """Everything that decides how much memory a conversion needs.
 
     Attributes:
-        ledger: all tensors.
-        observers: by tensor name.
+        ledger: the ledger of all tensors.
+        observers: the observer of each quantized tensor, by tensor name.
         by_rows: whether the scheme can convert a few rows of a weight alone; see `TensorEncoder.by_rows`.
         comparing: whether the result is compared with the source.
         gathered: bytes that reading any part of a tensor takes, by tensor name, for tensors that are not contiguous in

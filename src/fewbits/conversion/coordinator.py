@@ -61,28 +61,21 @@ class Coordinator:
 
     Args:
         writer: writes the files.
-        path: where the result goes.
+        path: the path of the result.
         readers: who can open the result, if its source is a transformers model.
-        shared: whether other processes are workers too. Files of a failed run stay then, for the other processes.
+        shared: whether other processes are workers too. If so, the files of a failed run stay for them.
 
     Attributes:
         begun: whether `begin` has found anything to do.
+        shards: the files of the result.
+        sizes: bytes of the source that each file of the result takes in, by file name.
     """
 
     def __init__(self, writer: FileWriter, path: Path, readers: Readers | None, *, shared: bool) -> None:
         self._writer, self._path, self._readers, self._shared = writer, path, readers, shared
         self._streaming, self._staging, self._source = writer.streaming, writer.staging, writer.streaming.source
-        self.begun = False
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The files of the result."""
-        return tuple(self._writer.shards.values())
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """Bytes of the source that each file of the result takes in, by file name."""
-        return self._writer.sizes
+        self.begun, self.sizes = False, writer.sizes
+        self.shards: tuple[Shard, ...] = tuple(writer.shards.values())
 
     # For the lead.
 

@@ -47,9 +47,9 @@ class TensorEncoder:
         """Encode one tensor.
 
         Args:
-            row: the tensor's row of the ledger.
-            tensor: its values.
-            observer: picks the scales, if the tensor gets codes.
+            row: the tensor's row in the ledger.
+            tensor: the values of the tensor.
+            observer: chooses the scales, if the tensor gets codes.
 
         Raises:
             NumericsError: if the tensor holds NaN or Inf, or `quantize_tensor` breaks its contract.

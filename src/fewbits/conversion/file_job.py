@@ -97,8 +97,8 @@ class FileJob(Job):
         Raises:
             ArgumentError: if the result cannot be written there, or not within the limits of the output.
         """
-        gathered = {row.name: self.source.gathered_bytes(row.name) for row in self.ledger.stored}
-        gathered = {name: nbytes for name, nbytes in gathered.items() if nbytes}
+        names = [row.name for row in self.ledger.stored]
+        gathered = {name: nbytes for name in names if (nbytes := self.source.gathered_bytes(name))}
         demand = Demand(self.ledger, self.observers, encoder.by_rows, comparing, gathered)
         folder = self.source.folder is not None or output.max_shard_size is not None
         shards = {shard.file: shard for shard in self._plan_shards(output, serializer, folder)}

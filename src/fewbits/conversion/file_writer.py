@@ -25,8 +25,8 @@ class Share:
     """The work of one process on a result on disk.
 
     Attributes:
-        files: the files that it wrote, or found complete.
-        converted: bytes of the source that it converted.
+        files: the files that the process wrote, or found complete.
+        converted: bytes of the source that the process converted.
         resumed: bytes of the source that an earlier run had converted.
     """
 
@@ -40,12 +40,12 @@ class FileWriter:
     """Writes files of one result.
 
     Attributes:
-        streaming: Converts chunks.
-        serializer: The format of the files.
-        shards: The files of the result, by name.
-        staging: The directory where the files are written.
-        progress: Called before and after every chunk.
-        sizes: Bytes of the source that each file takes in, by file name; scales that are merged into their weights do
+        streaming: converts chunks.
+        serializer: the format of the files.
+        shards: the files of the result, by name.
+        staging: the directory where the files are written.
+        progress: called before and after every chunk.
+        sizes: bytes of the source that each file takes in, by file name; scales that are merged into their weights do
             not count.
     """
 

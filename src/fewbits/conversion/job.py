@@ -25,8 +25,8 @@ class Job(ABC):
     Args:
         source: where the tensors come from.
         ledger: the fate of each tensor.
-        observer: copied for each quantized tensor.
-        activation_observer: copied for each tensor whose layer has static int8 activations.
+        observer: an observer that is copied for each quantized tensor.
+        activation_observer: an observer that is copied for each tensor whose layer has static int8 activations.
 
     Attributes:
         observers: the copies of `observer`, by tensor name.

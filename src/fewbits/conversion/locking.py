@@ -17,7 +17,7 @@ class DirectoryLock:
     Args:
         path: the directory.
         output: the path of the result, for messages.
-        is_own: whether a run would put such a file or directory there.
+        is_own: tells from path and mode whether a run would make such a file or directory.
     """
 
     def __init__(self, path: Path, output: Path, is_own: Callable[[Path, int], bool]) -> None:

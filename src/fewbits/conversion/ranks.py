@@ -29,11 +29,7 @@ class Ranks(AbstractContextManager["Ranks"]):
     count = 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.leave()
-
-    def leave(self) -> None:
-        """Leave the group. Ranks that wait for this one notice at once."""
+        """After an error, leave the group. Ranks that wait for this one notice at once."""
 
     def lead(self, act: Callable[[], _Made]) -> _Made:
         """Call `act` on rank 0, and return its result on all ranks.
@@ -71,9 +67,10 @@ class Group(Ranks):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
-    def leave(self) -> None:
-        self._dist.destroy_process_group(self._group)
-        self._group = None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._dist.destroy_process_group(self._group)
+            self._group = None
 
     def lead(self, act: Callable[[], _Made]) -> _Made:
         if self.rank:

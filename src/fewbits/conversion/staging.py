@@ -42,13 +42,13 @@ class StagingDirectory:
     """The directory where a result is made.
 
     Args:
-        output: where the result goes, and whether to resume or replace an earlier run.
+        output: the path of the result, and whether to resume or replace an earlier run.
         folder: whether the result is a directory.
-        names: the files of the result.
+        names: the names of the files of the result.
 
     Attributes:
         path: the staging directory.
-        files: where the files of the result are written.
+        files: the directory in it where the files of the result are written.
         folder: whether the result is a directory.
     """
 
@@ -75,13 +75,16 @@ class StagingDirectory:
                 does not mention, or that cannot be resumed; or if the directory holds foreign files.
             CheckpointError: if the directory cannot be made, or another process is at work there.
         """
-        resume = self._output.resume
+        resume, path = self._output.resume, self._output.path
         if resume and not self._output.replace and not self._unfinished() and self._is_published():
-            self._remove_remains()
+            if self.path.is_dir():  # a run has published its result and then ended early
+                with as_checkpoint_error(f"{path} cannot be written"):
+                    self._lock.take()
+                self.discard()
             return False
         advice = ", or replace it (--replace, Output(replace=True))"
-        check_place(self._output.path, folder=self.folder, replace=self._output.replace, advice=advice)
-        with as_checkpoint_error(f"{self._output.path} cannot be written"):
+        check_place(path, folder=self.folder, replace=self._output.replace, advice=advice)
+        with as_checkpoint_error(f"{path} cannot be written"):
             self._lock.take()
             there = self._unfinished()
             try:
@@ -207,22 +210,16 @@ class StagingDirectory:
 
     def _unfinished(self) -> bool:
         """Whether a run has begun and was not published. Remains of a published run do not count."""
-        return self._run.is_file() and (self.files.is_dir() if self.folder else not self._was_moved())
-
-    def _was_moved(self) -> bool:
+        if not self._run.is_file():
+            return False
+        if self.folder:
+            return self.files.is_dir()
         seal = read_journal(self._journal_path(self._names[0]))[1]
-        return seal is not None and not (self.files / self._names[0]).exists()
+        return seal is None or (self.files / self._names[0]).exists()
 
     def _is_published(self) -> bool:
         path = self._output.path
         return any(path.iterdir()) if self.folder and path.is_dir() else path.is_file()
-
-    def _remove_remains(self) -> None:
-        """Remove the directory of a run that has published its result and then ended early."""
-        if self.path.is_dir():
-            with as_checkpoint_error(f"{self._output.path} cannot be written"):
-                self._lock.take()
-            self.discard()
 
     def _is_own(self, path: Path, mode: int) -> bool:
         """Whether a run makes such a file or directory."""

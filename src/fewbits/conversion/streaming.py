@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import attrs
 from torch import Tensor
@@ -13,15 +17,17 @@ from fewbits.checkpoint.chunks import Chunk, chunks
 from fewbits.checkpoint.codec import Value
 from fewbits.conversion.budget import Budget, Demand
 from fewbits.conversion.encoder import TensorEncoder, naming
-from fewbits.conversion.pool import in_order
 from fewbits.errors import NumericsError
 from fewbits.numerics.metrics import Tally
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import check_chosen, check_finite
+from fewbits.numerics.scratch import Scratch, working_in
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.observers.base import Observer
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.sources.file import FileSource
+
+_Made = TypeVar("_Made")
 
 #: A chunk, its stored form, and its comparison with the source, if there is one.
 Converted = tuple[Chunk, Value, Tally | None]
@@ -40,8 +46,8 @@ class Streaming:
         """Convert all tensors of a ledger, in order, on as many threads as the budget allows.
 
         Args:
-            ledger: The rows of all tensors, or of those in one file.
-            done: The number of elements of each tensor that an earlier run has converted, by tensor name.
+            ledger: the rows of all tensors, or of those in one file.
+            done: the number of elements of each tensor that an earlier run has converted, by tensor name.
         """
         return in_order(self._tasks(ledger, done), self.budget.threads)
 
@@ -113,3 +119,49 @@ class FixedObserver(Observer):
     def observe_weight(self, weight: Tensor, spec: QuantSpec) -> QuantParams:
         """Return the chosen scale and zero point for any weight."""
         return self.params
+
+
+def in_order(tasks: Iterable[Callable[[], _Made]], threads: int) -> Iterator[_Made]:
+    """Run tasks, and yield their results in the order of the tasks.
+
+    Torch's own threads are off, because they would compete with these. At most `threads` + 1 results wait, so that
+    memory stays bounded. Each thread reuses its scratch memory from task to task.
+
+    Args:
+        tasks: the tasks; the thread that takes the results iterates over them.
+        threads: how many tasks run at a time; 1 runs them on the calling thread.
+    """
+    before, grad, memory = torch.get_num_threads(), torch.is_grad_enabled(), _OfThread()
+
+    def act(task: Callable[[], _Made]) -> _Made:
+        # Torch keeps the gradient mode per thread.
+        with torch.set_grad_enabled(grad), working_in(memory.kept):
+            return task()
+
+    torch.set_num_threads(1)
+    try:
+        yield from map(act, tasks) if threads == 1 else _in_threads(tasks, threads, act)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_threads(
+    tasks: Iterable[Callable[[], _Made]], threads: int, act: Callable[[Callable[[], _Made]], _Made]
+) -> Iterator[_Made]:
+    waiting: deque[Future[_Made]] = deque()
+    # A number that another thread sets now would become the start value of these threads.
+    pool = ThreadPoolExecutor(threads, "fewbits", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(act, task))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.kept = Scratch()

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fewbits._heap import trim
 from fewbits.checkpoint.codec import Value
-from fewbits.checkpoint.completing import InitBuffers, initial_values, ties
-from fewbits.checkpoint.filling import Device, Place, fill, move_others, usable
+from fewbits.checkpoint.filling import Device, InitBuffers, Place, fill, initial_values, move_others, ties, usable
 from fewbits.checkpoint.reading import Check, Checkpoint, check_check
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
