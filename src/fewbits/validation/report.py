@@ -54,8 +54,8 @@ class TensorReport:
     name: str
     fate: Fate
     scheme: str
-    measurement: Measurement | None
-    verdict: Verdict | None
+    measurement: Measurement | None = None
+    verdict: Verdict | None = None
     failures: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
