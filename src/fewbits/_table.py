@@ -45,6 +45,20 @@ def elide_first(rows: Sequence[Row], width: int) -> list[Row]:
     return [(name, *row[1:]) for name, row in zip(names, rows, strict=True)]
 
 
+def render_fitting(whole: Sequence[Row], short: Sequence[Row], width: int | None, *, right: Sequence[str]) -> str:
+    """Align the rows of `whole`; if they are wider than `width`, those of `short` with shortened names.
+
+    Args:
+        whole: the rows, with the heading.
+        short: the same rows with fewer columns.
+        width: the largest line length; None means no limit.
+        right: the headings of the columns that are flush right.
+    """
+    if width is not None and sum(_widths(whole)) + 2 * (len(whole[0]) - 1) > width:
+        whole = elide_first(short, width)
+    return render_table(whole, right=tuple(i for i, heading in enumerate(whole[0]) if heading in right))
+
+
 def wrap(text: str, width: int, indent: str = "") -> list[str]:
     """Break a text into lines of at most `width` characters; a word longer than a line is shortened.
 

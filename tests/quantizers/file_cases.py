@@ -18,7 +18,7 @@ class WithOneScale(fewbits.Int8PerChannel):
     name = "one scale"
 
     def quantize_tensor(self, weight, spec, observer):
-        scale = torch.full((weight.rows, 1), float(weight.whole().abs().max() / 127), dtype=spec.scale_dtype)
+        scale = torch.full((weight.layout.rows, 1), float(weight.whole().abs().max() / 127), dtype=spec.scale_dtype)
         codes = (weight.whole() / scale).round().clamp(-128, 127).to(torch.int8)
         return fewbits.QuantizedTensor.from_codes(
             codes, QuantParams(scale), spec=spec, layout=weight.layout, dtype=weight.dtype

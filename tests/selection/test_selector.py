@@ -93,7 +93,7 @@ def test_one_type_in_place_of_a_list_is_refused(rule, single):
 
 @pytest.mark.parametrize("junk", [3, None, nn.Linear(1, 1), b"Linear"])
 def test_a_value_that_is_not_a_type_is_refused(junk):
-    with pytest.raises(SelectionError, match="include_types must hold classes or their names"):
+    with pytest.raises(SelectionError, match="include_types must be a sequence of classes or their names"):
         LayerSelector(include_types=[junk])
 
 

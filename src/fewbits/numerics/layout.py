@@ -65,10 +65,6 @@ class Layout:
         return cls(tuple(shape), tuple(view), (*rows, *columns), len(rows))
 
     @property
-    def _permuted(self) -> tuple[int, ...]:
-        return tuple(self.view[axis] for axis in self.permutation)
-
-    @property
     def rows(self) -> int:
         """The number of rows of the matrix: the product of the axes that are not inputs."""
         return math.prod([self.view[axis] for axis in self.permutation[: self.row_axes]])
@@ -90,8 +86,9 @@ class Layout:
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Put a (rows, columns) matrix back into the tensor's own shape."""
+        permuted = [self.view[axis] for axis in self.permutation]
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
-        return matrix.reshape(self._permuted).permute(inverse).reshape(self.shape).contiguous()
+        return matrix.reshape(permuted).permute(inverse).reshape(self.shape).contiguous()
 
     def permuted(self, tensor: Tensor) -> Tensor:
         """Move the row axes first and the input axes last, without flattening them."""
@@ -112,20 +109,8 @@ class WeightMatrix:
     layout: Layout
 
     @property
-    def rows(self) -> int:
-        return self.layout.rows
-
-    @property
-    def columns(self) -> int:
-        return self.layout.columns
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
 
     def blocks(self, size: int = 1) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (first row, row after the last, the rows between as a 2-D tensor in the tensor's dtype).
@@ -133,9 +118,10 @@ class WeightMatrix:
         Args:
             size: the rows of one block, as a multiple of `block_rows`.
         """
-        step = size * block_rows(self.columns)
-        for start in range(0, self.rows, step):
-            stop = min(start + step, self.rows)
+        rows, columns = self.layout.matrix_shape
+        step = size * block_rows(columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
             yield start, stop, self.read(start, stop)
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -145,16 +131,16 @@ class WeightMatrix:
         if len(shape) == 1:
             rows = permuted[start:stop]
         elif permuted.is_contiguous():
-            rows = permuted.view(self.rows, self.columns)[start:stop]
+            rows = permuted.view(self.layout.matrix_shape)[start:stop]
         else:
             # Several axes make up the rows. Index them, so that only the requested rows are copied.
             index = torch.arange(start, stop, device=permuted.device)
             rows = permuted[torch.unravel_index(index, shape)] if shape else permuted.unsqueeze(0)[start:stop]
-        return rows.reshape(stop - start, self.columns)
+        return rows.reshape(stop - start, self.layout.columns)
 
     def whole(self) -> Tensor:
         """Return the whole matrix; a copy where the strides require one."""
-        return self.layout.permuted(self.tensor).reshape(self.rows, self.columns)
+        return self.layout.permuted(self.tensor).reshape(self.layout.matrix_shape)
 
 
 def index_at(position: int, shape: Sequence[int]) -> tuple[int, ...]:

@@ -56,16 +56,16 @@ def quantize(
     """
     matrix = weight if isinstance(weight, WeightMatrix) else WeightMatrix(weight, layout or Layout.of(weight.shape))
     spec = spec.for_dtype(matrix.dtype)
-    rows, columns = matrix.layout.matrix_shape
+    (rows, columns), device = matrix.layout.matrix_shape, matrix.tensor.device
     if not rows * columns or matrix.dtype not in FLOAT_DTYPES:
         raise ArgumentError(
             f"a {dtype_name(matrix.dtype)} tensor of shape {matrix.layout.shape} cannot be quantized; it must have "
             f"elements, in one of {', '.join(map(dtype_name, FLOAT_DTYPES))}"
         )
-    packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32, device=matrix.device)
+    packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32, device=device)
     # Allocate all scales at once: small tensors that outlive a block would keep the block's memory from being reused.
-    scale = torch.empty(spec.scale_shape(rows, columns), dtype=spec.scale_dtype, device=matrix.device)
-    zero_point = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.int32, device=matrix.device)
+    scale = torch.empty(spec.scale_shape(rows, columns), dtype=spec.scale_dtype, device=device)
+    zero_point = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.int32, device=device)
     params = QuantParams(scale, zero_point)
     memory = scratch()
     per_tensor = spec.granularity == "tensor"

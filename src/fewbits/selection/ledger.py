@@ -13,7 +13,7 @@ import attrs
 import torch
 
 from fewbits._sizes import bytes_in_words
-from fewbits._table import elide_first, render_table, wrap, wrap_last
+from fewbits._table import render_fitting, render_table, wrap, wrap_last
 from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import dtype_from_name, dtype_name, for_json
 from fewbits.numerics.layout import Layout
@@ -264,10 +264,7 @@ class Ledger:
             before, after = f"{row.bytes_before:,}", f"{row.bytes_after:,}"
             whole.append((row.name, shape, dtype_name(row.dtype), row.fate, row.scheme, before, after, row.reason))
             short.append((row.name, shape, after, row.scheme.partition(",")[0] or row.fate))
-        table = render_table(whole, right=(5, 6))
-        if width is None or len(table.splitlines()[1]) <= width:
-            return table
-        return render_table(elide_first(short, width), right=(2,))
+        return render_fitting(whole, short, width, right=("before", "after"))
 
     def _counts(self) -> str:
         fates = Counter(row.fate for row in self.rows)

@@ -124,13 +124,11 @@ def check_types(rule: str, types: Sequence[TypeRule]) -> tuple[TypeRule, ...]:
     Raises:
         SelectionError: if it is not; the message names the rule and the value.
     """
-    if isinstance(types, (str, type)) or not isinstance(types, Iterable):
+    listed = tuple(types) if isinstance(types, Iterable) and not isinstance(types, (str, type)) else None
+    if listed is None or not all(isinstance(entry, (str, type)) for entry in listed):
         hint = f": write [{type_name(types)}]" if isinstance(types, (str, type)) else f", not {types!r}"
         raise SelectionError(f"{rule} must be a sequence of classes or their names{hint}")
-    for entry in types:
-        if not isinstance(entry, (str, type)):
-            raise SelectionError(f"{rule} must hold classes or their names, not {entry!r}")
-    return tuple(types)
+    return listed
 
 
 def check_types_used(types: Sequence[TypeRule], infos: Sequence[TensorInfo], rule: str) -> None:

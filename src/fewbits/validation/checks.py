@@ -63,7 +63,7 @@ def examine(
     for row in followed("validate", ledger.stored, progress):
         result = known.get(row.name)
         if isinstance(result, str):
-            tensors.append(TensorReport(row.name, row.fate, row.scheme, None, None, (result,)))
+            tensors.append(TensorReport(row.name, row.fate, row.scheme, failures=(result,)))
         else:
             tensors.append(examine_tensor(row, pairs, result, fail_under))
     failures = []
@@ -117,7 +117,7 @@ def examine_tensor(
     if row.spec is None:
         kept = all(source is None or same_bits(source, value) for value, source in pairs(row))
         failures = [] if kept else ["kept, but not equal to the source"]
-        return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(failures))
+        return TensorReport(row.name, row.fate, row.scheme, failures=tuple(failures))
     failures, notes, sound, verdict = list[str](), list[str](), True, None
     if measurement is None:
         measurement, sound, notes = _measured(row, pairs)

@@ -64,7 +64,7 @@ def verify_compressed_tensors(
     rows = followed("validate", checkpoint.ledger.stored, progress)
     tensors = [_examined(row, pairs, checkpoint, fail_under) for row in rows]
     tensors += [
-        TensorReport(name, fate, "", None, None, (problem,)) for name, (fate, problem) in checkpoint.problems.items()
+        TensorReport(name, fate, "", failures=(problem,)) for name, (fate, problem) in checkpoint.problems.items()
     ]
     storages = {} if source is None else {info.storage: info.nbytes for info in source.infos}
     failures = [*_unexplained(checkpoint), *([] if source is None else _missing(checkpoint, source))]
@@ -87,7 +87,7 @@ def _examined(row: LedgerRow, pairs: Pairs, checkpoint: CompressedTensors, fail_
             return _kept(row, pairs)
         found = examine_tensor(row, pairs, None, fail_under, bounded=False)
     except FormatError as error:
-        return TensorReport(row.name, row.fate, row.scheme, None, None, (str(error),))
+        return TensorReport(row.name, row.fate, row.scheme, failures=(str(error),))
     return attrs.evolve(found, scheme=checkpoint.weights[row.name].scheme)
 
 
@@ -103,7 +103,7 @@ def _kept(row: LedgerRow, pairs: Pairs) -> TensorReport:
             notes.add(f"{dtype_name(source.dtype)} in the source, compared after a cast to {narrow}")
             if not torch.equal(torch.isfinite(cast), torch.isfinite(source)):
                 failures.add(f"some of its numbers are beyond {narrow}")
-    return TensorReport(row.name, row.fate, row.scheme, None, None, tuple(sorted(failures)), tuple(notes))
+    return TensorReport(row.name, row.fate, row.scheme, failures=tuple(sorted(failures)), notes=tuple(notes))
 
 
 def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:

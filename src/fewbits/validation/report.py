@@ -10,7 +10,7 @@ from typing import Any, Literal
 import attrs
 
 from fewbits._sizes import bytes_in_words
-from fewbits._table import elide_first, render_table, wrap
+from fewbits._table import render_fitting, wrap
 from fewbits.calibration import Observed
 from fewbits.numerics.metrics import Measurement, pooled_sqnr_db
 from fewbits.selection.ledger import Fate
@@ -54,8 +54,8 @@ class TensorReport:
     name: str
     fate: Fate
     scheme: str
-    measurement: Measurement | None
-    verdict: Verdict | None
+    measurement: Measurement | None = None
+    verdict: Verdict | None = None
     failures: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -188,10 +188,7 @@ class Report:
             whole.append((t.name, t.fate, t.scheme, sqnr_db, error, ratio, cosine, verdict, "; ".join(t.failures)))
             scheme = t.scheme.partition(",")[0] or t.fate
             short.append((t.name, scheme, sqnr_db, cosine, "failed" if t.failures else verdict))
-        table = render_table(whole, right=(3, 4, 5, 6))
-        if width is None or len(table.splitlines()[1]) <= width:
-            return table
-        return render_table(elide_first(short, width), right=(2, 3))
+        return render_fitting(whole, short, width, right=("SQNR dB", "max error", "of bound", "cosine"))
 
     def _measured(self) -> list[tuple[TensorReport, Measurement]]:
         return [(t, t.measurement) for t in self.tensors if t.measurement is not None]
