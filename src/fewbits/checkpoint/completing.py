@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import SourceError
-from fewbits.nn.copying import deep_copy
-from fewbits.nn.walk import Slot, slots
+from fewbits.nn.walk import Slot, deep_copy, slots
 from fewbits.numerics.tensor import same_bits
 
 #: Sets the buffers of a module.

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import attrs
 import torch
 from torch import Tensor
 
 from fewbits.kernels.weight_layouts import WeightLayout
-from fewbits.numerics.spec import Spec
 
 #: How a layer may gain speed: see `fewbits.set_compute`.
 Compute = Literal["auto", "exact", "int8"]
-
-
-class Operand(Protocol):
-    """A stored weight, as the reference sees it. `StoredWeight` is one, and so is every `WeightLayout`."""
-
-    @property
-    def spec(self) -> Spec:
-        """How the weight is stored."""
-
-    @property
-    def input_scale(self) -> Tensor | None:
-        """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
-
-    def operand(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in its own shape and in `dtype`; callers must not write to it."""
-
-    def centered_codes(self) -> Tensor:
-        """Return codes minus zero points: float64, in the weight's own shape."""
-
-    @property
-    def scale(self) -> Tensor:
-        """The scales, as stored; with int8 activations (rows, 1) or (1,)."""
 
 
 _L = TypeVar("_L", bound=WeightLayout)
@@ -65,13 +42,20 @@ class Kernel(ABC, Generic[_L]):
         prepacked: Any = weight if is_there else self.weight_layout.of(weight, reuse_memory=reuse_memory)
         return prepacked  # type: ignore[no-any-return]
 
-    @abstractmethod
     def supports(self, weight: WeightLayout) -> str | None:
-        """Say why this kernel cannot compute with a weight, which may be in any layout; None if it can."""
+        """Say why this kernel cannot compute with a weight, which may be in any layout; None if it can.
 
-    @abstractmethod
+        By default, it computes with every weight that its layout can hold.
+        """
+        reason: str | None = self.weight_layout.refuses(weight)
+        return reason
+
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """Say why this kernel does not compute with an input of so many rows; None if it does. Called every time."""
+        """Say why this kernel does not compute with an input of so many rows; None if it does. Called every time.
+
+        By default, it computes with every input.
+        """
+        return None
 
     @abstractmethod
     def linear(self, x: Tensor, weight: _L) -> Tensor:

@@ -112,11 +112,9 @@ class Int4Tiles(WeightLayout):
 
 def table_group(spec: QuantSpec, columns: int) -> int:
     """Choose the group of the table for which padded codes and table take the least memory."""
-    width = spec.width(columns)
-    candidates = [g for g in TABLE_GROUPS if width % g == 0] or [min(TABLE_GROUPS)]
-    if spec.groups(columns) == 1:
-        candidates = list(TABLE_GROUPS)
-    return min(candidates, key=lambda g: -(-columns // g) * (g // 2 + 4))
+    fit_all = spec.groups(columns) == 1
+    candidates = [group for group in TABLE_GROUPS if fit_all or spec.width(columns) % group == 0]
+    return min(candidates, key=lambda group: -(-columns // group) * (group // 2 + 4))
 
 
 def spread(params: Tensor, weight: WeightLayout, group: int, out: Tensor) -> Tensor:

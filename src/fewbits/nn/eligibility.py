@@ -1,4 +1,4 @@
-"""Find out why a parameter cannot be quantized: its module, its forward, or other references to it."""
+"""Find out how a parameter would be quantized, or why it cannot be: its module, its forward, other references."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fewbits.nn.base import SUFFIX, QuantizedModule, made_class, quantized_form, replaces_forward
-from fewbits.nn.stored import StoredWeight
+from fewbits.nn.base import QuantizedModule, made_class, quantized_form, replaces_forward
+from fewbits.nn.stored import SUFFIX, StoredWeight
 from fewbits.nn.walk import slots
+from fewbits.numerics.layout import Layout
 from fewbits.numerics.plain import not_plain
+from fewbits.selection.info import layout_by_shape
 
 #: Containers, which treat all their children as content. `ParametrizationList` of torch inherits from one and does not;
 #: `obstacle_to` knows it by name, because that module of torch must not be imported.
@@ -26,6 +28,27 @@ _WALKS = frozenset({"parameters", "named_parameters", "_parameters", "state_dict
 
 #: The attributes in which every module keeps its tensors, children and hooks.
 _MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def layout_of(module: nn.Module, name: str, weight: Tensor) -> tuple[Layout, bool]:
+    """Say how a parameter is cut into outputs and inputs.
+
+    Returns:
+        The layout, and whether the class declares it; otherwise it follows from the shape.
+    """
+    shape = tuple(weight.shape)
+    declared = quantized_form(type(module), [name])[0].declared_layout(module, name, shape)
+    return (layout_by_shape(shape), len(shape) == 2) if declared is None else (declared, True)
+
+
+def rounds_inputs(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
+    """Whether a module, once this parameter is quantized, rounds its inputs to int8 if the parameter's spec says so."""
+    form, replaced = quantized_form(type(module), [name])
+    if not form.rounds_inputs or name != form.own_weight or "forward" in vars(module):
+        return False
+    if parent is not None and quantized_form(type(parent), [])[0].reads_weights_of_children:
+        return False
+    return all(getattr(type(module), part) is getattr(replaced, part) for part in form.forward_methods)
 
 
 def obstacle_to(module: nn.Module, name: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import attrs
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fewbits._table import render_table
 from fewbits.errors import ArgumentError
 from fewbits.kernels.run import rows_of
-from fewbits.nn.base import QuantizedModule, stored_weights
-from fewbits.nn.feeding import feed
+from fewbits.nn.base import QuantizedModule
 from fewbits.nn.packed import PackedWeight
+from fewbits.nn.stored import stored_weights
+from fewbits.nn.walk import feed
 
 
 @attrs.frozen
@@ -23,13 +24,13 @@ class Computed:
     """How one call of one layer was computed.
 
     Attributes:
-        name: the layer.
-        scheme: the spec of its weight.
-        weight_layout: the layout of the weight in memory.
-        rows: the number of rows of its input.
-        dtype: the dtype of its input.
-        kernel: the kernel that computed it.
-        refused: for each preferred kernel, by name, why it did not compute.
+        name: The name of the layer.
+        scheme: The spec of its weight.
+        weight_layout: The layout of the weight in memory.
+        rows: The number of rows of its input.
+        dtype: The dtype of its input.
+        kernel: The kernel that computed it.
+        refused: The reason why a preferred kernel did not compute, by its name.
     """
 
     name: str
@@ -78,8 +79,8 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"explain takes a model, not a {type(model).__name__}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
-    if not layers:
+    names = {module: name for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+    if not names:
         raise ArgumentError("no layer of this model is quantized")
     if example_input is None:
         raise ArgumentError(
@@ -87,28 +88,15 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
             "arguments, not None; () calls a model without arguments"
         )
     found: list[Computed] = []
-    with _watched(layers, found):
+
+    def note(module: QuantizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.extend(_computed(names[module], module, [*args, *kwargs.values()]))
+
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
         feed(model, example_input)
     return Explanation(tuple(found))
-
-
-@contextmanager
-def _watched(layers: Mapping[str, QuantizedModule], found: list[Computed]) -> Iterator[None]:
-    def watch(name: str) -> Any:
-        def seen(module: QuantizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.extend(_computed(name, module, [*args, *kwargs.values()]))
-
-        return seen
-
-    handles = [
-        module.register_forward_pre_hook(watch(name), with_kwargs=True, prepend=False)
-        for name, module in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _computed(name: str, module: QuantizedModule, inputs: Sequence[Any]) -> Iterator[Computed]:

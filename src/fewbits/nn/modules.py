@@ -7,7 +7,7 @@ meaning. `fewbits.nn.swap` changes the class of a float module to its form.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fewbits.kernels.choose import KERNELS, refusal
-from fewbits.kernels.convolution import FLOATS, PATCHES, sums_of_patches, way_of_sums
-from fewbits.kernels.reference import check_floating, integer_product, rounds_inputs
+from fewbits.kernels.convolution import DOUBLES, FLOATS, PATCHES, sums_of_patches, way_of_sums
+from fewbits.kernels.reference import check_floating, integer_product
 from fewbits.kernels.run import chosen, linear, rows_of
-from fewbits.nn.base import QuantizedModule, form_of, stored_weights
+from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight
 from fewbits.numerics.layout import Layout
@@ -51,11 +51,16 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         preferred = itertools.takewhile(lambda other: other is not kernel, offered)
         reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
         otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
+        if x.dtype == torch.float64:
+            otherwise = "inputs in float64 need float64 products"
         return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with the kernel that suits the input."""
-        return linear(input, self._modules["weight_stored"], _bias(self))  # type: ignore[arg-type]
+        stored: Any = self._modules["weight_stored"]
+        if isinstance(stored, PackedWeight):
+            return linear(input, stored.prepared(), _bias(self))
+        return _float_product(F.linear, input, stored, _bias(self))
 
 
 class QuantizedConvolution(QuantizedModule):
@@ -69,33 +74,27 @@ class QuantizedConvolution(QuantizedModule):
     def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
         """Say how the sums of int8 inputs are computed, and why each preferred way is not."""
         weight = self.weight_stored
-        if name != "weight" or not isinstance(weight, PackedWeight) or not rounds_inputs(weight):
+        if name != "weight" or not isinstance(weight, PackedWeight) or weight.spec.activations is None:
             return super().explain_call(name, x)
         return way_of_sums(self, weight.weight_layout(), x, weight.compute)
 
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        spatial, bias, stored = len(self.kernel_size), _bias(self), self.weight_stored
+        bias, stored = _bias(self), self.weight_stored
+        if not isinstance(stored, PackedWeight) or stored.spec.activations is None:
+            return _float_product(convolve, input, stored, bias)
         check_floating(input)
-        if not rounds_inputs(stored):
-            weight = stored.operand(input.dtype)
-            return convolve(input, weight, None if bias is None else bias.to(input.dtype))
-        sums, sum_dtype = None, torch.float64
-        if isinstance(stored, PackedWeight) and not torch.compiler.is_compiling():
-            prepacked = stored.weight_layout()
-            way, _ = way_of_sums(self, prepacked, input, stored.compute)
-            if way == PATCHES:
-                sums = partial(sums_of_patches, module=self, weight=prepacked)
-            elif way == FLOATS:
-                sum_dtype = torch.float32
+        weight = stored.weight_layout()
+        compiling = torch.compiler.is_compiling()
+        way = DOUBLES if compiling else way_of_sums(self, weight, input, stored.compute)[0]
         # One scale per sample; an input without a batch axis is one sample.
         return integer_product(
-            lambda x, weight: convolve(x, weight, None),
+            lambda x, floats: convolve(x, floats, None),
             input,
-            stored,
+            weight,
             bias,
-            spatial=spatial,
-            sums=sums,
-            sum_dtype=sum_dtype,
+            spatial=len(self.kernel_size),
+            sums=partial(sums_of_patches, module=self, weight=weight) if way == PATCHES else None,
+            sum_dtype=torch.float32 if way == FLOATS else torch.float64,
         )
 
 
@@ -199,26 +198,6 @@ class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
     """`torch.nn.EmbeddingBag` with a stored weight of shape (num_embeddings, embedding_dim)."""
 
     float_class = nn.EmbeddingBag
-    own_weight = "weight"
-    weight_stored: StoredWeight
-
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Dequantize the weight, and call `F.embedding_bag`, which under `max_norm` rescales rows in place."""
-        stored = self.weight_stored
-        weight = stored.operand(stored.dtype) if self.max_norm is None else stored.dequantize()
-        return F.embedding_bag(
-            input,
-            weight,
-            offsets,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.mode,
-            self.sparse,
-            per_sample_weights,
-            self.include_last_offset,
-            self.padding_idx,
-        )
 
 
 class QuantizedMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
@@ -226,10 +205,6 @@ class QuantizedMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
 
     float_class = nn.MultiheadAttention
     reads_weights_of_children = True
-
-    def read_together(self) -> Iterable[StoredWeight]:
-        """List the projections, with that of the output: its weight belongs to a child, and this forward reads it."""
-        return [*super().read_together(), *stored_weights(self.out_proj).values()]
 
 
 class QuantizedTransformerEncoderLayer(QuantizedModule, nn.TransformerEncoderLayer):
@@ -293,6 +268,13 @@ class QuantizedRNNBase(QuantizedModule, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no float memory to make contiguous."""
+
+
+def _float_product(
+    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, stored: StoredWeight, bias: Tensor | None
+) -> Tensor:
+    check_floating(x)
+    return operation(x, stored.operand(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _bias(module: Any) -> Tensor | None:

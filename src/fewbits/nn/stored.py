@@ -9,11 +9,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewbits.errors import ArgumentError, FormatError
-from fewbits.kernels.base import Compute, Kernel, PreparedWeight
+from fewbits.errors import FewbitsError, FormatError
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
+
+#: A quantized parameter ``p`` lives in a child module ``p_stored``.
+SUFFIX = "_stored"
+
+#: The key in the metadata of a state dict that says how each weight is stored: other codes may have the same shapes.
+_STORAGE_SPEC = "fewbits"
+
+_WAY_OUT = (
+    "Load the state dict of a float model into the float model, and quantize that; to fill a float model with a file "
+    "that fewbits wrote, use fewbits.load(path, into=model)."
+)
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Self = TypeVar("_Self", bound="StoredWeight")
@@ -27,32 +38,18 @@ class StoredWeight(nn.Module, ABC):
     never rounded twice and never becomes 0 or Inf.
 
     Attributes:
-        dtype: the dtype that `dequantize` returns by default; the dtype of the float weight.
-        trainable: whether the float parameter required gradients.
-        computes: whether kernels compute with it; otherwise a forward reads it as a float tensor.
-        compute: how its layer may gain speed; see `fewbits.set_compute`.
-        offered: the kernels to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
+        spec: How the weight is stored.
+        layout: How the weight was cut into rows and columns; None if it has no codes.
+        dtype: The dtype that `dequantize` returns by default; the dtype of the float weight.
+        trainable: Whether the float parameter required gradients.
+        computes: Whether kernels compute with the weight; otherwise a forward reads it as a float tensor.
     """
 
+    spec: Spec
+    layout: Layout | None = None
     dtype: torch.dtype
     trainable: bool = True
     computes: bool = False
-    compute: Compute = "exact"
-    offered: tuple[Kernel[Any], ...] | None = None
-
-    @property
-    @abstractmethod
-    def spec(self) -> Spec:
-        """How the weight is stored."""
-
-    @property
-    def input_scale(self) -> Tensor | None:
-        """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
-        return None
-
-    def prepared(self) -> PreparedWeight | None:
-        """Return the weight in its current layout, with its kernels; None if only the reference computes with it."""
-        return None
 
     @abstractmethod
     def value(self) -> QuantizedTensor | Tensor:
@@ -63,9 +60,9 @@ class StoredWeight(nn.Module, ABC):
         """Return the tensors for a state dict, by the suffix that their keys add to the parameter's name."""
 
     @property
-    @abstractmethod
     def suffixes(self) -> list[str]:
         """The keys of `parts`."""
+        return list(self.parts())
 
     def parts_in(self, destination: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
         """Return the parts, detached, for a state dict that holds them under this key."""
@@ -73,7 +70,7 @@ class StoredWeight(nn.Module, ABC):
 
     def storage_spec(self) -> list[Any]:
         """Return spec and layout as plain values: the parts do not hold them."""
-        return [self.spec.to_dict(), None]
+        return [self.spec.to_dict(), None if self.layout is None else self.layout.to_dict()]
 
     @abstractmethod
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
@@ -84,14 +81,8 @@ class StoredWeight(nn.Module, ABC):
         """Return the weight in its own shape, in memory of its own."""
 
     def operand(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight to compute with; callers must not write to it, it may be the stored tensor."""
+        """Return the weight to compute with. Callers must not write to it, because it may be the stored tensor."""
         return self.dequantize(dtype)
-
-    scale: Tensor
-
-    @abstractmethod
-    def centered_codes(self) -> Tensor:
-        """Return codes minus zero points: float64, in the weight's own shape."""
 
     @abstractmethod
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,16 +112,8 @@ class StoredWeight(nn.Module, ABC):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pass
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, strict, _, unexpected_keys, _ = rest
         if strict:
             unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
 
@@ -142,13 +125,8 @@ class CastWeight(StoredWeight):
 
     def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self._spec = dtype, CastSpec(value.dtype)
+        self.dtype, self.spec = dtype, CastSpec(value.dtype)
         self.register_buffer("narrow", value)
-
-    @property
-    def spec(self) -> CastSpec:
-        """The dtype that the weight is stored in."""
-        return self._spec
 
     def value(self) -> Tensor:
         """Return the narrow tensor itself."""
@@ -157,11 +135,6 @@ class CastWeight(StoredWeight):
     def parts(self) -> dict[str, Tensor]:
         """Return the narrow tensor, under the parameter's own name."""
         return {"": self.narrow}
-
-    @property
-    def suffixes(self) -> list[str]:
-        """No suffix: the key is the parameter's own name."""
-        return [""]
 
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
         """Take over another tensor of the same shape and dtype."""
@@ -181,14 +154,62 @@ class CastWeight(StoredWeight):
         """Return the weight, cast to `dtype` if it has another."""
         return self.narrow.to(dtype)
 
-    def centered_codes(self) -> Tensor:
-        """Refuse: a cast weight has no codes.
-
-        Raises:
-            ArgumentError: always.
-        """
-        raise ArgumentError(f"a weight in {self.spec} has no integer codes")
-
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows of a matrix."""
         return self.narrow.index_select(0, index).to(dtype)
+
+
+def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
+    """Return the stored weights that a module itself holds, by parameter name."""
+    return {
+        name.removesuffix(SUFFIX): child for name, child in module._modules.items() if isinstance(child, StoredWeight)
+    }
+
+
+def save_parts(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+    """Write the stored weights of a module to a state dict."""
+    held, metadata = stored_weights(module), getattr(destination, "_metadata", {}).get(prefix[:-1])
+    if metadata is not None:
+        metadata[_STORAGE_SPEC] = {name: stored.storage_spec() for name, stored in held.items()}
+    for name, stored in held.items():
+        parts = stored.parts() if keep_vars else stored.parts_in(destination, prefix + name)
+        destination.update((prefix + name + suffix, part) for suffix, part in parts.items())
+
+
+def load_parts(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    missing_keys: list[str],
+    error_msgs: list[str],
+) -> dict[str, Any]:
+    """Fill the stored weights of a module from a state dict; return the entries that are not parts of them."""
+    others = dict(state_dict)
+    for name, stored in stored_weights(module).items():
+        keys = {suffix: prefix + name + suffix for suffix in stored.suffixes}
+        missing = [key for key in keys.values() if key not in others]
+        parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
+        plain = others.pop(prefix + name, None) if missing else parts.get("")
+        storage_spec = local_metadata.get(_STORAGE_SPEC, {}).get(name)
+        if storage_spec is not None and storage_spec != stored.storage_spec() and (parts or plain is not None):
+            error_msgs.append(
+                f"{prefix}{name} is stored as {storage_spec} in the state dict, here as {stored.storage_spec()}"
+            )
+            continue
+        cast_to = stored.spec.dtype if isinstance(stored.spec, CastSpec) else None
+        if isinstance(plain, Tensor) and plain.dtype != cast_to:
+            if not any(message.endswith(_WAY_OUT) for message in error_msgs):  # one message for a whole state dict
+                error_msgs.append(
+                    f"{prefix}{name} is {dtype_name(plain.dtype)} in the state dict, and stored as {stored.spec} in "
+                    f"this model. {_WAY_OUT}"
+                )
+            continue
+        if missing:
+            missing_keys += missing
+            continue
+        try:
+            stored.load_parts(parts, assign=bool(local_metadata.get("assign_to_params_buffers")))
+        except FewbitsError as error:
+            error_msgs.append(f"{prefix}{name}: {error}")
+    return others

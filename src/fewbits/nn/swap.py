@@ -2,40 +2,32 @@
 
 A module changes its class and its weight, and stays the same object. Hooks, shared modules, and references from outside
 the module tree stay valid.
+
+`save_pretrained` of a model with quantized layers is refused. Transformers and sentence-transformers write the tensors
+of a model's state dict. On reading they find no ``weight``, and fill it with random numbers; only their log says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from fewbits.errors import ArgumentError, FewbitsError, SourceError
-from fewbits.nn.base import SUFFIX, QuantizedModule, stored_weights
-from fewbits.nn.classes import quantized_class
-from fewbits.nn.copying import deep_copy
+from fewbits.errors import ArgumentError, CheckpointError, SourceError
+from fewbits.nn.base import QuantizedModule, made_class, quantized_form
 from fewbits.nn.reading import reads
-from fewbits.nn.saving import allow_save_pretrained
-from fewbits.nn.stored import StoredWeight
-from fewbits.nn.walk import Slot
+from fewbits.nn.stored import SUFFIX, StoredWeight, stored_weights
+from fewbits.nn.walk import Slot, deep_copy
 from fewbits.numerics.tensor import QuantizedTensor
 
 #: The attribute of a quantized module with the names of its float parameters, in order.
 _ORDER = "_parameters_in_order"
 
-
-def refuse_quantized(model: nn.Module, error: type[FewbitsError]) -> None:
-    """Raise an error of this class if any module of the model is quantized."""
-    names = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
-    if names:
-        more = f" and {len(names) - 1} more modules are" if names[1:] else " is"
-        raise error(
-            f"{names[0] or 'the root module'}{more} quantized already; pass a float model, "
-            "for example fewbits.dequantize(model)"
-        )
+#: The methods that would write the weights of a model.
+_SAVING_METHODS = ("save_pretrained", "save")
 
 
 def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
@@ -50,7 +42,8 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     stored.trainable = parameter is not None and parameter.requires_grad
     stored.training = module.training
     module._modules[name + SUFFIX] = stored
-    object.__setattr__(module, "__class__", quantized_class(float_class, stored_weights(module)))
+    form = quantized_form(float_class, stored_weights(module))
+    object.__setattr__(module, "__class__", made_class(float_class, *form))
     if isinstance(module, QuantizedModule):
         module.stores()
     if not reads(module, name, stored):
@@ -124,5 +117,31 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}
     for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
         detach(module, weights)
-    allow_save_pretrained(plain)
+    for held in map(vars, plain.modules()):
+        for name in _SAVING_METHODS:
+            if held.get(name) is _refuse:
+                del held[name]
     return plain
+
+
+def refuse_save_pretrained(model: nn.Module) -> None:
+    """Make `save_pretrained` raise an error, for a model and for every module in it that contains a quantized one."""
+    for module in model.modules():
+        # A peft model writes its adapters alone, which are not quantized.
+        writes_weights = callable(getattr(module, "save_pretrained", None)) and not hasattr(module, "peft_config")
+        if writes_weights and any(isinstance(inner, QuantizedModule) for inner in module.modules()):
+            methods = [name for name in _SAVING_METHODS if callable(getattr(module, name, None))]
+            module.__dict__.update(dict.fromkeys(methods, _refuse))
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    """Replaces `save_pretrained` and `save`.
+
+    Raises:
+        CheckpointError: Always.
+    """
+    raise CheckpointError(
+        "this model holds quantized layers, which from_pretrained would fill with random numbers. Save it with the "
+        "quantizer or the result that made it, .save(path), and load it with fewbits.load(path, into=model); or save "
+        "a float model, fewbits.dequantize(model).save_pretrained(path)"
+    )
