@@ -259,11 +259,12 @@ def test_layers_of_a_real_model_read_50_db_or_10_more_than_the_weights(minilm, s
     layers = dict(fewbits.quantize(model, scheme, validate=False).model.named_modules())
     for name, x in given.items():
         stored = layers[name].weight_stored
-        layout, dense = stored.weight_layout(), decoded(stored.weight_layout())
+        kernels, layout = stored.prepared().kernels, stored.weight_layout()
+        dense = decoded(layout)
         own = measure(model.get_submodule(name).weight, stored.value()).sqnr_db
         for rows in (1, 8, len(x)):
             rounds = [part for part in x[: max(64, rows)].split(rows) if len(part) == rows]
-            found = torch.cat([choose(stored.kernels, part, rows).linear(part, layout).double() for part in rounds])
+            found = torch.cat([choose(kernels, part, rows).linear(part, layout).double() for part in rounds])
             heard = noise_db(found, torch.cat(rounds).double() @ dense.t())
             assert heard >= min(50.0, own + 10), f"{name}, {rows} rows: {heard:.1f} dB, weights {own:.1f}"
     assert len(given) >= 37

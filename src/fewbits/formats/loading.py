@@ -18,8 +18,7 @@ from fewbits.errors import ArgumentError, MismatchError
 from fewbits.formats.compressed_tensors import CompressedTensors, open_checkpoint
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
-from fewbits.nn.eligibility import held_beside, layout_of, obstacle_to, rounds_inputs
-from fewbits.nn.intake import compiled_hint, refuse_unfit
+from fewbits.nn.eligibility import compiled_hint, held_beside, layout_of, obstacle_to, refuse_unfit, rounds_inputs
 from fewbits.nn.swap import refuse_save_pretrained
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name

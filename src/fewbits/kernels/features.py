@@ -49,7 +49,7 @@ def tile_width() -> int | None:
     one = torch.eye(columns, dtype=torch.bfloat16)
     for width in WIDTHS:
         low, high = codes.to(torch.uint8).view(-1, 2, width // 2, columns).unbind(1)
-        tiles = (low | high << 4).transpose(1, 2).reshape(rows, columns // 2)
+        tiles = (low | high << 4).transpose(1, 2).contiguous().view(rows, -1)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(one, tiles, 32, scales_and_offsets)
         if torch.equal(product.t().int(), codes - 8):
             return width

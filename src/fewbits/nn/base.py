@@ -12,9 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fewbits.errors import ArgumentError, ReadOnlyWeightError
-from fewbits.kernels.reference import REFERENCE
-from fewbits.nn.reading import read, reading_once
-from fewbits.nn.stored import SUFFIX, StoredWeight, load_parts, save_parts, stored_weights
+from fewbits.nn.stored import SUFFIX, StoredWeight, load_parts, read, reading_once, save_parts, stored_weights
 from fewbits.numerics.layout import Layout
 
 #: The attribute of classes made at run time: the registered class whose forward the quantized form may replace.
@@ -88,12 +86,12 @@ class QuantizedModule(nn.Module):
             ArgumentError: If it is neither a name nor a class of float modules.
         """
         if not isinstance(float_class, str):
-            if not (isinstance(float_class, type) and issubclass(float_class, nn.Module)):
+            is_layer = isinstance(float_class, type) and issubclass(float_class, nn.Module)
+            if not is_layer or float_class is nn.Module or issubclass(float_class, (QuantizedModule, StoredWeight)):
                 raise ArgumentError(
-                    f"register takes a subclass of torch.nn.Module or its full name, not {float_class!r}"
+                    f"register takes a class of float layers, a subclass of torch.nn.Module, or its full name, not "
+                    f"{float_class!r}"
                 )
-            if float_class is nn.Module or issubclass(float_class, (QuantizedModule, StoredWeight)):
-                raise ArgumentError(f"{float_class.__name__} cannot be registered; register a class of float layers")
             cls._warn_of_replaced_forward(float_class)
         _registered[float_class] = cls
 
@@ -124,15 +122,6 @@ class QuantizedModule(nn.Module):
             # Fused experts of transformers: (experts, inputs, outputs) or (experts, outputs, inputs).
             axes = (1,) if module.is_transposed else (2,)
         return None if axes is None else Layout.of(shape, inputs=axes)
-
-    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
-        """Name the kernel that computes with a stored weight for this input, and say why preferred kernels do not.
-
-        Args:
-            name: The name of the parameter.
-            x: The input of the layer.
-        """
-        return REFERENCE.name, {}
 
     def read_together(self) -> Iterable[StoredWeight]:
         """List the weights that this module's forward reads; each is dequantized once per forward."""

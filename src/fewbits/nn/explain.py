@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 
 from fewbits._table import render_table
 from fewbits.errors import ArgumentError
-from fewbits.kernels.run import rows_of
+from fewbits.kernels.choose import refusal
+from fewbits.kernels.convolution import way_of_sums
+from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.run import chosen, rows_of
 from fewbits.nn.base import QuantizedModule
+from fewbits.nn.modules import QuantizedConvolution, QuantizedLinear
 from fewbits.nn.packed import PackedWeight
-from fewbits.nn.stored import stored_weights
+from fewbits.nn.stored import StoredWeight, stored_weights
 from fewbits.nn.walk import feed
 
 
@@ -67,15 +72,15 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
     """Run a model once; report which kernel computed each quantized layer, and why preferred kernels did not.
 
     Args:
-        model: a quantized model. It runs in its current mode, without gradients.
-        example_input: a tensor, a tuple of arguments, or a mapping: its entries are keyword arguments, unless the
-            model takes the whole mapping as one argument, as `SentenceTransformer` does.
+        model: A quantized model. It runs in its current mode, without gradients.
+        example_input: A tensor, a tuple of arguments, or a mapping. The entries of a mapping are keyword arguments,
+            unless the model takes the whole mapping as one argument, as `SentenceTransformer` does.
 
     Returns:
-        an explanation: rows for programs; ``str()`` of it is a table.
+        An explanation: rows for programs; ``str()`` of it is a table.
 
     Raises:
-        ArgumentError: if it is not a model, has no quantized layer, or `example_input` is None.
+        ArgumentError: If `model` is not a model or has no quantized layer, or `example_input` is None.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"explain takes a model, not a {type(model).__name__}")
@@ -106,5 +111,21 @@ def _computed(name: str, module: QuantizedModule, inputs: Sequence[Any]) -> Iter
     for parameter, weight in stored_weights(module).items():
         path = ".".join(filter(None, (name, parameter)))
         layout = weight.weight_layout().name if isinstance(weight, PackedWeight) else str(weight.spec)
-        kernel, refused = module.explain_call(parameter, x)
+        kernel, refused = _choice(module, weight if parameter == module.own_weight else None, x)
         yield Computed(path, str(weight.spec), layout, rows_of(x), x.dtype, kernel, refused)
+
+
+def _choice(module: QuantizedModule, weight: StoredWeight | None, x: Tensor) -> tuple[str, Mapping[str, str]]:
+    """Name the kernel that computes with a layer's own weight for this input, and say why preferred kernels do not."""
+    if isinstance(weight, PackedWeight) and isinstance(module, QuantizedConvolution) and weight.spec.activations:
+        return way_of_sums(module, weight.weight_layout(), x, weight.compute)
+    if not isinstance(weight, PackedWeight) or not isinstance(module, QuantizedLinear) or not weight.computes:
+        return REFERENCE.name, {}
+    prepared, rows = weight.prepared(), rows_of(x)
+    kernel = chosen(x, prepared)
+    preferred = itertools.takewhile(lambda other: other is not kernel, weight.candidates)
+    reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
+    otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
+    if x.dtype == torch.float64:
+        otherwise = "inputs in float64 need float64 products"
+    return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}

@@ -6,8 +6,7 @@ meaning. `fewbits.nn.swap` changes the class of a float module to its form.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fewbits.kernels.choose import KERNELS, refusal
 from fewbits.kernels.convolution import DOUBLES, FLOATS, PATCHES, sums_of_patches, way_of_sums
 from fewbits.kernels.reference import check_floating, integer_product
-from fewbits.kernels.run import chosen, linear, rows_of
+from fewbits.kernels.run import linear
 from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight
@@ -40,21 +38,6 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         is_replaced = type(self).forward is form_of(type(self)).forward
         self.weight_stored.computes |= is_replaced and not isinstance(self, NonDynamicallyQuantizableLinear)
 
-    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
-        """Name the kernel that computes with the weight for this input, and why each preferred kernel does not."""
-        weight = self.weight_stored
-        if name != "weight" or not weight.computes or not isinstance(weight, PackedWeight):
-            return super().explain_call(name, x)
-        prepared, rows = weight.prepared(), rows_of(x)
-        kernel = chosen(x, prepared)
-        offered = KERNELS if weight.offered is None else weight.offered
-        preferred = itertools.takewhile(lambda other: other is not kernel, offered)
-        reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
-        otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
-        if x.dtype == torch.float64:
-            otherwise = "inputs in float64 need float64 products"
-        return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}
-
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with the kernel that suits the input."""
         stored: Any = self._modules["weight_stored"]
@@ -70,13 +53,6 @@ class QuantizedConvolution(QuantizedModule):
     rounds_inputs = True
     weight_stored: StoredWeight
     kernel_size: tuple[int, ...]
-
-    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
-        """Say how the sums of int8 inputs are computed, and why each preferred way is not."""
-        weight = self.weight_stored
-        if name != "weight" or not isinstance(weight, PackedWeight) or weight.spec.activations is None:
-            return super().explain_call(name, x)
-        return way_of_sums(self, weight.weight_layout(), x, weight.compute)
 
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         bias, stored = _bias(self), self.weight_stored
@@ -130,9 +106,11 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     float_class = nn.Conv3d
 
 
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
 class _QuantizedConvTranspose(QuantizedConvolution):
     forward_methods = ("forward", "_output_padding")
-    _convolve: ClassVar[Callable[..., Tensor]]
     _output_padding: Callable[..., list[int]]
 
     @classmethod
@@ -152,7 +130,7 @@ class _QuantizedConvTranspose(QuantizedConvolution):
         extra = self._output_padding(input, output_size, stride, padding, size, len(size), dilation)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return type(self)._convolve(x, weight, bias, stride, padding, extra, self.groups, dilation)
+            return _TRANSPOSED[len(size)](x, weight, bias, stride, padding, extra, self.groups, dilation)
 
         return self._convolved(input, convolve)
 
@@ -161,21 +139,18 @@ class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` with a stored weight of shape (in_channels, out_channels / groups, k)."""
 
     float_class = nn.ConvTranspose1d
-    _convolve = staticmethod(F.conv_transpose1d)
 
 
 class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` with a stored weight of shape (in_channels, out_channels / groups, k, k)."""
 
     float_class = nn.ConvTranspose2d
-    _convolve = staticmethod(F.conv_transpose2d)
 
 
 class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d` with a stored weight of shape (in_channels, out_channels / groups, k, k, k)."""
 
     float_class = nn.ConvTranspose3d
-    _convolve = staticmethod(F.conv_transpose3d)
 
 
 class QuantizedEmbedding(QuantizedModule, nn.Embedding):

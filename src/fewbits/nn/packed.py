@@ -54,9 +54,9 @@ class PackedWeight(StoredWeight):
         return self.prepared().weight
 
     @property
-    def kernels(self) -> tuple[Kernel[Any], ...]:
-        """The kernels that compute with it, the most preferred first; none if the reference does."""
-        return self.prepared().kernels
+    def candidates(self) -> Sequence[Kernel[Any]]:
+        """The kernels to choose from, the most preferred first."""
+        return KERNELS if self.offered is None else self.offered
 
     def prepared(self) -> PreparedWeight:
         """Return the weight in its current layout, with its kernels."""
@@ -74,13 +74,12 @@ class PackedWeight(StoredWeight):
     def _prepare(self, weight: WeightLayout) -> PreparedWeight:
         if not self.computes or any(map(is_wrapped, weight.tensors().values())):
             return PreparedWeight(weight)
-        offered = KERNELS if self.offered is None else self.offered
-        kernels = kernels_reading(weight, self.compute, offered)
+        kernels = kernels_reading(weight, self.compute, self.candidates)
         if kernels[0] is REFERENCE:
             return PreparedWeight(weight)
-        is_traced_as_reference = isinstance(weight, PackedInt32)
-        description = None if is_traced_as_reference else describe(weight, self.compute, offered)
-        return PreparedWeight(weight, kernels, description)
+        if isinstance(weight, PackedInt32):  # compilers trace the reference
+            return PreparedWeight(weight, kernels)
+        return PreparedWeight(weight, kernels, describe(weight, self.compute, self.candidates))
 
     def prepack(
         self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
@@ -100,16 +99,15 @@ class PackedWeight(StoredWeight):
         self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
         # Tensors made in inference mode could not be differentiated later.
         with torch.inference_mode(False), torch.no_grad():
-            self._hold(self._preferred(compute, kernels).prepack(self.weight_layout(), reuse_memory=reuse_memory))
+            self._hold(self._preferred(compute).prepack(self.weight_layout(), reuse_memory=reuse_memory))
 
     def stays(self, compute: Compute) -> bool:
         """Whether `prepack` would keep the current tensors; their shapes decide, not their values."""
-        kernel = self._preferred(compute, None)
+        kernel = self._preferred(compute)
         return isinstance(self.weight_layout(), PackedInt32 if kernel is REFERENCE else kernel.weight_layout)
 
-    def _preferred(self, compute: Compute, kernels: Sequence[Kernel[Any]] | None) -> Kernel[Any]:
-        offered = KERNELS if kernels is None else kernels
-        return preferred(self.weight_layout(), compute, offered) if self.computes else REFERENCE
+    def _preferred(self, compute: Compute) -> Kernel[Any]:
+        return preferred(self.weight_layout(), compute, self.candidates) if self.computes else REFERENCE
 
     def _hold(self, weight: WeightLayout) -> None:
         type(weight).register()

@@ -18,8 +18,7 @@ from torch import nn
 
 from fewbits.errors import ArgumentError, CheckpointError, SourceError
 from fewbits.nn.base import QuantizedModule, made_class, quantized_form
-from fewbits.nn.reading import reads
-from fewbits.nn.stored import SUFFIX, StoredWeight, stored_weights
+from fewbits.nn.stored import SUFFIX, StoredWeight, reads, stored_weights
 from fewbits.nn.walk import Slot, deep_copy
 from fewbits.numerics.tensor import QuantizedTensor
 

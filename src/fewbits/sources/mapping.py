@@ -14,7 +14,7 @@ from fewbits.checkpoint.state_dicts import advice
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import ScaledWeight, scaled_weights
-from fewbits.nn.intake import quantized_elsewhere
+from fewbits.nn.eligibility import quantized_elsewhere
 from fewbits.nn.storage import View, overlaps
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain

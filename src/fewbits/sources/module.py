@@ -13,8 +13,7 @@ from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import scaled_weights
-from fewbits.nn.eligibility import held_beside, layout_of, obstacle_to, rounds_inputs
-from fewbits.nn.intake import refuse_unfit
+from fewbits.nn.eligibility import held_beside, layout_of, obstacle_to, refuse_unfit, rounds_inputs
 from fewbits.nn.packed import store
 from fewbits.nn.storage import View, overlaps
 from fewbits.nn.stored import stored_weights
