@@ -116,9 +116,7 @@ def test_a_registered_linear_layer_rounds_its_inputs():
 
 
 def test_registering_a_subclass_that_overrides_forward_replaces_it_with_a_warning():
-    with pytest.warns(
-        UserWarning, match=r"FrameworkConv2d overrides the forward of Conv2d, and QuantizedConv2d\.forward"
-    ):
+    with pytest.warns(UserWarning, match=r"FrameworkConv2d overrides the forward of Conv2d, .* do not register"):
         QuantizedConv2d.register(FrameworkConv2d)
     run_all(check_module(FrameworkConv2d(8, 8, 3), x(2, 8, 9, 9)))
 
@@ -127,7 +125,6 @@ def test_a_form_with_the_subclass_as_its_float_class_replaces_its_forward_withou
     class QuantizedFrameworkConv2d(QuantizedConv2d):
         float_class = FrameworkConv2d
 
-    run_all(check_module(FrameworkConv2d(8, 8, 3), x(2, 8, 9, 9)))
     module, _ = converted(FrameworkConv2d(8, 8, 3), keeping())
     assert isinstance(module, QuantizedFrameworkConv2d)
     assert type(module).forward is QuantizedConv2d.forward

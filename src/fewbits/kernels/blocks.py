@@ -31,8 +31,6 @@ class ByteBlocks(Kernel[Int8Rows]):
             return decoded_blocks(x, weight)
         rows, wide = weight.signed.shape
         x = padded(x.to(product_dtype(weight)), wide)
-        if weight.zero_point is None and weight.signed.numel() <= BLOCK:
-            return torch.mm(x, weight.signed.to(x.dtype).t()) * weight.row_scale
         zero_point = weight.params(slice(None)).zero_point
         output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
         for where in row_slices(rows, len(block)):

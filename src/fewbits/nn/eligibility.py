@@ -188,14 +188,11 @@ def _goes_through_parameters(cls: type[nn.Module]) -> bool:
             return True
         seen.add(code)
         methods = [getattr(cls, name, None) for name in code.co_names]
-        codes += [method.__code__ for method in methods if isinstance(method, FunctionType) and _is_foreign(method)]
+        functions = [method for method in methods if isinstance(method, FunctionType)]
+        # Methods of torch read parameters by name.
+        codes += [f.__code__ for f in functions if not (f.__module__ or "").startswith("torch.")]
         codes += [const for const in code.co_consts if isinstance(const, CodeType)]
     return False
-
-
-def _is_foreign(function: FunctionType) -> bool:
-    # Methods of torch read parameters by name.
-    return not (function.__module__ or "").startswith("torch.")
 
 
 def held_beside(model: nn.Module) -> dict[str, str]:

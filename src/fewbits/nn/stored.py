@@ -1,6 +1,6 @@
 """`StoredWeight`: a weight as a module holds it, shared by all layers with that weight.
 
-Also: how a module reads its stored weights as float tensors, and keeps them in a state dict.
+Also: how a module reads its stored weights as float tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewbits.errors import FewbitsError, FormatError
+from fewbits.errors import FormatError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.read_only import ReadOnlyTensor
@@ -25,14 +25,6 @@ from fewbits.numerics.tensor import QuantizedTensor
 
 #: A quantized parameter ``p`` lives in a child module ``p_stored``.
 SUFFIX = "_stored"
-
-#: The key in the metadata of a state dict that says how each weight is stored: other codes may have the same shapes.
-_STORAGE_SPEC = "fewbits"
-
-_WAY_OUT = (
-    "Load the state dict of a float model into the float model, and quantize that; to fill a float model with a file "
-    "that fewbits wrote, use fewbits.load(path, into=model)."
-)
 
 #: The weights that the running forward dequantizes at most once, with their float tensors; None before the first read.
 _once: ContextVar[dict[StoredWeight, Tensor | None] | None] = ContextVar("fewbits_once", default=None)
@@ -223,52 +215,3 @@ def _is_forward_of_torch(frame: FrameType) -> bool:
     # Attention and transformer layers of torch read the weights of their children. They take their fast path, whose
     # bits differ, only if no weight is of a subclass of Tensor.
     return frame.f_code.co_name == "forward" and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")
-
-
-def save_parts(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
-    """Write the stored weights of a module to a state dict."""
-    held, metadata = stored_weights(module), getattr(destination, "_metadata", {}).get(prefix[:-1])
-    if metadata is not None:
-        metadata[_STORAGE_SPEC] = {name: stored.storage_spec() for name, stored in held.items()}
-    for name, stored in held.items():
-        parts = stored.parts() if keep_vars else stored.parts_in(destination, prefix + name)
-        destination.update((prefix + name + suffix, part) for suffix, part in parts.items())
-
-
-def load_parts(
-    module: nn.Module,
-    state_dict: Mapping[str, Any],
-    prefix: str,
-    local_metadata: Mapping[str, Any],
-    missing_keys: list[str],
-    error_msgs: list[str],
-) -> dict[str, Any]:
-    """Fill the stored weights of a module from a state dict; return the entries that are not parts of them."""
-    others = dict(state_dict)
-    for name, stored in stored_weights(module).items():
-        keys = {suffix: prefix + name + suffix for suffix in stored.suffixes}
-        missing = [key for key in keys.values() if key not in others]
-        parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
-        plain = others.pop(prefix + name, None) if missing else parts.get("")
-        storage_spec = local_metadata.get(_STORAGE_SPEC, {}).get(name)
-        if storage_spec is not None and storage_spec != stored.storage_spec() and (parts or plain is not None):
-            error_msgs.append(
-                f"{prefix}{name} is stored as {storage_spec} in the state dict, here as {stored.storage_spec()}"
-            )
-            continue
-        cast_to = stored.spec.dtype if isinstance(stored.spec, CastSpec) else None
-        if isinstance(plain, Tensor) and plain.dtype != cast_to:
-            if not any(message.endswith(_WAY_OUT) for message in error_msgs):  # one message for a whole state dict
-                error_msgs.append(
-                    f"{prefix}{name} is {dtype_name(plain.dtype)} in the state dict, and stored as {stored.spec} in "
-                    f"this model. {_WAY_OUT}"
-                )
-            continue
-        if missing:
-            missing_keys += missing
-            continue
-        try:
-            stored.load_parts(parts, assign=bool(local_metadata.get("assign_to_params_buffers")))
-        except FewbitsError as error:
-            error_msgs.append(f"{prefix}{name}: {error}")
-    return others
