@@ -60,21 +60,12 @@ def attached(places: Sequence[Slot], stored: StoredWeight) -> Iterator[None]:
     Raises:
         SourceError: if a module would not read the stored weight.
     """
-    before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
-    try:
+    with contextlib.ExitStack() as undo:
         for slot in places:
             parameter = slot.module._parameters[slot.local]
             attach(slot.module, slot.local, stored)
-            before.setdefault(slot.module, {})[slot.local] = parameter
+            undo.callback(_put_back, slot.module, {slot.local: parameter})
         yield
-    finally:
-        for module, parameters in before.items():
-            _put_back(module, parameters)
-
-
-def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]) -> None:
-    """Replace all stored weights with parameters; the module takes its float class again."""
-    _put_back(module, {name: weights[stored] for name, stored in stored_weights(module).items()})
 
 
 def _put_back(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> None:
@@ -96,15 +87,15 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     """Return a float copy of a quantized model or mapping.
 
     Args:
-        model: a model, or a mapping {name: Tensor or QuantizedTensor}; it is not changed.
-        dtype: the dtype of dequantized weights; None: the dtype of each float weight before.
+        model: A model, or a mapping {name: Tensor or QuantizedTensor}; it is not changed.
+        dtype: The dtype of dequantized weights; None: the dtype of each float weight before.
 
     Returns:
-        a model of the same classes as before, tied weights tied; or a mapping {name: Tensor}.
+        A model of the same classes as before, tied weights tied; or a mapping {name: Tensor}.
 
     Raises:
-        ArgumentError: if `model` is neither.
-        SourceError: if a part of the model cannot be copied.
+        ArgumentError: If `model` is neither a model nor a mapping.
+        SourceError: If a part of the model cannot be copied.
     """
     if isinstance(model, Mapping):
         return {name: v.dequantize(dtype) if isinstance(v, QuantizedTensor) else v for name, v in model.items()}
@@ -115,7 +106,7 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     plain = deep_copy(model, {id(module): module for module in stored}, otherwise="load its file and dequantize that")
     weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}
     for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
-        detach(module, weights)
+        _put_back(module, {name: weights[s] for name, s in stored_weights(module).items()})
     for held in map(vars, plain.modules()):
         for name in _SAVING_METHODS:
             if held.get(name) is _refuse:
