@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, List  # noqa: UP035  (the schema of an operation: torch 2.6 knows no other list)
 
 import attrs
@@ -23,7 +23,7 @@ from fewbits.kernels.choose import KERNELS, choose, kernels_reading
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, WeightLayout
 from fewbits.numerics.affine import clip_input
 from fewbits.numerics.layout import Layout
-from fewbits.numerics.spec import Spec, spec_from_dict
+from fewbits.numerics.spec import spec_from_dict
 
 #: The kernels that this process knows: kernels of this library by name, other kernels by name and number.
 _known: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in KERNELS}
@@ -50,30 +50,40 @@ def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[An
 
 @attrs.frozen
 class _Description:
-    weight_layout: type[Any]
-    names: Sequence[str]
-    spec: Spec
+    """A description, with the values that its names stand for.
+
+    Attributes:
+        make: Makes the weight from the tensors in `tensors`, which are keyword arguments.
+        tensors: The names of the tensors, in order.
+        layout: How the weight is cut into rows and columns.
+        compute: How the layer may gain speed.
+        kernels: The kernels to choose from.
+    """
+
+    make: Callable[..., WeightLayout]
+    tensors: Sequence[str]
     layout: Layout
     compute: Compute
-    kernels: tuple[Kernel[Any], ...]
+    kernels: Sequence[Kernel[Any]]
 
     def weight(self, tensors: Sequence[Tensor]) -> WeightLayout:
-        held = dict(zip(self.names, tensors, strict=True))
-        weight: WeightLayout = self.weight_layout(**held, spec=self.spec, layout=self.layout)
-        return weight
+        """Return the weight in its layout."""
+        return self.make(**dict(zip(self.tensors, tensors, strict=True)))
 
 
 @functools.lru_cache(maxsize=1024)
 def _read(description: str) -> _Description:
     fields = json.loads(description)
-    kernels = tuple(_known[name] for name in fields["kernels"] if name in _known)
-    if fields["weight_layout"] not in WEIGHT_LAYOUTS:
+    weight_layout = WEIGHT_LAYOUTS.get(fields["weight_layout"])
+    if weight_layout is None:
         raise ArgumentError(
             f"this program holds a weight in the layout {fields['weight_layout']!r}, which this process does not know; "
             "import the package that defines the layout, and call its register()"
         )
-    weight_layout, spec = WEIGHT_LAYOUTS[fields["weight_layout"]], spec_from_dict(fields["spec"])
-    return _Description(weight_layout, fields["tensors"], spec, Layout(**fields["layout"]), fields["compute"], kernels)
+    fields["spec"], layout = spec_from_dict(fields["spec"]), Layout(**fields["layout"])
+    make = functools.partial(weight_layout, spec=fields["spec"], layout=layout)
+    kernels = [_known[name] for name in fields["kernels"] if name in _known]
+    return _Description(make, fields["tensors"], layout, fields["compute"], kernels)
 
 
 @torch.library.custom_op("fewbits::linear", mutates_args=())

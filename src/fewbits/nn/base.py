@@ -135,8 +135,7 @@ class QuantizedModule(nn.Module):
 
     def read_together(self) -> Iterable[StoredWeight]:
         """List the weights that this module's forward reads; each is dequantized once per forward."""
-        readers = self.modules() if self.reads_weights_of_children else (self,)
-        return [stored for module in readers for stored in stored_weights(module).values()]
+        return stored_weights(self).values()
 
     def stores(self) -> None:
         """Adjust the module after a parameter has become a stored weight."""

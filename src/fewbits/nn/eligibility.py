@@ -71,11 +71,10 @@ def refuse_unfit(model: nn.Module, error: type[FewbitsError]) -> None:
 
 def quantized_elsewhere(name: str, held: object) -> str | None:
     """Return an error message if a module or tensor belongs to another quantization tool; None if not."""
-    for full_name, base in _bases(held):
-        if full_name.startswith(tuple(_TOOLS)) and not (
-            issubclass(base, nn.Module) and full_name.startswith(_FLOAT_MODULES)
-        ):
-            tool = next(tool for beginning, tool in _TOOLS.items() if full_name.startswith(beginning))
+    for base in type(held).__mro__:
+        is_float = issubclass(base, nn.Module) and _full_name(base).startswith(_FLOAT_MODULES)
+        tool = next((tool for beginning, tool in _TOOLS.items() if _full_name(base).startswith(beginning)), None)
+        if tool is not None and not is_float:
             return (
                 f"{name or 'the root module'} is a {type(held).__name__} of {tool}: it is quantized already, or "
                 "prepared for quantization; pass the float model that it was made from"
@@ -83,9 +82,8 @@ def quantized_elsewhere(name: str, held: object) -> str | None:
     return None
 
 
-def _bases(held: object) -> list[tuple[str, type]]:
-    """Return the classes of an object, with their full names."""
-    return [(f"{base.__module__}.{base.__qualname__}", base) for base in type(held).__mro__]
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _problems(model: nn.Module) -> Iterator[str]:
@@ -98,17 +96,16 @@ def _problems(model: nn.Module) -> Iterator[str]:
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             way = f"put model.{name}.module in its place" if name else "pass model.module, and wrap the result"
             yield f"{name or 'the model'} is wrapped in {type(module).__name__}; {way}"
+        if problem := quantized_elsewhere(name, module):
+            yield problem
+        if _FSDP1 in map(_full_name, type(module).__mro__):
+            yield f"{name or 'the root module'} is a {type(module).__name__}, whose parameters are sharded: {GATHER}"
     if quantized := [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]:
         more = f" and {len(quantized) - 1} more modules are" if quantized[1:] else " is"
         yield (
             f"{quantized[0] or 'the root module'}{more} quantized already; pass a float model, "
             "for example fewbits.dequantize(model)"
         )
-    for name, module in model.named_modules():
-        if problem := quantized_elsewhere(name, module):
-            yield problem
-        if any(full_name == _FSDP1 for full_name, _ in _bases(module)):
-            yield f"{name or 'the root module'} is a {type(module).__name__}, whose parameters are sharded: {GATHER}"
     for slot in slots(model):
         if problem := quantized_elsewhere(slot.name, slot.tensor):
             yield problem

@@ -6,7 +6,7 @@ meaning. `fewbits.nn.swap` changes the class of a float module to its form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from fewbits.kernels.reference import check_floating, integer_product
 from fewbits.kernels.run import linear
 from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.packed import PackedWeight
-from fewbits.nn.stored import StoredWeight
+from fewbits.nn.stored import StoredWeight, stored_weights
 from fewbits.numerics.layout import Layout
 
 
@@ -162,11 +162,10 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows: dequantize only those, or all of them under `max_norm`, which rescales in place."""
-        if self.max_norm is None:
-            rows = self.weight_stored.dequantize_rows(input.reshape(-1), self.weight_stored.dtype)
-            return rows.reshape(*input.shape, self.embedding_dim)
-        weight = self.weight_stored.dequantize()
-        return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type)
+        if self.max_norm is not None:
+            return super().forward(input)
+        rows = self.weight_stored.dequantize_rows(input.reshape(-1), self.weight_stored.dtype)
+        return rows.reshape(*input.shape, self.embedding_dim)
 
 
 class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
@@ -180,6 +179,10 @@ class QuantizedMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
 
     float_class = nn.MultiheadAttention
     reads_weights_of_children = True
+
+    def read_together(self) -> Iterable[StoredWeight]:
+        """List the projections, with that of the output: its weight belongs to a child, and this forward reads it."""
+        return [*super().read_together(), *stored_weights(self.out_proj).values()]
 
 
 class QuantizedTransformerEncoderLayer(QuantizedModule, nn.TransformerEncoderLayer):
