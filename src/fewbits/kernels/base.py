@@ -22,9 +22,9 @@ class Kernel(ABC, Generic[_L]):
     """Computes ``x @ weight.T`` with a weight in one layout.
 
     Attributes:
-        name: the name of the kernel in tables.
-        weight_layout: the class of the layout that it reads, `_L`.
-        rounds_inputs: whether it rounds `x` to int8, with one scale per row, or with the layer's own static scale.
+        name: The name of the kernel in tables.
+        weight_layout: The class of the layout that the kernel reads, `_L`.
+        rounds_inputs: Whether the kernel rounds inputs to int8, with one scale per row or the layer's own static scale.
     """
 
     name: ClassVar[str]
@@ -35,8 +35,8 @@ class Kernel(ABC, Generic[_L]):
         """Convert a weight to the layout that this kernel reads: once per module, before its first forward.
 
         Args:
-            weight: the weight, in any layout.
-            reuse_memory: whether the memory of its words may be overwritten; see `WeightLayout.of`.
+            weight: The weight, in any layout.
+            reuse_memory: Whether the memory of the weight's words may be overwritten; see `WeightLayout.of`.
         """
         is_there = isinstance(weight, self.weight_layout)
         prepacked: Any = weight if is_there else self.weight_layout.of(weight, reuse_memory=reuse_memory)
@@ -63,7 +63,7 @@ class Kernel(ABC, Generic[_L]):
 
         Args:
             x: float16, bfloat16 or float32, (rows, inputs).
-            weight: the weight, (outputs, inputs), in the layout of this kernel.
+            weight: The weight, (outputs, inputs), in the layout of this kernel.
 
         Returns:
             (rows, outputs), in float32 or in the dtype of `x`.
@@ -75,11 +75,11 @@ class PreparedWeight:
     """A weight in one layout with the kernels that read it: one object, so that threads never mix two layouts.
 
     Attributes:
-        weight: the weight.
-        kernels: the kernels that compute with it, the most preferred first; none if the reference does.
-        description: the argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
-        columns: how many inputs a row of the weight has.
-        device: the device of the weight.
+        weight: The weight.
+        kernels: The kernels that compute with the weight, the most preferred first; none if the reference does.
+        description: The argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
+        columns: How many inputs a row of the weight has.
+        device: The device of the weight.
     """
 
     weight: WeightLayout

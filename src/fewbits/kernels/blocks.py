@@ -119,11 +119,11 @@ def _expanded(tiles: Tensor, scales: Tensor, zeros: Tensor | None, where: slice,
     """Decode some tiles into a block, and return the part of the block that holds them.
 
     Args:
-        tiles: uint8, in either order of its last two axes.
-        scales: the scales of all tiles, from `_params`, in the same order.
-        zeros: the zero points of all tiles, from `_params`; None for symmetric codes.
-        where: the tiles among all tiles.
-        block: (tiles, 2, ...); low and high halves of bytes lie apart.
+        tiles: The tiles to decode: uint8, in either order of its last two axes.
+        scales: The scales of all tiles, from `_params`, in the same order.
+        zeros: The zero points of all tiles, from `_params`; None for symmetric codes.
+        where: The place of these tiles among all tiles.
+        block: Memory for the result: (tiles, 2, ...); low and high halves of bytes lie apart.
     """
     part = block[: where.stop - where.start]
     # Signed bytes hold (code - 8) * 16, so neither half needs a shift to the right.

@@ -33,7 +33,7 @@ def check_compute(compute: object) -> None:
     """Refuse a value that is not a setting of `fewbits.set_compute`.
 
     Raises:
-        ArgumentError: for anything but "auto", "exact" and "int8".
+        ArgumentError: For anything but "auto", "exact" and "int8".
     """
     if compute not in get_args(Compute):
         raise ArgumentError(f"compute must be 'auto', 'exact' or 'int8', not {compute!r}")

@@ -99,9 +99,9 @@ def product(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> 
     """Return ``x @ weight.T`` in float32, without the overhead of an operation.
 
     Args:
-        x: (..., inputs).
-        weight: the weight, (outputs, inputs).
-        kernels: the kernels that compute with it, the most preferred first, and the reference last.
+        x: The inputs: (..., inputs).
+        weight: The weight, (outputs, inputs).
+        kernels: The kernels that compute with the weight, the most preferred first, and the reference last.
     """
     # Each line costs time at every call; a small layer takes as long as ten such lines.
     flat = x.dim() == 2

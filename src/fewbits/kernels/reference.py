@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: WeightLayout, bias: Tensor | None) -> Tensor:
     """Compute a linear layer: one `F.linear`, or an exact integer product.
 
     Raises:
-        ArgumentError: if `x` is not floating.
+        ArgumentError: If `x` is not floating.
     """
     check_floating(x)
     if weight.spec.activations is not None:
@@ -62,7 +62,7 @@ def check_floating(x: Tensor) -> None:
     """Refuse integer inputs: the weight or the output would be cast to integers.
 
     Raises:
-        ArgumentError: if `x` is not floating.
+        ArgumentError: If `x` is not floating.
     """
     if not x.is_floating_point():
         raise ArgumentError(
@@ -87,14 +87,14 @@ def integer_product(
     multiplied with the input's scale first. Gradients are those of the product with the dequantized weight.
 
     Args:
-        product: the operation.
-        x: floating input.
-        weight: a weight whose spec has int8 activations.
-        bias: one number for each output channel, or None.
-        spatial: how many spatial axes follow the channels in `x` and in the output. They and the channels of one sample
+        product: The operation.
+        x: The floating input.
+        weight: A weight whose spec has int8 activations.
+        bias: One number for each output channel, or None.
+        spatial: How many spatial axes follow the channels in `x` and in the output. They and the channels of one sample
             share one dynamic scale.
-        sums: a faster function from int8 codes to the same integers.
-        sum_dtype: the dtype in which `product` sums integers; it must hold every sum.
+        sums: A faster function from int8 codes to the same integers.
+        sum_dtype: The dtype in which `product` sums integers; it must hold every sum.
     """
     wide, dtype = x.to(compute_dtype(x.dtype)), compute_dtype(x.dtype)
 

@@ -42,13 +42,13 @@ class WeightLayout(ABC):
     `refuses`.
 
     Attributes:
-        scale: the scales, as `QuantizedTensor` has them.
-        zero_point: the packed zero points, as `QuantizedTensor` has them.
-        input_scale: the scale of static int8 inputs, as `QuantizedTensor` has it.
-        spec: the spec of the codes.
-        layout: how the weight was cut.
-        name: the name of the layout in tables and exported programs.
-        data: the names of the tensors that hold the codes.
+        scale: The scales, as `QuantizedTensor` has them.
+        zero_point: The packed zero points, as `QuantizedTensor` has them.
+        input_scale: The scale of static int8 inputs, as `QuantizedTensor` has it.
+        spec: The spec of the codes.
+        layout: How the weight was cut.
+        name: The name of the layout in tables and exported programs.
+        data: The names of the tensors that hold the codes.
     """
 
     name: ClassVar[str]
@@ -68,7 +68,7 @@ class WeightLayout(ABC):
         `torch.export` made in another process with a layout of your own.
 
         Raises:
-            ArgumentError: if the class has no name or no data, or shares one with another layout.
+            ArgumentError: If the class has no name or no data, or shares one with another layout.
         """
         name, data = getattr(cls, "name", ""), getattr(cls, "data", ())
         if WEIGHT_LAYOUTS.get(name) is cls:
@@ -97,8 +97,8 @@ class WeightLayout(ABC):
         """Convert a weight to this layout.
 
         Args:
-            weight: the weight, in any layout.
-            reuse_memory: whether the new tensors may overwrite the words of `weight`. The C library does not reuse
+            weight: The weight, in any layout.
+            reuse_memory: Whether the new tensors may overwrite the words of `weight`. The C library does not reuse
                 freed blocks of their size for aligned allocations.
         """
 
@@ -184,7 +184,7 @@ class Int8Rows(WeightLayout):
     Torch's ``_weight_int8pack_mm`` reads rows 16 bytes at a time, and past the end of an unpadded row.
 
     Attributes:
-        signed: int8, (rows, columns rounded up to a multiple of 16).
+        signed: The codes: int8, (rows, columns rounded up to a multiple of 16).
     """
 
     name = "int8_rows"

@@ -33,7 +33,7 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     """Replace a parameter with a stored weight; the module takes its quantized class.
 
     Raises:
-        SourceError: if the module would not read the stored weight; the module stays unchanged.
+        SourceError: If the module would not read the stored weight; the module stays unchanged.
     """
     float_class = module.float_class if isinstance(module, QuantizedModule) else type(module)
     module.__dict__.setdefault(_ORDER, tuple(module._parameters))
@@ -58,7 +58,7 @@ def attached(places: Sequence[Slot], stored: StoredWeight) -> Iterator[None]:
     """Replace parameters with a stored weight in a ``with`` block; afterwards the modules are as before.
 
     Raises:
-        SourceError: if a module would not read the stored weight.
+        SourceError: If a module would not read the stored weight.
     """
     with contextlib.ExitStack() as undo:
         for slot in places:

@@ -24,7 +24,7 @@ from fewbits.testing.check import Check, Contract, checks, expect
 
 _REGISTERED = Contract("fewbits.extend.QuantizedModule.register", "Use this quantized form for a float class")
 _NEAR = Contract("fewbits.testing.check_module", "The output has an SQNR of at least 50 dB against the float module")
-_ROUNDED = Contract("fewbits.extend.QuantizedModule", "whether `forward` rounds its inputs to int8")
+_ROUNDED = Contract("fewbits.extend.QuantizedModule", "Whether `forward` rounds its inputs to int8")
 _COPIES = Contract("fewbits.testing.check_module", "Copies, pickles and state dicts give the same output, bit for bit.")
 _BACK = Contract("fewbits.testing.check_module", "`fewbits.dequantize` gives a module of the float class back.")
 
