@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ SUFFIX = "_stored"
 _once: ContextVar[dict[StoredWeight, Tensor | None] | None] = ContextVar("fewbits_once", default=None)
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_Self = TypeVar("_Self", bound="StoredWeight")
 
 
 class StoredWeight(nn.Module, ABC):
@@ -95,7 +94,7 @@ class StoredWeight(nn.Module, ABC):
         """Describe how the weight is stored."""
         return f"{self.spec}, reads as {dtype_name(self.dtype)}"
 
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         buffers = dict(self._buffers)
         for name, buffer in buffers.items():
             if buffer is None:
