@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if names:
         terminalreporter.section("left out")
         terminalreporter.line(f"left out (run `make test-all`): {len(names)} slow")
-        for name in names:
-            terminalreporter.line(f"  {name}")
+        for name, count in Counter(name.partition("[")[0] for name in names).items():
+            terminalreporter.line(f"  {name} ({count})")
 
 
 @pytest.fixture

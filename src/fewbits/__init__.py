@@ -14,8 +14,8 @@ from fewbits.config.config import QuantizationConfig
 from fewbits.errors import FewbitsError
 from fewbits.fleet import FleetRun
 from fewbits.formats.loading import load
-from fewbits.nn.compute import set_compute
 from fewbits.nn.explain import explain
+from fewbits.nn.packed import set_compute
 from fewbits.nn.swap import dequantize
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.numerics.spec import CastSpec, QuantSpec

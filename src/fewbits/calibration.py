@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fewbits._events import emit
 from fewbits.errors import ArgumentError, CalibrationError
-from fewbits.nn.feeding import feed
+from fewbits.nn.walk import feed
 from fewbits.observers.base import Observer
 from fewbits.selection.progress import Progress, Step, no_progress
 

@@ -18,7 +18,7 @@ from fewbits.checkpoint.serializer import (
 from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_writer import Share
-from fewbits.kernels.base import Kernel, Operand
+from fewbits.kernels.base import Kernel
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout
 from fewbits.nn.base import QuantizedModule
@@ -54,7 +54,6 @@ __all__ = [
     "Layout",
     "Observed",
     "Observer",
-    "Operand",
     "PackedInt32",
     "Progress",
     "QuantParams",

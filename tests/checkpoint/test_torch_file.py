@@ -66,7 +66,7 @@ def test_every_tensor_and_any_elements_of_it_are_read_as_torch_reads_them(scratc
 def test_names_have_one_view_exactly_if_they_have_in_memory(scratch, tensors):
     torch.save(tensors, scratch)
     loaded, views = torch.load(scratch, weights_only=True), TorchFile(scratch).views
-    tied = fewbits.nn.storage.storage_key
+    tied = fewbits.nn.storage.View.of
     for a in loaded:
         for b in loaded:
             assert (views[a] == views[b]) == (tied(loaded[a]) == tied(loaded[b]))

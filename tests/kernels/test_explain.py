@@ -92,6 +92,12 @@ def test_the_kernel_that_is_named_is_the_one_that_runs_under_autocast(spec, ran)
     assert ran == [row.kernel]
 
 
+def test_the_reference_computes_inputs_in_float64_and_the_reason_is_given():
+    (row,) = fewbits.explain(quantized(linear(100, 130), INT8), normal(3, 130, dtype=torch.float64)).rows
+    assert row.kernel == "reference"
+    assert row.refused["byte_blocks"] == "inputs in float64 need float64 products"
+
+
 @pytest.mark.parametrize("compute", ["auto", "exact", "int8"])
 def test_every_kernel_before_it_has_a_reason(compute):
     names = [kernel.name for kernel in KERNELS]

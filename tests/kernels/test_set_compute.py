@@ -80,19 +80,19 @@ def test_state_dicts_do_not_compute(compute):
 )
 def test_kernels_that_are_none_are_refused_and_nothing_changes(kernels):
     module = quantized(linear(64, 64), INT8)
-    before = module.weight_stored.kernels, module.weight_stored.compute
+    before = module.weight_stored.prepared().kernels, module.weight_stored.compute
     with torch.no_grad():
         expected = module(normal(3, 64))
         with pytest.raises(ArgumentError, match="kernels"):
             fewbits.set_compute(module, "exact", kernels)
-        assert (module.weight_stored.kernels, module.weight_stored.compute) == before
+        assert (module.weight_stored.prepared().kernels, module.weight_stored.compute) == before
         assert torch.equal(module(normal(3, 64)), expected)
 
 
 def test_without_kernels_there_is_the_reference():
     module = quantized(linear(64, 64), INT8)
     fewbits.set_compute(module, "auto", [])
-    assert not module.weight_stored.kernels
+    assert not module.weight_stored.prepared().kernels
     assert isinstance(module.weight_stored.weight_layout(), PackedInt32)
     with torch.no_grad():
         assert torch.equal(module(normal(3, 64)), exactly(module)(normal(3, 64)))
@@ -104,7 +104,7 @@ def test_one_kernel_and_the_reference_behind_it(kernel):
         module = quantized(linear(64, 128), spec)
         expected = exactly(module)
         fewbits.set_compute(module, "int8", [kernel])
-        assert {found.name for found in module.weight_stored.kernels} <= {kernel.name, "reference"}
+        assert {found.name for found in module.weight_stored.prepared().kernels} <= {kernel.name, "reference"}
         with torch.no_grad():
             for rows in (1, 200):
                 assert (
@@ -116,7 +116,10 @@ def test_one_kernel_and_the_reference_behind_it(kernel):
 def test_kernels_go_with_copies():
     module = quantized(linear(64, 128), INT4)
     fewbits.set_compute(module, "auto", [BY_NAME["word_blocks"]])
-    assert [kernel.name for kernel in copy.deepcopy(module).weight_stored.kernels] == ["word_blocks", "reference"]
+    assert [kernel.name for kernel in copy.deepcopy(module).weight_stored.prepared().kernels] == [
+        "word_blocks",
+        "reference",
+    ]
 
 
 def test_a_float_model_has_nothing_to_set_and_is_refused():

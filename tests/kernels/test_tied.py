@@ -106,7 +106,7 @@ def test_a_state_dict_has_one_copy_of_the_codes_for_both(model):
 def test_an_embedding_alone_keeps_its_words():
     model = fewbits.quantize(nn.Embedding(ROWS, COLUMNS), Of(INT8), validate=False).model
     assert model.weight_stored.weight_layout().name == "packed_int32"
-    assert not model.weight_stored.kernels
+    assert not model.weight_stored.prepared().kernels
 
 
 @torch.no_grad()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import attrs
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,16 @@ SCHEMES: dict[str, Callable[[], fewbits.Quantizer]] = {
 }
 
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def in_turn(cases: Sequence[Any], others: Iterable[Any]) -> list[Any]:
+    """Combine all cases with all others for `parametrize`; all are slow but one of each case, which take turns."""
+    others = list(others)
+    return [
+        pytest.param(case, other, id=f"{case}-{other}", marks=[pytest.mark.slow] * (j != i % len(others)))
+        for i, case in enumerate(cases)
+        for j, other in enumerate(others)
+    ]
 
 
 @attrs.frozen

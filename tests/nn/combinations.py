@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from nn.any_cases import ANY_CASES, EVERYTHING, wanted
-from nn.cases import same_bits
+from nn.cases import in_turn, same_bits
 
 #: The cases in which there is something to quantize, and the first of every class.
 QUANTIZABLE = tuple(case for case in ANY_CASES if wanted(case.module()))
 FIRST = tuple({case.cls: case for case in reversed(QUANTIZABLE)}.values())
 
 ALL = [(case, scheme) for case in QUANTIZABLE for scheme in EVERYTHING]
+ALL_IN_TURN = in_turn(QUANTIZABLE, EVERYTHING)
 #: Every case with one scheme, and every class with one scheme; slow tests use all combinations.
 SOME = list(zip(QUANTIZABLE, itertools.cycle(EVERYTHING), strict=False))
 ONE_OF_A_CLASS = [(case, scheme) for case, scheme in SOME if case in FIRST]

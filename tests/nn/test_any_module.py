@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import threading
 import warnings
 
@@ -19,7 +20,7 @@ from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight
 from nn.any_cases import EVERYTHING, converted, plain, quietly
 from nn.any_modules import MODULES, Bare, Final, OverState, Reducing, Residual, X, matrix
-from nn.cases import fewbits_classes, pickled, same_bits, snapshot, storages, through_torch_save
+from nn.cases import fewbits_classes, in_turn, pickled, same_bits, snapshot, storages, through_torch_save
 
 pytestmark = pytest.mark.usefixtures("reference_only")
 
@@ -63,10 +64,9 @@ def quantize(name: str, scheme: str = "int8", **options) -> tuple[nn.Module, few
         return converted(build(name), scheme, **options)
 
 
-@every_module
-@every_scheme
-@either_place
-def test_it_computes_as_its_dequantized_form(name, scheme, inplace):
+@pytest.mark.parametrize(("name", "way"), in_turn(list(MODULES), itertools.product([False, True], EVERYTHING)))
+def test_it_computes_as_its_dequantized_form(name, way):
+    inplace, scheme = way
     model, ledger = quantize(name, scheme, inplace=inplace)
     expected = run(plain(model))
     assert same_bits(run(model), expected)
@@ -107,8 +107,7 @@ def test_dequantize_gives_what_it_was_made_from(name):
     assert list(floats.state_dict()) == list(source.state_dict())
 
 
-@every_module
-@every_scheme
+@pytest.mark.parametrize(("name", "scheme"), in_turn(list(MODULES), EVERYTHING))
 def test_a_file_fills_a_fresh_one(name, scheme, tmp_path):
     quantizer = EVERYTHING[scheme]()
     with no_grad_in_eval():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbits.nn.feeding import feed
+from fewbits.nn.walk import feed
 
 
 class Named(nn.Module):

@@ -20,6 +20,7 @@ from nn.cases import (
     Case,
     convert,
     converted,
+    in_turn,
     same_bits,
     storages,
     tensors_in,
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("reference_only")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 typical_case = pytest.mark.parametrize("case", TYPICAL, ids=str)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+schemes_in_turn = pytest.mark.parametrize(("case", "scheme"), in_turn(CASES, SCHEMES))
 every_combination = pytest.mark.parametrize(("scheme", "dtype"), COMBINATIONS, ids=str)
 
 
@@ -57,8 +59,7 @@ def assert_forward_is_that_of_the_dequantized_module(case: Case, scheme: str, dt
     assert same_bits(output, case.run(quantized, dtype)), "a forward has changed the module"
 
 
-@every_case
-@every_scheme
+@schemes_in_turn
 def test_forward_is_that_of_the_float_module_with_the_dequantized_weight(case, scheme):
     assert_forward_is_that_of_the_dequantized_module(case, scheme, torch.float32)
 
@@ -178,8 +179,7 @@ def test_the_output_lies_in_memory_as_that_of_the_float_module(case, scheme):
 # The memory of a module.
 
 
-@every_case
-@every_scheme
+@schemes_in_turn
 def test_a_module_holds_its_weight_in_stored_form_only(case, scheme):
     model, ledger = converted(case.module(), SCHEMES[scheme]())
     held = [*model.parameters(), *model.buffers()]

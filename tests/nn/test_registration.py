@@ -115,10 +115,23 @@ def test_a_registered_linear_layer_rounds_its_inputs():
     run_all(check_module(FrameworkLinear(64, 32), x(3, 64)))
 
 
-def test_registering_a_subclass_replaces_its_forward():
-    model = nn.Sequential(FrameworkConv2d(8, 8, 3))
-    QuantizedConv2d.register(FrameworkConv2d)
-    run_all(check_module(model[0], x(2, 8, 9, 9)))
+def test_registering_a_subclass_that_overrides_forward_replaces_it_with_a_warning():
+    with pytest.warns(UserWarning, match=r"FrameworkConv2d overrides the forward of Conv2d, .* do not register"):
+        QuantizedConv2d.register(FrameworkConv2d)
+    run_all(check_module(FrameworkConv2d(8, 8, 3), x(2, 8, 9, 9)))
+
+
+def test_a_form_with_the_subclass_as_its_float_class_replaces_its_forward_without_a_warning():
+    class QuantizedFrameworkConv2d(QuantizedConv2d):
+        float_class = FrameworkConv2d
+
+    module, _ = converted(FrameworkConv2d(8, 8, 3), keeping())
+    assert isinstance(module, QuantizedFrameworkConv2d)
+    assert type(module).forward is QuantizedConv2d.forward
+
+
+def test_registering_a_subclass_without_a_forward_of_its_own_does_not_warn():
+    QuantizedConv2d.register(type("Renamed", (nn.Conv2d,), {}))
 
 
 def test_a_form_of_ones_own_computes_with_the_inherited_forward():

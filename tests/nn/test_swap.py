@@ -10,8 +10,7 @@ from torch import nn
 
 import fewbits
 from fewbits.errors import NonFiniteError, SelectionError, SourceError
-from fewbits.nn.base import _registered
-from fewbits.nn.classes import quantized_class
+from fewbits.nn.base import _registered, made_class, quantized_form
 from nn.cases import (
     CASES,
     COMBINATIONS,
@@ -126,13 +125,16 @@ def test_no_module_of_an_evaluated_model_is_in_training(inplace):
     ids=str,
 )
 def test_a_quantized_class_is_a_subclass_of_the_one_it_replaces(float_class, base):
+    def quantized_class(float_class):
+        return made_class(float_class, *quantized_form(float_class, ["weight"]))
+
     for replaced in (float_class, type("Own", (float_class,), {})):
-        made = quantized_class(replaced, ["weight"])
+        made = quantized_class(replaced)
         assert issubclass(made, replaced)
         assert issubclass(made, base)
         assert made.float_class is replaced
-        assert quantized_class(replaced, ["weight"]) is made
-    assert quantized_class(float_class, ["weight"]) is base
+        assert quantized_class(replaced) is made
+    assert quantized_class(float_class) is base
 
 
 def test_a_bare_layer_is_a_model():

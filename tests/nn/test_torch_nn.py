@@ -29,12 +29,13 @@ from nn.any_cases import (
     torch_nn_classes,
     wanted,
 )
-from nn.cases import fewbits_classes, same_bits, snapshot, storages, tensors_in, through_torch_save
-from nn.combinations import ALL, ONE_OF_A_CLASS, QUANTIZABLE, SOME, parts, same_tensors, unless_refused
+from nn.cases import fewbits_classes, in_turn, same_bits, snapshot, storages, tensors_in, through_torch_save
+from nn.combinations import ALL, ALL_IN_TURN, ONE_OF_A_CLASS, QUANTIZABLE, SOME, parts, same_tensors, unless_refused
 
 pytestmark = pytest.mark.usefixtures("reference_only")
 
 every_combination = pytest.mark.parametrize(("case", "scheme"), ALL, ids=str)
+schemes_in_turn = pytest.mark.parametrize(("case", "scheme"), ALL_IN_TURN)
 every_case = pytest.mark.parametrize(("case", "scheme"), SOME, ids=str)
 every_class = pytest.mark.parametrize(("case", "scheme"), ONE_OF_A_CLASS, ids=str)
 every_scheme = pytest.mark.parametrize("scheme", EVERYTHING)
@@ -50,8 +51,7 @@ def test_every_class_of_torch_nn_that_has_parameters_is_a_case():
             assert not list(build_by_guess(cls).parameters()), f"{cls.__name__} has parameters, and is no case"
 
 
-@pytest.mark.parametrize("case", ANY_CASES, ids=str)
-@every_scheme
+@pytest.mark.parametrize(("case", "scheme"), in_turn(ANY_CASES, EVERYTHING))
 def test_all_weights_are_quantized_and_all_else_is_kept_with_a_reason(case, scheme):
     source = case.module()
     if wanted(source):
@@ -81,7 +81,7 @@ def test_a_forward_is_that_of_the_dequantized_module(case, scheme):
     assert same_outputs(case.run(module), expected), "a forward has changed the module"
 
 
-@every_combination
+@schemes_in_turn
 def test_training_mode_computes_as_the_dequantized_module_does(case, scheme):
     module = converted(case.module(), scheme)[0].train()
     assert all(child.training for child in module.modules())
@@ -100,7 +100,7 @@ def test_in_place_gives_what_a_copy_gives(case, scheme):
     assert same_outputs(case.run(module), case.run(copied))
 
 
-@every_combination
+@schemes_in_turn
 def test_the_source_is_untouched_and_shares_nothing_with_the_result(case, scheme):
     source = case.module()
     before = snapshot(source)
@@ -110,7 +110,7 @@ def test_the_source_is_untouched_and_shares_nothing_with_the_result(case, scheme
     assert not storages(source) & storages(module)
 
 
-@every_combination
+@schemes_in_turn
 def test_a_module_holds_codes_and_no_float_weight(case, scheme):
     module, ledger = converted(case.module(), scheme)
     case.run(module)
@@ -120,8 +120,7 @@ def test_a_module_holds_codes_and_no_float_weight(case, scheme):
     assert sum(tensor.nbytes for tensor in held) == ledger.bytes_after - shapes
 
 
-@pytest.mark.parametrize("case", [case for case in QUANTIZABLE if case.has_floats], ids=str)
-@every_scheme
+@pytest.mark.parametrize(("case", "scheme"), in_turn([case for case in QUANTIZABLE if case.has_floats], EVERYTHING))
 def test_gradients_of_inputs_are_those_of_the_dequantized_module(case, scheme):
     module, _ = converted(case.module(), scheme)
     expected, their_gradients = case.run_with_gradients(plain(module))
@@ -205,8 +204,11 @@ def assert_dtype_changes_nothing_stored(case: AnyCase, scheme: str, move: str) -
     assert same_outputs(output, expected)
 
 
-@pytest.mark.parametrize("move", MOVES)
-@every_case
+@pytest.mark.parametrize(
+    ("case", "scheme", "move"),
+    [(*some, move) for i, some in enumerate(SOME) for j, move in enumerate(MOVES) if (i + j) % 2],
+    ids=str,
+)
 def test_changes_of_dtype_never_touch_codes_and_scales(case, scheme, move):
     assert_dtype_changes_nothing_stored(case, scheme, move)
 
@@ -219,7 +221,7 @@ def test_changes_of_dtype_never_touch_codes_and_scales_of_any_combination(move):
             assert_dtype_changes_nothing_stored(case, scheme, move)
 
 
-@every_combination
+@schemes_in_turn
 def test_dequantize_gives_the_structure_of_the_source(case, scheme):
     source = case.module()
     module, _ = converted(source, scheme)

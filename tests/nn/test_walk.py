@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from fewbits.errors import SourceError
-from fewbits.nn.copying import structural_copy
-from fewbits.nn.walk import slots
+from fewbits.nn.walk import slots, structural_copy
 from nn.cases import Mixed, Tied, convert, keeping, same_bits, seeded, snapshot, storages
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fewbits.errors import ArgumentError
 from fewbits.extend import Layout, WeightMatrix
-from fewbits.nn.classes import layout_of
+from fewbits.nn.eligibility import layout_of
 from support.strategies import as_matrix, layouts, problems, shapes
 
 shaped_layouts = shapes(1, 5).flatmap(layouts)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 import fewbits
 from fewbits.errors import MismatchError, SourceError
-from fewbits.nn.storage import View, overlaps, storage_key
+from fewbits.nn.storage import View, overlaps
 from support.lifecycle_helpers import as_bytes, mlp, quantize_small, small
 
 pytestmark = [
@@ -413,7 +413,7 @@ def test_a_mapping_is_refused_by_name_or_every_tensor_in_it_is_accounted_for(giv
 def test_tensors_without_memory_are_not_tied_and_do_not_overlap(kinds):
     make = {"meta": lambda: ones().to("meta"), "empty": lambda: torch.ones(0, 8), "freed": freed, "plain": ones}
     tensors = {f"t{index}": make[kind]() for index, kind in enumerate(kinds)}
-    assert len({storage_key(tensor) for tensor in tensors.values()}) == len(tensors)
+    assert len({View.of(tensor) for tensor in tensors.values()}) == len(tensors)
     assert overlaps({name: View.of(tensor) for name, tensor in tensors.items()}) == {}
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import fewbits
 from fewbits import QuantizedTensor
 from fewbits.errors import ArgumentError, SourceError
-from fewbits.nn.storage import View, overlaps, storage_key
+from fewbits.nn.storage import View, overlaps
 from support.lifecycle_helpers import (
     TiedLM,
     as_bytes,
@@ -49,13 +49,13 @@ def test_different_views_overlap_if_their_extents_do(views):
 
     def differ_and_overlap(a, b):
         (low, high), (other_low, other_high) = extents[a], extents[b]
-        return storage_key(views[a]) != storage_key(views[b]) and low <= other_high and other_low <= high
+        return View.of(views[a]) != View.of(views[b]) and low <= other_high and other_low <= high
 
     expected = {a for a in extents if any(differ_and_overlap(a, b) for b in extents)}
     found = set(overlaps({name: View.of(view) for name, view in views.items()}))
     assert found <= expected
     # Finding one name of each view is enough: all names of a view share one fate.
-    assert {storage_key(views[name]) for name in found} == {storage_key(views[name]) for name in expected}
+    assert {View.of(views[name]) for name in found} == {View.of(views[name]) for name in expected}
 
 
 @given(views_of_one_storage())
@@ -63,7 +63,7 @@ def test_two_views_have_the_same_key_exactly_if_they_are_the_same_view(views):
     for a in views.values():
         for b in views.values():
             same = (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
-            assert (storage_key(a) == storage_key(b)) == (same if a.numel() else a is b)
+            assert (View.of(a) == View.of(b)) == (same if a.numel() else a is b)
 
 
 def test_overlapping_views_are_kept_with_a_reason_that_names_the_other():

@@ -50,7 +50,7 @@ class OnBytes(Kernel):
         return None if x.dtype == torch.float32 else f"it computes in float32, not {x.dtype}"
 
     def linear(self, x, weight):
-        return F.linear(x, weight.operand(x.dtype))
+        return F.linear(x, weight.dequantize(x.dtype))
 
 
 class WantsWords(OnBytes):
@@ -94,7 +94,7 @@ class WritesOverTooMuch(OnBytes):
 
 class RoundsWeightsAgain(OnBytes):
     def linear(self, x, weight):
-        return F.linear(x, weight.operand(torch.float32).to(torch.float8_e4m3fn).to(x.dtype))
+        return F.linear(x, weight.dequantize(torch.float32).to(torch.float8_e4m3fn).to(x.dtype))
 
 
 class AlwaysFloat64(Right):
@@ -112,14 +112,14 @@ class InBlocksOfEight(OnBytes):
 
     def linear(self, x, weight):
         whole = x.shape[-1] // 8 * 8 or x.shape[-1]
-        return F.linear(x[..., :whole], weight.operand(x.dtype)[:, :whole])
+        return F.linear(x[..., :whole], weight.dequantize(x.dtype)[:, :whole])
 
 
 class TakesNoughtForOne(OnBytes):
     """One code in many: too little to be heard, and within the bound of a long sum."""
 
     def linear(self, x, weight):
-        dense = weight.operand(x.dtype)
+        dense = weight.dequantize(x.dtype)
         dense[-1, -1] += weight.params(slice(None)).scale.flatten()[-1]
         return F.linear(x, dense)
 

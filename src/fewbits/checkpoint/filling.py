@@ -19,10 +19,9 @@ from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.kernels.base import Compute
-from fewbits.nn.copying import deep_copy
 from fewbits.nn.packed import PackedWeight, store
 from fewbits.nn.swap import attach, attached
-from fewbits.nn.walk import Slot, slots
+from fewbits.nn.walk import Slot, deep_copy, slots
 from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import LedgerRow
 

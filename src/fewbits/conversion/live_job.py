@@ -21,7 +21,7 @@ from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.job import Job, measurements
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
 from fewbits.formats.fp8 import tell_unscaled
-from fewbits.nn.classes import rounds_inputs
+from fewbits.nn.eligibility import rounds_inputs
 from fewbits.nn.walk import parent_of
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement, measure

@@ -17,13 +17,9 @@ from fewbits.errors import ArgumentError, MismatchError
 from fewbits.formats.compressed_tensors import CompressedTensors, open_checkpoint
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
-from fewbits.nn.classes import layout_of, rounds_inputs
-from fewbits.nn.eligibility import held_beside, obstacle_to
-from fewbits.nn.intake import refuse_changed
-from fewbits.nn.saving import refuse_save_pretrained
-from fewbits.nn.swap import refuse_quantized
+from fewbits.nn.eligibility import compiled_hint, held_beside, layout_of, obstacle_to, refuse_unfit, rounds_inputs
+from fewbits.nn.swap import refuse_save_pretrained
 from fewbits.nn.walk import Slot, parent_of, slots
-from fewbits.nn.wrappers import compiled_hint, refuse_wrapped
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import LedgerRow
@@ -138,9 +134,7 @@ def load(
         return _dequantized(checkpoint.values()) if dequantize else checkpoint.values()
     if not isinstance(into, nn.Module):
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
-    refuse_wrapped(into, MismatchError)
-    refuse_quantized(into, MismatchError)
-    refuse_changed(into, MismatchError)
+    refuse_unfit(into, MismatchError)
     checkpoint.check(check)
     beside = held_beside(into)
     places, values = _places(checkpoint, into, beside, ignored, init_buffers)

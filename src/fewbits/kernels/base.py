@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import attrs
 import torch
 from torch import Tensor
 
 from fewbits.kernels.weight_layouts import WeightLayout
-from fewbits.numerics.spec import Spec
 
 #: How a layer may gain speed: see `fewbits.set_compute`.
 Compute = Literal["auto", "exact", "int8"]
-
-
-class Operand(Protocol):
-    """A stored weight, as the reference sees it. `StoredWeight` is one, and so is every `WeightLayout`."""
-
-    @property
-    def spec(self) -> Spec:
-        """How the weight is stored."""
-
-    @property
-    def input_scale(self) -> Tensor | None:
-        """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
-
-    def operand(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in its own shape and in `dtype`; callers must not write to it."""
-
-    def centered_codes(self) -> Tensor:
-        """Return codes minus zero points: float64, in the weight's own shape."""
-
-    @property
-    def scale(self) -> Tensor:
-        """The scales, as stored; with int8 activations (rows, 1) or (1,)."""
 
 
 _L = TypeVar("_L", bound=WeightLayout)
@@ -45,9 +22,9 @@ class Kernel(ABC, Generic[_L]):
     """Computes ``x @ weight.T`` with a weight in one layout.
 
     Attributes:
-        name: the name of the kernel in tables.
-        weight_layout: the class of the layout that it reads, `_L`.
-        rounds_inputs: whether it rounds `x` to int8, with one scale per row, or with the layer's own static scale.
+        name: The name of the kernel in tables.
+        weight_layout: The class of the layout that the kernel reads, `_L`.
+        rounds_inputs: Whether the kernel rounds inputs to int8, with one scale per row or the layer's own static scale.
     """
 
     name: ClassVar[str]
@@ -58,20 +35,27 @@ class Kernel(ABC, Generic[_L]):
         """Convert a weight to the layout that this kernel reads: once per module, before its first forward.
 
         Args:
-            weight: the weight, in any layout.
-            reuse_memory: whether the memory of its words may be overwritten; see `WeightLayout.of`.
+            weight: The weight, in any layout.
+            reuse_memory: Whether the memory of the weight's words may be overwritten; see `WeightLayout.of`.
         """
         is_there = isinstance(weight, self.weight_layout)
         prepacked: Any = weight if is_there else self.weight_layout.of(weight, reuse_memory=reuse_memory)
         return prepacked  # type: ignore[no-any-return]
 
-    @abstractmethod
     def supports(self, weight: WeightLayout) -> str | None:
-        """Say why this kernel cannot compute with a weight, which may be in any layout; None if it can."""
+        """Say why this kernel cannot compute with a weight, which may be in any layout; None if it can.
 
-    @abstractmethod
+        By default, it computes with every weight that its layout can hold.
+        """
+        reason: str | None = self.weight_layout.refuses(weight)
+        return reason
+
     def takes(self, x: Tensor, rows: int) -> str | None:
-        """Say why this kernel does not compute with an input of so many rows; None if it does. Called every time."""
+        """Say why this kernel does not compute with an input of so many rows; None if it does. Called every time.
+
+        By default, it computes with every input.
+        """
+        return None
 
     @abstractmethod
     def linear(self, x: Tensor, weight: _L) -> Tensor:
@@ -79,7 +63,7 @@ class Kernel(ABC, Generic[_L]):
 
         Args:
             x: float16, bfloat16 or float32, (rows, inputs).
-            weight: the weight, (outputs, inputs), in the layout of this kernel.
+            weight: The weight, (outputs, inputs), in the layout of this kernel.
 
         Returns:
             (rows, outputs), in float32 or in the dtype of `x`.
@@ -91,11 +75,11 @@ class PreparedWeight:
     """A weight in one layout with the kernels that read it: one object, so that threads never mix two layouts.
 
     Attributes:
-        weight: the weight.
-        kernels: the kernels that compute with it, the most preferred first; none if the reference does.
-        description: the argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
-        columns: how many inputs a row of the weight has.
-        device: the device of the weight.
+        weight: The weight.
+        kernels: The kernels that compute with the weight, the most preferred first; none if the reference does.
+        description: The argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
+        columns: How many inputs a row of the weight has.
+        device: The device of the weight.
     """
 
     weight: WeightLayout

@@ -13,7 +13,7 @@ from fewbits.kernels.blocks import ByteBlocks, TileBlocks, WordBlocks
 from fewbits.kernels.integers import FloatSums, GroupedIntMM, IntMM
 from fewbits.kernels.packed_mm import Int4PackMM, Int8PackMM
 from fewbits.kernels.reference import REFERENCE
-from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
+from fewbits.kernels.weight_layouts import WeightLayout
 
 #: All kernels, the most preferred first. The last one computes everything; the others are measured against it.
 KERNELS: tuple[Kernel[Any], ...] = (
@@ -33,7 +33,7 @@ def check_compute(compute: object) -> None:
     """Refuse a value that is not a setting of `fewbits.set_compute`.
 
     Raises:
-        ArgumentError: for anything but "auto", "exact" and "int8".
+        ArgumentError: For anything but "auto", "exact" and "int8".
     """
     if compute not in get_args(Compute):
         raise ArgumentError(f"compute must be 'auto', 'exact' or 'int8', not {compute!r}")
@@ -52,13 +52,9 @@ def refusal(kernel: Kernel[Any], weight: WeightLayout, compute: Compute) -> str 
     return kernel.supports(weight)
 
 
-def kernels_for(
-    weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]] = KERNELS
-) -> tuple[Kernel[Any], ...]:
-    """List the kernels that compute with a weight after the first of them has prepacked it, most preferred first."""
-    able = [kernel for kernel in dict.fromkeys([*kernels, REFERENCE]) if refusal(kernel, weight, compute) is None]
-    layout = PackedInt32 if able[0] is REFERENCE else able[0].weight_layout
-    return tuple(kernel for kernel in able if issubclass(layout, kernel.weight_layout))
+def preferred(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]] = KERNELS) -> Kernel[Any]:
+    """Return the first kernel that computes with a weight once it has prepacked it."""
+    return next((kernel for kernel in kernels if refusal(kernel, weight, compute) is None), REFERENCE)
 
 
 def kernels_reading(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]]) -> tuple[Kernel[Any], ...]:
@@ -72,9 +68,7 @@ def kernels_reading(weight: WeightLayout, compute: Compute, kernels: Sequence[Ke
 
 def choose(kernels: Sequence[Kernel[Any]], x: Tensor, rows: int) -> Kernel[Any]:
     """Choose the kernel of one call; the reference if the input has no rows."""
-    if not rows:
-        return REFERENCE
-    for kernel in kernels:
+    for kernel in kernels if rows else ():
         if kernel.takes(x, rows) is None:
             return kernel
     return REFERENCE

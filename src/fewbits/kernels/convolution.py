@@ -71,9 +71,9 @@ def sums_of_patches(codes: Tensor, module: Any, weight: WeightLayout) -> Tensor:
     """Sum the products of codes: int32, (batch, outputs, spatial...), or without the batch axis.
 
     Args:
-        codes: int8, (batch, channels, spatial...), or without the batch axis.
-        module: a convolution of torch; its kernel size, stride, padding and dilation are used.
-        weight: the weight, (outputs, channels, kernel...).
+        codes: The rounded inputs: int8, (batch, channels, spatial...), or without the batch axis.
+        module: A convolution of torch; its kernel size, stride, padding and dilation are used.
+        weight: The weight, (outputs, channels, kernel...).
     """
     spatial = len(module.kernel_size)
     if codes.dim() == spatial + 1:

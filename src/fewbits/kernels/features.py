@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 #: The rows of a tile of four-bit codes, with AVX512 and without.
@@ -44,24 +43,17 @@ def _tried(probe: Callable[[], Any]) -> Callable[[], Any]:
 @_tried
 def tile_width() -> int | None:
     """Return the rows in a tile of ``_weight_int4pack_mm_for_cpu``; None if the order of its codes is unknown."""
-    columns = 64
-    codes = (torch.arange(max(WIDTHS) * columns, dtype=torch.int32) * 7 // 3 % 16).reshape(-1, columns)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    rows, columns = max(WIDTHS), 64
+    codes = (torch.arange(rows * columns, dtype=torch.int32) * 7 // 3 % 16).view(rows, columns)
+    scales_and_offsets = torch.tensor([1, 0], dtype=torch.bfloat16).repeat(columns // 32, rows, 1)
+    one = torch.eye(columns, dtype=torch.bfloat16)
     for width in WIDTHS:
-        low, high = codes.to(torch.uint8).reshape(-1, 2, width // 2, columns).unbind(1)
-        tiles = (low | high << 4).transpose(1, 2)
-        if torch.equal(packed.reshape(-1), tiles.reshape(-1)) and _multiplies(codes, tiles):
+        low, high = codes.to(torch.uint8).view(-1, 2, width // 2, columns).unbind(1)
+        tiles = (low | high << 4).transpose(1, 2).contiguous().view(rows, -1)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(one, tiles, 32, scales_and_offsets)
+        if torch.equal(product.t().int(), codes - 8):
             return width
     return None
-
-
-def _multiplies(codes: Tensor, tiles: Tensor) -> bool:
-    rows, columns = codes.shape
-    table = torch.ones(columns // 32, rows, 2, dtype=torch.bfloat16)
-    table[..., 1] = 0
-    one = torch.eye(columns, dtype=torch.bfloat16)
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu(one, tiles.reshape(rows, -1).contiguous(), 32, table)
-    return torch.equal(product.t().int(), codes - 8)
 
 
 @_tried
@@ -101,15 +93,17 @@ def convolution_is_exact() -> bool | None:
     return True
 
 
+def _has_any(*instructions: str) -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in instructions)
+
+
 def has_vnni() -> bool:
     """Whether the CPU multiplies bytes with VNNI, according to torch; without it, such products are slow."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") or capabilities.get("amx_int8"))
+    return _has_any("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 @functools.cache
 def has_bf16() -> bool:
     """Whether the CPU has instructions for bfloat16 products, which are two or three times as fast as float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    named = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return bool(named) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return _has_any("avx512_bf16", "amx_bf16") and torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -28,10 +28,10 @@ class Int4Tiles(WeightLayout):
     columns to whole groups of the table, with codes that decode to zero.
 
     Attributes:
-        tiles: unsigned codes: uint8, (tiles, padded columns, width / 2).
-        table: scales, and the values of code 8: bfloat16, (groups, padded rows, 2).
-        flat: the tiles in the shape that torch's kernel takes: (padded rows, padded columns / 2).
-        group: how many columns share an entry of the table.
+        tiles: Unsigned codes: uint8, (tiles, padded columns, width / 2).
+        table: Scales, and the values of code 8: bfloat16, (groups, padded rows, 2).
+        flat: The tiles in the shape that torch's kernel takes: (padded rows, padded columns / 2).
+        group: How many columns share an entry of the table.
     """
 
     name = "int4_tiles"
@@ -112,11 +112,9 @@ class Int4Tiles(WeightLayout):
 
 def table_group(spec: QuantSpec, columns: int) -> int:
     """Choose the group of the table for which padded codes and table take the least memory."""
-    width = spec.width(columns)
-    candidates = [g for g in TABLE_GROUPS if width % g == 0] or [min(TABLE_GROUPS)]
-    if spec.groups(columns) == 1:
-        candidates = list(TABLE_GROUPS)
-    return min(candidates, key=lambda g: -(-columns // g) * (g // 2 + 4))
+    fit_all = spec.groups(columns) == 1
+    candidates = [group for group in TABLE_GROUPS if fit_all or spec.width(columns) % group == 0]
+    return min(candidates, key=lambda group: -(-columns // group) * (group // 2 + 4))
 
 
 def spread(params: Tensor, weight: WeightLayout, group: int, out: Tensor) -> Tensor:
@@ -134,7 +132,7 @@ def _joined(weight: WeightLayout, first: int, tiles: int, width: int, wide: int)
     """Return the bytes of some tiles before they are transposed: even columns, and odd columns.
 
     Returns:
-        two tensors of uint8, (tiles, width / 2, wide / 2); low halves of bytes are the first half of a tile's rows.
+        Two tensors of uint8, (tiles, width / 2, wide / 2); low halves of bytes are the first half of a tile's rows.
     """
     rows = slice(first, first + tiles * width)
     if isinstance(weight, PackedInt32) and weight.layout.columns == wide and rows.stop <= weight.layout.rows:

@@ -14,7 +14,7 @@ from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.packed_mm import padded
-from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
+from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout, row_slices
 from fewbits.numerics.affine import dynamic_scale, encode_input
 
 _F = TypeVar("_F", bound=WeightLayout)
@@ -38,18 +38,13 @@ class Integers(Kernel[_F]):
 
     def supports(self, weight: WeightLayout) -> str | None:
         """Accept every weight that the layout can hold, if the sums fit int32."""
-        reason: str | None = self.weight_layout.refuses(weight)
-        if reason:
+        if reason := super().supports(weight):
             return reason
         if weight.spec.granularity == "group" and self.weight_layout is Int8Rows:
             return "it sums whole rows, and the weight has groups"
         if weight.layout.columns > MOST_INPUTS:
             return f"sums of {weight.layout.columns} products may not fit int32"
         return None
-
-    def takes(self, x: Tensor, rows: int) -> str | None:
-        """Refuse float64 inputs."""
-        return "inputs in float64 need float64 products" if x.dtype == torch.float64 else None
 
 
 class IntMM(Integers[Int8Rows]):
@@ -65,10 +60,7 @@ class IntMM(Integers[Int8Rows]):
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """Compute one integer product, and scale it."""
         codes, x_scale = rounded(x, weight, weight.signed.shape[1])
-        sums = sums_of_products(codes, weight.signed)
-        if (zero_point := weight.params(slice(None)).zero_point) is not None:
-            sums -= codes.sum(1, dtype=torch.int32, keepdim=True) * zero_point.flatten()
-        return sums.float().mul_(x_scale).mul_(weight.row_scale)
+        return scaled(sums_of_products(codes, weight.signed), codes, x_scale, weight)
 
 
 class FloatSums(Integers[Int8Rows]):
@@ -81,23 +73,17 @@ class FloatSums(Integers[Int8Rows]):
         """Refuse calls in which torch may round the factors of a float product."""
         if torch.get_float32_matmul_precision() != "highest":
             return "torch may round float32 factors: set_float32_matmul_precision is not 'highest'"
-        return super().takes(x, rows)
+        return None
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """Multiply blocks of rows and inputs, and add up the sums as integers."""
         rows, wide = weight.signed.shape
         codes, x_scale = rounded(x, weight, wide)
-        inputs, zero_point = codes.float(), weight.params(slice(None)).zero_point
-        sums = codes.new_zeros((x.shape[0], rows), dtype=torch.int32)
-        step = max(1, BLOCK // EXACT_IN_FLOAT)
-        for start in range(0, rows, step):
-            where = slice(start, min(start + step, rows))
-            for first in range(0, wide, EXACT_IN_FLOAT):
-                along = slice(first, first + EXACT_IN_FLOAT)
+        inputs, sums = codes.float(), codes.new_zeros((x.shape[0], rows), dtype=torch.int32)
+        for where in row_slices(rows, BLOCK // EXACT_IN_FLOAT):
+            for along in row_slices(wide, EXACT_IN_FLOAT):
                 sums[:, where] += torch.mm(inputs[:, along], weight.signed[where, along].float().t()).to(torch.int32)
-        if zero_point is not None:
-            sums -= codes.sum(1, dtype=torch.int32, keepdim=True) * zero_point.flatten()
-        return sums.float().mul_(x_scale).mul_(weight.row_scale)
+        return scaled(sums, codes, x_scale, weight)
 
 
 class GroupedIntMM(Integers[Int4Tiles]):
@@ -120,7 +106,7 @@ class GroupedIntMM(Integers[Int4Tiles]):
         """Accept many rows, on CPUs without fast bfloat16 products."""
         if features.has_bf16():
             return "products in bfloat16 are faster on this CPU"
-        return f"{rows} rows are less than {self.LEAST_ROWS}" if rows < self.LEAST_ROWS else super().takes(x, rows)
+        return f"{rows} rows are less than {self.LEAST_ROWS}" if rows < self.LEAST_ROWS else None
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Multiply a few tiles at a time, group by group."""
@@ -130,17 +116,22 @@ class GroupedIntMM(Integers[Int4Tiles]):
         parts = codes.view(x.shape[0], -1, group).transpose(0, 1).contiguous()
         scales = weight.of_groups(weight.scale)
         output = x_scale.new_zeros(x.shape[0], count * 2 * half)
-        step = max(1, OUTPUTS // (2 * half))
-        for first in range(0, count, step):
-            where = slice(first, min(first + step, count))
+        for where in row_slices(count, max(1, OUTPUTS // (2 * half))):
             signed = (tiles[where] ^ 0x88).transpose(1, 2)
             centered = torch.stack([(signed << 4).view(torch.int8) >> 4, signed.view(torch.int8) >> 4], 1)
             centered = centered.reshape(-1, wide)
-            columns = slice(first * 2 * half, where.stop * 2 * half)
+            columns = slice(where.start * 2 * half, where.stop * 2 * half)
             for index, part in enumerate(parts):
                 sums = torch._int_mm(part, centered[:, index * group : (index + 1) * group].t())
                 output[:, columns].addcmul_(sums, scales[index, columns])
         return output[:, : weight.layout.rows].mul_(x_scale)
+
+
+def scaled(sums: Tensor, codes: Tensor, x_scale: Tensor, weight: Int8Rows) -> Tensor:
+    """Subtract the zero points from sums of products, and multiply with the scales of inputs and weight."""
+    if (zero_point := weight.params(slice(None)).zero_point) is not None:
+        sums -= codes.sum(1, dtype=torch.int32, keepdim=True) * zero_point.flatten()
+    return sums.float().mul_(x_scale).mul_(weight.row_scale)
 
 
 def sums_of_products(codes: Tensor, signed: Tensor) -> Tensor:

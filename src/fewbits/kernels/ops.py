@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, List  # noqa: UP035  (the schema of an operation: torch 2.6 knows no other list)
 
 import attrs
@@ -23,7 +23,7 @@ from fewbits.kernels.choose import KERNELS, choose, kernels_reading
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, WeightLayout
 from fewbits.numerics.affine import clip_input
 from fewbits.numerics.layout import Layout
-from fewbits.numerics.spec import QuantSpec, spec_from_dict
+from fewbits.numerics.spec import spec_from_dict
 
 #: The kernels that this process knows: kernels of this library by name, other kernels by name and number.
 _known: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in KERNELS}
@@ -50,33 +50,40 @@ def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[An
 
 @attrs.frozen
 class _Description:
-    weight_layout: type[WeightLayout]
-    names: tuple[str, ...]
-    spec: QuantSpec
+    """A description, with the values that its names stand for.
+
+    Attributes:
+        make: Makes the weight from the tensors in `tensors`, which are keyword arguments.
+        tensors: The names of the tensors, in order.
+        layout: How the weight is cut into rows and columns.
+        compute: How the layer may gain speed.
+        kernels: The kernels to choose from.
+    """
+
+    make: Callable[..., WeightLayout]
+    tensors: Sequence[str]
     layout: Layout
     compute: Compute
-    kernels: tuple[Kernel[Any], ...]
+    kernels: Sequence[Kernel[Any]]
 
     def weight(self, tensors: Sequence[Tensor]) -> WeightLayout:
-        held: dict[str, Any] = {"zero_point": None, "input_scale": None}
-        held.update(zip(self.names, tensors, strict=True))
-        return self.weight_layout(**held, spec=self.spec, layout=self.layout)
+        """Return the weight in its layout."""
+        return self.make(**dict(zip(self.tensors, tensors, strict=True)))
 
 
 @functools.lru_cache(maxsize=1024)
 def _read(description: str) -> _Description:
     fields = json.loads(description)
-    spec, layout = spec_from_dict(fields["spec"]), Layout(**fields["layout"])
-    kernels = [_known[name] for name in fields["kernels"] if name in _known]
-    if not isinstance(spec, QuantSpec):
-        raise ArgumentError(f"a weight in {spec} has no codes")
-    if fields["weight_layout"] not in WEIGHT_LAYOUTS:
+    weight_layout = WEIGHT_LAYOUTS.get(fields["weight_layout"])
+    if weight_layout is None:
         raise ArgumentError(
             f"this program holds a weight in the layout {fields['weight_layout']!r}, which this process does not know; "
             "import the package that defines the layout, and call its register()"
         )
-    weight_layout, names = WEIGHT_LAYOUTS[fields["weight_layout"]], tuple(fields["tensors"])
-    return _Description(weight_layout, names, spec, layout, fields["compute"], tuple(kernels))
+    fields["spec"], layout = spec_from_dict(fields["spec"]), Layout(**fields["layout"])
+    make = functools.partial(weight_layout, spec=fields["spec"], layout=layout)
+    kernels = [_known[name] for name in fields["kernels"] if name in _known]
+    return _Description(make, fields["tensors"], layout, fields["compute"], kernels)
 
 
 @torch.library.custom_op("fewbits::linear", mutates_args=())
@@ -92,9 +99,9 @@ def product(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> 
     """Return ``x @ weight.T`` in float32, without the overhead of an operation.
 
     Args:
-        x: (..., inputs).
-        weight: the weight, (outputs, inputs).
-        kernels: the kernels that compute with it, the most preferred first, and the reference last.
+        x: The inputs: (..., inputs).
+        weight: The weight, (outputs, inputs).
+        kernels: The kernels that compute with the weight, the most preferred first, and the reference last.
     """
     # Each line costs time at every call; a small layer takes as long as ten such lines.
     flat = x.dim() == 2
@@ -117,39 +124,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
     """Return the gradient of the product with the dequantized weight; rounding of inputs counts as the identity."""
     x, *tensors = ctx.saved_tensors
-    return torch.ops.fewbits.linear_gradient(grad, x, tensors, ctx.description), [None] * len(tensors), None
-
-
-@torch.library.custom_op("fewbits::linear_gradient", mutates_args=())
-def linear_gradient(grad: Tensor, x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
-    """Return the gradient with respect to `x`."""
-    weight = _read(description).weight(tensors)
-    slope = torch.matmul(grad, weight.dequantize(grad.dtype)).to(x.dtype)
-    return slope if weight.input_scale is None else slope * _unclipped(x, weight.input_scale)
-
-
-@linear_gradient.register_fake
-def _(grad: Tensor, x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _unclipped(x: Tensor, scale: Tensor) -> Tensor:
-    return clip_input(x, scale) == x
-
-
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, tensors, ctx.description = inputs
-    ctx.save_for_backward(x, *tensors)
-
-
-def _gradient_of_gradient(ctx: Any, slope: Tensor) -> tuple[Tensor, None, list[None], None]:
-    """Return the second gradient: the first is linear in that of the output, and does not depend on `x`."""
-    x, *tensors = ctx.saved_tensors
     weight = _read(ctx.description).weight(tensors)
+    slope = torch.matmul(grad, weight.dequantize(grad.dtype)).to(x.dtype)
     if weight.input_scale is not None:
-        slope = slope * _unclipped(x, weight.input_scale)
-    return torch.matmul(slope.float(), weight.dequantize(torch.float32).t()), None, [None] * len(tensors), None
+        slope = slope * (clip_input(x, weight.input_scale) == x)
+    return slope, [None] * len(tensors), None
 
 
 linear.register_autograd(_gradient, setup_context=_keep)
-linear_gradient.register_autograd(_gradient_of_gradient, setup_context=_keep_gradient)

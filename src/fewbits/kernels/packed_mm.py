@@ -26,7 +26,7 @@ class Int8PackMM(Kernel[Int8Rows]):
 
     def supports(self, weight: WeightLayout) -> str | None:
         """Accept symmetric codes without groups."""
-        if reason := Int8Rows.refuses(weight):
+        if reason := super().supports(weight):
             return reason
         if weight.spec.granularity == "group":
             return "it takes no scales for groups"
@@ -37,14 +37,9 @@ class Int8PackMM(Kernel[Int8Rows]):
             return f"{rows} outputs of {columns} inputs are too few for 50 dB in bfloat16"
         return None if features.has_int8pack() else features.NO_BYTES
 
-    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
-        """Convert a weight to signed bytes, and make the vector of ones that a forward needs."""
-        _ones(weight.layout.rows)
-        return super().prepack(weight, reuse_memory=reuse_memory)
-
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
-        return few_rows(x, rows, 12 if features.has_bf16() else 32)
+        return few_rows(rows, 12 if features.has_bf16() else 32)
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """Call torch, and multiply with the scales."""
@@ -63,11 +58,11 @@ class Int4PackMM(Kernel[Int4Tiles]):
         """Accept weights that `Int4Tiles` can hold, in tiles of this CPU; an exported program may have others."""
         if isinstance(weight, Int4Tiles) and weight.width != features.tile_width():
             return f"its tiles of {weight.width} rows are those of another instruction set"
-        return Int4Tiles.refuses(weight)
+        return super().supports(weight)
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
-        return few_rows(x, rows, 48)
+        return few_rows(rows, 48)
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Call torch."""
@@ -87,10 +82,8 @@ def suits_bf16(weight: WeightLayout) -> bool:
     return rows >= FEW_OUTPUTS and columns >= FEW_INPUTS and weight.spec.granularity != "group"
 
 
-def few_rows(x: Tensor, rows: int, most: int) -> str | None:
-    """Say why an input does not suit a kernel for few rows; None if it does."""
-    if x.dtype == torch.float64:
-        return "inputs in float64 need float64 products"
+def few_rows(rows: int, most: int) -> str | None:
+    """Say why a kernel for few rows does not compute with so many rows; None if it does."""
     return f"{rows} rows are more than {most}" if rows > most else None
 
 

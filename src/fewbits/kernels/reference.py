@@ -12,16 +12,19 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fewbits.errors import ArgumentError
-from fewbits.kernels.base import Kernel, Operand
-from fewbits.kernels.transforms import is_transformed, is_transforming
+from fewbits.kernels.base import Kernel
 from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.numerics.affine import clip_input, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import compute_dtype, dtype_name
 
 #: A linear operation: of an input and a weight, without bias.
 Product = Callable[[Tensor, Tensor], Tensor]
+
+#: Whether a transform of torch.func wraps a tensor. Such transforms do not know the operations of kernels.
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class Reference(Kernel[WeightLayout]):
@@ -38,36 +41,28 @@ class Reference(Kernel[WeightLayout]):
         """Convert a weight to the canonical layout."""
         return PackedInt32.of(weight)
 
-    def supports(self, weight: WeightLayout) -> str | None:
-        """Return None: the reference computes with every weight."""
-        return None
-
-    def takes(self, x: Tensor, rows: int) -> str | None:
-        """Return None: the reference takes every input."""
-        return None
-
     def linear(self, x: Tensor, weight: WeightLayout) -> Tensor:
         """Return the product, without bias."""
         return linear(x, weight, None)
 
 
-def linear(x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: WeightLayout, bias: Tensor | None) -> Tensor:
     """Compute a linear layer: one `F.linear`, or an exact integer product.
 
     Raises:
-        ArgumentError: if `x` is not floating.
+        ArgumentError: If `x` is not floating.
     """
     check_floating(x)
-    if not rounds_inputs(weight):
-        return F.linear(x, weight.operand(x.dtype), None if bias is None else bias.to(x.dtype))
-    return integer_product(F.linear, x, weight, bias)
+    if weight.spec.activations is not None:
+        return integer_product(F.linear, x, weight, bias)
+    return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def check_floating(x: Tensor) -> None:
     """Refuse integer inputs: the weight or the output would be cast to integers.
 
     Raises:
-        ArgumentError: if `x` is not floating.
+        ArgumentError: If `x` is not floating.
     """
     if not x.is_floating_point():
         raise ArgumentError(
@@ -76,15 +71,10 @@ def check_floating(x: Tensor) -> None:
         )
 
 
-def rounds_inputs(weight: Operand) -> bool:
-    """Whether a layer with this weight rounds its inputs to int8."""
-    return weight.spec.activations is not None
-
-
 def integer_product(
     product: Product,
     x: Tensor,
-    weight: Operand,
+    weight: WeightLayout,
     bias: Tensor | None,
     *,
     spatial: int = 0,
@@ -97,14 +87,14 @@ def integer_product(
     multiplied with the input's scale first. Gradients are those of the product with the dequantized weight.
 
     Args:
-        product: the operation.
-        x: floating input.
-        weight: a weight whose spec has int8 activations.
-        bias: one number for each output channel, or None.
-        spatial: how many spatial axes follow the channels in `x` and in the output. They and the channels of one sample
+        product: The operation.
+        x: The floating input.
+        weight: A weight whose spec has int8 activations.
+        bias: One number for each output channel, or None.
+        spatial: How many spatial axes follow the channels in `x` and in the output. They and the channels of one sample
             share one dynamic scale.
-        sums: a faster function from int8 codes to the same integers.
-        sum_dtype: the dtype in which `product` sums integers; it must hold every sum.
+        sums: A faster function from int8 codes to the same integers.
+        sum_dtype: The dtype in which `product` sums integers; it must hold every sum.
     """
     wide, dtype = x.to(compute_dtype(x.dtype)), compute_dtype(x.dtype)
 
@@ -128,7 +118,7 @@ def integer_product(
     if _has_slope(x):
         # Rounding has no slope: gradients pass through it, to the inputs that were not clipped.
         unclipped = wide if weight.input_scale is None else clip_input(wide, x_scale)
-        smooth = product(unclipped, weight.operand(dtype))
+        smooth = product(unclipped, weight.dequantize(dtype))
         output = output + (smooth - smooth.detach())
     return (output if bias is None else output + per_channel(bias)).to(x.dtype)
 
@@ -138,5 +128,18 @@ def _has_slope(x: Tensor) -> bool:
     compiling = torch.compiler.is_compiling()
     return (torch.is_grad_enabled() and x.requires_grad) or (is_transforming() if compiling else is_transformed(x))
 
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func wraps a tensor, or forward-mode differentiation is active."""
+    return is_wrapped(x) or forward_ad._current_level >= 0
+
+
+def is_transforming() -> bool:
+    """Whether a compiler traces code under a transform of torch.func or forward-mode differentiation."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+# The effect of `torch.compiler.assume_constant_result`, which would import the compiler with every `import fewbits`.
+is_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 REFERENCE = Reference()

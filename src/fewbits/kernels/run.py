@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbits.kernels import reference
-from fewbits.kernels.base import Kernel, Operand, PreparedWeight
+from fewbits.kernels.base import Kernel, PreparedWeight
 from fewbits.kernels.choose import choose
 from fewbits.kernels.ops import product
-from fewbits.kernels.reference import REFERENCE
-from fewbits.kernels.transforms import is_transformed, is_transforming
+from fewbits.kernels.reference import REFERENCE, is_transformed, is_transforming
 from fewbits.numerics.read_only import ReadOnlyTensor
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-class Prepacked(Operand, Protocol):
-    """A stored weight with its kernels. `StoredWeight` is one."""
-
-    def prepared(self) -> PreparedWeight | None:
-        """Return the weight in its current layout, with its kernels; None if only the reference computes with it."""
-
-
-def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, prepared: PreparedWeight, bias: Tensor | None) -> Tensor:
     """Compute a layer, in the dtype of `x` or of autocast.
 
     The reference computes every call that no kernel takes, and reports inputs that do not fit.
     """
-    prepared = weight.prepared()
-    if prepared is None:
-        return reference.linear(x, weight, bias)
     if not _suits(x, prepared):
         if isinstance(x, ReadOnlyTensor):  # the weight of another layer
-            return linear(x.plain, weight, bias)
+            return linear(x.plain, prepared, bias)
         return reference.linear(x, prepared.weight, bias)
     if torch.is_autocast_enabled("cpu"):
         # Autocast decides the dtype of inputs and output, and nothing inside of a kernel.
         x = x if prepared.weight.spec.activations else x.to(torch.get_autocast_dtype("cpu"))
         with torch.autocast("cpu", enabled=False):
-            return linear(x, weight, bias)
+            return linear(x, prepared, bias)
     if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         if prepared.description is None:
             return reference.linear(x, prepared.weight, bias)

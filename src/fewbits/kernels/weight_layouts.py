@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import attrs
@@ -26,6 +27,9 @@ from fewbits.numerics.tensor import QuantizedTensor, narrow, unpack_zero_point
 #: Rows of a weight: a slice, or an index tensor.
 Rows = slice | Tensor
 
+#: The fields that all layouts of one weight share.
+_SHARED = ("scale", "zero_point", "input_scale", "spec", "layout")
+
 #: The layouts that this process knows, by name.
 WEIGHT_LAYOUTS: dict[str, type[WeightLayout]] = {}
 
@@ -34,24 +38,25 @@ WEIGHT_LAYOUTS: dict[str, type[WeightLayout]] = {}
 class WeightLayout(ABC):
     """One weight, cut into a matrix of (rows, columns), with its codes in some order.
 
-    A subclass has one field for each tensor in `data`, and writes `refuses`, `of` and `codes`.
+    A subclass has one field for each tensor in `data`, and defines `of`, `codes` and, unless it can hold every weight,
+    `refuses`.
 
     Attributes:
-        scale: the scales, as `QuantizedTensor` has them.
-        zero_point: the packed zero points, as `QuantizedTensor` has them.
-        input_scale: the scale of static int8 inputs, as `QuantizedTensor` has it.
-        spec: the spec of the codes.
-        layout: how the weight was cut.
-        name: the name of the layout in tables and exported programs.
-        data: the names of the tensors that hold the codes.
+        scale: The scales, as `QuantizedTensor` has them.
+        zero_point: The packed zero points, as `QuantizedTensor` has them.
+        input_scale: The scale of static int8 inputs, as `QuantizedTensor` has it.
+        spec: The spec of the codes.
+        layout: How the weight was cut.
+        name: The name of the layout in tables and exported programs.
+        data: The names of the tensors that hold the codes.
     """
 
     name: ClassVar[str]
     data: ClassVar[tuple[str, ...]]
 
     scale: Tensor
-    zero_point: Tensor | None
-    input_scale: Tensor | None
+    zero_point: Tensor | None = None
+    input_scale: Tensor | None = None
     spec: QuantSpec
     layout: Layout
 
@@ -63,29 +68,28 @@ class WeightLayout(ABC):
         `torch.export` made in another process with a layout of your own.
 
         Raises:
-            ArgumentError: if the class has no name or no data, or shares one with another layout.
+            ArgumentError: If the class has no name or no data, or shares one with another layout.
         """
-        if WEIGHT_LAYOUTS.get(getattr(cls, "name", "")) is cls:
+        name, data = getattr(cls, "name", ""), getattr(cls, "data", ())
+        if WEIGHT_LAYOUTS.get(name) is cls:
             return
-        fields = {field.name for field in attrs.fields(cls)} if attrs.has(cls) else set()
-        data = getattr(cls, "data", ())
-        if not getattr(cls, "name", "") or not data or not fields.issuperset(data):
+        if not name or not data or not set(data) <= attrs.fields_dict(cls).keys():
             raise ArgumentError(
                 f"the weight layout {cls.__name__} needs a name, and data: the names of the fields that hold its codes"
             )
         for other in WEIGHT_LAYOUTS.values():
             is_redefined = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
-            if not is_redefined and (other.name == cls.name or not set(other.data).isdisjoint(data)):
+            if not is_redefined and (other.name == name or not set(other.data).isdisjoint(data)):
                 raise ArgumentError(
-                    f"the weight layout {cls.__name__} ({cls.name}: {', '.join(data)}) shares a name with "
+                    f"the weight layout {cls.__name__} ({name}: {', '.join(data)}) shares a name with "
                     f"{other.__name__} ({other.name}: {', '.join(other.data)}); rename it or its fields"
                 )
-        WEIGHT_LAYOUTS[cls.name] = cls
+        WEIGHT_LAYOUTS[name] = cls
 
     @classmethod
-    @abstractmethod
     def refuses(cls, weight: WeightLayout) -> str | None:
-        """Say why this layout cannot hold a weight; None if it can."""
+        """Say why this layout cannot hold a weight; None if it can. By default, it holds every weight."""
+        return None
 
     @classmethod
     @abstractmethod
@@ -93,8 +97,8 @@ class WeightLayout(ABC):
         """Convert a weight to this layout.
 
         Args:
-            weight: the weight, in any layout.
-            reuse_memory: whether the new tensors may overwrite the words of `weight`. The C library does not reuse
+            weight: The weight, in any layout.
+            reuse_memory: Whether the new tensors may overwrite the words of `weight`. The C library does not reuse
                 freed blocks of their size for aligned allocations.
         """
 
@@ -106,7 +110,7 @@ class WeightLayout(ABC):
         """Return the canonical words: int32, (rows, words); see `fewbits.numerics.packing`."""
         rows, columns = self.layout.matrix_shape
         words = self.scale.new_empty((rows, packed_words(columns, self.spec.bits)), dtype=torch.int32)
-        for where in blocks(rows, columns):
+        for where in row_slices(rows, block_rows(columns)):
             words[where] = pack(self.codes(where), self.spec.bits)
         return words
 
@@ -123,8 +127,7 @@ class WeightLayout(ABC):
 
     def shared(self) -> dict[str, Any]:
         """Return the fields that all layouts of one weight share, for the constructor of another layout."""
-        fields = ("scale", "zero_point", "input_scale", "spec", "layout")
-        return {field: getattr(self, field) for field in fields}
+        return {field: getattr(self, field) for field in _SHARED}
 
     def decoded(self, where: Rows) -> Tensor:
         """Decode some rows: (rows, columns), in float32 (float64 for float64 scales)."""
@@ -141,8 +144,6 @@ class WeightLayout(ABC):
         """Decode the weight in float32 (float64 for float64 scales), in its own shape, and cast it to `dtype`."""
         return self.layout.from_matrix(narrow(self.decoded(slice(None)), dtype))
 
-    operand = dequantize
-
     def centered_codes(self) -> Tensor:
         """Return codes minus zero points: float64, in the weight's own shape."""
         return self.layout.from_matrix(centered_codes(self.codes(slice(None)), self.params(slice(None)), self.spec))
@@ -158,11 +159,6 @@ class PackedInt32(WeightLayout):
     packed: Tensor
 
     @classmethod
-    def refuses(cls, weight: WeightLayout) -> str | None:
-        """Return None: this layout holds every weight."""
-        return None
-
-    @classmethod
     def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> PackedInt32:
         """Convert a weight to words; a weight that has words keeps its tensors."""
         return cls(packed=weight.words(), **weight.shared())
@@ -170,14 +166,7 @@ class PackedInt32(WeightLayout):
     @classmethod
     def of_value(cls, value: QuantizedTensor) -> PackedInt32:
         """Wrap a value; it shares the tensors."""
-        return cls(
-            packed=value.packed,
-            scale=value.scale,
-            zero_point=value.zero_point,
-            input_scale=value.input_scale,
-            spec=value.spec,
-            layout=value.layout,
-        )
+        return cls(packed=value.packed, **{field: getattr(value, field) for field in _SHARED})
 
     def words(self) -> Tensor:
         """Return the words themselves."""
@@ -195,7 +184,7 @@ class Int8Rows(WeightLayout):
     Torch's ``_weight_int8pack_mm`` reads rows 16 bytes at a time, and past the end of an unpadded row.
 
     Attributes:
-        signed: int8, (rows, columns rounded up to a multiple of 16).
+        signed: The codes: int8, (rows, columns rounded up to a multiple of 16).
     """
 
     name = "int8_rows"
@@ -233,11 +222,11 @@ class Int8Rows(WeightLayout):
         wide = round_up(columns, cls.MULTIPLE)
         signed = reused_memory(weight, reuse_memory, rows, wide).view(torch.int8)
         signed[:, columns:] = 0
-        if isinstance(weight, PackedInt32):
+        if isinstance(weight, PackedInt32):  # without the copy that `codes` makes
             unsigned = weight.packed.contiguous().view(-1).view(torch.int8).view(rows, -1)[:, :columns]
-            torch.bitwise_xor(unsigned, -128, out=signed[:, :columns])
         else:
-            torch.bitwise_xor(weight.codes(slice(None)).view(torch.int8), -128, out=signed[:, :columns])
+            unsigned = weight.codes(slice(None)).view(torch.int8)
+        torch.bitwise_xor(unsigned, -128, out=signed[:, :columns])
         return cls(signed=signed, **weight.shared())
 
     def codes(self, where: Rows) -> Tensor:
@@ -255,11 +244,16 @@ def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def refuses_any(weight: WeightLayout) -> str | None:
-    """Say why no private layout can hold this weight; None if one may."""
+def refuses_any(weight: WeightLayout, *, takes_levels: bool = False) -> str | None:
+    """Say why kernels for matrices on the CPU cannot compute with a weight; None if they may.
+
+    Args:
+        weight: The weight, in any layout.
+        takes_levels: Whether codes may be indices of levels.
+    """
     if weight.scale.device.type != "cpu":
         return f"the weight is on {weight.scale.device}, not on the CPU"
-    if weight.spec.levels is not None:
+    if weight.spec.levels is not None and not takes_levels:
         return "its codes are indices of levels, not integers"
     if weight.layout != Layout.of(weight.layout.shape) or len(weight.layout.shape) != 2:
         return f"it is not a matrix of outputs by inputs, but of shape {weight.layout.shape}"
@@ -278,10 +272,9 @@ def reused_memory(weight: WeightLayout, reuse_memory: bool, *shape: int) -> Tens
     return weight.scale.new_empty(shape, dtype=torch.uint8)
 
 
-def blocks(rows: int, columns: int) -> list[slice]:
-    """Cut all rows into blocks that fit a cache."""
-    step = block_rows(columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def row_slices(count: int, step: int) -> Iterator[slice]:
+    """Cut `count` rows into slices of at most `step`."""
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 PackedInt32.register()

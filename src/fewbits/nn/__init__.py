@@ -1,1 +1,3 @@
 """Quantized modules, and putting them in the place of float ones."""
+
+import fewbits.nn.modules  # noqa: F401, registers the quantized forms of torch's classes

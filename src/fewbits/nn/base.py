@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, ClassVar
@@ -11,15 +12,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fewbits.errors import ArgumentError, FewbitsError, ReadOnlyWeightError
-from fewbits.kernels.reference import REFERENCE
-from fewbits.nn.reading import read, reading_once
-from fewbits.nn.stored import StoredWeight
+from fewbits.nn.stored import SUFFIX, StoredWeight, read, reading_once, stored_weights
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec
-
-#: A quantized parameter ``p`` lives in a child module ``p_stored``.
-SUFFIX = "_stored"
 
 #: The key in the metadata of a state dict that says how each weight is stored: other codes may have the same shapes.
 _STORAGE_SPEC = "fewbits"
@@ -49,16 +45,17 @@ class QuantizedModule(nn.Module):
     names more classes.
 
     Attributes:
-        float_class: the class that the quantized module replaces, and returns to.
-        own_weight: the parameter whose stored form `forward` computes with. The subclass is used only where that
+        float_class: The class that the quantized module replaces, and returns to.
+        own_weight: The parameter whose stored form `forward` computes with. The subclass is used only where that
             parameter is quantized. None: `forward` reads float tensors.
-        input_axes: for a parameter, the axes that are multiplied with the input; without an entry, the last axis of a
+        input_axes: The axes that are multiplied with the input, by parameter; without an entry, the last axis of a
             matrix.
-        rounds_inputs: whether `forward` rounds its inputs to int8 if the spec of `own_weight` has int8 activations.
-        forward_methods: the methods of the float class that `forward` replaces or calls. A class that overrides one of
+        rounds_inputs: Whether `forward` rounds its inputs to int8 if the spec of `own_weight` has int8 activations.
+        forward_methods: The methods of the float class that `forward` replaces or calls. A class that overrides one of
             them does not round its inputs.
-        reads_weights_of_children: whether `forward` reads the weights of child modules instead of calling them.
-        rebuilt_attributes: attributes of the float module that hold parameters, and that the quantized module rebuilds.
+        reads_weights_of_children: Whether `forward` reads the weights of child modules instead of calling them.
+        rebuilt_attributes: The attributes of the float module that hold parameters, and that the quantized module
+            rebuilds.
     """
 
     float_class: ClassVar[type[nn.Module]]
@@ -88,47 +85,53 @@ class QuantizedModule(nn.Module):
         """Use this quantized form for a float class and its subclasses.
 
         A forward that this class defines replaces the forward of `float_class`; a subclass that overrides `forward`
-        keeps its own. A later registration for the same class replaces an earlier one. Modules that are quantized
-        already do not change.
+        keeps its own. A warning tells if `float_class` is itself such a subclass. A later registration for the same
+        class replaces an earlier one. Modules that are quantized already do not change.
 
         Args:
-            float_class: the class, or its full name (``"package.module.Class"``) if it should not be imported.
+            float_class: The class, or its full name (``"package.module.Class"``) if it should not be imported; a class
+                that is given by name is not checked for a forward of its own.
 
         Raises:
-            ArgumentError: if it is neither a name nor a class of float modules.
+            ArgumentError: If it is neither a name nor a class of float modules.
         """
         if not isinstance(float_class, str):
-            if not (isinstance(float_class, type) and issubclass(float_class, nn.Module)):
+            is_layer = isinstance(float_class, type) and issubclass(float_class, nn.Module)
+            if not is_layer or float_class is nn.Module or issubclass(float_class, (QuantizedModule, StoredWeight)):
                 raise ArgumentError(
-                    f"register takes a subclass of torch.nn.Module or its full name, not {float_class!r}"
+                    f"register takes a class of float layers, a subclass of torch.nn.Module, or its full name, not "
+                    f"{float_class!r}"
                 )
-            if float_class is nn.Module or issubclass(float_class, (QuantizedModule, StoredWeight)):
-                raise ArgumentError(f"{float_class.__name__} cannot be registered; register a class of float layers")
+            cls._warn_of_replaced_forward(float_class)
         _registered[float_class] = cls
+
+    @classmethod
+    def _warn_of_replaced_forward(cls, float_class: type[nn.Module]) -> None:
+        own = vars(cls).get("float_class", float_class)
+        overrides = issubclass(float_class, own) and float_class.forward is not own.forward
+        if overrides and replaces_forward(float_class, cls, float_class):
+            name, form, base = float_class.__name__, cls.__name__, own.__name__
+            warnings.warn(
+                f"{name} overrides the forward of {base}, and {form}.forward now replaces it. If {name} computes what "
+                f"{base} computes, declare that with a subclass of {form} that has float_class = {name}; otherwise do "
+                f"not register {name}: it then keeps its forward, which reads float weights",
+                stacklevel=3,
+            )
 
     @classmethod
     def declared_layout(cls, module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | None:
         """Say how a parameter of a float module is cut into outputs and inputs; None lets its shape decide.
 
         Args:
-            module: the float module.
-            name: the name of its parameter.
-            shape: the shape of the parameter.
+            module: The float module.
+            name: The name of its parameter.
+            shape: The shape of the parameter.
         """
         axes = cls.input_axes.get(name)
         if axes is None and len(shape) == 3 and isinstance(getattr(module, "is_transposed", None), bool):
             # Fused experts of transformers: (experts, inputs, outputs) or (experts, outputs, inputs).
             axes = (1,) if module.is_transposed else (2,)
         return None if axes is None else Layout.of(shape, inputs=axes)
-
-    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
-        """Name the kernel that computes with a stored weight for this input, and say why preferred kernels do not.
-
-        Args:
-            name: the parameter.
-            x: the input of the layer.
-        """
-        return REFERENCE.name, {}
 
     def read_together(self) -> Iterable[StoredWeight]:
         """List the weights that this module's forward reads; each is dequantized once per forward."""
@@ -194,52 +197,32 @@ class QuantizedModule(nn.Module):
             destination.update((prefix + name + suffix, part) for suffix, part in parts.items())
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        others = dict(state_dict)
+        others, (_, missing_keys, _, error_msgs) = dict(state_dict), rest
         for name, stored in stored_weights(self).items():
             keys = {suffix: prefix + name + suffix for suffix in stored.suffixes}
             missing = [key for key in keys.values() if key not in others]
             parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
             plain = others.pop(prefix + name, None) if missing else parts.get("")
-            storage_spec = local_metadata.get(_STORAGE_SPEC, {}).get(name)
-            if storage_spec is not None and storage_spec != stored.storage_spec() and (parts or plain is not None):
-                error_msgs.append(
-                    f"{prefix}{name} is stored as {storage_spec} in the state dict, here as {stored.storage_spec()}"
-                )
-                continue
+            storage_spec, own = local_metadata.get(_STORAGE_SPEC, {}).get(name), stored.storage_spec()
             cast_to = stored.spec.dtype if isinstance(stored.spec, CastSpec) else None
-            if isinstance(plain, Tensor) and plain.dtype != cast_to:
-                _tell_float_state(error_msgs, f"{prefix}{name} is {dtype_name(plain.dtype)}", stored)
-                continue
-            if missing:
+            if storage_spec not in (None, own) and (parts or plain is not None):
+                error_msgs.append(f"{prefix}{name} is stored as {storage_spec} in the state dict, here as {own}")
+            elif isinstance(plain, Tensor) and plain.dtype != cast_to:
+                if not any(message.endswith(_WAY_OUT) for message in error_msgs):  # one message for a whole state dict
+                    error_msgs.append(
+                        f"{prefix}{name} is {dtype_name(plain.dtype)} in the state dict, and stored as {stored.spec} "
+                        f"in this model. {_WAY_OUT}"
+                    )
+            elif missing:
                 missing_keys += missing
-                continue
-            try:
-                stored.load_parts(parts, assign=bool(local_metadata.get("assign_to_params_buffers")))
-            except FewbitsError as error:
-                error_msgs.append(f"{prefix}{name}: {error}")
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-
-def _tell_float_state(error_msgs: list[str], found: str, stored: StoredWeight) -> None:
-    # Once for a whole state dict, not for each layer.
-    if not any(message.endswith(_WAY_OUT) for message in error_msgs):
-        error_msgs.append(f"{found} in the state dict, and stored as {stored.spec} in this model. {_WAY_OUT}")
-
-
-def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
-    """Return the stored weights that a module itself holds, by parameter name."""
-    return {
-        name.removesuffix(SUFFIX): child for name, child in module._modules.items() if isinstance(child, StoredWeight)
-    }
+            else:
+                try:
+                    stored.load_parts(parts, assign=bool(local_metadata.get("assign_to_params_buffers")))
+                except FewbitsError as error:
+                    error_msgs.append(f"{prefix}{name}: {error}")
+        super()._load_from_state_dict(others, prefix, local_metadata, *rest)
 
 
 def form_of(cls: type[QuantizedModule]) -> type[QuantizedModule]:
@@ -253,11 +236,11 @@ def quantized_form(
     """Find the quantized form that is registered for a class or for the nearest of its base classes.
 
     Args:
-        float_class: the class of a float module.
-        names: its quantized parameters.
+        float_class: The class of a float module.
+        names: The names of its quantized parameters.
 
     Returns:
-        the quantized form, and the class that it is registered for; `QuantizedModule` and `torch.nn.Module` if there is
+        The quantized form, and the class that it is registered for; `QuantizedModule` and `torch.nn.Module` if there is
         no such registration.
     """
     for cls in float_class.__mro__:
@@ -279,22 +262,18 @@ def made_class(
     """Return the quantized class of modules of a float class; make it at the first call.
 
     Args:
-        float_class: the class of the float modules.
-        form: the quantized form.
-        replaced: the class that the form is registered for.
+        float_class: The class of the float modules.
+        form: The quantized form.
+        replaced: The class that the form is registered for.
 
     Raises:
-        TypeError: if the float class cannot be subclassed.
+        TypeError: If the float class cannot be subclassed.
     """
     if vars(form).get("float_class") is float_class and issubclass(form, float_class):
         return form
     key = float_class, form, replaced
-    return _made[key] if key in _made else _made.setdefault(key, _make_class(*key))
-
-
-def _make_class(
-    float_class: type[nn.Module], form: type[QuantizedModule], replaced: type[nn.Module]
-) -> type[QuantizedModule]:
+    if key in _made:
+        return _made[key]
     namespace: dict[str, Any] = {"float_class": float_class, "__doc__": float_class.__doc__, _REPLACED: replaced}
     if replaces_forward(float_class, form, replaced):
         namespace["forward"] = form.forward
@@ -302,7 +281,7 @@ def _make_class(
         namespace["forward"] = reading_once(float_class.forward)
     # The float class comes first: its methods are used, and their calls of `super()` reach the quantized form.
     bases = (form,) if issubclass(form, float_class) else (float_class, form)
-    return type(f"Quantized{float_class.__name__}", bases, namespace)
+    return _made.setdefault(key, type(f"Quantized{float_class.__name__}", bases, namespace))
 
 
 def _has_forward(cls: type[nn.Module]) -> bool:

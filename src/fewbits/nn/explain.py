@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import attrs
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 
 from fewbits._table import render_table
 from fewbits.errors import ArgumentError
-from fewbits.kernels.run import rows_of
-from fewbits.nn.base import QuantizedModule, stored_weights
-from fewbits.nn.feeding import feed
+from fewbits.kernels.choose import refusal
+from fewbits.kernels.convolution import way_of_sums
+from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.run import chosen, rows_of
+from fewbits.nn.base import QuantizedModule
+from fewbits.nn.modules import QuantizedConvolution, QuantizedLinear
 from fewbits.nn.packed import PackedWeight
+from fewbits.nn.stored import StoredWeight, stored_weights
+from fewbits.nn.walk import feed
 
 
 @attrs.frozen
@@ -23,13 +29,13 @@ class Computed:
     """How one call of one layer was computed.
 
     Attributes:
-        name: the layer.
-        scheme: the spec of its weight.
-        weight_layout: the layout of the weight in memory.
-        rows: the number of rows of its input.
-        dtype: the dtype of its input.
-        kernel: the kernel that computed it.
-        refused: for each preferred kernel, by name, why it did not compute.
+        name: The name of the layer.
+        scheme: The spec of its weight.
+        weight_layout: The layout of the weight in memory.
+        rows: The number of rows of its input.
+        dtype: The dtype of its input.
+        kernel: The kernel that computed it.
+        refused: The reason why a preferred kernel did not compute, by its name.
     """
 
     name: str
@@ -66,20 +72,20 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
     """Run a model once; report which kernel computed each quantized layer, and why preferred kernels did not.
 
     Args:
-        model: a quantized model. It runs in its current mode, without gradients.
-        example_input: a tensor, a tuple of arguments, or a mapping: its entries are keyword arguments, unless the
-            model takes the whole mapping as one argument, as `SentenceTransformer` does.
+        model: A quantized model. It runs in its current mode, without gradients.
+        example_input: A tensor, a tuple of arguments, or a mapping. The entries of a mapping are keyword arguments,
+            unless the model takes the whole mapping as one argument, as `SentenceTransformer` does.
 
     Returns:
-        an explanation: rows for programs; ``str()`` of it is a table.
+        An explanation: rows for programs; ``str()`` of it is a table.
 
     Raises:
-        ArgumentError: if it is not a model, has no quantized layer, or `example_input` is None.
+        ArgumentError: If `model` is not a model or has no quantized layer, or `example_input` is None.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"explain takes a model, not a {type(model).__name__}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
-    if not layers:
+    names = {module: name for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+    if not names:
         raise ArgumentError("no layer of this model is quantized")
     if example_input is None:
         raise ArgumentError(
@@ -87,28 +93,15 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
             "arguments, not None; () calls a model without arguments"
         )
     found: list[Computed] = []
-    with _watched(layers, found):
+
+    def note(module: QuantizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.extend(_computed(names[module], module, [*args, *kwargs.values()]))
+
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
         feed(model, example_input)
     return Explanation(tuple(found))
-
-
-@contextmanager
-def _watched(layers: Mapping[str, QuantizedModule], found: list[Computed]) -> Iterator[None]:
-    def watch(name: str) -> Any:
-        def seen(module: QuantizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.extend(_computed(name, module, [*args, *kwargs.values()]))
-
-        return seen
-
-    handles = [
-        module.register_forward_pre_hook(watch(name), with_kwargs=True, prepend=False)
-        for name, module in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _computed(name: str, module: QuantizedModule, inputs: Sequence[Any]) -> Iterator[Computed]:
@@ -118,5 +111,21 @@ def _computed(name: str, module: QuantizedModule, inputs: Sequence[Any]) -> Iter
     for parameter, weight in stored_weights(module).items():
         path = ".".join(filter(None, (name, parameter)))
         layout = weight.weight_layout().name if isinstance(weight, PackedWeight) else str(weight.spec)
-        kernel, refused = module.explain_call(parameter, x)
+        kernel, refused = _choice(module, weight if parameter == module.own_weight else None, x)
         yield Computed(path, str(weight.spec), layout, rows_of(x), x.dtype, kernel, refused)
+
+
+def _choice(module: QuantizedModule, weight: StoredWeight | None, x: Tensor) -> tuple[str, Mapping[str, str]]:
+    """Name the kernel that computes with a layer's own weight for this input, and say why preferred kernels do not."""
+    if isinstance(weight, PackedWeight) and isinstance(module, QuantizedConvolution) and weight.spec.activations:
+        return way_of_sums(module, weight.weight_layout(), x, weight.compute)
+    if not isinstance(weight, PackedWeight) or not isinstance(module, QuantizedLinear) or not weight.computes:
+        return REFERENCE.name, {}
+    prepared, rows = weight.prepared(), rows_of(x)
+    kernel = chosen(x, prepared)
+    preferred = itertools.takewhile(lambda other: other is not kernel, weight.candidates)
+    reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
+    otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
+    if x.dtype == torch.float64:
+        otherwise = "inputs in float64 need float64 products"
+    return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}

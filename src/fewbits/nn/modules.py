@@ -6,8 +6,7 @@ meaning. `fewbits.nn.swap` changes the class of a float module to its form.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fewbits.kernels.choose import KERNELS, refusal
-from fewbits.kernels.convolution import FLOATS, PATCHES, sums_of_patches, way_of_sums
-from fewbits.kernels.reference import check_floating, integer_product, rounds_inputs
-from fewbits.kernels.run import chosen, linear, rows_of
-from fewbits.nn.base import QuantizedModule, form_of, stored_weights
+from fewbits.kernels.convolution import DOUBLES, FLOATS, PATCHES, sums_of_patches, way_of_sums
+from fewbits.kernels.reference import check_floating, integer_product
+from fewbits.kernels.run import linear
+from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.packed import PackedWeight
-from fewbits.nn.stored import StoredWeight
+from fewbits.nn.stored import StoredWeight, stored_weights
 from fewbits.numerics.layout import Layout
 
 
@@ -40,22 +38,12 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         is_replaced = type(self).forward is form_of(type(self)).forward
         self.weight_stored.computes |= is_replaced and not isinstance(self, NonDynamicallyQuantizableLinear)
 
-    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
-        """Name the kernel that computes with the weight for this input, and why each preferred kernel does not."""
-        weight = self.weight_stored
-        if name != "weight" or not weight.computes or not isinstance(weight, PackedWeight):
-            return super().explain_call(name, x)
-        prepared, rows = weight.prepared(), rows_of(x)
-        kernel = chosen(x, prepared)
-        offered = KERNELS if weight.offered is None else weight.offered
-        preferred = itertools.takewhile(lambda other: other is not kernel, offered)
-        reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
-        otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
-        return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}
-
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with the kernel that suits the input."""
-        return linear(input, self._modules["weight_stored"], _bias(self))  # type: ignore[arg-type]
+        stored: Any = self._modules["weight_stored"]
+        if isinstance(stored, PackedWeight):
+            return linear(input, stored.prepared(), _bias(self))
+        return _float_product(F.linear, input, stored, _bias(self))
 
 
 class QuantizedConvolution(QuantizedModule):
@@ -66,36 +54,23 @@ class QuantizedConvolution(QuantizedModule):
     weight_stored: StoredWeight
     kernel_size: tuple[int, ...]
 
-    def explain_call(self, name: str, x: Tensor) -> tuple[str, Mapping[str, str]]:
-        """Say how the sums of int8 inputs are computed, and why each preferred way is not."""
-        weight = self.weight_stored
-        if name != "weight" or not isinstance(weight, PackedWeight) or not rounds_inputs(weight):
-            return super().explain_call(name, x)
-        return way_of_sums(self, weight.weight_layout(), x, weight.compute)
-
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        spatial, bias, stored = len(self.kernel_size), _bias(self), self.weight_stored
+        bias, stored = _bias(self), self.weight_stored
+        if not isinstance(stored, PackedWeight) or stored.spec.activations is None:
+            return _float_product(convolve, input, stored, bias)
         check_floating(input)
-        if not rounds_inputs(stored):
-            weight = stored.operand(input.dtype)
-            return convolve(input, weight, None if bias is None else bias.to(input.dtype))
-        sums, sum_dtype = None, torch.float64
-        if isinstance(stored, PackedWeight) and not torch.compiler.is_compiling():
-            prepacked = stored.weight_layout()
-            way, _ = way_of_sums(self, prepacked, input, stored.compute)
-            if way == PATCHES:
-                sums = partial(sums_of_patches, module=self, weight=prepacked)
-            elif way == FLOATS:
-                sum_dtype = torch.float32
+        weight = stored.weight_layout()
+        compiling = torch.compiler.is_compiling()
+        way = DOUBLES if compiling else way_of_sums(self, weight, input, stored.compute)[0]
         # One scale per sample; an input without a batch axis is one sample.
         return integer_product(
-            lambda x, weight: convolve(x, weight, None),
+            lambda x, floats: convolve(x, floats, None),
             input,
-            stored,
+            weight,
             bias,
-            spatial=spatial,
-            sums=sums,
-            sum_dtype=sum_dtype,
+            spatial=len(self.kernel_size),
+            sums=partial(sums_of_patches, module=self, weight=weight) if way == PATCHES else None,
+            sum_dtype=torch.float32 if way == FLOATS else torch.float64,
         )
 
 
@@ -131,9 +106,11 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
     float_class = nn.Conv3d
 
 
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
 class _QuantizedConvTranspose(QuantizedConvolution):
     forward_methods = ("forward", "_output_padding")
-    _convolve: ClassVar[Callable[..., Tensor]]
     _output_padding: Callable[..., list[int]]
 
     @classmethod
@@ -153,7 +130,7 @@ class _QuantizedConvTranspose(QuantizedConvolution):
         extra = self._output_padding(input, output_size, stride, padding, size, len(size), dilation)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return type(self)._convolve(x, weight, bias, stride, padding, extra, self.groups, dilation)
+            return _TRANSPOSED[len(size)](x, weight, bias, stride, padding, extra, self.groups, dilation)
 
         return self._convolved(input, convolve)
 
@@ -162,21 +139,18 @@ class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` with a stored weight of shape (in_channels, out_channels / groups, k)."""
 
     float_class = nn.ConvTranspose1d
-    _convolve = staticmethod(F.conv_transpose1d)
 
 
 class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` with a stored weight of shape (in_channels, out_channels / groups, k, k)."""
 
     float_class = nn.ConvTranspose2d
-    _convolve = staticmethod(F.conv_transpose2d)
 
 
 class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d` with a stored weight of shape (in_channels, out_channels / groups, k, k, k)."""
 
     float_class = nn.ConvTranspose3d
-    _convolve = staticmethod(F.conv_transpose3d)
 
 
 class QuantizedEmbedding(QuantizedModule, nn.Embedding):
@@ -188,37 +162,16 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows: dequantize only those, or all of them under `max_norm`, which rescales in place."""
-        if self.max_norm is None:
-            rows = self.weight_stored.dequantize_rows(input.reshape(-1), self.weight_stored.dtype)
-            return rows.reshape(*input.shape, self.embedding_dim)
-        weight = self.weight_stored.dequantize()
-        return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type)
+        if self.max_norm is not None:
+            return super().forward(input)
+        rows = self.weight_stored.dequantize_rows(input.reshape(-1), self.weight_stored.dtype)
+        return rows.reshape(*input.shape, self.embedding_dim)
 
 
 class QuantizedEmbeddingBag(QuantizedModule, nn.EmbeddingBag):
     """`torch.nn.EmbeddingBag` with a stored weight of shape (num_embeddings, embedding_dim)."""
 
     float_class = nn.EmbeddingBag
-    own_weight = "weight"
-    weight_stored: StoredWeight
-
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Dequantize the weight, and call `F.embedding_bag`, which under `max_norm` rescales rows in place."""
-        stored = self.weight_stored
-        weight = stored.operand(stored.dtype) if self.max_norm is None else stored.dequantize()
-        return F.embedding_bag(
-            input,
-            weight,
-            offsets,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.mode,
-            self.sparse,
-            per_sample_weights,
-            self.include_last_offset,
-            self.padding_idx,
-        )
 
 
 class QuantizedMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
@@ -293,6 +246,13 @@ class QuantizedRNNBase(QuantizedModule, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no float memory to make contiguous."""
+
+
+def _float_product(
+    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, stored: StoredWeight, bias: Tensor | None
+) -> Tensor:
+    check_floating(x)
+    return operation(x, stored.operand(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _bias(module: Any) -> Tensor | None:

@@ -8,13 +8,14 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewbits._heap import trim
+from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel, PreparedWeight
-from fewbits.kernels.choose import KERNELS, kernels_for, kernels_reading
+from fewbits.kernels.choose import KERNELS, check_compute, kernels_reading, preferred
 from fewbits.kernels.ops import describe
-from fewbits.kernels.reference import REFERENCE
-from fewbits.kernels.transforms import is_wrapped
+from fewbits.kernels.reference import REFERENCE, is_wrapped
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, WeightLayout
 from fewbits.nn.stored import CastWeight, StoredWeight
 from fewbits.numerics.layout import Layout
@@ -26,8 +27,16 @@ class PackedWeight(StoredWeight):
     """Codes with their scales, in the layout that the layer's kernels read; canonical until `prepack` is called.
 
     Attributes:
-        layout: how the weight was cut.
+        spec: The spec of the codes.
+        layout: How the weight was cut into rows and columns.
+        compute: How the layer may gain speed; see `set_compute`.
+        offered: The kernels to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
     """
+
+    spec: QuantSpec
+    layout: Layout
+    compute: Compute = "exact"
+    offered: tuple[Kernel[Any], ...] | None = None
 
     #: The ids of the buffers, and the weight prepared from them.
     _made: tuple[tuple[int, ...], PreparedWeight]
@@ -36,28 +45,18 @@ class PackedWeight(StoredWeight):
 
     def __init__(self, value: QuantizedTensor) -> None:
         super().__init__()
-        self.dtype, self._spec, self.layout = value.dtype, value.spec, value.layout
+        self.dtype, self.spec, self.layout = value.dtype, value.spec, value.layout
         self._rows_are_first = value.layout == Layout.of(value.shape)
         self._hold(PackedInt32.of_value(value))
-
-    @property
-    def spec(self) -> QuantSpec:
-        """The spec of the codes."""
-        return self._spec
-
-    @property
-    def input_scale(self) -> Tensor | None:
-        """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
-        return self._buffers["input_scale"]
 
     def weight_layout(self) -> WeightLayout:
         """Return the weight in its current layout; it shares the buffers."""
         return self.prepared().weight
 
     @property
-    def kernels(self) -> tuple[Kernel[Any], ...]:
-        """The kernels that compute with it, the most preferred first; none if the reference does."""
-        return self.prepared().kernels
+    def candidates(self) -> Sequence[Kernel[Any]]:
+        """The kernels to choose from, the most preferred first."""
+        return KERNELS if self.offered is None else self.offered
 
     def prepared(self) -> PreparedWeight:
         """Return the weight in its current layout, with its kernels."""
@@ -70,18 +69,17 @@ class PackedWeight(StoredWeight):
     def _wrapped(self, buffers: Mapping[str, Any]) -> WeightLayout:
         # The names of the buffers tell the layout, so that names and tensors change in one assignment.
         kind = next(layout for layout in WEIGHT_LAYOUTS.values() if layout.data[0] in buffers)
-        return kind(**buffers, spec=self._spec, layout=self.layout)
+        return kind(**buffers, spec=self.spec, layout=self.layout)
 
     def _prepare(self, weight: WeightLayout) -> PreparedWeight:
         if not self.computes or any(map(is_wrapped, weight.tensors().values())):
             return PreparedWeight(weight)
-        offered = KERNELS if self.offered is None else self.offered
-        kernels = kernels_reading(weight, self.compute, offered)
+        kernels = kernels_reading(weight, self.compute, self.candidates)
         if kernels[0] is REFERENCE:
             return PreparedWeight(weight)
-        is_traced_as_reference = isinstance(weight, PackedInt32)
-        description = None if is_traced_as_reference else describe(weight, self.compute, offered)
-        return PreparedWeight(weight, kernels, description)
+        if isinstance(weight, PackedInt32):  # compilers trace the reference
+            return PreparedWeight(weight, kernels)
+        return PreparedWeight(weight, kernels, describe(weight, self.compute, self.candidates))
 
     def prepack(
         self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
@@ -91,40 +89,31 @@ class PackedWeight(StoredWeight):
         Buffers are replaced, and not overwritten, so that a forward in another thread keeps valid buffers.
 
         Args:
-            compute: how the layer may gain speed.
-            kernels: the kernels to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
-            reuse_memory: whether the memory of the words may be overwritten, if nobody else uses it.
+            compute: How the layer may gain speed.
+            kernels: The kernels to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
+            reuse_memory: Whether the memory of the words may be overwritten, if nobody else uses it.
 
         Raises:
-            ArgumentError: if the layout of the kernel cannot be registered.
+            ArgumentError: If the layout of the kernel cannot be registered.
         """
-        weight = self.weight_layout()
         self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
-        able = self._able(weight, compute, kernels)
         # Tensors made in inference mode could not be differentiated later.
         with torch.inference_mode(False), torch.no_grad():
-            self._hold(able[0].prepack(weight, reuse_memory=reuse_memory))
+            self._hold(self._preferred(compute).prepack(self.weight_layout(), reuse_memory=reuse_memory))
 
     def stays(self, compute: Compute) -> bool:
         """Whether `prepack` would keep the current tensors; their shapes decide, not their values."""
-        weight = self.weight_layout()
-        first = self._able(weight, compute, None)[0]
-        return isinstance(weight, PackedInt32 if first is REFERENCE else first.weight_layout)
+        kernel = self._preferred(compute)
+        return isinstance(self.weight_layout(), PackedInt32 if kernel is REFERENCE else kernel.weight_layout)
 
-    def _able(
-        self, weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]] | None
-    ) -> tuple[Kernel[Any], ...]:
-        return kernels_for(weight, compute, KERNELS if kernels is None else kernels) if self.computes else (REFERENCE,)
+    def _preferred(self, compute: Compute) -> Kernel[Any]:
+        return preferred(self.weight_layout(), compute, self.candidates) if self.computes else REFERENCE
 
     def _hold(self, weight: WeightLayout) -> None:
         type(weight).register()
-        buffers = _buffers_of(weight)
+        buffers: dict[str, Tensor | None] = dict(weight.tensors())
         self._made = tuple(map(id, buffers.values())), self._prepare(weight)
         self._buffers = buffers
-
-    def storage_spec(self) -> list[Any]:
-        """Return spec and layout as plain values: the parts do not hold them."""
-        return [self.spec.to_dict(), self.layout.to_dict()]
 
     def value(self) -> QuantizedTensor:
         """Return the canonical value; it shares the buffers if they are in the canonical layout."""
@@ -173,10 +162,6 @@ class PackedWeight(StoredWeight):
         """Decode the weight in float32 (float64 for float64 scales), in its own shape, and cast it to `dtype`."""
         return self.weight_layout().dequantize(dtype or self.dtype)
 
-    def centered_codes(self) -> Tensor:
-        """Return codes minus zero points: float64, in the weight's own shape."""
-        return self.weight_layout().centered_codes()
-
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows of a matrix: (len(index), columns)."""
         if not self._rows_are_first:
@@ -198,7 +183,7 @@ class PackedWeight(StoredWeight):
     # Copies and pickles hold the canonical layout, and the reader converts it for its own CPU. Pickles for another
     # process of this machine are an exception, see `_reduce_for_process`.
     def __getstate__(self) -> dict[str, Any]:
-        return self._state(_buffers_of(PackedInt32.of(self.weight_layout())))
+        return self._state(PackedInt32.of(self.weight_layout()).tensors())
 
     def _state(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Any]:
         return self.__dict__ | {"_buffers": dict(buffers), "_made": ((), None), "_last_parts": (None, "", None)}
@@ -227,5 +212,47 @@ def _blank(layout: type[WeightLayout]) -> PackedWeight:
 ForkingPickler.register(PackedWeight, _reduce_for_process)
 
 
-def _buffers_of(weight: WeightLayout) -> dict[str, Tensor | None]:
-    return {name: getattr(weight, name) for name in (*weight.data, "scale", "zero_point", "input_scale")}
+@torch.no_grad()
+def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None) -> None:
+    """Choose how the linear layers of a quantized model compute.
+
+    The setting belongs to this process: files, state dicts and the ledger do not hold it.
+
+    Args:
+        model: A quantized model.
+        compute: ``"auto"`` uses kernels whose output has 50 dB or more against float64 with the same codes, or 10 dB
+            more than the rounded weights have. ``"exact"`` dequantizes, and calls `F.linear` in the input's dtype.
+            ``"int8"`` may also round inputs to int8, with one scale per row. Schemes with int8 activations give the
+            same numbers with all three.
+        kernels: The kernels to choose from, the most preferred first; None stands for those of fewbits. The reference
+            computes what they do not.
+
+    Raises:
+        ArgumentError: If `compute` or `kernels` is invalid, a kernel brings a weight layout that cannot be registered,
+            or the model has no quantized layer.
+    """
+    check_compute(compute)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"set_compute takes a model, not a {type(model).__name__}")
+    if not any(isinstance(module, StoredWeight) for module in model.modules()):
+        raise ArgumentError(
+            f"no layer of this {type(model).__name__} is quantized, so there is nothing to choose; pass the quantized "
+            "model: quantize returns a copy, in result.model, unless it is called with inplace=True"
+        )
+    if kernels is not None and not (isinstance(kernels, Sequence) and all(isinstance(k, Kernel) for k in kernels)):
+        raise ArgumentError(f"kernels must be a sequence of Kernel instances, or None, not {kernels!r}")
+    for kernel in kernels or ():
+        if kernel.weight_layout is not WeightLayout:  # the reference reads every layout
+            kernel.weight_layout.register()
+    prepack(model, compute, kernels)
+
+
+@torch.no_grad()
+def prepack(
+    model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
+) -> None:
+    """Do the work of `set_compute`; `reuse_memory` allows it to overwrite the words of a new model."""
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.prepack(compute, kernels, reuse_memory=reuse_memory)
+    trim()

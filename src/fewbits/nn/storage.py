@@ -14,12 +14,12 @@ class View:
     """The part of some memory that a tensor shows; equal for two tensors that show the same part in the same way.
 
     Attributes:
-        memory: the name of the memory: a device, a file.
-        start: the address of the first byte.
-        shape: the shape of the tensor.
-        stride: the strides of the tensor, in elements.
-        dtype: the dtype of the tensor.
-        other: other properties that distinguish tensors.
+        memory: The name of the memory: a device or a file.
+        start: The address of the first byte.
+        shape: The shape of the tensor.
+        stride: The strides of the tensor, in elements.
+        dtype: The dtype of the tensor.
+        other: Other properties that distinguish tensors.
     """
 
     memory: str
@@ -51,11 +51,6 @@ class View:
         return self.start + (last + 1) * self.dtype.itemsize
 
 
-def storage_key(tensor: Tensor) -> Hashable:
-    """Return a key that is equal for two tensors exactly if they are the same view of the same memory."""
-    return View.of(tensor)
-
-
 def overlaps(views: Mapping[str, View]) -> dict[str, str]:
     """Give a reason for each tensor whose memory overlaps that of another tensor, unless both are the same view.
 
@@ -63,13 +58,11 @@ def overlaps(views: Mapping[str, View]) -> dict[str, str]:
     """
     spans = sorted((view.memory, view.start, view.stop, name) for name, view in views.items() if view.stop > view.start)
     reasons: dict[str, str] = {}
-    reach: tuple[str, int, str] | None = None
+    reached, end, other = "", 0, ""  # the memory and the end of the spans so far, and the span that ends there
     for memory, start, stop, name in spans:
-        if reach is not None and reach[0] == memory and start < reach[1]:
-            other = reach[2]
-            if views[other] != views[name]:
-                reasons[name] = f"its memory overlaps that of {other}"
-                reasons.setdefault(other, f"its memory overlaps that of {name}")
-        if reach is None or reach[0] != memory or stop > reach[1]:
-            reach = (memory, stop, name)
+        if memory == reached and start < end and views[other] != views[name]:
+            reasons[name] = f"its memory overlaps that of {other}"
+            reasons.setdefault(other, f"its memory overlaps that of {name}")
+        if memory != reached or stop > end:
+            reached, end, other = memory, stop, name
     return reasons

@@ -1,22 +1,35 @@
-"""`StoredWeight`: a weight as a module holds it, shared by all layers with that weight."""
+"""`StoredWeight`: a weight as a module holds it, shared by all layers with that weight.
+
+Also: how a module reads its stored weights as float tensors.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.errors import ArgumentError, FormatError
-from fewbits.kernels.base import Compute, Kernel, PreparedWeight
+from fewbits.errors import FormatError
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import Layout
+from fewbits.numerics.read_only import ReadOnlyTensor
 from fewbits.numerics.spec import CastSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
 
+#: A quantized parameter ``p`` lives in a child module ``p_stored``.
+SUFFIX = "_stored"
+
+#: The weights that the running forward dequantizes at most once, with their float tensors; None before the first read.
+_once: ContextVar[dict[StoredWeight, Tensor | None] | None] = ContextVar("fewbits_once", default=None)
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_Self = TypeVar("_Self", bound="StoredWeight")
 
 
 class StoredWeight(nn.Module, ABC):
@@ -27,32 +40,18 @@ class StoredWeight(nn.Module, ABC):
     never rounded twice and never becomes 0 or Inf.
 
     Attributes:
-        dtype: the dtype that `dequantize` returns by default; the dtype of the float weight.
-        trainable: whether the float parameter required gradients.
-        computes: whether kernels compute with it; otherwise a forward reads it as a float tensor.
-        compute: how its layer may gain speed; see `fewbits.set_compute`.
-        offered: the kernels to choose from; None stands for `fewbits.kernels.choose.KERNELS`.
+        spec: How the weight is stored.
+        layout: How the weight was cut into rows and columns; None if it has no codes.
+        dtype: The dtype that `dequantize` returns by default; the dtype of the float weight.
+        trainable: Whether the float parameter required gradients.
+        computes: Whether kernels compute with the weight; otherwise a forward reads it as a float tensor.
     """
 
+    spec: Spec
+    layout: Layout | None = None
     dtype: torch.dtype
     trainable: bool = True
     computes: bool = False
-    compute: Compute = "exact"
-    offered: tuple[Kernel[Any], ...] | None = None
-
-    @property
-    @abstractmethod
-    def spec(self) -> Spec:
-        """How the weight is stored."""
-
-    @property
-    def input_scale(self) -> Tensor | None:
-        """Float32, (1,): the scale of the layer's int8 inputs; None unless the spec has static activations."""
-        return None
-
-    def prepared(self) -> PreparedWeight | None:
-        """Return the weight in its current layout, with its kernels; None if only the reference computes with it."""
-        return None
 
     @abstractmethod
     def value(self) -> QuantizedTensor | Tensor:
@@ -63,9 +62,9 @@ class StoredWeight(nn.Module, ABC):
         """Return the tensors for a state dict, by the suffix that their keys add to the parameter's name."""
 
     @property
-    @abstractmethod
     def suffixes(self) -> list[str]:
         """The keys of `parts`."""
+        return list(self.parts())
 
     def parts_in(self, destination: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
         """Return the parts, detached, for a state dict that holds them under this key."""
@@ -73,7 +72,7 @@ class StoredWeight(nn.Module, ABC):
 
     def storage_spec(self) -> list[Any]:
         """Return spec and layout as plain values: the parts do not hold them."""
-        return [self.spec.to_dict(), None]
+        return [self.spec.to_dict(), None if self.layout is None else self.layout.to_dict()]
 
     @abstractmethod
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
@@ -84,14 +83,8 @@ class StoredWeight(nn.Module, ABC):
         """Return the weight in its own shape, in memory of its own."""
 
     def operand(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight to compute with; callers must not write to it, it may be the stored tensor."""
+        """Return the weight to compute with. Callers must not write to it, because it may be the stored tensor."""
         return self.dequantize(dtype)
-
-    scale: Tensor
-
-    @abstractmethod
-    def centered_codes(self) -> Tensor:
-        """Return codes minus zero points: float64, in the weight's own shape."""
 
     @abstractmethod
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,7 +94,7 @@ class StoredWeight(nn.Module, ABC):
         """Describe how the weight is stored."""
         return f"{self.spec}, reads as {dtype_name(self.dtype)}"
 
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         buffers = dict(self._buffers)
         for name, buffer in buffers.items():
             if buffer is None:
@@ -121,16 +114,8 @@ class StoredWeight(nn.Module, ABC):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pass
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, strict, _, unexpected_keys, _ = rest
         if strict:
             unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
 
@@ -142,13 +127,8 @@ class CastWeight(StoredWeight):
 
     def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self._spec = dtype, CastSpec(value.dtype)
+        self.dtype, self.spec = dtype, CastSpec(value.dtype)
         self.register_buffer("narrow", value)
-
-    @property
-    def spec(self) -> CastSpec:
-        """The dtype that the weight is stored in."""
-        return self._spec
 
     def value(self) -> Tensor:
         """Return the narrow tensor itself."""
@@ -157,11 +137,6 @@ class CastWeight(StoredWeight):
     def parts(self) -> dict[str, Tensor]:
         """Return the narrow tensor, under the parameter's own name."""
         return {"": self.narrow}
-
-    @property
-    def suffixes(self) -> list[str]:
-        """No suffix: the key is the parameter's own name."""
-        return [""]
 
     def load_parts(self, parts: dict[str, Tensor], *, assign: bool) -> None:
         """Take over another tensor of the same shape and dtype."""
@@ -181,14 +156,61 @@ class CastWeight(StoredWeight):
         """Return the weight, cast to `dtype` if it has another."""
         return self.narrow.to(dtype)
 
-    def centered_codes(self) -> Tensor:
-        """Refuse: a cast weight has no codes.
-
-        Raises:
-            ArgumentError: always.
-        """
-        raise ArgumentError(f"a weight in {self.spec} has no integer codes")
-
     def dequantize_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows of a matrix."""
         return self.narrow.index_select(0, index).to(dtype)
+
+
+def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
+    """Return the stored weights that a module itself holds, by parameter name."""
+    return {
+        name.removesuffix(SUFFIX): child for name, child in module._modules.items() if isinstance(child, StoredWeight)
+    }
+
+
+def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a forward so that each quantized parameter is dequantized once per call, however often it is read."""
+
+    @functools.wraps(forward)
+    def reading(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiler removes repeated computations by itself
+            return forward(self, *args, **kwargs)
+        token = _once.set(dict.fromkeys(self.read_together()))
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _once.reset(token)
+
+    return reading
+
+
+def reads(module: nn.Module, name: str, stored: StoredWeight) -> bool:
+    """Whether reading this attribute gives the stored weight; a class may compute its attributes differently."""
+    probe = torch.empty(0)
+    token = _once.set({stored: probe})
+    try:
+        return getattr(module, name, None) is probe
+    finally:
+        _once.reset(token)
+
+
+def read(module: nn.Module, name: str, stored: StoredWeight) -> Tensor:
+    """Dequantize a weight for ``module.name``; the tensor is read-only outside of the module's forward."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return stored.dequantize()
+    weights = _once.get()
+    if weights is None or stored not in weights:
+        weight = stored.dequantize()
+        if _is_forward_of_torch(sys._getframe(2)):
+            return weight
+        return ReadOnlyTensor.of(weight, f"{type(module).__name__}.{name} is quantized ({stored.spec})")
+    held = weights[stored]
+    if held is None or (held.is_inference() and not torch.is_inference_mode_enabled()):
+        held = weights[stored] = stored.dequantize()
+    return held
+
+
+def _is_forward_of_torch(frame: FrameType) -> bool:
+    # Attention and transformer layers of torch read the weights of their children. They take their fast path, whose
+    # bits differ, only if no weight is of a subclass of Tensor.
+    return frame.f_code.co_name == "forward" and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")

@@ -2,47 +2,38 @@
 
 A module changes its class and its weight, and stays the same object. Hooks, shared modules, and references from outside
 the module tree stay valid.
+
+`save_pretrained` of a model with quantized layers is refused. Transformers and sentence-transformers write the tensors
+of a model's state dict. On reading they find no ``weight``, and fill it with random numbers; only their log says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from fewbits.errors import ArgumentError, FewbitsError, SourceError
-from fewbits.nn.base import SUFFIX, QuantizedModule, stored_weights
-from fewbits.nn.classes import quantized_class
-from fewbits.nn.copying import deep_copy
-from fewbits.nn.reading import reads
-from fewbits.nn.saving import allow_save_pretrained
-from fewbits.nn.stored import StoredWeight
-from fewbits.nn.walk import Slot
+from fewbits.errors import ArgumentError, CheckpointError, SourceError
+from fewbits.nn.base import QuantizedModule, made_class, quantized_form
+from fewbits.nn.stored import SUFFIX, StoredWeight, reads, stored_weights
+from fewbits.nn.walk import Slot, deep_copy
 from fewbits.numerics.tensor import QuantizedTensor
 
 #: The attribute of a quantized module with the names of its float parameters, in order.
 _ORDER = "_parameters_in_order"
 
-
-def refuse_quantized(model: nn.Module, error: type[FewbitsError]) -> None:
-    """Raise an error of this class if any module of the model is quantized."""
-    names = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
-    if names:
-        more = f" and {len(names) - 1} more modules are" if names[1:] else " is"
-        raise error(
-            f"{names[0] or 'the root module'}{more} quantized already; pass a float model, "
-            "for example fewbits.dequantize(model)"
-        )
+#: The methods that would write the weights of a model.
+_SAVING_METHODS = ("save_pretrained", "save")
 
 
 def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     """Replace a parameter with a stored weight; the module takes its quantized class.
 
     Raises:
-        SourceError: if the module would not read the stored weight; the module stays unchanged.
+        SourceError: If the module would not read the stored weight; the module stays unchanged.
     """
     float_class = module.float_class if isinstance(module, QuantizedModule) else type(module)
     module.__dict__.setdefault(_ORDER, tuple(module._parameters))
@@ -50,7 +41,8 @@ def attach(module: nn.Module, name: str, stored: StoredWeight) -> None:
     stored.trainable = parameter is not None and parameter.requires_grad
     stored.training = module.training
     module._modules[name + SUFFIX] = stored
-    object.__setattr__(module, "__class__", quantized_class(float_class, stored_weights(module)))
+    form = quantized_form(float_class, stored_weights(module))
+    object.__setattr__(module, "__class__", made_class(float_class, *form))
     if isinstance(module, QuantizedModule):
         module.stores()
     if not reads(module, name, stored):
@@ -66,23 +58,14 @@ def attached(places: Sequence[Slot], stored: StoredWeight) -> Iterator[None]:
     """Replace parameters with a stored weight in a ``with`` block; afterwards the modules are as before.
 
     Raises:
-        SourceError: if a module would not read the stored weight.
+        SourceError: If a module would not read the stored weight.
     """
-    before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
-    try:
+    with contextlib.ExitStack() as undo:
         for slot in places:
             parameter = slot.module._parameters[slot.local]
             attach(slot.module, slot.local, stored)
-            before.setdefault(slot.module, {})[slot.local] = parameter
+            undo.callback(_put_back, slot.module, {slot.local: parameter})
         yield
-    finally:
-        for module, parameters in before.items():
-            _put_back(module, parameters)
-
-
-def detach(module: QuantizedModule, weights: Mapping[StoredWeight, nn.Parameter]) -> None:
-    """Replace all stored weights with parameters; the module takes its float class again."""
-    _put_back(module, {name: weights[stored] for name, stored in stored_weights(module).items()})
 
 
 def _put_back(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> None:
@@ -104,15 +87,15 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     """Return a float copy of a quantized model or mapping.
 
     Args:
-        model: a model, or a mapping {name: Tensor or QuantizedTensor}; it is not changed.
-        dtype: the dtype of dequantized weights; None: the dtype of each float weight before.
+        model: A model, or a mapping {name: Tensor or QuantizedTensor}; it is not changed.
+        dtype: The dtype of dequantized weights; None: the dtype of each float weight before.
 
     Returns:
-        a model of the same classes as before, tied weights tied; or a mapping {name: Tensor}.
+        A model of the same classes as before, tied weights tied; or a mapping {name: Tensor}.
 
     Raises:
-        ArgumentError: if `model` is neither.
-        SourceError: if a part of the model cannot be copied.
+        ArgumentError: If `model` is neither a model nor a mapping.
+        SourceError: If a part of the model cannot be copied.
     """
     if isinstance(model, Mapping):
         return {name: v.dequantize(dtype) if isinstance(v, QuantizedTensor) else v for name, v in model.items()}
@@ -123,6 +106,32 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     plain = deep_copy(model, {id(module): module for module in stored}, otherwise="load its file and dequantize that")
     weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}
     for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
-        detach(module, weights)
-    allow_save_pretrained(plain)
+        _put_back(module, {name: weights[s] for name, s in stored_weights(module).items()})
+    for held in map(vars, plain.modules()):
+        for name in _SAVING_METHODS:
+            if held.get(name) is _refuse:
+                del held[name]
     return plain
+
+
+def refuse_save_pretrained(model: nn.Module) -> None:
+    """Make `save_pretrained` raise an error, for a model and for every module in it that contains a quantized one."""
+    for module in model.modules():
+        # A peft model writes its adapters alone, which are not quantized.
+        writes_weights = callable(getattr(module, "save_pretrained", None)) and not hasattr(module, "peft_config")
+        if writes_weights and any(isinstance(inner, QuantizedModule) for inner in module.modules()):
+            methods = [name for name in _SAVING_METHODS if callable(getattr(module, name, None))]
+            module.__dict__.update(dict.fromkeys(methods, _refuse))
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    """Replaces `save_pretrained` and `save`.
+
+    Raises:
+        CheckpointError: Always.
+    """
+    raise CheckpointError(
+        "this model holds quantized layers, which from_pretrained would fill with random numbers. Save it with the "
+        "quantizer or the result that made it, .save(path), and load it with fewbits.load(path, into=model); or save "
+        "a float model, fewbits.dequantize(model).save_pretrained(path)"
+    )

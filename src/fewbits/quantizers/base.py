@@ -21,7 +21,7 @@ from fewbits.conversion.live_job import LiveJob
 from fewbits.errors import ArgumentError, CalibrationError, StateError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
-from fewbits.nn.compute import prepack
+from fewbits.nn.packed import prepack
 from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
 from fewbits.quantizers.outcome import OnFailure, act_on_failure, emit_report
 from fewbits.quantizers.resolving import check_choice

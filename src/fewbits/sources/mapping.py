@@ -14,8 +14,8 @@ from fewbits.checkpoint.state_dicts import advice
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import ScaledWeight, scaled_weights
-from fewbits.nn.intake import quantized_elsewhere
-from fewbits.nn.storage import View, overlaps, storage_key
+from fewbits.nn.eligibility import quantized_elsewhere
+from fewbits.nn.storage import View, overlaps
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
 from fewbits.numerics.tensor import QuantizedTensor
@@ -39,8 +39,8 @@ class MappingSource(LiveSource):
         entries = {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in checked.items()}
         refuse_foreign(entries)
         self._scaled = scaled_weights(entries)
-        storages = {name: storage_key(tensor) for name, tensor in checked.items()}
-        overlapping = overlaps({name: View.of(tensor) for name, tensor in checked.items()})
+        storages = {name: View.of(tensor) for name, tensor in checked.items()}
+        overlapping = overlaps(storages)
         self.infos = tuple(entry_infos(entries, self._scaled, storages, overlapping))
 
     def read(self, name: str) -> Tensor:

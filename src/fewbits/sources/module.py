@@ -13,17 +13,12 @@ from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import SourceError
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import scaled_weights
-from fewbits.nn.base import stored_weights
-from fewbits.nn.classes import layout_of, rounds_inputs
-from fewbits.nn.copying import structural_copy
-from fewbits.nn.eligibility import held_beside, obstacle_to
-from fewbits.nn.intake import refuse_changed
+from fewbits.nn.eligibility import held_beside, layout_of, obstacle_to, refuse_unfit, rounds_inputs
 from fewbits.nn.packed import store
-from fewbits.nn.saving import refuse_save_pretrained
-from fewbits.nn.storage import View, overlaps, storage_key
-from fewbits.nn.swap import attach, refuse_quantized
-from fewbits.nn.walk import Slot, find, parent_of, slots
-from fewbits.nn.wrappers import refuse_wrapped
+from fewbits.nn.storage import View, overlaps
+from fewbits.nn.stored import stored_weights
+from fewbits.nn.swap import attach, refuse_save_pretrained
+from fewbits.nn.walk import Slot, find, parent_of, slots, structural_copy
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
@@ -36,7 +31,6 @@ class ModuleSource(LiveSource):
     """A model. Unless `inplace`, the prepared model is a copy of its modules that shares the parameters' memory."""
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
-        refuse_wrapped(model, SourceError)
         self._check(model)
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -91,8 +85,7 @@ class ModuleSource(LiveSource):
 
     @staticmethod
     def _check(model: nn.Module) -> None:
-        refuse_quantized(model, SourceError)
-        refuse_changed(model, SourceError)
+        refuse_unfit(model, SourceError)
         for slot in slots(model):
             plain(slot.tensor, slot.name)
         entries = {slot.name: Entry(tuple(slot.tensor.shape), slot.tensor.dtype) for slot in slots(model)}
@@ -116,7 +109,7 @@ class ModuleSource(LiveSource):
             dtype=tensor.dtype,
             kind="parameter" if slot.is_parameter else "buffer",
             owner=type(slot.module),
-            storage=storage_key(tensor),
+            storage=View.of(tensor),
             layout=layout,
             declared=declared,
             obstacle=obstacle,

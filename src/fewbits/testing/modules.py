@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import ArgumentError
 from fewbits.nn.base import QuantizedModule, form_of
-from fewbits.nn.compute import set_compute
+from fewbits.nn.packed import set_compute
 from fewbits.nn.swap import dequantize
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import same_bits
