@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbits._events import emit
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.codec import CODEC, Value, part_name
 from fewbits.checkpoint.folder import CheckpointFiles, find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.reading import Checkpoint
@@ -24,15 +24,10 @@ from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
-from fewbits.formats.compressed_parts import (
-    column_order,
-    packed_codes,
-    scale_and_zero_point,
-    stated_shape,
-)
+from fewbits.formats.compressed_parts import PartReader, column_order, stated_shape
 from fewbits.formats.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
-from fewbits.numerics.tensor import QuantizedTensor, shape_part
+from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Fate, Ledger, LedgerRow
 
 #: Last name components of tensors that belong to a layer's inputs and outputs, or to an attention cache.
@@ -81,7 +76,7 @@ class CompressedTensors:
         self.weights: dict[str, CompressedWeight] = {}
         self.unknown: list[str] = []
         self.of_activations: list[str] = []
-        self._orders: dict[str, Tensor] = {}
+        self._orders: dict[str, Tensor | None] = {}
         rows, parts = self._weight_rows()
         rows += [row for name in self._entries if name not in parts and (row := self._kept_row(name)) is not None]
         self.ledger = Ledger(sorted(rows, key=lambda row: row.name))
@@ -101,17 +96,10 @@ class CompressedTensors:
         Raises:
             FormatError: if a code or zero point is invalid.
         """
-        row, described = chunk.row, chunk.described()
-        weight = self.weights.get(row.name)
-        if weight is None or described.layout is None:
-            return self._tensors.read_chunk(row.name, chunk.start, described.shape)
-        rows = slice(*chunk.rows)
-        scale, zero_point = scale_and_zero_point(self._tensors, weight, rows)
-        packed = packed_codes(self._tensors, weight, self._orders.get(row.name), rows)
-        parts = {"packed": packed, "scale": scale, "shape": shape_part(described.shape)}
-        if zero_point is not None:
-            parts["zero_point"] = zero_point
-        return QuantizedTensor.from_parts(parts, spec=weight.spec, layout=described.layout, dtype=row.dtype)
+        weight = self.weights.get(chunk.row.name)
+        if weight is None:
+            return CODEC.decode_chunk(chunk, self._tensors.read_chunk)
+        return CODEC.decode_chunk(chunk, PartReader(self._tensors, weight, self._orders.get(weight.name)).read)
 
     def values(self) -> dict[str, Value]:
         """Return every tensor in its stored form. Weights with a ``g_idx`` are dequantized, in original column order.
@@ -165,12 +153,12 @@ class CompressedTensors:
             FormatError: if the weight cannot be read or does not match the source.
         """
         self._check_config(name)
-        weight = describe(name, codes, self._entries, stated_shape(self._tensors, name), self._config)
+        shape = stated_shape(self._tensors, part_name(name, "shape"))
+        weight = describe(name, codes, self._entries, shape, self._config)
         original = Entry(weight.layout.shape, self._entries[weight.part("scale")].dtype)
         if self._originals is not None:
             original = self._original(name, original)
-        if weight.ordered:
-            self._orders[name] = column_order(self._tensors, weight)
+        self._orders[name] = column_order(self._tensors, weight)
         self.weights[name] = weight
         parts = parts_of(name, codes, self._entries)
         return LedgerRow(
@@ -233,8 +221,8 @@ class CompressedTensors:
 
     def _describe(self) -> list[str]:
         about = [f"read as {QUANT_METHOD}: {len(self.weights):,} weights"]
-        if any(weight.inferred for weight in self.weights.values()):
-            schemes = sorted({weight.scheme for weight in self.weights.values() if weight.inferred})
+        if self.weights and not (self._config and self._config.schemes):
+            schemes = sorted({weight.scheme for weight in self.weights.values()})
             about.append(f"no config.json states the schemes; they were inferred from shapes: {', '.join(schemes)}")
         if self._config is not None and not self._config.compressed:
             about.append(

@@ -125,18 +125,19 @@ def load(
     if into is not None and dequantize:
         raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
     checkpoint = open_checkpoint(path, serializer)
-    if checkpoint is None:
-        check_check(check)
-        if into is not None:
-            raise ArgumentError(
-                f"{path} is a checkpoint of compressed-tensors; load it without into=, or quantize "
-                "load(path, dequantize=True) and load that result into the model"
-            )
-        loaded = CompressedTensors(path, serializer).values()
-        return _dequantized(loaded) if dequantize else loaded
+    check_check(check)
     if into is None:
-        checkpoint.check(check)
-        return _dequantized(checkpoint.values()) if dequantize else checkpoint.values()
+        if checkpoint is None:
+            values = CompressedTensors(path, serializer).values()
+        else:
+            checkpoint.check(check)
+            values = checkpoint.values()
+        return _dequantized(values) if dequantize else values
+    if checkpoint is None:
+        raise ArgumentError(
+            f"{path} is a checkpoint of compressed-tensors; load it without into=, or quantize "
+            "load(path, dequantize=True) and load that result into the model"
+        )
     if not isinstance(into, nn.Module):
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_wrapped(into, MismatchError)
@@ -144,7 +145,7 @@ def load(
     refuse_changed(into, MismatchError)
     checkpoint.check(check)
     beside = held_beside(into)
-    places, values = _places(checkpoint, into, beside, ignored, init_buffers)
+    places, buffers = _places(checkpoint, into, beside, ignored, init_buffers)
     filled = [
         Place.of(row, taken, target, held_elsewhere=any(slot.name in beside for slot in taken))
         for row in checkpoint.ledger.stored
@@ -154,7 +155,7 @@ def load(
         fill(checkpoint, filled, compute)
     finally:  # also if loading failed: a partly loaded model must not be saved
         refuse_save_pretrained(into)
-    for slot, value in values:
+    for slot, value in buffers:
         slot.module._buffers[slot.local] = value
     if target is not None:
         move_others(into, target)
