@@ -105,7 +105,7 @@ class LiveJob(Job):
             self._measured[row.name] = measure(tensor, value)
             if self.source.inplace:
                 self._digests[row.name] = value_digest(value)
-        target.put(row, value, self._measured.get(row.name))
+        target.put(row, value)
         self._done.add(row.name)
 
     def _input_scale(self, row: LedgerRow, device: torch.device) -> Tensor | None:
@@ -189,7 +189,7 @@ def _watched(
         name = holder[slot.name]
         if name in data_observers:
             watched.append((name, slot.module, data_observers[name]))
-        if name in static and rounds_inputs(slot.module, slot.local, parent_of(source.module(), slot)):
+        if name in static and rounds_inputs(slot.module, slot.local, parent_of(source.prepared(), slot)):
             watched.append((slot.name, slot.module, static[name]))
     return watched
 

@@ -10,20 +10,15 @@ from typing import Any
 import attrs
 
 from fewbits._events import emit
-from fewbits.checkpoint.header import MAX_HEADER, parse_object
-from fewbits.checkpoint.raw import as_checkpoint_error, write_durably
+from fewbits.checkpoint.raw import copy_durably, write_durably
 from fewbits.checkpoint.shards import OWN_STEM, STEM
 from fewbits.errors import CheckpointError, FormatError
+from fewbits.formats.compressed_config import QUANTIZATION_KEYS, read_json
 from fewbits.formats.compressed_export import export_obstacle, quantization_config
 from fewbits.selection.ledger import Ledger
 
-CONFIG_FILE = "config.json"
-
-#: Other files that contain quantization settings only.
+#: Files, besides ``config.json``, that contain quantization settings only.
 QUANTIZATION_FILES = ("hf_quant_config.json",)
-
-#: Keys of the quantization settings in a configuration; the second is an old name.
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
@@ -33,7 +28,7 @@ def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
         FormatError: if the file is not JSON, or a block shape is not two positive integers.
         CheckpointError: if the file cannot be read.
     """
-    stated = [_block_size(value["weight_block_size"], path) for _, value in _settings(_parsed(_read(path), path))
+    stated = [_block_size(value["weight_block_size"], path) for _, value in _settings(read_json(path))
               if isinstance(value, Mapping) and value.get("weight_block_size") is not None]  # fmt: skip
     return tuple(dict.fromkeys(stated))
 
@@ -80,7 +75,7 @@ class Readers:
 def read_vocabularies(path: Path) -> frozenset[int] | None:
     """Return the vocabulary sizes in a transformers model's configuration; None if it is not such a model."""
     try:
-        config = _parsed(_read(path), path)
+        config = read_json(path)
     except CheckpointError:
         return None
     return frozenset(_vocabularies(config)) if "model_type" in config else None
@@ -105,25 +100,16 @@ def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None
         FormatError: if the file is not JSON.
         CheckpointError: if the file cannot be read, or the new one cannot be written.
     """
-    data = _read(source)
-    config = _parsed(data, source)
+    config = read_json(source)
     removed = [key for key, _ in _settings(config)]
     changed = _without_settings(config) | ({QUANTIZATION_KEYS[0]: settings} if settings else {})
-    write_durably(target, data if changed == config else (json.dumps(changed, indent=2) + "\n").encode())
+    if changed == config:
+        copy_durably(source, target)
+    else:
+        write_durably(target, (json.dumps(changed, indent=2) + "\n").encode())
     if removed:
         reason = "it describes the weights of the source, not of the result"
         emit("warning", "config_changed", file=str(source), removed=removed, reason=reason)
-
-
-def _read(path: Path) -> bytes:
-    with as_checkpoint_error(f"{path} cannot be read"):
-        if path.stat().st_size > MAX_HEADER:
-            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes, which is too large for a configuration")
-        return path.read_bytes()
-
-
-def _parsed(data: bytes, path: Path) -> dict[str, Any]:
-    return parse_object(data.strip(), path, "text")
 
 
 def _settings(value: object, path: str = "") -> Iterator[tuple[str, object]]:

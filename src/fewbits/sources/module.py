@@ -25,7 +25,6 @@ from fewbits.nn.swap import attach, refuse_quantized
 from fewbits.nn.walk import Slot, find, parent_of, slots
 from fewbits.nn.wrappers import refuse_wrapped
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -57,10 +56,6 @@ class ModuleSource(LiveSource):
         return plain(find(self._model, name).tensor, name) if transient is None else transient
 
     def prepared(self) -> nn.Module:
-        """Return the model to run and to observe."""
-        return self._model
-
-    def module(self) -> nn.Module:
         """Return the model to run and to observe."""
         return self._model
 
@@ -137,7 +132,7 @@ class _ModuleTarget(Target):
                 f"the model has gained or lost {', '.join(changed)} since it was prepared; prepare it again"
             )
 
-    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
+    def put(self, row: LedgerRow, value: Value) -> None:
         if row.name in self._transient:
             return
         places = {slot.key: slot for slot in (self._slots[name] for name in self._names[row.name])}.values()
