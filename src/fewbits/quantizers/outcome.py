@@ -16,12 +16,11 @@ def emit_report(report: Report, scheme: str) -> None:
     """Emit an event for every measured tensor, for low SQNR, and for every failure."""
     for t in report.tensors:
         if t.measurement is not None and t.verdict is not None:
-            level: Literal["info", "warning"] = "warning" if t.verdict == "critical" else "info"
             sqnr_db = round(t.measurement.sqnr_db, 2)
+            level: Literal["info", "warning"] = "warning" if t.verdict == "critical" else "info"
             emit(level, "sqnr", tensor=t.name, scheme=t.scheme, sqnr_db=sqnr_db, verdict=t.verdict)
-    if report.warnings:
-        count, least = len(report.warnings), report.warnings[0]
-        emit("warning", "low_sqnr", scheme=scheme, tensors=count, least=least, advice=LOSE_LESS)
+    if found := report.warnings:
+        emit("warning", "low_sqnr", scheme=scheme, tensors=len(found), least=found[0], advice=LOSE_LESS)
     for failure in report.failures:
         emit("warning", "validation_failure", scheme=scheme, finding=failure)
 

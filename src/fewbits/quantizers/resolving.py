@@ -9,40 +9,28 @@ from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.spec import QuantSpec, Spec
 from fewbits.observers import OBSERVERS
 from fewbits.observers.base import Observer
-from fewbits.observers.min_max import MinMaxObserver
-from fewbits.observers.named import ObserverRecipe, make_observer
+from fewbits.observers.named import make_observer
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger
 
 Ragged = Literal["auto", "shorter", "fallback", "error"]
 
 
-def resolve_observer(name: str, value: ObserverRecipe | None) -> Observer:
-    """Make an observer that is given by name; return any other unchanged. None gives the default.
-
-    Raises:
-        ArgumentError: if `value` is neither an observer nor the name of one.
-    """
-    if value is None:
-        return MinMaxObserver()
-    if isinstance(value, Observer):
-        return value
-    if isinstance(value, (str, Mapping)):
-        return make_observer(name, value)
-    known = ", ".join(map(repr, OBSERVERS))
-    raise ArgumentError(f"{name} must be an instance of Observer, or the name of one: {known}; not {value!r}")
-
-
 def resolve_strategy(name: str, value: Any, expected: type, default: Callable[[], Any]) -> Any:
     """Check that a strategy is an instance of its base class, and not the class itself. None gives the default.
+
+    An observer may be given by its name, or as a mapping with its name and arguments.
 
     Raises:
         ArgumentError: if it is something else.
     """
     if value is None:
         return default()
+    if expected is Observer and isinstance(value, (str, Mapping)):
+        return make_observer(name, value)
     if not isinstance(value, expected):
-        raise ArgumentError(f"{name} must be an instance of {expected.__name__}, not {value!r}")
+        known = f", or the name of one: {', '.join(map(repr, OBSERVERS))};" if expected is Observer else ","
+        raise ArgumentError(f"{name} must be an instance of {expected.__name__}{known} not {value!r}")
     return value
 
 

@@ -18,16 +18,10 @@ from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
+from fewbits.observers.min_max import MinMaxObserver
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.plan import plan, skip_reason
-from fewbits.quantizers.resolving import (
-    Ragged,
-    check_choice,
-    refuse_ragged,
-    resolve_observer,
-    resolve_spec,
-    resolve_strategy,
-)
+from fewbits.quantizers.resolving import Ragged, check_choice, refuse_ragged, resolve_spec, resolve_strategy
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.rules import TypeRule, check_types
@@ -87,8 +81,10 @@ class Scheme(ABC):
         """
         if not isinstance(getattr(self, "spec", None), Spec):
             raise ArgumentError(f"{type(self).__name__} has no spec; set one: spec = QuantSpec(...) or CastSpec(...)")
-        self.observer = resolve_observer("observer", observer)
-        self.activation_observer = resolve_observer("activation_observer", activation_observer)
+        self.observer: Observer = resolve_strategy("observer", observer, Observer, MinMaxObserver)
+        self.activation_observer: Observer = resolve_strategy(
+            "activation_observer", activation_observer, Observer, MinMaxObserver
+        )
         self.selector: LayerSelector = resolve_strategy("selector", selector, LayerSelector, LayerSelector)
         self.serializer: Serializer = resolve_strategy("serializer", serializer, Serializer, SafetensorsSerializer)
         self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
