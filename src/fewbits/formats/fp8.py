@@ -54,11 +54,6 @@ class ScaledWeight:
     scale_entry: Entry
     grid: ScaleGrid
 
-    @property
-    def described(self) -> Entry:
-        """Shape and dtype of the dequantized weight."""
-        return Entry(self.entry.shape, FP8_TARGET)
-
     def read(
         self, elements: ReadElements, first: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> Tensor:

@@ -8,6 +8,7 @@ import attrs
 
 from fewbits.checkpoint.serializer import Entry
 from fewbits.formats.fp8 import ScaledWeight, is_activation_scale
+from fewbits.numerics.scaled import FP8_TARGET
 from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
 
 
@@ -36,7 +37,7 @@ def entry_infos(
         elif name in scaled:
             # Weights that share codes but not scales have different values.
             storage = storage, storages.get(scaled[name].scale, scaled[name].scale)
-            codes, entry = entry.dtype, scaled[name].described
+            codes, entry = entry.dtype, Entry(entry.shape, FP8_TARGET)
         obstacle = reason or numeric_obstacle(name, entry.shape, entry.dtype) or overlapping.get(name)
         info = TensorInfo(
             name=name,
