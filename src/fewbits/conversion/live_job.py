@@ -21,7 +21,7 @@ from fewbits.conversion.job import Job, measurements
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
 from fewbits.formats.fp8 import tell_unscaled
 from fewbits.nn.classes import rounds_inputs
-from fewbits.nn.walk import parent_of
+from fewbits.nn.walk import parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.numerics.params import check_params
@@ -185,7 +185,7 @@ def _watched(
     holder = {row.name: row.holder for row in ledger}
     watched = []
     # A module at two paths is watched once.
-    for slot in {slot.key: slot for slot in source.slots}.values():
+    for slot in {slot.key: slot for slot in slots(source.prepared())}.values():
         name = holder[slot.name]
         if name in data_observers:
             watched.append((name, slot.module, data_observers[name]))

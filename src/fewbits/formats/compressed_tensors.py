@@ -50,6 +50,7 @@ class CompressedTensors:
         originals: shape and dtype of the source's tensors, by name; None if there is no source to compare with.
 
     Attributes:
+        tensors: the tensors in the files.
         ledger: every tensor that can be read; weights have their names before quantization.
         problems: for each other tensor, by name: the fate it would have had, and why it cannot be read or compared.
         unknown: tensors that are not part of a weight and not in the source.
@@ -70,8 +71,9 @@ class CompressedTensors:
     ) -> None:
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        self._path, self._tensors = path, _opened(files, serializer)
-        self._entries, self._originals, self._config = self._tensors.entries, originals, read_config(files)
+        self._path, self._originals, self._config = path, originals, read_config(files)
+        self.tensors = _opened(files, serializer)
+        self._entries = self.tensors.entries
         self.problems: dict[str, tuple[Fate, str]] = {}
         self.weights: dict[str, CompressedWeight] = {}
         self.unknown: list[str] = []
@@ -81,11 +83,6 @@ class CompressedTensors:
         rows += [row for name in self._entries if name not in parts and (row := self._kept_row(name)) is not None]
         self.ledger = Ledger(sorted(rows, key=lambda row: row.name))
         self.about = tuple(self._describe())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without headers."""
-        return self._tensors.nbytes
 
     def chunk(self, chunk: Chunk) -> Value:
         """Return a copy of a chunk of a tensor in its stored form. Columns of a weight are sorted by group.
@@ -98,8 +95,8 @@ class CompressedTensors:
         """
         weight = self.weights.get(chunk.row.name)
         if weight is None:
-            return CODEC.decode_chunk(chunk, self._tensors.read_chunk)
-        return CODEC.decode_chunk(chunk, PartReader(self._tensors, weight, self._orders.get(weight.name)).read)
+            return CODEC.decode_chunk(chunk, self.tensors.read_chunk)
+        return CODEC.decode_chunk(chunk, PartReader(self.tensors, weight, self._orders.get(weight.name)).read)
 
     def values(self) -> dict[str, Value]:
         """Return every tensor in its stored form. Weights with a ``g_idx`` are dequantized, in original column order.
@@ -125,10 +122,6 @@ class CompressedTensors:
             return value
         return value.dequantize()[..., torch.argsort(order)]
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor of the files."""
-        return self._tensors.read_whole(name)
-
     def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
         """Return a chunk of the source with its columns in the same order as those that `chunk` returns."""
         order = self._orders.get(row.name)
@@ -153,12 +146,12 @@ class CompressedTensors:
             FormatError: if the weight cannot be read or does not match the source.
         """
         self._check_config(name)
-        shape = stated_shape(self._tensors, part_name(name, "shape"))
+        shape = stated_shape(self.tensors, part_name(name, "shape"))
         weight = describe(name, codes, self._entries, shape, self._config)
         original = Entry(weight.layout.shape, self._entries[weight.part("scale")].dtype)
         if self._originals is not None:
             original = self._original(name, original)
-        self._orders[name] = column_order(self._tensors, weight)
+        self._orders[name] = column_order(self.tensors, weight)
         self.weights[name] = weight
         parts = parts_of(name, codes, self._entries)
         return LedgerRow(

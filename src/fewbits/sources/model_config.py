@@ -28,9 +28,17 @@ def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
         FormatError: if the file is not JSON, or a block shape is not two positive integers.
         CheckpointError: if the file cannot be read.
     """
-    stated = [_block_size(value["weight_block_size"], path) for _, value in _settings(read_json(path))
-              if isinstance(value, Mapping) and value.get("weight_block_size") is not None]  # fmt: skip
-    return tuple(dict.fromkeys(stated))
+    sizes = [
+        value["weight_block_size"]
+        for _, key, value in _walk(read_json(path))
+        if key in QUANTIZATION_KEYS and isinstance(value, Mapping) and value.get("weight_block_size") is not None
+    ]
+    for size in sizes:
+        if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+            raise FormatError(
+                f"{path}: weight_block_size is {size!r}; it must be two positive integers, rows and columns"
+            )
+    return tuple(dict.fromkeys((rows, columns) for rows, columns in sizes))
 
 
 @attrs.frozen
@@ -78,14 +86,8 @@ def read_vocabularies(path: Path) -> frozenset[int] | None:
         config = read_json(path)
     except CheckpointError:
         return None
-    return frozenset(_vocabularies(config)) if "model_type" in config else None
-
-
-def _vocabularies(value: object) -> Iterator[int]:
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        if key == "vocab_size" and type(inner) is int:
-            yield inner
-        yield from _vocabularies(inner)
+    found = (value for _, key, value in _walk(config) if key == "vocab_size" and type(value) is int)
+    return frozenset(found) if "model_type" in config else None
 
 
 def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
@@ -101,7 +103,7 @@ def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None
         CheckpointError: if the file cannot be read, or the new one cannot be written.
     """
     config = read_json(source)
-    removed = [key for key, _ in _settings(config)]
+    removed = [path for path, key, _ in _walk(config) if key in QUANTIZATION_KEYS]
     changed = _without_settings(config) | ({QUANTIZATION_KEYS[0]: settings} if settings else {})
     if changed == config:
         copy_durably(source, target)
@@ -112,13 +114,15 @@ def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None
         emit("warning", "config_changed", file=str(source), removed=removed, reason=reason)
 
 
-def _settings(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """All quantization settings in a configuration, with their paths; nested models have settings of their own."""
+def _walk(value: object, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield path, key and value of every entry in a configuration, except for those within quantization settings.
+
+    The configurations of nested models have settings of their own.
+    """
     for key, inner in value.items() if isinstance(value, dict) else ():
-        if key in QUANTIZATION_KEYS:
-            yield path + key, inner
-        else:
-            yield from _settings(inner, f"{path}{key}.")
+        yield path + key, key, inner
+        if key not in QUANTIZATION_KEYS:
+            yield from _walk(inner, f"{path}{key}.")
 
 
 def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,9 +131,3 @@ def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, inner in config.items()
         if key not in QUANTIZATION_KEYS
     }
-
-
-def _block_size(value: object, path: Path) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2 or any(type(size) is not int or size < 1 for size in value):
-        raise FormatError(f"{path}: weight_block_size is {value!r}; it must be two positive integers, rows and columns")
-    return value[0], value[1]
