@@ -155,10 +155,10 @@ def plan(
     """Preview `quantize`: the fate and size of every tensor. Only the headers of a checkpoint are read.
 
     Args:
-        source: as in `quantize`.
-        scheme: as in `quantize`; a `Quantizer` returns to the state CREATED.
-        entry: as in `quantize`.
-        config: as in `quantize`.
+        source: a model, a state dict, or the path of a checkpoint.
+        scheme: the name of a scheme, or a new `Quantizer`, which is in the state CREATED again afterwards.
+        entry: the name of the state dict in a mapping or file that holds more than that.
+        config: settings. A setting that is also an argument is replaced, not merged.
         output: where the result of a path would go; by default beside the source.
         settings: observers, a selector, a serializer, and all other settings, as in `quantize`.
 
@@ -216,8 +216,8 @@ def resolve_settings(
     """Merge arguments like those of `quantize`.
 
     Args:
-        scheme: as in `quantize`.
-        config: as in `quantize`.
+        scheme: the name of a scheme, or a quantizer; None takes the scheme of `config`.
+        config: settings, which arguments replace.
         settings: observers, a selector, a serializer, and all other settings, as in `quantize`. None leaves the choice
             of an observer, a selector or a serializer to the scheme.
 

@@ -35,11 +35,11 @@ class FleetRun:
 
     Args:
         source: the path of a checkpoint; made absolute.
-        scheme: as in `fewbits.quantize`. Each process works with a copy of a `Quantizer`.
+        scheme: the name of a scheme, or a `Quantizer`, of which each process uses a copy.
         output: where the result goes, and how; made absolute. `begin` reads `resume` and `replace`; each process that
             writes reads `threads` and `max_memory`.
-        entry: as in `fewbits.quantize`.
-        config: as in `fewbits.quantize`.
+        entry: the name of the state dict in a file of `torch.save` that holds more than that.
+        config: settings. A setting that is also an argument is replaced, not merged.
         validate: whether `write` compares each file with the source, and `finish` checks all digests.
         settings: observers, a selector, a serializer, and all other settings, as in `fewbits.quantize`.
 

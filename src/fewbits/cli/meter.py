@@ -17,7 +17,7 @@ class Reading:
     """How far and how fast an activity on bytes is.
 
     Attributes:
-        activity: as in `Step`.
+        activity: ``"convert"`` or ``"validate"``.
         name: the name of the current tensor.
         done: the number of bytes that are done; it never decreases during an activity.
         total: the number of bytes to do; at least `done`.

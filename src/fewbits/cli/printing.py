@@ -42,13 +42,8 @@ def show_plan(planned: Plan, settings: QuantizationConfig, tensors: bool, as_jso
     """Print what a conversion would write."""
     shards = [{"file": shard.file, "bytes": shard.ledger.bytes_after} for shard in planned.shards]
     if as_json:
-        print_json(
-            config=settings.to_dict(),
-            shards=shards,
-            left_behind=planned.left_behind,
-            opens_in=planned.opens_in,
-            ledger=planned.ledger.to_dict(),
-        )
+        about: dict[str, Any] = {"left_behind": planned.left_behind, "opens_in": planned.opens_in}
+        print_json(config=settings.to_dict(), shards=shards, **about, ledger=planned.ledger.to_dict())
         return
     show(planned.ledger, tensors)
     for shard in shards:
@@ -62,15 +57,9 @@ def show_result(result: Result, path: Path, settings: QuantizationConfig, tensor
     """Print what a conversion has written."""
     report, quantizer = result.report, result.quantizer
     if as_json:
-        print_json(
-            output=str(path),
-            config=settings.to_dict(),
-            left_behind=quantizer.left_behind,
-            **_work(quantizer.shares),
-            opens_in=quantizer.opens_in,
-            ledger=result.ledger.to_dict(),
-            report=report and report.to_dict(),
-        )
+        about: dict[str, Any] = {"output": str(path), "config": settings.to_dict()}
+        about |= {"left_behind": quantizer.left_behind, **_work(quantizer.shares), "opens_in": quantizer.opens_in}
+        print_json(**about, ledger=result.ledger.to_dict(), report=report and report.to_dict())
         return
     show(result.ledger, tensors)
     _tell("left behind: ", ", ".join(quantizer.left_behind))
@@ -87,13 +76,9 @@ def show_contents(file: Path, checkpoint: Checkpoint, tensors: bool, as_json: bo
     """Print what a file of fewbits holds."""
     metadata = checkpoint.metadata
     if as_json:
-        print_json(
-            file=str(file),
-            versions=dict(metadata.versions),
-            architecture=metadata.architecture,
-            ledger=checkpoint.ledger.to_dict(),
-            metrics={name: metrics.to_dict() for name, metrics in metadata.metrics.items()},
-        )
+        about = {"file": str(file), "versions": dict(metadata.versions), "architecture": metadata.architecture}
+        figures = {name: metrics.to_dict() for name, metrics in metadata.metrics.items()}
+        print_json(**about, ledger=checkpoint.ledger.to_dict(), metrics=figures)
         return
     versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
     click.echo(f"{file}: written by {versions}; architecture {metadata.architecture or 'not known'}")

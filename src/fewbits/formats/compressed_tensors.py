@@ -52,7 +52,8 @@ class CompressedTensors:
     Attributes:
         tensors: the tensors in the files.
         ledger: every tensor that can be read; weights have their names before quantization.
-        problems: for each other tensor, by name: the fate it would have had, and why it cannot be read or compared.
+        problems: the other tensors, by name: the fate that each would have had, and why it cannot be read or
+            compared.
         unknown: tensors that are not part of a weight and not in the source.
         of_activations: scales and zero points of activations.
         weights: how each weight in the ledger is stored.
@@ -145,7 +146,11 @@ class CompressedTensors:
         Raises:
             FormatError: if the weight cannot be read or does not match the source.
         """
-        self._check_config(name)
+        if self._config is not None:
+            if odd := sorted(self._config.formats - set(READABLE_FORMATS)):
+                raise FormatError(f"{name}: config.json names the format {', '.join(odd)}, which fewbits does not read")
+            if name.rpartition(".")[0] in self._config.ignore:
+                raise FormatError(f"{name} is quantized, but config.json says that its module is not")
         shape = stated_shape(self.tensors, part_name(name, "shape"))
         weight = describe(name, codes, self._entries, shape, self._config)
         original = Entry(weight.layout.shape, self._entries[weight.part("scale")].dtype)
@@ -153,26 +158,8 @@ class CompressedTensors:
             original = self._original(name, original)
         self._orders[name] = column_order(self.tensors, weight)
         self.weights[name] = weight
-        parts = parts_of(name, codes, self._entries)
-        return LedgerRow(
-            name=name,
-            shape=original.shape,
-            dtype=original.dtype,
-            fate="quantized",
-            reason=f"quantized in a format of {QUANT_METHOD}",
-            bytes_before=original.nbytes,
-            bytes_after=sum(self._entries[part].nbytes for part in parts),
-            spec=weight.spec,
-            layout=weight.layout,
-        )
-
-    def _check_config(self, name: str) -> None:
-        if self._config is None:
-            return
-        if odd := sorted(self._config.formats - set(READABLE_FORMATS)):
-            raise FormatError(f"{name}: config.json names the format {', '.join(odd)}, which fewbits does not read")
-        if name.rpartition(".")[0] in self._config.ignore:
-            raise FormatError(f"{name} is quantized, but config.json says that its module is not")
+        nbytes = sum(self._entries[part].nbytes for part in parts_of(name, codes, self._entries))
+        return _row(name, original, nbytes, f"quantized in a format of {QUANT_METHOD}", weight)
 
     def _original(self, name: str, found: Entry) -> Entry:
         original = (self._originals or {}).get(name)
@@ -201,15 +188,7 @@ class CompressedTensors:
                 f"{dtype_name(original.dtype)} of shape {original.shape}",
             )
         else:
-            return LedgerRow(
-                name=name,
-                shape=original.shape,
-                dtype=original.dtype,
-                fate="kept",
-                reason="not quantized",
-                bytes_before=original.nbytes,
-                bytes_after=entry.nbytes,
-            )
+            return _row(name, original, entry.nbytes, "not quantized")
         return None
 
     def _describe(self) -> list[str]:
@@ -259,6 +238,20 @@ def open_checkpoint(path: str | os.PathLike[str], serializer: Serializer | None 
         if is_compressed_tensors(path, serializer):
             return None
         raise
+
+
+def _row(name: str, original: Entry, nbytes: int, reason: str, weight: CompressedWeight | None = None) -> LedgerRow:
+    return LedgerRow(
+        name=name,
+        shape=original.shape,
+        dtype=original.dtype,
+        fate="kept" if weight is None else "quantized",
+        reason=reason,
+        bytes_before=original.nbytes,
+        bytes_after=nbytes,
+        spec=None if weight is None else weight.spec,
+        layout=None if weight is None else weight.layout,
+    )
 
 
 def _opened(files: CheckpointFiles, serializer: Serializer) -> ShardedReader:

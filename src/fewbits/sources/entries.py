@@ -25,7 +25,7 @@ def entry_infos(
         scaled: the FP8 weights, which are read together with their scales.
         storages: a key per name, equal for two names if they are the same view of the same memory. A missing name
             shares no memory.
-        overlapping: for tensors whose memory overlaps another tensor's: why they cannot be quantized.
+        overlapping: the names of tensors whose memory overlaps another tensor's, and why they cannot be quantized.
     """
     weights = {weight.scale: weight.name for weight in scaled.values()}
     for name, entry in sorted(entries.items()):
