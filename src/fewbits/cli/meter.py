@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import attrs
-from rich.console import Console
-from rich.progress import Progress
 
 from fewbits.selection.progress import Step
 
-#: Seconds over which `rich.progress` averages the rate.
+#: Seconds over which the rate is averaged.
 PERIOD = 30.0
 
 
@@ -43,31 +43,14 @@ class Reading:
         return None if self.rate is None else (self.total - self.done) / self.rate
 
 
-class Meter(Progress):
-    """Turns steps into readings. `rich.progress` estimates the rate, and draws a meter that was started.
-
-    Work that an earlier run did before the first step of an activity does not count.
-
-    Args:
-        console: the console to draw on; None for a meter that never starts.
+class Meter:
+    """Turns steps into readings. Work that an earlier run did before the first step of an activity does not count.
 
     Attributes:
         reading: the last reading; None before the first step.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._now = self._updated = 0.0
-        self.reading: Reading | None = None
-        self._first = 0
-        super().__init__(
-            console=console,
-            refresh_per_second=4,
-            speed_estimate_period=PERIOD,
-            transient=True,
-            redirect_stdout=False,
-            get_time=lambda: self._now,
-        )
-        self._task = self.add_task("", total=None)
+    reading: Reading | None = None
 
     def read(self, step: Step, now: float) -> Reading:
         """Take the reading of a step.
@@ -76,25 +59,27 @@ class Meter(Progress):
             step: a step of the same activity as the step before, or the first step of another activity.
             now: seconds on a clock that never goes back.
         """
-        self._now = now
-        last = self.reading
-        if last is None or step.activity != last.activity:
-            self.reset(self._task, completed=step.done)
-            self._first, self._updated = step.done, now
-            done = step.done
+        done = step.done
+        if self.reading is None or step.activity != self.reading.activity:
+            self._start = (now, done)
+            self._marks = deque([self._start], maxlen=1000)
         else:
-            done = max(last.done, step.done)
-        self.reading = Reading(step.activity, step.name, done, max(step.total, done), self._rate(done))
+            done = max(done, self.reading.done)
+        self.reading = Reading(step.activity, step.name, done, max(step.total, done), self._rate(now, done))
         return self.reading
 
-    def _rate(self, done: int) -> float | None:
+    def _rate(self, now: float, done: int) -> float | None:
         """The speed of the last seconds, or of the whole activity while too few steps lie within them."""
-        if self._now > self._updated:  # steps at the same instant have no speed: they count with the next one
-            self.update(self._task, completed=done)
-            self._updated = self._now
-        (task,) = self.tasks
-        mean = (done - self._first) / task.elapsed if task.elapsed else None
-        return task.speed or mean or None
+        latest = self._marks[-1]
+        if (
+            now > latest[0] and done > latest[1]
+        ):  # steps at the same instant have no speed: they count with the next one
+            latest = (now, done)
+            self._marks.append(latest)
+        while self._marks[0] != latest and self._marks[0][0] < now - PERIOD:
+            self._marks.popleft()
+        first = self._start if self._marks[0] == latest else self._marks[0]
+        return (latest[1] - first[1]) / (latest[0] - first[0]) if latest != first else None
 
 
 class Pace:
