@@ -10,7 +10,6 @@ from typing import Any, get_args
 import attrs
 
 from fewbits.calibration import SAMPLES
-from fewbits.checkpoint.serializer import Serializer
 from fewbits.config.reading import read
 from fewbits.config.values import (
     Table,
@@ -31,7 +30,7 @@ from fewbits.config.values import (
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
 from fewbits.numerics.spec import Activations
-from fewbits.observers.named import ObserverRecipe, accepted_arguments, make_observer
+from fewbits.observers.named import accepted_arguments, make_observer
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.outcome import OnFailure
 from fewbits.quantizers.resolving import Ragged
@@ -48,10 +47,7 @@ VERSION = 1
 RUN_SETTINGS = ("samples", "fail_under", "on_failure")
 
 _SCHEME_SETTINGS = ("group_size", "symmetric", "activations", "scale_dtype", "ragged", "skip_types")
-_RULES = (
-    *("include", "exclude", "include_types", "exclude_types", "modules_to_not_convert"),
-    *("overrides", "input_axes", "min_elements"),
-)
+_RULES = tuple(accepted_arguments(LayerSelector))
 
 #: The name of an observer, or a table with its ``name`` and its arguments.
 _Named = str | Mapping[str, Any]
@@ -174,32 +170,21 @@ class QuantizationConfig:
         check_settings(settings)
         return attrs.evolve(self, **settings)
 
-    def quantizer(
-        self,
-        *,
-        observer: ObserverRecipe | None = None,
-        activation_observer: ObserverRecipe | None = None,
-        selector: LayerSelector | None = None,
-        serializer: Serializer | None = None,
-    ) -> Quantizer:
+    def quantizer(self, *, selector: LayerSelector | None = None, **strategies: Any) -> Quantizer:
         """Make a quantizer with these settings.
 
         Args:
-            observer: replaces the `observer` of this config.
-            activation_observer: replaces the `activation_observer` of this config.
             selector: replaces the default selector and its rules.
-            serializer: writes and reads the result; by default a safetensors file.
+            strategies: other arguments of the scheme: an `observer` or `activation_observer`, which replace those of
+                this config, or a `serializer`. None has no effect.
 
         Raises:
             ArgumentError: for a selector if the config has rules, or an argument that is no such strategy.
         """
-        return SCHEMES[self.scheme](
-            observer=self.observer if observer is None else observer,
-            activation_observer=self.activation_observer if activation_observer is None else activation_observer,
-            selector=self._selector(selector),
-            serializer=serializer,
-            **self._scheme_settings(),
-        )
+        observers = {"observer": self.observer, "activation_observer": self.activation_observer}
+        given = {name: value for name, value in strategies.items() if value is not None}
+        settings = self._scheme_settings() | observers | given
+        return SCHEMES[self.scheme](selector=self._selector(selector), **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the config for JSON: the version and all settings, with their defaults and classes by name.
