@@ -56,7 +56,7 @@ def column_order(tensors: ShardedReader, weight: CompressedWeight) -> Tensor | N
 
 
 @attrs.frozen(eq=False)
-class PartReader:
+class WeightReader:
     """Reads a weight for `fewbits.checkpoint.codec.Codec.decode_chunk`.
 
     Attributes:

@@ -24,7 +24,7 @@ from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
-from fewbits.formats.compressed_parts import PartReader, column_order, stated_shape
+from fewbits.formats.compressed_parts import WeightReader, column_order, stated_shape
 from fewbits.formats.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.tensor import QuantizedTensor
@@ -56,7 +56,7 @@ class CompressedTensors:
             compared.
         unknown: tensors that are not part of a weight and not in the source.
         of_activations: scales and zero points of activations.
-        weights: how each weight in the ledger is stored.
+        weights: the readers of the weights in the ledger, by name.
         about: notes on how the checkpoint was read.
 
     Raises:
@@ -76,10 +76,9 @@ class CompressedTensors:
         self.tensors = _opened(files, serializer)
         self._entries = self.tensors.entries
         self.problems: dict[str, tuple[Fate, str]] = {}
-        self.weights: dict[str, CompressedWeight] = {}
+        self.weights: dict[str, WeightReader] = {}
         self.unknown: list[str] = []
         self.of_activations: list[str] = []
-        self._orders: dict[str, Tensor | None] = {}
         rows, parts = self._weight_rows()
         rows += [row for name in self._entries if name not in parts and (row := self._kept_row(name)) is not None]
         self.ledger = Ledger(sorted(rows, key=lambda row: row.name))
@@ -95,9 +94,7 @@ class CompressedTensors:
             FormatError: if a code or zero point is invalid.
         """
         weight = self.weights.get(chunk.row.name)
-        if weight is None:
-            return CODEC.decode_chunk(chunk, self.tensors.read_chunk)
-        return CODEC.decode_chunk(chunk, PartReader(self.tensors, weight, self._orders.get(weight.name)).read)
+        return CODEC.decode_chunk(chunk, self.tensors.read_chunk if weight is None else weight.read)
 
     def values(self) -> dict[str, Value]:
         """Return every tensor in its stored form. Weights with a ``g_idx`` are dequantized, in original column order.
@@ -118,14 +115,18 @@ class CompressedTensors:
         return {row.name: self._value(row) for row in self.ledger}
 
     def _value(self, row: LedgerRow) -> Value:
-        value, order = self.chunk(Chunk.whole(row)), self._orders.get(row.name)
+        value, order = self.chunk(Chunk.whole(row)), self._order(row)
         if order is None or not isinstance(value, QuantizedTensor):
             return value
         return value.dequantize()[..., torch.argsort(order)]
 
+    def _order(self, row: LedgerRow) -> Tensor | None:
+        weight = self.weights.get(row.name)
+        return None if weight is None else weight.order
+
     def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
         """Return a chunk of the source with its columns in the same order as those that `chunk` returns."""
-        order = self._orders.get(row.name)
+        order = self._order(row)
         return source if order is None else source[..., order]
 
     def _weight_rows(self) -> tuple[list[LedgerRow], set[str]]:
@@ -156,8 +157,7 @@ class CompressedTensors:
         original = Entry(weight.layout.shape, self._entries[weight.part("scale")].dtype)
         if self._originals is not None:
             original = self._original(name, original)
-        self._orders[name] = column_order(self.tensors, weight)
-        self.weights[name] = weight
+        self.weights[name] = WeightReader(self.tensors, weight, column_order(self.tensors, weight))
         nbytes = sum(self._entries[part].nbytes for part in parts_of(name, codes, self._entries))
         return _row(name, original, nbytes, f"quantized in a format of {QUANT_METHOD}", weight)
 
@@ -194,7 +194,7 @@ class CompressedTensors:
     def _describe(self) -> list[str]:
         about = [f"read as {QUANT_METHOD}: {len(self.weights):,} weights"]
         if self.weights and not (self._config and self._config.schemes):
-            schemes = sorted({weight.scheme for weight in self.weights.values()})
+            schemes = sorted({reader.weight.scheme for reader in self.weights.values()})
             about.append(f"no config.json states the schemes; they were inferred from shapes: {', '.join(schemes)}")
         if self._config is not None and not self._config.compressed:
             about.append(

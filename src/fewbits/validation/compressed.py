@@ -88,7 +88,7 @@ class _Comparison:
             found = examine_tensor(row, self._pairs, None, self.fail_under, bounded=False)
         except FormatError as error:
             return TensorReport(row.name, row.fate, row.scheme, None, None, (str(error),))
-        return attrs.evolve(found, scheme=self.checkpoint.weights[row.name].scheme)
+        return attrs.evolve(found, scheme=self.checkpoint.weights[row.name].weight.scheme)
 
     def _pairs(self, row: LedgerRow, with_source: bool) -> Iterator[tuple[Value, Tensor | None]]:
         for chunk in chunks(row, self.chunk_elements):
