@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +22,7 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.printing import print_json, show, show_contents, show_plan, show_result
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.ranks import join_group, own_rank
-from fewbits.cli.streams import Stderr, is_json_asked_for, stdout_watched, warnings_as_events
+from fewbits.cli.streams import Stderr, Stdout, is_json_asked_for, warnings_as_events
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.quantizers.resolving import Ragged
@@ -211,8 +211,8 @@ def run() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # some names of tensors and files cannot be encoded
             stream.reconfigure(errors="backslashreplace")
-    stderr, as_json = Stderr(own_rank()), is_json_asked_for(sys.argv[1:])
-    with warnings_as_events(stderr) if as_json else nullcontext(), stdout_watched(sys.stdout) as stdout:
+    stdout, stderr, as_json = Stdout(sys.stdout), Stderr(own_rank()), is_json_asked_for(sys.argv[1:])
+    with warnings_as_events(stderr) if as_json else nullcontext(), redirect_stdout(stdout):
         try:
             code: int = cli(standalone_mode=False)
         except (click.exceptions.Abort, click.ClickException, FewbitsError) as error:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import TextIO, cast
 
@@ -71,17 +71,6 @@ class Stdout(_Stream):
         if self._stream is not None:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
-
-
-@contextmanager
-def stdout_watched(stream: TextIO | None) -> Iterator[Stdout]:
-    """Redirect everything that is printed to a `Stdout`."""
-    watched = Stdout(stream)
-    with redirect_stdout(watched):
-        try:
-            yield watched
-        finally:
-            watched.flush()
 
 
 class Stderr(_Stream):

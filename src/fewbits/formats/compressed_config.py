@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_HEADER:
             raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes, which is too large for a configuration")
         text = path.read_bytes().strip()
-    return parse_object(text, path, "configuration")
+    return parse_object(text, path, "text")
 
 
 class _Fields:
