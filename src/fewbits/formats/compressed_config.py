@@ -51,7 +51,7 @@ class WeightScheme:
 
 @attrs.frozen
 class CompressionConfig:
-    """The ``quantization_config`` of a checkpoint.
+    """The ``quantization_config`` of a checkpoint. The defaults stand for a checkpoint without one.
 
     Attributes:
         schemes: the distinct schemes of its groups.
@@ -61,11 +61,11 @@ class CompressionConfig:
         transforms: whether weights were multiplied by other matrices before quantization.
     """
 
-    schemes: tuple[WeightScheme, ...]
-    formats: frozenset[str]
-    ignore: frozenset[str]
-    compressed: bool
-    transforms: bool
+    schemes: tuple[WeightScheme, ...] = ()
+    formats: frozenset[str] = frozenset()
+    ignore: frozenset[str] = frozenset()
+    compressed: bool = True
+    transforms: bool = False
 
 
 def read_config(files: CheckpointFiles) -> CompressionConfig | None:

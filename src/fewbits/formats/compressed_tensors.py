@@ -23,7 +23,7 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.checkpoint.sharded import ShardedReader
 from fewbits.errors import FormatError
-from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
+from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, CompressionConfig, read_config
 from fewbits.formats.compressed_parts import WeightReader, column_order, stated_shape
 from fewbits.formats.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
@@ -72,7 +72,7 @@ class CompressedTensors:
     ) -> None:
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        self._path, self._originals, self._config = path, originals, read_config(files)
+        self._path, self._originals, self._config = path, originals, read_config(files) or CompressionConfig()
         self.tensors = _opened(files, serializer)
         self._entries = self.tensors.entries
         self.problems: dict[str, tuple[Fate, str]] = {}
@@ -106,7 +106,7 @@ class CompressedTensors:
         """
         problems = [f"{name}: {problem}" for name, (_, problem) in self.problems.items()]
         problems += [f"{name} is a part of a weight whose codes are missing" for name in self.unknown]
-        if self._config is not None and self._config.transforms:
+        if self._config.transforms:
             problems.append("config.json names transforms, so the weights are not those of the original model")
         if problems:
             raise FormatError(f"{self._path} cannot be loaded: {'; '.join(problems)}")
@@ -147,11 +147,10 @@ class CompressedTensors:
         Raises:
             FormatError: if the weight cannot be read or does not match the source.
         """
-        if self._config is not None:
-            if odd := sorted(self._config.formats - set(READABLE_FORMATS)):
-                raise FormatError(f"{name}: config.json names the format {', '.join(odd)}, which fewbits does not read")
-            if name.rpartition(".")[0] in self._config.ignore:
-                raise FormatError(f"{name} is quantized, but config.json says that its module is not")
+        if odd := sorted(self._config.formats - set(READABLE_FORMATS)):
+            raise FormatError(f"{name}: config.json names the format {', '.join(odd)}, which fewbits does not read")
+        if name.rpartition(".")[0] in self._config.ignore:
+            raise FormatError(f"{name} is quantized, but config.json says that its module is not")
         shape = stated_shape(self.tensors, part_name(name, "shape"))
         weight = describe(name, codes, self._entries, shape, self._config)
         original = Entry(weight.layout.shape, self._entries[weight.part("scale")].dtype)
@@ -193,14 +192,14 @@ class CompressedTensors:
 
     def _describe(self) -> list[str]:
         about = [f"read as {QUANT_METHOD}: {len(self.weights):,} weights"]
-        if self.weights and not (self._config and self._config.schemes):
+        if self.weights and not self._config.schemes:
             schemes = sorted({reader.weight.scheme for reader in self.weights.values()})
             about.append(f"no config.json states the schemes; they were inferred from shapes: {', '.join(schemes)}")
-        if self._config is not None and not self._config.compressed:
+        if not self._config.compressed:
             about.append(
                 "config.json does not set quantization_status to compressed: other loaders may ignore the codes"
             )
-        if self._config is not None and self._config.transforms:
+        if self._config.transforms:
             about.append("config.json names transforms: weights were multiplied by matrices before quantization")
         return about
 

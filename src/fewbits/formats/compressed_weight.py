@@ -66,10 +66,6 @@ class CompressedWeight:
         return part_name(self.name, part)
 
 
-class _UnfitError(Exception):
-    """A scheme does not match the tensors of a weight; the message says why."""
-
-
 def codes_names(entries: Mapping[str, Entry]) -> dict[str, str]:
     """Find the quantized weights among tensors: a mapping from each weight's name to the name of its codes."""
     found = {}
@@ -83,7 +79,7 @@ def codes_names(entries: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def describe(
-    name: str, codes: str, entries: Mapping[str, Entry], shape: Sequence[int] | None, config: CompressionConfig | None
+    name: str, codes: str, entries: Mapping[str, Entry], shape: Sequence[int] | None, config: CompressionConfig
 ) -> CompressedWeight:
     """Describe how one weight is stored.
 
@@ -106,14 +102,14 @@ def describe(
     layout = _layout(name, form, entry, scale, shape)
     zero = entries.get(part_name(name, "zero_point"))
     reasons, fits = [], []
-    for scheme in (config.schemes if config is not None else ()) or (None,):
+    for scheme in config.schemes or (None,):
         try:
             known = scheme or _inferred(form, entry, scale, layout, zero is not None)
             fits.append(_fit(known, form, entry, scale, layout, zero is not None))
-        except _UnfitError as error:
+        except FormatError as error:
             reasons.append(str(error))
     if not fits:
-        problem = "does not match config.json" if config else "cannot be read"
+        problem = "does not match config.json" if config.schemes else "cannot be read"
         raise FormatError(f"{name} {problem}: {'; '.join(reasons)}")
     if form == "packed" and len({spec for spec, _ in fits}) > 1:
         raise FormatError(f"{name} fits several groups of config.json: {', '.join(str(spec) for spec, _ in fits)}")
@@ -156,18 +152,18 @@ def _inferred(form: Form, entry: Entry, scale: Entry, layout: Layout, zero_point
     """The only scheme that the shapes allow.
 
     Raises:
-        _UnfitError: if they allow no scheme, or several.
+        FormatError: if they allow no scheme, or several.
     """
     (rows, columns), (found, groups) = layout.matrix_shape, _matrix_form(scale.shape)
     if (found, groups) != (1, 1) and (found != rows or not groups or columns % groups):
-        raise _UnfitError(
+        raise FormatError(
             f"scales have shape {scale.shape} for {rows} rows of {columns} columns: the scheme needs a config.json"
         )
     words = entry.shape[-1]
     widths = [bits for bits in _BITS if packed_words(columns, bits) == words] if form == "packed" else [8]
     if len(widths) != 1:
         one_of = f"may be codes of {' or '.join(map(str, widths))} bits" if widths else "do not fit any codes"
-        raise _UnfitError(f"{words} words for {columns} columns {one_of}")
+        raise FormatError(f"{words} words for {columns} columns {one_of}")
     return WeightScheme(
         bits=widths[0],
         kind="float" if form == "float8" else "int",
@@ -184,7 +180,7 @@ def _fit(
     """The spec of a weight with this scheme, and how many rows share a scale.
 
     Raises:
-        _UnfitError: if the tensors do not match the scheme.
+        FormatError: if the tensors do not match the scheme.
     """
     rows, columns = layout.matrix_shape
     # The granularity of the codes, and the rows and columns that share a scale.
@@ -195,26 +191,26 @@ def _fit(
         "block": ("group", *(scheme.block or (1, 1))),
     }
     if scheme.strategy not in strategies:
-        raise _UnfitError(f"{scheme}; fewbits does not read that strategy")
+        raise FormatError(f"{scheme}; fewbits does not read that strategy")
     granularity, height, width = strategies[scheme.strategy]
     of_blocks = scheme.strategy == "block"
     if _matrix_form(scale.shape) != (-(-rows // height), -(-columns // width)) or (
         of_blocks and len(layout.shape) != 2
     ):
-        raise _UnfitError(f"{scheme}, but its scales have shape {scale.shape} for {rows} rows of {columns} columns")
+        raise FormatError(f"{scheme}, but its scales have shape {scale.shape} for {rows} rows of {columns} columns")
     block_rows, group_size = height if of_blocks else 1, width if granularity == "group" else None
     if zero_points and (block_rows > 1 or form == "float8"):
-        raise _UnfitError("fewbits does not read zero points of blocks or of float8 codes")
+        raise FormatError("fewbits does not read zero points of blocks or of float8 codes")
     if form == "float8":
         if (scheme.kind, scheme.bits) != ("float", 8):
-            raise _UnfitError(f"{scheme}, but the codes are {dtype_name(entry.dtype)}")
+            raise FormatError(f"{scheme}, but the codes are {dtype_name(entry.dtype)}")
         return float8_spec(entry.dtype, granularity, group_size, scale.dtype), block_rows
     if scheme.kind != "int" or scheme.bits not in _BITS:
-        raise _UnfitError(f"{scheme}, but the codes are integers of 2 to 8 bits")
+        raise FormatError(f"{scheme}, but the codes are integers of 2 to 8 bits")
     if not scheme.symmetric and not zero_points:
-        raise _UnfitError(f"{scheme}, but there are no zero points")
+        raise FormatError(f"{scheme}, but there are no zero points")
     if form == "packed" and packed_words(columns, scheme.bits) != entry.shape[-1]:
-        raise _UnfitError(f"{scheme}, but {entry.shape[-1]} words for {columns} columns do not fit any such codes")
+        raise FormatError(f"{scheme}, but {entry.shape[-1]} words for {columns} columns do not fit any such codes")
     spec = QuantSpec(
         scheme.bits, granularity, group_size=group_size, symmetric=scheme.symmetric, scale_dtype=scale.dtype
     )
