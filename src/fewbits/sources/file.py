@@ -118,10 +118,8 @@ class FileSource(Source):
         return self._read(name, chunk.start, chunk.described().shape)
 
     def _read(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
-        weight = self._scaled.get(name)
-        if weight is not None:
-            return weight.read(lambda part, at, stop: self._tensors.read_chunk(part, at, (stop - at,)), start, shape)
-        return self._tensors.read_chunk(name, start, shape)
+        read, weight = self._tensors.read_chunk, self._scaled.get(name)
+        return read(name, start, shape) if weight is None else weight.read(read, start, shape)
 
     def gathered_bytes(self, name: str) -> int:
         """Return the temporary memory needed to read any part of a tensor, beyond the memory for the result."""

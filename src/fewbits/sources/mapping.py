@@ -67,7 +67,11 @@ class MappingSource(LiveSource):
                 raise SourceError(f"{name} has another shape or dtype than when it was prepared; prepare it again")
             flat[name] = tensor.reshape(-1)
         device = flat[weight.name].device
-        return weight.read(lambda name, start, stop: flat[name][start:stop].to(device), first, shape, device)
+
+        def elements(name: str, start: int, size: tuple[int, ...]) -> Tensor:
+            return flat[name][start : start + size[0]].to(device)
+
+        return weight.read(elements, first, shape, device)
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._given.get(name)
