@@ -219,7 +219,7 @@ def resolve_settings(
         scheme: the name of a scheme, or a quantizer; None takes the scheme of `config`.
         config: settings, which arguments replace.
         settings: observers, a selector, a serializer, and all other settings, as in `quantize`. None leaves the choice
-            of an observer, a selector or a serializer to the scheme.
+            of an observer, a selector or a serializer to the config.
 
     Returns:
         the merged settings, and the quantizer.
@@ -232,17 +232,12 @@ def resolve_settings(
             f"config must be a QuantizationConfig, not {config!r}; QuantizationConfig.from_file(path) and "
             "QuantizationConfig.from_dict(settings) make one"
         )
-    given = {name: value for name, value in settings.items() if value is not None or name not in STRATEGIES}
-    check_settings([name for name in given if name not in STRATEGIES], also=_ARGUMENTS)
+    strategies = {name: value for name, value in settings.items() if name in STRATEGIES and value is not None}
+    plain = {name: value for name, value in settings.items() if name not in STRATEGIES}
+    check_settings(plain, also=_ARGUMENTS)
     if isinstance(scheme, Quantizer):
-        return _run_settings(scheme, config, given), scheme
-    # An observer that is given by name is a setting.
-    strategies = {
-        name: value
-        for name, value in given.items()
-        if name in STRATEGIES and not (isinstance(value, (str, Mapping)) and "observer" in name)
-    }
-    config = _merged(scheme, config, {name: value for name, value in given.items() if name not in strategies})
+        return _run_settings(scheme, config, plain | strategies), scheme
+    config = _merged(scheme, config, plain)
     return config, config.quantizer(**strategies)
 
 
@@ -271,7 +266,7 @@ def _run_settings(
     return config.replace(**settings)
 
 
-#: Arguments that are objects rather than settings.
+#: Settings that a config cannot hold, or may be given as objects.
 STRATEGIES = frozenset({"observer", "activation_observer", "selector", "serializer"})
 
 #: The names of the arguments of `quantize`, to suggest one for a misspelled setting.
