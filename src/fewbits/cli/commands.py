@@ -25,7 +25,7 @@ from fewbits.cli.ranks import join_group, own_rank
 from fewbits.cli.streams import Stderr, Stdout, is_json_asked_for, warnings_as_events
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
-from fewbits.quantizers.resolving import Ragged
+from fewbits.quantizers.scheme import Ragged
 from fewbits.quantizers.schemes import SCHEMES
 
 #: Exit codes. Shells give the last one, 128 and the number of SIGPIPE, to a process whose output has no reader.

@@ -31,9 +31,8 @@ from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
 from fewbits.numerics.spec import Activations
 from fewbits.observers.named import accepted_arguments, make_observer
-from fewbits.quantizers.base import Quantizer
-from fewbits.quantizers.outcome import OnFailure
-from fewbits.quantizers.resolving import Ragged
+from fewbits.quantizers.base import OnFailure, Quantizer
+from fewbits.quantizers.scheme import Ragged
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.nearest import checked_name, did_you_mean
 from fewbits.selection.rules import OverrideRule, TypeRule, parse_override

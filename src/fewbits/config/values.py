@@ -12,7 +12,7 @@ import torch
 from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import dtype_from_name, dtype_name
 from fewbits.numerics.spec import Spec, spec_from_dict
-from fewbits.quantizers.resolving import check_choice
+from fewbits.quantizers.scheme import check_choice
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
-from typing import Any, final, get_args
+from typing import Any, Literal, final, get_args
 
 from torch import nn
 
 from fewbits import calibration
+from fewbits._events import emit
 from fewbits._sizes import parse_size
 from fewbits.checkpoint.output import Output
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
 from fewbits.conversion.live_job import LiveJob
-from fewbits.errors import ArgumentError, CalibrationError
+from fewbits.errors import ArgumentError, CalibrationError, ValidationError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.compute import prepack
 from fewbits.quantizers.lifecycle import TRANSITIONS, Lifecycle, guard
-from fewbits.quantizers.outcome import OnFailure, act_on_failure, emit_report
-from fewbits.quantizers.resolving import check_choice
+from fewbits.quantizers.scheme import check_choice
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.base import LiveSource
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
-from fewbits.validation.report import CRITICAL_DB, Report
+from fewbits.validation.report import CRITICAL_DB, LOSE_LESS, Report
+
+#: What to do if a validation fails.
+OnFailure = Literal["error", "warn", "ignore"]
 
 
 class Quantizer(Lifecycle):
@@ -185,8 +189,8 @@ class Quantizer(Lifecycle):
         check_choice("on_failure", on_failure, get_args(OnFailure))
         report = job.examine(self.serializer, fail_under, progress)
         if not isinstance(job, FileJob) or job.leads:
-            emit_report(report, self.name)
-        act_on_failure(report, on_failure)
+            _emit_report(report, self.name)
+        _act_on_failure(report, on_failure)
         self._advance("validate", ok=report.ok)
         return report
 
@@ -258,3 +262,26 @@ class Quantizer(Lifecycle):
         if not isinstance(job, FileJob):
             raise ArgumentError("only the conversion of a path can be shared; prepare a path, or call convert()")
         return job
+
+
+def _emit_report(report: Report, scheme: str) -> None:
+    """Emit an event for every measured tensor, for low SQNR, and for every failure."""
+    for t in report.tensors:
+        if t.measurement is not None and t.verdict is not None:
+            sqnr_db = round(t.measurement.sqnr_db, 2)
+            level: Literal["info", "warning"] = "warning" if t.verdict == "critical" else "info"
+            emit(level, "sqnr", tensor=t.name, scheme=t.scheme, sqnr_db=sqnr_db, verdict=t.verdict)
+    if found := report.warnings:
+        emit("warning", "low_sqnr", scheme=scheme, tensors=len(found), least=found[0], advice=LOSE_LESS)
+    for failure in report.failures:
+        emit("warning", "validation_failure", scheme=scheme, finding=failure)
+
+
+def _act_on_failure(report: Report, on_failure: OnFailure) -> None:
+    """Raise an error or a warning if the validation failed and the caller asked for it."""
+    if report.ok or on_failure == "ignore":
+        return
+    message = f"validation failed:\n{report.summary()}"
+    if on_failure == "error":
+        raise ValidationError(message, report)
+    warnings.warn(message, stacklevel=3)
