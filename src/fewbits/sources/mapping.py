@@ -115,8 +115,9 @@ class _MappingTarget(Target):
                 self._values.pop(self._merged[name], None)
 
     def finish(self) -> object:
-        if not self._inplace:
-            self._values = {name: self._values[name] for name in self._given if name in self._values}
+        if not self._inplace:  # put the names in their order
+            gone = set(self._merged.values())
+            self._values = {name: self._values[name] for name in self._given if name not in gone}
         return self._values
 
     def value(self, name: str) -> Value:
