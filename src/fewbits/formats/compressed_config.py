@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
 
-from fewbits.checkpoint.folder import CheckpointFiles, file_beside
-from fewbits.checkpoint.header import MAX_HEADER, parse_object
-from fewbits.checkpoint.raw import as_checkpoint_error
+from fewbits.checkpoint.folder import CheckpointFiles, file_beside, read_json
 from fewbits.errors import FormatError
 
 CONFIG_FILE = "config.json"
@@ -81,20 +78,6 @@ def read_config(files: CheckpointFiles) -> CompressionConfig | None:
     fields = read_json(path)
     found = next((fields[key] for key in QUANTIZATION_KEYS if fields.get(key)), None)
     return None if found is None else _Fields(found, f"{path}: quantization_config").config()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a configuration in JSON.
-
-    Raises:
-        FormatError: if it is too large, or not a JSON object.
-        CheckpointError: if it cannot be read.
-    """
-    with as_checkpoint_error(f"{path} cannot be read"):
-        if path.stat().st_size > MAX_HEADER:
-            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes, which is too large for a configuration")
-        text = path.read_bytes().strip()
-    return parse_object(text, path, "text")
 
 
 class _Fields:

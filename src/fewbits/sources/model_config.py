@@ -10,10 +10,11 @@ from typing import Any
 import attrs
 
 from fewbits._events import emit
+from fewbits.checkpoint.folder import read_json
 from fewbits.checkpoint.raw import copy_durably, write_durably
 from fewbits.checkpoint.shards import OWN_STEM, STEM
 from fewbits.errors import CheckpointError, FormatError
-from fewbits.formats.compressed_config import QUANTIZATION_KEYS, read_json
+from fewbits.formats.compressed_config import QUANTIZATION_KEYS
 from fewbits.formats.compressed_export import export_obstacle, quantization_config
 from fewbits.selection.ledger import Ledger
 
