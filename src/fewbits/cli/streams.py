@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import TextIO, cast
@@ -47,21 +47,21 @@ class Stdout(_Stream):
 
     def write(self, text: str) -> int:
         """Write text, unless an earlier write failed."""
-        self._try("write", text)
+        self._try(lambda stream: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """Flush the buffers, unless an earlier write failed."""
         if self._stream is not None:
-            self._try("flush")
+            self._try(lambda stream: stream.flush())
 
-    def _try(self, method: str, *arguments: str) -> None:
+    def _try(self, act: Callable[[TextIO], object]) -> None:
         if self.error is not None:
             return
         try:
             if self._stream is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            getattr(self._stream, method)(*arguments)
+            act(self._stream)
         except OSError as error:
             self.error = error
             self._discard()
