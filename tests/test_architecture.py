@@ -57,9 +57,7 @@ MAX_PARAMETERS = 7
 # Users call these by keyword, and need every setting at hand.
 FRONT_DOORS = {
     "fewbits.api.quantize",
-    "fewbits.api.plan",
     "fewbits.formats.loading.load",
-    "fewbits.fleet.FleetRun.__init__",
     "fewbits.selection.selector.LayerSelector.__init__",
 }
 MAX_ROOT_NAMES = 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 
 ELLIPSIS = "..."
 
@@ -113,13 +113,8 @@ def _elisions(name: str, width: int) -> Iterator[str]:
 
 def _longest_head(parts: Sequence[str], tail: str, width: int) -> str:
     """Join as many of the first parts as fit in front of the tail."""
-    head = ""
-    for part in parts:
-        longer = f"{head}.{part}" if head else part
-        if len(longer) + len(tail) > width:
-            break
-        head = longer
-    return head + tail
+    heads = accumulate(parts, "{}.{}".format)
+    return max((head + tail for head in heads if len(head + tail) <= width), key=len, default=tail)
 
 
 def _widths(rows: Sequence[Row]) -> list[int]:

@@ -103,13 +103,9 @@ def quantize(
         ArgumentError: for an unknown scheme or setting, or arguments that contradict each other.
         FewbitsError: the errors of the steps; see `Quantizer`.
     """
-    strategies = {
-        "observer": observer,
-        "activation_observer": activation_observer,
-        "selector": selector,
-        "serializer": serializer,
-    }
-    config, quantizer = resolve_settings(scheme, config, strategies, settings)
+    settings |= {"observer": observer, "activation_observer": activation_observer}
+    settings |= {"selector": selector, "serializer": serializer}
+    config, quantizer = resolve_settings(scheme, config, settings)
     quantizer.prepare(source, inplace=inplace, entry=entry)
     try:
         if data is not None:
@@ -154,31 +150,27 @@ def plan(
     entry: str | None = None,
     config: QuantizationConfig | None = None,
     output: str | os.PathLike[str] | Output | None = None,
-    selector: LayerSelector | None = None,
-    serializer: Serializer | None = None,
     **settings: Any,
 ) -> Plan:
     """Preview `quantize`: the fate and size of every tensor. Only the headers of a checkpoint are read.
 
     Args:
-        source: as in `quantize`.
-        scheme: as in `quantize`; a `Quantizer` returns to the state CREATED.
-        entry: as in `quantize`.
-        config: as in `quantize`.
+        source: a model, a state dict, or the path of a checkpoint.
+        scheme: the name of a scheme, or a new `Quantizer`, which is in the state CREATED again afterwards.
+        entry: the name of the state dict in a mapping or file that holds more than that.
+        config: settings. A setting that is also an argument is replaced, not merged.
         output: where the result of a path would go; by default beside the source.
-        selector: as in `quantize`.
-        serializer: as in `quantize`.
-        settings: as in `quantize`.
+        settings: observers, a selector, a serializer, and all other settings, as in `quantize`.
 
     Raises:
         FewbitsError: the errors that `quantize` would raise before it reads a weight.
     """
-    _, quantizer = resolve_settings(scheme, config, {"selector": selector, "serializer": serializer}, settings)
+    _, quantizer = resolve_settings(scheme, config, settings)
     quantizer.prepare(source, entry=entry)
     try:
-        if output is None and isinstance(source, (str, os.PathLike)):
-            output = Output.beside(source)
-        shards = () if output is None else quantizer.shards(output)
+        shards: tuple[Shard, ...] = ()
+        if isinstance(source, (str, os.PathLike)):
+            shards = quantizer.share(Output.beside(source) if output is None else output).shards
         return Plan(quantizer.ledger, shards, quantizer.left_behind, quantizer.opens_in)
     finally:
         quantizer.reset()
@@ -219,18 +211,15 @@ def verify(
 
 
 def resolve_settings(
-    scheme: str | Quantizer | None,
-    config: QuantizationConfig | None,
-    strategies: dict[str, Any],
-    settings: dict[str, Any],
+    scheme: str | Quantizer | None, config: QuantizationConfig | None, settings: Mapping[str, Any]
 ) -> tuple[QuantizationConfig, Quantizer]:
     """Merge arguments like those of `quantize`.
 
     Args:
-        scheme: as in `quantize`.
-        config: as in `quantize`.
-        strategies: observers, selector and serializer, by argument name; None if missing.
-        settings: as in `quantize`.
+        scheme: the name of a scheme, or a quantizer; None takes the scheme of `config`.
+        config: settings, which arguments replace.
+        settings: observers, a selector, a serializer, and all other settings, as in `quantize`. None leaves the choice
+            of an observer, a selector or a serializer to the config.
 
     Returns:
         the merged settings, and the quantizer.
@@ -243,34 +232,31 @@ def resolve_settings(
             f"config must be a QuantizationConfig, not {config!r}; QuantizationConfig.from_file(path) and "
             "QuantizationConfig.from_dict(settings) make one"
         )
-    check_settings(settings, also=[*inspect.signature(quantize).parameters][:-1])
+    strategies = {name: value for name, value in settings.items() if name in STRATEGIES and value is not None}
+    plain = {name: value for name, value in settings.items() if name not in STRATEGIES}
+    check_settings(plain, also=_ARGUMENTS)
     if isinstance(scheme, Quantizer):
-        return _run_settings(scheme, config, strategies, settings), scheme
-    # An observer that is given by name is a setting.
-    named = {key: value for key, value in strategies.items() if isinstance(value, (str, Mapping)) and "observer" in key}
-    config = _merged(scheme, config, settings | named)
-    return config, config.quantizer(**{key: value for key, value in strategies.items() if key not in named})
+        return _run_settings(scheme, config, plain | strategies), scheme
+    config = _merged(scheme, config, plain)
+    return config, config.quantizer(**strategies)
 
 
 def _merged(scheme: object, config: QuantizationConfig | None, settings: dict[str, Any]) -> QuantizationConfig:
     if isinstance(scheme, type) and issubclass(scheme, Quantizer):
         raise ArgumentError(f"scheme is the class {scheme.__name__}; pass an instance, {scheme.__name__}()")
+    if scheme is None and config is None:
+        raise ArgumentError(f"give a scheme or a config; the schemes are {', '.join(map(repr, SCHEMES))}")
     if scheme is not None:
         settings = {"scheme": scheme, **settings}
-    if config is not None:
-        return config.replace(**settings)
-    if scheme is None:
-        raise ArgumentError(f"give a scheme or a config; the schemes are {', '.join(map(repr, SCHEMES))}")
-    return QuantizationConfig(**settings)
+    return QuantizationConfig(**settings) if config is None else config.replace(**settings)
 
 
 def _run_settings(
-    quantizer: Quantizer, config: QuantizationConfig | None, strategies: dict[str, Any], settings: dict[str, Any]
+    quantizer: Quantizer, config: QuantizationConfig | None, settings: dict[str, Any]
 ) -> QuantizationConfig:
     """The settings of the run; all others belong to the quantizer."""
     config = config or QuantizationConfig()
-    given = [*settings, *(name for name, value in strategies.items() if value is not None), *config.changed()]
-    foreign = [name for name in dict.fromkeys(given) if name not in RUN_SETTINGS]
+    foreign = [name for name in dict.fromkeys([*settings, *config.changed()]) if name not in RUN_SETTINGS]
     if foreign:
         cls = type(quantizer).__name__
         raise ArgumentError(
@@ -278,3 +264,10 @@ def _run_settings(
             f"{cls}(selector=LayerSelector(...))"
         )
     return config.replace(**settings)
+
+
+#: Settings that a config cannot hold, or may be given as objects.
+STRATEGIES = frozenset({"observer", "activation_observer", "selector", "serializer"})
+
+#: The names of the arguments of `quantize`, to suggest one for a misspelled setting.
+_ARGUMENTS = [*inspect.signature(quantize).parameters][:-1]

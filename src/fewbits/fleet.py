@@ -12,16 +12,13 @@ import attrs
 
 from fewbits.api import Result, resolve_settings
 from fewbits.checkpoint.output import Output
-from fewbits.checkpoint.serializer import Serializer
 from fewbits.config.config import QuantizationConfig
 from fewbits.conversion.coordinator import Coordinator
 from fewbits.conversion.file_writer import Share
 from fewbits.errors import ArgumentError, StateError
-from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
 from fewbits.selection.nearest import did_you_mean
 from fewbits.selection.progress import Progress, no_progress
-from fewbits.selection.selector import LayerSelector
 
 
 class FleetRun:
@@ -38,17 +35,13 @@ class FleetRun:
 
     Args:
         source: the path of a checkpoint; made absolute.
-        scheme: as in `fewbits.quantize`. Each process works with a copy of a `Quantizer`.
+        scheme: the name of a scheme, or a `Quantizer`, of which each process uses a copy.
         output: where the result goes, and how; made absolute. `begin` reads `resume` and `replace`; each process that
             writes reads `threads` and `max_memory`.
-        entry: as in `fewbits.quantize`.
-        config: as in `fewbits.quantize`.
+        entry: the name of the state dict in a file of `torch.save` that holds more than that.
+        config: settings. A setting that is also an argument is replaced, not merged.
         validate: whether `write` compares each file with the source, and `finish` checks all digests.
-        observer: as in `fewbits.quantize`.
-        activation_observer: as in `fewbits.quantize`.
-        selector: as in `fewbits.quantize`.
-        serializer: as in `fewbits.quantize`.
-        settings: as in `fewbits.quantize`.
+        settings: observers, a selector, a serializer, and all other settings, as in `fewbits.quantize`.
 
     Raises:
         ArgumentError: as `fewbits.quantize` does; if the source is no path; if `output.distributed`.
@@ -63,10 +56,6 @@ class FleetRun:
         entry: str | None = None,
         config: QuantizationConfig | None = None,
         validate: bool = True,
-        observer: ObserverRecipe | None = None,
-        activation_observer: ObserverRecipe | None = None,
-        selector: LayerSelector | None = None,
-        serializer: Serializer | None = None,
         **settings: Any,
     ) -> None:
         if not isinstance(source, (str, os.PathLike)):
@@ -74,13 +63,7 @@ class FleetRun:
         output = Output.of(output)
         if output.distributed:
             raise ArgumentError("distributed=True is for the ranks of torch.distributed; a FleetRun does not need it")
-        strategies = {
-            "observer": observer,
-            "activation_observer": activation_observer,
-            "selector": selector,
-            "serializer": serializer,
-        }
-        self._config, self._quantizer = resolve_settings(scheme, config, strategies, settings)
+        self._config, self._quantizer = resolve_settings(scheme, config, settings)
         # A worker may run in another directory.
         self._source = os.path.abspath(source)
         self._output = attrs.evolve(output, path=Path(os.path.abspath(output.path)))

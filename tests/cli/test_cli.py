@@ -121,7 +121,7 @@ def test_warnings_are_in_the_summary_and_do_not_change_the_exit_code(cli, folder
 def on_terminal(monkeypatch):
     """Standard output is a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("fewbits.cli.commands.is_terminal", lambda: True)
+    monkeypatch.setattr("fewbits.cli.printing.is_terminal", lambda: True)
 
 
 LONG = [f"model.decoder.layers.{i}.block_sparse_moe.experts.{j}.down_proj.weight" for i in range(2) for j in range(3)]
@@ -162,9 +162,11 @@ def test_in_a_pipe_summaries_fit_80_columns_and_names_are_complete(cli, moe):
         assert all(any(line.startswith(name + " ") for line in out.splitlines()) for name in LONG)
 
 
-def test_include_and_skip_choose_tensors(cli):
+def test_include_and_exclude_choose_tensors(cli):
     rows = json.loads(
-        cli("quantize", "in", "-o", "a", "--scheme", "int8", "--include", "layers", "--skip", "layers.1", "--json")[1]
+        cli("quantize", "in", "-o", "a", "--scheme", "int8", "--include", "layers", "--exclude", "layers.1", "--json")[
+            1
+        ]
     )["ledger"]["rows"]
     assert [row["name"] for row in rows if row["fate"] == "quantized"] == ["layers.0.weight"]
 
@@ -255,7 +257,7 @@ def test_a_config_file_may_be_toml(cli, folder):
     [
         ([], "group_size", 40),
         (["--group-size", 20], "group_size", 20),
-        (["--skip", "layers"], "exclude", ["layers"]),
+        (["--exclude", "layers"], "exclude", ["layers"]),
         (["--include", "half", "--include", "layers"], "include", ["half", "layers"]),
         (["--override", "layers=int8"], "overrides", {"layers": "int8"}),
         (["--ragged", "fallback"], "ragged", "fallback"),
@@ -280,7 +282,7 @@ def test_a_scheme_on_the_command_line_replaces_that_of_the_file(cli, folder):
 
 
 def test_the_config_in_the_json_is_a_config_file(cli, folder):
-    options = ["--scheme", "int4", "--group-size", 50, "--skip", "half", "--override", "layers.1=keep"]
+    options = ["--scheme", "int4", "--group-size", 50, "--exclude", "half", "--override", "layers.1=keep"]
     printed = json.loads(cli("quantize", "in", "-o", "out", *options, "--json")[1])
     (folder / "config.json").write_text(json.dumps(printed["config"]))
     again = json.loads(cli("quantize", "in", "-o", "again", "--config", "config.json", "--json")[1])
@@ -402,9 +404,9 @@ def own_output(folder):
         pytest.param(["verify", "in"], None, "not written by fewbits", id="verify a plain file"),
         pytest.param(["inspect", "in"], None, "not written by fewbits", id="inspect a plain file"),
         pytest.param([*QUANTIZE[:-1], "int7"], None, "int7", id="no such scheme"),
-        pytest.param([*QUANTIZE, "--skip", "layer"], None, "did you mean 'layers'", id="pattern without a match"),
+        pytest.param([*QUANTIZE, "--exclude", "layer"], None, "did you mean 'layers'", id="pattern without a match"),
         pytest.param([*QUANTIZE, "--include", "re:("], None, "not a valid regular expression", id="bad pattern"),
-        pytest.param([*QUANTIZE, "--skip", "re:.*"], None, "nothing is left to quantize", id="everything skipped"),
+        pytest.param([*QUANTIZE, "--exclude", "re:.*"], None, "nothing is left to quantize", id="everything skipped"),
         pytest.param([*QUANTIZE, "--group-size", "64"], None, "group_size", id="group size with int8"),
         pytest.param([*QUANTIZE[:-1], "int4", "--group-size", "0"], None, "group_size", id="group size zero"),
         pytest.param([*QUANTIZE[:-1], "int4", "--group-size", "x"], None, "group-size", id="group size no number"),

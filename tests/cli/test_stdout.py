@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import fewbits
 from fewbits.cli import main
-from fewbits.cli.stdout import Stdout
+from fewbits.cli.streams import Stdout
 
 QUANTIZE = ["quantize", "in.safetensors", "-o", "out.safetensors", "--scheme", "int8"]
 VERIFY = ["verify", "out.safetensors", "--against", "in.safetensors"]

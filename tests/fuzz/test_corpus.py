@@ -129,7 +129,7 @@ def test_an_error_outside_the_fewbits_hierarchy_is_a_finding(tmp_path, monkeypat
     def raising(*_):
         raise KeyError("a")
 
-    monkeypatch.setattr("fewbits.sources.file.FileSource._describe", raising)
+    monkeypatch.setattr("fewbits.sources.file.FileSource._stated_blocks", raising)
     with pytest.raises(KeyError):
         run(valid()["folder"], tmp_path)
 

@@ -223,6 +223,20 @@ def file_beside(files: CheckpointFiles, name: str) -> Path | None:
         return _inside(folder, name) if (folder / name).is_file() else None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration in JSON.
+
+    Raises:
+        FormatError: if it is too large, or not a JSON object.
+        CheckpointError: if it cannot be read.
+    """
+    with as_checkpoint_error(f"{path} cannot be read"):
+        if path.stat().st_size > MAX_HEADER:
+            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes, which is too large for a configuration")
+        text = path.read_bytes().strip()
+    return parse_object(text, path, "text")
+
+
 def _raise(error: OSError) -> None:
     with as_checkpoint_error(f"{error.filename} cannot be read"):
         raise error

@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from fewbits._version import __version__
-from fewbits.api import Plan, Result, plan
+from fewbits.api import plan
 from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.reading import Checkpoint
+from fewbits.cli.printing import print_json, show, show_contents, show_plan, show_result
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.ranks import join_group, own_rank
-from fewbits.cli.stderr import Stderr, complain, is_json_asked_for, warnings_as_events
-from fewbits.cli.stdout import NOT_READ, stdout_watched
+from fewbits.cli.streams import Stderr, Stdout, is_json_asked_for, warnings_as_events
 from fewbits.config.config import QuantizationConfig
-from fewbits.conversion.file_writer import Share
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
-from fewbits.quantizers.resolving import Ragged
+from fewbits.quantizers.scheme import Ragged
 from fewbits.quantizers.schemes import SCHEMES
-from fewbits.selection.ledger import Ledger
-from fewbits.validation.report import CRITICAL_DB, Report
 
-SUCCESS, FAILED, BAD_USAGE = 0, 1, 2
+#: Exit codes. Shells give the last one, 128 and the number of SIGPIPE, to a process whose output has no reader.
+SUCCESS, FAILED, BAD_USAGE, NOT_READ = 0, 1, 2, 141
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, and progress as JSON events.")
 _tensors = click.option("--tensors", is_flag=True, help="Print a line for every tensor, not only the summary.")
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 _path = click.Path(path_type=Path)
-_ENTRY: dict[str, Any] = {"metavar": "NAME", "help": "The state dict in a training checkpoint; A.B for B in A."}
-_FAIL_UNDER: dict[str, Any] = {
-    "type": float,
-    "metavar": "DB",
-    "help": "Fail tensors whose SQNR is below this; 10 by default.",
-}
+_entry = click.option("--entry", metavar="NAME", help="The state dict in a training checkpoint; A.B for B in A.")
+_fail_under = click.option(
+    "--fail-under", type=float, metavar="DB", help="Fail tensors whose SQNR is below this; 10 by default."
+)
 
 
 class _Group(click.Group):
@@ -81,18 +75,11 @@ def cli() -> None:
     type=_path,
     help="File to write; a directory if IN is one, or with --max-shard-size. Required without --dry-run.",
 )
-@click.option("--entry", **_ENTRY)
+@_entry
 @click.option("--config", type=_path, metavar="FILE", help="Settings in TOML or JSON; options here replace them.")
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How to store weights. Required without --config.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only tensors with such names. Repeatable.")
-@click.option(
-    "--exclude",
-    "--skip",
-    "exclude",
-    multiple=True,
-    metavar="PATTERN",
-    help="Keep tensors with such names unchanged. Repeatable.",
-)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep tensors with such names unchanged. Repeatable.")
 @click.option(
     "--override",
     "overrides",
@@ -123,7 +110,7 @@ def cli() -> None:
 @click.option("--no-validate", is_flag=True, help="Do not compare the result with IN.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished run, if there is one.")
 @click.option("--replace", is_flag=True, help="Replace OUT if it exists. Without --resume: restart an unfinished run.")
-@click.option("--fail-under", **_FAIL_UNDER)
+@_fail_under
 @_quiet
 @_json
 def quantize(
@@ -132,13 +119,9 @@ def quantize(
     entry: str | None,
     config: Path | None,
     embeddings: bool,
-    max_shard_size: str | None,
-    max_memory: str | None,
-    threads: int | None,
     dry_run: bool,
     tensors: bool,
     no_validate: bool,
-    resume: bool,
     replace: bool,
     quiet: bool,
     as_json: bool,
@@ -155,16 +138,18 @@ def quantize(
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    given = {name: options.pop(name) for name in ("max_shard_size", "max_memory", "threads", "resume")}
     settings = _settings(config, embeddings, options)
     rank = join_group()
-    given: dict[str, Any] = {"max_shard_size": max_shard_size, "max_memory": max_memory, "threads": threads}
-    given |= {"resume": resume, "distributed": rank is not None}
+    given["distributed"] = rank is not None
     target = Output.beside(source, **given) if output is None else Output(output, replace=replace, **given)
     if dry_run:
         planned = plan(source, entry=entry, config=settings, output=target)
-        return SUCCESS if rank else _show_plan(planned, settings, tensors, as_json)
+        if not rank:
+            show_plan(planned, settings, tensors, as_json)
+        return SUCCESS
     link, there = os.path.islink(target.path), os.path.exists(target.path)
-    if not replace and (link or os.path.isfile(target.path)) and not (resume and there):
+    if not replace and (link or os.path.isfile(target.path)) and not (target.resume and there):
         raise ArgumentError(f"{target.path} exists; pass --replace to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
         result = quantize_source(
@@ -177,7 +162,7 @@ def quantize(
             progress=progress,
         )
     if not rank:
-        _show_result(result, target.path, settings, tensors, as_json)
+        show_result(result, target.path, settings, tensors, as_json)
     return SUCCESS if result.report is None or result.report.ok else FAILED
 
 
@@ -187,46 +172,30 @@ def quantize(
 @_json
 def inspect(file: Path, tensors: bool, as_json: bool) -> int:
     """Show the contents of a FILE, or a directory, that fewbits wrote."""
-    checkpoint = Checkpoint(file)
-    metadata = checkpoint.metadata
-    if as_json:
-        about = {"versions": dict(metadata.versions), "architecture": metadata.architecture}
-        figures = {name: metrics.to_dict() for name, metrics in metadata.metrics.items()}
-        _print_json({"file": str(file), **about, "ledger": checkpoint.ledger.to_dict(), "metrics": figures})
-    else:
-        versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
-        click.echo(f"{file}: written by {versions}; architecture {metadata.architecture or 'not known'}")
-        _show(checkpoint.ledger, tensors)
+    show_contents(file, Checkpoint(file), tensors, as_json)
     return SUCCESS
 
 
 @cli.command(short_help="Check a result, and compare it with its source.")
 @click.argument("file", metavar="FILE", type=_path)
 @click.option("--against", type=_path, metavar="SOURCE", help="The checkpoint from which FILE was made.")
-@click.option("--entry", **_ENTRY)
+@_entry
 @_tensors
-@click.option("--fail-under", default=CRITICAL_DB, **_FAIL_UNDER)
+@_fail_under
 @_quiet
 @_json
-def verify(
-    file: Path,
-    against: Path | None,
-    entry: str | None,
-    tensors: bool,
-    fail_under: float,
-    quiet: bool,
-    as_json: bool,
-) -> int:
+def verify(file: Path, against: Path | None, tensors: bool, quiet: bool, as_json: bool, **options: Any) -> int:
     """Check digests and structure of a FILE or directory that fewbits wrote, and each element against SOURCE.
 
     FILE may also be a compressed-tensors file of another tool; such files have no digests.
     """
+    given = {name: value for name, value in options.items() if value is not None}
     with shown_progress(as_json=as_json, quiet=quiet) as progress:
-        report = verify_file(file, against, entry=entry, fail_under=fail_under, progress=progress)
+        report = verify_file(file, against, progress=progress, **given)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(**report.to_dict())
     else:
-        _show(report, tensors)
+        show(report, tensors)
     return SUCCESS if report.ok else FAILED
 
 
@@ -239,13 +208,13 @@ def run() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # some names of tensors and files cannot be encoded
             stream.reconfigure(errors="backslashreplace")
-    stderr, as_json = Stderr(own_rank()), is_json_asked_for(sys.argv[1:])
-    with warnings_as_events(stderr) if as_json else nullcontext(), stdout_watched(sys.stdout) as stdout:
+    stdout, stderr, as_json = Stdout(sys.stdout), Stderr(own_rank()), is_json_asked_for(sys.argv[1:])
+    with warnings_as_events(stderr) if as_json else nullcontext(), redirect_stdout(stdout):
         try:
             code: int = cli(standalone_mode=False)
         except (click.exceptions.Abort, click.ClickException, FewbitsError) as error:
             code = FAILED if isinstance(error, DigestError) else BAD_USAGE
-            complain(stderr, error, code, as_json=as_json)
+            stderr.complain(error, code, as_json=as_json)
         stdout.flush()
         return code if stdout.error is None else _unwritten(stdout.error, code, stderr, as_json)
 
@@ -256,84 +225,9 @@ def _unwritten(error: OSError, code: int, stderr: Stderr, as_json: bool) -> int:
         return code or NOT_READ
     done = "" if code else "; everything else succeeded"
     code = code or BAD_USAGE
-    message = f"standard output cannot be written: {error.strerror or error}{done}"
-    complain(stderr, OSError(message), code, as_json=as_json)
+    failure = OSError(f"standard output cannot be written: {error.strerror or error}{done}")
+    stderr.complain(failure, code, as_json=as_json)
     return code
-
-
-def is_terminal() -> bool:
-    """Whether standard output is a terminal."""
-    # A stream that was closed at the start is None.
-    return sys.stdout is not None and sys.stdout.isatty()
-
-
-def _show(found: Ledger | Report, tensors: bool) -> None:
-    """Print a summary and, if `tensors`, a line for every tensor. A pipe gets full names."""
-    width = shutil.get_terminal_size().columns if is_terminal() else None
-    if tensors:
-        click.echo(found.table(width))
-    click.echo(found.summary(width or 80))
-
-
-def _show_plan(planned: Plan, settings: QuantizationConfig, tensors: bool, as_json: bool) -> int:
-    shards = [{"file": shard.file, "bytes": shard.ledger.bytes_after} for shard in planned.shards]
-    if as_json:
-        about = {"config": settings.to_dict(), "shards": shards, "left_behind": planned.left_behind}
-        _print_json({**about, "opens_in": planned.opens_in, "ledger": planned.ledger.to_dict()})
-    else:
-        _show(planned.ledger, tensors)
-        for shard in shards:
-            click.echo(f"{shard['file']}: {shard['bytes']:,} bytes of tensors")
-        _tell_left_behind(planned.left_behind)
-        _tell_readers(planned.opens_in)
-        click.echo("nothing was written: --dry-run")
-    return SUCCESS
-
-
-def _show_result(result: Result, path: Path, settings: QuantizationConfig, tensors: bool, as_json: bool) -> None:
-    report, left_behind, shares = result.report, result.quantizer.left_behind, result.quantizer.shares
-    if as_json:
-        about = {"output": str(path), "config": settings.to_dict(), "left_behind": left_behind, **_work(shares)}
-        about |= {"opens_in": result.quantizer.opens_in}
-        _print_json({**about, "ledger": result.ledger.to_dict(), "report": report and report.to_dict()})
-    else:
-        _show(result.ledger, tensors)
-        _tell_left_behind(left_behind)
-        _tell_work(shares)
-        if report is None:
-            click.echo("not validated: --no-validate")
-        else:
-            _show(report, tensors)
-        click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")
-        _tell_readers(result.quantizer.opens_in)
-
-
-def _tell_left_behind(files: Sequence[str]) -> None:
-    if files:
-        click.echo(f"left behind: {', '.join(files)}")
-
-
-def _tell_readers(opens_in: str | None) -> None:
-    if opens_in is not None:
-        click.echo(f"it {opens_in}")
-
-
-def _work(shares: Sequence[Share]) -> dict[str, Any]:
-    """Count the converted bytes of the source, in all and per rank."""
-    converted = {"bytes": sum(s.converted for s in shares), "resumed_bytes": sum(s.resumed for s in shares)}
-    ranks = [
-        {"rank": rank, "bytes": share.converted + share.resumed, "converted": share.converted, "files": share.files}
-        for rank, share in enumerate(shares)
-    ]
-    return {"converted": converted, "ranks": ranks}
-
-
-def _tell_work(shares: Sequence[Share]) -> None:
-    if resumed := sum(share.resumed for share in shares):
-        how_much = "" if any(share.converted for share in shares) else "all "
-        click.echo(f"resumed: {how_much}{resumed:,} bytes of IN had been converted by an earlier run")
-    for rank, share in enumerate(shares if len(shares) > 1 else ()):
-        click.echo(f"rank {rank}: {share.converted + share.resumed:,} bytes of IN in {len(share.files)} files")
 
 
 def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:
@@ -368,7 +262,3 @@ def _override(option: str) -> tuple[str, str | dict[str, Any]]:
             f"--override {option}: write PATTERN=SCHEME, such as lm_head=int8, lm_head=int4:64 or lm_head=keep"
         )
     return pattern, {"scheme": scheme, "group_size": int(size)} if colon else scheme
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=2, allow_nan=False))

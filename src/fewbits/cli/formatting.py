@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+
+from rich.text import Text
 
 from fewbits._table import elide
 from fewbits.cli.meter import Reading
@@ -18,37 +18,35 @@ _LEAST_BAR, _WIDEST_BAR, _LEAST_NAME = 8, 30, 10
 
 def log_line(reading: Reading) -> str:
     """Return one line, such as ``convert 37 %, 2.1 of 5.6 GB, 310 MB/s, 11 s left, lm_head.weight``."""
-    head = f"{reading.activity} {_percent(reading)}".rstrip()
+    head = f"{reading.activity} {_percent(reading)}"
     parts = (head, _amount(reading), _rate(reading), _left(reading), elide(printable(reading.name), NAME_WIDTH))
     return ", ".join(filter(None, parts))
 
 
-class Line(NamedTuple):
-    """A line with a bar, which may be empty."""
-
-    before: str
-    bar_done: str
-    bar_rest: str
-    after: str
-
-
-def bar_line(reading: Reading, width: int, *, ascii_only: bool = False) -> Line:
+def bar_line(reading: Reading, width: int, *, ascii_only: bool = False) -> Text:
     """Lay out a reading in at most `width` characters. The least important parts give way first.
 
     Args:
         reading: the progress to show.
-        width: of the terminal, in columns.
+        width: the width of the terminal, in columns.
         ascii_only: draw the bar with ASCII characters.
     """
-    before = f"{reading.activity} {_percent(reading):>5}".rstrip()[:width]
-    left, amount, rate = _parts_that_fit((_left(reading), _amount(reading), _rate(reading)), width - len(before))
-    facts = amount + rate + left
-    room = width - len(before) - len(facts)
-    done, rest = _bar(reading, width, room - 2, "#." if ascii_only else "━─")
-    gap = "  " if done or rest else ""
-    room -= len(gap) + len(done) + len(rest)
-    name = f"  {elide(printable(reading.name), room - 2)}" if room - 2 >= _LEAST_NAME else ""
-    return Line(before + gap, done, rest, facts + name)
+    head = f"{reading.activity} {_percent(reading):>5}"[:width]
+    room = width - len(head)
+    facts = [_gap(fact(reading)) for fact in (_amount, _rate, _left)]
+    for least in (1, 0, 2):
+        if sum(map(len, facts)) > room:
+            facts[least] = ""
+    room -= sum(map(len, facts))
+    line = Text(head, no_wrap=True, overflow="crop")  # a character of a name may take two columns
+    length = min(_WIDEST_BAR, max(_LEAST_BAR, width // 10))
+    if length + 2 <= room:
+        full, empty = "#." if ascii_only else "━─"
+        done = length * reading.done // max(reading.total, 1)
+        line.append("  ").append(full * done, "bar.complete").append(empty * (length - done), "bar.back")
+        room -= length + 2
+    line.append("".join(facts))
+    return line.append(_gap(elide(printable(reading.name), room - 2))) if room - 2 >= _LEAST_NAME else line
 
 
 def printable(name: str) -> str:
@@ -69,42 +67,26 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
 
 
-def _parts_that_fit(parts: Sequence[str], room: int) -> Iterator[str]:
-    """Yield each part after a gap, or an empty string for a part that does not fit beside the earlier ones."""
-    for part in parts:
-        shown = f"  {part}" if part and len(part) + 2 <= room else ""
-        room -= len(shown)
-        yield shown
-
-
-def _bar(reading: Reading, width: int, room: int, characters: str) -> tuple[str, str]:
-    """Draw both parts of the bar; both are empty if there is no room, or no total."""
-    length = min(_WIDEST_BAR, max(_LEAST_BAR, width // 10))
-    if not reading.total or length > room:
-        return "", ""
-    done = length * reading.done // reading.total
-    return characters[0] * done, characters[1] * (length - done)
+def _gap(part: str) -> str:
+    """Put a gap before a part of a line, unless the part is empty."""
+    return part and f"  {part}"
 
 
 def _percent(reading: Reading) -> str:
     """Round down, so that 100 % means finished."""
-    return f"{100 * reading.done // reading.total} %" if reading.total else ""
+    return f"{100 if reading.is_finished else 100 * reading.done // reading.total} %"
 
 
 def _amount(reading: Reading) -> str:
-    if reading.unit != "bytes":
-        of = f" of {reading.total}" if reading.total else ""
-        return f"{reading.done}{of} {reading.unit}"
-    name, size = _size(reading.total or reading.done)
+    name, size = _size(reading.total)
     digits = 0 if size == 1 or reading.total >= 100 * size else 1
-    of = f" of {reading.total / size:.{digits}f}" if reading.total else ""
-    return f"{reading.done / size:.{digits}f}{of} {name}"
+    return f"{reading.done / size:.{digits}f} of {reading.total / size:.{digits}f} {name}"
 
 
 def _rate(reading: Reading) -> str:
     if reading.rate is None:
         return ""
-    name, size = _size(reading.rate) if reading.unit == "bytes" else (reading.unit, 1)
+    name, size = _size(reading.rate)
     value = reading.rate / size
     return f"{value:.{1 if value < 10 else 0}f} {name}/s"
 

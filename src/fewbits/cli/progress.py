@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TextIO, cast
 
-import attrs
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
+from rich.console import Console, RenderableType
+from rich.live import Live
 
 from fewbits.cli.formatting import bar_line, log_line
 from fewbits.cli.meter import Meter, Pace, Reading
 from fewbits.cli.ranks import own_rank
-from fewbits.cli.stderr import Stderr
+from fewbits.cli.streams import Stderr
 from fewbits.selection.progress import Progress, Step, no_progress
 
 
@@ -32,24 +31,28 @@ def shown_progress(*, as_json: bool, quiet: bool) -> Iterator[Progress]:
     if quiet:
         yield no_progress
     elif as_json:
-        yield _RunProgress(Pace(first=0, every=0.5), lambda reading: _write_event(stderr, reading))
+        yield _paced(Pace(first=0, every=0.5), lambda reading: _write_event(stderr, reading))
     elif console.is_interactive:
-        yield from _drawn(console)
+        bar = _Bar(console)
+        try:
+            yield bar
+        finally:
+            bar.stop()
     else:
-        yield _RunProgress(Pace(first=3, every=10), lambda reading: stderr.write(f"fewbits: {log_line(reading)}\n"))
+        yield _paced(Pace(first=3, every=10), lambda reading: stderr.write(f"fewbits: {log_line(reading)}\n"))
 
 
-class _RunProgress:
-    """Reports steps at a pace."""
+def _paced(pace: Pace, report: Callable[[Reading], object]) -> Progress:
+    """Report steps at a pace."""
+    meter = Meter()
 
-    def __init__(self, pace: Pace, report: Callable[[Reading], object]) -> None:
-        self._meter, self._pace, self._report = Meter(), pace, report
-
-    def __call__(self, step: Step) -> None:
+    def show(step: Step) -> None:
         now = monotonic()
-        reading = self._meter.read(step, now)
-        if self._pace.is_due(reading, now):
-            self._report(reading)
+        reading = meter.read(step, now)
+        if pace.is_due(reading, now):
+            report(reading)
+
+    return show
 
 
 def _write_event(stderr: Stderr, reading: Reading) -> None:
@@ -59,8 +62,8 @@ def _write_event(stderr: Stderr, reading: Reading) -> None:
         tensor=reading.name,
         done=reading.done,
         total=reading.total,
-        unit=reading.unit,
-        **{f"{reading.unit}_per_second": _rounded(reading.rate)},
+        unit="bytes",
+        bytes_per_second=_rounded(reading.rate),
         seconds_left=_rounded(reading.seconds_left),
     )
 
@@ -69,27 +72,18 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-@attrs.frozen
-class _Bar:
-    """A reading on one line, as wide as the terminal is when it is drawn."""
+class _Bar(Live):
+    """Draws each step on one line, as wide as the terminal is at that moment, and removes the line at the end."""
 
-    reading: Reading
+    def __init__(self, console: Console) -> None:
+        self._meter = Meter()
+        super().__init__(console=console, transient=True, redirect_stdout=False)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        before, done, rest, after = bar_line(self.reading, options.max_width, ascii_only=options.ascii_only)
-        line = Text(before, no_wrap=True, overflow="crop")  # a character of a name may take two columns
-        yield line.append(done, "bar.complete").append(rest, "bar.back").append(after)
+    def __call__(self, step: Step) -> None:
+        self._meter.read(step, monotonic())
+        self.start(refresh=True)  # has no effect on a bar that was started
 
-
-def _drawn(console: Console) -> Iterator[Progress]:
-    """Draw a bar from the first step on, and remove it at the end."""
-    meter = Meter(console, _Bar)
-
-    def show(step: Step) -> None:
-        meter.read(step, monotonic())
-        meter.start()  # has no effect on a meter that was started
-
-    try:
-        yield show
-    finally:
-        meter.stop()
+    def get_renderable(self) -> RenderableType:
+        if self._meter.reading is None:
+            return ""
+        return bar_line(self._meter.reading, self.console.width, ascii_only=self.console.options.ascii_only)

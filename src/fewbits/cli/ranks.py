@@ -7,14 +7,11 @@ import os
 
 from fewbits.errors import ArgumentError
 
-#: Environment variables that torchrun sets for each process.
-_RANK, _COUNT = "RANK", "WORLD_SIZE"
-
 
 def own_rank() -> int | None:
     """Return the rank that torchrun gave this process; None for a single process."""
-    rank, count = os.environ.get(_RANK), os.environ.get(_COUNT, "1")
-    return int(rank) if rank is not None and rank.isdecimal() and count != "1" else None
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() and os.environ.get("WORLD_SIZE", "1") != "1" else None
 
 
 def join_group() -> int | None:
@@ -36,6 +33,6 @@ def join_group() -> int | None:
     try:
         dist.init_process_group("gloo")
     except (RuntimeError, ValueError) as error:
-        raise ArgumentError(f"rank {rank} of {os.environ[_COUNT]} cannot join the others: {error}") from None
+        raise ArgumentError(f"rank {rank} of {os.environ['WORLD_SIZE']} cannot join the others: {error}") from None
     atexit.register(dist.destroy_process_group)
     return rank

@@ -10,7 +10,6 @@ from typing import Any, get_args
 import attrs
 
 from fewbits.calibration import SAMPLES
-from fewbits.checkpoint.serializer import Serializer
 from fewbits.config.reading import read
 from fewbits.config.values import (
     Table,
@@ -21,21 +20,20 @@ from fewbits.config.values import (
     in_order,
     is_number,
     is_table,
-    must_be,
     one_of,
     or_none,
     plain,
     sequence_of,
+    setting,
     whole,
 )
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
 from fewbits.numerics.spec import Activations
-from fewbits.observers.named import ObserverRecipe, make_observer
-from fewbits.quantizers.base import Quantizer
-from fewbits.quantizers.outcome import OnFailure
-from fewbits.quantizers.resolving import Ragged
-from fewbits.quantizers.schemes import SCHEMES, takers
+from fewbits.observers.named import accepted_arguments, make_observer
+from fewbits.quantizers.base import OnFailure, Quantizer
+from fewbits.quantizers.scheme import Ragged
+from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.nearest import checked_name, did_you_mean
 from fewbits.selection.rules import OverrideRule, TypeRule, parse_override
 from fewbits.selection.selector import LayerSelector
@@ -48,10 +46,10 @@ VERSION = 1
 RUN_SETTINGS = ("samples", "fail_under", "on_failure")
 
 _SCHEME_SETTINGS = ("group_size", "symmetric", "activations", "scale_dtype", "ragged", "skip_types")
-_RULES = (
-    *("include", "exclude", "include_types", "exclude_types", "modules_to_not_convert"),
-    *("overrides", "input_axes", "min_elements"),
-)
+_RULES = tuple(accepted_arguments(LayerSelector))
+
+#: The name of an observer, or a table with its ``name`` and its arguments.
+_Named = str | Mapping[str, Any]
 
 
 def _check_scheme(_: Any, __: Any, scheme: object) -> None:
@@ -69,10 +67,10 @@ def _check_observer(_: Any, field: Any, recipe: object) -> None:
         )
 
 
-_PATTERNS = must_be("a list of name patterns, such as ['lm_head']", sequence_of(str))
-_TYPES = must_be("a list of classes or their names, such as ['Embedding']", sequence_of(str, type))
-_OVERRIDES = must_be("a table by name pattern, such as {'lm_head': 'keep'}", is_table)
-_AXES = must_be("a table by name pattern, such as {'experts.*.weight': 1}", is_table)
+_PATTERNS, _are_names = "a list of name patterns, such as ['lm_head']", sequence_of(str)
+_TYPES, _are_types = "a list of classes or their names, such as ['Embedding']", sequence_of(str, type)
+_OVERRIDES = "a table by name pattern, such as {'lm_head': 'keep'}"
+_AXES = "a table by name pattern, such as {'experts.*.weight': 1}"
 
 
 @attrs.frozen(kw_only=True, repr=False)
@@ -119,9 +117,7 @@ class QuantizationConfig:
     """
 
     scheme: str = attrs.field(default="int8", validator=_check_scheme)
-    group_size: int | None = attrs.field(
-        default=None, validator=must_be("a whole number from 1 up, or None", or_none(whole(1)))
-    )
+    group_size: int | None = setting(None, "a whole number from 1 up, or None", or_none(whole(1)))
     symmetric: bool | None = attrs.field(default=None, validator=one_of(None, True, False))
     activations: Activations | None = attrs.field(default=None, validator=one_of(None, *get_args(Activations)))
     scale_dtype: str | None = attrs.field(
@@ -132,29 +128,21 @@ class QuantizationConfig:
     activation_observer: str | Mapping[str, Any] | None = attrs.field(
         default=None, converter=frozen, validator=_check_observer
     )
-    include: Sequence[str] = attrs.field(default=(), converter=frozen_sequence, validator=_PATTERNS)
-    exclude: Sequence[str] = attrs.field(default=(), converter=frozen_sequence, validator=_PATTERNS)
-    include_types: Sequence[TypeRule] = attrs.field(default=(), converter=frozen_sequence, validator=_TYPES)
-    exclude_types: Sequence[TypeRule] = attrs.field(default=(), converter=frozen_sequence, validator=_TYPES)
-    modules_to_not_convert: Sequence[str] = attrs.field(default=(), converter=frozen_sequence, validator=_PATTERNS)
-    overrides: Mapping[str, OverrideRule] = attrs.field(
-        factory=dict, converter=frozen_overrides, validator=_OVERRIDES, eq=in_order
+    include: Sequence[str] = setting((), _PATTERNS, _are_names, converter=frozen_sequence)
+    exclude: Sequence[str] = setting((), _PATTERNS, _are_names, converter=frozen_sequence)
+    include_types: Sequence[TypeRule] = setting((), _TYPES, _are_types, converter=frozen_sequence)
+    exclude_types: Sequence[TypeRule] = setting((), _TYPES, _are_types, converter=frozen_sequence)
+    modules_to_not_convert: Sequence[str] = setting((), _PATTERNS, _are_names, converter=frozen_sequence)
+    overrides: Mapping[str, OverrideRule] = setting(
+        Table({}), _OVERRIDES, is_table, converter=frozen_overrides, eq=in_order
     )
-    input_axes: Mapping[str, int | Sequence[int]] = attrs.field(
-        factory=dict, converter=frozen, validator=_AXES, eq=in_order
+    input_axes: Mapping[str, int | Sequence[int]] = setting(Table({}), _AXES, is_table, converter=frozen, eq=in_order)
+    min_elements: int | None = setting(None, "a whole number from 0 up, or None", or_none(whole(0)))
+    skip_types: Sequence[TypeRule] | None = setting(
+        None, "a list of classes or their names, or None", or_none(_are_types), converter=frozen_sequence
     )
-    min_elements: int | None = attrs.field(
-        default=None, validator=must_be("a whole number from 0 up, or None", or_none(whole(0)))
-    )
-    skip_types: Sequence[TypeRule] | None = attrs.field(
-        default=None,
-        converter=frozen_sequence,
-        validator=must_be("a list of classes or their names, or None", or_none(sequence_of(str, type))),
-    )
-    samples: int | None = attrs.field(
-        default=SAMPLES, validator=must_be("a whole number from 1 up, or None", or_none(whole(1)))
-    )
-    fail_under: float = attrs.field(default=CRITICAL_DB, validator=must_be("a number of dB", is_number))
+    samples: int | None = setting(SAMPLES, "a whole number from 1 up, or None", or_none(whole(1)))
+    fail_under: float = setting(CRITICAL_DB, "a number of dB", is_number)
     on_failure: OnFailure = attrs.field(default="error", validator=one_of(*get_args(OnFailure)))
 
     def __attrs_post_init__(self) -> None:
@@ -181,32 +169,21 @@ class QuantizationConfig:
         check_settings(settings)
         return attrs.evolve(self, **settings)
 
-    def quantizer(
-        self,
-        *,
-        observer: ObserverRecipe | None = None,
-        activation_observer: ObserverRecipe | None = None,
-        selector: LayerSelector | None = None,
-        serializer: Serializer | None = None,
-    ) -> Quantizer:
+    def quantizer(self, *, selector: LayerSelector | None = None, **strategies: Any) -> Quantizer:
         """Make a quantizer with these settings.
 
         Args:
-            observer: replaces the `observer` of this config.
-            activation_observer: replaces the `activation_observer` of this config.
             selector: replaces the default selector and its rules.
-            serializer: writes and reads the result; by default a safetensors file.
+            strategies: other arguments of the scheme: an `observer` or `activation_observer`, which replace those of
+                this config, or a `serializer`. None has no effect.
 
         Raises:
             ArgumentError: for a selector if the config has rules, or an argument that is no such strategy.
         """
-        return SCHEMES[self.scheme](
-            observer=self.observer if observer is None else observer,
-            activation_observer=self.activation_observer if activation_observer is None else activation_observer,
-            selector=self._selector(selector),
-            serializer=serializer,
-            **self._scheme_settings(),
-        )
+        observers = {"observer": self.observer, "activation_observer": self.activation_observer}
+        given = {name: value for name, value in strategies.items() if value is not None}
+        settings = self._scheme_settings() | observers | given
+        return SCHEMES[self.scheme](selector=self._selector(selector), **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the config for JSON: the version and all settings, with their defaults and classes by name.
@@ -266,7 +243,7 @@ class QuantizationConfig:
     def _scheme_settings(self) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in _SCHEME_SETTINGS if getattr(self, name) is not None}
         for name in settings:
-            taking = takers(name)
+            taking = [scheme for scheme, cls in SCHEMES.items() if name in accepted_arguments(cls)]
             if self.scheme not in taking:
                 known = " and ".join(map(repr, taking))
                 raise ArgumentError(f"{self.scheme!r} does not take {name}, a setting of {known}")

@@ -12,7 +12,7 @@ import torch
 from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import dtype_from_name, dtype_name
 from fewbits.numerics.spec import Spec, spec_from_dict
-from fewbits.quantizers.resolving import check_choice
+from fewbits.quantizers.scheme import check_choice
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -93,17 +93,17 @@ def plain(value: Any) -> Any:
     return value.__name__ if isinstance(value, type) else dtype_as_name(value)
 
 
-# Validators.
+# Fields, and tests of their values.
 
 
-def must_be(allowed: str, holds: Callable[[Any], bool]) -> Callable[[Any, Any, Any], None]:
-    """Make a validator that raises with the allowed values, unless `holds` is true."""
+def setting(default: Any, allowed: str, holds: Callable[[Any], bool], **options: Any) -> Any:
+    """Make a field that refuses a value, and names the allowed ones, unless `holds` is true."""
 
     def check(_: Any, field: Any, value: Any) -> None:
         if not holds(value):
             raise ArgumentError(f"{field.name} must be {allowed}, not {value!r}")
 
-    return check
+    return attrs.field(default=default, validator=check, **options)
 
 
 def one_of(*choices: Any) -> Callable[[Any, Any, Any], None]:

@@ -22,7 +22,7 @@ from fewbits.conversion.job import Job, measurements
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
 from fewbits.formats.fp8 import tell_unscaled
 from fewbits.nn.eligibility import rounds_inputs
-from fewbits.nn.walk import parent_of
+from fewbits.nn.walk import parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.numerics.params import check_params
@@ -100,7 +100,7 @@ class LiveJob(Job):
             self._measured[row.name] = measure(tensor, value)
             if self.source.inplace:
                 self._digests[row.name] = value_digest(value)
-        target.put(row, value, self._measured.get(row.name))
+        target.put(row, value)
         self._done.add(row.name)
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
@@ -156,11 +156,11 @@ def _watched(
     holder = {row.name: row.holder for row in ledger}
     watched = []
     # A module at two paths is watched once.
-    for slot in {slot.key: slot for slot in source.slots}.values():
+    for slot in {slot.key: slot for slot in slots(source.prepared())}.values():
         name = holder[slot.name]
         if name in data_observers:
             watched.append((name, slot.module, data_observers[name]))
-        if name in static and rounds_inputs(slot.module, slot.local, parent_of(source.module(), slot)):
+        if name in static and rounds_inputs(slot.module, slot.local, parent_of(source.prepared(), slot)):
             watched.append((slot.name, slot.module, static[name]))
     return watched
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 import attrs
+import torch
 from torch import Tensor
 
 from fewbits.checkpoint.chunks import Chunk, chunks

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import attrs
 
-from fewbits.checkpoint.folder import CheckpointFiles, file_beside
-from fewbits.checkpoint.header import MAX_HEADER, parse_object
-from fewbits.checkpoint.raw import as_checkpoint_error
+from fewbits.checkpoint.folder import CheckpointFiles, file_beside, read_json
 from fewbits.errors import FormatError
 
 CONFIG_FILE = "config.json"
+
+#: Keys of the quantization settings in a configuration; the second is an old name.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
 QUANT_METHOD = "compressed-tensors"
 
 #: Formats of compressed-tensors that fewbits reads.
@@ -47,7 +48,7 @@ class WeightScheme:
 
 @attrs.frozen
 class CompressionConfig:
-    """The ``quantization_config`` of a checkpoint.
+    """The ``quantization_config`` of a checkpoint. The defaults stand for a checkpoint without one.
 
     Attributes:
         schemes: the distinct schemes of its groups.
@@ -57,11 +58,11 @@ class CompressionConfig:
         transforms: whether weights were multiplied by other matrices before quantization.
     """
 
-    schemes: tuple[WeightScheme, ...]
-    formats: frozenset[str]
-    ignore: frozenset[str]
-    compressed: bool
-    transforms: bool
+    schemes: tuple[WeightScheme, ...] = ()
+    formats: frozenset[str] = frozenset()
+    ignore: frozenset[str] = frozenset()
+    compressed: bool = True
+    transforms: bool = False
 
 
 def read_config(files: CheckpointFiles) -> CompressionConfig | None:
@@ -74,13 +75,8 @@ def read_config(files: CheckpointFiles) -> CompressionConfig | None:
     path = file_beside(files, CONFIG_FILE)
     if path is None:
         return None
-    with as_checkpoint_error(f"{path} cannot be read"):
-        if path.stat().st_size > MAX_HEADER:
-            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes, which is too large for a config")
-        text = path.read_bytes().strip()
-    fields = parse_object(text, path, "config")
-    # Older versions of compressed-tensors wrote `compression_config`.
-    found = next((fields[key] for key in ("quantization_config", "compression_config") if fields.get(key)), None)
+    fields = read_json(path)
+    found = next((fields[key] for key in QUANTIZATION_KEYS if fields.get(key)), None)
     return None if found is None else _Fields(found, f"{path}: quantization_config").config()
 
 
@@ -90,16 +86,13 @@ class _Fields:
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
             raise FormatError(f"{where} must be an object, not {value!r:.100}")
-        self._fields: Mapping[str, Any] = value
-        self._where = where
+        self._fields, self._where = value, where
 
-    def get(self, name: str, kind: type, default: Any) -> Any:
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
         value = self._fields.get(name)
-        if value is None:
-            return default
-        if type(value) is not kind:
+        if value is not None and type(value) is not kind:
             self._refuse(name, f"must be of type {kind.__name__}, not {value!r:.100}")
-        return value
+        return default if value is None else value
 
     def config(self) -> CompressionConfig:
         method = self.get("quant_method", str, QUANT_METHOD)
@@ -109,22 +102,21 @@ class _Fields:
         # A group can be a list of targets under the name of a preset. Its scheme is then inferred from the tensors.
         described = [_Fields(group, f"{self._where}.config_groups.{name}") for name, group in groups.items()
                      if not isinstance(group, list)]  # fmt: skip
-        formats = {fields.get("format", str, None) for fields in (self, *described)}
-        schemes = [scheme for fields in described if (scheme := fields.scheme()) is not None]
+        schemes = [
+            _Fields(weights, f"{group._where}.weights").scheme()
+            for group in described
+            if (weights := group.get("weights", dict)) is not None
+        ]
         return CompressionConfig(
             schemes=tuple(dict.fromkeys(schemes)),
-            formats=frozenset(filter(None, formats)),
+            formats=frozenset(filter(None, (fields.get("format", str) for fields in (self, *described)))),
             ignore=frozenset(name for name in self.get("ignore", list, []) if isinstance(name, str)),
-            compressed=self.get("quantization_status", str, None) == "compressed",
-            transforms=bool(self.get("transform_config", dict, {})),
+            compressed=self.get("quantization_status", str) == "compressed",
+            transforms=bool(self.get("transform_config", dict)),
         )
 
-    def scheme(self) -> WeightScheme | None:
-        weights = self.get("weights", dict, None)
-        return None if weights is None else _Fields(weights, f"{self._where}.weights")._weights()
-
-    def _weights(self) -> WeightScheme:
-        group_size = self.get("group_size", int, None)
+    def scheme(self) -> WeightScheme:
+        group_size = self.get("group_size", int)
         usual = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
         scheme = WeightScheme(
             bits=self.get("num_bits", int, 8),
@@ -141,10 +133,9 @@ class _Fields:
         return scheme
 
     def _block(self) -> tuple[int, int] | None:
-        value = self._fields.get("block_structure")
+        value = sides = self._fields.get("block_structure")
         if value is None:
             return None
-        sides: Any = value
         if isinstance(value, str):
             sides = [int(side) for side in value.split("x") if side.isdecimal() and len(side) < 10]
         if not isinstance(sides, list) or len(sides) != 2 or not all(type(s) is int and s > 0 for s in sides):

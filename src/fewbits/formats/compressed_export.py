@@ -10,8 +10,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import attrs
-
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec
 from fewbits.selection.info import EMBEDDING_NAMES
@@ -22,6 +20,9 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 _HEADS = ("lm_head", "embed_out", "output_projection", "proj_out", "decoder", "vocab_projector")
 
 _WEIGHT = ".weight"
+
+#: The description of a group's weights in the configuration, as pairs of key and value.
+_Scheme = tuple[tuple[str, Any], ...]
 
 
 def export_obstacle(ledger: Ledger, vocabularies: Collection[int]) -> str | None:
@@ -34,29 +35,35 @@ def export_obstacle(ledger: Ledger, vocabularies: Collection[int]) -> str | None
         ledger: the ledger of the result.
         vocabularies: vocabulary sizes of the model. A weight with as many rows is an embedding or an output layer.
     """
-    several = len({_Scheme.of(row) for row in _quantized(ledger)}) > 1
+    coded = _coded(ledger)
+    several = len({_scheme(spec) for _, spec in coded}) > 1
     biases = {row.name.removesuffix(".bias"): row.shape for row in ledger if row.name.endswith(".bias")}
-    for row in _quantized(ledger):
-        if reason := _obstacle(row, biases.get(row.name.removesuffix(_WEIGHT))):
+    for row, spec in coded:
+        if reason := _obstacle(row, biases.get(row.name.removesuffix(_WEIGHT))) or _obstacle_of_spec(
+            spec, row.shape[1]
+        ):
             return f"{row.name} {reason}"
         if several and _may_be_embedding(row, vocabularies):
             return f"{row.name} is a quantized embedding beside weights of another scheme; exclude it"
     return None
 
 
-def _quantized(ledger: Ledger) -> list[LedgerRow]:
-    return [row for row in ledger if row.fate == "quantized"]
+def _coded(ledger: Ledger) -> list[tuple[LedgerRow, QuantSpec]]:
+    return [(row, row.spec) for row in ledger if isinstance(row.spec, QuantSpec)]
+
+
+def _scheme(spec: QuantSpec) -> _Scheme:
+    sizes = (("num_bits", spec.bits), ("strategy", spec.granularity), ("group_size", spec.group_size))
+    return (*sizes, ("type", "int"), ("symmetric", True), ("dynamic", False))
 
 
 def _obstacle(row: LedgerRow, bias: tuple[int, ...] | None) -> str | None:
-    spec, shape = row.spec, row.shape
-    if not isinstance(spec, QuantSpec) or row.layout is None:
-        return None
+    shape = row.shape
     if not row.name.endswith(_WEIGHT) or len(shape) != 2 or row.layout != Layout.of(shape):
         return f"of shape {shape} is not the weight of a Linear layer or an embedding; exclude it"
     if bias is not None and bias != shape[:1]:
         return f"of shape {shape} has a bias of {bias[0]} elements, so its rows are inputs, not outputs; exclude it"
-    return _obstacle_of_spec(spec, shape[1])
+    return None
 
 
 def _may_be_embedding(row: LedgerRow, vocabularies: Collection[int]) -> bool:
@@ -67,19 +74,17 @@ def _may_be_embedding(row: LedgerRow, vocabularies: Collection[int]) -> bool:
 
 
 def _obstacle_of_spec(spec: QuantSpec, columns: int) -> str | None:
-    if spec.bits not in (4, 8):
-        return f"has {spec.bits}-bit codes; transformers reads 4 or 8 bits"
-    if not spec.symmetric:
-        return "has zero points; transformers reads symmetric schemes only"
-    if spec.levels is not None:
-        return "has a table of levels; transformers reads integer codes only"
-    if spec.activations is not None:
-        return "quantizes its inputs too, which transformers does not read"
-    if spec.group_size is not None and columns % spec.group_size:
-        return (
-            f"has rows of {columns} elements, not a multiple of the group size {spec.group_size}; choose smaller groups"
-        )
-    return None
+    size = spec.group_size
+    obstacles = {
+        f"has {spec.bits}-bit codes; transformers reads 4 or 8 bits": spec.bits not in (4, 8),
+        "has zero points; transformers reads symmetric schemes only": not spec.symmetric,
+        "has a table of levels; transformers reads integer codes only": spec.levels is not None,
+        "quantizes its inputs too, which transformers does not read": spec.activations is not None,
+        f"has rows of {columns} elements, not a multiple of the group size {size}; choose smaller groups": bool(
+            size and columns % size
+        ),
+    }
+    return next((obstacle for obstacle, holds in obstacles.items() if holds), None)
 
 
 def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[str, Any]:
@@ -93,17 +98,14 @@ def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[s
         vocabularies: vocabulary sizes of the model, as for `export_obstacle`.
     """
     groups: dict[_Scheme, list[LedgerRow]] = {}
-    for row in _quantized(ledger):
-        if (scheme := _Scheme.of(row)) is not None:
-            groups.setdefault(scheme, []).append(row)
+    for row, spec in _coded(ledger):
+        groups.setdefault(_scheme(spec), []).append(row)
     if not groups:
         return {}
     first = max(groups, key=lambda scheme: sum(row.bytes_before for row in groups[scheme]))
-    classes = ["Linear"]
-    if any(_may_be_embedding(row, vocabularies) for row in _quantized(ledger)):
-        classes.append("Embedding")
+    embeddings = any(_may_be_embedding(row, vocabularies) for row, _ in _coded(ledger))
+    classes = ["Linear", "Embedding"] if embeddings else ["Linear"]
     patterns = _patterns(ledger)
-    order = [first, *(scheme for scheme in groups if scheme != first)]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -112,11 +114,11 @@ def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[s
             f"group_{number}": {
                 "targets": classes if scheme == first else _targets(groups[scheme], patterns),
                 "format": "pack-quantized",
-                "weights": scheme.weights(),
+                "weights": dict(scheme),
                 "input_activations": None,
                 "output_activations": None,
             }
-            for number, scheme in enumerate(order)
+            for number, scheme in enumerate(dict.fromkeys([first, *groups]))
         },
         "ignore": _ignored(ledger, patterns),
         "kv_cache_scheme": None,
@@ -127,24 +129,6 @@ def quantization_config(ledger: Ledger, vocabularies: Collection[int]) -> dict[s
     }
 
 
-@attrs.frozen
-class _Scheme:
-    """The fields of a spec that the configuration holds."""
-
-    num_bits: int
-    strategy: str
-    group_size: int | None
-
-    @classmethod
-    def of(cls, row: LedgerRow) -> _Scheme | None:
-        """Return the scheme of a weight; None if the weight has no codes."""
-        spec = row.spec
-        return cls(spec.bits, spec.granularity, spec.group_size) if isinstance(spec, QuantSpec) else None
-
-    def weights(self) -> dict[str, Any]:
-        return {**attrs.asdict(self), "type": "int", "symmetric": True, "dynamic": False}
-
-
 def _targets(rows: Iterable[LedgerRow], patterns: Mapping[str, str]) -> list[str]:
     # Files name experts one by one, but models fuse them, so no expert's name in a file matches a module.
     return list(dict.fromkeys(patterns[row.name] for row in rows if ".experts." not in row.name))
@@ -153,7 +137,7 @@ def _targets(rows: Iterable[LedgerRow], patterns: Mapping[str, str]) -> list[str
 def _ignored(ledger: Ledger, patterns: Mapping[str, str]) -> list[str]:
     """Patterns of the layers without codes: kept layers in the file, and tied output layers, which the file omits."""
     kept = [patterns[row.name] for row in ledger if row.name in patterns and row.fate != "quantized"]
-    coded = {row.name.removesuffix(_WEIGHT).rpartition(".")[2] for row in _quantized(ledger)}
+    coded = {row.name.removesuffix(_WEIGHT).rpartition(".")[2] for row, _ in _coded(ledger)}
     return list(dict.fromkeys([*kept, *(rf"re:(.*\.)?{head}$" for head in _HEADS if head not in coded)]))
 
 
@@ -163,10 +147,11 @@ def _patterns(ledger: Ledger) -> dict[str, str]:
     Weights whose names differ only in numbers share a pattern if they have the same scheme. Otherwise each has its own.
     """
     names = {row.name: _escaped(row.name) for row in ledger if row.name.endswith(_WEIGHT) and len(row.shape) == 2}
-    schemes: dict[str, set[_Scheme | None]] = {}
-    for name, escaped in names.items():
-        schemes.setdefault(_numbered(escaped), set()).add(_Scheme.of(ledger[name]))
-    alike = {name: _numbered(escaped) for name, escaped in names.items()}
+    alike = {name: re.sub(r"\d+", r"\\d+", escaped) for name, escaped in names.items()}
+    schemes: dict[str, set[object]] = {}
+    for name, pattern in alike.items():
+        spec = ledger[name].spec
+        schemes.setdefault(pattern, set()).add(_scheme(spec) if isinstance(spec, QuantSpec) else None)
     return {
         name: rf"re:(.*\.)?{alike[name] if len(schemes[alike[name]]) == 1 else escaped}$"
         for name, escaped in names.items()
@@ -178,7 +163,3 @@ def _escaped(name: str) -> str:
     module = name.removesuffix(_WEIGHT)
     _, dot, rest = module.partition(".")
     return re.escape(rest if dot and not rest[0].isdigit() else module)
-
-
-def _numbered(name: str) -> str:
-    return re.sub(r"\d+", r"\\d+", name)

@@ -15,23 +15,18 @@ from torch import Tensor
 
 from fewbits._events import emit
 from fewbits.checkpoint.chunks import Chunk
-from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.codec import CODEC, Value, part_name
 from fewbits.checkpoint.folder import CheckpointFiles, ShardedReader, find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Serializer
 from fewbits.errors import FormatError
-from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, read_config
-from fewbits.formats.compressed_parts import (
-    column_order,
-    packed_codes,
-    scale_and_zero_point,
-    stated_shape,
-)
+from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, CompressionConfig, read_config
+from fewbits.formats.compressed_parts import WeightReader, column_order, stated_shape
 from fewbits.formats.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
-from fewbits.numerics.tensor import QuantizedTensor, shape_part
+from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Fate, Ledger, LedgerRow
 
 #: Last name components of tensors that belong to a layer's inputs and outputs, or to an attention cache.
@@ -54,11 +49,13 @@ class CompressedTensors:
         originals: shape and dtype of the source's tensors, by name; None if there is no source to compare with.
 
     Attributes:
+        tensors: the tensors in the files.
         ledger: every tensor that can be read; weights have their names before quantization.
-        problems: for each other tensor, by name: the fate it would have had, and why it cannot be read or compared.
+        problems: the other tensors, by name: the fate that each would have had, and why it cannot be read or
+            compared.
         unknown: tensors that are not part of a weight and not in the source.
         of_activations: scales and zero points of activations.
-        weights: how each weight in the ledger is stored.
+        weights: the readers of the weights in the ledger, by name.
         about: notes on how the checkpoint was read.
 
     Raises:
@@ -74,22 +71,17 @@ class CompressedTensors:
     ) -> None:
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        self._path, self._tensors = path, _opened(files, serializer)
-        self._entries, self._originals, self._config = self._tensors.entries, originals, read_config(files)
+        self._path, self._originals, self._config = path, originals, read_config(files) or CompressionConfig()
+        self.tensors = _opened(files, serializer)
+        self._entries = self.tensors.entries
         self.problems: dict[str, tuple[Fate, str]] = {}
-        self.weights: dict[str, CompressedWeight] = {}
+        self.weights: dict[str, WeightReader] = {}
         self.unknown: list[str] = []
         self.of_activations: list[str] = []
-        self._orders: dict[str, Tensor] = {}
         rows, parts = self._weight_rows()
         rows += [row for name in self._entries if name not in parts and (row := self._kept_row(name)) is not None]
         self.ledger = Ledger(sorted(rows, key=lambda row: row.name))
         self.about = tuple(self._describe())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without headers."""
-        return self._tensors.nbytes
 
     def chunk(self, chunk: Chunk) -> Value:
         """Return a copy of a chunk of a tensor in its stored form. Columns of a weight are sorted by group.
@@ -100,17 +92,8 @@ class CompressedTensors:
         Raises:
             FormatError: if a code or zero point is invalid.
         """
-        row, described = chunk.row, chunk.described()
-        weight = self.weights.get(row.name)
-        if weight is None or described.layout is None:
-            return self._tensors.read_chunk(row.name, chunk.start, described.shape)
-        rows = slice(*chunk.rows)
-        scale, zero_point = scale_and_zero_point(self._tensors, weight, rows)
-        packed = packed_codes(self._tensors, weight, self._orders.get(row.name), rows)
-        parts = {"packed": packed, "scale": scale, "shape": shape_part(described.shape)}
-        if zero_point is not None:
-            parts["zero_point"] = zero_point
-        return QuantizedTensor.from_parts(parts, spec=weight.spec, layout=described.layout, dtype=row.dtype)
+        weight = self.weights.get(chunk.row.name)
+        return CODEC.decode_chunk(chunk, self.tensors.read_chunk if weight is None else weight.read)
 
     def values(self) -> dict[str, Value]:
         """Return every tensor in its stored form. Weights with a ``g_idx`` are dequantized, in original column order.
@@ -122,7 +105,7 @@ class CompressedTensors:
         """
         problems = [f"{name}: {problem}" for name, (_, problem) in self.problems.items()]
         problems += [f"{name} is a part of a weight whose codes are missing" for name in self.unknown]
-        if self._config is not None and self._config.transforms:
+        if self._config.transforms:
             problems.append("config.json names transforms, so the weights are not those of the original model")
         if problems:
             raise FormatError(f"{self._path} cannot be loaded: {'; '.join(problems)}")
@@ -131,18 +114,18 @@ class CompressedTensors:
         return {row.name: self._value(row) for row in self.ledger}
 
     def _value(self, row: LedgerRow) -> Value:
-        value, order = self.chunk(Chunk.whole(row)), self._orders.get(row.name)
+        value, order = self.chunk(Chunk.whole(row)), self._order(row)
         if order is None or not isinstance(value, QuantizedTensor):
             return value
         return value.dequantize()[..., torch.argsort(order)]
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor of the files."""
-        return self._tensors.read_whole(name)
+    def _order(self, row: LedgerRow) -> Tensor | None:
+        weight = self.weights.get(row.name)
+        return None if weight is None else weight.order
 
     def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
         """Return a chunk of the source with its columns in the same order as those that `chunk` returns."""
-        order = self._orders.get(row.name)
+        order = self._order(row)
         return source if order is None else source[..., order]
 
     def _weight_rows(self) -> tuple[list[LedgerRow], set[str]]:
@@ -163,34 +146,18 @@ class CompressedTensors:
         Raises:
             FormatError: if the weight cannot be read or does not match the source.
         """
-        self._check_config(name)
-        weight = describe(name, codes, self._entries, stated_shape(self._tensors, name), self._config)
-        original = Entry(weight.layout.shape, self._entries[weight.part("scale")].dtype)
-        if self._originals is not None:
-            original = self._original(name, original)
-        if weight.ordered:
-            self._orders[name] = column_order(self._tensors, weight)
-        self.weights[name] = weight
-        parts = parts_of(name, codes, self._entries)
-        return LedgerRow(
-            name=name,
-            shape=original.shape,
-            dtype=original.dtype,
-            fate="quantized",
-            reason=f"quantized in a format of {QUANT_METHOD}",
-            bytes_before=original.nbytes,
-            bytes_after=sum(self._entries[part].nbytes for part in parts),
-            spec=weight.spec,
-            layout=weight.layout,
-        )
-
-    def _check_config(self, name: str) -> None:
-        if self._config is None:
-            return
         if odd := sorted(self._config.formats - set(READABLE_FORMATS)):
             raise FormatError(f"{name}: config.json names the format {', '.join(odd)}, which fewbits does not read")
         if name.rpartition(".")[0] in self._config.ignore:
             raise FormatError(f"{name} is quantized, but config.json says that its module is not")
+        shape = stated_shape(self.tensors, part_name(name, "shape"))
+        weight = describe(name, codes, self._entries, shape, self._config)
+        original = Entry(weight.layout.shape, self._entries[weight.part("scale")].dtype)
+        if self._originals is not None:
+            original = self._original(name, original)
+        self.weights[name] = WeightReader(self.tensors, weight, column_order(self.tensors, weight))
+        nbytes = sum(self._entries[part].nbytes for part in parts_of(name, codes, self._entries))
+        return _row(name, original, nbytes, f"quantized in a format of {QUANT_METHOD}", weight)
 
     def _original(self, name: str, found: Entry) -> Entry:
         original = (self._originals or {}).get(name)
@@ -219,27 +186,19 @@ class CompressedTensors:
                 f"{dtype_name(original.dtype)} of shape {original.shape}",
             )
         else:
-            return LedgerRow(
-                name=name,
-                shape=original.shape,
-                dtype=original.dtype,
-                fate="kept",
-                reason="not quantized",
-                bytes_before=original.nbytes,
-                bytes_after=entry.nbytes,
-            )
+            return _row(name, original, entry.nbytes, "not quantized")
         return None
 
     def _describe(self) -> list[str]:
         about = [f"read as {QUANT_METHOD}: {len(self.weights):,} weights"]
-        if any(weight.inferred for weight in self.weights.values()):
-            schemes = sorted({weight.scheme for weight in self.weights.values() if weight.inferred})
+        if self.weights and not self._config.schemes:
+            schemes = sorted({reader.weight.scheme for reader in self.weights.values()})
             about.append(f"no config.json states the schemes; they were inferred from shapes: {', '.join(schemes)}")
-        if self._config is not None and not self._config.compressed:
+        if not self._config.compressed:
             about.append(
                 "config.json does not set quantization_status to compressed: other loaders may ignore the codes"
             )
-        if self._config is not None and self._config.transforms:
+        if self._config.transforms:
             about.append("config.json names transforms: weights were multiplied by matrices before quantization")
         return about
 
@@ -277,6 +236,20 @@ def open_checkpoint(path: str | os.PathLike[str], serializer: Serializer | None 
         if is_compressed_tensors(path, serializer):
             return None
         raise
+
+
+def _row(name: str, original: Entry, nbytes: int, reason: str, weight: CompressedWeight | None = None) -> LedgerRow:
+    return LedgerRow(
+        name=name,
+        shape=original.shape,
+        dtype=original.dtype,
+        fate="kept" if weight is None else "quantized",
+        reason=reason,
+        bytes_before=original.nbytes,
+        bytes_after=nbytes,
+        spec=None if weight is None else weight.spec,
+        layout=None if weight is None else weight.layout,
+    )
 
 
 def _opened(files: CheckpointFiles, serializer: Serializer) -> ShardedReader:

@@ -48,10 +48,8 @@ class CompressedWeight:
         spec: the quantization parameters that fit the tensors.
         layout: how the weight is divided into rows and columns.
         zero_point: how the zero points are stored; None if symmetric.
-        ordered: whether a ``g_idx`` gives the group of each column.
-        block_rows: how many rows share a scale.
+        block_rows: how many rows share a scale, if each scale covers a block.
         scheme: the scheme as text.
-        inferred: whether the spec was inferred from shapes because no config states it.
     """
 
     name: str
@@ -60,27 +58,12 @@ class CompressedWeight:
     spec: QuantSpec
     layout: Layout
     zero_point: Literal["packed", "bytes"] | None
-    ordered: bool
     block_rows: int
     scheme: str
-    inferred: bool
 
     def part(self, part: str) -> str:
         """Return the name of one of its tensors."""
         return part_name(self.name, part)
-
-
-@attrs.frozen
-class _Cut:
-    """Which elements share a scale."""
-
-    granularity: Granularity
-    group_size: int | None = None
-    block_rows: int = 1
-
-
-class _UnfitError(Exception):
-    """A scheme does not match the tensors of a weight; the message says why."""
 
 
 def codes_names(entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -96,7 +79,7 @@ def codes_names(entries: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def describe(
-    name: str, codes: str, entries: Mapping[str, Entry], shape: Sequence[int] | None, config: CompressionConfig | None
+    name: str, codes: str, entries: Mapping[str, Entry], shape: Sequence[int] | None, config: CompressionConfig
 ) -> CompressedWeight:
     """Describe how one weight is stored.
 
@@ -105,7 +88,7 @@ def describe(
         codes: the name of the tensor with its codes.
         entries: every tensor of the checkpoint, by name.
         shape: the contents of ``weight_shape``; None if there is no such tensor.
-        config: the settings in ``config.json``; None to infer everything from shapes.
+        config: the settings in ``config.json``; without schemes in it, the shapes say how the weight is quantized.
 
     Raises:
         FormatError: if the tensors contradict each other or the config, or if fewbits does not read their format.
@@ -119,19 +102,19 @@ def describe(
     layout = _layout(name, form, entry, scale, shape)
     zero = entries.get(part_name(name, "zero_point"))
     reasons, fits = [], []
-    for scheme in (config.schemes if config is not None else ()) or (None,):
+    for scheme in config.schemes or (None,):
         try:
-            fits.append(_fit(scheme, form, entry, scale, layout, zero is not None))
-        except _UnfitError as error:
+            known = scheme or _inferred(form, entry, scale, layout, zero is not None)
+            fits.append(_fit(known, form, entry, scale, layout, zero is not None))
+        except FormatError as error:
             reasons.append(str(error))
     if not fits:
-        problem = "does not match config.json" if config else "cannot be read"
+        problem = "does not match config.json" if config.schemes else "cannot be read"
         raise FormatError(f"{name} {problem}: {'; '.join(reasons)}")
     if form == "packed" and len({spec for spec, _ in fits}) > 1:
         raise FormatError(f"{name} fits several groups of config.json: {', '.join(str(spec) for spec, _ in fits)}")
     # One-byte codes decode to the same values under every scheme that fits. The widest scheme allows all of the codes.
     spec, block_rows = max(fits, key=lambda fit: fit[0].bits)
-    ordered = part_name(name, "g_idx") in entries
     return CompressedWeight(
         name=name,
         codes=codes,
@@ -139,10 +122,8 @@ def describe(
         spec=spec,
         layout=layout,
         zero_point=None if spec.symmetric else _zero_point(name, zero, scale, spec, layout),
-        ordered=_check_order(name, entries[part_name(name, "g_idx")], spec, layout) if ordered else False,
         block_rows=block_rows,
         scheme=_in_words(spec, entry, block_rows),
-        inferred=config is None or not config.schemes,
     )
 
 
@@ -167,80 +148,76 @@ def _layout(name: str, form: Form, entry: Entry, scale: Entry, shape: Sequence[i
     return Layout.of(shape)
 
 
-def _fit(
-    scheme: WeightScheme | None, form: Form, entry: Entry, scale: Entry, layout: Layout, zero_points: bool
-) -> tuple[QuantSpec, int]:
-    """The spec of a weight and how many rows share a scale, from a scheme of the config or, without one, from shapes.
+def _inferred(form: Form, entry: Entry, scale: Entry, layout: Layout, zero_points: bool) -> WeightScheme:
+    """The only scheme that the shapes allow.
 
     Raises:
-        _UnfitError: if the tensors do not match the scheme.
+        FormatError: if they allow no scheme, or several.
     """
-    cut = _inferred_cut(scale, layout) if scheme is None else _cut_of(scheme, scale, layout)
-    if zero_points and cut.block_rows > 1:
-        raise _UnfitError("fewbits does not read zero points of blocks")
-    if form == "float8":
-        if scheme is not None and (scheme.kind, scheme.bits) != ("float", 8):
-            raise _UnfitError(f"{scheme}, but the codes are {dtype_name(entry.dtype)}")
-        if zero_points:
-            raise _UnfitError("fewbits does not read zero points of float8 codes")
-        return float8_spec(entry.dtype, cut.granularity, cut.group_size, scale.dtype), cut.block_rows
-    if scheme is not None and (scheme.kind != "int" or scheme.bits not in _BITS):
-        raise _UnfitError(f"{scheme}, but the codes are integers of 2 to 8 bits")
-    if scheme is not None and not scheme.symmetric and not zero_points:
-        raise _UnfitError(f"{scheme}, but there are no zero points")
-    spec = QuantSpec(
-        8 if form == "bytes" and scheme is None else _bits(scheme, form, entry, layout),
-        cut.granularity,
-        group_size=cut.group_size,
-        symmetric=not zero_points if scheme is None else scheme.symmetric,
-        scale_dtype=scale.dtype,
-    )
-    return spec, cut.block_rows
-
-
-def _bits(scheme: WeightScheme | None, form: Form, entry: Entry, layout: Layout) -> int:
-    widths = _BITS if scheme is None else [scheme.bits]
-    if form == "packed":
-        widths = [bits for bits in widths if packed_words(layout.columns, bits) == entry.shape[-1]]
-    if len(widths) != 1:
-        asked = "" if scheme is None else f"{scheme}, but "
-        one_of = f" may be codes of {' or '.join(map(str, widths))} bits" if widths else " do not fit any such codes"
-        raise _UnfitError(f"{asked}{entry.shape[-1]} words for {layout.columns} columns{one_of}")
-    return widths[0]
-
-
-def _cut_of(scheme: WeightScheme, scale: Entry, layout: Layout) -> _Cut:
-    rows, columns = layout.matrix_shape
-    found = matrix_form(scale.shape)
-    expected, cut = {
-        "tensor": ((1, 1), _Cut("tensor")),
-        "channel": ((rows, 1), _Cut("channel")),
-        "group": ((rows, _ceil(columns, scheme.group_size or 1)), _Cut("group", scheme.group_size)),
-        "block": (
-            (_ceil(rows, (scheme.block or (1, 1))[0]), _ceil(columns, (scheme.block or (1, 1))[1])),
-            _Cut("group", (scheme.block or (1, 1))[1], (scheme.block or (1, 1))[0]),
-        ),
-    }.get(scheme.strategy, (None, None))
-    if cut is None:
-        raise _UnfitError(f"{scheme}; fewbits does not read that strategy")
-    if found != expected or (scheme.strategy == "block" and len(layout.shape) != 2):
-        raise _UnfitError(f"{scheme}, but its scales have shape {scale.shape} for {rows} rows of {columns} columns")
-    return cut
-
-
-def _inferred_cut(scale: Entry, layout: Layout) -> _Cut:
-    rows, columns = layout.matrix_shape
-    found, groups = matrix_form(scale.shape)
-    if (found, groups) == (1, 1):
-        return _Cut("tensor")
-    if found != rows or not groups or columns % groups:
-        raise _UnfitError(
+    (rows, columns), (found, groups) = layout.matrix_shape, _matrix_form(scale.shape)
+    if (found, groups) != (1, 1) and (found != rows or not groups or columns % groups):
+        raise FormatError(
             f"scales have shape {scale.shape} for {rows} rows of {columns} columns: the scheme needs a config.json"
         )
-    return _Cut("channel") if groups == 1 else _Cut("group", columns // groups)
+    words = entry.shape[-1]
+    widths = [bits for bits in _BITS if packed_words(columns, bits) == words] if form == "packed" else [8]
+    if len(widths) != 1:
+        one_of = f"may be codes of {' or '.join(map(str, widths))} bits" if widths else "do not fit any codes"
+        raise FormatError(f"{words} words for {columns} columns {one_of}")
+    return WeightScheme(
+        bits=widths[0],
+        kind="float" if form == "float8" else "int",
+        strategy="tensor" if (found, groups) == (1, 1) else "channel" if groups == 1 else "group",
+        group_size=columns // groups,
+        block=None,
+        symmetric=not zero_points,
+    )
 
 
-def matrix_form(shape: Sequence[int]) -> tuple[int, int]:
+def _fit(
+    scheme: WeightScheme, form: Form, entry: Entry, scale: Entry, layout: Layout, zero_points: bool
+) -> tuple[QuantSpec, int]:
+    """The spec of a weight with this scheme, and how many rows share a scale.
+
+    Raises:
+        FormatError: if the tensors do not match the scheme.
+    """
+    rows, columns = layout.matrix_shape
+    # The granularity of the codes, and the rows and columns that share a scale.
+    strategies: dict[str, tuple[Granularity, int, int]] = {
+        "tensor": ("tensor", rows, columns),
+        "channel": ("channel", 1, columns),
+        "group": ("group", 1, scheme.group_size or 1),
+        "block": ("group", *(scheme.block or (1, 1))),
+    }
+    if scheme.strategy not in strategies:
+        raise FormatError(f"{scheme}; fewbits does not read that strategy")
+    granularity, height, width = strategies[scheme.strategy]
+    of_blocks = scheme.strategy == "block"
+    if _matrix_form(scale.shape) != (-(-rows // height), -(-columns // width)) or (
+        of_blocks and len(layout.shape) != 2
+    ):
+        raise FormatError(f"{scheme}, but its scales have shape {scale.shape} for {rows} rows of {columns} columns")
+    block_rows, group_size = height if of_blocks else 1, width if granularity == "group" else None
+    if zero_points and (block_rows > 1 or form == "float8"):
+        raise FormatError("fewbits does not read zero points of blocks or of float8 codes")
+    if form == "float8":
+        if (scheme.kind, scheme.bits) != ("float", 8):
+            raise FormatError(f"{scheme}, but the codes are {dtype_name(entry.dtype)}")
+        return float8_spec(entry.dtype, granularity, group_size, scale.dtype), block_rows
+    if scheme.kind != "int" or scheme.bits not in _BITS:
+        raise FormatError(f"{scheme}, but the codes are integers of 2 to 8 bits")
+    if not scheme.symmetric and not zero_points:
+        raise FormatError(f"{scheme}, but there are no zero points")
+    if form == "packed" and packed_words(columns, scheme.bits) != entry.shape[-1]:
+        raise FormatError(f"{scheme}, but {entry.shape[-1]} words for {columns} columns do not fit any such codes")
+    spec = QuantSpec(
+        scheme.bits, granularity, group_size=group_size, symmetric=scheme.symmetric, scale_dtype=scale.dtype
+    )
+    return spec, block_rows
+
+
+def _matrix_form(shape: Sequence[int]) -> tuple[int, int]:
     """Return the shape of scales as (rows, groups)."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
 
@@ -248,21 +225,15 @@ def matrix_form(shape: Sequence[int]) -> tuple[int, int]:
 def _zero_point(
     name: str, zero: Entry | None, scale: Entry, spec: QuantSpec, layout: Layout
 ) -> Literal["packed", "bytes"]:
-    rows, groups = matrix_form(scale.shape)
-    if zero is not None and zero.dtype == torch.int8 and matrix_form(zero.shape) == (rows, groups):
+    rows, groups = _matrix_form(scale.shape)
+    if zero is not None and zero.dtype == torch.int8 and _matrix_form(zero.shape) == (rows, groups):
         return "bytes"
     packed = (packed_words(rows, spec.bits), groups)
-    if zero is not None and zero.dtype == torch.int32 and matrix_form(zero.shape) == packed and len(layout.shape) == 2:
+    if zero is not None and zero.dtype == torch.int32 and _matrix_form(zero.shape) == packed and len(layout.shape) == 2:
         return "packed"
     raise FormatError(
         f"{name}_zero_point is {zero}; it must be int8 in the shape of the scales, or int32 of shape {packed}"
     )
-
-
-def _check_order(name: str, order: Entry, spec: QuantSpec, layout: Layout) -> bool:
-    if order.dtype not in (torch.int32, torch.int64) or order.shape != (layout.columns,) or spec.granularity != "group":
-        raise FormatError(f"{name}_g_idx is {order}; it must be one integer per column ({layout.columns})")
-    return True
 
 
 def _in_words(spec: QuantSpec, entry: Entry, block_rows: int) -> str:
@@ -271,10 +242,6 @@ def _in_words(spec: QuantSpec, entry: Entry, block_rows: int) -> str:
     size = "" if spec.group_size is None else f" {spec.group_size}"
     rows = "" if block_rows == 1 else f" of {block_rows} rows"
     return f"{dtype_name(entry.dtype)} {spec.granularity}{size}{rows}"
-
-
-def _ceil(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 def parts_of(name: str, codes: str, entries: Mapping[str, Entry]) -> list[str]:

@@ -5,7 +5,7 @@ Without this check, their codes would silently be kept as integers, and their sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import attrs
 import torch
@@ -37,18 +37,13 @@ class ForeignFormat:
 
     def found_beside(self, name: str, entry: Entry, entries: Mapping[str, Entry]) -> list[str]:
         """Return the names of the other tensors if a tensor holds codes of this format; empty if not."""
-        stem = self._stem(name)
         fits = entry.dtype in self.dtypes if self.dtypes else entry.dtype not in (*FLOAT_DTYPES, *FP8_DTYPES)
-        if stem is None or not fits:
+        if not fits or not name.endswith(self.codes):
             return []
+        stem = name.removesuffix(self.codes)
+        whole_component = self.codes[:1] in ("", "_", ".") or stem[-1:] in ("", ".")
         beside = [stem + ending for ending in self.beside]
-        return beside if all(other in entries for other in beside) else []
-
-    def _stem(self, name: str) -> str | None:
-        if not name.endswith(self.codes):
-            return None
-        stem = name[: len(name) - len(self.codes)]
-        return stem if self.codes[:1] in ("", "_", ".") or stem[-1:] in ("", ".") else None
+        return beside if whole_component and all(other in entries for other in beside) else []
 
 
 _U8, _I8, _I32 = (torch.uint8,), (torch.int8,), (torch.int32,)
@@ -83,17 +78,11 @@ FOREIGN_FORMATS = (
     ForeignFormat("FP8 with its columns in another order", "", ("_scale", "_g_idx"), FP8_DTYPES),
 )
 
-
-#: Advice for the error message, by whether `fewbits.load` reads the format.
-_ADVICE = {
-    False: (
-        "cannot be read yet; give the float checkpoint it was made from, or dequantize it with the tool that wrote it"
-    ),
-    True: (
-        "must be dequantized before it is quantized again; give the float checkpoint it was made from, or "
-        "fewbits.load(path, dequantize=True)"
-    ),
-}
+_ADVICE = "cannot be read yet; give the float checkpoint it was made from, or dequantize it with the tool that wrote it"
+_LOADABLE_ADVICE = (
+    "must be dequantized before it is quantized again; give the float checkpoint it was made from, or "
+    "fewbits.load(path, dequantize=True)"
+)
 
 
 def refuse_foreign(entries: Mapping[str, Entry]) -> None:
@@ -102,17 +91,11 @@ def refuse_foreign(entries: Mapping[str, Entry]) -> None:
     Raises:
         SourceError: naming the first such tensor, its format, and the tensors that belong to it.
     """
-    for name, format, beside in _foreign(entries):
-        entry = entries[name]
-        raise SourceError(
-            f"{name} ({dtype_name(entry.dtype)}, shape {entry.shape}) is quantized already: with {', '.join(beside)} "
-            f"beside it, it looks like {format.what}, which {_ADVICE[format.loadable]}"
-        )
-
-
-def _foreign(entries: Mapping[str, Entry]) -> Iterator[tuple[str, ForeignFormat, list[str]]]:
     for name, entry in entries.items():
         for format in FOREIGN_FORMATS:
             if beside := format.found_beside(name, entry, entries):
-                yield name, format, beside
-                break
+                advice = _LOADABLE_ADVICE if format.loadable else _ADVICE
+                raise SourceError(
+                    f"{name} ({dtype_name(entry.dtype)}, shape {entry.shape}) is quantized already: with "
+                    f"{', '.join(beside)} beside it, it looks like {format.what}, which {advice}"
+                )

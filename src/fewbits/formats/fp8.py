@@ -7,13 +7,14 @@ ModelOpt) has one scale for the whole tensor or one per row, rarely one per bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
 from fewbits._events import emit
+from fewbits.checkpoint.codec import ReadElements
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import NumericsError, SourceError
 from fewbits.numerics.dtypes import dtype_name
@@ -31,9 +32,6 @@ ACTIVATION_SCALES = (
     "input_scale", "output_scale", "act_scale", "activation_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
     "prob_scale",
 )  # fmt: skip
-
-#: Reads elements `start` to `stop` of a named tensor, flattened: (name, start, stop).
-ReadElements = Callable[[str, int, int], Tensor]
 
 
 @attrs.frozen
@@ -54,11 +52,6 @@ class ScaledWeight:
     scale_entry: Entry
     grid: ScaleGrid
 
-    @property
-    def described(self) -> Entry:
-        """Shape and dtype of the dequantized weight."""
-        return Entry(self.entry.shape, FP8_TARGET)
-
     def read(
         self, elements: ReadElements, first: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> Tensor:
@@ -76,8 +69,8 @@ class ScaledWeight:
         out = torch.empty(shape, dtype=FP8_TARGET, device=device)
         try:
             dequantize_scaled(
-                lambda start, stop: elements(self.name, start, stop),
-                lambda start, stop: elements(self.scale, start, stop),
+                lambda start, stop: elements(self.name, start, (stop - start,)),
+                lambda start, stop: elements(self.scale, start, (stop - start,)),
                 self.grid,
                 out,
                 first=first,

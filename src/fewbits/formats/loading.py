@@ -120,24 +120,28 @@ def load(
     if into is not None and dequantize:
         raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
     checkpoint = open_checkpoint(path, serializer)
-    if checkpoint is None:
-        check_check(check)
-        if into is not None:
-            raise ArgumentError(
-                f"{path} is a checkpoint of compressed-tensors; load it without into=, or quantize "
-                "load(path, dequantize=True) and load that result into the model"
-            )
-        loaded = CompressedTensors(path, serializer).values()
-        return _dequantized(loaded) if dequantize else loaded
+    check_check(check)
     if into is None:
-        checkpoint.check(check)
-        return _dequantized(checkpoint.values()) if dequantize else checkpoint.values()
+        if checkpoint is None:
+            values = CompressedTensors(path, serializer).values()
+        else:
+            checkpoint.check(check)
+            values = checkpoint.values()
+        # Tied names still share one tensor.
+        coded = {id(value): value for value in values.values() if dequantize and isinstance(value, QuantizedTensor)}
+        floats = {key: value.dequantize() for key, value in coded.items()}
+        return {name: floats.get(id(value), value) for name, value in values.items()}
+    if checkpoint is None:
+        raise ArgumentError(
+            f"{path} is a checkpoint of compressed-tensors; load it without into=, or quantize "
+            "load(path, dequantize=True) and load that result into the model"
+        )
     if not isinstance(into, nn.Module):
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_unfit(into, MismatchError)
     checkpoint.check(check)
     beside = held_beside(into)
-    places, values = _places(checkpoint, into, beside, ignored, init_buffers)
+    places, buffers = _places(checkpoint, into, beside, ignored, init_buffers)
     filled = [
         Place.of(row, taken, target, held_elsewhere=any(slot.name in beside for slot in taken))
         for row in checkpoint.ledger.stored
@@ -147,18 +151,12 @@ def load(
         fill(checkpoint, filled, compute)
     finally:  # also if loading failed: a partly loaded model must not be saved
         refuse_save_pretrained(into)
-    for slot, value in values:
+    for slot, value in buffers:
         slot.module._buffers[slot.local] = value
     if target is not None:
         move_others(into, target)
     trim(holes=0)
     return into
-
-
-def _dequantized(values: Mapping[str, Value]) -> dict[str, Value]:
-    """The values, with quantized tensors replaced by float tensors; tied names still share one tensor."""
-    floats = {id(value): value.dequantize() for value in values.values() if isinstance(value, QuantizedTensor)}
-    return {name: floats.get(id(value), value) for name, value in values.items()}
 
 
 def _places(
@@ -180,7 +178,9 @@ def _places(
     check_all_used(ignored, needless, f"ignore, among tensors that {checkpoint.path} has and the model lacks")
     left = {name for name in needless if any(pattern.matches(name) for pattern in ignored)}
     missed = [name for name, row in rows.items() if name not in by_name and row.persistent and name not in left]
-    problems = _missed(missed, compiled_hint(model, missed))
+    problems = [f"{name} is in the file, not in the model" for name in missed]
+    if missed:
+        problems[-1] += f" (with ignore=[...] such tensors stay in the file){compiled_hint(model, missed)}"
     left |= {name for name in needless if name in by_name and _stays(by_name[name], rows[name])}
     taken = {name: row for name, row in rows.items() if name in by_name and name not in left}
     home = {id(by_name[name].tensor): row.holder for name, row in taken.items()}
@@ -204,24 +204,15 @@ def _places(
         elif slot.tensor.is_meta:
             bare.append(slot)
     tied = ties(model, absent, taken) if absent else {}
-    problems += [f"{name} is in the model, not in the file{_tie_advice(tied.get(name))}" for name in absent]
+    for name in absent:
+        advice = f" (call the model's tie_weights() first, which ties it to {tied[name]})" if name in tied else ""
+        problems.append(f"{name} is in the model, not in the file{advice}")
     problems += [problem for row in checkpoint.ledger for problem in _unrounded(row, places.get(row.name, ()), model)]
     values, without = initial_values(model, bare, init_buffers)
     problems += without
     if problems:
         raise MismatchError(f"{checkpoint.path} does not fit {type(model).__name__}: {'; '.join(problems)}")
     return places, [(slot, values[slot.key]) for slot in bare]
-
-
-def _missed(names: Sequence[str], hint: str) -> list[str]:
-    problems = [f"{name} is in the file, not in the model" for name in names]
-    if problems:
-        problems[-1] += f" (with ignore=[...] such tensors stay in the file){hint}"
-    return problems
-
-
-def _tie_advice(other: str | None) -> str:
-    return "" if other is None else f" (call the model's tie_weights() first, which ties it to {other})"
 
 
 def _stays(slot: Slot, row: LedgerRow) -> bool:
@@ -245,11 +236,8 @@ def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
     if row.spec is None or not slot.is_parameter:  # a buffer takes the dequantized tensor
         return []
     obstacle = beside or obstacle_to(slot.module, slot.local)
-    return (
-        [f"{slot.name} is {row.scheme} in the file, but {obstacle}: exclude it, or load without into="]
-        if obstacle
-        else []
-    )
+    problem = f"{slot.name} is {row.scheme} in the file, but {obstacle}: exclude it, or load without into="
+    return [problem] if obstacle else []
 
 
 def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
-from typing import Any, final, get_args
+from typing import Any, Literal, final, get_args
 
 from torch import nn
 
@@ -12,29 +13,26 @@ from fewbits import calibration
 from fewbits._events import emit
 from fewbits._sizes import parse_size
 from fewbits.checkpoint.output import Output
-from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
-from fewbits.conversion.file_writer import Share
-from fewbits.conversion.job import Job
 from fewbits.conversion.live_job import LiveJob
-from fewbits.errors import ArgumentError, CalibrationError, StateError
+from fewbits.errors import ArgumentError, CalibrationError, ValidationError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.packed import prepack
-from fewbits.quantizers.lifecycle import TRANSITIONS, State, after, guard
-from fewbits.quantizers.outcome import OnFailure, act_on_failure, emit_report
-from fewbits.quantizers.resolving import check_choice
-from fewbits.quantizers.scheme import Scheme
-from fewbits.selection.ledger import Ledger
+from fewbits.quantizers.lifecycle import TRANSITIONS, Lifecycle, guard
+from fewbits.quantizers.scheme import check_choice
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.base import LiveSource
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
-from fewbits.validation.report import CRITICAL_DB, Report
+from fewbits.validation.report import CRITICAL_DB, LOSE_LESS, Report
+
+#: What to do if a validation fails.
+OnFailure = Literal["error", "warn", "ignore"]
 
 
-class Quantizer(Scheme):
+class Quantizer(Lifecycle):
     """Makes a model, a state dict or a checkpoint smaller: prepare, observe, convert, validate, save.
 
     A subclass sets `spec`, which says how codes look, on the class, or on the instance before `__init__` runs. It
@@ -50,71 +48,6 @@ class Quantizer(Scheme):
                 f"{cls.__name__} overrides {', '.join(overridden)}; the lifecycle is final: override spec, spec_for or "
                 "quantize_tensor, or inject an observer, a selector or a serializer"
             )
-
-    _state = State.CREATED
-    _job: Job | None = None
-
-    # State and results.
-
-    @property
-    def state(self) -> State:
-        """The state of the lifecycle."""
-        return self._state
-
-    @property
-    def ledger(self) -> Ledger:
-        """The fate of every tensor.
-
-        Raises:
-            StateError: before `prepare`.
-        """
-        if self._job is None:
-            raise StateError(f"there is no ledger in state {self._state.name}; call prepare(model) first")
-        return self._job.ledger
-
-    @property
-    def report(self) -> Report:
-        """The report of the last validation.
-
-        Raises:
-            StateError: before `validate`.
-        """
-        if self._job is None or self._job.report is None:
-            raise StateError(f"there is no report in state {self._state.name}; call validate() first")
-        return self._job.report
-
-    @property
-    def left_behind(self) -> tuple[str, ...]:
-        """Files of a source directory that are neither converted nor copied to the result."""
-        return tuple(self._job.left_behind) if isinstance(self._job, FileJob) else ()
-
-    @property
-    def opens_in(self) -> str | None:
-        """Who can open the result, and why others cannot; None unless the source is a transformers directory."""
-        readers = self._job.readers if isinstance(self._job, FileJob) else None
-        return None if readers is None else str(readers)
-
-    @property
-    def shares(self) -> tuple[Share, ...]:
-        """The work of each process on the result; empty for a result in memory."""
-        return self._job.shares if isinstance(self._job, FileJob) else ()
-
-    def shards(self, output: str | os.PathLike[str] | Output) -> tuple[Shard, ...]:
-        """The files that `convert` would write, with the ledger of each; none for a source in memory.
-
-        Raises:
-            StateError: before `prepare`.
-            ArgumentError: if the result cannot be written there, or not within the limits of the output.
-        """
-        if self._job is None:
-            raise StateError(f"there is nothing planned in state {self._state.name}; call prepare(path) first")
-        if not isinstance(self._job, FileJob):
-            return ()
-        return self._job.coordinator(
-            self._encoder(), self.serializer, Output.of(output), comparing=True, shared=False
-        ).shards
-
-    # The lifecycle.
 
     @final
     def prepare(self, source: object, *, inplace: bool = False, entry: str | None = None) -> Any:
@@ -256,8 +189,8 @@ class Quantizer(Scheme):
         check_choice("on_failure", on_failure, get_args(OnFailure))
         report = job.examine(self.serializer, fail_under, progress)
         if not isinstance(job, FileJob) or job.leads:
-            emit_report(report, self.name)
-        act_on_failure(report, on_failure)
+            _emit_report(report, self.name)
+        _act_on_failure(report, on_failure)
         self._advance("validate", ok=report.ok)
         return report
 
@@ -330,15 +263,25 @@ class Quantizer(Scheme):
             raise ArgumentError("only the conversion of a path can be shared; prepare a path, or call convert()")
         return job
 
-    # Helpers.
 
-    def _guarded(self, call: str) -> Job:
-        """The job, if the call is legal now."""
-        guard(self._state, call)
-        if self._job is None:
-            raise StateError(f"{call}() needs a source; call reset(), then prepare(model)")
-        return self._job
+def _emit_report(report: Report, scheme: str) -> None:
+    """Emit an event for every measured tensor, for low SQNR, and for every failure."""
+    for t in report.tensors:
+        if t.measurement is not None and t.verdict is not None:
+            sqnr_db = round(t.measurement.sqnr_db, 2)
+            level: Literal["info", "warning"] = "warning" if t.verdict == "critical" else "info"
+            emit(level, "sqnr", tensor=t.name, scheme=t.scheme, sqnr_db=sqnr_db, verdict=t.verdict)
+    if found := report.warnings:
+        emit("warning", "low_sqnr", scheme=scheme, tensors=len(found), least=found[0], advice=LOSE_LESS)
+    for failure in report.failures:
+        emit("warning", "validation_failure", scheme=scheme, finding=failure)
 
-    def _advance(self, call: str, **fields: object) -> None:
-        self._state = after(self._state, call)
-        emit("info", call, scheme=self.name, state=self._state.name, **fields)
+
+def _act_on_failure(report: Report, on_failure: OnFailure) -> None:
+    """Raise an error or a warning if the validation failed and the caller asked for it."""
+    if report.ok or on_failure == "ignore":
+        return
+    message = f"validation failed:\n{report.summary()}"
+    if on_failure == "error":
+        raise ValidationError(message, report)
+    warnings.warn(message, stacklevel=3)

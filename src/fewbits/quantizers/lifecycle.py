@@ -1,10 +1,17 @@
-"""The states of a quantizer, and the table of legal calls."""
+"""The states of a quantizer, the table of legal calls, and what a quantizer knows in each state."""
 
 from __future__ import annotations
 
 import enum
 
+from fewbits._events import emit
+from fewbits.conversion.file_job import FileJob
+from fewbits.conversion.file_writer import Share
+from fewbits.conversion.job import Job
 from fewbits.errors import StateError
+from fewbits.quantizers.scheme import Scheme
+from fewbits.selection.ledger import Ledger
+from fewbits.validation.report import Report
 
 
 class State(enum.Enum):
@@ -29,10 +36,6 @@ TRANSITIONS: dict[str, tuple[frozenset[State], State | None]] = {
     "reset": (frozenset(State), _C),
 }
 
-#: The call that is missing before a call that is too early.
-_MISSING = {"observe": "prepare(model)", "convert": "prepare(model)", "validate": "convert()", "save": "convert()"}
-_ORDER = list(State)
-
 
 def guard(state: State, call: str) -> None:
     """Refuse a call that is illegal in a state.
@@ -48,13 +51,69 @@ def guard(state: State, call: str) -> None:
     allowed, _ = TRANSITIONS[call]
     if state in allowed:
         return
-    too_early = all(_ORDER.index(state) < _ORDER.index(other) for other in allowed)
-    missing = _MISSING[call] if too_early else "reset()"
-    if too_early and missing == "convert()" and state is State.CREATED:
-        missing = "prepare(model), then convert(),"
+    if state is State.CREATED:
+        missing = "prepare(model)" if call in ("observe", "convert") else "prepare(model), then convert(),"
+    else:
+        missing = "convert()" if call in ("validate", "save") else "reset()"
     raise StateError(f"{call}() is not legal in state {state.name}; call {missing} first")
 
 
-def after(state: State, call: str) -> State:
-    """The state that a successful call leads to."""
-    return TRANSITIONS[call][1] or state
+class Lifecycle(Scheme):
+    """A scheme with a state, and with a source on its way to a result."""
+
+    _state = State.CREATED
+    _job: Job | None = None
+
+    @property
+    def state(self) -> State:
+        """The state of the lifecycle."""
+        return self._state
+
+    @property
+    def ledger(self) -> Ledger:
+        """The fate of every tensor.
+
+        Raises:
+            StateError: before `prepare`.
+        """
+        if self._job is None:
+            raise StateError(f"there is no ledger in state {self._state.name}; call prepare(model) first")
+        return self._job.ledger
+
+    @property
+    def report(self) -> Report:
+        """The report of the last validation.
+
+        Raises:
+            StateError: before `validate`.
+        """
+        if self._job is None or self._job.report is None:
+            raise StateError(f"there is no report in state {self._state.name}; call validate() first")
+        return self._job.report
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """Files of a source directory that are neither converted nor copied to the result."""
+        return tuple(self._job.left_behind) if isinstance(self._job, FileJob) else ()
+
+    @property
+    def opens_in(self) -> str | None:
+        """Who can open the result, and why others cannot; None unless the source is a transformers directory."""
+        readers = self._job.readers if isinstance(self._job, FileJob) else None
+        return None if readers is None else str(readers)
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """The work of each process on the result; empty for a result in memory."""
+        return self._job.shares if isinstance(self._job, FileJob) else ()
+
+    def _guarded(self, call: str) -> Job:
+        """The job, if the call is legal now."""
+        guard(self._state, call)
+        if self._job is None:
+            raise StateError(f"{call}() needs a source; call reset(), then prepare(model)")
+        return self._job
+
+    def _advance(self, call: str, **fields: object) -> None:
+        self._state = TRANSITIONS[call][1] or self._state
+        emit("info", call, scheme=self.name, state=self._state.name, **fields)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import attrs
 import torch
@@ -12,26 +12,23 @@ import torch
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.encoder import TensorEncoder
-from fewbits.errors import ArgumentError
+from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
 from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.observers import OBSERVERS
 from fewbits.observers.base import Observer
-from fewbits.observers.named import ObserverRecipe
+from fewbits.observers.min_max import MinMaxObserver
+from fewbits.observers.named import ObserverRecipe, make_observer
 from fewbits.quantizers.plan import plan, skip_reason
-from fewbits.quantizers.resolving import (
-    Ragged,
-    check_choice,
-    refuse_ragged,
-    resolve_observer,
-    resolve_spec,
-    resolve_strategy,
-)
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.rules import TypeRule, check_types
 from fewbits.selection.selector import Decision, LayerSelector
+
+#: How to treat rows that groups do not divide; see `Scheme.__init__`.
+Ragged = Literal["auto", "shorter", "fallback", "error"]
 
 
 class Scheme(ABC):
@@ -87,10 +84,12 @@ class Scheme(ABC):
         """
         if not isinstance(getattr(self, "spec", None), Spec):
             raise ArgumentError(f"{type(self).__name__} has no spec; set one: spec = QuantSpec(...) or CastSpec(...)")
-        self.observer = resolve_observer("observer", observer)
-        self.activation_observer = resolve_observer("activation_observer", activation_observer)
-        self.selector: LayerSelector = resolve_strategy("selector", selector, LayerSelector, LayerSelector)
-        self.serializer: Serializer = resolve_strategy("serializer", serializer, Serializer, SafetensorsSerializer)
+        self.observer: Observer = _resolve_strategy("observer", observer, Observer, MinMaxObserver)
+        self.activation_observer: Observer = _resolve_strategy(
+            "activation_observer", activation_observer, Observer, MinMaxObserver
+        )
+        self.selector: LayerSelector = _resolve_strategy("selector", selector, LayerSelector, LayerSelector)
+        self.serializer: Serializer = _resolve_strategy("serializer", serializer, Serializer, SafetensorsSerializer)
         self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
         if scale_dtype is not None and isinstance(self.spec, CastSpec):
             raise ArgumentError(f"{self.name} has no scales; scale_dtype is for schemes with scales")
@@ -119,7 +118,7 @@ class Scheme(ABC):
             for info in infos
         ]
         ledger = plan(infos, list(self.selector.select(infos)), self._choose)
-        refuse_ragged(ledger, self.ragged)
+        _refuse_ragged(ledger, self.ragged)
         return ledger
 
     def _choose(self, info: TensorInfo, decision: Decision) -> tuple[Spec, str]:
@@ -131,7 +130,7 @@ class Scheme(ABC):
             return spec, reason
         if self.scale_dtype is not None and (decision.override is None or spec.scale_dtype is None):
             spec = attrs.evolve(spec, scale_dtype=self.scale_dtype)
-        return resolve_spec(spec, info, self.ragged, reason)
+        return _resolve_spec(spec, info, self.ragged, reason)
 
     def _encoder(self) -> TensorEncoder:
         """The encoder with the strategies of this scheme."""
@@ -142,3 +141,71 @@ class Scheme(ABC):
         apart = {"selector", "serializer", "activation_observer", "_state", "_job"}
         settings = {name: value for name, value in vars(self).items() if name not in apart}
         return TensorEncoder(scheme, [type(self), settings], self.quantize_tensor)
+
+
+def _resolve_strategy(name: str, value: Any, expected: type, default: Callable[[], Any]) -> Any:
+    """Check that a strategy is an instance of its base class, and not the class itself. None gives the default.
+
+    An observer may be given by its name, or as a mapping with its name and arguments.
+
+    Raises:
+        ArgumentError: if it is something else.
+    """
+    if value is None:
+        return default()
+    if expected is Observer and isinstance(value, (str, Mapping)):
+        return make_observer(name, value)
+    if not isinstance(value, expected):
+        known = f", or the name of one: {', '.join(map(repr, OBSERVERS))};" if expected is Observer else ","
+        raise ArgumentError(f"{name} must be an instance of {expected.__name__}{known} not {value!r}")
+    return value
+
+
+def _resolve_spec(spec: QuantSpec, info: TensorInfo, ragged: Ragged, reason: str) -> tuple[Spec, str]:
+    """The spec that fits this tensor, and the reason for the ledger."""
+    if not info.rounds_inputs:
+        spec = spec.weight_only()
+    if not info.declared:
+        reason += "; cut by its shape, which input_axes can correct"
+    if spec.group_size is None or info.layout is None:
+        return spec, reason
+    columns, size = info.layout.columns, spec.group_size
+    if ragged == "auto" and columns < size:
+        reason = f"rows of {columns} are shorter than one group of {size}"
+    elif ragged == "fallback" and columns % size:
+        reason = f"groups of {size} do not divide rows of {columns}"
+    else:
+        return spec, reason
+    return QuantSpec(bits=8, granularity="channel", scale_dtype=spec.scale_dtype), reason
+
+
+def _refuse_ragged(ledger: Ledger, ragged: Ragged) -> None:
+    """Refuse rows that groups do not divide, if `ragged` is "error".
+
+    Raises:
+        SelectionError: naming every such tensor with its shape.
+    """
+    if ragged != "error":
+        return
+    found = [
+        f"{row.name}, shape {row.shape}, rows of {row.layout.columns} in groups of {row.spec.group_size}"
+        for row in ledger
+        if isinstance(row.spec, QuantSpec) and row.layout is not None and row.spec.group_size is not None
+        and row.layout.columns % row.spec.group_size
+    ]  # fmt: skip
+    if found:
+        raise SelectionError(
+            f"groups do not divide the rows of {len(found)} tensors: {'; '.join(found)}. Override their group_size, "
+            "exclude them, or choose ragged='auto', 'shorter' or 'fallback'"
+        )
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value that is not one of the choices. Types must match too: 1 is not True.
+
+    Raises:
+        ArgumentError: listing the choices.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        *others, last = map(repr, choices)
+        raise ArgumentError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")

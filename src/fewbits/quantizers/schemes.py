@@ -9,7 +9,6 @@ import attrs
 from torch import nn
 
 from fewbits.numerics.spec import SPECS, Activations
-from fewbits.observers.named import accepted_arguments
 from fewbits.quantizers.base import Quantizer
 
 
@@ -89,8 +88,3 @@ class FP16Cast(Quantizer):
 SCHEMES: Mapping[str, type[Quantizer]] = {
     cls.name: cls for cls in (Int8PerTensor, Int8PerChannel, Int4Grouped, FP16Cast)
 }
-
-
-def takers(setting: str) -> list[str]:
-    """The short names of the schemes that take a setting."""
-    return [name for name, cls in SCHEMES.items() if setting in accepted_arguments(cls)]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import Value
 from fewbits.numerics.layout import Layout, WeightMatrix
-from fewbits.numerics.metrics import Measurement
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger, LedgerRow
 
@@ -20,7 +19,7 @@ class Target(ABC):
     """Collects the stored form of each tensor into the result."""
 
     @abstractmethod
-    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
+    def put(self, row: LedgerRow, value: Value) -> None:
         """Add the stored form of one row; the row is not an alias."""
 
     @abstractmethod
@@ -63,7 +62,8 @@ class Source(ABC):
 
     def module(self) -> nn.Module | None:
         """Return the model to run for calibration; None if the source is not a model."""
-        return None
+        prepared = self.prepared()
+        return prepared if isinstance(prepared, nn.Module) else None
 
 
 class LiveSource(Source):

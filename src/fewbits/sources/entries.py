@@ -8,6 +8,7 @@ import attrs
 
 from fewbits.checkpoint.serializer import Entry
 from fewbits.formats.fp8 import ScaledWeight, is_activation_scale
+from fewbits.numerics.scaled import FP8_TARGET
 from fewbits.selection.info import TensorInfo, layout_by_shape, numeric_obstacle
 
 
@@ -24,37 +25,29 @@ def entry_infos(
         scaled: the FP8 weights, which are read together with their scales.
         storages: a key per name, equal for two names if they are the same view of the same memory. A missing name
             shares no memory.
-        overlapping: for tensors whose memory overlaps another tensor's: why they cannot be quantized.
+        overlapping: the names of tensors whose memory overlaps another tensor's, and why they cannot be quantized.
     """
-    weights = {weight.scale: weight for weight in scaled.values()}
+    weights = {weight.scale: weight.name for weight in scaled.values()}
     for name, entry in sorted(entries.items()):
-        storage = storages.get(name, name)
+        storage, codes, reason = storages.get(name, name), None, None
         if name in weights:
-            of = weights[name].name
-            why = f"it is the scale of {of}"
-            yield TensorInfo(name, entry.shape, entry.dtype, storage=storage, obstacle=why, merged_into=of)
+            reason = f"it is the scale of {weights[name]}"
         elif scaled and is_activation_scale(name):
-            why = "a scale of activations, beside FP8 weights"
-            yield TensorInfo(name, entry.shape, entry.dtype, storage=storage, obstacle=why)
+            reason = "a scale of activations, beside FP8 weights"
         elif name in scaled:
             # Weights that share codes but not scales have different values.
             storage = storage, storages.get(scaled[name].scale, scaled[name].scale)
-            info = entry_info(name, scaled[name].described, storage, overlapping.get(name))
-            yield attrs.evolve(info, dequantized_from=entry.dtype)
-        else:
-            yield entry_info(name, entry, storage, overlapping.get(name))
-
-
-def entry_info(name: str, entry: Entry, storage: Hashable, obstacle: str | None = None) -> TensorInfo:
-    """Describe one tensor by its name, shape and dtype."""
-    obstacle = numeric_obstacle(name, entry.shape, entry.dtype) or obstacle
-    info = TensorInfo(
-        name=name,
-        shape=entry.shape,
-        dtype=entry.dtype,
-        storage=storage,
-        layout=None if obstacle else layout_by_shape(entry.shape),
-        declared=len(entry.shape) == 2,
-        obstacle=obstacle,
-    )
-    return attrs.evolve(info, rounds_inputs=not info.is_embedding_by_name)
+            codes, entry = entry.dtype, Entry(entry.shape, FP8_TARGET)
+        obstacle = reason or numeric_obstacle(name, entry.shape, entry.dtype) or overlapping.get(name)
+        info = TensorInfo(
+            name=name,
+            shape=entry.shape,
+            dtype=entry.dtype,
+            storage=storage,
+            layout=None if obstacle else layout_by_shape(entry.shape),
+            declared=len(entry.shape) == 2,
+            obstacle=obstacle,
+            dequantized_from=codes,
+            merged_into=weights.get(name),
+        )
+        yield attrs.evolve(info, rounds_inputs=not info.is_embedding_by_name)

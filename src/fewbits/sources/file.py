@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from fewbits.checkpoint.folder import ShardedReader, companions, find_files
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.raw import as_checkpoint_error, copy_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader
+from fewbits.checkpoint.serializer import ChunkReader, Reader
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import ArgumentError, SourceError
+from fewbits.formats.compressed_config import CONFIG_FILE
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import KNOWN_BLOCKS, scaled_weights
 from fewbits.nn.storage import overlaps
@@ -29,7 +29,6 @@ from fewbits.selection.ledger import Ledger
 from fewbits.sources.base import Source
 from fewbits.sources.entries import entry_infos
 from fewbits.sources.model_config import (
-    CONFIG_FILE,
     QUANTIZATION_FILES,
     Readers,
     copy_config,
@@ -50,6 +49,7 @@ class FileSource(Source):
 
     Attributes:
         path: the given path.
+        files: the tensor files.
         folder: the directory if the path is a directory or an index; None for a single file.
         companions: files in the directory to copy along with the tensors: configuration, tokenizer and the like.
         left_behind: files in the directory that are not copied: weights that the source does not use and, beside FP8
@@ -64,36 +64,34 @@ class FileSource(Source):
 
     def __init__(self, path: str | os.PathLike[str], entry: str | None = None) -> None:
         self.path, self._entry = Path(path), entry
-        files = find_files(self.path, SUFFIXES)
-        self.folder = files.folder
-        self.companions, self.left_behind = companions(files)
-        self._files = files
-        self._tensors = ShardedReader(files, {file.name: self._opened(file) for file in files.paths})
+        found = find_files(self.path, SUFFIXES)
+        self.folder, self.files = found.folder, found.paths
+        self.companions, self.left_behind = companions(found)
+        # Without a folder there are no companions.
+        self._home = self.folder or Path()
+        self._config = self._home / CONFIG_FILE if CONFIG_FILE in self.companions else None
+        self._tensors = ShardedReader(found, {file.name: self._opened(file) for file in self.files})
         self._tensors.check_index()
-        strings = [pair for reader in self._tensors.shards.values() for pair in reader.metadata.items()]
+        readers, entries = self._tensors.shards.values(), self._tensors.entries
+        strings = [pair for reader in readers for pair in reader.metadata.items()]
         self.extra = {key: value for key, value in strings if not is_own_key(key) and key != "format"}
-        self._describe()
-
-    def _describe(self) -> None:
-        """Pair FP8 weights with their scales, which may be in another file, and describe every tensor."""
-        entries = self._tensors.entries
         refuse_foreign(entries)
-        self._scaled = scaled_weights(entries, self._stated_blocks(entries) or KNOWN_BLOCKS)
+        # A weight and its scales may be in different files.
+        self._scaled = scaled_weights(entries, self._stated_blocks() or KNOWN_BLOCKS)
         if self._scaled:
             away = [name for name in self.companions if name in QUANTIZATION_FILES]
             self.companions = tuple(name for name in self.companions if name not in away)
             self.left_behind = tuple(sorted([*self.left_behind, *away]))
         # Tied tensors in a `torch.save` file share one storage.
-        torch_files = [reader for reader in self._tensors.shards.values() if isinstance(reader, TorchFile)]
-        views = {name: view for reader in torch_files for name, view in reader.views.items()}
+        views = {
+            name: view for reader in readers if isinstance(reader, TorchFile) for name, view in reader.views.items()
+        }
         self.infos = tuple(entry_infos(entries, self._scaled, views, overlaps(views)))
 
-    def _stated_blocks(self, entries: Mapping[str, Entry]) -> tuple[tuple[int, int], ...]:
+    def _stated_blocks(self) -> tuple[tuple[int, int], ...]:
         """Block shapes of FP8 weights, as far as the directory's configuration states them."""
-        if self.folder is None or CONFIG_FILE not in self.companions:
-            return ()
-        fp8 = any(entry.dtype in FP8_DTYPES for entry in entries.values())
-        return read_block_sizes(self.folder / CONFIG_FILE) if fp8 else ()
+        fp8 = any(entry.dtype in FP8_DTYPES for entry in self._tensors.entries.values())
+        return read_block_sizes(self._config) if fp8 and self._config is not None else ()
 
     def _opened(self, file: Path) -> ChunkReader:
         if is_torch_file(file):
@@ -119,10 +117,8 @@ class FileSource(Source):
         return self._read(name, chunk.start, chunk.described().shape)
 
     def _read(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
-        weight = self._scaled.get(name)
-        if weight is not None:
-            return weight.read(lambda part, at, stop: self._tensors.read_chunk(part, at, (stop - at,)), start, shape)
-        return self._tensors.read_chunk(name, start, shape)
+        read, weight = self._tensors.read_chunk, self._scaled.get(name)
+        return read(name, start, shape) if weight is None else weight.read(read, start, shape)
 
     def gathered_bytes(self, name: str) -> int:
         """Return the temporary memory needed to read any part of a tensor, beyond the memory for the result."""
@@ -131,9 +127,7 @@ class FileSource(Source):
 
     def readers(self, ledger: Ledger) -> Readers | None:
         """Return which libraries can open the result; None if the source is not a transformers model directory."""
-        if self.folder is None or CONFIG_FILE not in self.companions:
-            return None
-        vocabularies = read_vocabularies(self.folder / CONFIG_FILE)
+        vocabularies = None if self._config is None else read_vocabularies(self._config)
         return None if vocabularies is None else Readers.of(ledger, vocabularies)
 
     def copy_companions(self, folder: Path, readers: Readers | None) -> None:
@@ -146,14 +140,12 @@ class FileSource(Source):
         Raises:
             CheckpointError: if a file cannot be read or written.
         """
-        if self.folder is None:
-            return
         settings = {} if readers is None else readers.settings
         for name in self.companions:
             if name == CONFIG_FILE and (settings or self._scaled):
-                copy_config(self.folder / name, folder / name, settings)
+                copy_config(self._home / name, folder / name, settings)
             else:
-                copy_durably(self.folder / name, folder / name)
+                copy_durably(self._home / name, folder / name)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Return data that changes when the checkpoint changes, without reading more than headers.
@@ -162,17 +154,11 @@ class FileSource(Source):
             for each file that the result depends on: its size and the time of its last change in nanoseconds; for
             tensor files also a digest of names, shapes and dtypes, and the entry that the tensors are read from.
         """
-        folder = self.folder or Path()
-        prints = {name: _state(folder / name) for name in self.companions}
-        for path in self._files.paths:
+        prints = {name: _state(self._home / name) for name in self.companions}
+        for path in self.files:
             outline = _outline(self._tensors.shards[path.name])
             prints[path.name] = {**_state(path), "tensors": outline, "entry": self._entry}
         return prints
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The tensor files."""
-        return self._files.paths
 
     def prepared(self) -> Path:
         """Return the path; a file cannot be run."""
@@ -190,21 +176,15 @@ class FileSource(Source):
         """
         with as_checkpoint_error(f"{path} cannot be written"):
             target = Path(os.path.realpath(path))
-        if self.is_file(target):
+        if os.path.exists(target) and any(os.path.samefile(target, mine) for mine in (self.path, *self.files)):
             raise ArgumentError(f"{path} is the source itself; give another path to write to")
         if not folder and os.path.isdir(target):
             raise ArgumentError(f"{path} is a directory; give the path of the file to write")
-        own = [Path(os.path.realpath(mine)) for mine in (self.path, *self._files.paths)]
+        own = [Path(os.path.realpath(mine)) for mine in (self.path, *self.files)]
         if folder and any(target in mine.parents for mine in own):
             raise ArgumentError(f"{path} holds the source, which would be lost; give another path to write to")
         if self.folder is not None and Path(os.path.realpath(self.folder)) in (target, *target.parents):
             raise ArgumentError(f"{path} is inside of the source directory; give a path outside of it")
-
-    def is_file(self, path: str | os.PathLike[str]) -> bool:
-        """Return whether a path is the source or one of its files, also through links."""
-        if not os.path.exists(path):
-            return False
-        return any(os.path.samefile(path, mine) for mine in (self.path, *self._files.paths))
 
 
 def _state(path: Path) -> dict[str, Any]:

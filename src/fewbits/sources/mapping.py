@@ -16,7 +16,6 @@ from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import ScaledWeight, scaled_weights
 from fewbits.nn.eligibility import quantized_elsewhere
 from fewbits.nn.storage import View, overlaps
-from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -68,7 +67,11 @@ class MappingSource(LiveSource):
                 raise SourceError(f"{name} has another shape or dtype than when it was prepared; prepare it again")
             flat[name] = tensor.reshape(-1)
         device = flat[weight.name].device
-        return weight.read(lambda name, start, stop: flat[name][start:stop].to(device), first, shape, device)
+
+        def elements(name: str, start: int, size: tuple[int, ...]) -> Tensor:
+            return flat[name][start : start + size[0]].to(device)
+
+        return weight.read(elements, first, shape, device)
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._given.get(name)
@@ -89,44 +92,32 @@ class MappingSource(LiveSource):
         added = sorted(map(str, self._given.keys() - {row.name for row in ledger}))
         if added:
             raise SourceError(f"the mapping has gained {', '.join(added)} since it was prepared; prepare it again")
-        return _MappingTarget(self, ledger)
-
-    def replace(self, name: str, value: Value) -> None:
-        """Replace a tensor of the mapping by its stored form."""
-        if isinstance(self._given, MutableMapping):
-            self._given[name] = value
-
-    def remove(self, name: str) -> None:
-        """Remove a tensor from the mapping."""
-        if isinstance(self._given, MutableMapping):
-            self._given.pop(name, None)
+        return _MappingTarget(self._given, ledger, inplace=self.inplace)
 
 
 class _MappingTarget(Target):
-    def __init__(self, source: MappingSource, ledger: Ledger) -> None:
-        self._source = source
-        self._values: dict[str, Value] = {}
+    def __init__(self, given: Mapping[str, object], ledger: Ledger, *, inplace: bool) -> None:
+        self._given, self._inplace = given, inplace
+        self._values: MutableMapping[str, object] = given if inplace and isinstance(given, MutableMapping) else {}
         self._names = ledger.names_by_holder()
         self._merged = {row.merged_into: row.name for row in ledger if row.merged_into is not None}
 
-    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
+    def put(self, row: LedgerRow, value: Value) -> None:
         as_it_was = row.fate == "kept" and row.dequantized_from is None
-        if isinstance(value, Tensor) and as_it_was and not self._source.inplace:
+        if self._inplace and as_it_was:
+            return
+        if isinstance(value, Tensor) and as_it_was:
             value = value.clone()
         for name in self._names[row.name]:
             self._values[name] = value
-            if self._source.inplace and not as_it_was:
-                self._source.replace(name, value)
-            if self._source.inplace and name in self._merged:
-                # Left beside the new value, the old scale would be misread as part of it.
-                self._source.remove(self._merged[name])
+            if name in self._merged:
+                # In place, the old scale beside the new value would be misread as part of it.
+                self._values.pop(self._merged[name], None)
 
     def finish(self) -> object:
-        if self._source.inplace:
-            self._values = self._source.prepared()  # type: ignore[assignment]
-        else:
+        if not self._inplace:  # put the names in their order
             gone = set(self._merged.values())
-            self._values = {name: self._values[name] for name in self._source.prepared() if name not in gone}
+            self._values = {name: self._values[name] for name in self._given if name not in gone}
         return self._values
 
     def value(self, name: str) -> Value:

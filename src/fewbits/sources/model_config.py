@@ -10,20 +10,16 @@ from typing import Any
 import attrs
 
 from fewbits._events import emit
-from fewbits.checkpoint.header import MAX_HEADER, parse_object
-from fewbits.checkpoint.raw import as_checkpoint_error, write_durably
+from fewbits.checkpoint.folder import read_json
+from fewbits.checkpoint.raw import copy_durably, write_durably
 from fewbits.checkpoint.shards import OWN_STEM, STEM
 from fewbits.errors import CheckpointError, FormatError
+from fewbits.formats.compressed_config import QUANTIZATION_KEYS
 from fewbits.formats.compressed_export import export_obstacle, quantization_config
 from fewbits.selection.ledger import Ledger
 
-CONFIG_FILE = "config.json"
-
-#: Other files that contain quantization settings only.
+#: Files, besides ``config.json``, that contain quantization settings only.
 QUANTIZATION_FILES = ("hf_quant_config.json",)
-
-#: Keys of the quantization settings in a configuration; the second is an old name.
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
@@ -33,9 +29,17 @@ def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
         FormatError: if the file is not JSON, or a block shape is not two positive integers.
         CheckpointError: if the file cannot be read.
     """
-    stated = [_block_size(value["weight_block_size"], path) for _, value in _settings(_parsed(_read(path), path))
-              if isinstance(value, Mapping) and value.get("weight_block_size") is not None]  # fmt: skip
-    return tuple(dict.fromkeys(stated))
+    sizes = [
+        value["weight_block_size"]
+        for _, key, value in _walk(read_json(path))
+        if key in QUANTIZATION_KEYS and isinstance(value, Mapping) and value.get("weight_block_size") is not None
+    ]
+    for size in sizes:
+        if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+            raise FormatError(
+                f"{path}: weight_block_size is {size!r}; it must be two positive integers, rows and columns"
+            )
+    return tuple(dict.fromkeys((rows, columns) for rows, columns in sizes))
 
 
 @attrs.frozen
@@ -80,17 +84,11 @@ class Readers:
 def read_vocabularies(path: Path) -> frozenset[int] | None:
     """Return the vocabulary sizes in a transformers model's configuration; None if it is not such a model."""
     try:
-        config = _parsed(_read(path), path)
+        config = read_json(path)
     except CheckpointError:
         return None
-    return frozenset(_vocabularies(config)) if "model_type" in config else None
-
-
-def _vocabularies(value: object) -> Iterator[int]:
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        if key == "vocab_size" and type(inner) is int:
-            yield inner
-        yield from _vocabularies(inner)
+    found = (value for _, key, value in _walk(config) if key == "vocab_size" and type(value) is int)
+    return frozenset(found) if "model_type" in config else None
 
 
 def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
@@ -105,34 +103,27 @@ def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None
         FormatError: if the file is not JSON.
         CheckpointError: if the file cannot be read, or the new one cannot be written.
     """
-    data = _read(source)
-    config = _parsed(data, source)
-    removed = [key for key, _ in _settings(config)]
+    config = read_json(source)
+    removed = [path for path, key, _ in _walk(config) if key in QUANTIZATION_KEYS]
     changed = _without_settings(config) | ({QUANTIZATION_KEYS[0]: settings} if settings else {})
-    write_durably(target, data if changed == config else (json.dumps(changed, indent=2) + "\n").encode())
+    if changed == config:
+        copy_durably(source, target)
+    else:
+        write_durably(target, (json.dumps(changed, indent=2) + "\n").encode())
     if removed:
         reason = "it describes the weights of the source, not of the result"
         emit("warning", "config_changed", file=str(source), removed=removed, reason=reason)
 
 
-def _read(path: Path) -> bytes:
-    with as_checkpoint_error(f"{path} cannot be read"):
-        if path.stat().st_size > MAX_HEADER:
-            raise FormatError(f"{path} has more than {MAX_HEADER:,} bytes, which is too large for a configuration")
-        return path.read_bytes()
+def _walk(value: object, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield path, key and value of every entry in a configuration, except for those within quantization settings.
 
-
-def _parsed(data: bytes, path: Path) -> dict[str, Any]:
-    return parse_object(data.strip(), path, "text")
-
-
-def _settings(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """All quantization settings in a configuration, with their paths; nested models have settings of their own."""
+    The configurations of nested models have settings of their own.
+    """
     for key, inner in value.items() if isinstance(value, dict) else ():
-        if key in QUANTIZATION_KEYS:
-            yield path + key, inner
-        else:
-            yield from _settings(inner, f"{path}{key}.")
+        yield path + key, key, inner
+        if key not in QUANTIZATION_KEYS:
+            yield from _walk(inner, f"{path}{key}.")
 
 
 def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,9 +132,3 @@ def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, inner in config.items()
         if key not in QUANTIZATION_KEYS
     }
-
-
-def _block_size(value: object, path: Path) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2 or any(type(size) is not int or size < 1 for size in value):
-        raise FormatError(f"{path}: weight_block_size is {value!r}; it must be two positive integers, rows and columns")
-    return value[0], value[1]

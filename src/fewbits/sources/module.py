@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ from fewbits.nn.stored import stored_weights
 from fewbits.nn.swap import attach, refuse_save_pretrained
 from fewbits.nn.walk import Slot, find, parent_of, slots, structural_copy
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
 from fewbits.selection.info import TensorInfo, numeric_obstacle
 from fewbits.selection.ledger import Ledger, LedgerRow
@@ -31,18 +30,26 @@ class ModuleSource(LiveSource):
     """A model. Unless `inplace`, the prepared model is a copy of its modules that shares the parameters' memory."""
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
-        self._check(model)
+        refuse_unfit(model, SourceError)
+        found = list(slots(model))
+        for slot in found:
+            plain(slot.tensor, slot.name)
+        _refuse_scaled({slot.name: Entry(tuple(slot.tensor.shape), slot.tensor.dtype) for slot in found})
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
         # Look for ties in the given model: in a copy, buffers have their own memory.
-        shared = overlaps({slot.name: View.of(slot.tensor) for slot in slots(model)}) | held_beside(model)
-        self.infos = tuple(self._describe(model, slot, shared.get(slot.name)) for slot in slots(model))
+        shared = overlaps({slot.name: View.of(slot.tensor) for slot in found}) | held_beside(model)
+        self.infos = tuple(_describe(model, slot, shared.get(slot.name)) for slot in found)
         self.unstorable = [
             f"{name or 'the root module'} has extra state (get_extra_state)"
             for name, module in model.named_modules()
             if type(module).get_extra_state is not nn.Module.get_extra_state
         ]
-        self._transient = self._transient_buffers(model)
+        # Keep non-persistent buffers that share no memory with a tensor of the state dict: a forward pass may replace,
+        # grow or remove them, as caches do.
+        lasting = {info.storage for info in self.infos if info.persistent}
+        transient = {info.name for info in self.infos if info.storage not in lasting}
+        self._transient = {slot.name: slot.tensor.detach() for slot in found if slot.name in transient}
         self._model = model if inplace else structural_copy(model)
 
     def read(self, name: str) -> Tensor:
@@ -54,68 +61,46 @@ class ModuleSource(LiveSource):
         """Return the model to run and to observe."""
         return self._model
 
-    def module(self) -> nn.Module:
-        """Return the model to run and to observe."""
-        return self._model
-
-    @property
-    def slots(self) -> Iterable[Slot]:
-        """Every tensor of the model, with the module that holds it."""
-        return slots(self._model)
-
     def target(self, ledger: Ledger) -> Target:
         """Create the target: the prepared model if in place, else a structural copy.
 
         Raises:
             SourceError: if tensors were added or removed since it was prepared, or are not plain, or copying fails.
         """
-        for slot in self.slots:
+        for slot in slots(self._model):
             plain(slot.tensor, slot.name)
         model = self._model if self.inplace else structural_copy(self._model)
         return _ModuleTarget(model, ledger, self._transient, self.inplace)
 
-    def _transient_buffers(self, model: nn.Module) -> dict[str, Tensor]:
-        """The current non-persistent buffers, except those that share memory with a tensor of the state dict.
 
-        They are kept because a forward pass may replace, grow or remove them, as caches do.
-        """
-        lasting = {info.storage for info in self.infos if info.persistent}
-        transient = {info.name for info in self.infos if info.storage not in lasting}
-        return {slot.name: slot.tensor.detach() for slot in slots(model) if slot.name in transient}
-
-    @staticmethod
-    def _check(model: nn.Module) -> None:
-        refuse_unfit(model, SourceError)
-        for slot in slots(model):
-            plain(slot.tensor, slot.name)
-        entries = {slot.name: Entry(tuple(slot.tensor.shape), slot.tensor.dtype) for slot in slots(model)}
-        refuse_foreign(entries)
-        for weight in scaled_weights(entries).values():
-            raise SourceError(
-                f"{weight.name} is quantized already, in {dtype_name(weight.entry.dtype)} with {weight.scale}, which "
-                "the model multiplies by itself; quantize its checkpoint or state dict and load that into a float model"
-            )
-
-    @staticmethod
-    def _describe(model: nn.Module, slot: Slot, shared: str | None) -> TensorInfo:
-        tensor = slot.tensor
-        shape = tuple(tensor.shape)
-        obstacle = "a buffer" if not slot.is_parameter else numeric_obstacle(slot.name, shape, tensor.dtype)
-        obstacle = obstacle or shared or obstacle_to(slot.module, slot.local)
-        layout, declared = (None, True) if obstacle else layout_of(slot.module, slot.local, tensor)
-        return TensorInfo(
-            name=slot.name,
-            shape=shape,
-            dtype=tensor.dtype,
-            kind="parameter" if slot.is_parameter else "buffer",
-            owner=type(slot.module),
-            storage=View.of(tensor),
-            layout=layout,
-            declared=declared,
-            obstacle=obstacle,
-            persistent=slot.persistent,
-            rounds_inputs=rounds_inputs(slot.module, slot.local, parent_of(model, slot)),
+def _refuse_scaled(entries: Mapping[str, Entry]) -> None:
+    """Refuse a model that holds codes and scales, in FP8 or in a format that fewbits cannot read."""
+    refuse_foreign(entries)
+    for weight in scaled_weights(entries).values():
+        raise SourceError(
+            f"{weight.name} is quantized already, in {dtype_name(weight.entry.dtype)} with {weight.scale}, which "
+            "the model multiplies by itself; quantize its checkpoint or state dict and load that into a float model"
         )
+
+
+def _describe(model: nn.Module, slot: Slot, shared: str | None) -> TensorInfo:
+    tensor, shape = slot.tensor, tuple(slot.tensor.shape)
+    obstacle = "a buffer" if not slot.is_parameter else numeric_obstacle(slot.name, shape, tensor.dtype)
+    obstacle = obstacle or shared or obstacle_to(slot.module, slot.local)
+    layout, declared = (None, True) if obstacle else layout_of(slot.module, slot.local, tensor)
+    return TensorInfo(
+        name=slot.name,
+        shape=shape,
+        dtype=tensor.dtype,
+        kind="parameter" if slot.is_parameter else "buffer",
+        owner=type(slot.module),
+        storage=View.of(tensor),
+        layout=layout,
+        declared=declared,
+        obstacle=obstacle,
+        persistent=slot.persistent,
+        rounds_inputs=rounds_inputs(slot.module, slot.local, parent_of(model, slot)),
+    )
 
 
 class _ModuleTarget(Target):
@@ -130,7 +115,7 @@ class _ModuleTarget(Target):
                 f"the model has gained or lost {', '.join(changed)} since it was prepared; prepare it again"
             )
 
-    def put(self, row: LedgerRow, value: Value, measurement: Measurement | None) -> None:
+    def put(self, row: LedgerRow, value: Value) -> None:
         if row.name in self._transient:
             return
         places = {slot.key: slot for slot in (self._slots[name] for name in self._names[row.name])}.values()

@@ -33,7 +33,10 @@ def open_source(source: object, *, inplace: bool = False, entry: str | None = No
             raise ArgumentError(f"entry={entry!r} needs a mapping or a file of torch.save, not a model")
         return ModuleSource(source, inplace=inplace)
     if isinstance(source, Mapping):
-        return MappingSource(_state_dict(source, entry), inplace=inplace)
+        found = source if entry is None else entry_of(source, entry, Tensor, "the mapping")
+        if not isinstance(found, Mapping):
+            raise ArgumentError(f"the entry {entry!r} is a {type(found).__name__}, not a state dict")
+        return MappingSource(found, inplace=inplace)
     if isinstance(source, (str, os.PathLike)):
         if inplace:
             raise ArgumentError("a file is never changed in place; pass output= to convert()")
@@ -42,12 +45,3 @@ def open_source(source: object, *, inplace: bool = False, entry: str | None = No
         f"a {type(source).__name__} cannot be quantized; give an nn.Module, a state dict, or the path of a checkpoint "
         "(not the output of torch.export or another compiler)"
     )
-
-
-def _state_dict(source: Mapping[str, object], entry: str | None) -> Mapping[str, object]:
-    if entry is None:
-        return source
-    found = entry_of(source, entry, Tensor, "the mapping")
-    if not isinstance(found, Mapping):
-        raise ArgumentError(f"the entry {entry!r} is a {type(found).__name__}, not a state dict")
-    return found

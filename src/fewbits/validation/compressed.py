@@ -73,7 +73,7 @@ def verify_compressed_tensors(
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name)),
         checks=("structure", "scales", *compared),
         bytes_before=checkpoint.ledger.bytes_before if source is None else sum(storages.values()),
-        bytes_after=checkpoint.nbytes,
+        bytes_after=checkpoint.tensors.nbytes,
         unchecked=tuple(_unchecked(checkpoint, source)),
         general=tuple(failures),
         about=checkpoint.about,
@@ -88,7 +88,7 @@ def _examined(row: LedgerRow, pairs: Pairs, checkpoint: CompressedTensors, fail_
         found = examine_tensor(row, pairs, None, fail_under, bounded=False)
     except FormatError as error:
         return TensorReport(row.name, row.fate, row.scheme, failures=(str(error),))
-    return attrs.evolve(found, scheme=checkpoint.weights[row.name].scheme)
+    return attrs.evolve(found, scheme=checkpoint.weights[row.name].weight.scheme)
 
 
 def _kept(row: LedgerRow, pairs: Pairs) -> TensorReport:
@@ -111,7 +111,7 @@ def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:
     for name in checkpoint.unknown:
         yield f"{name} is in the result, but it is not part of a weight and not in the source"
     for name in checkpoint.of_activations:
-        values = checkpoint.read(name)
+        values = checkpoint.tensors.read_whole(name)
         if values.dtype in FLOAT_DTYPES and not bool((torch.isfinite(values) & (values != 0)).all()):
             yield f"{name} is zero, NaN or Inf"
 

@@ -1,0 +1,110 @@
+"""Print plans, results and contents: summaries and tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fewbits.api import Plan, Result
+from fewbits.checkpoint.reading import Checkpoint
+from fewbits.config.config import QuantizationConfig
+from fewbits.conversion.file_writer import Share
+from fewbits.selection.ledger import Ledger
+from fewbits.validation.report import Report
+
+
+def is_terminal() -> bool:
+    """Whether standard output is a terminal."""
+    # A stream that was closed at the start is None.
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def print_json(**fields: Any) -> None:
+    """Print a JSON object."""
+    click.echo(json.dumps(fields, indent=2, allow_nan=False))
+
+
+def show(found: Ledger | Report, tensors: bool) -> None:
+    """Print a summary and, if `tensors`, a line for every tensor. A pipe gets full names."""
+    width = shutil.get_terminal_size().columns if is_terminal() else None
+    if tensors:
+        click.echo(found.table(width))
+    click.echo(found.summary(width or 80))
+
+
+def show_plan(planned: Plan, settings: QuantizationConfig, tensors: bool, as_json: bool) -> None:
+    """Print what a conversion would write."""
+    shards = [{"file": shard.file, "bytes": shard.ledger.bytes_after} for shard in planned.shards]
+    if as_json:
+        about: dict[str, Any] = {"left_behind": planned.left_behind, "opens_in": planned.opens_in}
+        print_json(config=settings.to_dict(), shards=shards, **about, ledger=planned.ledger.to_dict())
+        return
+    show(planned.ledger, tensors)
+    for shard in shards:
+        click.echo(f"{shard['file']}: {shard['bytes']:,} bytes of tensors")
+    _tell("left behind: ", ", ".join(planned.left_behind))
+    _tell("it ", planned.opens_in)
+    click.echo("nothing was written: --dry-run")
+
+
+def show_result(result: Result, path: Path, settings: QuantizationConfig, tensors: bool, as_json: bool) -> None:
+    """Print what a conversion has written."""
+    report, quantizer = result.report, result.quantizer
+    if as_json:
+        about: dict[str, Any] = {"output": str(path), "config": settings.to_dict()}
+        about |= {"left_behind": quantizer.left_behind, **_work(quantizer.shares), "opens_in": quantizer.opens_in}
+        print_json(**about, ledger=result.ledger.to_dict(), report=report and report.to_dict())
+        return
+    show(result.ledger, tensors)
+    _tell("left behind: ", ", ".join(quantizer.left_behind))
+    _tell_work(quantizer.shares)
+    if report is None:
+        click.echo("not validated: --no-validate")
+    else:
+        show(report, tensors)
+    click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")
+    _tell("it ", quantizer.opens_in)
+
+
+def show_contents(file: Path, checkpoint: Checkpoint, tensors: bool, as_json: bool) -> None:
+    """Print what a file of fewbits holds."""
+    metadata = checkpoint.metadata
+    if as_json:
+        about = {"file": str(file), "versions": dict(metadata.versions), "architecture": metadata.architecture}
+        figures = {name: metrics.to_dict() for name, metrics in metadata.metrics.items()}
+        print_json(**about, ledger=checkpoint.ledger.to_dict(), metrics=figures)
+        return
+    versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
+    click.echo(f"{file}: written by {versions}; architecture {metadata.architecture or 'not known'}")
+    show(checkpoint.ledger, tensors)
+
+
+def _tell(prefix: str, text: str | None) -> None:
+    """Print a line, unless its text is missing."""
+    if text:
+        click.echo(prefix + text)
+
+
+def _work(shares: Sequence[Share]) -> dict[str, Any]:
+    """Count the converted bytes of the source, in all and per rank."""
+    return {
+        "converted": {"bytes": sum(s.converted for s in shares), "resumed_bytes": sum(s.resumed for s in shares)},
+        "ranks": [
+            {"rank": rank, "bytes": share.converted + share.resumed, "converted": share.converted, "files": share.files}
+            for rank, share in enumerate(shares)
+        ],
+    }
+
+
+def _tell_work(shares: Sequence[Share]) -> None:
+    if resumed := sum(share.resumed for share in shares):
+        how_much = "" if any(share.converted for share in shares) else "all "
+        click.echo(f"resumed: {how_much}{resumed:,} bytes of IN had been converted by an earlier run")
+    for rank, share in enumerate(shares if len(shares) > 1 else ()):
+        click.echo(f"rank {rank}: {share.converted + share.resumed:,} bytes of IN in {len(share.files)} files")
