@@ -62,7 +62,6 @@ ROWS = (1, 7, 40, 200)
 #: The largest relative error of one rounding to bfloat16.
 _BF16 = torch.finfo(torch.bfloat16).eps / 2
 
-
 #: A kernel, and a weight in the layout that it reads.
 Layer = tuple[Kernel[Any], WeightLayout]
 
@@ -100,11 +99,10 @@ class KernelSetup(Setup[Kernel[Any]]):
         scale = 2.0 ** torch.randint(-7, 3, shape, generator=draws) * (1 - 2 * torch.randint(2, shape, generator=draws))
         codes = any_codes((outputs, inputs), spec, draws)
         codes[::4], codes[1::4] = spec.code_min, spec.code_max
-        params = QuantParams(scale.to(self.device))
-        if not spec.symmetric:
-            zero_point = any_codes(shape, spec, draws)
+        zero_point = None if spec.symmetric else any_codes(shape, spec, draws).to(self.device)
+        if zero_point is not None:
             zero_point[::4] = spec.code_max
-            params = QuantParams(scale.to(self.device), zero_point.to(self.device))
+        params = QuantParams(scale.to(self.device), zero_point)
         value = QuantizedTensor.from_codes(
             codes.to(self.device), params, spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
         )
@@ -171,9 +169,8 @@ def any_size_is_computed(setup: KernelSetup) -> None:
 
 def every_code_is_read_right(setup: KernelSetup) -> None:
     """An input with one power of two and zeros picks out codes, and the output is exact."""
-    for spec in setup.specs():
-        if spec.levels is not None or setup.rounds(spec):
-            continue
+    simple = [spec for spec in setup.specs() if spec.levels is None and not setup.rounds(spec)]
+    for spec in simple:
         for outputs, inputs in ((5, 33), (70, 160)):
             weight = setup.weight_of_codes(spec, outputs, inputs)
             dense = decoded(weight).t()
@@ -188,11 +185,9 @@ def integer_sums_are_exact(setup: KernelSetup) -> None:
     for spec in filter(setup.rounds, setup.specs()):
         for inputs in (1, 33, 1025, 4096):
             weight = setup.weight_of_codes(spec, 40, inputs)
-            extremes = []
-            for rows in (3, 200):
-                x = setup.normal((rows, inputs), torch.float32, 4)
-                x[0], x[1], x[rows // 2 + 1] = 2.0, -2.0, -3.0
-                extremes.append(x)
+            extremes = [setup.normal((rows, inputs), torch.float32, 4) for rows in (3, 200)]
+            for x in extremes:
+                x[0], x[1], x[len(x) // 2 + 1] = 2.0, -2.0, -3.0
             for dtype, kind in PAIRS:
                 one = attrs.evolve(weight, scale=weight.scale.to(dtype))
                 check_outputs(setup, one, computed(setup.packed(one), (x.to(kind) for x in extremes)))
