@@ -111,7 +111,7 @@ _FILES = (
         _begins(*(bytes([0x80, protocol]) for protocol in range(2, 6))),
     ),
     _Kind("a protobuf message, as of an ONNX model", _AS_FLOATS, _is_protobuf_of_onnx),
-    _Kind("text or JSON, and holds no tensors", "give the path of the file of tensors, or of its directory", _is_text),
+    _Kind("text, which holds no tensors", "give the path of the file of tensors, or of its directory", _is_text),
 )
 
 
