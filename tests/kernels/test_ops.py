@@ -56,6 +56,16 @@ def test_the_operation_can_be_differentiated_and_traced(spec):
         torch.library.opcheck(torch.ops.fewbits.linear.default, (x, *arguments(layout)))
 
 
+@pytest.mark.parametrize("spec", [INT8, INT4, SPECS[-1]], ids=str)
+def test_the_gradient_is_an_operation_too(spec):
+    for layout in layouts_of(any_words(spec, 100, 130)):
+        x, grad = normal(2, 5, 130), normal(2, 5, 100)
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(
+            torch.ops.fewbits.linear_gradient.default, (grad, x, *arguments(layout)), test_utils=tests
+        )
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @torch.no_grad()
 def test_the_operation_has_the_bits_of_the_layer(spec):

@@ -124,11 +124,39 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
     """Return the gradient of the product with the dequantized weight; rounding of inputs counts as the identity."""
     x, *tensors = ctx.saved_tensors
-    weight = _read(ctx.description).weight(tensors)
+    return torch.ops.fewbits.linear_gradient(grad, x, tensors, ctx.description), [None] * len(tensors), None
+
+
+@torch.library.custom_op("fewbits::linear_gradient", mutates_args=())
+def linear_gradient(grad: Tensor, x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
+    """Return the gradient with respect to `x`."""
+    weight = _read(description).weight(tensors)
     slope = torch.matmul(grad, weight.dequantize(grad.dtype)).to(x.dtype)
+    return slope if weight.input_scale is None else slope * _unclipped(x, weight.input_scale)
+
+
+@linear_gradient.register_fake
+def _(grad: Tensor, x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _unclipped(x: Tensor, scale: Tensor) -> Tensor:
+    return clip_input(x, scale) == x
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, tensors, ctx.description = inputs
+    ctx.save_for_backward(x, *tensors)
+
+
+def _gradient_of_gradient(ctx: Any, slope: Tensor) -> tuple[Tensor, None, list[None], None]:
+    """Return the second gradient: the first is linear in that of the output, and does not depend on `x`."""
+    x, *tensors = ctx.saved_tensors
+    weight = _read(ctx.description).weight(tensors)
     if weight.input_scale is not None:
-        slope = slope * (clip_input(x, weight.input_scale) == x)
-    return slope, [None] * len(tensors), None
+        slope = slope * _unclipped(x, weight.input_scale)
+    return torch.matmul(slope.float(), weight.dequantize(torch.float32).t()), None, [None] * len(tensors), None
 
 
 linear.register_autograd(_gradient, setup_context=_keep)
+linear_gradient.register_autograd(_gradient_of_gradient, setup_context=_keep_gradient)
