@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from fewbits.calibration import Forward
+from fewbits.calibration.running import Forward
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard

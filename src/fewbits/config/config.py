@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import attrs
 
-from fewbits.calibration import SAMPLES
+from fewbits.calibration.running import SAMPLES
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.config.reading import read
 from fewbits.config.values import (

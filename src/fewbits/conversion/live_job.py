@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits._events import emit
-from fewbits.calibration import InputWatch
+from fewbits.calibration.running import InputWatch
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import value_digest
 from fewbits.checkpoint.output import Output

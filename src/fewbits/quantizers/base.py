@@ -8,7 +8,7 @@ from typing import Any, final, get_args
 
 from torch import nn
 
-from fewbits import calibration
+from fewbits.calibration import running as calibration
 from fewbits._events import emit
 from fewbits._sizes import parse_size
 from fewbits.checkpoint.output import Output
