@@ -13,10 +13,11 @@ from fewbits.calibration.running import Forward
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
-from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
+from fewbits.config.config import RUN_SETTINGS, SETTINGS, QuantizationConfig, check_settings
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
+from fewbits.rounding.named import RoundingRecipe
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger
@@ -64,6 +65,7 @@ def quantize(
     validate: bool = True,
     compute: Compute = "auto",
     observer: ObserverRecipe | None = None,
+    rounding: RoundingRecipe | None = None,
     activation_observer: ObserverRecipe | None = None,
     selector: LayerSelector | None = None,
     serializer: Serializer | None = None,
@@ -93,6 +95,7 @@ def quantize(
         validate: check the result.
         compute: how the layers of a model may compute; see `set_compute`.
         observer: picks the scales of weights: a name or a table as in the config, or an observer.
+        rounding: picks the codes: a name or a table as in the config, or a strategy.
         activation_observer: picks the scales of inputs; given like `observer`.
         selector: decides which tensors are quantized, in place of the rules in the settings.
         serializer: writes and reads the result; by default a safetensors file.
@@ -105,6 +108,7 @@ def quantize(
     """
     strategies = {
         "observer": observer,
+        "rounding": rounding,
         "activation_observer": activation_observer,
         "selector": selector,
         "serializer": serializer,
@@ -246,8 +250,8 @@ def resolve_settings(
     check_settings(settings, also=[*inspect.signature(quantize).parameters][:-1])
     if isinstance(scheme, Quantizer):
         return _run_settings(scheme, config, strategies, settings), scheme
-    # An observer that is given by name is a setting.
-    named = {key: value for key, value in strategies.items() if isinstance(value, (str, Mapping)) and "observer" in key}
+    # A strategy that is given by name is a setting.
+    named = {key: value for key, value in strategies.items() if isinstance(value, (str, Mapping)) and key in SETTINGS}
     config = _merged(scheme, config, settings | named)
     return config, config.quantizer(**{key: value for key, value in strategies.items() if key not in named})
 

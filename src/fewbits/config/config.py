@@ -32,6 +32,7 @@ from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
 from fewbits.numerics.spec import Activations
 from fewbits.observers.named import ObserverRecipe, make_observer
+from fewbits.rounding.named import RoundingRecipe, resolve_rounding
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.outcome import OnFailure
 from fewbits.quantizers.resolving import Ragged
@@ -69,6 +70,15 @@ def _check_observer(_: Any, field: Any, recipe: object) -> None:
         )
 
 
+def _check_rounding(_: Any, __: Any, recipe: object) -> None:
+    if recipe is not None and not isinstance(recipe, (str, Table)):
+        raise ArgumentError(
+            f"rounding must be a name or a table in a config, such as 'gptq' or {{'name': 'gptq', 'damping': 0.05}}, "
+            f"not {recipe!r}; pass a strategy of your own to quantize(..., rounding=...)"
+        )
+    resolve_rounding(recipe)
+
+
 _PATTERNS = must_be("a list of name patterns, such as ['lm_head']", sequence_of(str))
 _TYPES = must_be("a list of classes or their names, such as ['Embedding']", sequence_of(str, type))
 _OVERRIDES = must_be("a table by name pattern, such as {'lm_head': 'keep'}", is_table)
@@ -91,6 +101,8 @@ class QuantizationConfig:
         ragged: how to treat rows that groups do not divide; see `Quantizer`.
         observer: picks the scales of weights: a name in `fewbits.observers.OBSERVERS`, or a table with that ``name``
             and the observer's arguments.
+        rounding: picks the codes: a name in `fewbits.rounding.ROUNDINGS`, or a table with that ``name`` and the
+            strategy's arguments.
         activation_observer: picks the scales of inputs; given like `observer`.
         include: name patterns of tensors to quantize. For this and the next seven settings, see `LayerSelector`.
         exclude: name patterns of tensors to keep.
@@ -129,6 +141,7 @@ class QuantizationConfig:
     )
     ragged: Ragged = attrs.field(default="auto", validator=one_of(*get_args(Ragged)))
     observer: str | Mapping[str, Any] | None = attrs.field(default=None, converter=frozen, validator=_check_observer)
+    rounding: str | Mapping[str, Any] | None = attrs.field(default=None, converter=frozen, validator=_check_rounding)
     activation_observer: str | Mapping[str, Any] | None = attrs.field(
         default=None, converter=frozen, validator=_check_observer
     )
@@ -185,6 +198,7 @@ class QuantizationConfig:
         self,
         *,
         observer: ObserverRecipe | None = None,
+        rounding: RoundingRecipe | None = None,
         activation_observer: ObserverRecipe | None = None,
         selector: LayerSelector | None = None,
         serializer: Serializer | None = None,
@@ -193,6 +207,7 @@ class QuantizationConfig:
 
         Args:
             observer: replaces the `observer` of this config.
+            rounding: replaces the `rounding` of this config.
             activation_observer: replaces the `activation_observer` of this config.
             selector: replaces the default selector and its rules.
             serializer: writes and reads the result; by default a safetensors file.
@@ -202,6 +217,7 @@ class QuantizationConfig:
         """
         return SCHEMES[self.scheme](
             observer=self.observer if observer is None else observer,
+            rounding=self.rounding if rounding is None else rounding,
             activation_observer=self.activation_observer if activation_observer is None else activation_observer,
             selector=self._selector(selector),
             serializer=serializer,

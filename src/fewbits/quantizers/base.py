@@ -143,9 +143,9 @@ class Quantizer(Scheme):
         opened = open_source(source, inplace=inplace, entry=entry)
         ledger = self._plan(opened.infos)
         if isinstance(opened, FileSource):
-            self._job = FileJob(opened, ledger, self.observer, self.activation_observer)
+            self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding)
         else:
-            self._job = LiveJob(opened, ledger, self.observer, self.activation_observer)
+            self._job = LiveJob(opened, ledger, self.observer, self.activation_observer, self.rounding)
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
         return opened.prepared()
 
@@ -180,7 +180,7 @@ class Quantizer(Scheme):
         model = job.source.module()
         if model is None:
             raise CalibrationError("a state dict or a file has no forward to observe; prepare the model itself")
-        seen = calibration.run(model, batches, forward, samples=samples, progress=progress)
+        seen = calibration.run(model, batches, job.watching(forward), samples=samples, progress=progress)
         job.observed = seen if job.observed is None else job.observed + seen
         self._advance("observe", **seen.to_dict())
         return seen

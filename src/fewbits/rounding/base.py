@@ -39,11 +39,14 @@ class Rounding(ABC):
     Attributes:
         needs: which statistics of the layer's inputs it uses.
         objective: the sum that it minimizes, as a formula for documents and files.
+        nearest: whether every element gets the nearest code; otherwise the error bound of a weight is the distance to
+            the farther end of the code range.
         min_inputs: rows that saw fewer inputs are rounded as without data.
     """
 
     needs: ClassVar[Needs] = "nothing"
     objective: ClassVar[str]
+    nearest: ClassVar[bool] = False
     min_inputs: ClassVar[int] = 64
 
     @abstractmethod
@@ -63,6 +66,20 @@ class Rounding(ABC):
         Returns:
             the parameters to store, and the codes: uint8, (rows, columns), made unsigned by adding ``2**(bits-1)``.
         """
+
+    def spec_for(self, spec: QuantSpec) -> QuantSpec:
+        """Return the spec of the codes that this strategy picks: their error bound depends on it."""
+        return spec if self.nearest else attrs.evolve(spec, rounding="free")
+
+    def remark(self, rows: int, inputs: Sequence[RowInputs]) -> str:
+        """Say for the ledger which rows of a weight were rounded without data; "" if none were."""
+        seen = sum(
+            known.rows.stop - known.rows.start for known in inputs if known.statistics.count >= self.min_inputs
+        )
+        if self.needs == "nothing" or seen == rows:
+            return ""
+        which = "its layer" if not seen else f"{rows - seen} of its {rows} rows"
+        return f"{which} saw fewer than {self.min_inputs} inputs, and was rounded without data"
 
     def error(self, weight: Tensor, decoded: Tensor, inputs: InputStatistics | None) -> Tensor:
         """Compute the `objective` of each row, float64, (rows,).

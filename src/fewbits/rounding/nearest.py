@@ -22,6 +22,7 @@ from fewbits.rounding.statistics import InputStatistics
 class RoundToNearest(Rounding):
     """Gives each element the nearest code, with the observer's scales."""
 
+    nearest = True
     objective = "|w - q|^2 of each element, with the observer's scale"
 
     def choose(
@@ -52,6 +53,7 @@ class ScaleSearch(Rounding):
         ArgumentError: for another value.
     """
 
+    nearest = True
     objective = "sum |w - q|^norm over each group"
 
     def __init__(self, norm: float = 3.0, steps: int = 40) -> None:
@@ -84,6 +86,7 @@ class ImportanceSearch(Rounding):
     """
 
     needs = "mean_square"
+    nearest = True
     objective = "sum over columns j of E[x_j^2] (w_j - q_j)^2"
 
     def __init__(self, steps: int = 40) -> None:
