@@ -178,10 +178,9 @@ class BlockCalibration:
         grouping, inputs, references = self._run_float(block, names, references, following)
         seen = {name for group in grouping.groups for name in group}
         yield {name: [] for name in names if name not in seen}
-        for at, group in enumerate(grouping.groups):
-            later = [name for other in grouping.groups[at + 1 :] for name in other]
+        for group in grouping.groups:
             leaders = {name: grouping.leader(name) for name in group}
-            collected = self._run_quantized(block, copied, set(leaders.values()), later, currents, inputs)
+            collected = self._run_quantized(block, copied, set(leaders.values()), grouping.later(group), currents, inputs)
             yield {name: collected.of(leader) for name, leader in leaders.items()}
         if following is not None:
             with _replaying(copied):

@@ -72,9 +72,13 @@ class Grouping:
         self._groups: list[list[str]] = []
         self._where: dict[str, int] = {}
         self._shared: dict[str, str] = {}
+        self._uses: dict[str, list[int]] = {}
+        self._events = 0
 
     def receive(self, name: str, rows: slice, x: Tensor) -> None:
         """Take note that a weight was multiplied with an input."""
+        self._events += 1
+        self._uses.setdefault(name, []).append(self._events)
         pattern = self._pattern(name)
         same = self._last is not None and _same(self._last, x)
         if name in self._where:
@@ -94,6 +98,11 @@ class Grouping:
     def groups(self) -> list[list[str]]:
         """The groups, in the order in which they are used."""
         return self._groups
+
+    def later(self, group: Sequence[str]) -> list[str]:
+        """Return the weights that are used only after the last use of a group."""
+        last = max(self._uses[name][-1] for name in group)
+        return [name for name, uses in self._uses.items() if uses[0] > last]
 
     def leader(self, name: str) -> str:
         """Return the first weight of the group that has the same input."""

@@ -78,8 +78,8 @@ class Rounding(ABC):
         )
         if self.needs == "nothing" or seen == rows:
             return ""
-        which = "its layer" if not seen else f"{rows - seen} of its {rows} rows"
-        return f"{which} saw fewer than {self.min_inputs} inputs, and was rounded without data"
+        which = f"{rows - seen} of its {rows} rows" if seen else "its rows"
+        return f"{which} saw fewer than {self.min_inputs} inputs, and were rounded without data"
 
     def error(self, weight: Tensor, decoded: Tensor, inputs: InputStatistics | None) -> Tensor:
         """Compute the `objective` of each row, float64, (rows,).

@@ -55,7 +55,8 @@ class Feedback:
         # An input that is always zero says nothing about its column. With a diagonal entry the moment is invertible,
         # and the column is rounded to nearest.
         mean = float(moment.diagonal().sum()) / max(1, int((~dead).sum()))
-        moment = moment + torch.diag(dead * (mean or 1.0))
+        filled = torch.diag(dead * (mean or 1.0))
+        moment = moment + filled
         self._order = torch.argsort(moment.diagonal(), descending=True, stable=True)
         ordered = moment[self._order][:, self._order]
         upper, damping = feedback_factor(ordered, damping)
@@ -67,7 +68,7 @@ class Feedback:
             # The inverse of the damped moment is U^T U, in the order of the columns.
             inverse = torch.empty_like(moment)
             inverse[self._order.unsqueeze(1), self._order] = upper.mT @ upper
-            self._correction = (self.moment - moment + cross) @ inverse
+            self._correction = (self.moment - moment + cross + filled) @ inverse
 
     def target(self, weight: Tensor) -> Tensor:
         """Return the rows that the codes should come close to, in the dtype of `weight`."""
