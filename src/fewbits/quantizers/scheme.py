@@ -142,7 +142,7 @@ class Scheme(ABC):
         resolved, reason = resolve_spec(spec, info, self.ragged, reason)
         if not isinstance(resolved, QuantSpec) or isinstance(self.rounding, RoundToNearest):
             return resolved, reason
-        return self.rounding.spec_for(resolved), f"{reason}; {self.rounding!r}"
+        return self.rounding.spec_for(resolved), f"{reason}; codes by {self.rounding!r}"
 
     def _makes_codes(self) -> bool:
         """Whether a subclass makes codes itself."""
