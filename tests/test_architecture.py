@@ -30,6 +30,7 @@ ROOMS = [
     "numerics",
     "selection",
     "observers",
+    "rounding",
     "kernels",
     "nn",
     "calibration",

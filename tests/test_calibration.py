@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import Int8PerChannel, LayerSelector, State, Step, calibration
+from fewbits import Int8PerChannel, LayerSelector, State, Step
+from fewbits.calibration import running as calibration
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.extend import Observed
 from support.lifecycle_helpers import Watcher, mlp

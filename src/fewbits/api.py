@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from fewbits.calibration import Forward
+from fewbits.calibration.running import Forward
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
@@ -19,6 +19,7 @@ from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.schemes import SCHEMES
+from fewbits.rounding.named import RoundingRecipe
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.selection.selector import LayerSelector
@@ -64,6 +65,7 @@ def quantize(
     validate: bool = True,
     compute: Compute = "auto",
     observer: ObserverRecipe | None = None,
+    rounding: RoundingRecipe | None = None,
     activation_observer: ObserverRecipe | None = None,
     selector: LayerSelector | None = None,
     serializer: Serializer | None = None,
@@ -93,6 +95,7 @@ def quantize(
         validate: check the result.
         compute: how the layers of a model may compute; see `set_compute`.
         observer: picks the scales of weights: a name or a table as in the config, or an observer.
+        rounding: picks the codes: a name or a table as in the config, or a strategy.
         activation_observer: picks the scales of inputs; given like `observer`.
         selector: decides which tensors are quantized, in place of the rules in the settings.
         serializer: writes and reads the result; by default a safetensors file.
@@ -103,7 +106,7 @@ def quantize(
         ArgumentError: for an unknown scheme or setting, or arguments that contradict each other.
         FewbitsError: the errors of the steps; see `Quantizer`.
     """
-    settings |= {"observer": observer, "activation_observer": activation_observer}
+    settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
     config, quantizer = resolve_settings(scheme, config, settings)
     quantizer.prepare(source, inplace=inplace, entry=entry)
@@ -267,7 +270,7 @@ def _run_settings(
 
 
 #: Settings that a config cannot hold, or may be given as objects.
-STRATEGIES = frozenset({"observer", "activation_observer", "selector", "serializer"})
+STRATEGIES = frozenset({"observer", "rounding", "activation_observer", "selector", "serializer"})
 
 #: The names of the arguments of `quantize`, to suggest one for a misspelled setting.
 _ARGUMENTS = [*inspect.signature(quantize).parameters][:-1]

@@ -3,7 +3,7 @@
 To write a scheme, subclass `fewbits.Quantizer`. This module has the other base classes, and the values they exchange.
 """
 
-from fewbits.calibration import Observed
+from fewbits.calibration.running import Observed
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import (
     ChunkReader,
@@ -33,10 +33,13 @@ from fewbits.nn.modules import (
     QuantizedEmbeddingBag,
     QuantizedLinear,
 )
+from fewbits.numerics.affine import decode, encode
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import Spec
 from fewbits.observers.base import Observer
+from fewbits.rounding.base import Rounding, RowInputs
+from fewbits.rounding.statistics import InputStatistics
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.progress import Progress
 from fewbits.selection.selector import Decision
@@ -48,6 +51,7 @@ __all__ = [
     "Decision",
     "Entry",
     "Header",
+    "InputStatistics",
     "Int4Tiles",
     "Int8Rows",
     "Kernel",
@@ -69,6 +73,8 @@ __all__ = [
     "QuantizedModule",
     "Reader",
     "ResumableWriter",
+    "Rounding",
+    "RowInputs",
     "SafetensorsSerializer",
     "Serializer",
     "Shard",
@@ -79,4 +85,6 @@ __all__ = [
     "WeightMatrix",
     "Writer",
     "Written",
+    "decode",
+    "encode",
 ]

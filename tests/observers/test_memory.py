@@ -10,7 +10,7 @@ SCRIPT = """
 import sys
 import torch
 from torch import nn
-from fewbits import calibration
+from fewbits.calibration import running as calibration
 from fewbits.numerics.spec import INPUT_SPEC
 from fewbits.observers import OBSERVERS
 

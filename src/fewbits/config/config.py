@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import attrs
 
-from fewbits.calibration import SAMPLES
+from fewbits.calibration.running import SAMPLES
 from fewbits.config.reading import read
 from fewbits.config.values import (
     Table,
@@ -34,6 +34,7 @@ from fewbits.observers.named import accepted_arguments, make_observer
 from fewbits.quantizers.base import OnFailure, Quantizer
 from fewbits.quantizers.scheme import Ragged
 from fewbits.quantizers.schemes import SCHEMES
+from fewbits.rounding.named import resolve_rounding
 from fewbits.selection.nearest import checked_name, did_you_mean
 from fewbits.selection.rules import OverrideRule, TypeRule, parse_override
 from fewbits.selection.selector import LayerSelector
@@ -67,6 +68,15 @@ def _check_observer(_: Any, field: Any, recipe: object) -> None:
         )
 
 
+def _check_rounding(_: Any, __: Any, recipe: object) -> None:
+    if recipe is not None and not isinstance(recipe, (str, Table)):
+        raise ArgumentError(
+            f"rounding must be a name or a table in a config, such as 'gptq' or {{'name': 'gptq', 'damping': 0.05}}, "
+            f"not {recipe!r}; pass a strategy of your own to quantize(..., rounding=...)"
+        )
+    resolve_rounding(recipe)
+
+
 _PATTERNS, _are_names = "a list of name patterns, such as ['lm_head']", sequence_of(str)
 _TYPES, _are_types = "a list of classes or their names, such as ['Embedding']", sequence_of(str, type)
 _OVERRIDES = "a table by name pattern, such as {'lm_head': 'keep'}"
@@ -89,6 +99,8 @@ class QuantizationConfig:
         ragged: how to treat rows that groups do not divide; see `Quantizer`.
         observer: picks the scales of weights: a name in `fewbits.observers.OBSERVERS`, or a table with that ``name``
             and the observer's arguments.
+        rounding: picks the codes: a name in `fewbits.rounding.ROUNDINGS`, or a table with that ``name`` and the
+            strategy's arguments.
         activation_observer: picks the scales of inputs; given like `observer`.
         include: name patterns of tensors to quantize. For this and the next seven settings, see `LayerSelector`.
         exclude: name patterns of tensors to keep.
@@ -125,6 +137,7 @@ class QuantizationConfig:
     )
     ragged: Ragged = attrs.field(default="auto", validator=one_of(*get_args(Ragged)))
     observer: str | Mapping[str, Any] | None = attrs.field(default=None, converter=frozen, validator=_check_observer)
+    rounding: str | Mapping[str, Any] | None = attrs.field(default=None, converter=frozen, validator=_check_rounding)
     activation_observer: str | Mapping[str, Any] | None = attrs.field(
         default=None, converter=frozen, validator=_check_observer
     )
@@ -174,15 +187,15 @@ class QuantizationConfig:
 
         Args:
             selector: replaces the default selector and its rules.
-            strategies: other arguments of the scheme: an `observer` or `activation_observer`, which replace those of
-                this config, or a `serializer`. None has no effect.
+            strategies: other arguments of the scheme: an `observer`, `rounding` or `activation_observer`, which replace
+                those of this config, or a `serializer`. None has no effect.
 
         Raises:
             ArgumentError: for a selector if the config has rules, or an argument that is no such strategy.
         """
-        observers = {"observer": self.observer, "activation_observer": self.activation_observer}
+        own = {name: getattr(self, name) for name in ("observer", "rounding", "activation_observer")}
         given = {name: value for name, value in strategies.items() if value is not None}
-        settings = self._scheme_settings() | observers | given
+        settings = self._scheme_settings() | own | given
         return SCHEMES[self.scheme](selector=self._selector(selector), **settings)
 
     def to_dict(self) -> dict[str, Any]:

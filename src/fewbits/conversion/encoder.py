@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import attrs
@@ -13,10 +13,11 @@ from fewbits.errors import ArgumentError, CalibrationError, NumericsError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.plain import not_plain
-from fewbits.numerics.quantize import cast, check_finite, quantize
+from fewbits.numerics.quantize import cast, check_finite
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
+from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.selection.ledger import LedgerRow
 
 #: Makes the codes of one weight; see `fewbits.Quantizer.quantize_tensor`.
@@ -31,11 +32,13 @@ class TensorEncoder:
         scheme: the name of the scheme's class, for messages.
         recipe: everything that decides on the codes besides the ledger and the tensors; a resumed run compares it with
             `fewbits.conversion.recipe.described`.
-        quantize_tensor: how the scheme makes codes; None rounds each weight to the nearest code.
+        rounding: picks the codes.
+        quantize_tensor: how the scheme makes codes, if it does not leave that to `rounding`.
     """
 
     scheme: str
     recipe: object
+    rounding: Rounding
     quantize_tensor: QuantizeTensor | None = None
 
     @property
@@ -43,13 +46,16 @@ class TensorEncoder:
         """Whether a few rows of a weight get the same codes alone as within the whole weight."""
         return self.quantize_tensor is None
 
-    def encode(self, row: LedgerRow, tensor: Tensor, observer: Observer | None) -> Value:
+    def encode(
+        self, row: LedgerRow, tensor: Tensor, observer: Observer | None, inputs: Sequence[RowInputs] = ()
+    ) -> Value:
         """Encode one tensor.
 
         Args:
             row: the tensor's row in the ledger.
             tensor: the values of the tensor.
             observer: chooses the scales, if the tensor gets codes.
+            inputs: what `rounding` needs to know of the inputs of the tensor's rows.
 
         Raises:
             NumericsError: if the tensor holds NaN or Inf, or `quantize_tensor` breaks its contract.
@@ -60,7 +66,7 @@ class TensorEncoder:
             raise ArgumentError(f"{row.name} is {row.fate}; only quantized and cast tensors are converted")
         weight, spec = WeightMatrix(tensor, row.layout), row.spec.weight_only()
         if self.quantize_tensor is None:
-            return quantize(weight, spec, observer.observe_weight)
+            return self.rounding.quantize(weight, spec, observer, inputs)
         check_finite(tensor)  # `quantize` checks each block
         value = self.quantize_tensor(weight, spec, observer)
         self._check(value, spec, row)

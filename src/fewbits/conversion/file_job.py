@@ -24,6 +24,7 @@ from fewbits.conversion.staging import StagingDirectory
 from fewbits.conversion.streaming import Streaming
 from fewbits.errors import ArgumentError, CheckpointError, StateError
 from fewbits.observers.base import Observer
+from fewbits.rounding.base import Rounding
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.file import FileSource
@@ -42,8 +43,10 @@ class FileJob(Job):
     source: FileSource
     compares = True
 
-    def __init__(self, source: FileSource, ledger: Ledger, observer: Observer, activation_observer: Observer) -> None:
-        super().__init__(source, ledger, observer, activation_observer)
+    def __init__(
+        self, source: FileSource, ledger: Ledger, observer: Observer, activation_observer: Observer, rounding: Rounding
+    ) -> None:
+        super().__init__(source, ledger, observer, activation_observer, rounding)
         self.refuse_calibration()
         self.left_behind, self.readers = source.left_behind, source.readers(ledger)
         self._written: Written | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 
-from fewbits.calibration import Observed
+from fewbits.calibration.running import Forward, Observed
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.encoder import TensorEncoder
@@ -13,6 +13,7 @@ from fewbits.errors import CalibrationError
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
+from fewbits.rounding.base import Rounding
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
 from fewbits.sources.base import Source
@@ -27,6 +28,7 @@ class Job(ABC):
         ledger: the fate of each tensor.
         observer: an observer that is copied for each quantized tensor.
         activation_observer: an observer that is copied for each tensor whose layer has static int8 activations.
+        rounding: the strategy that picks the codes.
 
     Attributes:
         observers: the copies of `observer`, by tensor name.
@@ -38,8 +40,10 @@ class Job(ABC):
 
     compares: bool
 
-    def __init__(self, source: Source, ledger: Ledger, observer: Observer, activation_observer: Observer) -> None:
-        self.source, self.ledger = source, ledger
+    def __init__(
+        self, source: Source, ledger: Ledger, observer: Observer, activation_observer: Observer, rounding: Rounding
+    ) -> None:
+        self.source, self.ledger, self.rounding = source, ledger, rounding
         specs = {row.name: row.spec for row in ledger if isinstance(row.spec, QuantSpec)}
         static = [name for name, spec in specs.items() if spec.activations == "static"]
         self.observers = {name: observer.fresh() for name in specs}
@@ -53,16 +57,21 @@ class Job(ABC):
         return {name: observer for name, observer in self.observers.items() if observer.needs_data}
 
     def refuse_calibration(self) -> None:
-        """Refuse observers that need data, because the source cannot run any.
+        """Refuse strategies that need data, because the source cannot run any.
 
         Raises:
             CalibrationError: naming one of them.
         """
-        for observer in [*self.data_observers.values(), *self.input_observers.values()]:
+        needing = [*self.data_observers.values(), *self.input_observers.values()]
+        for strategy in [*needing, *([] if self.rounding.needs == "nothing" else [self.rounding])]:
             raise CalibrationError(
-                f"{type(observer).__name__} needs data, and a state dict or a file has no forward to run it; prepare "
-                "the model itself, or choose another observer, or other activations"
+                f"{type(strategy).__name__} needs data, and a state dict or a file has no forward to run it; prepare "
+                "the model itself, or choose another strategy, or other activations"
             )
+
+    def watching(self, forward: Forward | None) -> Forward | None:
+        """Return a forward that also shows the inputs of layers to strategies that need them."""
+        return forward
 
     @abstractmethod
     def convert(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from fewbits._events import emit
-from fewbits.calibration import InputWatch
+from fewbits.calibration.blocks import BlockCalibration
+from fewbits.calibration.running import Forward, InputWatch, default_forward
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import value_digest
 from fewbits.checkpoint.metadata import Metadata
@@ -29,6 +30,7 @@ from fewbits.numerics.params import check_params
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
+from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed
 from fewbits.sources.base import LiveSource, Target
@@ -49,12 +51,16 @@ class LiveJob(Job):
 
     source: LiveSource
 
-    def __init__(self, source: LiveSource, ledger: Ledger, observer: Observer, activation_observer: Observer) -> None:
-        super().__init__(source, ledger, observer, activation_observer)
+    def __init__(
+        self, source: LiveSource, ledger: Ledger, observer: Observer, activation_observer: Observer, rounding: Rounding
+    ) -> None:
+        super().__init__(source, ledger, observer, activation_observer, rounding)
         self.compares = source.inplace
         if not isinstance(source, ModuleSource):
             self.refuse_calibration()
         self._watch = InputWatch(_watched(source, ledger, self.data_observers, self.input_observers))
+        self._blocks = _block_calibration(source, ledger, rounding)
+        self._inputs: Sequence[RowInputs] = ()
         self._target: Target | None = None
         self._done: set[str] = set()
         self._measured: dict[str, Measurement] = {}
@@ -66,6 +72,8 @@ class LiveJob(Job):
         """Convert every tensor that an earlier call has not converted in place."""
         if output is not None:
             raise ArgumentError("output= goes with a path; a result in memory is returned, and written by save(path)")
+        if self._blocks is not None and not self._blocks.has_data:
+            raise CalibrationError(f"{self.rounding!r} needs data; call observe(batches), or pass data=")
         if unseen := self._watch.unseen():
             raise CalibrationError(
                 f"no data for {', '.join(unseen)}, whose observers need some; call observe(batches) with inputs that "
@@ -75,11 +83,34 @@ class LiveJob(Job):
             self._target, self._done, self._measured = None, set(), {}
         with self._watch.detached():
             target = self._target = self._target or self.source.target(self.ledger)
-            for row in followed("convert", self.ledger.stored, progress):
+            for row in followed("convert", self.ledger.stored, progress, self._in_order()):
                 if row.name not in self._done:
                     self._convert_row(row, target, encoder, comparing)
             tell_unscaled(self.ledger)
             return target.finish()
+
+    def watching(self, forward: Forward | None) -> Forward | None:
+        """Return a forward that also shows each batch to the calibration."""
+        blocks = self._blocks
+        if blocks is None:
+            return forward
+        run = forward or default_forward
+        return lambda model, batch: blocks.observe(lambda: run(model, batch))
+
+    def _in_order(self) -> Iterator[LedgerRow]:
+        """Yield all stored rows; set the inputs that each is to be converted with."""
+        rows = {row.name: row for row in self.ledger.stored}
+        notes = {}
+        for group in self._blocks.groups() if self._blocks is not None else ():
+            for name, self._inputs in group.items():
+                notes[name] = self._remark(rows[name])
+                yield rows.pop(name)
+        self._inputs = ()
+        yield from rows.values()
+        self.ledger = self.ledger.with_remarks(notes)
+
+    def _remark(self, row: LedgerRow) -> str:
+        return "" if row.layout is None else self.rounding.remark(row.layout.rows, self._inputs)
 
     def _convert_row(self, row: LedgerRow, target: Target, encoder: TensorEncoder, comparing: bool) -> None:
         tensor = self.source.read(row.name)
@@ -91,7 +122,9 @@ class LiveJob(Job):
         value: Value = tensor
         if row.spec is not None:
             with naming(row):
-                value = encoder.encode(row, tensor, self.observers.get(row.name))
+                value = encoder.encode(row, tensor, self.observers.get(row.name), self._inputs)
+                if self._blocks is not None and isinstance(value, QuantizedTensor):
+                    self._blocks.replace(row.name, value.dequantize())
                 if isinstance(row.spec, QuantSpec) and row.spec.activations and isinstance(value, QuantizedTensor):
                     observer = self.input_observers.get(row.name)
                     scale = None if observer is None else static_scale(observer).to(tensor.device)
@@ -141,6 +174,14 @@ class LiveJob(Job):
         if self._target is None:
             raise StateError("there is no result; call convert() first")
         return self._target
+
+
+def _block_calibration(source: LiveSource, ledger: Ledger, rounding: Rounding) -> BlockCalibration | None:
+    """Watch all quantized weights of a model, if the rounding needs data."""
+    if rounding.needs == "nothing" or not isinstance(source, ModuleSource):
+        return None  # `refuse_calibration` has refused other sources
+    layouts = {row.name: row.layout for row in ledger.stored if isinstance(row.spec, QuantSpec) and row.layout}
+    return BlockCalibration(source.prepared(), layouts, rounding.needs)
 
 
 def _watched(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import attrs
 import torch
@@ -38,6 +39,15 @@ class QuantParams:
         if zero_point is not None and other.zero_point is not None:
             zero_point = torch.where(better, zero_point, other.zero_point)
         return QuantParams(torch.where(better, self.scale, other.scale), zero_point)
+
+    @classmethod
+    def joined(cls, parts: Sequence[QuantParams]) -> QuantParams:
+        """Join the parameters of consecutive rows; parameters of a whole tensor are all the same."""
+        first = parts[0]
+        if first.scale.dim() == 1:
+            return first
+        zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+        return cls(torch.cat([part.scale for part in parts]), torch.cat(zero_points) if zero_points else None)
 
 
 def are_sound(scale: Tensor) -> bool:

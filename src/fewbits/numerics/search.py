@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.affine import choose_params, extremes, is_finite_throughout, refit
+from fewbits.numerics.grid import grouped
 from fewbits.numerics.layout import block_rows
-from fewbits.numerics.noise import fit_terms, group_sums
+from fewbits.numerics.noise import fit_terms, group_sums, rounding_noise
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
@@ -24,6 +25,9 @@ Noise = Callable[[QuantParams], Tensor]
 
 #: Returns the noise of each element of some rows: (rows, groups, width), in units of the squared scale.
 ElementNoise = Callable[[Tensor, QuantParams, QuantSpec], Tensor]
+
+#: Blocks of rows that are searched together.
+_BLOCKS_AT_ONCE = 2
 
 #: The ends of a range that each pass narrows. Symmetric ranges need one pass.
 _PASSES = {True: [(True, True)], False: [(True, True), (False, True), (True, False)]}
@@ -46,13 +50,14 @@ class Choice:
         high: the largest element of each group, at least zero.
         spec: the spec of the codes, with `scale_dtype` set.
         noise: computes the noise to minimize.
+        norm: the power of the scale in whose units the noise is.
 
     Raises:
         RangeError: if a scale is beyond the largest number of its dtype.
     """
 
-    def __init__(self, low: Tensor, high: Tensor, spec: QuantSpec, noise: Noise) -> None:
-        self.low, self.high, self.spec, self._noise = low.double(), high.double(), spec, noise
+    def __init__(self, low: Tensor, high: Tensor, spec: QuantSpec, noise: Noise, norm: float = 2) -> None:
+        self.low, self.high, self.spec, self._noise, self._norm = low.double(), high.double(), spec, noise, norm
         self.params = choose_params(low, high, spec)
         self._unit = self.params.scale.double()
         self.noise = noise(self.params)
@@ -76,7 +81,7 @@ class Choice:
 
     def offer(self, low: Tensor, high: Tensor, params: QuantParams) -> None:
         """Keep these parameters, made for the range from `low` to `high`, wherever their noise is less."""
-        noise = self._noise(params) * (params.scale.double() / self._unit).square()
+        noise = self._noise(params) * (params.scale.double() / self._unit).abs().pow(self._norm)
         better = (noise < self.noise) & is_finite_throughout(params, self.spec)
         self.noise = torch.where(better, noise, self.noise)
         self.params = params.where(better, self.params)
@@ -92,9 +97,65 @@ def choose_for(
     return choice
 
 
-def fit(choice: Choice, x: Tensor) -> None:
-    """Refit the chosen scales of some rows to their codes, and keep them where the noise is less."""
-    products, squares = _totals(fit_terms, x, choice.params, choice.spec)
+def search_scales(
+    x: Tensor,
+    start: QuantParams,
+    spec: QuantSpec,
+    shares: Sequence[float],
+    *,
+    norm: float = 2,
+    importance: Tensor | None = None,
+) -> QuantParams:
+    """Search the scales with the least sum of weighted powers of the errors, for each group.
+
+    Args:
+        x: (rows, columns).
+        start: parameters that the result must not be worse than.
+        spec: with its `scale_dtype` set. The parameters of a whole tensor stay as they are.
+        shares: the shares of a group's range to try.
+        norm: the power of each error.
+        importance: the factor of each column, (columns,); None for one.
+    """
+    if spec.granularity == "tensor":
+        return start
+    weights = None if importance is None else grouped(importance.to(x.dtype).unsqueeze(0), spec)
+
+    def noise(rows: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+        squares = rounding_noise(rows, params, spec)
+        powers = squares if norm == 2 else squares.pow_(norm / 2)
+        return powers if weights is None else powers.mul_(weights)
+
+    found = []
+    size = _BLOCKS_AT_ONCE * block_rows(x.shape[1])
+    for at in range(0, len(x), size):
+        rows, own = x[at : at + size], start.rows(slice(at, at + size))
+        choice = Choice(*extremes(rows, spec), spec, _noise_of(noise, rows, spec), norm)
+        choice.offer(choice.low, choice.high, own)
+        choice.narrow(shares, mirrored=True)
+        if norm == 2:
+            fit(choice, rows, weights)
+        found.append(choice.params)
+    return QuantParams.joined(found)
+
+
+def _noise_of(noise: ElementNoise, rows: Tensor, spec: QuantSpec) -> Noise:
+    return lambda params: _totals(noise, rows, params, spec)[0]
+
+
+def fit(choice: Choice, x: Tensor, weights: Tensor | None = None) -> None:
+    """Refit the chosen scales of some rows to their codes, and keep them where the noise is less.
+
+    Args:
+        choice: what was chosen.
+        x: the rows.
+        weights: factors of the squared errors, which broadcast against the result of `grouped`; None for one.
+    """
+
+    def terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, ...]:
+        plain = fit_terms(x, params, spec)
+        return plain if weights is None else tuple(term * weights for term in plain)
+
+    products, squares = _totals(terms, x, choice.params, choice.spec)
     refitted = refit(choice.params.scale, products, squares, choice.spec)
     choice.offer(choice.low, choice.high, attrs.evolve(choice.params, scale=refitted))
 

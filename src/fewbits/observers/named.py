@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fewbits.errors import ArgumentError
 from fewbits.observers import OBSERVERS
 from fewbits.observers.base import Observer
 from fewbits.selection.nearest import checked_name, did_you_mean
+
+_Strategy = TypeVar("_Strategy")
 
 #: An observer, its name, or a mapping with its ``name`` and its arguments.
 ObserverRecipe = Observer | str | Mapping[str, Any]
@@ -25,9 +27,23 @@ def make_observer(setting: str, recipe: str | Mapping[str, Any]) -> Observer:
     Raises:
         ArgumentError: if there is no such observer, or it does not take an argument; the message names the setting.
     """
+    return make_named(setting, recipe, OBSERVERS)
+
+
+def make_named(setting: str, recipe: str | Mapping[str, Any], classes: Mapping[str, type[_Strategy]]) -> _Strategy:
+    """Make a strategy of one of these classes from its name, or from a mapping with its name and arguments.
+
+    Args:
+        setting: the name of the setting, for messages.
+        recipe: such as ``"percentile"`` or ``{"name": "percentile", "percentile": 99.9}``.
+        classes: the classes by name.
+
+    Raises:
+        ArgumentError: if there is no such class, or it does not take an argument; the message names the setting.
+    """
     arguments: dict[str, Any] = {"name": recipe} if isinstance(recipe, str) else dict(recipe)
-    name = checked_name(setting, arguments.pop("name", None), OBSERVERS)
-    cls = OBSERVERS[name]
+    name = checked_name(setting, arguments.pop("name", None), classes)
+    cls = classes[name]
     known = accepted_arguments(cls)
     for argument in arguments:
         if argument not in known:

@@ -9,9 +9,9 @@ from typing import Any, Literal, final, get_args
 
 from torch import nn
 
-from fewbits import calibration
 from fewbits._events import emit
 from fewbits._sizes import parse_size
+from fewbits.calibration import running as calibration
 from fewbits.checkpoint.output import Output
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
@@ -76,9 +76,9 @@ class Quantizer(Lifecycle):
         opened = open_source(source, inplace=inplace, entry=entry)
         ledger = self._plan(opened.infos)
         if isinstance(opened, FileSource):
-            self._job = FileJob(opened, ledger, self.observer, self.activation_observer)
+            self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding)
         else:
-            self._job = LiveJob(opened, ledger, self.observer, self.activation_observer)
+            self._job = LiveJob(opened, ledger, self.observer, self.activation_observer, self.rounding)
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
         return opened.prepared()
 
@@ -113,7 +113,7 @@ class Quantizer(Lifecycle):
         model = job.source.module()
         if model is None:
             raise CalibrationError("a state dict or a file has no forward to observe; prepare the model itself")
-        seen = calibration.run(model, batches, forward, samples=samples, progress=progress)
+        seen = calibration.run(model, batches, job.watching(forward), samples=samples, progress=progress)
         job.observed = seen if job.observed is None else job.observed + seen
         self._advance("observe", **seen.to_dict())
         return seen

@@ -22,6 +22,8 @@ from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
 from fewbits.observers.named import ObserverRecipe, make_observer
 from fewbits.quantizers.plan import plan, skip_reason
+from fewbits.rounding.named import RoundingRecipe, resolve_rounding
+from fewbits.rounding.nearest import RoundToNearest
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.rules import TypeRule, check_types
@@ -56,6 +58,7 @@ class Scheme(ABC):
         self,
         *,
         observer: ObserverRecipe | None = None,
+        rounding: RoundingRecipe | None = None,
         activation_observer: ObserverRecipe | None = None,
         selector: LayerSelector | None = None,
         serializer: Serializer | None = None,
@@ -68,6 +71,8 @@ class Scheme(ABC):
         Args:
             observer: picks scales and zero points: a name in `fewbits.observers.OBSERVERS` such as ``"mse"``, a table
                 with that ``name`` and the observer's arguments, or an observer. Every layer gets a fresh copy.
+            rounding: picks the codes: a name in `fewbits.rounding.ROUNDINGS` such as ``"gptq"``, a table with that
+                ``name`` and the strategy's arguments, or a strategy. None rounds to the nearest code.
             activation_observer: picks the scales of inputs, for specs with static int8 activations; given like
                 `observer`.
             selector: decides which tensors are quantized.
@@ -85,14 +90,17 @@ class Scheme(ABC):
         if not isinstance(getattr(self, "spec", None), Spec):
             raise ArgumentError(f"{type(self).__name__} has no spec; set one: spec = QuantSpec(...) or CastSpec(...)")
         self.observer: Observer = _resolve_strategy("observer", observer, Observer, MinMaxObserver)
+        self.rounding = resolve_rounding(rounding)
+        if rounding is not None and self._makes_codes():
+            raise ArgumentError(f"{type(self).__name__} makes codes in quantize_tensor; it takes no rounding")
         self.activation_observer: Observer = _resolve_strategy(
             "activation_observer", activation_observer, Observer, MinMaxObserver
         )
         self.selector: LayerSelector = _resolve_strategy("selector", selector, LayerSelector, LayerSelector)
         self.serializer: Serializer = _resolve_strategy("serializer", serializer, Serializer, SafetensorsSerializer)
         self.skip_types = check_types("skip_types", self.default_skip if skip_types is None else skip_types)
-        if scale_dtype is not None and isinstance(self.spec, CastSpec):
-            raise ArgumentError(f"{self.name} has no scales; scale_dtype is for schemes with scales")
+        if (scale_dtype, rounding) != (None, None) and isinstance(self.spec, CastSpec):
+            raise ArgumentError(f"{self.name} has no codes; scale_dtype and rounding are for schemes with codes")
         self.scale_dtype = scale_dtype
         check_choice("ragged", ragged, get_args(Ragged))
         self.ragged = ragged
@@ -130,17 +138,24 @@ class Scheme(ABC):
             return spec, reason
         if self.scale_dtype is not None and (decision.override is None or spec.scale_dtype is None):
             spec = attrs.evolve(spec, scale_dtype=self.scale_dtype)
-        return _resolve_spec(spec, info, self.ragged, reason)
+        resolved, reason = _resolve_spec(spec, info, self.ragged, reason)
+        if not isinstance(resolved, QuantSpec) or isinstance(self.rounding, RoundToNearest):
+            return resolved, reason
+        return self.rounding.spec_for(resolved), f"{reason}; codes by {self.rounding!r}"
+
+    def _makes_codes(self) -> bool:
+        """Whether a subclass makes codes itself."""
+        return getattr(self.quantize_tensor, "__func__", None) is not Scheme.quantize_tensor
 
     def _encoder(self) -> TensorEncoder:
         """The encoder with the strategies of this scheme."""
         scheme = type(self).__name__
-        if getattr(self.quantize_tensor, "__func__", None) is Scheme.quantize_tensor:
-            return TensorEncoder(scheme, self.observer)
+        if not self._makes_codes():
+            return TensorEncoder(scheme, [self.observer, self.rounding], self.rounding)
         # The ledger holds the decisions of the selector. `quantize_tensor` may read any other attribute.
         apart = {"selector", "serializer", "activation_observer", "_state", "_job"}
         settings = {name: value for name, value in vars(self).items() if name not in apart}
-        return TensorEncoder(scheme, [type(self), settings], self.quantize_tensor)
+        return TensorEncoder(scheme, [type(self), settings], self.rounding, self.quantize_tensor)
 
 
 def _resolve_strategy(name: str, value: Any, expected: type, default: Callable[[], Any]) -> Any:

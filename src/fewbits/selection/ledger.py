@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -178,6 +178,11 @@ class Ledger:
     def present(self) -> list[LedgerRow]:
         """The rows whose names the result has: all except merged scales."""
         return [row for row in self.rows if row.fate != "merged"]
+
+    def with_remarks(self, remarks: Mapping[str, str]) -> Ledger:
+        """Return a ledger with remarks added to the reasons of some rows, by name; an empty remark adds nothing."""
+        added = {name: f"; {remark}" for name, remark in remarks.items() if remark}
+        return Ledger(attrs.evolve(row, reason=row.reason + added.get(row.name, "")) for row in self.rows)
 
     def names_by_holder(self) -> dict[str, list[str]]:
         """Map the name of each row that holds a tensor to all names of that tensor."""

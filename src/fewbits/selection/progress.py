@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
 
@@ -40,10 +40,19 @@ def no_progress(step: Step) -> None:
     """Ignore the step: the `Progress` for no reports."""
 
 
-def followed(activity: str, rows: Sequence[LedgerRow], progress: Progress) -> Iterator[LedgerRow]:
-    """Yield the rows one by one, and report a step before and after each."""
+def followed(
+    activity: str, rows: Sequence[LedgerRow], progress: Progress, order: Iterable[LedgerRow] | None = None
+) -> Iterator[LedgerRow]:
+    """Yield the rows one by one, and report a step before and after each.
+
+    Args:
+        activity: the activity of the steps.
+        rows: all rows.
+        progress: called with the steps.
+        order: the same rows in the order to yield; it may be an iterator that works between two rows.
+    """
     done, total = 0, sum(row.bytes_before for row in rows)
-    for row in rows:
+    for row in rows if order is None else order:
         progress(Step(activity, row.name, done, total))
         yield row
         done += row.bytes_before

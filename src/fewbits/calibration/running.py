@@ -175,7 +175,7 @@ def run(
     if samples is not None and (type(samples) is not int or samples < 1):
         raise ArgumentError(f"samples must be an integer from 1 up, or None for all samples, not {samples!r}")
     number, done, expected = 0, 0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for number, batch in enumerate(batches, 1):
             size = samples_in(batch)
             expected = expected or _expected(batches, size, samples)
@@ -245,7 +245,7 @@ def _length(batches: object) -> int | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Use eval mode and no gradients inside the block; afterwards restore training mode where it was set."""
     training = [module for module in model.modules() if module.training]
     try:

@@ -1,0 +1,1 @@
+"""Run data through a model, for observers and for rounding strategies."""

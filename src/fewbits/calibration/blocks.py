@@ -1,0 +1,199 @@
+"""`BlockCalibration`: takes the inputs of each layer when the layers before it are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+
+import attrs
+from torch import Tensor, nn
+
+from fewbits.calibration.capture import InputCapture, Watched
+from fewbits.calibration.chains import chains
+from fewbits.calibration.collected import Collected, Grouping, Key
+from fewbits.calibration.replay import Block, check_replay, keep_calls, replaying, without_shortcuts
+from fewbits.errors import CalibrationError
+from fewbits.nn.copying import structural_copy
+from fewbits.nn.walk import find, slots
+from fewbits.numerics.layout import Layout
+from fewbits.rounding.base import RowInputs
+from fewbits.rounding.statistics import Needs
+
+
+class _Enough(BaseException):
+    """Ends a forward whose other layers are not needed; not an `Exception`, because a forward may catch those."""
+
+
+class BlockCalibration:
+    """Takes the inputs of the layers of a prepared model, one block after the other.
+
+    `observe` runs data through the float model. It keeps the arguments of the blocks, and adds up the statistics of
+    layers outside all chains. `groups` then runs the blocks again. A model without a chain is one block.
+
+    Args:
+        model: the float model.
+        layouts: the layouts of the weights whose inputs are needed, by name.
+        needs: the statistics to collect.
+    """
+
+    def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], needs: Needs) -> None:
+        self._model, self._needs = model, needs
+        self._watched = {
+            slot.name: Watched(slot.name, slot.tensor.detach(), layouts[slot.name])
+            for slot in slots(model)
+            if slot.name in layouts
+        }
+        self._chains: list[list[Block]] | None = None
+        self._hidden: list[list[Tensor | None]] = []
+        self._outside = Collected(needs)
+        self._working: dict[str, Tensor] = {}
+
+    # Observe the float model.
+
+    def observe(self, run: Callable[[], object]) -> None:
+        """Run one batch, and keep of it what is needed.
+
+        Args:
+            run: runs the batch through the model.
+        """
+        with without_shortcuts(self._model):
+            if self._chains is None:
+                self._chains = self._find(run)
+                self._hidden = [[] for _ in self._chains]
+            kept = [len(hidden) for hidden in self._hidden]
+            with ExitStack() as hooks:
+                for chain, hidden in zip(self._chains, self._hidden, strict=True):
+                    keep_calls(chain, hidden, hooks)
+                hooks.enter_context(InputCapture(self._outside_chains(), self._outside.receive))
+                try:
+                    run()
+                except BaseException:
+                    self._forget_after(kept)
+                    raise
+            self._outside.end_batch()
+            if any(len(block.calls) != len(self._hidden[0]) for chain in self._chains for block in chain):
+                self._forget_after(kept)
+                raise CalibrationError("the blocks of the model did not all run once in this batch, as in the first")
+
+    @property
+    def has_data(self) -> bool:
+        """Whether any batch was observed."""
+        return any(self._hidden)
+
+    def _find(self, run: Callable[[], object]) -> list[list[Block]]:
+        sizes: dict[nn.Module, int] = {}
+        for slot in slots(self._model):
+            if slot.name in self._watched:
+                sizes[slot.module] = sizes.get(slot.module, 0) + slot.tensor.numel()
+        names = {id(module): name for name, module in self._model.named_modules()}
+        found = chains(self._model, run, sizes) or [[self._model]]
+        return [[Block(names[id(module)], module) for module in chain] for chain in found]
+
+    def _forget_after(self, kept: Sequence[int]) -> None:
+        for chain, hidden, count in zip(self._chains or (), self._hidden, kept, strict=True):
+            del hidden[count:]
+            for block in chain:
+                del block.calls[count:]
+
+    def _outside_chains(self) -> list[Watched]:
+        inside = {name for chain in self._chains or () for block in chain for name in self._names_in(block)}
+        return [watched for name, watched in self._watched.items() if name not in inside]
+
+    def _names_in(self, block: Block) -> list[str]:
+        own = {id(slot.tensor) for slot in slots(block.module)}
+        return [slot.name for slot in slots(self._model) if slot.name in self._watched and id(slot.tensor) in own]
+
+    # Run the blocks again.
+
+    def groups(self) -> Iterator[dict[str, list[RowInputs]]]:
+        """Yield groups of weights with the statistics of their inputs; each weight once.
+
+        The caller quantizes a group and calls `replace` with the results before it takes the next group. Weights whose
+        inputs were not seen have no statistics.
+        """
+        outside = [watched.name for watched in self._outside_chains()]
+        blocks = [[(block, self._names_in(block)) for block in chain] for chain in self._chains or ()]
+        yield {name: self._outside.of(name) for name in outside}
+        for chain, hidden in zip(blocks, self._hidden, strict=True):
+            references = currents = hidden
+            for at, (block, names) in enumerate(chain):
+                following = chain[at + 1][0] if at + 1 < len(chain) else None
+                references, currents = yield from self._block(block, names, references, currents, following)
+
+    def replace(self, name: str, values: Tensor) -> None:
+        """Put the dequantized values of a weight into the copy of the block that runs."""
+        if name in self._working:
+            self._working[name].data = values
+
+    def _block(
+        self,
+        block: Block,
+        names: list[str],
+        references: list[Tensor | None],
+        currents: list[Tensor | None],
+        following: Block | None,
+    ) -> Generator[dict[str, list[RowInputs]], None, tuple[list[Tensor | None], list[Tensor | None]]]:
+        copied = structural_copy(block.module)
+        self._working = {name: find(copied, name[len(block.name) :].lstrip(".")).tensor for name in names}
+        grouping, inputs, references = self._run_float(block, names, references, following)
+        seen = {name for group in grouping.groups for name in group}
+        yield {name: [] for name in names if name not in seen}
+        for group in grouping.groups:
+            leaders = {name: grouping.leader(name) for name in group}
+            later = grouping.later(group)
+            collected = self._run_quantized(block, copied, set(leaders.values()), later, currents, inputs)
+            yield {name: collected.of(leader) for name, leader in leaders.items()}
+        if following is not None:
+            with replaying(copied):
+                currents = [block.run(copied, batch, hidden) for batch, hidden in enumerate(currents)]
+        self._working = {}
+        return references, currents
+
+    def _run_float(
+        self, block: Block, names: list[str], hidden: list[Tensor | None], following: Block | None
+    ) -> tuple[Grouping, list[dict[Key, Tensor]], list[Tensor | None]]:
+        """Run the float block. Return how its weights are grouped, their inputs in each batch, and its outputs.
+
+        Without need for the inputs of the float model, only the first batch runs.
+        """
+        grouping, inputs, watched = Grouping(self._model), [], [self._watched[name] for name in names]
+        with replaying(block.module):
+            with InputCapture(watched, grouping.receive):
+                outputs = [block.run(block.module, 0, hidden[0])]
+            check_replay(block, outputs[0], following)
+            if self._needs == "cross_moment":
+                leaders = [weight for weight in watched if grouping.leader(weight.name) == weight.name]
+                outputs = []
+                for batch, x in enumerate(hidden):
+                    collected = Collected(self._needs)
+                    with InputCapture(leaders, collected.receive):
+                        outputs.append(block.run(block.module, batch, x))
+                    inputs.append(collected.taken())
+        return grouping, inputs, outputs
+
+    def _run_quantized(
+        self,
+        block: Block,
+        copied: nn.Module,
+        leaders: set[str],
+        later: list[str],
+        hidden: list[Tensor | None],
+        references: list[dict[Key, Tensor]],
+    ) -> Collected:
+        """Run the copy of the block, in which the groups before are quantized, and collect the inputs of one group."""
+        collected = Collected(self._needs)
+
+        def receive(name: str, rows: slice, x: Tensor) -> None:
+            if name not in leaders:
+                raise _Enough
+            collected.receive(name, rows, x)
+
+        watched = [
+            attrs.evolve(self._watched[name], tensor=self._working[name].detach()) for name in [*leaders, *later]
+        ]
+        with replaying(copied):
+            for batch, x in enumerate(hidden):
+                with suppress(_Enough), InputCapture(watched, receive):
+                    block.run(copied, batch, x)
+                collected.end_batch(references[batch] if references else None)
+        return collected

@@ -1,0 +1,121 @@
+"""Collect the inputs of weights batch by batch, and sort weights into groups whose inputs are taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.rounding.base import RowInputs
+from fewbits.rounding.statistics import InputStatistics, Needs
+
+#: The name of a weight, and the first row and the row after the last of its matrix.
+Key = tuple[str, int, int]
+
+
+class Collected:
+    """The inputs of weights in one batch, and the statistics of all batches so far."""
+
+    def __init__(self, needs: Needs) -> None:
+        self._needs = needs
+        self._batch: dict[Key, list[Tensor]] = {}
+        self._statistics: dict[Key, InputStatistics] = {}
+
+    def receive(self, name: str, rows: slice, x: Tensor) -> None:
+        """Keep a copy of some inputs: a forward may overwrite them."""
+        copied = x.detach().to(torch.float32, copy=True)
+        self._batch.setdefault((name, rows.start, rows.stop), []).append(copied)
+
+    def taken(self) -> dict[Key, Tensor]:
+        """Return the inputs of this batch, and forget them."""
+        batch, self._batch = self._batch, {}
+        return {key: torch.cat(parts) for key, parts in batch.items()}
+
+    def end_batch(self, references: Mapping[Key, Tensor] | None = None) -> None:
+        """Add the inputs of this batch to the statistics.
+
+        Args:
+            references: the inputs in the float model. Where their number differs, because experts got other tokens,
+                they are not used.
+        """
+        for key, x in self.taken().items():
+            reference = None if references is None else references.get(key)
+            known = self._statistics.setdefault(key, InputStatistics(x.shape[1], self._needs))
+            known.add(x, reference if reference is not None and reference.shape == x.shape else None)
+
+    def of(self, name: str) -> list[RowInputs]:
+        """Return the statistics of one weight."""
+        return [
+            RowInputs(slice(start, stop), known)
+            for (owner, start, stop), known in self._statistics.items()
+            if owner == name
+        ]
+
+
+class Grouping:
+    """Sorts the weights of a block into groups that do not depend on one another, in the order in which they are used.
+
+    Weights with one input are a group, such as the query, key and value projections of attention. Weights of parallel
+    modules are a group too: those whose names differ only in a number that is the index of a `nn.ModuleList`, such as
+    experts.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._last: Tensor | None = None
+        self._groups: list[list[str]] = []
+        self._where: dict[str, int] = {}
+        self._shared: dict[str, str] = {}
+        self._uses: dict[str, list[int]] = {}
+        self._events = 0
+
+    def receive(self, name: str, rows: slice, x: Tensor) -> None:
+        """Take note that a weight was multiplied with an input."""
+        self._events += 1
+        self._uses.setdefault(name, []).append(self._events)
+        pattern = self._pattern(name)
+        same = self._last is not None and _same(self._last, x)
+        if name in self._where:
+            self._shared.pop(name, None)  # several inputs: they are collected one by one
+        else:
+            at = len(self._groups) - 1 if same else self._where.get(pattern, len(self._groups))
+            if at == len(self._groups):
+                self._groups.append([])
+            if same and self._groups[at]:
+                leader = self._groups[at][-1]
+                self._shared[name] = self._shared.get(leader, leader)
+            self._groups[at].append(name)
+            self._where[name] = self._where[pattern] = at
+        self._last = x
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The groups, in the order in which they are used."""
+        return self._groups
+
+    def later(self, group: Sequence[str]) -> list[str]:
+        """Return the weights that are used only after the last use of a group."""
+        last = max(self._uses[name][-1] for name in group)
+        return [name for name, uses in self._uses.items() if uses[0] > last]
+
+    def leader(self, name: str) -> str:
+        """Return the first weight of the group that has the same input."""
+        return self._shared.get(name, name)
+
+    def _pattern(self, name: str) -> str:
+        """Replace the indices of ModuleLists in a name."""
+        parts, module = name.split("."), self._model
+        for at, part in enumerate(parts[:-1]):
+            if isinstance(module, nn.ModuleList):
+                parts[at] = "*"
+            module = module.get_submodule(part)
+        return ".".join(parts)
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Tell whether two tensors that are both alive are the same view of the same memory."""
+    return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())

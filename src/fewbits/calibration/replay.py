@@ -1,0 +1,132 @@
+"""Keep what blocks were given, and run them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fewbits.calibration.chains import hidden_of
+from fewbits.calibration.running import evaluating
+from fewbits.errors import CalibrationError
+
+#: Marks the place of a block's input among its arguments.
+_HIDDEN = object()
+
+#: A replay must give the same sum of magnitudes as the first run, up to this share.
+_TOLERANCE = 1e-3
+
+
+@attrs.define(eq=False)
+class Block:
+    """A block of a chain, with what it was given in each batch besides the output of the block before.
+
+    Attributes:
+        name: its path in the model; "" for the model itself.
+        module: the block of the float model.
+        calls: the arguments in each batch, with `_HIDDEN` in place of the block's input.
+        magnitude: the sum of magnitudes of its input in the first batch, to check replays with.
+    """
+
+    name: str
+    module: nn.Module
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = attrs.field(factory=list)
+    magnitude: float | None = None
+
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None) -> None:
+        """Keep the arguments of one call; `hidden` is the block's input among them."""
+        if hidden is not None and self.magnitude is None:
+            self.magnitude = _magnitude(hidden)
+        marked = {key: _HIDDEN if value is hidden else value for key, value in kwargs.items()}
+        self.calls.append((tuple(_HIDDEN if value is hidden else value for value in args), marked))
+
+    def run(self, module: nn.Module, batch: int, hidden: Tensor | None) -> Tensor | None:
+        """Run this block, or a copy of it, on one batch."""
+        args, kwargs = self.calls[batch]
+        # Without the copy, a block that writes to its input would change it for the next replay.
+        given = None if hidden is None else hidden.clone()
+        marked = {key: given if value is _HIDDEN else value for key, value in kwargs.items()}
+        return hidden_of(module(*(given if value is _HIDDEN else value for value in args), **marked))
+
+
+def keep_calls(chain: Sequence[Block], hidden: list[Tensor | None], hooks: ExitStack) -> None:
+    """Keep the arguments of each block, and the input of the first, until the hooks are removed."""
+    passed: list[Tensor | None] = [None]
+
+    def before(block: Block) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = passed[0]
+            if block is chain[0]:
+                given = next((x for x in (*args, *kwargs.values()) if _is_floating(x)), None)
+                hidden.append(None if given is None else given.detach().clone())
+            block.keep(args, kwargs, given)
+
+        return keep
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: object) -> None:
+        passed[0] = hidden_of(output)
+
+    for block in chain:
+        hooks.callback(block.module.register_forward_pre_hook(before(block), with_kwargs=True).remove)
+        hooks.callback(block.module.register_forward_hook(after).remove)
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def check_replay(block: Block, output: Tensor | None, following: Block | None) -> None:
+    """Refuse a block that gives another output than the first time.
+
+    Raises:
+        CalibrationError: naming the block.
+    """
+    expected = None if following is None else following.magnitude
+    if expected is None:
+        return
+    found = float("nan") if output is None else _magnitude(output)
+    if not abs(found - expected) <= _TOLERANCE * abs(expected):
+        raise CalibrationError(
+            f"{block.name} gave another output when it was run again with the same input; calibration block by block "
+            "needs blocks without a memory or chance: turn off caches (use_cache=False) and random numbers"
+        )
+
+
+def _magnitude(tensor: Tensor) -> float:
+    return float(tensor.detach().double().abs().sum())
+
+
+@contextmanager
+def replaying(module: nn.Module) -> Iterator[None]:
+    """Run a module in eval mode, without gradients and without shortcuts."""
+    with without_shortcuts(module), evaluating(module):
+        yield
+
+
+@contextmanager
+def without_shortcuts(module: nn.Module) -> Iterator[None]:
+    """Let torch compute layers by products that can be seen; turn off the cache of a transformers model.
+
+    Torch has single operations for whole attention layers, and oneDNN for recurrent layers.
+    """
+    config: Any = getattr(module, "config", None)
+    caches = bool(getattr(config, "use_cache", False))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        if caches:
+            config.use_cache = False
+        if recurrent:
+            previous = torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        if recurrent:
+            torch.backends.mkldnn.set_flags(previous[0])  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(fast)
+        if caches:
+            config.use_cache = True

@@ -1,0 +1,131 @@
+"""Error feedback: round the columns of a weight one after the other, and correct the columns that follow."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.numerics.affine import decode, encode, refit
+from fewbits.numerics.params import QuantParams
+from fewbits.numerics.spec import QuantSpec
+from fewbits.rounding.linear_algebra import damped, feedback_factor, product
+
+#: Columns whose errors are collected before they are passed on to the columns after them.
+_BLOCK = 128
+
+
+@attrs.frozen(eq=False)
+class Candidate:
+    """Parameters and codes of some rows, and the error of each row.
+
+    Attributes:
+        params: scale and zero point.
+        codes: uint8, (rows, columns).
+        error: (rows,).
+    """
+
+    params: QuantParams
+    codes: Tensor
+    error: Tensor
+
+    def better(self, other: Candidate) -> Candidate:
+        """Return the rows of the other candidate where its error is less, and the rows of this one elsewhere."""
+        less = other.error < self.error
+        rows = less.unsqueeze(1)
+        params = self.params if self.params.scale.dim() == 1 else other.params.where(rows, self.params)
+        return Candidate(params, torch.where(rows, other.codes, self.codes), torch.where(less, other.error, self.error))
+
+
+class Feedback:
+    """Rounds rows so that ``(target - q) moment (target - q)^T`` is small.
+
+    Args:
+        moment: the second moment of the inputs, float64, (columns, columns).
+        cross: the mean of ``reference x^T``, if the target is to give, with the inputs `x`, what the weight gives with
+            the reference inputs; None if the target is the weight. The damping is then part of the objective: without
+            it, the correction would follow directions that the inputs hardly have.
+        damping: as a share of the mean of the diagonal.
+    """
+
+    def __init__(self, moment: Tensor, cross: Tensor | None, damping: float) -> None:
+        dead = moment.diagonal() == 0
+        # An input that is always zero says nothing about its column. With a diagonal entry the moment is invertible,
+        # and the column is rounded to nearest.
+        mean = float(moment.diagonal().sum()) / max(1, int((~dead).sum()))
+        filled = torch.diag(dead * (mean or 1.0))
+        moment = moment + filled
+        self._order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+        ordered = moment[self._order][:, self._order]
+        upper, damping = feedback_factor(ordered, damping)
+        self._upper = upper
+        self._correction: Tensor | None = None
+        self.moment = moment
+        if cross is not None:
+            self.moment = damped(moment, damping)
+            # The inverse of the damped moment is U^T U, in the order of the columns.
+            inverse = torch.empty_like(moment)
+            inverse[self._order.unsqueeze(1), self._order] = upper.mT @ upper
+            self._correction = (self.moment - moment + cross + filled) @ inverse
+
+    def target(self, weight: Tensor) -> Tensor:
+        """Return the rows that the codes should come close to, in the dtype of `weight`."""
+        return weight if self._correction is None else product(weight, self._correction)
+
+    def candidate(self, target: Tensor, params: QuantParams, codes: Tensor, spec: QuantSpec) -> Candidate:
+        """Measure the error of some codes."""
+        error = target - decode(codes, params, spec, target.dtype)
+        return Candidate(params, codes, (product(error, self.moment) * error).double().sum(1))
+
+    def sweep(self, target: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+        """Round all columns; return the codes, uint8."""
+        # Columns of the weight are rows here, so that each is contiguous.
+        rest = target.mT[self._order]
+        codes = torch.empty(rest.shape, dtype=torch.uint8)
+        upper, groups = self._upper.to(rest.dtype), (self._order // spec.width(len(rest))).tolist()
+        for start in range(0, len(rest), _BLOCK):
+            stop = min(start + _BLOCK, len(rest))
+            block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
+            inner = upper[start:stop, start:stop]
+            for i in range(stop - start):
+                own = _of_group(params, groups[start + i])
+                column = block[i].unsqueeze(1)
+                code = encode(column, own, spec)
+                error = (column - decode(code, own, spec, rest.dtype)).squeeze(1) / inner[i, i]
+                codes[start + i] = code.squeeze(1)
+                errors[i] = error
+                block[i + 1 :].addr_(inner[i, i + 1 :], error, alpha=-1)
+            rest[stop:] -= upper[start:stop, stop:].mT @ errors
+        return torch.empty_like(codes).index_copy_(0, self._order, codes).mT.contiguous()
+
+    def refitted(self, target: Tensor, params: QuantParams, codes: Tensor, spec: QuantSpec) -> QuantParams:
+        """Fit the scales to the codes, one group after the other.
+
+        With all other scales as they are, the error is least for ``s_g = z_g M (target - others)^T / (z_g M z_g^T)``,
+        where ``z_g`` are the steps of the group.
+        """
+        moment = self.moment.to(target.dtype)
+        unit = QuantParams(torch.ones_like(params.scale), params.zero_point)
+        steps = decode(codes, unit, spec, target.dtype)
+        scale = params.scale.clone()
+        pushed = product(target - decode(codes, params, spec, target.dtype), moment)
+        width = spec.width(target.shape[1])
+        for group in range(scale.shape[1]):
+            first, last = group * width, min((group + 1) * width, target.shape[1])
+            own = steps[:, first:last]
+            before = scale[:, group]
+            curvature = (product(own, moment[first:last, first:last]) * own).double().sum(1)
+            slope = (pushed[:, first:last] * own).double().sum(1) / before.double()
+            after = refit(before, (slope + curvature).clamp(min=0), curvature, spec)
+            change = (before.double() - after.double()).to(target.dtype).unsqueeze(1)
+            pushed += product(own * change, moment[first:last])
+            scale[:, group] = after
+        return attrs.evolve(params, scale=scale)
+
+
+def _of_group(params: QuantParams, group: int) -> QuantParams:
+    """Return the parameters of one group, as those of a matrix with one column."""
+    if params.scale.dim() == 1:
+        return params
+    zero_point = None if params.zero_point is None else params.zero_point[:, group : group + 1]
+    return QuantParams(params.scale[:, group : group + 1], zero_point)

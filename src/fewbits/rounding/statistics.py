@@ -1,0 +1,112 @@
+"""`InputStatistics`: sums over the inputs of a layer, for strategies that weigh errors by what the inputs look like."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import ArgumentError, CalibrationError
+
+#: What a strategy needs to know of a layer's inputs; each kind includes the kinds before it.
+Needs = Literal["nothing", "mean_square", "second_moment", "cross_moment"]
+
+#: Inputs are added in blocks of this many, whatever the size of the batches. So batches do not change any sum.
+_BLOCK = 256
+
+
+class InputStatistics:
+    """Sums over the inputs of some rows of a weight.
+
+    The result has the same bits for any division of the same inputs into batches, and for any number of threads.
+
+    Args:
+        columns: the size of one input.
+        needs: which sums to keep.
+    """
+
+    def __init__(self, columns: int, needs: Needs) -> None:
+        self.columns, self.needs, self.count = columns, needs, 0
+        shape = (columns,) if needs == "mean_square" else (columns, columns)
+        self._moment = torch.zeros(shape)
+        self._cross = torch.zeros(shape) if needs == "cross_moment" else None
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._paired = True
+
+    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
+        """Add inputs.
+
+        Args:
+            x: (inputs, columns), floating: what the layer gets in the model that is being quantized.
+            reference: the inputs of the same layer in the float model, in the same order; None where they are unknown
+                (as for an expert that gets other tokens), or the same.
+
+        Raises:
+            ArgumentError: if the shapes do not fit.
+            CalibrationError: if an input holds NaN or Inf.
+        """
+        if x.dim() != 2 or x.shape[1] != self.columns or (reference is not None and reference.shape != x.shape):
+            raise ArgumentError(f"inputs must be (inputs, {self.columns}), not {tuple(x.shape)}")
+        x = x.detach().to("cpu", torch.float32)
+        if not bool(torch.isfinite(x).all()):
+            raise CalibrationError("an input holds NaN or Inf; the model overflows on this data")
+        paired = x if reference is None else reference.detach().to("cpu", torch.float32)
+        self.count += len(x)
+        self._pending.append((x, paired))
+        if sum(len(part) for part, _ in self._pending) >= _BLOCK:
+            inputs, references = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+            whole = len(inputs) // _BLOCK * _BLOCK
+            for start in range(0, whole, _BLOCK):
+                self._add_block(inputs[start : start + _BLOCK], references[start : start + _BLOCK])
+            # A copy, so that the rest does not keep the whole batch in memory.
+            self._pending = [(inputs[whole:].clone(), references[whole:].clone())] if whole < len(inputs) else []
+
+    @property
+    def mean_square(self) -> Tensor:
+        """The mean square of each input, float64, (columns,)."""
+        moment = self.second_moment if self._moment.dim() == 2 else self._finished()._moment.double() / self.count
+        return moment.diagonal() if moment.dim() == 2 else moment
+
+    @property
+    def second_moment(self) -> Tensor:
+        """The mean of ``x x^T``, float64, (columns, columns).
+
+        Raises:
+            ArgumentError: if only the mean square was asked for.
+        """
+        if self._moment.dim() != 2:
+            raise ArgumentError("these statistics hold only the mean square of each input")
+        return self._finished()._moment.double() / self.count
+
+    @property
+    def cross_moment(self) -> Tensor:
+        """The mean of ``reference x^T``, float64, (columns, columns).
+
+        Raises:
+            ArgumentError: if it was not asked for.
+        """
+        finished = self._finished()
+        if finished._cross is None:
+            raise ArgumentError("these statistics do not relate inputs to those of the float model")
+        return finished._cross.double() / self.count
+
+    def _finished(self) -> InputStatistics:
+        """Return statistics that include the inputs that do not fill a block; later inputs can still be added."""
+        if not self.count:
+            raise CalibrationError("no input was seen")
+        if not self._pending:
+            return self
+        finished = InputStatistics.__new__(InputStatistics)
+        finished._moment = self._moment.clone()
+        finished._cross = None if self._cross is None else self._cross.clone()
+        finished._add_block(*(torch.cat(parts) for parts in zip(*self._pending, strict=True)))
+        return finished
+
+    def _add_block(self, x: Tensor, reference: Tensor) -> None:
+        if self._moment.dim() == 1:
+            self._moment += x.square().sum(0)
+            return
+        self._moment += x.mT @ x
+        if self._cross is not None:
+            self._cross += reference.mT @ x

@@ -1,0 +1,256 @@
+"""Calibration block by block: which blocks and groups are found, and which inputs are taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fewbits.nn.classes import layout_of
+from torch import Tensor, nn
+
+from fewbits.calibration.blocks import BlockCalibration
+from fewbits.errors import CalibrationError
+from fewbits.nn.walk import slots
+
+
+def calibration(model, batches, needs="cross_moment"):
+    """A calibration of all matrices of a model that has seen the batches."""
+    layouts = {
+        slot.name: layout_of(slot.module, slot.local, slot.tensor)[0]
+        for slot in slots(model)
+        if slot.is_parameter and slot.tensor.dim() > 1
+    }
+    found = BlockCalibration(model.eval(), layouts, needs)
+    with torch.no_grad():
+        for batch in batches:
+            found.observe(lambda batch=batch: model(batch))
+    return found
+
+
+def names(found):
+    """The groups of weights, in order; those without statistics are in brackets."""
+    groups = []
+    for group in found.groups():
+        if group:
+            groups.append([name.removesuffix(".weight") if known else f"({name})" for name, known in group.items()])
+    return groups
+
+
+class Layer(nn.Module):
+    """Attention-like: three projections of one input, then three layers that depend on one another."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
+        y = self.norm(x)
+        mixed = torch.softmax(self.q(y) @ self.k(y).mT + (0 if mask is None else mask), -1) @ self.v(y)
+        x = x + self.o(mixed)
+        return x + self.down(F.silu(self.up(x))), None
+
+
+class Decoder(nn.Module):
+    """A chain of layers between an embedding and a head; every layer gets the same mask."""
+
+    def __init__(self, layers: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, width), nn.Linear(width, 20)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        mask = torch.full((ids.shape[1], ids.shape[1]), -torch.inf).triu(1)
+        for layer in self.layers:
+            x, _ = layer(x, mask=mask)
+        return self.head(x[:, -1:])
+
+
+IDS = [torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+
+def test_layers_that_share_an_input_are_one_group_and_the_rest_follow_in_order():
+    groups = names(calibration(Decoder(2), IDS))
+    per_layer = [["q", "k", "v"], ["o"], ["up"], ["down"]]
+    expected = [[f"layers.{at}.{name}" for name in group] for at in range(2) for group in per_layer]
+    assert groups == [["(embed.weight)", "head"], *expected]
+
+
+def test_inputs_are_those_of_the_model_that_is_quantized_so_far():
+    model = Decoder(2)
+    found = calibration(model, IDS)
+    taken = {}
+    for group in found.groups():
+        for name, known in group.items():
+            if known:
+                taken[name] = known[0].statistics
+            weight = model.get_parameter(name)
+            found.replace(name, torch.zeros_like(weight) if "embed" not in name else weight.detach().clone())
+    with torch.no_grad():
+        # With all weights before it replaced by zeros, a layer outputs its input plus the bias of `o` and `down`.
+        x = torch.cat([model.embed(ids).flatten(0, 1) for ids in IDS])
+        for layer in model.layers:
+            normal = layer.norm(x).double()
+            assert taken[f"{name_of(model, layer)}.q.weight"].count == len(x)
+            torch.testing.assert_close(
+                taken[f"{name_of(model, layer)}.q.weight"].second_moment,
+                normal.mT @ normal / len(x),
+                check_dtype=False,
+                atol=1e-5,
+                rtol=1e-5,
+            )
+            x = x + layer.o(torch.zeros_like(x)) * 0 + layer.o.bias
+            torch.testing.assert_close(
+                taken[f"{name_of(model, layer)}.up.weight"].second_moment,
+                x.double().mT @ x.double() / len(x),
+                check_dtype=False,
+                atol=1e-5,
+                rtol=1e-5,
+            )
+            x = x + layer.down.bias + F.silu(layer.up.bias) @ torch.zeros(16, 8)
+
+
+def name_of(model, module):
+    return next(name for name, other in model.named_modules() if other is module)
+
+
+def test_cross_moments_relate_inputs_to_those_of_the_float_model():
+    model = Decoder(2)
+    inputs = {}
+    model.layers[1].down.register_forward_pre_hook(lambda _, args: inputs.setdefault("float", []).append(args[0]))
+    with torch.no_grad():
+        for ids in IDS:
+            model(ids)
+    reference = torch.cat([x.flatten(0, 1) for x in inputs["float"]]).double()
+    model.layers[1].down._forward_pre_hooks.clear()
+    found = calibration(model, IDS)
+    for group in found.groups():
+        if "layers.1.down.weight" in group:
+            known = group["layers.1.down.weight"][0].statistics
+        for name in group:
+            found.replace(name, model.get_parameter(name).detach() * 0.5)
+    assert not torch.allclose(known.cross_moment, known.second_moment, rtol=1e-2)
+    own = calibration(model, IDS)
+    for group in own.groups():
+        if "layers.1.down.weight" in group:
+            same = group["layers.1.down.weight"][0].statistics
+    expected = reference.mT @ reference / len(reference)
+    torch.testing.assert_close(same.cross_moment, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(same.second_moment, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_without_a_chain_is_one_block():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.again(self.again(x * 2))
+
+    assert names(calibration(Loop(), [torch.randn(3, 4)])) == [["first"], ["again"]]
+
+
+def test_parallel_experts_of_a_module_list_are_one_group_but_not_the_layers_of_a_sequential():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3))
+
+        def forward(self, x):
+            return x + sum(expert(x[at::3]).sum(0) for at, expert in enumerate(self.experts))
+
+    groups = names(calibration(nn.Sequential(Experts(), Experts()), [torch.randn(9, 4)]))
+    experts = [[f"{block}.experts.{at}.{layer}" for at in range(3)] for block in "01" for layer in "02"]
+    assert groups == experts
+
+
+def test_blocks_of_nested_sequentials_are_found_and_in_place_functions_do_no_harm():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 2, 1),
+    )
+    found = calibration(model, [torch.randn(2, 3, 8, 8)] * 2)
+    assert names(found) == [["0"], ["1.2"], ["3"]]
+
+
+def test_recurrent_and_attention_layers_show_their_inner_inputs():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(8, 8, batch_first=True)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x):
+            return self.encoder(self.lstm(x)[0])
+
+    found = names(calibration(Mixed(), [torch.randn(2, 5, 8)] * 2))
+    assert [name for group in found for name in group] == [
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+        "encoder.self_attn.in_proj_weight",
+        "encoder.self_attn.out_proj",
+        "encoder.linear1",
+        "encoder.linear2",
+    ]
+
+
+def test_a_block_with_a_memory_is_refused_when_it_is_run_again():
+    class Growing(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    found = calibration(nn.Sequential(Growing(4, 4), nn.Linear(4, 4)), [torch.randn(3, 4)])
+    with pytest.raises(CalibrationError, match=r"^0 gave another output when it was run again .*use_cache=False"):
+        list(found.groups())
+
+
+def test_a_batch_that_fails_leaves_the_calibration_as_it_was():
+    model = Decoder(2)
+    found = calibration(model, IDS[:1])
+    with pytest.raises(IndexError), torch.no_grad():
+        found.observe(lambda: model(torch.full((1, 3), 99)))
+    with torch.no_grad():
+        found.observe(lambda: model(IDS[1]))
+    counts = {name: known[0].statistics.count for group in found.groups() for name, known in group.items() if known}
+    assert set(counts.values()) == {48, 8}  # the head sees only the last token of each window
+
+
+def test_a_model_that_takes_another_way_in_a_later_batch_is_refused():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers[: len(x)]:
+                x = layer(x)
+            return x
+
+    model = Skipping()
+    with pytest.raises(CalibrationError, match="did not all run once in this batch"):
+        calibration(model, [torch.randn(3, 4), torch.randn(2, 4)])
+
+
+def test_training_flags_and_switches_of_torch_are_restored():
+    model = Decoder(2).train()
+    model.config = type("Config", (), {"use_cache": True})()
+    layouts = {"head.weight": layout_of(model.head, "weight", model.head.weight)[0]}
+    found = BlockCalibration(model, layouts, "second_moment")
+    seen = []
+    model.head.register_forward_pre_hook(lambda *_: seen.append(model.config.use_cache))
+    found.observe(lambda: model(IDS[0]))
+    assert seen
+    assert not any(seen)
+    list(found.groups())
+    assert model.config.use_cache
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert all(module.training for module in model.modules())
