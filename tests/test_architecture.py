@@ -59,6 +59,7 @@ MAX_PARAMETERS = 7
 FRONT_DOORS = {
     "fewbits.api.quantize",
     "fewbits.formats.loading.load",
+    "fewbits.quantizers.scheme.Scheme.__init__",
     "fewbits.selection.selector.LayerSelector.__init__",
 }
 MAX_ROOT_NAMES = 40

@@ -397,7 +397,8 @@ def test_a_malformed_rule_is_refused_when_the_config_is_made(setting, value, mes
             {"activations": "static"},
             "'int4' does not take activations, a setting of 'int8-tensor' and 'int8'",
         ),
-        ("fp16", {"scale_dtype": "float16"}, "fp16 has no scales"),
+        ("fp16", {"scale_dtype": "float16"}, "fp16 has no codes"),
+        ("fp16", {"rounding": "gptq"}, "fp16 has no codes"),
     ],
 )
 def test_a_setting_of_other_schemes_is_refused_with_their_names(scheme, setting, message):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbits.nn.classes import layout_of
 from torch import Tensor, nn
 
 from fewbits.calibration.blocks import BlockCalibration
 from fewbits.errors import CalibrationError
+from fewbits.nn.eligibility import layout_of
 from fewbits.nn.walk import slots
 
 

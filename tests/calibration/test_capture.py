@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbits.nn.classes import layout_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from fewbits.calibration.capture import InputCapture, Watched
 from fewbits.extend import Layout, WeightMatrix
+from fewbits.nn.eligibility import layout_of
 
 
 def captured(weight, layout, run):

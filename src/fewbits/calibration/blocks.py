@@ -13,8 +13,7 @@ from fewbits.calibration.chains import chains
 from fewbits.calibration.collected import Collected, Grouping, Key
 from fewbits.calibration.replay import Block, check_replay, keep_calls, replaying, without_shortcuts
 from fewbits.errors import CalibrationError
-from fewbits.nn.copying import structural_copy
-from fewbits.nn.walk import find, slots
+from fewbits.nn.walk import find, slots, structural_copy
 from fewbits.numerics.layout import Layout
 from fewbits.rounding.base import RowInputs
 from fewbits.rounding.statistics import Needs

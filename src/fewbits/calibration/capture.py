@@ -95,7 +95,7 @@ class InputCapture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif func is aten.convolution.default and (weights := self._of(args[1])):
             for weight in weights:
                 if args[1].shape == weight.tensor.shape and args[1].data_ptr() == weight.tensor.data_ptr():
-                    for rows, x in _convolved(weight, *args):
+                    for rows, x in _convolved(weight, args):
                         self._receive(weight.name, rows, x)
         return func(*args, **(kwargs or {}))
 
@@ -145,19 +145,9 @@ _PRODUCTS: Mapping[Any, Callable[..., Pairs]] = {
 }
 
 
-def _convolved(
-    weight: Watched,
-    x: Tensor,
-    _: Tensor,
-    __: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> Iterator[tuple[slice, Tensor]]:
+def _convolved(weight: Watched, arguments: tuple[Any, ...]) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of each group of a convolution, with their inputs, a sample at a time."""
+    x, _, _, stride, padding, dilation, transposed, output_padding, groups = arguments
     rows, kernel = weight.layout.rows // groups, tuple(weight.tensor.shape[2:])
     for sample in x if x.dim() == len(stride) + 2 else x.unsqueeze(0):
         for group, channels in enumerate(sample.chunk(groups)):
