@@ -25,11 +25,13 @@ from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.quantize import quantize
 from fewbits.observers import OBSERVERS
 from fewbits.quantizers.schemes import SCHEMES
+from fewbits.rounding import ROUNDINGS
 from fewbits.testing import (
     SmallModel,
     check_kernel,
     check_observer,
     check_quantizer,
+    check_rounding,
     check_selector,
     check_serializer,
 )
@@ -50,6 +52,7 @@ SUBJECTS = {
     "percentile": check_observer(PercentileObserver()),
     "percentile-90": check_observer(PercentileObserver(90.0)),
     "mse": check_observer(MSEObserver(), max_examples=EXAMPLES),
+    **{name: check_rounding(cls(), max_examples=EXAMPLES) for name, cls in ROUNDINGS.items()},
     "selector": check_selector(LayerSelector()),
     "selector-with-rules": check_selector(
         LayerSelector(include=["up"], exclude_types=[nn.LayerNorm], overrides={"down": {"group_size": 16}}),

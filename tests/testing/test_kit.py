@@ -14,6 +14,7 @@ from fewbits import FewbitsError, Int8PerChannel, MinMaxObserver
 from fewbits.errors import ArgumentError
 from fewbits.extend import SafetensorsSerializer
 from fewbits.kernels.reference import Reference
+from fewbits.rounding import GPTQ
 from fewbits.testing import (
     Check,
     ConformanceError,
@@ -21,17 +22,19 @@ from fewbits.testing import (
     check_module,
     check_observer,
     check_quantizer,
+    check_rounding,
     check_selector,
     check_serializer,
 )
 from fewbits.testing.check import fail
 
-ALL = (check_quantizer, check_observer, check_selector, check_serializer, check_kernel)
+ALL = (check_quantizer, check_observer, check_rounding, check_selector, check_serializer, check_kernel)
 
 
 CHECKS = [
     *check_quantizer(Int8PerChannel()),
     *check_observer(MinMaxObserver()),
+    *check_rounding(GPTQ()),
     *check_selector(fewbits.LayerSelector()),
     *check_serializer(SafetensorsSerializer()),
     *check_kernel(Reference()),

@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from codebooks import InputWeightedObserver, NormalCodebook, ZipSerializer
+from codebooks import InputWeightedObserver, NormalCodebook, ShrinkRows, ZipSerializer
 
 import fewbits
 import fewbits.errors
 import fewbits.extend
 import fewbits.testing
-from fewbits.testing import check_observer, check_quantizer, check_serializer
+from fewbits.testing import check_observer, check_quantizer, check_rounding, check_serializer
 
 CHECKS = [
     *check_quantizer(NormalCodebook()),
     *check_quantizer(NormalCodebook(32, observer=InputWeightedObserver(), serializer=ZipSerializer())),
     *check_observer(InputWeightedObserver()),
+    *check_rounding(ShrinkRows(), specs=fewbits.testing.specs(scale_dtype=None)),
     *check_serializer(ZipSerializer(), suffix=".zip"),
 ]
 
@@ -46,6 +47,7 @@ def test_weighing_by_inputs_lowers_the_error_of_the_output():
         return (quantized(x) - layer(x)).square().sum()
 
     assert noise(observer=InputWeightedObserver()) < noise()
+    assert noise(rounding=ShrinkRows()) < noise()
 
 
 def test_an_archive_gives_back_the_quantized_tensors(tmp_path):

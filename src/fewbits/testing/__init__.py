@@ -6,9 +6,9 @@
     def test_it_conforms(check):
         check()
 
-Each of `check_quantizer`, `check_observer`, `check_selector`, `check_serializer`, `check_kernel` and `check_module`
-returns a list of named checks, each called without arguments. The Hypothesis strategies that they draw from are here
-too, for tests of your own. This package needs Hypothesis: ``pip install 'fewbits[testing]'``.
+Each of `check_quantizer`, `check_observer`, `check_rounding`, `check_selector`, `check_serializer`, `check_kernel` and
+`check_module` returns a list of named checks, each called without arguments. The Hypothesis strategies that they draw
+from are here too, for tests of your own. This package needs Hypothesis: ``pip install 'fewbits[testing]'``.
 """
 
 try:
@@ -18,6 +18,7 @@ try:
     from fewbits.testing.modules import check_module
     from fewbits.testing.observers import check_observer
     from fewbits.testing.quantizers import check_quantizer
+    from fewbits.testing.rounding import check_rounding
     from fewbits.testing.selectors import check_selector
     from fewbits.testing.serializers import check_serializer
     from fewbits.testing.strategies import layouts, levels, numbers, problems, shapes, specs, tensors, weights
@@ -36,6 +37,7 @@ __all__ = [
     "check_module",
     "check_observer",
     "check_quantizer",
+    "check_rounding",
     "check_selector",
     "check_serializer",
     "layouts",
