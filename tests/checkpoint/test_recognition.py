@@ -70,10 +70,7 @@ FILES = {
     "a tar archive": (tar, "is a compressed file or archive; unpack it"),
     "gzip": (lambda p: p.write_bytes(gzip.compress(b"x")), "is a compressed file or archive; unpack it"),
     "a pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "is a pickle that torch.save did not write"),
-    "an index with another name": (
-        lambda p: p.write_text(json.dumps({"weight_map": {"a": "b"}})),
-        "is text, which holds",
-    ),
+    "an index with another name": (lambda p: p.write_text(json.dumps({"weight_map": {"a": "b"}})), "is text, which"),
     "text": (lambda p: p.write_text("é" * 300), "is text"),
     "an old file of torch.save": (old, "before torch 1.6"),
 }
