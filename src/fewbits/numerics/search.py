@@ -33,13 +33,13 @@ _BLOCKS_AT_ONCE = 2
 _PASSES = {True: [(True, True)], False: [(True, True), (False, True), (True, False)]}
 
 
-def shares(count: int) -> list[float]:
-    """Return the shares of a range to try: `count` shares from 1 down to a twentieth, denser towards 1.
+def shares(count: int, least: float = 0.05) -> list[float]:
+    """Return the shares of a range to try: `count` shares from 1 down to the least, denser towards 1.
 
     >>> [round(share, 4) for share in shares(3)]
     [1.0, 0.7625, 0.05]
     """
-    return [1 - 0.95 * (index / (count - 1)) ** 2 for index in range(count)]
+    return [1 - (1 - least) * (index / (count - 1)) ** 2 for index in range(count)]
 
 
 class Choice:
@@ -101,7 +101,7 @@ def search_scales(
     x: Tensor,
     start: QuantParams,
     spec: QuantSpec,
-    shares: Sequence[float],
+    steps: int,
     *,
     norm: float = 2,
     importance: Tensor | None = None,
@@ -112,7 +112,8 @@ def search_scales(
         x: (rows, columns).
         start: parameters that the result must not be worse than.
         spec: with its `scale_dtype` set. The parameters of a whole tensor stay as they are.
-        shares: the shares of a group's range to try.
+        steps: how many shares of a group's range to try, from the whole range down to a share that hardly any group
+            prefers: ``bits / 8``, at most 0.6.
         norm: the power of each error.
         importance: the factor of each column, (columns,); None for one.
     """
@@ -131,7 +132,7 @@ def search_scales(
         rows, own = x[at : at + size], start.rows(slice(at, at + size))
         choice = Choice(*extremes(rows, spec), spec, _noise_of(noise, rows, spec), norm)
         choice.offer(choice.low, choice.high, own)
-        choice.narrow(shares, mirrored=True)
+        choice.narrow(shares(steps, min(0.6, spec.bits / 8)), mirrored=True)
         if norm == 2:
             fit(choice, rows, weights)
         found.append(choice.params)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import encode
 from fewbits.numerics.params import QuantParams
-from fewbits.numerics.search import search_scales, shares
+from fewbits.numerics.search import search_scales
 from fewbits.numerics.spec import QuantSpec
 from fewbits.rounding.base import Rounding
 from fewbits.rounding.feedback import Candidate, Feedback
@@ -46,7 +46,7 @@ class GPTQ(Rounding):
     needs: ClassVar[Needs] = "second_moment"
     objective = "(w - q) H (w - q)^T for each row w, with H = E[x x^T]"
 
-    def __init__(self, damping: float = 0.01, refits: int = 2, steps: int = 20) -> None:
+    def __init__(self, damping: float = 0.01, refits: int = 2, steps: int = 12) -> None:
         if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping <= 10:
             raise ArgumentError(f"damping must be a number above 0, at most 10, not {damping!r}")
         if type(refits) is not int or refits < 0:
@@ -84,7 +84,7 @@ class GPTQ(Rounding):
         target, fits = feedback.target(weight), spec.granularity != "tensor"
         best = feedback.candidate(target, params, encode(weight, params, spec), spec)
         if fits:
-            params = search_scales(weight, params, spec, shares(self.steps), importance=inputs.mean_square)
+            params = search_scales(weight, params, spec, self.steps, importance=inputs.mean_square)
         for _ in range(self.refits + 1 if fits else 1):
             codes = feedback.sweep(target, params, spec)
             if fits:

@@ -11,7 +11,7 @@ from fewbits.numerics.affine import encode
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import quantize
-from fewbits.numerics.search import search_scales, shares
+from fewbits.numerics.search import search_scales
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
@@ -56,7 +56,7 @@ class ScaleSearch(Rounding):
     nearest = True
     objective = "sum |w - q|^norm over each group"
 
-    def __init__(self, norm: float = 3.0, steps: int = 40) -> None:
+    def __init__(self, norm: float = 3.0, steps: int = 20) -> None:
         if isinstance(norm, bool) or not isinstance(norm, (int, float)) or not 1 <= norm <= 16:
             raise ArgumentError(f"norm must be a number from 1 to 16, not {norm!r}")
         self.norm, self.steps = float(norm), _checked_steps(steps)
@@ -65,7 +65,7 @@ class ScaleSearch(Rounding):
         self, weight: Tensor, spec: QuantSpec, params: QuantParams, inputs: InputStatistics | None
     ) -> tuple[QuantParams, Tensor]:
         """Search the scale of each group."""
-        found = search_scales(weight, params, spec, shares(self.steps), norm=self.norm)
+        found = search_scales(weight, params, spec, self.steps, norm=self.norm)
         return found, encode(weight, found, spec)
 
     def error(self, weight: Tensor, decoded: Tensor, inputs: InputStatistics | None) -> Tensor:
@@ -89,7 +89,7 @@ class ImportanceSearch(Rounding):
     nearest = True
     objective = "sum over columns j of E[x_j^2] (w_j - q_j)^2"
 
-    def __init__(self, steps: int = 40) -> None:
+    def __init__(self, steps: int = 20) -> None:
         self.steps = _checked_steps(steps)
 
     def choose(
@@ -98,7 +98,7 @@ class ImportanceSearch(Rounding):
         """Search the scale of each group."""
         if inputs is None:
             return ScaleSearch(steps=self.steps).choose(weight, spec, params, None)
-        found = search_scales(weight, params, spec, shares(self.steps), importance=inputs.mean_square)
+        found = search_scales(weight, params, spec, self.steps, importance=inputs.mean_square)
         return found, encode(weight, found, spec)
 
     def error(self, weight: Tensor, decoded: Tensor, inputs: InputStatistics | None) -> Tensor:
