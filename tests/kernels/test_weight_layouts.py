@@ -217,6 +217,6 @@ def test_a_row_that_is_not_there_is_not_read(layout, bits, granularity, row):
 
 
 def test_every_layout_has_a_name_and_says_what_it_holds():
-    assert set(weight_layouts.WEIGHT_LAYOUTS) == {"packed_int32", "int8_rows", "int4_tiles"}
+    assert {"packed_int32", "int8_rows", "int4_tiles"} <= weight_layouts.WEIGHT_LAYOUTS.keys()  # tests add others
     for layout in weight_layouts.WEIGHT_LAYOUTS.values():
         assert set(layout.data) <= {field.name for field in attrs.fields(layout)}

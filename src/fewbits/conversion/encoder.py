@@ -13,11 +13,12 @@ from fewbits.errors import ArgumentError, CalibrationError, NumericsError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.plain import not_plain
-from fewbits.numerics.quantize import cast, check_finite
+from fewbits.numerics.quantize import cast, check_finite, quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
+from fewbits.rounding.nearest import RoundToNearest
 from fewbits.selection.ledger import LedgerRow
 
 #: Makes the codes of one weight; see `fewbits.Quantizer.quantize_tensor`.
@@ -66,6 +67,8 @@ class TensorEncoder:
             raise ArgumentError(f"{row.name} is {row.fate}; only quantized and cast tensors are converted")
         weight, spec = WeightMatrix(tensor, row.layout), row.spec.weight_only()
         if self.quantize_tensor is None:
+            if type(self.rounding) is RoundToNearest:
+                return quantize(weight, spec, observer.observe_weight)  # the same codes, a block at a time
             return self.rounding.quantize(weight, spec, observer, inputs)
         check_finite(tensor)  # `quantize` checks each block
         value = self.quantize_tensor(weight, spec, observer)

@@ -37,6 +37,11 @@ class Int8PackMM(Kernel[Int8Rows]):
             return f"{rows} outputs of {columns} inputs are too few for 50 dB in bfloat16"
         return None if features.has_int8pack() else features.NO_BYTES
 
+    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
+        """Convert a weight to signed bytes, and make the vector of ones that a forward needs."""
+        _ones(weight.layout.rows)
+        return super().prepack(weight, reuse_memory=reuse_memory)
+
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
         return few_rows(rows, 12 if features.has_bf16() else 32)

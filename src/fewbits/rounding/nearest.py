@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import encode
-from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.params import QuantParams
-from fewbits.numerics.quantize import quantize
 from fewbits.numerics.search import search_scales
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.observers.base import Observer
-from fewbits.rounding.base import Rounding, RowInputs
+from fewbits.rounding.base import Rounding
 from fewbits.rounding.statistics import InputStatistics
 
 
@@ -30,12 +24,6 @@ class RoundToNearest(Rounding):
     ) -> tuple[QuantParams, Tensor]:
         """Keep the observer's scales."""
         return params, encode(weight, params, spec)
-
-    def quantize(
-        self, weight: WeightMatrix, spec: QuantSpec, observer: Observer, inputs: Sequence[RowInputs] = ()
-    ) -> QuantizedTensor:
-        """Quantize a weight a block at a time."""
-        return quantize(weight, spec, observer.observe_weight)
 
 
 class ScaleSearch(Rounding):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rounding_cases import NEEDING_DATA, SPECS, STRATEGIES, problems, rounded, statistics
 
 from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError
 from fewbits.extend import Layout, WeightMatrix
@@ -16,7 +17,6 @@ from fewbits.observers.min_max import MinMaxObserver
 from fewbits.rounding import GPTQ, ImportanceSearch, Qronos, RoundToNearest, ScaleSearch
 from fewbits.rounding.base import RowInputs
 from fewbits.rounding.statistics import InputStatistics
-from rounding.cases import NEEDING_DATA, SPECS, STRATEGIES, problems, rounded, statistics
 
 by_strategy = pytest.mark.parametrize("rounding", STRATEGIES, ids=lambda rounding: type(rounding).__name__)
 by_needing = pytest.mark.parametrize("rounding", NEEDING_DATA, ids=lambda rounding: type(rounding).__name__)
