@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
-import attrs
 from torch import Tensor, nn
 
 from fewbits.calibration.capture import InputCapture, Watched
@@ -36,12 +35,7 @@ class BlockCalibration:
     """
 
     def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], needs: Needs) -> None:
-        self._model, self._needs = model, needs
-        self._watched = {
-            slot.name: Watched(slot.name, slot.tensor.detach(), layouts[slot.name])
-            for slot in slots(model)
-            if slot.name in layouts
-        }
+        self._model, self._layouts, self._needs = model, layouts, needs
         self._chains: list[list[Block]] | None = None
         self._hidden: list[list[Tensor | None]] = []
         self._outside = Collected(needs)
@@ -68,6 +62,7 @@ class BlockCalibration:
                     run()
                 except BaseException:
                     self._forget_after(kept)
+                    self._outside.taken()
                     raise
             self._outside.end_batch()
             if any(len(block.calls) != len(self._hidden[0]) for chain in self._chains for block in chain):
@@ -82,7 +77,7 @@ class BlockCalibration:
     def _find(self, run: Callable[[], object]) -> list[list[Block]]:
         sizes: dict[nn.Module, int] = {}
         for slot in slots(self._model):
-            if slot.name in self._watched:
+            if slot.name in self._layouts:
                 sizes[slot.module] = sizes.get(slot.module, 0) + slot.tensor.numel()
         names = {id(module): name for name, module in self._model.named_modules()}
         found = chains(self._model, run, sizes) or [[self._model]]
@@ -96,11 +91,19 @@ class BlockCalibration:
 
     def _outside_chains(self) -> list[Watched]:
         inside = {name for chain in self._chains or () for block in chain for name in self._names_in(block)}
-        return [watched for name, watched in self._watched.items() if name not in inside]
+        return self._watched({slot.name: slot.tensor for slot in slots(self._model) if slot.name not in inside})
 
     def _names_in(self, block: Block) -> list[str]:
         own = {id(slot.tensor) for slot in slots(block.module)}
-        return [slot.name for slot in slots(self._model) if slot.name in self._watched and id(slot.tensor) in own]
+        return [slot.name for slot in slots(self._model) if slot.name in self._layouts and id(slot.tensor) in own]
+
+    def _watched(self, tensors: Mapping[str, Tensor]) -> list[Watched]:
+        # They are made anew each time: kept, they would keep the float weights of a model that is quantized in place.
+        return [
+            Watched(name, tensor.detach(), self._layouts[name])
+            for name, tensor in tensors.items()
+            if name in self._layouts
+        ]
 
     # Run the blocks again.
 
@@ -133,7 +136,7 @@ class BlockCalibration:
         following: Block | None,
     ) -> Generator[dict[str, list[RowInputs]], None, tuple[list[Tensor | None], list[Tensor | None]]]:
         copied = structural_copy(block.module)
-        self._working = {name: find(copied, name[len(block.name) :].lstrip(".")).tensor for name in names}
+        self._working = {name: find(copied, _within(block, name)).tensor for name in names}
         grouping, inputs, references = self._run_float(block, names, references, following)
         seen = {name for group in grouping.groups for name in group}
         yield {name: [] for name in names if name not in seen}
@@ -155,7 +158,8 @@ class BlockCalibration:
 
         Without need for the inputs of the float model, only the first batch runs.
         """
-        grouping, inputs, watched = Grouping(self._model), [], [self._watched[name] for name in names]
+        grouping, inputs = Grouping(self._model), []
+        watched = self._watched({name: find(block.module, _within(block, name)).tensor for name in names})
         with replaying(block.module):
             with InputCapture(watched, grouping.receive):
                 outputs = [block.run(block.module, 0, hidden[0])]
@@ -187,12 +191,15 @@ class BlockCalibration:
                 raise _Enough
             collected.receive(name, rows, x)
 
-        watched = [
-            attrs.evolve(self._watched[name], tensor=self._working[name].detach()) for name in [*leaders, *later]
-        ]
+        watched = self._watched({name: self._working[name] for name in [*leaders, *later]})
         with replaying(copied):
             for batch, x in enumerate(hidden):
                 with suppress(_Enough), InputCapture(watched, receive):
                     block.run(copied, batch, x)
                 collected.end_batch(references[batch] if references else None)
         return collected
+
+
+def _within(block: Block, name: str) -> str:
+    """Return the name of a weight of the model within a block."""
+    return name.removeprefix(f"{block.name}.") if block.name else name

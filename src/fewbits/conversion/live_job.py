@@ -33,6 +33,7 @@ from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed
+from fewbits.selection.rules import is_of_type
 from fewbits.sources.base import LiveSource, Target
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import check_reload, examine
@@ -72,6 +73,8 @@ class LiveJob(Job):
         """Convert every tensor that an earlier call has not converted in place."""
         if output is not None:
             raise ArgumentError("output= goes with a path; a result in memory is returned, and written by save(path)")
+        if self._blocks is not None and self._done and self.source.inplace:
+            raise CalibrationError(f"the model is quantized in part, and cannot show float inputs again; {_WAY_BACK}")
         if self._blocks is not None and not self._blocks.has_data:
             raise CalibrationError(f"{self.rounding!r} needs data; call observe(batches), or pass data=")
         if unseen := self._watch.unseen():
@@ -108,6 +111,20 @@ class LiveJob(Job):
         self._inputs = ()
         yield from rows.values()
         self.ledger = self.ledger.with_remarks(notes)
+        self._warn_of(notes)
+
+    def _warn_of(self, notes: Mapping[str, str]) -> None:
+        """Warn of weights that were rounded without data; embeddings have no inputs that could be seen."""
+        embeddings = {info.name for info in self.source.infos if is_of_type(info, nn.Embedding)}
+        missing = [name for name, note in notes.items() if note and name not in embeddings]
+        if missing:
+            emit(
+                "warning",
+                "rounded_without_data",
+                rounding=repr(self.rounding),
+                tensors=len(missing),
+                first=f"{missing[0]}: {notes[missing[0]]}",
+            )
 
     def _remark(self, row: LedgerRow) -> str:
         return "" if row.layout is None else self.rounding.remark(row.layout.rows, self._inputs)

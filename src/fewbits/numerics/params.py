@@ -40,6 +40,10 @@ class QuantParams:
             zero_point = torch.where(better, zero_point, other.zero_point)
         return QuantParams(torch.where(better, self.scale, other.scale), zero_point)
 
+    def to(self, device: torch.device) -> QuantParams:
+        """Return the parameters on a device."""
+        return QuantParams(self.scale.to(device), None if self.zero_point is None else self.zero_point.to(device))
+
     @classmethod
     def joined(cls, parts: Sequence[QuantParams]) -> QuantParams:
         """Join the parameters of consecutive rows; parameters of a whole tensor are all the same."""

@@ -108,6 +108,8 @@ class Rounding(ABC):
         """
         spec = spec.for_dtype(weight.dtype)
         check_finite(weight.tensor)
+        # The statistics are on the CPU, where the linear algebra does not depend on the number of threads.
+        weight, device = WeightMatrix(weight.tensor.cpu(), weight.layout), weight.tensor.device
         matrix = weight.whole().to(compute_dtype(weight.dtype))
         shared = _chosen(observer, weight.whole(), spec) if spec.granularity == "tensor" else None
         parts = []
@@ -116,7 +118,8 @@ class Rounding(ABC):
             parts.append(self.choose(part, spec, shared or _chosen(observer, part, spec), statistics))
         params = shared or QuantParams.joined([params for params, _ in parts])
         codes = torch.cat([codes for _, codes in parts]).to(torch.int16) + spec.code_min
-        return QuantizedTensor.from_codes(codes, params, spec=spec, layout=weight.layout, dtype=weight.dtype)
+        params = params.to(device)
+        return QuantizedTensor.from_codes(codes.to(device), params, spec=spec, layout=weight.layout, dtype=weight.dtype)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
