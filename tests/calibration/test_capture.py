@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -50,6 +50,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return module, torch.randn(*batch, 4, *(7 + axis for axis in range(axes)))
 
 
+@settings(max_examples=min(100, settings.default.max_examples))
 @given(case=convolutions())
 def test_the_seen_inputs_of_a_convolution_give_its_output(case):
     module, x = case

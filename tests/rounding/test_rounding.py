@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding_cases import NEEDING_DATA, SPECS, STRATEGIES, problems, rounded, statistics
 
@@ -21,9 +21,12 @@ from fewbits.rounding.statistics import InputStatistics
 by_strategy = pytest.mark.parametrize("rounding", STRATEGIES, ids=lambda rounding: type(rounding).__name__)
 by_needing = pytest.mark.parametrize("rounding", NEEDING_DATA, ids=lambda rounding: type(rounding).__name__)
 specs = st.sampled_from(list(SPECS.values()))
+#: Solving takes long; a few dozen of these problems hold every kind of input.
+fewer_examples = settings(max_examples=min(40, settings.default.max_examples))
 
 
 @by_strategy
+@fewer_examples
 @given(problem=problems(), spec=specs)
 def test_no_row_is_worse_than_rounding_to_nearest_on_the_stated_objective(rounding, problem, spec):
     weight, x, y = problem
@@ -37,6 +40,7 @@ def test_no_row_is_worse_than_rounding_to_nearest_on_the_stated_objective(roundi
 
 
 @by_strategy
+@fewer_examples
 @given(problem=problems(), spec=specs)
 def test_every_element_stays_within_the_bound_of_the_spec(rounding, problem, spec):
     weight, x, y = problem
@@ -56,6 +60,7 @@ def test_a_strategy_that_needs_data_depends_on_it(rounding):
 
 
 @by_needing
+@fewer_examples
 @given(problem=problems(), cuts=st.lists(st.integers(0, 400), max_size=5), spec=specs)
 def test_codes_do_not_depend_on_batches_or_threads(rounding, problem, cuts, spec):
     weight, x, y = problem
