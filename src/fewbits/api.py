@@ -33,10 +33,12 @@ class Result:
     """The result of `quantize`.
 
     Attributes:
-        model: the quantized model, mapping {name: Tensor or QuantizedTensor}, or path, like the source.
-        ledger: the fate of every tensor.
+        model: the quantized result, of the same kind as the source: a model, a mapping {name: Tensor or
+            QuantizedTensor}, or the path of the output.
+        ledger: what happened to every tensor (quantized, cast, kept, ...), and why.
         report: the report of the validation; None with ``validate=False``.
-        quantizer: the quantizer. It holds the float source too, until its `reset`.
+        quantizer: the quantizer. Unless ``inplace=True``, the quantizer keeps the float model or mapping in memory;
+            ``quantizer.reset()`` releases it, and `save` no longer works then.
     """
 
     model: Any

@@ -103,12 +103,12 @@ class ShardedReader:
         return self._readers[name].read(name)
 
     def read_chunk(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
-        """Some elements of a tensor, in memory of their own; read by position where the format allows it.
+        """Read consecutive elements of a tensor into new memory; read nothing else if the file allows that.
 
         Args:
             name: the name of the tensor.
-            start: the first element.
-            shape: the shape of the result.
+            start: the index of the first element, in row-major order.
+            shape: the shape of the result; its product is the number of elements to read.
         """
         reader = self._readers[name]
         if isinstance(reader, ChunkReader):

@@ -41,29 +41,31 @@ def _is_count(_: object, __: attrs.Attribute[int | None], value: object) -> None
 
 @attrs.frozen
 class Output:
-    """Where the result of a checkpoint on disk is written, and how.
+    """Where to write a quantized checkpoint, and how.
 
     Attributes:
-        path: the path of the file, or of a directory if the source is one or `max_shard_size` is given.
-        max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``,
-            which is the default. A larger tensor has a file of its own.
-        replace: whether to replace a directory that has files, and to start an unfinished run again. If the path is a
-            link to a directory, the directory is replaced and the link stays. A file is always replaced, unless it was
-            created after the resumed run began.
-        resume: whether to resume an unfinished run, if there is one. Resuming is refused if an input of the result has
-            changed; for each file of the source, its size, time of change and header are compared. A finished result
-            is compared with its source: the fates, and all elements within their bounds. A file does not say which
-            observer chose its scales.
-        distributed: whether every process of the default group of `torch.distributed` makes this call. Each process
-            writes some of the files of a directory, and the first one publishes them.
-        max_memory: the most resident memory that the process may take in addition to that after importing fewbits, as a
-            number of bytes or a text such as ``"512MB"``. Chunks become smaller and threads fewer to stay within it;
-            a run that cannot stay within it is refused before anything is written. None sets no limit.
+        path: the path of the result: a directory if the source is a directory or an index, or if `max_shard_size` is
+            given; otherwise a file.
+        max_shard_size: the most bytes of tensors in one file of a directory, as a number or a text such as ``"5GB"``. A
+            larger tensor has a file of its own. None: 5 GB in a directory, and no limit in a single file.
+        replace: whether to replace a directory that has files, and to discard an unfinished run and start over. A link
+            to a directory stays, and the directory behind the link is replaced. A result that is one file replaces an
+            existing file in any case; only a resumed run refuses a file that was created after the run began.
+        resume: whether to continue an unfinished run. Without one, a finished result is checked and accepted, or else
+            a new run begins. Resuming is refused if the source (size, time of change and header of each file), a
+            setting, or the version of fewbits or torch has changed. A finished result is compared with the source: the
+            fate of every tensor, the names of the files, and every element within its error bound. A finished result of
+            another observer passes this comparison, because files do not record the observer.
+        distributed: whether every process of the default group of `torch.distributed` calls `quantize` with this
+            output. Each process writes some of the files of a directory, and rank 0 publishes the result.
+        max_memory: the memory to plan for, in addition to that after importing fewbits, as a number of bytes or a text
+            such as ``"512MB"``. Chunks become smaller and threads fewer to stay within it; a run that cannot stay
+            within it is refused before anything is written. None sets no limit.
         threads: the number of tensors, or pieces of large ones, that are converted at a time; None means as many as
-            torch has threads. The result does not depend on it.
+            torch has threads. `max_memory` can lower it. The result does not depend on it.
 
     Raises:
-        ArgumentError: for an invalid size, or less than one thread.
+        ArgumentError: if a field has an invalid value.
     """
 
     path: Path = attrs.field(converter=_path)

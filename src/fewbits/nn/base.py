@@ -38,24 +38,27 @@ _registered: dict[type[nn.Module] | str, type[QuantizedModule]] = {}
 class QuantizedModule(nn.Module):
     """Base class of quantized modules: reading a quantized parameter dequantizes it.
 
-    A forward that reads its parameters as attributes, as all of torch does, needs no change. One forward dequantizes a
-    parameter once, however often it reads it. Outside of the module's own forward the tensor is read-only.
+    A forward that reads its parameters as attributes needs no change. If `own_weight` is None, a call of the module's
+    forward dequantizes each parameter once. Any other read gives a new read-only tensor, except in forwards of
+    `torch.nn.modules`, and while compiling or tracing.
 
-    A subclass holds the declarations for a float class. It is registered for its `float_class`; `register`
-    names more classes.
+    A subclass declares how modules of a float class are quantized. Defining a subclass with `float_class` registers it
+    for that class; `register` adds other classes.
 
     Attributes:
-        float_class: The class that the quantized module replaces, and returns to.
-        own_weight: The parameter whose stored form `forward` computes with. The subclass is used only where that
-            parameter is quantized. None: `forward` reads float tensors.
-        input_axes: The axes that are multiplied with the input, by parameter; without an entry, the last axis of a
-            matrix.
+        float_class: The float class: modules of this class become quantized modules, and `dequantize` gives them this
+            class again.
+        own_weight: The parameter that `forward` reads as stored codes. The subclass applies only to modules in which
+            that parameter is quantized. If None, `forward` reads float tensors.
+        input_axes: For each parameter, the axes that run over inputs. Without an entry, `declared_layout` decides, or
+            else the shape.
         rounds_inputs: Whether `forward` rounds its inputs to int8 if the spec of `own_weight` has int8 activations.
-        forward_methods: The methods of the float class that `forward` replaces or calls. A class that overrides one of
-            them does not round its inputs.
-        reads_weights_of_children: Whether `forward` reads the weights of child modules instead of calling them.
-        rebuilt_attributes: The attributes of the float module that hold parameters, and that the quantized module
-            rebuilds.
+        forward_methods: The methods of the float class that `forward` replaces or calls. A subclass of the float class
+            that overrides one of these methods does not round its inputs.
+        reads_weights_of_children: Whether `forward` may read the weights of child modules without calling the children.
+            If so, the children do not round their inputs.
+        rebuilt_attributes: The attributes in which the float module also holds its parameters, and which the quantized
+            module rebuilds. A parameter that any other attribute holds is kept.
     """
 
     float_class: ClassVar[type[nn.Module]]

@@ -11,15 +11,15 @@ from torch import Tensor
 
 @attrs.frozen
 class View:
-    """The part of some memory that a tensor shows; equal for two tensors that show the same part in the same way.
+    """The bytes that a tensor refers to, and how the tensor reads them. Equal views: one tensor under two names.
 
     Attributes:
-        memory: The name of the memory: a device or a file.
-        start: The address of the first byte.
+        memory: Where the bytes are: a device, the path of a file, or a unique text for a tensor without memory.
+        start: The position of the first byte: an address, or an offset in the file; 0 without memory.
         shape: The shape of the tensor.
         stride: The strides of the tensor, in elements.
         dtype: The dtype of the tensor.
-        other: Other properties that distinguish tensors.
+        other: The pending conjugation and negation, or the id of an empty tensor in a file.
     """
 
     memory: str
@@ -31,10 +31,10 @@ class View:
 
     @classmethod
     def of(cls, tensor: Tensor) -> View:
-        """Describe the memory of a tensor.
+        """Return the view of a tensor.
 
-        A tensor without memory (without elements, or on the meta device) equals no other tensor, although all of them
-        have the address 0.
+        Tensors without memory (no elements, on the meta device, or with freed storage) share nothing: the views of two
+        of them differ as long as both tensors exist.
         """
         with torch._C.DisableTorchFunctionSubclass():
             start = tensor.data_ptr() if tensor.numel() else 0

@@ -72,14 +72,15 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def plain(tensor: Tensor, name: str = "a tensor") -> Tensor:
-    """Return a tensor of torch's own class over the same memory, without gradient.
+    """Return a `torch.Tensor` over the memory of `tensor`, detached from autograd.
 
     Args:
-        tensor: any tensor.
+        tensor: the tensor; a parameter or a subclass is allowed.
         name: the tensor's name in error messages.
 
     Raises:
-        SourceError: if it is not a plain tensor.
+        SourceError: if `tensor` is not plain: dense, computed by torch, with all its bytes in memory. `not_plain` lists
+            the cases.
     """
     if why := not_plain(tensor):
         raise SourceError(f"{name} {why}")

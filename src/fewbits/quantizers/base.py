@@ -33,11 +33,15 @@ OnFailure = Literal["error", "warn", "ignore"]
 
 
 class Quantizer(Lifecycle):
-    """Makes a model, a state dict or a checkpoint smaller: prepare, observe, convert, validate, save.
+    """Quantizes one model, state dict or checkpoint in steps: `prepare`, `observe`, `convert`, `validate`, `save`.
 
-    A subclass sets `spec`, which says how codes look, on the class, or on the instance before `__init__` runs. It
-    overrides `spec_for` if the spec depends on the tensor, and `quantize_tensor` if rounding to the nearest code is not
-    enough. The lifecycle itself is final. `__init__` takes the strategies, such as the observer, and documents them.
+    `observe` is needed for strategies that look at data; `validate` and `save` are optional. For a path, `convert`
+    writes the result.
+
+    A subclass sets `spec`, the format of stored weights: on the class, or on `self` before it calls
+    ``super().__init__()``. It overrides `spec_for` to choose a spec for each tensor, and `quantize_tensor` to make
+    codes in a way that no `rounding` offers; such a scheme takes no `rounding`. The steps are final. The arguments of
+    `__init__` choose the strategies.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

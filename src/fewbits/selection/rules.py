@@ -58,10 +58,11 @@ class Override:
 
 
 def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
-    """Parse a rule of `overrides`; None means "keep".
+    """Parse one rule of `overrides`; return None if the rule is "keep".
 
     Raises:
-        SelectionError: if the rule is malformed; the message names the pattern and the allowed values.
+        SelectionError: if the rule has the wrong type, or names an unknown scheme, field or dtype; the message names
+            the pattern. `Override.spec` checks the values of the fields.
     """
     try:
         return _parsed(pattern, rule)

@@ -31,10 +31,11 @@ class SelectorSetup(Setup[LayerSelector]):
         return open_source(self.model, inplace=False).infos
 
     def select(self) -> list[Decision]:
-        """Decide on the tensors of the model.
+        """Let a copy of the selector decide on the model's tensors, and check the form of its decisions.
 
         Raises:
-            ConformanceError: if the rules of the selector do not fit the model, or it returns no right decisions.
+            ConformanceError: if the selector raises `SelectionError` for this model, or does not return one well-formed
+                `Decision` for each tensor.
         """
         infos = self.infos()
         try:
