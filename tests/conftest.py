@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, Phase, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never fetch anything
@@ -21,6 +22,14 @@ DATA = Path(__file__).parent / "data"
 #: Programs that run for minutes to hours; test_stress.py tests them on tiny checkpoints.
 collect_ignore = ["stress"]
 LEFT_OUT = pytest.StashKey[set[str]]()
+
+
+@pytest.fixture
+def events():
+    """Collect the events that a configured structlog gets."""
+    with structlog.testing.capture_logs() as captured:
+        yield captured
+    structlog.reset_defaults()
 
 
 @pytest.fixture

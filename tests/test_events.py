@@ -13,14 +13,6 @@ import fewbits
 from support.lifecycle_helpers import mlp, quantize_small, small
 
 
-@pytest.fixture
-def events():
-    """Collect the events that a configured structlog gets."""
-    with structlog.testing.capture_logs() as captured:
-        yield captured
-    structlog.reset_defaults()
-
-
 def test_every_activity_is_an_event_with_fields(events, tmp_path):
     quantizer = small()
     quantizer.prepare(mlp())

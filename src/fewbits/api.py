@@ -87,9 +87,9 @@ def quantize(
             training checkpoint does; ``"a.b"`` names an entry within an entry.
         config: settings. A setting that is also an argument is replaced, not merged.
         output: where to write the result, a path or an `Output`; required if `source` is a path.
-        data: calibration batches, for observers that need them. The first 150 samples are run; the setting
-            ``samples=`` changes that, and ``samples=None`` runs all; see `Quantizer.observe`. The report's `observed`
-            has the number, and whether data was left.
+        data: calibration batches, for observers and rounding strategies that need them. The first 150 samples are run;
+            the setting ``samples=`` changes that, and ``samples=None`` runs all; see `Quantizer.observe`. The report's
+            `observed` has the number, and whether data was left.
         forward: runs one batch, ``forward(model, batch)``.
         inplace: quantize the model or mapping itself. After an error or an interruption, the model is usable and partly
             quantized, and the event ``quantized_in_part`` is emitted. `dequantize` then gives a float copy, in which

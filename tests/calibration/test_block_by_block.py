@@ -22,6 +22,7 @@ def calibration(model, batches, needs="cross_moment"):
     }
     found = BlockCalibration(model.eval(), layouts, needs)
     with torch.no_grad():
+        found.find_blocks(lambda: model(batches[0]))
         for batch in batches:
             found.observe(lambda batch=batch: model(batch))
     return found
@@ -88,32 +89,21 @@ def test_inputs_are_those_of_the_model_that_is_quantized_so_far():
                 taken[name] = known[0].statistics
             weight = model.get_parameter(name)
             found.replace(name, torch.zeros_like(weight) if "embed" not in name else weight.detach().clone())
+    # All weights before a layer are zero, so its input is the embedding plus the biases of the layers before.
     with torch.no_grad():
-        # With all weights before it replaced by zeros, a layer outputs its input plus the bias of `o` and `down`.
         x = torch.cat([model.embed(ids).flatten(0, 1) for ids in IDS])
-        for layer in model.layers:
-            normal = layer.norm(x).double()
-            assert taken[f"{name_of(model, layer)}.q.weight"].count == len(x)
-            torch.testing.assert_close(
-                taken[f"{name_of(model, layer)}.q.weight"].second_moment,
-                normal.mT @ normal / len(x),
-                check_dtype=False,
-                atol=1e-5,
-                rtol=1e-5,
-            )
-            x = x + layer.o(torch.zeros_like(x)) * 0 + layer.o.bias
-            torch.testing.assert_close(
-                taken[f"{name_of(model, layer)}.up.weight"].second_moment,
-                x.double().mT @ x.double() / len(x),
-                check_dtype=False,
-                atol=1e-5,
-                rtol=1e-5,
-            )
-            x = x + layer.down.bias + F.silu(layer.up.bias) @ torch.zeros(16, 8)
+        for at, layer in enumerate(model.layers):
+            assert_inputs(taken[f"layers.{at}.q.weight"], layer.norm(x))
+            x = x + layer.o.bias
+            assert_inputs(taken[f"layers.{at}.up.weight"], x)
+            x = x + layer.down.bias
 
 
-def name_of(model, module):
-    return next(name for name, other in model.named_modules() if other is module)
+def assert_inputs(statistics, x):
+    """Compare the second moment of the inputs that were taken with that of these inputs."""
+    assert statistics.count == len(x)
+    expected = x.double().mT @ x.double() / len(x)
+    torch.testing.assert_close(statistics.second_moment, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cross_moments_relate_inputs_to_those_of_the_float_model():
@@ -216,8 +206,13 @@ def test_a_block_with_a_memory_is_refused_when_it_is_run_again():
 def test_a_batch_that_fails_leaves_the_calibration_as_it_was():
     model = Decoder(2)
     found = calibration(model, IDS[:1])
+
+    def fails_at_the_end():
+        model(IDS[1])
+        raise IndexError
+
     with pytest.raises(IndexError), torch.no_grad():
-        found.observe(lambda: model(torch.full((1, 3), 99)))
+        found.observe(fails_at_the_end)
     with torch.no_grad():
         found.observe(lambda: model(IDS[1]))
     counts = {name: known[0].statistics.count for group in found.groups() for name, known in group.items() if known}
@@ -236,8 +231,11 @@ def test_a_model_that_takes_another_way_in_a_later_batch_is_refused():
             return x
 
     model = Skipping()
+    found = calibration(model, [torch.randn(70, 4)])
     with pytest.raises(CalibrationError, match="did not all run once in this batch"):
-        calibration(model, [torch.randn(3, 4), torch.randn(2, 4)])
+        found.observe(lambda: model(torch.randn(2, 4)))
+    counts = [known[0].statistics.count for group in found.groups() for known in group.values()]
+    assert counts == [70, 70, 70]
 
 
 def test_training_flags_and_switches_of_torch_are_restored():
@@ -247,6 +245,7 @@ def test_training_flags_and_switches_of_torch_are_restored():
     found = BlockCalibration(model, layouts, "second_moment")
     seen = []
     model.head.register_forward_pre_hook(lambda *_: seen.append(model.config.use_cache))
+    found.find_blocks(lambda: model(IDS[0]))
     found.observe(lambda: model(IDS[0]))
     assert seen
     assert not any(seen)

@@ -1,4 +1,4 @@
-"""Inputs of weights are seen whichever way a model multiplies them."""
+"""`InputCapture` sees the inputs of weights in any product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fewbits.nn.eligibility import layout_of
 
 
 def captured(weight, layout, run):
-    """The (rows, inputs) that were seen while `run` ran, and what it returned."""
+    """The (rows, inputs) that `InputCapture` saw during `run`, and the output of `run`."""
     seen = []
     with torch.no_grad(), InputCapture([Watched("w", weight, layout)], lambda _, rows, x: seen.append((rows, x))):
         output = run()

@@ -3,7 +3,6 @@
 import contextlib
 
 import pytest
-import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,11 +60,10 @@ def test_a_partly_quantized_source_can_be_dequantized_and_quantized_again(kind, 
 
 
 @pytest.mark.parametrize(("kind", "after"), [("mlp", 2), ("tied", 4), ("mapping", 2)])
-def test_an_interruption_in_place_warns_and_says_how_to_dequantize(kind, after):
+def test_an_interruption_in_place_warns_and_says_how_to_dequantize(kind, after, events):
     source = MODELS[kind]()
-    with structlog.testing.capture_logs() as events, pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):
         quantize_small(source, inplace=True, progress=interrupting(after))
-    structlog.reset_defaults()
     (told,) = [event for event in events if event["event"] == "quantized_in_part"]
     assert told["log_level"] == "warning"
     assert 0 < told["left"] < told["tensors"]
@@ -77,24 +75,21 @@ def test_an_interruption_in_place_warns_and_says_how_to_dequantize(kind, after):
 
 
 @pytest.mark.parametrize("after", [0, 99])
-def test_no_warning_where_nothing_or_everything_was_converted(after):
+def test_no_warning_where_nothing_or_everything_was_converted(after, events):
     source = mlp()
     before = snapshot(named_tensors(source))
-    with structlog.testing.capture_logs() as events:
-        try:
-            quantize_small(source, inplace=True, progress=interrupting(after)).quantizer.reset()
-        except KeyboardInterrupt:
-            assert snapshot(named_tensors(source)) == before
-    structlog.reset_defaults()
+    try:
+        quantize_small(source, inplace=True, progress=interrupting(after)).quantizer.reset()
+    except KeyboardInterrupt:
+        assert snapshot(named_tensors(source)) == before
     assert "quantized_in_part" not in {event["event"] for event in events}
 
 
-def test_a_nonfinite_number_halfway_warns_too_and_a_second_try_says_what_to_do():
+def test_a_nonfinite_number_halfway_warns_too_and_a_second_try_says_what_to_do(events):
     source = mlp()
     source[2].weight.data[0, 0] = torch.nan
-    with structlog.testing.capture_logs() as events, pytest.raises(NonFiniteError, match=r"2\.weight"):
+    with pytest.raises(NonFiniteError, match=r"2\.weight"):
         quantize_small(source, inplace=True)
-    structlog.reset_defaults()
     assert [event["first"] for event in events if event["event"] == "quantized_in_part"] == ["2.weight"]
     source[2].weight.data[0, 0] = 0
     with pytest.raises(SourceError, match=r"0 is quantized already; .*fewbits\.dequantize\(model\)"):

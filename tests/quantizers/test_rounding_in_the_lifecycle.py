@@ -6,12 +6,10 @@ import weakref
 
 import pytest
 import torch
-from structlog.testing import capture_logs
 from torch import nn
 
 import fewbits
 from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError
-from fewbits.extend import Rounding
 from fewbits.rounding import GPTQ, Qronos
 
 
@@ -101,7 +99,7 @@ def test_scale_search_needs_no_data_and_no_model(net):
         ({"rounding": "gtpq"}, "gptq"),
         ({"rounding": {"name": "gptq", "dampening": 1}}, "damping"),
         ({"rounding": GPTQ}, "must be an instance of Rounding, or the name of one"),
-        ({"rounding": 3}, "must be an instance of Rounding, or the name of one"),
+        ({"rounding": fewbits.MinMaxObserver()}, "must be an instance of Rounding, or the name of one"),
         ({"scheme": "fp16", "rounding": "gptq"}, "fp16 has no codes"),
     ],
 )
@@ -119,7 +117,7 @@ def test_a_scheme_that_makes_its_own_codes_takes_no_rounding():
         Own(rounding="gptq")
 
 
-def test_weights_without_data_are_named_in_a_warning_and_in_the_ledger(net):
+def test_weights_without_data_are_named_in_a_warning_and_in_the_ledger(net, events):
     class Half(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -128,10 +126,9 @@ def test_weights_without_data_are_named_in_a_warning_and_in_the_ledger(net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(x)
 
-    with capture_logs() as events:
-        result = fewbits.quantize(
-            Half(), "int4", rounding="gptq", group_size=32, data=batches(), include=["*.weight"], samples=None
-        )
+    result = fewbits.quantize(
+        Half(), "int4", rounding="gptq", group_size=32, data=batches(), include=["*.weight"], samples=None
+    )
     warned = [event for event in events if event["event"] == "rounded_without_data"]
     assert [(event["tensors"], event["first"]) for event in warned] == [
         (1, "unused.weight: its rows saw fewer than 64 inputs, and were rounded without data")
@@ -165,7 +162,17 @@ def test_in_place_gives_the_same_codes(net):
     assert all(torch.equal(own[name], copied[name]) for name in own if isinstance(own[name], torch.Tensor))
 
 
-def test_outside_strategies_are_refused_by_class_if_they_are_none():
-    assert issubclass(GPTQ, Rounding)
-    with pytest.raises(ArgumentError, match="must be an instance of Rounding"):
-        fewbits.Int4Grouped(rounding=fewbits.MinMaxObserver())
+def test_observers_of_inputs_see_each_batch_once_beside_a_rounding_that_needs_data(net):
+    class Counting(fewbits.MinMaxObserver):
+        def observe_input(self, x):
+            counts.append(len(x))
+            super().observe_input(x)
+
+    counts = []
+    selector = fewbits.LayerSelector(include=["head"], min_elements=1)
+    quantizer = fewbits.Int8PerChannel("static", rounding="gptq", activation_observer=Counting(), selector=selector)
+    quantizer.prepare(net)
+    quantizer.observe(batches(2))
+    quantizer.convert()
+    assert counts == [40, 40]
+    assert quantizer.validate().ok

@@ -1,4 +1,4 @@
-"""What every rounding strategy promises."""
+"""The promises of all rounding strategies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding_cases import NEEDING_DATA, SPECS, STRATEGIES, problems, rounded, statistics
 
+from fewbits import QuantSpec
 from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError
 from fewbits.extend import Layout, WeightMatrix
 from fewbits.numerics.metrics import measure
@@ -75,6 +76,16 @@ def test_codes_do_not_depend_on_batches_or_threads(rounding, problem, cuts, spec
         assert torch.equal(rounded(rounding, weight, spec, [RowInputs(slice(0, len(weight)), known)]), whole)
     finally:
         torch.set_num_threads(threads)
+
+
+@by_strategy
+@given(rows=st.integers(1, 50), first=st.integers(0, 49), columns=st.sampled_from([5, 130]))
+def test_a_row_gets_the_same_codes_in_any_block(rounding, rows, first, columns):
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = torch.randn(rows, columns, generator=generator), torch.randn(100, columns, generator=generator)
+    inputs, spec = statistics(rounding, x, x * 1.1), QuantSpec(bits=2, granularity="channel", scale_dtype=torch.float64)
+    some = slice(first % rows, None)
+    assert torch.equal(rounded(rounding, weight, spec, inputs)[some], rounded(rounding, weight[some], spec, inputs))
 
 
 @by_needing

@@ -44,46 +44,61 @@ class BlockCalibration:
     # Observe the float model.
 
     def observe(self, run: Callable[[], object]) -> None:
-        """Run one batch, and keep of it what is needed.
+        """Run one batch; keep the arguments of the blocks, and add up the inputs of layers outside all chains.
 
         Args:
             run: runs the batch through the model.
+
+        Raises:
+            CalibrationError: if the blocks do not run as in the batch that they were found with.
         """
         with without_shortcuts(self._model):
-            if self._chains is None:
-                self._chains = self._find(run)
-                self._hidden = [[] for _ in self._chains]
             kept = [len(hidden) for hidden in self._hidden]
             with ExitStack() as hooks:
-                for chain, hidden in zip(self._chains, self._hidden, strict=True):
+                for chain, hidden in zip(self._chains or (), self._hidden, strict=True):
                     keep_calls(chain, hidden, hooks)
                 hooks.enter_context(InputCapture(self._outside_chains(), self._outside.receive))
                 try:
                     run()
+                    self._check_calls(kept)
                 except BaseException:
                     self._forget_after(kept)
-                    self._outside.taken()
                     raise
             self._outside.end_batch()
-            if any(len(block.calls) != len(self._hidden[0]) for chain in self._chains for block in chain):
-                self._forget_after(kept)
-                raise CalibrationError("the blocks of the model did not all run once in this batch, as in the first")
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether `find_blocks` has found the blocks."""
+        return self._chains is not None
 
     @property
     def has_data(self) -> bool:
         """Whether any batch was observed."""
         return any(self._hidden)
 
-    def _find(self, run: Callable[[], object]) -> list[list[Block]]:
+    def find_blocks(self, run: Callable[[], object]) -> None:
+        """Find the chains of blocks, from one batch. `observe` needs them.
+
+        Args:
+            run: runs the batch through the model.
+        """
         sizes: dict[nn.Module, int] = {}
         for slot in slots(self._model):
             if slot.name in self._layouts:
                 sizes[slot.module] = sizes.get(slot.module, 0) + slot.tensor.numel()
         names = {id(module): name for name, module in self._model.named_modules()}
-        found = chains(self._model, run, sizes) or [[self._model]]
-        return [[Block(names[id(module)], module) for module in chain] for chain in found]
+        with without_shortcuts(self._model):
+            found = chains(self._model, run, sizes) or [[self._model]]
+        self._chains = [[Block(names[id(module)], module) for module in chain] for chain in found]
+        self._hidden = [[] for _ in self._chains]
+
+    def _check_calls(self, kept: Sequence[int]) -> None:
+        for chain, count in zip(self._chains or (), kept, strict=True):
+            if any(len(block.calls) != count + 1 for block in chain):
+                raise CalibrationError("the blocks of the model did not all run once in this batch, as in the first")
 
     def _forget_after(self, kept: Sequence[int]) -> None:
+        self._outside.taken()
         for chain, hidden, count in zip(self._chains or (), self._hidden, kept, strict=True):
             del hidden[count:]
             for block in chain:

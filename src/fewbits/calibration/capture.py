@@ -1,4 +1,4 @@
-"""`InputCapture`: sees the inputs that weights are multiplied with, whichever module or function multiplies them."""
+"""`InputCapture`: sees the inputs that weights are multiplied with, in any module or function."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Watched:
         offset = int(operand.storage_offset() - self.tensor.storage_offset())
         row = start = 0
         for axis, stride in zip(self.layout.permutation, strides, strict=False):
-            # The weight is contiguous: the index along an axis is the offset, less what the axes before it take.
+            # The weight is contiguous, so its axes divide the offset like the digits of a number.
             index = offset // stride % self.layout.view[axis]
             row = row * self.layout.view[axis] + index
             start += index * stride

@@ -24,8 +24,8 @@ class _Call:
 def chains(model: nn.Module, run: Callable[[], object], sizes: Mapping[nn.Module, int]) -> list[list[nn.Module]]:
     """Find the chains that divide a model best, in the order in which they run.
 
-    The best chain is the one that covers the most weights outside its largest block; the next ones are chosen in the
-    same way among those that share no module with it.
+    The best chain covers the most weights outside its largest block. The next best chain shares no module with it, and
+    so on.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""Keep what blocks were given, and run them again."""
+"""Keep the arguments of blocks, and run blocks again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-3
 
 @attrs.define(eq=False)
 class Block:
-    """A block of a chain, with what it was given in each batch besides the output of the block before.
+    """A block of a chain, with its arguments in each batch, except the output of the block before.
 
     Attributes:
         name: its path in the model; "" for the model itself.

@@ -123,6 +123,15 @@ class InputWatch:
             self.attach()
             raise
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Remove the hooks for the block, and attach them again."""
+        self.remove()
+        try:
+            yield
+        finally:
+            self.attach()
+
     def unseen(self) -> list[str]:
         """Return the names of the weights whose layers have had no input so far."""
         return list(self._unseen)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import attrs
+from rich.console import Console
+from rich.progress import Progress
 
 from fewbits.selection.progress import Step
 
-#: Seconds over which the rate is averaged.
+#: Seconds over which `rich.progress` averages the rate.
 PERIOD = 30.0
 
 
@@ -43,14 +43,30 @@ class Reading:
         return None if self.rate is None else (self.total - self.done) / self.rate
 
 
-class Meter:
-    """Turns steps into readings. Work that an earlier run did before the first step of an activity does not count.
+class Meter(Progress):
+    """Turns steps into readings; `rich.progress` measures the rate.
+
+    Work that an earlier run did before the first step of an activity does not count.
+
+    Args:
+        console: where to draw, for a subclass that draws; None if the meter is never started.
 
     Attributes:
         reading: the last reading; None before the first step.
     """
 
     reading: Reading | None = None
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._now = 0.0
+        super().__init__(
+            console=console,
+            speed_estimate_period=PERIOD,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+            get_time=lambda: self._now,
+        )
 
     def read(self, step: Step, now: float) -> Reading:
         """Take the reading of a step.
@@ -59,10 +75,12 @@ class Meter:
             step: a step of the same activity as the step before, or the first step of another activity.
             now: seconds on a clock that never goes back.
         """
-        done = step.done
+        self._now, done = now, step.done
         if self.reading is None or step.activity != self.reading.activity:
-            self._start = (now, done)
-            self._marks = deque([self._start], maxlen=1000)
+            for task in self.task_ids:
+                self.remove_task(task)
+            self.add_task(step.activity, total=None, completed=done)
+            self._first = self._latest = (now, done)
         else:
             done = max(done, self.reading.done)
         self.reading = Reading(step.activity, step.name, done, max(step.total, done), self._rate(now, done))
@@ -70,16 +88,15 @@ class Meter:
 
     def _rate(self, now: float, done: int) -> float | None:
         """The speed of the last seconds, or of the whole activity while too few steps lie within them."""
-        latest = self._marks[-1]
-        if (
-            now > latest[0] and done > latest[1]
-        ):  # steps at the same instant have no speed: they count with the next one
-            latest = (now, done)
-            self._marks.append(latest)
-        while self._marks[0] != latest and self._marks[0][0] < now - PERIOD:
-            self._marks.popleft()
-        first = self._start if self._marks[0] == latest else self._marks[0]
-        return (latest[1] - first[1]) / (latest[0] - first[0]) if latest != first else None
+        task = self.tasks[0]
+        # Steps at the same instant have no speed: they count with the next one.
+        if now > self._latest[0] and done > self._latest[1]:
+            self.update(task.id, completed=done)
+            self._latest = (now, done)
+        if self._latest == self._first:
+            return None
+        (start, before), (end, after) = self._first, self._latest
+        return task.speed or (after - before) / (end - start)
 
 
 class Pace:

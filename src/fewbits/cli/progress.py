@@ -8,7 +8,6 @@ from time import monotonic
 from typing import TextIO, cast
 
 from rich.console import Console, RenderableType
-from rich.live import Live
 
 from fewbits.cli.formatting import bar_line, log_line
 from fewbits.cli.meter import Meter, Pace, Reading
@@ -72,18 +71,14 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-class _Bar(Live):
+class _Bar(Meter):
     """Draws each step on one line, as wide as the terminal is at that moment, and removes the line at the end."""
 
-    def __init__(self, console: Console) -> None:
-        self._meter = Meter()
-        super().__init__(console=console, transient=True, redirect_stdout=False)
-
     def __call__(self, step: Step) -> None:
-        self._meter.read(step, monotonic())
-        self.start(refresh=True)  # has no effect on a bar that was started
+        self.read(step, monotonic())
+        self.start()  # has no effect on a bar that was started
 
     def get_renderable(self) -> RenderableType:
-        if self._meter.reading is None:
+        if self.reading is None:
             return ""
-        return bar_line(self._meter.reading, self.console.width, ascii_only=self.console.options.ascii_only)
+        return bar_line(self.reading, self.console.width, ascii_only=self.console.options.ascii_only)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -47,7 +48,7 @@ _WAY_BACK = (
 class LiveJob(Job):
     """The conversion of a model or a state dict.
 
-    In place, a second `convert` continues where a failed one stopped.
+    In place, a second `convert` continues where a failed one stopped, unless the rounding needs data.
     """
 
     source: LiveSource
@@ -98,7 +99,14 @@ class LiveJob(Job):
         if blocks is None:
             return forward
         run = forward or default_forward
-        return lambda model, batch: blocks.observe(lambda: run(model, batch))
+
+        def show(model: nn.Module, batch: Any) -> None:
+            if not blocks.has_blocks:
+                with self._watch.paused():  # observers see each batch once
+                    blocks.find_blocks(lambda: run(model, batch))
+            blocks.observe(lambda: run(model, batch))
+
+        return show
 
     def _in_order(self) -> Iterator[LedgerRow]:
         """Yield all stored rows; set the inputs that each is to be converted with."""

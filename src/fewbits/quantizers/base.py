@@ -95,7 +95,7 @@ class Quantizer(Lifecycle):
         samples: int | None = calibration.SAMPLES,
         progress: Progress = no_progress,
     ) -> calibration.Observed:
-        """Run data through the prepared model, for observers that look at inputs. Can be called repeatedly.
+        """Run data through the prepared model, for strategies that look at inputs. Can be called repeatedly.
 
         Args:
             batches: a list, a DataLoader or another iterable of tensors, (input, target) pairs, or mappings such as

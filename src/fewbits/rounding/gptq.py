@@ -18,6 +18,10 @@ from fewbits.rounding.linear_algebra import product
 from fewbits.rounding.nearest import ScaleSearch
 from fewbits.rounding.statistics import InputStatistics, Needs
 
+#: Rows are solved in multiples of this many: torch multiplies a single row with another routine than several, which
+#: would give a row other last bits.
+_ROWS = 16
+
 #: Elements of a weight that are solved at a time. Intermediate results take about ten times their memory.
 _ELEMENTS = 1 << 23
 
@@ -59,19 +63,22 @@ class GPTQ(Rounding):
         """Round the columns one after the other."""
         if inputs is None:
             return ScaleSearch(steps=self.steps).choose(weight, spec, params, None)
-        feedback = self._feedback(inputs)
-        size = max(1, _ELEMENTS // weight.shape[1])
-        parts = [
-            self._solve(weight[at : at + size], spec, params.rows(slice(at, at + size)), feedback, inputs)
-            for at in range(0, len(weight), size)
-        ]
-        return QuantParams.joined([part.params for part in parts]), torch.cat([part.codes for part in parts])
+        feedback = inputs.derived((type(self), self.damping), self._feedback)
+        size = max(1, _ELEMENTS // weight.shape[1] // _ROWS) * _ROWS
+        parts = []
+        for start in range(0, len(weight), size):
+            count = min(size, len(weight) - start)
+            # The last row fills up the block; its copies are dropped.
+            rows = torch.arange(start, start + -(-count // _ROWS) * _ROWS).clamp_(max=len(weight) - 1)
+            solved = self._solve(weight[rows], spec, params.rows(rows), feedback, inputs)
+            parts.append((solved.params.rows(slice(count)), solved.codes[:count]))
+        return QuantParams.joined([params for params, _ in parts]), torch.cat([codes for _, codes in parts])
 
     def error(self, weight: Tensor, decoded: Tensor, inputs: InputStatistics | None) -> Tensor:
         """Compute the `objective` of each row."""
         if inputs is None:
             return ScaleSearch(steps=self.steps).error(weight, decoded, None)
-        feedback = self._feedback(inputs)
+        feedback = inputs.derived((type(self), self.damping), self._feedback)
         error = feedback.target(weight.double()) - decoded.double()
         return (product(error, feedback.moment) * error).sum(1)
 

@@ -29,9 +29,8 @@ class RoundToNearest(Rounding):
 class ScaleSearch(Rounding):
     """Tries many scales for each group, and keeps the one with the least sum of powers of the errors. Needs no data.
 
-    A large `norm` punishes large errors. Language models suffer from errors in their largest weights: with NF4 codes, a
-    norm of 1 is far worse than no search, and a norm of 2 lowers the error of the weights but not that of the model.
-    Hence the default.
+    A `norm` of 2 gives the least squared error, at the price of clipping the largest weights. A larger `norm` clips
+    less. The default spares the largest weights, on which language models depend most.
 
     Args:
         norm: the power of each error; from 1 up.

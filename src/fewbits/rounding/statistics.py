@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError, CalibrationError
+
+_Derived = TypeVar("_Derived")
 
 #: What a strategy needs to know of a layer's inputs; each kind includes the kinds before it.
 Needs = Literal["nothing", "mean_square", "second_moment", "cross_moment"]
@@ -32,7 +35,7 @@ class InputStatistics:
         self._moment = torch.zeros(shape)
         self._cross = torch.zeros(shape) if needs == "cross_moment" else None
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self._paired = True
+        self._derived: dict[Hashable, Any] = {}
 
     def add(self, x: Tensor, reference: Tensor | None = None) -> None:
         """Add inputs.
@@ -53,6 +56,7 @@ class InputStatistics:
             raise CalibrationError("an input holds NaN or Inf; the model overflows on this data")
         paired = x if reference is None else reference.detach().to("cpu", torch.float32)
         self.count += len(x)
+        self._derived.clear()
         self._pending.append((x, paired))
         if sum(len(part) for part, _ in self._pending) >= _BLOCK:
             inputs, references = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
@@ -62,11 +66,23 @@ class InputStatistics:
             # A copy, so that the rest does not keep the whole batch in memory.
             self._pending = [(inputs[whole:].clone(), references[whole:].clone())] if whole < len(inputs) else []
 
+    def derived(self, key: Hashable, make: Callable[[InputStatistics], _Derived]) -> _Derived:
+        """Return what a strategy makes of these statistics; make it once for all weights that share them.
+
+        Args:
+            key: names the strategy and its settings.
+            make: makes it. Not called again until inputs are added.
+        """
+        if key not in self._derived:
+            self._derived[key] = make(self)
+        result: _Derived = self._derived[key]
+        return result
+
     @property
     def mean_square(self) -> Tensor:
         """The mean square of each input, float64, (columns,)."""
-        moment = self.second_moment if self._moment.dim() == 2 else self._finished()._moment.double() / self.count
-        return moment.diagonal() if moment.dim() == 2 else moment
+        moment = self._finished()._moment
+        return (moment.diagonal() if moment.dim() == 2 else moment).double() / self.count
 
     @property
     def second_moment(self) -> Tensor:
