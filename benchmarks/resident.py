@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import fewbits
+from fewbits._heap import trim
 
 MB = 10**6
 #: How far the peak may rise beyond source and result, in bytes.
@@ -41,7 +42,7 @@ class Stored:
         return quantizer.convert(), quantizer.ledger.bytes_after
 
     def limit(self, stored: int) -> int:
-        return int(self.allowed * stored) + 50 * MB
+        return int(self.allowed * stored) + 10 * MB
 
 
 KINDS = {"int8": Stored(None, 1.10), "int4-g128": Stored(128, 1.10), "int4-g32": Stored(32, 1.25)}
@@ -123,12 +124,16 @@ def measure(
 ) -> dict[str, int]:
     run(loaded(files[0], SMALL)[0] if files else converted(kind, SMALL, 1)[0], SMALL, rows)
     gc.collect()
+    trim(holes=0)
     before = resident()
     model, size = loaded(files[1], side) if files else converted(kind, side, stored)
     run(model, side, rows)
     gc.collect()
+    untrimmed = sum(resident().values())
+    trim(holes=0)
     rise = {name: pages - before[name] for name, pages in resident().items()}
-    return {"layers": len(model), "stored": size, **rise, "resident": sum(rise.values())}
+    free = untrimmed - sum(resident().values())
+    return {"layers": len(model), "stored": size, **rise, "resident": sum(rise.values()), "free": free}
 
 
 def main(argv: Sequence[str]) -> None:
