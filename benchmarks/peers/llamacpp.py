@@ -30,6 +30,12 @@ def contenders(dtype: torch.dtype, group_size: int) -> list[Contender]:
     return [Contender(f"llama.cpp {name}", PACKAGE, dtype, start=partial(_start, name)) for name in TYPES]
 
 
+def encoded(name: str, layer: nn.Linear) -> Tensor:
+    """Return the bytes of the weight, (rows, bytes of a row)."""
+    result: Tensor = _start(name, layer)()
+    return result
+
+
 def _start(name: str, layer: nn.Linear) -> Call:
     rows, columns = layer.weight.shape
     if columns % BLOCK:

