@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import attrs
 import pytest
 import torch
 from hypothesis import assume, given
@@ -144,7 +145,11 @@ def encodings(draw):
     tiny = torch.finfo(spec.scale_dtype).tiny
     scale = torch.where(scale.abs() < tiny, tiny, scale).clamp(max=torch.finfo(spec.scale_dtype).max)
     zero_point = torch.randint(spec.code_min, spec.code_max + 1, shape, generator=generator, dtype=torch.int32)
-    return x, QuantParams(scale, None if spec.symmetric else zero_point), spec
+    params = QuantParams(scale, None if spec.symmetric else zero_point)
+    if spec.scale_bits is not None:
+        row_scale = scale.abs().amax(1, keepdim=True).clamp(min=tiny * spec.scale_steps)
+        params = attrs.evolve(params, row_scale=row_scale).with_scale(scale, spec)
+    return x, params, spec
 
 
 def exact_terms(x, params, spec):

@@ -26,7 +26,7 @@ def decoded(q) -> list:
     steps = q.codes().to(torch.int64)
     if not q.spec.symmetric:
         steps = steps - per_element(q.zero_points(), q.spec, *steps.shape)
-    scales = fractions(per_element(q.scale, q.spec, *steps.shape))
+    scales = fractions(per_element(q.params().scale, q.spec, *steps.shape))
     return [step * scale for step, scale in zip(fractions(steps), scales, strict=True)]
 
 
@@ -63,7 +63,8 @@ def test_codes_and_scales_in_use_are_reported(problem):
     q = quantize(weight, spec, layout=layout)
     measured = measure(weight, q)
     assert (measured.code_min, measured.code_max) == (q.codes().min(), q.codes().max())
-    assert (measured.scale_min, measured.scale_max) == (q.scale.min().item(), q.scale.max().item())
+    scale = q.params().scale
+    assert (measured.scale_min, measured.scale_max) == (scale.min().item(), scale.max().item())
 
 
 # At the edge of float64 a code may decode to a number beyond it, whose error cannot be computed.

@@ -73,7 +73,7 @@ def test_decoding_is_the_formula_in_the_shape_and_dtype_of_the_source(problem):
     if not spec.symmetric:
         steps -= per_element(q.zero_points(), spec, *size)
     real = torch.float64 if q.scale.dtype == torch.float64 else torch.float32
-    expected = (steps.to(real) * per_element(q.scale, spec, *size).to(real)).to(weight.dtype)
+    expected = (steps.to(real) * per_element(q.params().scale, spec, *size).to(real)).to(weight.dtype)
     decoded = q.dequantize()
     assert (decoded.shape, decoded.dtype, q.shape) == (weight.shape, weight.dtype, tuple(weight.shape))
     assert torch.equal(decoded, layout.from_matrix(expected))

@@ -14,8 +14,8 @@ from fewbits.selection.ledger import LedgerRow
 #: Elements of a chunk: enough to make the overhead of a chunk negligible.
 CHUNK_ELEMENTS = 1 << 22
 
-#: At multiples of this many rows, packed zero points of any width begin a new word.
-_ZERO_POINT_ROWS = 32
+#: At multiples of this many rows, codes of any width that are packed along the rows begin a new word.
+_ROWS_OF_WORDS = 32
 
 
 @attrs.frozen
@@ -106,7 +106,7 @@ def chunk_elements(row: LedgerRow, elements: int) -> int:
         return total
     # Whole blocks, so that sums over chunks are bit-identical to sums over the whole tensor.
     rows = block_rows(row.layout.columns)
-    if isinstance(row.spec, QuantSpec) and not row.spec.symmetric:
-        rows = math.lcm(rows, _ZERO_POINT_ROWS)
+    if isinstance(row.spec, QuantSpec) and (not row.spec.symmetric or row.spec.scale_bits is not None):
+        rows = math.lcm(rows, _ROWS_OF_WORDS)
     step = rows * row.layout.columns
     return min(total, step * max(1, elements // step))

@@ -100,9 +100,10 @@ class Codec:
         if chunk.is_first:
             check_shape_part(read(part_name(row.name, "shape"), 0, (len(row.shape),)), row.shape)
         first, per_tensor = chunk.rows[0], row.spec.granularity == "tensor"
+        packed_along_rows = {"zero_point": row.spec.bits, "scale_codes": row.spec.scale_bits or 0}
         parts = {"shape": shape_part(described.shape)}
         for part, entry in _part_entries(described.layout, row.spec, row.dtype).items():
-            rows = first * row.spec.bits // 32 if part == "zero_point" else first
+            rows = first * packed_along_rows.get(part, 32) // 32
             start = 0 if per_tensor and part != "packed" else rows * math.prod(entry.shape[1:])
             if part != "shape":
                 parts[part] = read(part_name(row.name, part), start, entry.shape)

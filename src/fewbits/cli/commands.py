@@ -89,6 +89,12 @@ def cli() -> None:
 )
 @click.option("--group-size", type=int, metavar="N", help="Weights that share a scale; for int4, whose default is 128.")
 @click.option(
+    "--scale-bits",
+    type=click.IntRange(2, 8),
+    metavar="N",
+    help="Store the scale of each group as a code of N bits, 2 to 8, beside one scale for each row; for int4.",
+)
+@click.option(
     "--ragged", type=click.Choice(get_args(Ragged)), help="How to handle rows that groups do not divide evenly."
 )
 @click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")

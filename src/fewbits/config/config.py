@@ -46,7 +46,7 @@ VERSION = 1
 #: The settings of a run; the others belong to the quantizer.
 RUN_SETTINGS = ("samples", "fail_under", "on_failure")
 
-_SCHEME_SETTINGS = ("group_size", "symmetric", "activations", "scale_dtype", "ragged", "skip_types")
+_SCHEME_SETTINGS = ("group_size", "symmetric", "activations", "scale_dtype", "scale_bits", "ragged", "skip_types")
 _RULES = tuple(accepted_arguments(LayerSelector))
 
 #: The name of an observer, or a table with its ``name`` and its arguments.
@@ -96,6 +96,8 @@ class QuantizationConfig:
         symmetric: whether there are no zero points, for schemes that support both.
         activations: whether layers round their inputs to int8 too: ``"dynamic"`` or ``"static"``; None: no.
         scale_dtype: the name of the dtype of stored scales; None takes the dtype of each weight.
+        scale_bits: stores the scale of each group as a code of so many bits, 2 to 8, beside one scale for each row,
+            for schemes with groups; None stores the scale itself.
         ragged: how to treat rows that groups do not divide; see `Quantizer`.
         observer: picks the scales of weights: a name in `fewbits.observers.OBSERVERS`, or a table with that ``name``
             and the observer's arguments.
@@ -135,6 +137,7 @@ class QuantizationConfig:
     scale_dtype: str | None = attrs.field(
         default=None, converter=dtype_as_name, validator=one_of(None, *map(dtype_name, FLOAT_DTYPES))
     )
+    scale_bits: int | None = attrs.field(default=None, validator=one_of(None, *range(2, 9)))
     ragged: Ragged = attrs.field(default="auto", validator=one_of(*get_args(Ragged)))
     observer: str | Mapping[str, Any] | None = attrs.field(default=None, converter=frozen, validator=_check_observer)
     rounding: str | Mapping[str, Any] | None = attrs.field(default=None, converter=frozen, validator=_check_rounding)

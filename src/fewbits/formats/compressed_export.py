@@ -79,6 +79,7 @@ def _obstacle_of_spec(spec: QuantSpec, columns: int) -> str | None:
         f"has {spec.bits}-bit codes; transformers reads 4 or 8 bits": spec.bits not in (4, 8),
         "has zero points; transformers reads symmetric schemes only": not spec.symmetric,
         "has a table of levels; transformers reads integer codes only": spec.levels is not None,
+        "has two levels of scales (scale_bits); transformers reads one level only": spec.scale_bits is not None,
         "quantizes its inputs too, which transformers does not read": spec.activations is not None,
         f"has rows of {columns} elements, not a multiple of the group size {size}; choose smaller groups": bool(
             size and columns % size

@@ -114,7 +114,7 @@ class GroupedIntMM(Integers[Int4Tiles]):
         count, wide, half = tiles.shape
         codes, x_scale = rounded(x, weight, wide)
         parts = codes.view(x.shape[0], -1, group).transpose(0, 1).contiguous()
-        scales = weight.of_groups(weight.scale)
+        scales = weight.of_groups(weight.params(slice(None)).scale)
         output = x_scale.new_zeros(x.shape[0], count * 2 * half)
         for where in row_slices(count, max(1, OUTPUTS // (2 * half))):
             signed = (tiles[where] ^ 0x88).transpose(1, 2)

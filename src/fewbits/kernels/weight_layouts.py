@@ -22,13 +22,16 @@ from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, narrow, unpack_zero_point
+from fewbits.numerics.tensor import QuantizedTensor, narrow, unpack_params
 
 #: Rows of a weight: a slice, or an index tensor.
 Rows = slice | Tensor
 
 #: The fields that all layouts of one weight share.
-_SHARED = ("scale", "zero_point", "input_scale", "spec", "layout")
+_SHARED = ("scale", "scale_codes", "zero_point", "input_scale", "spec", "layout")
+
+#: Those of them that are tensors.
+_SHARED_TENSORS = ("scale", "scale_codes", "zero_point", "input_scale")
 
 #: The layouts that this process knows, by name.
 WEIGHT_LAYOUTS: dict[str, type[WeightLayout]] = {}
@@ -42,7 +45,9 @@ class WeightLayout(ABC):
     `refuses`.
 
     Attributes:
-        scale: The scales, as `QuantizedTensor` has them.
+        scale: The scales, as `QuantizedTensor` has them: those of the rows if the spec has `scale_bits`. `params`
+            returns the scales of groups for every spec.
+        scale_codes: The packed codes of scales, as `QuantizedTensor` has them.
         zero_point: The packed zero points, as `QuantizedTensor` has them.
         input_scale: The scale of static int8 inputs, as `QuantizedTensor` has it.
         spec: The spec of the codes.
@@ -55,6 +60,7 @@ class WeightLayout(ABC):
     data: ClassVar[tuple[str, ...]]
 
     scale: Tensor
+    scale_codes: Tensor | None = None
     zero_point: Tensor | None = None
     input_scale: Tensor | None = None
     spec: QuantSpec
@@ -116,13 +122,11 @@ class WeightLayout(ABC):
 
     def value(self, dtype: torch.dtype) -> QuantizedTensor:
         """Return the canonical value of a weight of `dtype`."""
-        return QuantizedTensor(
-            self.words(), self.scale, self.zero_point, self.spec, self.layout, dtype, self.input_scale
-        )
+        return QuantizedTensor(packed=self.words(), dtype=dtype, **self.shared())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of this layout, by field."""
-        held = {name: getattr(self, name) for name in (*self.data, "scale", "zero_point", "input_scale")}
+        held = {name: getattr(self, name) for name in (*self.data, *_SHARED_TENSORS)}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def shared(self) -> dict[str, Any]:
@@ -135,10 +139,7 @@ class WeightLayout(ABC):
 
     def params(self, where: Rows) -> QuantParams:
         """Return the scale and the unpacked zero point of some rows."""
-        zero_point = unpack_zero_point(self.zero_point, self.scale, self.spec)
-        if self.spec.granularity == "tensor":
-            return QuantParams(self.scale, zero_point)
-        return QuantParams(taken(self.scale, where), None if zero_point is None else taken(zero_point, where))
+        return unpack_params(self.scale, self.scale_codes, self.zero_point, self.spec).rows(where)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight in float32 (float64 for float64 scales), in its own shape, and cast it to `dtype`."""

@@ -26,7 +26,7 @@ from fewbits.numerics.grid import (
     nearest_step,
     shifted_ends,
 )
-from fewbits.numerics.params import QuantParams
+from fewbits.numerics.params import QuantParams, group_scales, nearest_scale_codes, stored_scale
 from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
@@ -58,34 +58,95 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     - the next larger number, if the rounded scale would clip `low` or `high`;
     - a larger scale, if `low` or `high` would decode to infinity.
 
+    With two levels of scales (``spec.scale_bits``), the scale of a row is the largest scale that one of its groups
+    would have with one level. Then `choose_in_rows` chooses the scales of the groups.
+
     Args:
-        low: the lower ends, at most zero; any shape.
+        low: the lower ends, at most zero; any shape, but (rows, groups) for two levels of scales.
         high: the upper ends, at least zero; the shape of `low`.
         spec: the spec of the codes, with `scale_dtype` set.
 
     Returns:
-        scale in ``spec.scale_dtype``, and zero point in int32 or None, in the shape of `low`.
+        scale in ``spec.scale_dtype``, and zero point in int32 or None, in the shape of `low`. With two levels of
+        scales, `QuantParams` says which dtype `scale` has.
 
     Raises:
         RangeError: if a scale is beyond the largest number of its dtype.
     """
+    if spec.scale_bits is not None:
+        return _in_two_levels(low, high, spec)
     low, high = low.double(), high.double()
     exact = _exact_scale(low, high, spec)
-    scale = _stored(exact, spec)
+    scale = stored_scale(exact, spec, None)
     # Without zero points and levels, the largest magnitude is at most 127 steps. Rounding a scale to any of its dtypes
     # moves 127 steps by less than half a step, so nothing clips.
     if not spec.symmetric or spec.levels is not None:
         scale = torch.where(_clips(low, high, scale, spec), _next_up(scale), scale)
     if not _far_from_overflow(scale, spec):
         scale = _without_overflow(low, high, scale, spec)
-        if not torch.isfinite(scale).all():
-            worst = float(torch.maximum(-low, high).max())
-            raise RangeError(
-                f"magnitudes up to {worst:.6g} need a scale of {float(exact.max()):.6g}, beyond the largest "
-                f"{dtype_name(scale.dtype)} ({torch.finfo(scale.dtype).max:.6g}); "
-                "pass a wider scale_dtype, or keep this tensor"
-            )
-    return QuantParams(scale, None if spec.symmetric else _zero_point(low, scale, spec).to(torch.int32))
+        _check_range(low, high, scale, spec)
+    return _with_zero_point(low, scale, None, spec)
+
+
+def choose_in_rows(low: Tensor, high: Tensor, row_scale: Tensor, spec: QuantSpec) -> QuantParams:
+    """Choose the scale of each group, with two levels of scales, when the scales of the rows are known.
+
+    Args:
+        low: the lower ends, at most zero, (rows, groups).
+        high: the upper ends, at least zero, (rows, groups).
+        row_scale: (rows, 1), in ``spec.scale_dtype``.
+        spec: a spec with two levels of scales, and with `scale_dtype` set.
+
+    Returns:
+        for each group the nearest scale to the exact one, or the next larger one where the nearest would clip `low` or
+        `high`; but none above the scale of the row.
+    """
+    low, high = low.double(), high.double()
+    codes = nearest_scale_codes(_exact_scale(low, high, spec), row_scale, spec)
+    clips = _clips(low, high, group_scales(row_scale, codes, spec), spec)
+    codes = (codes + clips).clamp_(max=spec.scale_steps - 1)
+    scale = group_scales(row_scale, codes, spec)
+    return _with_zero_point(low, scale, row_scale, spec)
+
+
+def rounded_up_to_two_levels(params: QuantParams, spec: QuantSpec) -> QuantParams:
+    """Replace scales of one level by the next larger ones of two levels, so that no more elements clip than before.
+
+    Args:
+        params: positive scales, (rows, groups), of any floating dtype.
+        spec: a spec with two levels of scales, and with `scale_dtype` set.
+    """
+    scale = params.scale.double()
+    largest = scale.amax(1, keepdim=True)
+    row_scale = stored_scale(largest, spec, None)
+    row_scale = _large_enough(torch.where(row_scale.double() < largest, _next_up(row_scale), row_scale), spec)
+    codes = (scale / row_scale.double() * spec.scale_steps).ceil_().clamp_(1, spec.scale_steps) - 1
+    return QuantParams(group_scales(row_scale, codes, spec), params.zero_point, row_scale)
+
+
+def _in_two_levels(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
+    """Do the work of `choose_params` for two levels of scales."""
+    low, high = low.double(), high.double()
+    one_level = choose_params(low, high, spec.one_level())
+    row_scale = _large_enough(one_level.scale.amax(1, keepdim=True), spec)
+    params = choose_in_rows(low, high, row_scale, spec)
+    if _far_from_overflow(params.scale, spec):
+        return params
+    scale = params.scale
+    for _ in range(_OVERFLOW_STEPS):
+        rows = _overflows(low, high, scale, spec).any(1, keepdim=True)
+        if not rows.any():
+            break
+        # All groups of such a row share its scale. Then only the largest magnitude of the row can overflow.
+        row_scale = torch.where(rows, stored_scale(row_scale.double() * _OVERFLOW_FACTOR, spec, None), row_scale)
+        scale = torch.where(rows, row_scale.to(scale.dtype), scale)
+    _check_range(low, high, scale, spec)
+    return _with_zero_point(low, scale, row_scale, spec)
+
+
+def _large_enough(row_scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Replace scales of rows so small that a scale of a group would be subnormal."""
+    return row_scale.clamp(min=torch.finfo(compute_dtype(row_scale.dtype)).tiny * spec.scale_steps)
 
 
 def encode(x: Tensor, params: QuantParams, spec: QuantSpec, scratch: Scratch | None = None) -> Tensor:
@@ -174,16 +235,16 @@ def _exact_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     return torch.maximum(-low, high) / last if spec.levels is None else torch.maximum(low / first, high / last)
 
 
-def _stored(exact: Tensor, spec: QuantSpec) -> Tensor:
-    dtype = spec.scale_dtype or exact.dtype
-    return exact.clamp(min=torch.finfo(dtype).tiny).to(dtype)
-
-
 def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Return zero points as whole float64 numbers; zeros for a symmetric spec."""
     if spec.symmetric:
         return torch.zeros_like(low)
     return (spec.code_min - low / scale.double()).round_().clamp_(spec.code_min, spec.code_max)
+
+
+def _with_zero_point(low: Tensor, scale: Tensor, row_scale: Tensor | None, spec: QuantSpec) -> QuantParams:
+    zero_point = None if spec.symmetric else _zero_point(low, scale, spec).to(torch.int32)
+    return QuantParams(scale, zero_point, row_scale)
 
 
 def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -202,15 +263,32 @@ def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
 
 def _without_overflow(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Enlarge each scale with which `low` or `high` would decode to infinity; the scale itself may become Inf."""
-    limit = torch.finfo(compute_dtype(scale.dtype)).max
     for _ in range(_OVERFLOW_STEPS):
-        zero_point, step = _zero_point(low, scale, spec), scale.double()
-        first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
-        overflows = torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
+        overflows = _overflows(low, high, scale, spec)
         if not overflows.any():
             break
-        scale = torch.where(overflows, _stored(step * _OVERFLOW_FACTOR, spec), scale)
+        scale = torch.where(overflows, stored_scale(scale.double() * _OVERFLOW_FACTOR, spec, None), scale)
     return scale
+
+
+def _overflows(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Tell where a finite scale makes `low` or `high` decode to infinity."""
+    zero_point, step = _zero_point(low, scale, spec), scale.double()
+    first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
+    limit = torch.finfo(compute_dtype(scale.dtype)).max
+    return torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
+
+
+def _check_range(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> None:
+    """Refuse scales that are infinite in the dtype that they are stored in."""
+    if torch.isfinite(scale).all():
+        return
+    worst, exact = float(torch.maximum(-low, high).max()), float(_exact_scale(low, high, spec).max())
+    dtype = spec.scale_dtype or scale.dtype
+    raise RangeError(
+        f"magnitudes up to {worst:.6g} need a scale of {exact:.6g}, beyond the largest "
+        f"{dtype_name(dtype)} ({torch.finfo(dtype).max:.6g}); pass a wider scale_dtype, or keep this tensor"
+    )
 
 
 def _next_up(x: Tensor) -> Tensor:
@@ -256,17 +334,17 @@ def largest_sum(products: int, spec: QuantSpec) -> int:
     return products * largest_step * -INPUT_SPEC.code_min
 
 
-def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> Tensor:
-    """Fit the scale to codes that are already chosen, by least squares: ``sum(x * step) / sum(step**2)``.
+def refit(params: QuantParams, products: Tensor, squares: Tensor, spec: QuantSpec) -> QuantParams:
+    """Fit the scales to codes that are already chosen, by least squares: ``sum(x * step) / sum(step**2)``.
 
     Args:
-        scale: the scale that the codes were chosen with, as stored.
-        products: sums of the first result of `fewbits.numerics.noise.fit_terms`, float64, the shape of `scale`.
+        params: the parameters that the codes were chosen with.
+        products: sums of the first result of `fewbits.numerics.noise.fit_terms`, float64, the shape of the scales.
         squares: sums of the second result of `fit_terms`, in the same form.
         spec: the spec of the codes, with `scale_dtype` set.
     """
     factor = torch.where(squares > 0, products / squares, 1.0)
-    return _stored(scale.double().abs() * factor, spec).copysign(scale)
+    return params.with_scale(params.scale.double() * factor, spec)
 
 
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
 from fewbits.errors import NumericsError
-from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.dtypes import compute_dtype, dtype_name
 from fewbits.numerics.spec import QuantSpec
 
 
@@ -20,29 +20,50 @@ class QuantParams:
     """Scale and zero point of some rows, or of a whole tensor.
 
     Attributes:
-        scale: (rows, groups), or (1,) where one scale serves the whole tensor.
+        scale: (rows, groups), or (1,) where one scale serves the whole tensor. In ``spec.scale_dtype``; with two
+            levels of scales (``spec.scale_bits``) in float32, or in float64 if ``spec.scale_dtype`` is float64.
         zero_point: integer, the shape of `scale`; None if symmetric.
+        row_scale: with two levels, the scale of each row, (rows, 1) in ``spec.scale_dtype``; else None.
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
+    row_scale: Tensor | None = None
 
     def rows(self, where: slice | Tensor) -> QuantParams:
         """Return the parameters of some rows; all of them if one scale serves the whole tensor."""
-        if self.scale.dim() == 1:
-            return self
-        return QuantParams(self.scale[where], None if self.zero_point is None else self.zero_point[where])
+        return self if self.scale.dim() == 1 else self._each(lambda part: part[where])
 
     def where(self, better: Tensor, other: QuantParams) -> QuantParams:
-        """Return these parameters where `better` is true, and the other ones elsewhere."""
-        zero_point = self.zero_point
+        """Return these parameters where `better` is true, and the other ones elsewhere.
+
+        Args:
+            better: a value for each scale, or for each row; the latter if the two have different scales of rows.
+            other: parameters of the same rows.
+        """
+        zero_point, row_scale = self.zero_point, self.row_scale
         if zero_point is not None and other.zero_point is not None:
             zero_point = torch.where(better, zero_point, other.zero_point)
-        return QuantParams(torch.where(better, self.scale, other.scale), zero_point)
+        if row_scale is not None and other.row_scale is not None:
+            row_scale = torch.where(better[:, :1], row_scale, other.row_scale)
+        return QuantParams(torch.where(better, self.scale, other.scale), zero_point, row_scale)
 
     def to(self, device: torch.device) -> QuantParams:
         """Return the parameters on a device."""
-        return QuantParams(self.scale.to(device), None if self.zero_point is None else self.zero_point.to(device))
+        return self._each(lambda part: part.to(device))
+
+    def with_scale(self, scale: Tensor, spec: QuantSpec) -> QuantParams:
+        """Return these parameters with other scales, each rounded to the nearest one that can be stored.
+
+        With two levels of scales, the scales of the rows stay, and those of the groups become positive.
+
+        Args:
+            scale: floating, finite, the shape of the present scales.
+            spec: the spec of the codes, with `scale_dtype` set.
+        """
+        stored = stored_scale(scale.abs(), spec, self.row_scale)
+        stored = stored.copysign(scale) if self.row_scale is None else stored
+        return QuantParams(stored, self.zero_point, self.row_scale)
 
     @classmethod
     def joined(cls, parts: Sequence[QuantParams]) -> QuantParams:
@@ -51,7 +72,56 @@ class QuantParams:
         if first.scale.dim() == 1:
             return first
         zero_points = [part.zero_point for part in parts if part.zero_point is not None]
-        return cls(torch.cat([part.scale for part in parts]), torch.cat(zero_points) if zero_points else None)
+        row_scales = [part.row_scale for part in parts if part.row_scale is not None]
+        return cls(
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zero_points) if zero_points else None,
+            torch.cat(row_scales) if row_scales else None,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> QuantParams:
+        optional = [None if part is None else change(part) for part in (self.zero_point, self.row_scale)]
+        return QuantParams(change(self.scale), *optional)
+
+
+def empty_params(spec: QuantSpec, rows: int, columns: int, device: torch.device) -> QuantParams:
+    """Allocate the parameters of a (rows, columns) matrix; `scale_dtype` of the spec is set."""
+    shape, dtype = spec.scale_shape(rows, columns), spec.scale_dtype or torch.float32
+    two_levels = spec.scale_bits is not None
+    return QuantParams(
+        torch.empty(shape, dtype=compute_dtype(dtype) if two_levels else dtype, device=device),
+        None if spec.symmetric else torch.empty(shape, dtype=torch.int32, device=device),
+        torch.empty((rows, 1), dtype=dtype, device=device) if two_levels else None,
+    )
+
+
+def stored_scale(exact: Tensor, spec: QuantSpec, row_scale: Tensor | None) -> Tensor:
+    """Round scales, at least zero, to the nearest ones that can be stored; in two levels if rows have scales."""
+    if row_scale is not None:
+        return group_scales(row_scale, nearest_scale_codes(exact, row_scale, spec), spec)
+    dtype = spec.scale_dtype or exact.dtype
+    return exact.clamp(min=torch.finfo(dtype).tiny).to(dtype)
+
+
+def group_scales(row_scale: Tensor, codes: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the scales of groups from the scales of their rows and their codes.
+
+    Args:
+        row_scale: (rows, 1), in ``spec.scale_dtype``.
+        codes: whole numbers below ``2**scale_bits``, (rows, groups).
+        spec: a spec with two levels of scales.
+
+    Returns:
+        (rows, groups), in float32 (float64 for float64 scales). Only the product of the two may be rounded.
+    """
+    dtype = compute_dtype(row_scale.dtype)
+    return row_scale.to(dtype) * ((codes.to(dtype) + 1) / spec.scale_steps)
+
+
+def nearest_scale_codes(scale: Tensor, row_scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the code of the nearest scale in two levels, as whole float64 numbers."""
+    steps = scale.double() / row_scale.double() * spec.scale_steps
+    return steps.round_().clamp_(1, spec.scale_steps) - 1
 
 
 def are_sound(scale: Tensor) -> bool:
@@ -67,7 +137,8 @@ def check_params(params: object, spec: QuantSpec, shape: tuple[int, int]) -> Qua
 
     Raises:
         NumericsError: if codes cannot be made with them: not a `QuantParams`, another shape or dtype than the spec
-            needs, a scale that is zero, NaN or Inf, or a zero point outside the code range.
+            needs, a scale that is zero, NaN or Inf, or that two levels of scales cannot store, or a zero point outside
+            the code range.
     """
     if not isinstance(params, QuantParams):
         raise NumericsError(f"scale and zero point come as QuantParams(scale, zero_point), not {type(params).__name__}")
@@ -75,13 +146,17 @@ def check_params(params: object, spec: QuantSpec, shape: tuple[int, int]) -> Qua
     expected = spec.scale_shape(*shape)
     if not isinstance(scale, Tensor) or not isinstance(zero_point, (Tensor, type(None))):
         raise NumericsError("scales must be a tensor, zero points a tensor or None")
-    if tuple(scale.shape) != expected or scale.dtype != spec.scale_dtype:
+    _check_two_levels(params, spec, shape[0])
+    dtype = spec.scale_dtype if spec.scale_bits is None else compute_dtype(spec.scale_dtype or scale.dtype)
+    if tuple(scale.shape) != expected or scale.dtype != dtype:
         raise NumericsError(
             f"scales of shape {tuple(scale.shape)} in {dtype_name(scale.dtype)} for {shape[0]} rows of {shape[1]}; "
-            f"{spec} needs shape {expected} in {spec.scale_dtype}"
+            f"{spec} needs shape {expected} in {dtype}"
         )
     if not are_sound(scale):
         raise NumericsError("a scale is zero, NaN or Inf; scales must be finite and not zero")
+    if params.row_scale is not None:
+        _check_group_scales(scale, params.row_scale, spec)
     if (zero_point is None) != spec.symmetric:
         raise NumericsError(f"asymmetric specs need zero points, symmetric specs must have none; this spec is {spec}")
     if zero_point is None:
@@ -92,4 +167,30 @@ def check_params(params: object, spec: QuantSpec, shape: tuple[int, int]) -> Qua
         raise NumericsError(
             f"these zero points are not integers of shape {expected} between {spec.code_min} and {spec.code_max}"
         )
-    return QuantParams(scale, wide.to(torch.int32))
+    return QuantParams(scale, wide.to(torch.int32), params.row_scale)
+
+
+def _check_two_levels(params: QuantParams, spec: QuantSpec, rows: int) -> None:
+    """Refuse scales of rows that the spec does not have, or that do not fit it."""
+    row_scale = params.row_scale
+    if (row_scale is None) != (spec.scale_bits is None):
+        raise NumericsError(
+            f"specs with scale_bits need a row_scale, other specs must have none; this spec is {spec}. Change scales "
+            "with params.with_scale(scale, spec), which keeps the row_scale"
+        )
+    if row_scale is None:
+        return
+    if not isinstance(row_scale, Tensor) or (tuple(row_scale.shape), row_scale.dtype) != ((rows, 1), spec.scale_dtype):
+        raise NumericsError(
+            f"the row_scale of {rows} rows in {spec} must be a tensor of ({rows}, 1) in {spec.scale_dtype}"
+        )
+    if not are_sound(row_scale) or bool((row_scale < 0).any()):
+        raise NumericsError("the scale of a row is not positive and finite")
+
+
+def _check_group_scales(scale: Tensor, row_scale: Tensor, spec: QuantSpec) -> None:
+    if not torch.equal(stored_scale(scale, spec, row_scale), scale):
+        raise NumericsError(
+            f"a scale is not its row's scale times 1/{spec.scale_steps}, 2/{spec.scale_steps} ... or 1; "
+            "change scales with params.with_scale(scale, spec)"
+        )

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError, NonFiniteError, NumericsError, RangeError
-from fewbits.numerics.affine import choose_params, encode, extremes
+from fewbits.numerics.affine import choose_params, encode, extremes, rounded_up_to_two_levels
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout, WeightMatrix, block_rows, index_at
 from fewbits.numerics.packing import pack, packed_words
-from fewbits.numerics.params import QuantParams, check_params
+from fewbits.numerics.params import QuantParams, check_params, empty_params
 from fewbits.numerics.scratch import Scratch, scratch
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, pack_zero_point
+from fewbits.numerics.tensor import QuantizedTensor, pack_params
 
 #: Takes some whole rows of a weight's matrix and the spec, and returns scale and zero point for these rows. The rows
 #: come in float32 or float64, a block at a time. If one scale serves the whole tensor, all rows come at once, in the
@@ -64,9 +65,7 @@ def quantize(
         )
     packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32, device=device)
     # Allocate all scales at once: small tensors that outlive a block would keep the block's memory from being reused.
-    scale = torch.empty(spec.scale_shape(rows, columns), dtype=spec.scale_dtype, device=device)
-    zero_point = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.int32, device=device)
-    params = QuantParams(scale, zero_point)
+    params = empty_params(spec, rows, columns, device)
     memory = scratch()
     per_tensor = spec.granularity == "tensor"
     if per_tensor:
@@ -80,7 +79,7 @@ def quantize(
             _choose_into(chosen, choose, block, spec)
         codes = encode(block, chosen, spec, memory)
         pack(codes, spec.bits, packed[start:stop], memory)
-    return QuantizedTensor(packed, scale, pack_zero_point(zero_point, spec), spec, matrix.layout, matrix.dtype)
+    return QuantizedTensor(packed, spec=spec, layout=matrix.layout, dtype=matrix.dtype, **pack_params(params, spec))
 
 
 @torch.no_grad()
@@ -142,21 +141,36 @@ def check_finite(
 def check_chosen(chosen: object, spec: QuantSpec, shape: tuple[int, int]) -> QuantParams:
     """Return the parameters that an observer chose for some rows, if codes can be made with them.
 
+    With two levels of scales, an observer may know only one: its scales are rounded up to two.
+
     Raises:
         NumericsError: if they do not fit the spec and the shape.
     """
     try:
+        if spec.scale_bits is not None and isinstance(chosen, QuantParams) and chosen.row_scale is None:
+            chosen = _with_row_scale(chosen, spec, shape)
         return check_params(chosen, spec, shape)
     except NumericsError as error:
         raise NumericsError(f"an observer chose a scale or zero point that cannot be used: {error}") from None
 
 
+def _with_row_scale(chosen: QuantParams, spec: QuantSpec, shape: tuple[int, int]) -> QuantParams:
+    one_level, wide = spec.one_level(), compute_dtype(spec.scale_dtype or torch.float32)
+    # An observer may have changed the scales of another one, which are wider with two levels.
+    if isinstance(chosen.scale, Tensor) and chosen.scale.dtype == wide:
+        one_level = attrs.evolve(one_level, scale_dtype=wide)
+    params = check_params(chosen, one_level, shape)
+    if (params.scale < 0).any():
+        raise NumericsError(f"a scale is negative; {spec} has positive scales only")
+    return rounded_up_to_two_levels(params, spec)
+
+
 def _choose_into(params: QuantParams, choose: ChooseParams, rows: Tensor, spec: QuantSpec) -> None:
     """Write the parameters that are chosen for some rows to `params`."""
     chosen = check_chosen(choose(rows, spec), spec, (rows.shape[0], rows.shape[1]))
-    params.scale.copy_(chosen.scale)
-    if params.zero_point is not None and chosen.zero_point is not None:
-        params.zero_point.copy_(chosen.zero_point)
+    for part, value in zip(attrs.astuple(params, recurse=False), attrs.astuple(chosen, recurse=False), strict=True):
+        if part is not None:
+            part.copy_(value)
 
 
 def _row_after_row(values: Tensor, dtype: torch.dtype, memory: Scratch) -> Tensor:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import attrs
 import torch
 from torch import Tensor
 
-from fewbits.numerics.affine import choose_params, extremes, is_finite_throughout, refit
+from fewbits.numerics.affine import choose_in_rows, choose_params, extremes, is_finite_throughout, refit
 from fewbits.numerics.grid import grouped
 from fewbits.numerics.layout import block_rows
 from fewbits.numerics.noise import fit_terms, group_sums, rounding_noise
@@ -43,7 +42,9 @@ def shares(count: int, least: float = 0.05) -> list[float]:
 
 
 class Choice:
-    """The best scales and zero points so far, and their noise; at first, those of the whole range.
+    """The best scales and zero points so far, and their noise.
+
+    With two levels of scales, the scales of the rows stay what they are at first.
 
     Args:
         low: the smallest element of each group, at most zero; the shape of the scales.
@@ -51,14 +52,23 @@ class Choice:
         spec: the spec of the codes, with `scale_dtype` set.
         noise: computes the noise to minimize.
         norm: the power of the scale in whose units the noise is.
+        start: the scales and zero points at first; None for those of the whole range.
 
     Raises:
         RangeError: if a scale is beyond the largest number of its dtype.
     """
 
-    def __init__(self, low: Tensor, high: Tensor, spec: QuantSpec, noise: Noise, norm: float = 2) -> None:
+    def __init__(
+        self,
+        low: Tensor,
+        high: Tensor,
+        spec: QuantSpec,
+        noise: Noise,
+        norm: float = 2,
+        start: QuantParams | None = None,
+    ) -> None:
         self.low, self.high, self.spec, self._noise, self._norm = low.double(), high.double(), spec, noise, norm
-        self.params = choose_params(low, high, spec)
+        self.params = choose_params(low, high, spec) if start is None else start
         self._unit = self.params.scale.double()
         self.noise = noise(self.params)
 
@@ -67,17 +77,25 @@ class Choice:
 
         Args:
             shares: each between 0 and 1.
-            mirrored: try negative scales too, if the spec is symmetric. The code range has one more negative step than
-                positive ones, and a negative scale gives that step to the positive elements.
+            mirrored: try negative scales too, if the spec is symmetric and has one level of scales. The code range has
+                one more negative step than positive ones, and a negative scale gives that step to the positive
+                elements.
         """
+        mirrored = mirrored and self.spec.symmetric and self.spec.scale_bits is None
         for narrows_low, narrows_high in _PASSES[self.spec.symmetric]:
             low, high = self.low, self.high
             for share in shares:
                 narrowed = low * share if narrows_low else low, high * share if narrows_high else high
-                self.offer(*narrowed, choose_params(*narrowed, self.spec))
-                if mirrored and self.spec.symmetric:
+                self.offer(*narrowed, self._params_for(*narrowed))
+                if mirrored:
                     mirror = choose_params(-narrowed[1], -narrowed[0], self.spec)
                     self.offer(*narrowed, QuantParams(-mirror.scale))
+
+    def _params_for(self, low: Tensor, high: Tensor) -> QuantParams:
+        row_scale = self.params.row_scale
+        if row_scale is None:
+            return choose_params(low, high, self.spec)
+        return choose_in_rows(low, high, row_scale, self.spec)
 
     def offer(self, low: Tensor, high: Tensor, params: QuantParams) -> None:
         """Keep these parameters, made for the range from `low` to `high`, wherever their noise is less."""
@@ -130,8 +148,7 @@ def search_scales(
     size = _BLOCKS_AT_ONCE * block_rows(x.shape[1])
     for at in range(0, len(x), size):
         rows, own = x[at : at + size], start.rows(slice(at, at + size))
-        choice = Choice(*extremes(rows, spec), spec, _noise_of(noise, rows, spec), norm)
-        choice.offer(choice.low, choice.high, own)
+        choice = Choice(*extremes(rows, spec), spec, _noise_of(noise, rows, spec), norm, own)
         choice.narrow(shares(steps, min(0.6, spec.bits / 8)), mirrored=True)
         if norm == 2:
             fit(choice, rows, weights)
@@ -157,8 +174,7 @@ def fit(choice: Choice, x: Tensor, weights: Tensor | None = None) -> None:
         return plain if weights is None else tuple(term * weights for term in plain)
 
     products, squares = _totals(terms, x, choice.params, choice.spec)
-    refitted = refit(choice.params.scale, products, squares, choice.spec)
-    choice.offer(choice.low, choice.high, attrs.evolve(choice.params, scale=refitted))
+    choice.offer(choice.low, choice.high, refit(choice.params, products, squares, choice.spec))
 
 
 def _totals(

@@ -46,6 +46,15 @@ def _check_group_size(spec: QuantSpec, _: Any, group_size: object) -> None:
         raise ArgumentError(f"group_size must be a positive integer, not {group_size!r}")
 
 
+def _check_scale_bits(spec: QuantSpec, _: Any, scale_bits: object) -> None:
+    if scale_bits is None:
+        return
+    if type(scale_bits) is not int or not 2 <= scale_bits <= 8:
+        raise ArgumentError(f"scale_bits must be an integer from 2 to 8, or None, not {scale_bits!r}")
+    if spec.granularity != "group":
+        raise ArgumentError(f"scale_bits needs granularity 'group', not {spec.granularity!r}")
+
+
 def _levels(values: Iterable[float] | None) -> tuple[float, ...] | None:
     """Round levels to float32, so that they decode to the same numbers everywhere."""
     if values is None:
@@ -88,6 +97,9 @@ class QuantSpec:
         group_size: elements in a group, for granularity ``"group"`` only.
         symmetric: True for no zero point: code 0 decodes to zero.
         scale_dtype: dtype of the stored scales; None means the dtype of the weight.
+        scale_bits: None stores one scale of ``scale_dtype`` for each group. 2 to 8 stores two levels of scales: one
+            scale of ``scale_dtype`` for each row, and a code of ``scale_bits`` for each group. A group's scale is
+            ``row_scale * (code + 1) / 2**scale_bits``, always positive. For granularity ``"group"`` only.
         levels: the numbers that codes decode to, in units of the scale, lowest code first: ``2**bits`` rising numbers,
             rounded to float32, one of them 0. None means that codes decode to integers.
         activations: how the layer rounds its inputs to int8: ``"dynamic"``, with one scale for each row of an input;
@@ -102,6 +114,8 @@ class QuantSpec:
     int4 group 128 asymmetric
     >>> print(QuantSpec(bits=8, granularity="channel"))
     int8 channel
+    >>> print(QuantSpec(bits=4, granularity="group", group_size=32, scale_bits=6))
+    int4 group 32, 6-bit scales
     """
 
     bits: int = attrs.field(validator=_check_bits)
@@ -109,6 +123,7 @@ class QuantSpec:
     group_size: int | None = attrs.field(default=None, validator=_check_group_size)
     symmetric: bool = attrs.field(default=True, validator=_one_of(True, False))
     scale_dtype: torch.dtype | None = attrs.field(default=None, validator=_one_of(None, *FLOAT_DTYPES))
+    scale_bits: int | None = attrs.field(default=None, validator=_check_scale_bits, kw_only=True)
     levels: tuple[float, ...] | None = attrs.field(default=None, converter=_levels, validator=_check_levels)
     activations: Activations | None = attrs.field(
         default=None, validator=[_one_of(None, *get_args(Activations)), _check_activations]
@@ -124,6 +139,11 @@ class QuantSpec:
     def code_max(self) -> int:
         """The largest code."""
         return (1 << (self.bits - 1)) - 1
+
+    @property
+    def scale_steps(self) -> int:
+        """How many scales a group can have in a row of one scale: ``2**scale_bits``; 1 for one level of scales."""
+        return 1 << (self.scale_bits or 0)
 
     def width(self, columns: int) -> int:
         """Return how many neighbouring elements of a row of `columns` share a scale (at least one)."""
@@ -141,6 +161,10 @@ class QuantSpec:
         """Return this spec with the scale dtype set; if it is None, a weight of `dtype` has scales of `dtype`."""
         return self if self.scale_dtype is not None else attrs.evolve(self, scale_dtype=dtype)
 
+    def one_level(self) -> QuantSpec:
+        """Return this spec with one level of scales."""
+        return self if self.scale_bits is None else attrs.evolve(self, scale_bits=None)
+
     def weight_only(self) -> QuantSpec:
         """Return this spec without rounding of inputs."""
         return self if self.activations is None else attrs.evolve(self, activations=None)
@@ -154,7 +178,9 @@ class QuantSpec:
         group = f" {self.group_size}" if self.granularity == "group" else ""
         inputs = "" if self.activations is None else f", {self.activations} int8 inputs"
         rounding = "" if self.rounding == "nearest" else ", rounded freely"
-        return f"{codes} {self.granularity}{group}" + ("" if self.symmetric else " asymmetric") + rounding + inputs
+        scales = "" if self.scale_bits is None else f", {self.scale_bits}-bit scales"
+        symmetry = "" if self.symmetric else " asymmetric"
+        return f"{codes} {self.granularity}{group}{symmetry}{scales}{rounding}{inputs}"
 
 
 @attrs.frozen

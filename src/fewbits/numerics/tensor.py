@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -14,7 +15,7 @@ from fewbits.numerics.affine import decode
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.packing import pack, packed_words, unpack
-from fewbits.numerics.params import QuantParams, check_params
+from fewbits.numerics.params import QuantParams, check_params, group_scales, nearest_scale_codes
 from fewbits.numerics.plain import plain
 from fewbits.numerics.spec import QuantSpec
 
@@ -26,12 +27,15 @@ class QuantizedTensor:
     Attributes:
         packed: int32, (rows, words), the packed codes of the (rows, columns) matrix that `layout` describes; see
             `fewbits.numerics.packing`.
-        scale: (rows, groups), or (1,) for granularity "tensor", in ``spec.scale_dtype``.
+        scale: (rows, groups), or (1,) for granularity "tensor", in ``spec.scale_dtype``. With two levels of scales
+            (``spec.scale_bits``), the scales of the rows: (rows, 1); `params` returns those of the groups.
         zero_point: int32, packed along the rows: (words, groups); None if symmetric.
         spec: the spec of the codes.
         layout: the layout that cut the tensor into rows and columns; it has the shape of the tensor.
         dtype: the dtype of the tensor that was quantized; `dequantize` returns this dtype by default.
         input_scale: float32, (1,), the scale of the layer's int8 inputs; None unless ``spec.activations`` is "static".
+        scale_codes: int32, the codes of the groups' scales, packed along the rows: (words, groups); None unless there
+            are two levels of scales.
     """
 
     packed: Tensor
@@ -41,6 +45,7 @@ class QuantizedTensor:
     layout: Layout
     dtype: torch.dtype
     input_scale: Tensor | None = None
+    scale_codes: Tensor | None = None
 
     def __attrs_post_init__(self) -> None:
         """Refuse parts that do not fit each other.
@@ -91,7 +96,7 @@ class QuantizedTensor:
         if codes.numel() and not spec.code_min <= int(codes.min()) <= int(codes.max()) <= spec.code_max:
             raise FormatError(f"codes of {spec} must lie between {spec.code_min} and {spec.code_max}")
         packed = pack((codes.to(torch.int16) - spec.code_min).to(torch.uint8), spec.bits)
-        return cls(packed, params.scale, pack_zero_point(params.zero_point, spec), spec, layout, dtype)
+        return cls(packed, spec=spec, layout=layout, dtype=dtype, **pack_params(params, spec))
 
     @classmethod
     def from_parts(
@@ -104,16 +109,24 @@ class QuantizedTensor:
         """
         _check_names(parts, part_shapes(layout, spec, dtype), spec)
         check_shape_part(parts["shape"], layout.shape)
-        optional = parts.get("zero_point"), parts.get("input_scale")
-        return cls(parts["packed"], parts["scale"], optional[0], spec, layout, dtype, optional[1])
+        optional = {name: parts.get(name) for name in ("zero_point", "input_scale", "scale_codes")}
+        return cls(parts["packed"], parts["scale"], spec=spec, layout=layout, dtype=dtype, **optional)
 
     def parts(self) -> dict[str, Tensor]:
-        """Return the tensors of a file: packed, scale, zero_point (asymmetric), input_scale (static), shape (int64)."""
+        """Return the tensors of a file.
+
+        They are packed, scale, scale_codes (two levels of scales), zero_point (asymmetric), input_scale (static) and
+        shape (int64).
+        """
         return self._tensors() | {"shape": shape_part(self.layout.shape)}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all parts but the shape."""
-        optional = {"zero_point": self.zero_point, "input_scale": self.input_scale}
+        optional = {
+            "scale_codes": self.scale_codes,
+            "zero_point": self.zero_point,
+            "input_scale": self.input_scale,
+        }
         parts = {"packed": self.packed, "scale": self.scale}
         return parts | {name: part for name, part in optional.items() if part is not None}
 
@@ -128,12 +141,12 @@ class QuantizedTensor:
         return sum(part.nbytes for part in self.parts().values())
 
     def zero_points(self) -> Tensor | None:
-        """Return the unpacked zero points: int32, the shape of `scale`; None if symmetric."""
-        return unpack_zero_point(self.zero_point, self.scale, self.spec)
+        """Return the unpacked zero points, int32, one for each scale; None if symmetric."""
+        return self.params().zero_point
 
     def params(self) -> QuantParams:
-        """Return the scales, and the zero points unpacked."""
-        return QuantParams(self.scale, self.zero_points())
+        """Return the scales and the zero points of all groups, unpacked."""
+        return unpack_params(self.scale, self.scale_codes, self.zero_point, self.spec)
 
     def codes(self) -> Tensor:
         """Return the signed codes: int8, (rows, columns)."""
@@ -154,19 +167,24 @@ class QuantizedTensor:
         """Return some rows of the matrix as a quantized tensor of two dimensions over the same memory.
 
         Args:
-            start: the first row; if there are zero points, a multiple of 32, where a packed word of them begins.
+            start: the first row; if there are zero points or two levels of scales, a multiple of 32, where a packed
+                word of them begins.
             stop: the row after the last one.
         """
         rows, spec = slice(start, stop), self.spec
         per_row = spec.granularity != "tensor"
-        zero_point = self.zero_point
-        if zero_point is not None and per_row:
-            zero_point = zero_point[start * spec.bits // 32 : packed_words(stop, spec.bits)]
+
+        def words(packed: Tensor | None, bits: int | None) -> Tensor | None:
+            if packed is None or bits is None or not per_row:
+                return packed
+            return packed[start * bits // 32 : packed_words(stop, bits)]
+
         return attrs.evolve(
             self,
             packed=self.packed[rows],
             scale=self.scale[rows] if per_row else self.scale,
-            zero_point=zero_point,
+            zero_point=words(self.zero_point, spec.bits),
+            scale_codes=words(self.scale_codes, spec.scale_bits),
             layout=Layout.of((len(self.packed[rows]), self.layout.columns)),
         )
 
@@ -224,6 +242,9 @@ def part_shapes(layout: Layout, spec: QuantSpec, dtype: torch.dtype) -> dict[str
         "scale": (scale, spec.for_dtype(dtype).scale_dtype or dtype),
         "shape": ((len(layout.shape),), torch.int64),
     }
+    if spec.scale_bits is not None:
+        parts["scale"] = (rows, 1), parts["scale"][1]
+        parts["scale_codes"] = (packed_words(rows, spec.scale_bits), *scale[1:]), torch.int32
     if not spec.symmetric:
         parts["zero_point"] = (packed_words(scale[0], spec.bits), *scale[1:]), torch.int32
     if spec.activations == "static":
@@ -256,22 +277,39 @@ def check_shape_part(part: Tensor, shape: Sequence[int]) -> None:
         raise FormatError(f"the part 'shape' is {tuple(part.flatten().tolist())}, but the layout has {tuple(shape)}")
 
 
-def pack_zero_point(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:
-    """Pack zero points as files store them: unsigned, packed along the rows."""
-    if zero_point is None:
-        return None
-    unsigned = (zero_point - spec.code_min).to(torch.uint8).reshape(zero_point.shape[0], -1)
-    packed = pack(unsigned.T.contiguous(), spec.bits).T.contiguous()
-    return packed.reshape(-1, *zero_point.shape[1:])
+def pack_params(params: QuantParams, spec: QuantSpec) -> dict[str, Any]:
+    """Return scale, scale_codes and zero_point as `QuantizedTensor` has them."""
+    scale, codes = params.scale, None
+    if params.row_scale is not None and spec.scale_bits is not None:
+        codes = _pack_down(nearest_scale_codes(scale, params.row_scale, spec), spec.scale_bits)
+        scale = params.row_scale
+    zero_point = None if params.zero_point is None else _pack_down(params.zero_point - spec.code_min, spec.bits)
+    return {"scale": scale, "scale_codes": codes, "zero_point": zero_point}
 
 
-def unpack_zero_point(zero_point: Tensor | None, scale: Tensor, spec: QuantSpec) -> Tensor | None:
-    """Undo `pack_zero_point`: int32, the shape of `scale`; None stays None."""
-    if zero_point is None:
-        return None
+def unpack_params(scale: Tensor, scale_codes: Tensor | None, zero_point: Tensor | None, spec: QuantSpec) -> QuantParams:
+    """Undo `pack_params`: return the scales and the zero points of all groups; zero points in int32."""
+    row_scale = None
+    if scale_codes is not None and spec.scale_bits is not None:
+        row_scale = scale
+        scale = group_scales(row_scale, _unpack_down(scale_codes, spec.scale_bits, len(row_scale)), spec)
+    if zero_point is not None:
+        codes = _unpack_down(zero_point, spec.bits, scale.shape[0]).to(torch.int32)
+        zero_point = (codes + spec.code_min).reshape(scale.shape)
+    return QuantParams(scale, zero_point, row_scale)
+
+
+def _pack_down(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes, (rows, ...), along the rows: int32, (words, ...)."""
+    packed = pack(codes.to(torch.uint8).reshape(codes.shape[0], -1).T.contiguous(), bits).T.contiguous()
+    return packed.reshape(-1, *codes.shape[1:])
+
+
+def _unpack_down(packed: Tensor, bits: int, rows: int) -> Tensor:
+    """Undo `_pack_down`: uint8, (rows, columns)."""
     # `contiguous` would keep the stride of a single word, which could then not be viewed as bytes; `clone` resets it.
-    columns = zero_point.reshape(zero_point.shape[0], -1).T.clone(memory_format=torch.contiguous_format)
-    return (unpack(columns, spec.bits, scale.shape[0]).T.to(torch.int32) + spec.code_min).reshape(scale.shape)
+    columns = packed.reshape(packed.shape[0], -1).T.clone(memory_format=torch.contiguous_format)
+    return unpack(columns, bits, rows).T
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -89,7 +89,12 @@ def _inner_range(groups: Tensor, spec: QuantSpec, share: Fraction) -> tuple[Tens
 
 
 def _choose_within(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], spec: QuantSpec) -> QuantParams:
-    """Choose scales for the inner ranges; where their first or last code would decode to infinity, the outer ones."""
+    """Choose scales for the inner ranges; where their first or last code would decode to infinity, the outer ones.
+
+    With two levels of scales, a whole row takes the outer ranges.
+    """
     params = choose_params(*inner, spec)
     usable = is_finite_throughout(params, spec)
+    if params.row_scale is not None:
+        usable = usable.all(1, keepdim=True)
     return params if usable.all() else params.where(usable, choose_params(*outer, spec))

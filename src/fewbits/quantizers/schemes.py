@@ -56,6 +56,8 @@ class Int4Grouped(Quantizer):
     Args:
         group_size: inputs in a group.
         symmetric: without a zero point.
+        scale_bits: None stores the scale of each group in `scale_dtype`; 2 to 8 stores a code of so many bits for each
+            group, and one scale for each row; see `QuantSpec`.
         strategies: the arguments of `Quantizer`.
     """
 
@@ -68,8 +70,11 @@ class Int4Grouped(Quantizer):
         nn.modules.batchnorm._NormBase,
     )
 
-    def __init__(self, group_size: int = 128, *, symmetric: bool = True, **strategies: Any) -> None:
-        self.spec = attrs.evolve(SPECS["int4"], group_size=group_size, symmetric=symmetric)  # type: ignore[arg-type]
+    def __init__(
+        self, group_size: int = 128, *, symmetric: bool = True, scale_bits: int | None = None, **strategies: Any
+    ) -> None:
+        fields: dict[str, Any] = {"group_size": group_size, "symmetric": symmetric, "scale_bits": scale_bits}
+        self.spec = attrs.evolve(SPECS["int4"], **fields)
         super().__init__(**strategies)
 
 

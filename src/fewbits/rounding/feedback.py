@@ -113,13 +113,14 @@ class Feedback:
         for group in range(scale.shape[1]):
             first, last = group * width, min((group + 1) * width, target.shape[1])
             own = steps[:, first:last]
-            before = scale[:, group]
+            before = _of_group(params, group)
             curvature = (product(own, moment[first:last, first:last]) * own).double().sum(1)
-            slope = (pushed[:, first:last] * own).double().sum(1) / before.double()
-            after = refit(before, (slope + curvature).clamp(min=0), curvature, spec)
-            change = (before.double() - after.double()).to(target.dtype).unsqueeze(1)
+            slope = (pushed[:, first:last] * own).double().sum(1) / before.scale.squeeze(1).double()
+            fitted = (slope + curvature).clamp(min=0).unsqueeze(1), curvature.unsqueeze(1)
+            after = refit(before, *fitted, spec).scale
+            change = (before.scale.double() - after.double()).to(target.dtype)
             pushed += product(own * change, moment[first:last])
-            scale[:, group] = after
+            scale[:, group : group + 1] = after
         return attrs.evolve(params, scale=scale)
 
 
@@ -128,4 +129,4 @@ def _of_group(params: QuantParams, group: int) -> QuantParams:
     if params.scale.dim() == 1:
         return params
     zero_point = None if params.zero_point is None else params.zero_point[:, group : group + 1]
-    return QuantParams(params.scale[:, group : group + 1], zero_point)
+    return QuantParams(params.scale[:, group : group + 1], zero_point, params.row_scale)

@@ -16,7 +16,7 @@ from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.numerics.affine import decode, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
-from fewbits.numerics.params import QuantParams
+from fewbits.numerics.params import QuantParams, group_scales
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
@@ -37,9 +37,11 @@ SPECS: tuple[QuantSpec, ...] = (
     *_WHOLE_ROWS,
     QuantSpec(bits=8, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="group", group_size=32),
+    QuantSpec(bits=4, granularity="group", group_size=32, scale_bits=6),
     QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False),
     QuantSpec(bits=6, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="group", group_size=64, levels=LEVELS),
+    QuantSpec(bits=3, granularity="group", group_size=32, scale_bits=5, symmetric=False),
     *(attrs.evolve(spec, activations="dynamic") for spec in _WHOLE_ROWS),
     QuantSpec(bits=8, granularity="channel", activations="static"),
 )
@@ -93,7 +95,7 @@ class KernelSetup(Setup[Kernel[Any]]):
     def weight_of_codes(self, spec: QuantSpec, outputs: int, inputs: int) -> PackedInt32:
         """Make a weight with rows of the least code, rows of the largest code, and rows of random codes.
 
-        The scales are powers of two of both signs.
+        The scales are powers of two of both signs; with two levels of scales, those of the rows are positive.
         """
         draws, shape = generator(2), spec.scale_shape(outputs, inputs)
         scale = 2.0 ** torch.randint(-7, 3, shape, generator=draws) * (1 - 2 * torch.randint(2, shape, generator=draws))
@@ -102,7 +104,11 @@ class KernelSetup(Setup[Kernel[Any]]):
         zero_point = None if spec.symmetric else any_codes(shape, spec, draws).to(self.device)
         if zero_point is not None:
             zero_point[::4] = spec.code_max
-        params = QuantParams(scale.to(self.device), zero_point)
+        row_scale = None
+        if spec.scale_bits is not None:
+            row_scale = scale[:, :1].abs().to(self.device)
+            scale = group_scales(row_scale, torch.randint(spec.scale_steps, shape, generator=draws), spec)
+        params = QuantParams(scale.to(self.device), zero_point, row_scale)
         value = QuantizedTensor.from_codes(
             codes.to(self.device), params, spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
         )

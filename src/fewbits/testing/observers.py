@@ -15,7 +15,7 @@ from fewbits.numerics.dtypes import compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.params import QuantParams, check_params
-from fewbits.numerics.quantize import quantize
+from fewbits.numerics.quantize import check_chosen, quantize
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
 from fewbits.observers.min_max import MinMaxObserver
@@ -130,7 +130,7 @@ def scales_fit_the_spec(setup: ObserverSetup) -> None:
     def fit(case: Case) -> None:
         rows, spec = case
         try:
-            check_params(setup.ready(rows.shape[1]).observe_weight(rows, spec), spec, (rows.shape[0], rows.shape[1]))
+            check_chosen(setup.ready(rows.shape[1]).observe_weight(rows, spec), spec, (rows.shape[0], rows.shape[1]))
         except RangeError as error:
             largest, limit = float(rows.abs().max()), torch.finfo(spec.scale_dtype or rows.dtype).max / 16
             expect(largest > limit, f"{words(case)} of magnitude {largest:.4g} is refused: {error}")

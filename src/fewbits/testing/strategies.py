@@ -59,7 +59,7 @@ def _rising(draw: st.DrawFn, count: int) -> list[float]:
 
 @st.composite
 def specs(draw: st.DrawFn, /, scale_dtypes: Sequence[torch.dtype | None] = (None, *FLOATS), **fixed: Any) -> QuantSpec:
-    """Draw a spec of any width, granularity, symmetry, levels and scale dtype.
+    """Draw a spec of any width, granularity, symmetry, levels, scale dtype, and one or two levels of scales.
 
     Args:
         draw: Passed by Hypothesis.
@@ -75,6 +75,8 @@ def specs(draw: st.DrawFn, /, scale_dtypes: Sequence[torch.dtype | None] = (None
         "scale_dtype": draw(st.sampled_from(scale_dtypes)),
     }
     fields |= fixed
+    if "scale_bits" not in fixed and granularity == "group" and draw(st.booleans()):
+        fields["scale_bits"] = draw(st.integers(2, 8))
     # Large codebooks take long to draw, and behave like small ones.
     if "levels" not in fixed and fields["symmetric"] and fields["bits"] <= 4 and draw(st.booleans()):
         fields["levels"] = draw(levels(fields["bits"]))

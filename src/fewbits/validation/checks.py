@@ -147,7 +147,7 @@ def _measured(row: LedgerRow, pairs: Pairs) -> tuple[Measurement | None, bool, l
         elif isinstance(value, QuantizedTensor) and len(codes) < 2:
             codes.update(map(int, torch.aminmax(value.codes())))
         if isinstance(value, QuantizedTensor):
-            sound &= are_sound(value.scale)
+            sound &= are_sound(value.params().scale)
     notes = []
     if len(codes) == 1 and math.prod(row.shape) > 1:
         doubt = "only a comparison with the source can tell whether that is right"
