@@ -52,10 +52,13 @@ class LiveJob(Job):
     """
 
     source: LiveSource
+    _ledger: Ledger
 
     def __init__(
         self, source: LiveSource, ledger: Ledger, observer: Observer, activation_observer: Observer, rounding: Rounding
     ) -> None:
+        self._target: Target | None = None
+        self._tuned: Mapping[str, int] = {}
         super().__init__(source, ledger, observer, activation_observer, rounding)
         self.compares = source.inplace
         if not isinstance(source, ModuleSource):
@@ -63,10 +66,25 @@ class LiveJob(Job):
         self._watch = InputWatch(_watched(source, ledger, self.data_observers, self.input_observers))
         self._blocks = _block_calibration(source, ledger, rounding)
         self._inputs: Sequence[RowInputs] = ()
-        self._target: Target | None = None
         self._done: set[str] = set()
         self._measured: dict[str, Measurement] = {}
         self._digests: dict[str, str] = {}
+
+    @property
+    def ledger(self) -> Ledger:
+        """The fate of each tensor. It follows the result, which `fewbits.tune` may change at any time."""
+        tuned = {} if self._target is None else self._target.tuned()
+        if tuned != self._tuned:
+            self._tuned, self._ledger = tuned, self._ledger.with_tuned(tuned)
+            for name in tuned:  # measured before it was tuned
+                self._measured.pop(name, None)
+                self._digests.pop(name, None)
+            self.report = None
+        return self._ledger
+
+    @ledger.setter
+    def ledger(self, ledger: Ledger) -> None:
+        self._ledger = ledger
 
     def convert(
         self, encoder: TensorEncoder, serializer: Serializer, output: Output | None, comparing: bool, progress: Progress
