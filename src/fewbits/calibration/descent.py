@@ -54,6 +54,11 @@ class Comparison:
     forward: Forward | None
     loss: Loss | None
 
+    @property
+    def name(self) -> str:
+        """The name of the loss."""
+        return str(getattr(self.loss, "__name__", self.loss))
+
     def run(self, model: nn.Module, batch: Numbered) -> object:
         """Run one batch through one of the models."""
         return run_one(model, batch[1], batch[0], self.forward)

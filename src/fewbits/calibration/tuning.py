@@ -167,20 +167,21 @@ def tune(
     settings = Tuning(epochs=epochs, loss=loss, held_out=held_out, what=what, learning_rate=learning_rate)
     _check_models(quantized, reference)
     trained, measured = _divided(taken(data, samples), None if held_out is None else taken(held_out, samples))
+    scales = "scales" in settings.what
     with ExitStack() as stack:
         for model in (reference, quantized):
             stack.enter_context(evaluating(model))
             stack.enter_context(without_shortcuts(model))
-        weights = stack.enter_context(standing_in(quantized, tuned="scales" in settings.what))
+        weights = stack.enter_context(standing_in(quantized, tuned=scales))
         parameters = stack.enter_context(freed(quantized, _chosen(quantized, settings.what)))
         comparison = Comparison(quantized, reference, forward, settings.loss)
-        descent = Descent(comparison, weights, parameters, measured)
+        descent = Descent(comparison, weights if scales else [], parameters, measured)
         stack.enter_context(checkpointed(quantized, partial(comparison.run, quantized, measured[0])))
         descent.run(trained, epochs, learning_rate, progress)
         changes = descent.changes()
     write(quantized, changes)
     tuned = Tuned(
-        loss=str(comparison.loss),
+        loss=comparison.name,
         before=descent.checks[0].held_out,
         after=descent.best.held_out,
         steps=descent.checks[-1].step,

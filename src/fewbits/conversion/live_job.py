@@ -79,7 +79,6 @@ class LiveJob(Job):
             for name in tuned:  # measured before it was tuned
                 self._measured.pop(name, None)
                 self._digests.pop(name, None)
-            self.report = None
         return self._ledger
 
     @ledger.setter
@@ -181,7 +180,7 @@ class LiveJob(Job):
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
         """Check the result against the source and the ledger, and save and load it once."""
-        target, inplace = self._result(), self.source.inplace
+        ledger, target, inplace = self.ledger, self._result(), self.source.inplace
 
         def pairs(row: LedgerRow) -> Iterator[tuple[Value, Tensor | None]]:
             yield target.value(row.name), None if inplace else self.source.read(row.name)
@@ -190,10 +189,11 @@ class LiveJob(Job):
         if inplace:
             changed = [name for name, digest in self._digests.items() if value_digest(target.value(name)) != digest]
             known = {**self._measured, **dict.fromkeys(changed, "it has changed since it was converted and measured")}
-        stored = (CODEC.encode(row.name, target.value(row.name)) for row in self.ledger.stored)
+        stored = (CODEC.encode(row.name, target.value(row.name)) for row in ledger.stored)
         bytes_after = sum(tensor.nbytes for tensors in stored for tensor in tensors.values())
-        report = examine(self.ledger, pairs, bytes_after, known=known, fail_under=fail_under, progress=progress)
-        report = check_reload(report, self.ledger, target.value, serializer)
+        report = examine(ledger, pairs, bytes_after, known=known, fail_under=fail_under, progress=progress)
+        report = check_reload(report, ledger, target.value, serializer)
+        self._measured |= measurements(report)
         self.report = attrs.evolve(report, observed=self.observed)
         return self.report
 
@@ -201,9 +201,8 @@ class LiveJob(Job):
         """Write the result, with every measurement."""
         if self.source.unstorable:
             raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
-        measured = self._measured | measurements(self.report)
         about = Metadata(self.ledger, self.source.architecture, extra=self.source.extra)
-        save(serializer, path, about, self._result().value, measured=measured, max_shard_size=max_shard_size)
+        save(serializer, path, about, self._result().value, measured=self._measured, max_shard_size=max_shard_size)
 
     def drop(self) -> None:
         """Take the hooks off the prepared model; warn if the model stays quantized in part."""
