@@ -58,6 +58,7 @@ MAX_PARAMETERS = 7
 # Users call these by keyword, and need every setting at hand.
 FRONT_DOORS = {
     "fewbits.api.quantize",
+    "fewbits.calibration.tuning.tune",
     "fewbits.formats.loading.load",
     "fewbits.quantizers.scheme.Scheme.__init__",
     "fewbits.selection.selector.LayerSelector.__init__",

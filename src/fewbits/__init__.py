@@ -9,6 +9,7 @@
 from fewbits import errors, extend
 from fewbits._version import __version__
 from fewbits.api import Plan, Result, plan, quantize, verify
+from fewbits.calibration.tuning import tune
 from fewbits.checkpoint.output import Output
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import FewbitsError
@@ -73,5 +74,6 @@ __all__ = [
     "plan",
     "quantize",
     "set_compute",
+    "tune",
     "verify",
 ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
+from torch import nn
 
 from fewbits.calibration.running import Forward
+from fewbits.calibration.tuning import Tuned, Tuning
+from fewbits.calibration.tuning import tune as tune_scales
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
@@ -37,6 +40,7 @@ class Result:
             QuantizedTensor}, or the path of the output.
         ledger: what happened to every tensor (quantized, cast, kept, ...), and why.
         report: the report of the validation; None with ``validate=False``.
+        tuned: what tuning did; None without ``tune=``.
         quantizer: the quantizer. Unless ``inplace=True``, the quantizer keeps the float model or mapping in memory;
             ``quantizer.reset()`` releases it, and `save` no longer works then.
     """
@@ -45,6 +49,7 @@ class Result:
     ledger: Ledger
     report: Report | None
     quantizer: Quantizer
+    tuned: Tuned | None = None
 
     def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
         """Write the result to a file, or a directory of several; see `Quantizer.save`."""
@@ -63,6 +68,7 @@ def quantize(
     output: str | os.PathLike[str] | Output | None = None,
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
+    tune: int | Tuning | None = None,
     inplace: bool = False,
     validate: bool = True,
     compute: Compute = "auto",
@@ -90,7 +96,9 @@ def quantize(
         data: calibration batches, for observers and rounding strategies that need them. The first 150 samples are run;
             the setting ``samples=`` changes that, and ``samples=None`` runs all; see `Quantizer.observe`. The report's
             `observed` has the number, and whether data was left.
-        forward: runs one batch, ``forward(model, batch)``.
+        forward: runs one batch, ``forward(model, batch)``, and returns the output.
+        tune: tune the scales of the quantized model with `data`, so that its outputs come closer to those of `source`:
+            a number of epochs, or a `fewbits.extend.Tuning`; see `fewbits.tune`.
         inplace: quantize the model or mapping itself. After an error or an interruption, the model is usable and partly
             quantized, and the event ``quantized_in_part`` is emitted. `dequantize` then gives a float copy, in which
             the converted weights are rounded.
@@ -111,12 +119,17 @@ def quantize(
     settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
     config, quantizer = resolve_settings(scheme, config, settings)
+    tuning = None if tune is None else _checked_tuning(tune, source, data, inplace=inplace)
     quantizer.prepare(source, inplace=inplace, entry=entry)
+    tuned = None
     try:
         if data is not None:
             quantizer.observe(data, forward=forward, samples=config.samples, progress=progress)
         compare = None if validate else False
         model = quantizer.convert(output=output, compare=compare, compute=compute, progress=progress)
+        if tuning is not None and isinstance(source, nn.Module):
+            settings = attrs.asdict(tuning, recurse=False) | {"samples": config.samples, "progress": progress}
+            tuned = tune_scales(model, source, data or (), forward=forward, **settings)
         report = None
         if validate:
             report = quantizer.validate(on_failure=config.on_failure, fail_under=config.fail_under, progress=progress)
@@ -124,7 +137,25 @@ def quantize(
         if quantizer is not scheme:  # the caller has no quantizer to take the hooks off the model
             quantizer.reset()
         raise
-    return Result(model, quantizer.ledger, report, quantizer)
+    return Result(model, quantizer.ledger, report, quantizer, tuned)
+
+
+def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace: bool) -> Tuning:
+    """Return the settings of tuning, if there is all that it needs.
+
+    Raises:
+        ArgumentError: with what is missing.
+    """
+    tuning = Tuning.of(tune)
+    if not isinstance(source, nn.Module):
+        raise ArgumentError("tune= needs a model: a state dict or a file has no forward")
+    if inplace:
+        raise ArgumentError("tune= needs the float model beside the quantized one, and inplace=True replaces it")
+    if data is None:
+        raise ArgumentError("tune= needs data=, batches for the model")
+    if isinstance(data, Iterator):
+        raise ArgumentError("tune= reads the data more than once; pass a list or a DataLoader, not an iterator")
+    return tuning
 
 
 @attrs.frozen(eq=False, repr=False)

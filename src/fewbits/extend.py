@@ -4,6 +4,7 @@ To write a scheme, subclass `fewbits.Quantizer`. This module has the other base 
 """
 
 from fewbits.calibration.running import Observed
+from fewbits.calibration.tuning import Tuned, Tuning
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import (
     ChunkReader,
@@ -81,6 +82,8 @@ __all__ = [
     "Share",
     "Spec",
     "TensorInfo",
+    "Tuned",
+    "Tuning",
     "WeightLayout",
     "WeightMatrix",
     "Writer",

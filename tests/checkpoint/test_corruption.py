@@ -257,7 +257,7 @@ def wrong_values_not_refused(scratch, genuine, field, right, find):
     "field",
     [
         "name", "shape", "dtype", "fate", "reason", "bytes_before", "bytes_after", "spec", "layout", "alias_of",
-        "persistent", "dequantized_from", "merged_into",
+        "persistent", "dequantized_from", "merged_into", "tuned",
     ],
 )  # fmt: skip
 def test_a_ledger_field_of_the_wrong_type_is_refused(scratch, genuine, row, field):

@@ -180,21 +180,51 @@ def run(
         ArgumentError: if `samples` is not a positive integer or None.
         CalibrationError: if `batches` is a single batch, has no batch, or a batch cannot be run.
     """
-    _refuse_other_than_batches(batches)
-    if samples is not None and (type(samples) is not int or samples < 1):
-        raise ArgumentError(f"samples must be an integer from 1 up, or None for all samples, not {samples!r}")
+    _check(batches, samples)
     number, done, expected = 0, 0, 0
     with evaluating(model):
         for number, batch in enumerate(batches, 1):
             size = samples_in(batch)
             expected = expected or _expected(batches, size, samples)
-            _run_one(model, batch, number, forward)
+            run_one(model, batch, number, forward)
             done += size
             progress(Step("observe", f"batch {number}", done, expected and max(done, expected)))
             if samples is not None and done >= samples:
                 break
     if expected > done:
         progress(Step("observe", f"batch {number}", done, done))
+    return _observed(batches, number, done, samples)
+
+
+def taken(batches: Iterable[Any], samples: int | None = SAMPLES) -> list[Any]:
+    """Take batches until they have this many samples, and report data that is left like `run`.
+
+    Args:
+        batches: as for `run`; batches without samples are left out.
+        samples: None takes all batches.
+
+    Raises:
+        ArgumentError: if `samples` is not a positive integer or None.
+        CalibrationError: if `batches` is a single batch, or has no batch.
+    """
+    _check(batches, samples)
+    kept: list[Any] = []
+    done = 0
+    for batch in batches:
+        kept.append(batch)
+        done += samples_in(batch)
+        if samples is not None and done >= samples:
+            break
+    _observed(batches, len(kept), done, samples)
+    return [batch for batch in kept if samples_in(batch)]
+
+
+def _observed(batches: object, number: int, done: int, samples: int | None) -> Observed:
+    """Describe how much data was taken, and report data that is left.
+
+    Raises:
+        CalibrationError: if there was none.
+    """
     if not done:
         raise CalibrationError(
             "the data has no batch, or only batches without samples; an iterator that was used before is empty: pass a "
@@ -223,12 +253,15 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
 
 
-def _refuse_other_than_batches(batches: object) -> None:
-    """Refuse data that does not iterate over batches.
+def _check(batches: object, samples: object) -> None:
+    """Refuse data that does not iterate over batches, and a limit that is no number of samples.
 
     Raises:
+        ArgumentError: if `samples` is not a positive integer or None.
         CalibrationError: for a tensor, a mapping, and objects that cannot be iterated.
     """
+    if samples is not None and (type(samples) is not int or samples < 1):
+        raise ArgumentError(f"samples must be an integer from 1 up, or None for all samples, not {samples!r}")
     if isinstance(batches, (Tensor, Mapping)):
         raise CalibrationError(
             f"a single {type(batches).__name__} is one batch, not an iterable of batches; wrap it in a list: [batch]"
@@ -266,14 +299,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _run_one(model: nn.Module, batch: Any, number: int, forward: Forward | None) -> None:
-    """Run one batch.
+def run_one(model: nn.Module, batch: Any, number: int, forward: Forward | None) -> object:
+    """Run one batch, and return the output.
 
     Raises:
         CalibrationError: if the batch fails; the message says which batch, and how it was fed.
     """
     try:
-        (forward or default_forward)(model, batch)
+        return (forward or default_forward)(model, batch)
     except CalibrationError as error:
         raise CalibrationError(f"batch {number}: {error}") from error
     except Exception as error:

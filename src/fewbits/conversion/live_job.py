@@ -52,10 +52,13 @@ class LiveJob(Job):
     """
 
     source: LiveSource
+    _ledger: Ledger
 
     def __init__(
         self, source: LiveSource, ledger: Ledger, observer: Observer, activation_observer: Observer, rounding: Rounding
     ) -> None:
+        self._target: Target | None = None
+        self._tuned: Mapping[str, int] = {}
         super().__init__(source, ledger, observer, activation_observer, rounding)
         self.compares = source.inplace
         if not isinstance(source, ModuleSource):
@@ -63,10 +66,24 @@ class LiveJob(Job):
         self._watch = InputWatch(_watched(source, ledger, self.data_observers, self.input_observers))
         self._blocks = _block_calibration(source, ledger, rounding)
         self._inputs: Sequence[RowInputs] = ()
-        self._target: Target | None = None
         self._done: set[str] = set()
         self._measured: dict[str, Measurement] = {}
         self._digests: dict[str, str] = {}
+
+    @property
+    def ledger(self) -> Ledger:
+        """The fate of each tensor. It follows the result, which `fewbits.tune` may change at any time."""
+        tuned = {} if self._target is None else self._target.tuned()
+        if tuned != self._tuned:
+            self._tuned, self._ledger = tuned, self._ledger.with_tuned(tuned)
+            for name in tuned:  # measured before it was tuned
+                self._measured.pop(name, None)
+                self._digests.pop(name, None)
+        return self._ledger
+
+    @ledger.setter
+    def ledger(self, ledger: Ledger) -> None:
+        self._ledger = ledger
 
     def convert(
         self, encoder: TensorEncoder, serializer: Serializer, output: Output | None, comparing: bool, progress: Progress
@@ -163,7 +180,7 @@ class LiveJob(Job):
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
         """Check the result against the source and the ledger, and save and load it once."""
-        target, inplace = self._result(), self.source.inplace
+        ledger, target, inplace = self.ledger, self._result(), self.source.inplace
 
         def pairs(row: LedgerRow) -> Iterator[tuple[Value, Tensor | None]]:
             yield target.value(row.name), None if inplace else self.source.read(row.name)
@@ -172,10 +189,11 @@ class LiveJob(Job):
         if inplace:
             changed = [name for name, digest in self._digests.items() if value_digest(target.value(name)) != digest]
             known = {**self._measured, **dict.fromkeys(changed, "it has changed since it was converted and measured")}
-        stored = (CODEC.encode(row.name, target.value(row.name)) for row in self.ledger.stored)
+        stored = (CODEC.encode(row.name, target.value(row.name)) for row in ledger.stored)
         bytes_after = sum(tensor.nbytes for tensors in stored for tensor in tensors.values())
-        report = examine(self.ledger, pairs, bytes_after, known=known, fail_under=fail_under, progress=progress)
-        report = check_reload(report, self.ledger, target.value, serializer)
+        report = examine(ledger, pairs, bytes_after, known=known, fail_under=fail_under, progress=progress)
+        report = check_reload(report, ledger, target.value, serializer)
+        self._measured |= measurements(report)
         self.report = attrs.evolve(report, observed=self.observed)
         return self.report
 
@@ -183,9 +201,8 @@ class LiveJob(Job):
         """Write the result, with every measurement."""
         if self.source.unstorable:
             raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
-        measured = self._measured | measurements(self.report)
         about = Metadata(self.ledger, self.source.architecture, extra=self.source.extra)
-        save(serializer, path, about, self._result().value, measured=measured, max_shard_size=max_shard_size)
+        save(serializer, path, about, self._result().value, measured=self._measured, max_shard_size=max_shard_size)
 
     def drop(self) -> None:
         """Take the hooks off the prepared model; warn if the model stays quantized in part."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -118,6 +119,13 @@ class PackedWeight(StoredWeight):
     def value(self) -> QuantizedTensor:
         """Return the canonical value; it shares the buffers if they are in the canonical layout."""
         return self.weight_layout().value(self.dtype)
+
+    def rescale(self, scale: Tensor, spec: QuantSpec) -> None:
+        """Replace the scales, and the spec with one that has the same parts; the codes stay."""
+        value = attrs.evolve(self.value(), scale=scale, spec=spec)
+        self.spec = spec
+        self._hold(PackedInt32.of_value(value))
+        self.prepack(self.compute, self.offered)
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors for a state dict: ``_packed``, ``_scale``, ``_shape``...; see `QuantizedTensor.parts`."""

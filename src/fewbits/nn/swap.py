@@ -19,7 +19,7 @@ from torch import nn
 from fewbits.errors import ArgumentError, CheckpointError, SourceError
 from fewbits.nn.base import QuantizedModule, made_class, quantized_form
 from fewbits.nn.stored import SUFFIX, StoredWeight, reads, stored_weights
-from fewbits.nn.walk import Slot, deep_copy
+from fewbits.nn.walk import Slot, deep_copy, forget_tuning
 from fewbits.numerics.tensor import QuantizedTensor
 
 #: The attribute of a quantized module with the names of its float parameters, in order.
@@ -107,6 +107,7 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}
     for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
         _put_back(module, {name: weights[s] for name, s in stored_weights(module).items()})
+    forget_tuning(plain)
     for held in map(vars, plain.modules()):
         for name in _SAVING_METHODS:
             if held.get(name) is _refuse:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from fewbits.errors import SourceError
 from fewbits.nn.storage import View
 
+#: The attribute of a module with the number of tunings of each of its tuned tensors, by local name.
+_TUNED = "_fewbits_tuned"
+
 
 @attrs.frozen(eq=False)
 class Slot:
@@ -86,6 +89,27 @@ def find(model: nn.Module, name: str) -> Slot:
     except AttributeError:
         raise _removed(name) from None
     return Slot(name, module, local, local in module._parameters)
+
+
+def mark_tuned(module: nn.Module, local: str) -> None:
+    """Remember in a module that a tensor of it was tuned; copies of the module know it too."""
+    counts = module.__dict__.setdefault(_TUNED, {})
+    counts[local] = counts.get(local, 0) + 1
+
+
+def tuned_tensors(model: nn.Module) -> dict[str, int]:
+    """Return how often each tuned tensor was tuned, by its full name."""
+    return {
+        f"{path}.{local}" if path else local: count
+        for path, module in model.named_modules()
+        for local, count in vars(module).get(_TUNED, {}).items()
+    }
+
+
+def forget_tuning(model: nn.Module) -> None:
+    """Remove all marks of tuned tensors."""
+    for module in model.modules():
+        module.__dict__.pop(_TUNED, None)
 
 
 def structural_copy(model: nn.Module) -> nn.Module:

@@ -347,6 +347,24 @@ def refit(params: QuantParams, products: Tensor, squares: Tensor, spec: QuantSpe
     return params.with_scale(params.scale.double() * factor, spec)
 
 
+def rescaled(params: QuantParams, log_factor: Tensor, spec: QuantSpec) -> QuantParams:
+    """Multiply scales by ``exp(log_factor)``, and round them to their dtype.
+
+    A scale keeps its sign. It also keeps its value where the factor is 1, or where a code would decode to infinity.
+
+    Args:
+        params: the stored parameters.
+        log_factor: must broadcast against the scales.
+        spec: the spec of the codes.
+    """
+    exact = params.scale.double().abs() * log_factor.double().exp()
+    largest = torch.finfo(params.scale.dtype).max
+    scale = _stored(exact.clamp(max=largest), spec).copysign(params.scale)
+    changed = QuantParams(scale, params.zero_point)
+    keep = (log_factor == 0) | ~is_finite_throughout(changed, spec)
+    return QuantParams(torch.where(keep, params.scale, scale), params.zero_point)
+
+
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:
     """Tell for each scale whether every code decodes to a finite number."""
     first, last = shifted_ends(params, spec, torch.float64)

@@ -1,7 +1,8 @@
 """Find rows whose codes are all equal though the source's elements differ: the weight was lost, or never filled.
 
 Rounding can also give a row a single code: the row has one column, its elements are nearly equal, or they are all small
-compared with the scale of the whole tensor. Such rows are within half a step of the source and are not counted.
+compared with the scale of the whole tensor. Such rows are within half a step of the source and are not counted. Where
+codes are free, because errors were fed forward or scales were tuned afterwards, the limit is a whole step.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def constant_rows(x: Tensor, decoded: Tensor, codes: Tensor, params: QuantParams
         return 0
     x, error = x[which], (x[which] - decoded[which]).abs_()
     bound, _ = bound_and_clipped(x, params.rows(which), attrs.evolve(spec, rounding="nearest"))
+    if spec.rounding == "free":
+        bound = 2 * bound
     unit = x.abs().amax(1, keepdim=True)
     noise, signal = group_sums((error / unit).square_()), group_sums((x / unit).square_())
     return int((~(error <= bound).all(1) & ~(noise * _LOST <= signal)).sum())

@@ -104,8 +104,9 @@ class QuantSpec:
             rounded to float32, one of them 0. None means that codes decode to integers.
         activations: how the layer rounds its inputs to int8: ``"dynamic"``, with one scale for each row of an input;
             ``"static"``, with one scale from calibration; None, not at all.
-        rounding: ``"nearest"``: each element gets the nearest code. ``"free"``: any code may be chosen, for schemes
-            that feed errors forward; the error bound is then the distance to the farther end of the code range.
+        rounding: ``"nearest"``: each element has the nearest code. ``"free"``: it may have any code, because errors
+            were fed forward, or scales were tuned afterwards. The error bound is then the distance to the farther end
+            of the code range.
 
     Raises:
         ArgumentError: for any other value.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -77,6 +77,7 @@ class LedgerRow:
         persistent: whether the source's state dict has it.
         dequantized_from: the dtype of the source's codes, if they are dequantized on reading; None otherwise.
         merged_into: the name of the weight whose scale this tensor is; None unless merged.
+        tuned: whether tuning changed the stored values: the scales of a quantized weight, or a kept tensor itself.
     """
 
     name: str = attrs.field(validator=_is(str))
@@ -92,6 +93,7 @@ class LedgerRow:
     persistent: bool = attrs.field(default=True, validator=_is(bool))
     dequantized_from: torch.dtype | None = attrs.field(default=None, validator=_is((torch.dtype, type(None))))
     merged_into: str | None = attrs.field(default=None, validator=_is((str, type(None))))
+    tuned: bool = attrs.field(default=False, validator=_is(bool))
 
     def __attrs_post_init__(self) -> None:
         """Refuse a row whose fields contradict one another.
@@ -123,6 +125,12 @@ class LedgerRow:
     def scheme(self) -> str:
         """The spec as text; "" without a spec."""
         return "" if self.spec is None else str(self.spec)
+
+    def as_tuned(self) -> LedgerRow:
+        """Return this row for a tensor whose values were tuned."""
+        spec = attrs.evolve(self.spec, rounding="free") if isinstance(self.spec, QuantSpec) else self.spec
+        what = "tuned" if self.spec is None else "scales tuned"
+        return attrs.evolve(self, spec=spec, tuned=True, reason=f"{self.reason}; {what}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return a description for JSON; `from_dict` reads it."""
@@ -183,6 +191,15 @@ class Ledger:
         """Return a ledger with remarks added to the reasons of some rows, by name; an empty remark adds nothing."""
         added = {name: f"; {remark}" for name, remark in remarks.items() if remark}
         return Ledger(attrs.evolve(row, reason=row.reason + added.get(row.name, "")) for row in self.rows)
+
+    def with_tuned(self, names: Collection[str]) -> Ledger:
+        """Return a ledger in which these tensors are tuned. The codes of a tuned weight count as free.
+
+        Args:
+            names: names of stored tensors, or of their aliases.
+        """
+        holders = {self[name].holder for name in names}
+        return Ledger(row.as_tuned() if row.name in holders and not row.tuned else row for row in self.rows)
 
     def names_by_holder(self) -> dict[str, list[str]]:
         """Map the name of each row that holds a tensor to all names of that tensor."""

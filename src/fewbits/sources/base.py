@@ -30,6 +30,10 @@ class Target(ABC):
     def value(self, name: str) -> Value:
         """Return the stored form of one tensor of the finished result."""
 
+    def tuned(self) -> Mapping[str, int]:
+        """Return how often each tensor of the result was tuned, by name; only a model can be tuned."""
+        return {}
+
 
 class Source(ABC):
     """A model, state dict or checkpoint to quantize.

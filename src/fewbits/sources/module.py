@@ -18,7 +18,7 @@ from fewbits.nn.packed import store
 from fewbits.nn.storage import View, overlaps
 from fewbits.nn.stored import stored_weights
 from fewbits.nn.swap import attach, refuse_save_pretrained
-from fewbits.nn.walk import Slot, find, parent_of, slots, structural_copy
+from fewbits.nn.walk import Slot, find, parent_of, slots, structural_copy, tuned_tensors
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.plain import plain
 from fewbits.selection.info import TensorInfo, numeric_obstacle
@@ -141,6 +141,9 @@ class _ModuleTarget(Target):
     def finish(self) -> nn.Module:
         refuse_save_pretrained(self._model)
         return self._model
+
+    def tuned(self) -> Mapping[str, int]:
+        return tuned_tensors(self._model)
 
     def value(self, name: str) -> Value:
         if name in self._transient:

@@ -28,6 +28,9 @@ from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict
 #: Note on a tensor that another tool quantized.
 NOT_NEAREST = "errors beyond half a step, as from clipping, error feedback or rounding in a narrower dtype"
 
+#: Note on a kept tensor that tuning changed.
+TUNED = "tuned, so it differs from the source"
+
 #: Yields the chunks of a row, each with its source; None in place of a missing source.
 Pairs = Callable[[LedgerRow], Iterator[tuple[Value, Tensor | None]]]
 
@@ -114,6 +117,8 @@ def examine_tensor(
         fail_under: SQNR in dB below which the tensor fails.
         bounded: whether an error beyond its bound is a failure; otherwise it is a note.
     """
+    if row.spec is None and row.tuned:
+        return TensorReport(row.name, row.fate, row.scheme, notes=(TUNED,))
     if row.spec is None:
         kept = all(source is None or same_bits(source, value) for value, source in pairs(row))
         failures = [] if kept else ["kept, but not equal to the source"]

@@ -1,0 +1,142 @@
+"""Losses: how far the output of a quantized model is from the output of the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fewbits.errors import ArgumentError, CalibrationError
+
+#: A loss of the user's own: ``loss(output, reference_output)``, a tensor of one element.
+Loss = str | Callable[[Any, Any], Tensor]
+
+#: Compares one tensor of the output with the same tensor of the reference.
+_Compare = Callable[[Tensor, Tensor], Tensor]
+
+#: Positions whose logits are compared at a time: log-probabilities take several times the memory of logits.
+_POSITIONS = 128
+
+
+def _kl(output: Tensor, reference: Tensor) -> Tensor:
+    """The mean over positions of the KL divergence of the distributions over the last axis."""
+    rows, references = output.reshape(-1, output.shape[-1]), reference.reshape(-1, reference.shape[-1])
+    pairs = zip(torch.split(rows, _POSITIONS), torch.split(references, _POSITIONS), strict=True)
+    sums: list[Tensor] = [checkpoint(_kl_sum, *pair, use_reentrant=False) for pair in pairs]
+    return torch.stack(sums).sum() / len(rows)
+
+
+def _kl_sum(output: Tensor, reference: Tensor) -> Tensor:
+    expected = torch.log_softmax(reference.float(), -1)
+    return (expected.exp() * (expected - torch.log_softmax(output.float(), -1))).sum()
+
+
+def _mse(output: Tensor, reference: Tensor) -> Tensor:
+    """The mean square of the difference, as a share of the mean square of the reference."""
+    signal = reference.float().square().mean()
+    return (output.float() - reference.float()).square().mean() / signal.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _cosine(output: Tensor, reference: Tensor) -> Tensor:
+    """One minus the mean cosine between vectors along the last axis."""
+    if not output.dim():
+        return _mse(output, reference)
+    return 1 - torch.cosine_similarity(output.float(), reference.float(), -1).mean()
+
+
+_COMPARED: Mapping[str, _Compare] = {"kl": _kl, "mse": _mse, "cosine": _cosine}
+
+#: The names of the losses.
+LOSSES = tuple(_COMPARED)
+
+
+def check_loss(loss: Loss | None) -> None:
+    """Refuse a loss that is neither a name nor a function.
+
+    Raises:
+        ArgumentError: with the names that there are.
+    """
+    if loss is not None and not callable(loss) and loss not in LOSSES:
+        names = ", ".join(map(repr, LOSSES))
+        raise ArgumentError(f"loss must be {names}, or a function of output and reference output, not {loss!r}")
+
+
+def default_loss(output: Any) -> str:
+    """Choose a loss by an output of the float model: "kl" if it has logits, otherwise "mse"."""
+    return "mse" if _logits(output) is None else "kl"
+
+
+def loss_of(loss: Loss, output: Any, reference: Any, batch: Any) -> Tensor:
+    """Compare the outputs of two models for one batch.
+
+    Args:
+        loss: a name or a function. "kl" compares logits, or else the first tensor of the output. "mse" and "cosine"
+            compare all floating tensors of the output, and give their mean.
+        output: the output of the quantized model.
+        reference: the output of the float model.
+        batch: what both models got. Positions that its ``attention_mask`` leaves out do not count.
+
+    Returns:
+        a tensor without axes.
+
+    Raises:
+        CalibrationError: if the outputs cannot be compared.
+    """
+    if callable(loss):
+        return _checked(loss(output, reference))
+    ours, theirs = _compared(loss, output), _compared(loss, reference)
+    if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs] or not ours:
+        raise CalibrationError(
+            f"the outputs of the two models cannot be compared: {_shapes(ours)} from the quantized model, "
+            f"{_shapes(theirs)} from the reference; give the float model that it was made from, or a loss= of your own"
+        )
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    compare = _COMPARED[loss]
+    pairs = zip(ours, theirs, strict=True)
+    losses = [compare(_counted(a, mask), _counted(b.to(a.device), mask)) for a, b in pairs]
+    return torch.stack(losses).mean()
+
+
+def _checked(found: object) -> Tensor:
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.is_floating_point():
+        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise CalibrationError(f"loss= must return a floating tensor of one element, not {what}")
+    return found.reshape(())
+
+
+def _compared(loss: str, output: Any) -> list[Tensor]:
+    """Return the tensors of an output that a loss compares."""
+    if loss != "kl":
+        return list(_floating(output))
+    logits = _logits(output)
+    found = _floating(output) if logits is None else iter([logits])
+    return [tensor for tensor in [next(found, None)] if tensor is not None and tensor.dim()]
+
+
+def _logits(output: Any) -> Tensor | None:
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+
+
+def _floating(output: Any) -> Iterator[Tensor]:
+    """Yield the floating tensors in tensors, mappings, tuples and lists."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _floating(part)
+
+
+def _counted(tensor: Tensor, mask: Any) -> Tensor:
+    """Select the positions that a mask counts, if the tensor has the axes of the mask and more."""
+    if isinstance(mask, Tensor) and tensor.dim() > mask.dim() and tensor.shape[: mask.dim()] == mask.shape:
+        return tensor[mask.to(tensor.device).bool()]
+    return tensor
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no floating tensor"
