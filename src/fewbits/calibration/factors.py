@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fewbits.calibration.changes import Change
-from fewbits.kernels.weight_layouts import WeightLayout, row_slices
+from fewbits.kernels.weight_layouts import row_slices
 from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight
@@ -23,7 +23,7 @@ from fewbits.numerics.grid import grouped
 from fewbits.numerics.layout import WeightMatrix, block_rows
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, narrow
+from fewbits.numerics.tensor import QuantizedTensor, narrow, pack_params
 
 
 class ScaledWeight(StoredWeight):
@@ -46,35 +46,36 @@ class ScaledWeight(StoredWeight):
         object.__setattr__(self, "original", original)  # not a child: that would give the model one module more
         self.dtype, self.spec, self.layout = original.dtype, original.spec, original.layout
         self.training = original.training
-        scale = original.weight_layout().scale
+        scale = original.weight_layout().params(slice(None)).scale
         shape = scale.shape if scale.dim() == 1 else (len(scale), 1)
         self.by_row = torch.zeros(shape, dtype=torch.float32, device=scale.device, requires_grad=tuned)
         self.by_scale: Tensor | None = None
 
     def tune_each_scale(self) -> Tensor | None:
         """Add a factor for each scale, and return their logarithms; None if the rows have one scale each."""
-        shape = self.original.weight_layout().scale.shape
+        shape = self._stored().scale.shape
         if self.by_scale is None and shape != self.by_row.shape:
             self.by_scale = torch.zeros(shape, dtype=torch.float32, device=self.by_row.device, requires_grad=True)
         return self.by_scale
 
-    def scale(self) -> Tensor:
-        """Return the scales times their factors, in their stored dtype."""
-        return self._params(self.original.weight_layout()).scale
+    def params(self) -> QuantParams:
+        """Return the scales times their factors, as they are stored, and the zero points."""
+        by_scale = torch.zeros(()) if self.by_scale is None else self.by_scale.detach()
+        return rescaled(self._stored(), self.by_row.detach(), by_scale, self.spec)
 
     def change(self) -> Change | None:
         """Return how to write the scales into the packed weight; None if they are as before."""
-        scale, before = self.scale(), self.original.weight_layout().scale
-        if torch.equal(scale, before):
+        params, before = self.params(), self._stored()
+        if torch.equal(params.scale, before.scale):
             return None
         rescale, spec = self.original.rescale, self.original.spec
         # The codes count as free: with other scales, other codes may be nearer.
         free = attrs.evolve(spec, rounding="free")
-        return Change(self.original, partial(rescale, scale, free), partial(rescale, before, spec))
+        return Change(self.original, partial(rescale, params, free), partial(rescale, before, spec))
 
     def value(self) -> QuantizedTensor:
         """Return the codes with the current scales."""
-        return attrs.evolve(self.original.value(), scale=self.scale())
+        return attrs.evolve(self.original.value(), **pack_params(self.params(), self.spec))
 
     def parts(self) -> dict[str, Tensor]:
         """Return the parts of the current value."""
@@ -97,7 +98,7 @@ class ScaledWeight(StoredWeight):
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight a block of rows at a time, without gradients."""
         weight = self.original.weight_layout()
-        params, wide = self._params(weight), compute_dtype(weight.scale.dtype)
+        params, wide = self.params(), compute_dtype(weight.scale.dtype)
         rows, columns = weight.layout.matrix_shape
         matrix = torch.empty(rows, columns, dtype=dtype, device=weight.scale.device)
         for where in row_slices(rows, block_rows(columns)):
@@ -110,9 +111,8 @@ class ScaledWeight(StoredWeight):
         by_row = sums.sum(1, keepdim=True) if self.by_row.dim() == 2 else sums.sum().reshape(1)
         return by_row, None if self.by_scale is None else sums
 
-    def _params(self, weight: WeightLayout) -> QuantParams:
-        log_factor = self.by_row if self.by_scale is None else self.by_row + self.by_scale
-        return rescaled(weight.params(slice(None)), log_factor.detach(), self.spec)
+    def _stored(self) -> QuantParams:
+        return self.original.weight_layout().params(slice(None))
 
 
 class _Decoded(torch.autograd.Function):

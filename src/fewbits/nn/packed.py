@@ -20,8 +20,9 @@ from fewbits.kernels.reference import REFERENCE, is_wrapped
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, WeightLayout
 from fewbits.nn.stored import CastWeight, StoredWeight
 from fewbits.numerics.layout import Layout
+from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, narrow, part_shapes
+from fewbits.numerics.tensor import QuantizedTensor, narrow, pack_params, part_shapes
 
 
 class PackedWeight(StoredWeight):
@@ -120,9 +121,9 @@ class PackedWeight(StoredWeight):
         """Return the canonical value; it shares the buffers if they are in the canonical layout."""
         return self.weight_layout().value(self.dtype)
 
-    def rescale(self, scale: Tensor, spec: QuantSpec) -> None:
+    def rescale(self, params: QuantParams, spec: QuantSpec) -> None:
         """Replace the scales, and the spec with one that has the same parts; the codes stay."""
-        value = attrs.evolve(self.value(), scale=scale, spec=spec)
+        value = attrs.evolve(self.value(), spec=spec, **pack_params(params, spec))
         self.spec = spec
         self._hold(PackedInt32.of_value(value))
         self.prepack(self.compute, self.offered)

@@ -347,22 +347,34 @@ def refit(params: QuantParams, products: Tensor, squares: Tensor, spec: QuantSpe
     return params.with_scale(params.scale.double() * factor, spec)
 
 
-def rescaled(params: QuantParams, log_factor: Tensor, spec: QuantSpec) -> QuantParams:
-    """Multiply scales by ``exp(log_factor)``, and round them to their dtype.
+def rescaled(params: QuantParams, by_row: Tensor, by_scale: Tensor, spec: QuantSpec) -> QuantParams:
+    """Multiply scales by ``exp(by_row + by_scale)``, and round them to what can be stored.
 
-    A scale keeps its sign. It also keeps its value where the factor is 1, or where a code would decode to infinity.
+    With two levels of scales, ``exp(by_row)`` also multiplies the scales of the rows. A scale keeps its sign. It also
+    keeps its value where the factor is 1, or where a code would decode to infinity.
 
     Args:
         params: the stored parameters.
-        log_factor: must broadcast against the scales.
+        by_row: must broadcast against the scales, one factor for each row.
+        by_scale: must broadcast against the scales.
         spec: the spec of the codes.
     """
-    exact = params.scale.double().abs() * log_factor.double().exp()
-    largest = torch.finfo(params.scale.dtype).max
-    scale = _stored(exact.clamp(max=largest), spec).copysign(params.scale)
-    changed = QuantParams(scale, params.zero_point)
-    keep = (log_factor == 0) | ~is_finite_throughout(changed, spec)
-    return QuantParams(torch.where(keep, params.scale, scale), params.zero_point)
+    row_scale = params.row_scale
+    if row_scale is not None:
+        multiplied = _large_enough(_multiplied(row_scale, by_row, spec, None), spec)
+        row_scale = torch.where(by_row == 0, row_scale, multiplied)
+    changed = QuantParams(_multiplied(params.scale, by_row + by_scale, spec, row_scale), params.zero_point, row_scale)
+    overflows = ~is_finite_throughout(changed, spec)
+    if row_scale is None:
+        keep = overflows | ((by_row == 0) & (by_scale == 0))
+    else:
+        keep = overflows.any(1, keepdim=True)  # the scales of a row go with the scale of the row
+    return params.where(keep, changed)
+
+
+def _multiplied(scale: Tensor, log_factor: Tensor, spec: QuantSpec, row_scale: Tensor | None) -> Tensor:
+    exact = scale.double().abs() * log_factor.double().exp()
+    return stored_scale(exact.clamp(max=torch.finfo(scale.dtype).max), spec, row_scale).copysign(scale)
 
 
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:
