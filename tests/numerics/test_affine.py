@@ -147,7 +147,7 @@ def encodings(draw):
     zero_point = torch.randint(spec.code_min, spec.code_max + 1, shape, generator=generator, dtype=torch.int32)
     params = QuantParams(scale, None if spec.symmetric else zero_point)
     if spec.scale_bits is not None:
-        row_scale = scale.abs().amax(1, keepdim=True).clamp(min=tiny * spec.scale_steps)
+        row_scale = scale.abs().amax(1, keepdim=True).clamp(min=tiny * spec.scale_parts)
         params = attrs.evolve(params, row_scale=row_scale).with_scale(scale, spec)
     return x, params, spec
 

@@ -148,7 +148,7 @@ def test_a_power_of_two_moves_into_the_scale(problem, exponent):
     weight, spec, layout = problem
     scaled = weight * 2.0**exponent
     one, other = quantize(weight, spec, layout=layout), quantize(scaled, spec, layout=layout)
-    smallest = torch.finfo(one.scale.dtype).tiny * spec.scale_steps
+    smallest = torch.finfo(one.scale.dtype).tiny * spec.scale_parts
     assume(torch.equal(scaled / 2.0**exponent, weight) and min(one.scale.min(), other.scale.min()) > smallest)
     assert torch.equal(one.codes(), other.codes())
     assert torch.equal(one.params().scale * 2.0**exponent, other.params().scale)

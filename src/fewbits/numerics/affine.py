@@ -26,7 +26,7 @@ from fewbits.numerics.grid import (
     nearest_step,
     shifted_ends,
 )
-from fewbits.numerics.params import QuantParams, group_scales, nearest_scale_codes, stored_scale
+from fewbits.numerics.params import QuantParams, group_scales, nearest_parts, stored_scale
 from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
@@ -77,7 +77,7 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
         return _in_two_levels(low, high, spec)
     low, high = low.double(), high.double()
     exact = _exact_scale(low, high, spec)
-    scale = stored_scale(exact, spec, None)
+    scale = stored_scale(exact.abs(), spec, None)
     # Without zero points and levels, the largest magnitude is at most 127 steps. Rounding a scale to any of its dtypes
     # moves 127 steps by less than half a step, so nothing clips.
     if not spec.symmetric or spec.levels is not None:
@@ -98,14 +98,13 @@ def choose_in_rows(low: Tensor, high: Tensor, row_scale: Tensor, spec: QuantSpec
         spec: a spec with two levels of scales, and with `scale_dtype` set.
 
     Returns:
-        for each group the nearest scale to the exact one, or the next larger one where the nearest would clip `low` or
-        `high`; but none above the scale of the row.
+        for each group the nearest positive scale to the exact one, or the next larger one where the nearest would clip
+        `low` or `high`; but none above the scale of the row.
     """
     low, high = low.double(), high.double()
-    codes = nearest_scale_codes(_exact_scale(low, high, spec), row_scale, spec)
-    clips = _clips(low, high, group_scales(row_scale, codes, spec), spec)
-    codes = (codes + clips).clamp_(max=spec.scale_steps - 1)
-    scale = group_scales(row_scale, codes, spec)
+    parts = nearest_parts(_exact_scale(low, high, spec).abs(), row_scale, spec)
+    clips = _clips(low, high, group_scales(row_scale, parts, spec), spec)
+    scale = group_scales(row_scale, (parts + clips).clamp_(max=spec.scale_parts), spec)
     return _with_zero_point(low, scale, row_scale, spec)
 
 
@@ -113,15 +112,16 @@ def rounded_up_to_two_levels(params: QuantParams, spec: QuantSpec) -> QuantParam
     """Replace scales of one level by the next larger ones of two levels, so that no more elements clip than before.
 
     Args:
-        params: positive scales, (rows, groups), of any floating dtype.
+        params: scales, (rows, groups), of any floating dtype; positive if the spec is asymmetric.
         spec: a spec with two levels of scales, and with `scale_dtype` set.
     """
-    scale = params.scale.double()
+    scale = params.scale.double().abs()
     largest = scale.amax(1, keepdim=True)
     row_scale = stored_scale(largest, spec, None)
     row_scale = _large_enough(torch.where(row_scale.double() < largest, _next_up(row_scale), row_scale), spec)
-    codes = (scale / row_scale.double() * spec.scale_steps).ceil_().clamp_(1, spec.scale_steps) - 1
-    return QuantParams(group_scales(row_scale, codes, spec), params.zero_point, row_scale)
+    parts = (scale / row_scale.double() * spec.scale_parts).ceil_().clamp_(1, spec.scale_parts)
+    signed = torch.where(params.scale < 0, -parts, parts)
+    return QuantParams(group_scales(row_scale, signed, spec), params.zero_point, row_scale)
 
 
 def _in_two_levels(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
@@ -146,7 +146,7 @@ def _in_two_levels(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
 
 def _large_enough(row_scale: Tensor, spec: QuantSpec) -> Tensor:
     """Replace scales of rows so small that a scale of a group would be subnormal."""
-    return row_scale.clamp(min=torch.finfo(compute_dtype(row_scale.dtype)).tiny * spec.scale_steps)
+    return row_scale.clamp(min=torch.finfo(compute_dtype(row_scale.dtype)).tiny * spec.scale_parts)
 
 
 def encode(x: Tensor, params: QuantParams, spec: QuantSpec, scratch: Scratch | None = None) -> Tensor:

@@ -55,15 +55,13 @@ class QuantParams:
     def with_scale(self, scale: Tensor, spec: QuantSpec) -> QuantParams:
         """Return these parameters with other scales, each rounded to the nearest one that can be stored.
 
-        With two levels of scales, the scales of the rows stay, and those of the groups become positive.
+        With two levels of scales, the scales of the rows stay.
 
         Args:
             scale: floating, finite, the shape of the present scales.
             spec: the spec of the codes, with `scale_dtype` set.
         """
-        stored = stored_scale(scale.abs(), spec, self.row_scale)
-        stored = stored.copysign(scale) if self.row_scale is None else stored
-        return QuantParams(stored, self.zero_point, self.row_scale)
+        return QuantParams(stored_scale(scale, spec, self.row_scale), self.zero_point, self.row_scale)
 
     @classmethod
     def joined(cls, parts: Sequence[QuantParams]) -> QuantParams:
@@ -96,32 +94,34 @@ def empty_params(spec: QuantSpec, rows: int, columns: int, device: torch.device)
 
 
 def stored_scale(exact: Tensor, spec: QuantSpec, row_scale: Tensor | None) -> Tensor:
-    """Round scales, at least zero, to the nearest ones that can be stored; in two levels if rows have scales."""
+    """Round scales to the nearest ones that can be stored; in two levels if rows have scales."""
     if row_scale is not None:
-        return group_scales(row_scale, nearest_scale_codes(exact, row_scale, spec), spec)
+        return group_scales(row_scale, nearest_parts(exact, row_scale, spec), spec)
     dtype = spec.scale_dtype or exact.dtype
-    return exact.clamp(min=torch.finfo(dtype).tiny).to(dtype)
+    size = exact.abs().clamp(min=torch.finfo(dtype).tiny).to(dtype)
+    return torch.where(exact < 0, -size, size)
 
 
-def group_scales(row_scale: Tensor, codes: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the scales of groups from the scales of their rows and their codes.
+def group_scales(row_scale: Tensor, parts: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the scales of groups, as parts of the scales of their rows.
 
     Args:
         row_scale: (rows, 1), in ``spec.scale_dtype``.
-        codes: whole numbers below ``2**scale_bits``, (rows, groups).
+        parts: whole numbers up to ``spec.scale_parts``, negative for negative scales, (rows, groups).
         spec: a spec with two levels of scales.
 
     Returns:
         (rows, groups), in float32 (float64 for float64 scales). Only the product of the two may be rounded.
     """
     dtype = compute_dtype(row_scale.dtype)
-    return row_scale.to(dtype) * ((codes.to(dtype) + 1) / spec.scale_steps)
+    return row_scale.to(dtype) * (parts.to(dtype) / spec.scale_parts)
 
 
-def nearest_scale_codes(scale: Tensor, row_scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the code of the nearest scale in two levels, as whole float64 numbers."""
-    steps = scale.double() / row_scale.double() * spec.scale_steps
-    return steps.round_().clamp_(1, spec.scale_steps) - 1
+def nearest_parts(scale: Tensor, row_scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return how many parts of its row's scale are nearest to a group's scale: whole float64 numbers, never zero."""
+    ratio = scale.double() / row_scale.double() * spec.scale_parts
+    parts = (ratio.abs() if spec.symmetric else ratio).round_().clamp_(1, spec.scale_parts)
+    return torch.where(ratio < 0, -parts, parts) if spec.symmetric else parts
 
 
 def are_sound(scale: Tensor) -> bool:
@@ -190,7 +190,8 @@ def _check_two_levels(params: QuantParams, spec: QuantSpec, rows: int) -> None:
 
 def _check_group_scales(scale: Tensor, row_scale: Tensor, spec: QuantSpec) -> None:
     if not torch.equal(stored_scale(scale, spec, row_scale), scale):
+        signs = "of either sign" if spec.symmetric else "and positive"
         raise NumericsError(
-            f"a scale is not its row's scale times 1/{spec.scale_steps}, 2/{spec.scale_steps} ... or 1; "
-            "change scales with params.with_scale(scale, spec)"
+            f"a scale is not a whole number of {spec.scale_parts}ths of its row's scale, from 1 to {spec.scale_parts} "
+            f"{signs}; change scales with params.with_scale(scale, spec)"
         )

@@ -160,8 +160,8 @@ def _with_row_scale(chosen: QuantParams, spec: QuantSpec, shape: tuple[int, int]
     if isinstance(chosen.scale, Tensor) and chosen.scale.dtype == wide:
         one_level = attrs.evolve(one_level, scale_dtype=wide)
     params = check_params(chosen, one_level, shape)
-    if (params.scale < 0).any():
-        raise NumericsError(f"a scale is negative; {spec} has positive scales only")
+    if not spec.symmetric and (params.scale < 0).any():
+        raise NumericsError(f"a scale is negative; {spec} has positive scales only, because it is asymmetric")
     return rounded_up_to_two_levels(params, spec)
 
 

@@ -77,19 +77,17 @@ class Choice:
 
         Args:
             shares: each between 0 and 1.
-            mirrored: try negative scales too, if the spec is symmetric and has one level of scales. The code range has
-                one more negative step than positive ones, and a negative scale gives that step to the positive
-                elements.
+            mirrored: try negative scales too, if the spec is symmetric. The code range has one more negative step than
+                positive ones, and a negative scale gives that step to the positive elements.
         """
-        mirrored = mirrored and self.spec.symmetric and self.spec.scale_bits is None
         for narrows_low, narrows_high in _PASSES[self.spec.symmetric]:
             low, high = self.low, self.high
             for share in shares:
                 narrowed = low * share if narrows_low else low, high * share if narrows_high else high
                 self.offer(*narrowed, self._params_for(*narrowed))
-                if mirrored:
-                    mirror = choose_params(-narrowed[1], -narrowed[0], self.spec)
-                    self.offer(*narrowed, QuantParams(-mirror.scale))
+                if mirrored and self.spec.symmetric:
+                    mirror = self._params_for(-narrowed[1], -narrowed[0])
+                    self.offer(*narrowed, QuantParams(-mirror.scale, None, mirror.row_scale))
 
     def _params_for(self, low: Tensor, high: Tensor) -> QuantParams:
         row_scale = self.params.row_scale

@@ -98,8 +98,9 @@ class QuantSpec:
         symmetric: True for no zero point: code 0 decodes to zero.
         scale_dtype: dtype of the stored scales; None means the dtype of the weight.
         scale_bits: None stores one scale of ``scale_dtype`` for each group. 2 to 8 stores two levels of scales: one
-            scale of ``scale_dtype`` for each row, and a code of ``scale_bits`` for each group. A group's scale is
-            ``row_scale * (code + 1) / 2**scale_bits``, always positive. For granularity ``"group"`` only.
+            scale of ``scale_dtype`` for each row, and a code of ``scale_bits`` for each group, which says how many
+            parts of the row's scale the group's scale is. A row's scale has ``2**scale_bits`` parts. If the spec is
+            symmetric, one bit is the sign, and there are half as many parts. For granularity ``"group"`` only.
         levels: the numbers that codes decode to, in units of the scale, lowest code first: ``2**bits`` rising numbers,
             rounded to float32, one of them 0. None means that codes decode to integers.
         activations: how the layer rounds its inputs to int8: ``"dynamic"``, with one scale for each row of an input;
@@ -142,9 +143,10 @@ class QuantSpec:
         return (1 << (self.bits - 1)) - 1
 
     @property
-    def scale_steps(self) -> int:
-        """How many scales a group can have in a row of one scale: ``2**scale_bits``; 1 for one level of scales."""
-        return 1 << (self.scale_bits or 0)
+    def scale_parts(self) -> int:
+        """The number of equal parts of a row's scale, one to all of which are a group's scale; see `scale_bits`."""
+        bits = self.scale_bits or 0
+        return 1 << (bits - 1 if bits and self.symmetric else bits)
 
     def width(self, columns: int) -> int:
         """Return how many neighbouring elements of a row of `columns` share a scale (at least one)."""

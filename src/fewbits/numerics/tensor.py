@@ -15,7 +15,7 @@ from fewbits.numerics.affine import decode
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.packing import pack, packed_words, unpack
-from fewbits.numerics.params import QuantParams, check_params, group_scales, nearest_scale_codes
+from fewbits.numerics.params import QuantParams, check_params, group_scales, nearest_parts
 from fewbits.numerics.plain import plain
 from fewbits.numerics.spec import QuantSpec
 
@@ -281,7 +281,9 @@ def pack_params(params: QuantParams, spec: QuantSpec) -> dict[str, Any]:
     """Return scale, scale_codes and zero_point as `QuantizedTensor` has them."""
     scale, codes = params.scale, None
     if params.row_scale is not None and spec.scale_bits is not None:
-        codes = _pack_down(nearest_scale_codes(scale, params.row_scale, spec), spec.scale_bits)
+        parts = nearest_parts(scale, params.row_scale, spec)
+        # There is no scale of zero parts, so the codes of positive parts move down by one.
+        codes = _pack_down(torch.where(parts > 0, parts - 1, parts) + _negative_parts(spec), spec.scale_bits)
         scale = params.row_scale
     zero_point = None if params.zero_point is None else _pack_down(params.zero_point - spec.code_min, spec.bits)
     return {"scale": scale, "scale_codes": codes, "zero_point": zero_point}
@@ -292,11 +294,16 @@ def unpack_params(scale: Tensor, scale_codes: Tensor | None, zero_point: Tensor 
     row_scale = None
     if scale_codes is not None and spec.scale_bits is not None:
         row_scale = scale
-        scale = group_scales(row_scale, _unpack_down(scale_codes, spec.scale_bits, len(row_scale)), spec)
+        parts = _unpack_down(scale_codes, spec.scale_bits, len(row_scale)).to(torch.int16) - _negative_parts(spec)
+        scale = group_scales(row_scale, parts + (parts >= 0), spec)
     if zero_point is not None:
         codes = _unpack_down(zero_point, spec.bits, scale.shape[0]).to(torch.int32)
         zero_point = (codes + spec.code_min).reshape(scale.shape)
     return QuantParams(scale, zero_point, row_scale)
+
+
+def _negative_parts(spec: QuantSpec) -> int:
+    return spec.scale_parts if spec.symmetric else 0
 
 
 def _pack_down(codes: Tensor, bits: int) -> Tensor:

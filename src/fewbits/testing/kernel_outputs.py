@@ -95,7 +95,7 @@ class KernelSetup(Setup[Kernel[Any]]):
     def weight_of_codes(self, spec: QuantSpec, outputs: int, inputs: int) -> PackedInt32:
         """Make a weight with rows of the least code, rows of the largest code, and rows of random codes.
 
-        The scales are powers of two of both signs; with two levels of scales, those of the rows are positive.
+        The scales are powers of two of both signs. With two levels of scales, those of the rows are powers of two.
         """
         draws, shape = generator(2), spec.scale_shape(outputs, inputs)
         scale = 2.0 ** torch.randint(-7, 3, shape, generator=draws) * (1 - 2 * torch.randint(2, shape, generator=draws))
@@ -107,7 +107,8 @@ class KernelSetup(Setup[Kernel[Any]]):
         row_scale = None
         if spec.scale_bits is not None:
             row_scale = scale[:, :1].abs().to(self.device)
-            scale = group_scales(row_scale, torch.randint(spec.scale_steps, shape, generator=draws), spec)
+            parts = torch.randint(1, spec.scale_parts + 1, shape, generator=draws)
+            scale = group_scales(row_scale, parts.to(self.device) * (scale.sign() if spec.symmetric else 1), spec)
         params = QuantParams(scale.to(self.device), zero_point, row_scale)
         value = QuantizedTensor.from_codes(
             codes.to(self.device), params, spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype

@@ -2,7 +2,7 @@
 
 import torch
 
-from fewbits.extend import QuantParams, Rounding, decode, encode
+from fewbits.extend import Rounding, decode, encode
 
 
 class ShrinkRows(Rounding):
@@ -19,7 +19,7 @@ class ShrinkRows(Rounding):
             return params, codes
         least = self.error(weight, decode(codes, params, spec, weight.dtype), inputs)
         for factor in (0.95, 0.9, 0.85, 0.8, 0.7, 0.6):
-            tried = QuantParams(params.scale * factor, params.zero_point)
+            tried = params.with_scale(params.scale * factor, spec)
             found = encode(weight, tried, spec)
             error = self.error(weight, decode(found, tried, spec, weight.dtype), inputs)
             better = (error < least).unsqueeze(1)
