@@ -84,7 +84,7 @@ def kl(model, reference, data):
 
 
 @FEWER_EXAMPLES
-@given(st.sampled_from(SPECS), st.integers(0, 100), st.floats(1e-4, 0.5), st.integers(1, 3))
+@given(st.sampled_from(SPECS), st.integers(0, 100), st.floats(1e-4, 0.5), st.integers(1, 2))
 def test_the_result_is_never_worse_on_held_out_data(spec, seed, learning_rate, epochs):
     model = Net(seed).eval()
     result, held_out = quantized(model, spec), batches(seed + 1, 2)
@@ -111,11 +111,11 @@ def test_codes_stay_and_scales_keep_their_dtype_and_stay_sound(spec, seed):
         assert new.spec == (old.spec if torch.equal(old.scale, new.scale) else attrs.evolve(old.spec, rounding="free"))
 
 
-@pytest.mark.parametrize("spec", SPECS[:4], ids=str)
+@pytest.mark.parametrize("spec", SPECS[:3], ids=str)
 def test_wrong_scales_are_found_from_data(spec):
     model = Net().eval()
     result = damaged(quantized(model, spec))
-    tuned = fewbits.tune(result, model, batches(count=16), epochs=8, learning_rate=0.05)
+    tuned = fewbits.tune(result, model, batches(), epochs=6, learning_rate=0.1)
     assert tuned.after < 0.5 * tuned.before
 
 
@@ -123,7 +123,7 @@ def test_each_scale_of_a_row_gets_a_factor_of_its_own():
     model = Net().eval()
     result = quantized(model)
     before = {name: stored.value().scale for name, stored in packed(result).items()}
-    fewbits.tune(result, model, batches(count=16), epochs=4)
+    fewbits.tune(result, model, batches(), epochs=4)
     factors = packed(result)["up.weight_stored"].value().scale / before["up.weight_stored"]
     assert float((factors[:, 0] / factors[:, 1]).log().abs().max()) > 1e-4
 
@@ -386,6 +386,25 @@ def test_rounded_inputs_are_part_of_the_loss(make, activations):
         expected = float(loss_of("mse", result(data[0]), model(data[0]), data[0]))
     tuned = fewbits.tune(result, model, data[1:], held_out=data[:1])
     assert tuned.before == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_compiled_model_is_tuned_and_then_compiled_again():
+    model = Net().eval()
+    result = quantized(model)
+    compiled = torch.compile(result, backend="eager")
+    x = batches()[0]
+    before = compiled(x)["logits"]
+    assert fewbits.tune(compiled, model, batches(), epochs=2).changed
+    assert not torch.equal(compiled(x)["logits"], before)
+    torch.testing.assert_close(compiled(x)["logits"], result(x)["logits"])
+
+
+def test_parameters_that_were_added_to_a_result_may_be_tuned_too():
+    model = Net().eval()
+    result = quantize_small(model, "int4", group_size=8)
+    result.model.norm = nn.Sequential(result.model.norm, nn.LayerNorm(24))
+    fewbits.tune(result.model, model, batches(), what=["norms"], epochs=2)
+    assert not any(row.tuned for row in result.quantizer.ledger)
 
 
 def test_a_tied_weight_stays_tied():
