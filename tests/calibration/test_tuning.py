@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import attrs
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fewbits
+from fewbits.calibration.factors import standing_in
 from fewbits.calibration.losses import default_loss, loss_of
+from fewbits.calibration.recomputing import checkpointed
 from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError
 from fewbits.extend import Tuning
 from fewbits.nn.packed import PackedWeight
@@ -422,8 +425,6 @@ def test_a_tied_weight_stays_tied():
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_gradient_of_a_factor_is_that_of_the_decoded_weight(spec):
-    from fewbits.calibration.factors import standing_in
-
     torch.manual_seed(0)
     layer = quantized(nn.Linear(20, 6), attrs.evolve(spec, scale_dtype=torch.float64))
     x = torch.randn(3, 20)
@@ -440,6 +441,32 @@ def test_the_gradient_of_a_factor_is_that_of_the_decoded_weight(spec):
                     losses.append(float(layer(x).double().square().sum()))
                     factors[at] = 0
                 assert float(grad[at]) == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=1e-2, abs=1e-2)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(x))
+
+
+def test_blocks_are_computed_again_and_give_the_same_gradients():
+    torch.manual_seed(0)
+    model, calls = quantized(nn.Sequential(Residual(), Residual(), Residual())), []
+    model[1].register_forward_hook(lambda *_: calls.append("block"))
+    model[1].layer.register_forward_hook(lambda *_: calls.append("layer"))
+    x, grads = rows(0), []
+    for again in (False, True):
+        with standing_in(model, tuned=True) as weights, ExitStack() as stack:
+            if again:
+                stack.enter_context(checkpointed(model, lambda: model(x)))
+                calls.clear()
+            model(x).square().sum().backward()
+            grads.append([weight.by_row.grad for weight in weights])
+    assert calls == ["layer", "block", "layer"]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 # Losses.
