@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import attrs
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fewbits
+from fewbits.calibration.factors import standing_in
 from fewbits.calibration.losses import default_loss, loss_of
+from fewbits.calibration.recomputing import checkpointed
 from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError
 from fewbits.extend import Tuning
 from fewbits.nn.packed import PackedWeight
@@ -87,7 +90,7 @@ def kl(model, reference, data):
 
 
 @FEWER_EXAMPLES
-@given(st.sampled_from(SPECS), st.integers(0, 100), st.floats(1e-4, 0.5), st.integers(1, 3))
+@given(st.sampled_from(SPECS), st.integers(0, 100), st.floats(1e-4, 0.5), st.integers(1, 2))
 def test_the_result_is_never_worse_on_held_out_data(spec, seed, learning_rate, epochs):
     model = Net(seed).eval()
     result, held_out = quantized(model, spec), batches(seed + 1, 2)
@@ -114,11 +117,11 @@ def test_codes_stay_and_scales_keep_their_dtype_and_stay_sound(spec, seed):
         assert new.spec == (old.spec if torch.equal(old.scale, new.scale) else attrs.evolve(old.spec, rounding="free"))
 
 
-@pytest.mark.parametrize("spec", SPECS[:4], ids=str)
+@pytest.mark.parametrize("spec", SPECS[:3], ids=str)
 def test_wrong_scales_are_found_from_data(spec):
     model = Net().eval()
     result = damaged(quantized(model, spec))
-    tuned = fewbits.tune(result, model, batches(count=16), epochs=8, learning_rate=0.05)
+    tuned = fewbits.tune(result, model, batches(), epochs=6, learning_rate=0.1)
     assert tuned.after < 0.5 * tuned.before
 
 
@@ -126,7 +129,7 @@ def test_each_scale_of_a_row_gets_a_factor_of_its_own():
     model = Net().eval()
     result = quantized(model)
     before = {name: stored.value().scale for name, stored in packed(result).items()}
-    fewbits.tune(result, model, batches(count=16), epochs=4)
+    fewbits.tune(result, model, batches(), epochs=4)
     factors = packed(result)["up.weight_stored"].value().scale / before["up.weight_stored"]
     assert float((factors[:, 0] / factors[:, 1]).log().abs().max()) > 1e-4
 
@@ -391,6 +394,25 @@ def test_rounded_inputs_are_part_of_the_loss(make, activations):
     assert tuned.before == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_compiled_model_is_tuned_and_then_compiled_again():
+    model = Net().eval()
+    result = quantized(model)
+    compiled = torch.compile(result, backend="eager")
+    x = batches()[0]
+    before = compiled(x)["logits"]
+    assert fewbits.tune(compiled, model, batches(), epochs=2).changed
+    assert not torch.equal(compiled(x)["logits"], before)
+    torch.testing.assert_close(compiled(x)["logits"], result(x)["logits"])
+
+
+def test_parameters_that_were_added_to_a_result_may_be_tuned_too():
+    model = Net().eval()
+    result = quantize_small(model, "int4", group_size=8)
+    result.model.norm = nn.Sequential(result.model.norm, nn.LayerNorm(24))
+    fewbits.tune(result.model, model, batches(), what=["norms"], epochs=2)
+    assert not any(row.tuned for row in result.quantizer.ledger)
+
+
 def test_a_tied_weight_stays_tied():
     torch.manual_seed(0)
     model = Tied().eval()
@@ -406,8 +428,6 @@ def test_a_tied_weight_stays_tied():
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.scale_bits is None], ids=str)  # others round scales
 def test_the_gradient_of_a_factor_is_that_of_the_decoded_weight(spec):
-    from fewbits.calibration.factors import standing_in
-
     torch.manual_seed(0)
     layer = quantized(nn.Linear(20, 6), attrs.evolve(spec, scale_dtype=torch.float64))
     x = torch.randn(3, 20)
@@ -424,6 +444,32 @@ def test_the_gradient_of_a_factor_is_that_of_the_decoded_weight(spec):
                     losses.append(float(layer(x).double().square().sum()))
                     factors[at] = 0
                 assert float(grad[at]) == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=1e-2, abs=1e-2)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(x))
+
+
+def test_blocks_are_computed_again_and_give_the_same_gradients():
+    torch.manual_seed(0)
+    model, calls = quantized(nn.Sequential(Residual(), Residual(), Residual())), []
+    model[1].register_forward_hook(lambda *_: calls.append("block"))
+    model[1].layer.register_forward_hook(lambda *_: calls.append("layer"))
+    x, grads = rows(0), []
+    for again in (False, True):
+        with standing_in(model, tuned=True) as weights, ExitStack() as stack:
+            if again:
+                stack.enter_context(checkpointed(model, lambda: model(x)))
+                calls.clear()
+            model(x).square().sum().backward()
+            grads.append([weight.by_row.grad for weight in weights])
+    assert calls == ["layer", "block", "layer"]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 # Losses.

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from fewbits import QuantSpec
 from fewbits.errors import NumericsError, RangeError
 from fewbits.extend import QuantParams
-from fewbits.numerics.affine import bound_and_clipped, choose_params, decode, encode, extremes
+from fewbits.numerics.affine import (
+    bound_and_clipped,
+    choose_params,
+    decode,
+    encode,
+    extremes,
+    is_finite_throughout,
+    rescaled,
+)
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.params import check_params
 from support.strategies import FLOATS, fractions, numbers, per_element, problems, rounded, specs, ulp
@@ -246,3 +254,23 @@ def test_a_symmetric_spec_has_no_zero_point():
     spec = QuantSpec(bits=4, granularity="group", group_size=4, scale_dtype=torch.float32)
     with pytest.raises(NumericsError, match="symmetric specs must have none"):
         check_params(QuantParams(GOOD_SCALE, GOOD_ZERO), spec, (3, 5))
+
+
+@given(st.sampled_from(FLOATS), st.floats(-100, 100), st.sampled_from([-1.0, 1.0]), st.floats(1e-6, 6e4))
+def test_a_rescaled_scale_keeps_dtype_and_sign_and_no_code_overflows(dtype, log_factor, sign, magnitude):
+    spec = QuantSpec(bits=4, granularity="channel", scale_dtype=dtype)
+    before = QuantParams(torch.tensor([[sign * magnitude]], dtype=torch.float64).to(dtype))
+    after = rescaled(before, torch.full((1, 1), log_factor, dtype=torch.float64), spec)
+    assert after.scale.dtype == dtype
+    assert (float(after.scale) > 0) == (sign > 0)
+    assert abs(float(after.scale)) >= torch.finfo(dtype).tiny
+    assert bool(is_finite_throughout(after, spec)) or torch.equal(after.scale, before.scale)
+    asked = float(before.scale.double()) * math.exp(log_factor)
+    if torch.finfo(dtype).tiny <= abs(asked) <= torch.finfo(dtype).max / 8:
+        assert float(after.scale) == pytest.approx(asked, rel=torch.finfo(dtype).eps)
+
+
+def test_a_factor_of_one_keeps_even_a_subnormal_scale():
+    spec = QuantSpec(bits=4, granularity="channel", scale_dtype=torch.float16)
+    before = QuantParams(torch.tensor([[1e-7]], dtype=torch.float16))
+    assert torch.equal(rescaled(before, torch.zeros(1, 1), spec).scale, before.scale)

@@ -49,3 +49,10 @@ def test_rows_of_any_magnitude_are_told_apart(magnitude):
     codes = torch.tensor([[1, -2], [-5, -5]])
     lost = QuantizedTensor.from_codes(codes, QuantParams(scale), spec=spec, layout=layout, dtype=torch.float64)
     assert measure(x, lost).constant_rows == 1
+
+
+def test_rows_within_a_step_are_not_lost_where_codes_are_free():
+    x = torch.tensor([[100.0, -100.0], [0.3, -0.8], [0.3, -1.2]])
+    codes = [[100, -100], [0, 0], [0, 0]]
+    assert measure(x, stored(codes, [1.0], granularity="tensor")).constant_rows == 2
+    assert measure(x, stored(codes, [1.0], granularity="tensor", rounding="free")).constant_rows == 1

@@ -123,7 +123,6 @@ class Tuned:
         return self.tensors > 0
 
 
-@torch.no_grad()
 def tune(
     quantized: nn.Module,
     reference: nn.Module,
@@ -169,6 +168,7 @@ def tune(
     trained, measured = _divided(taken(data, samples), None if held_out is None else taken(held_out, samples))
     scales = "scales" in settings.what
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiler cannot trace the stand-ins
         for model in (reference, quantized):
             stack.enter_context(evaluating(model))
             stack.enter_context(without_shortcuts(model))

@@ -196,9 +196,9 @@ class Ledger:
         """Return a ledger in which these tensors are tuned. The codes of a tuned weight count as free.
 
         Args:
-            names: names of stored tensors, or of their aliases.
+            names: names of stored tensors, or of their aliases; other names have no effect.
         """
-        holders = {self[name].holder for name in names}
+        holders = {self[name].holder for name in names if name in self}
         return Ledger(row.as_tuned() if row.name in holders and not row.tuned else row for row in self.rows)
 
     def names_by_holder(self) -> dict[str, list[str]]:
