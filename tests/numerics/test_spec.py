@@ -72,7 +72,7 @@ def test_a_spec_is_a_value(spec):
         ({"activations": "dynamic"}, "int8 activations need integer codes and granularity 'channel' or 'tensor'"),
         ({"rounding": "up"}, "rounding"),
         ({"rounding": None}, "rounding"),
-        ({"levels": [0.0]}, "levels of 4 bits must be 16"),
+        ({"levels": [0.0]}, "levels of 4 bits must be 9 to 16"),
     ],
 )
 def test_a_spec_refuses_a_bad_field_and_names_it(fields, message):

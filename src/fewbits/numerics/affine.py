@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import RangeError
-from fewbits.numerics.dtypes import compute_dtype, dtype_name
+from fewbits.numerics.dtypes import POWERS_OF_TWO, compute_dtype, dtype_name
 from fewbits.numerics.grid import (
     broadcast,
     code_range,
@@ -22,6 +22,7 @@ from fewbits.numerics.grid import (
     grouped,
     half_gap,
     in_steps,
+    level_table,
     nearest_level,
     nearest_step,
     shifted_ends,
@@ -30,7 +31,7 @@ from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
-_SAME_WIDTH_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAME_WIDTH_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: Each step enlarges the scale by a sixteenth. After at most this many steps the code of a magnitude rounds down.
 _OVERFLOW_STEPS, _OVERFLOW_FACTOR = 16, 17 / 16
@@ -58,6 +59,10 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     - the next larger number, if the rounded scale would clip `low` or `high`;
     - a larger scale, if `low` or `high` would decode to infinity.
 
+    Thus a power of two is the smallest one with which nothing lies more than half a step beyond the last code. The rule
+    of the OCP Microscaling formats, ``2**floor(log2(largest) - log2(last))`` with the last power of two among the
+    levels, may clip by more: a largest magnitude of almost 8 steps decodes to 6 in MXFP4.
+
     Args:
         low: the lower ends, at most zero; any shape.
         high: the upper ends, at least zero; the shape of `low`.
@@ -72,9 +77,9 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     low, high = low.double(), high.double()
     exact = _exact_scale(low, high, spec)
     scale = _stored(exact, spec)
-    # Without zero points and levels, the largest magnitude is at most 127 steps. Rounding a scale to any of its dtypes
-    # moves 127 steps by less than half a step, so nothing clips.
-    if not spec.symmetric or spec.levels is not None:
+    # Without zero points and levels, the largest magnitude is at most 127 steps. Rounding a scale to a dtype with a
+    # mantissa moves 127 steps by less than half a step, so nothing clips.
+    if not spec.symmetric or spec.levels is not None or scale.dtype == POWERS_OF_TWO:
         scale = torch.where(_clips(low, high, scale, spec), _next_up(scale), scale)
     if not _far_from_overflow(scale, spec):
         scale = _without_overflow(low, high, scale, spec)
@@ -127,8 +132,11 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
     # torch.compile and torch.export trace this function, so it uses no in-place operation.
     scale, zero_point = params.scale, params.zero_point
     if spec.levels is not None:
-        levels = torch.tensor(spec.levels, dtype=dtype, device=codes.device)
-        steps = levels.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
+        steps = (
+            level_table(spec, dtype, codes.device)
+            .index_select(0, codes.reshape(-1).to(torch.int32))
+            .reshape(codes.shape)
+        )
         values = grouped(steps, spec) * broadcast(scale.to(dtype))
     else:
         offset = -spec.code_min if zero_point is None else broadcast(zero_point) - spec.code_min
@@ -197,19 +205,20 @@ def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
     """Tell whether all codes decode to finite numbers for any zero point."""
     first, last = ends(spec)
-    return float(scale.max()) * (last - first) <= torch.finfo(compute_dtype(scale.dtype)).max
+    return float(scale.double().max()) * (last - first) <= torch.finfo(compute_dtype(scale.dtype)).max
 
 
 def _without_overflow(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Enlarge each scale with which `low` or `high` would decode to infinity; the scale itself may become Inf."""
     limit = torch.finfo(compute_dtype(scale.dtype)).max
+    factor = 2.0 if scale.dtype == POWERS_OF_TWO else _OVERFLOW_FACTOR
     for _ in range(_OVERFLOW_STEPS):
         zero_point, step = _zero_point(low, scale, spec), scale.double()
         first, last = (nearest_step(end / step, zero_point, spec) for end in (low, high))
         overflows = torch.isfinite(step) & (torch.maximum(last, -first) * step > limit)
         if not overflows.any():
             break
-        scale = torch.where(overflows, _stored(step * _OVERFLOW_FACTOR, spec), scale)
+        scale = torch.where(overflows, _stored(step * factor, spec), scale)
     return scale
 
 
@@ -266,7 +275,8 @@ def refit(scale: Tensor, products: Tensor, squares: Tensor, spec: QuantSpec) -> 
         spec: the spec of the codes, with `scale_dtype` set.
     """
     factor = torch.where(squares > 0, products / squares, 1.0)
-    return _stored(scale.double().abs() * factor, spec).copysign(scale)
+    fitted = _stored(scale.double().abs() * factor, spec)
+    return fitted if scale.dtype == POWERS_OF_TWO else fitted.copysign(scale)  # powers of two have no sign
 
 
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import NumericsError
-from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.spec import QuantSpec
 
 
@@ -54,11 +54,16 @@ class QuantParams:
         return cls(torch.cat([part.scale for part in parts]), torch.cat(zero_points) if zero_points else None)
 
 
+def magnitudes(scale: Tensor) -> Tensor:
+    """Return the magnitudes of scales, in a dtype that torch computes with."""
+    return scale.abs() if scale.dtype in FLOAT_DTYPES else scale.float()
+
+
 def are_sound(scale: Tensor) -> bool:
     """Tell whether all scales are finite and not zero."""
     if not scale.numel():
         return True
-    least, largest = torch.aminmax(scale.abs())  # both are NaN if one scale is NaN
+    least, largest = torch.aminmax(magnitudes(scale))  # both are NaN if one scale is NaN
     return float(least) > 0 and float(largest) < math.inf
 
 
