@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
-from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.grid import grouped
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.quantize import check_finite
@@ -59,7 +58,7 @@ def _counts(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Count the elements of a weight, each divided by the largest magnitude of its group, at `_STEPS` + 1 steps."""
     counts = torch.zeros(_STEPS + 1, dtype=torch.int64)
     for _, _, rows in WeightMatrix(weight, Layout.of(weight.shape)).blocks():
-        groups = grouped(rows.to(compute_dtype(rows.dtype)), spec)
+        groups = grouped(rows.double(), spec)
         largest = groups.abs().amax(-1, keepdim=True)
         steps = ((groups / largest.clamp(min=torch.finfo(groups.dtype).tiny) + 1) * (_STEPS / 2)).round()
         counts += torch.bincount(steps.flatten().to(torch.int64), minlength=_STEPS + 1).cpu()

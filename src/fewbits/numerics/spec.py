@@ -13,11 +13,14 @@ import torch
 
 from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import FLOAT_DTYPES, POWERS_OF_TWO, SCALE_DTYPES, dtype_from_name, dtype_name, for_json
-from fewbits.numerics.levels import E2M1, E4M3, NF4
+from fewbits.numerics.levels import E2M1, E4M3, E5M2, NF4
 
 Granularity = Literal["tensor", "channel", "group"]
 Activations = Literal["dynamic", "static"]
 Rounding = Literal["nearest", "free"]
+
+#: What specs with known levels are called.
+_NAMES = {NF4: "nf4", E2M1: "e2m1", E4M3: "e4m3", E5M2: "e5m2"}
 
 #: Smaller numbers are subnormal and lose digits: half of one may be zero.
 _TINY = torch.finfo(torch.float32).tiny
@@ -160,7 +163,7 @@ class QuantSpec:
         return {"kind": "affine", **for_json(self)}
 
     def __str__(self) -> str:
-        codes = f"int{self.bits}" if self.levels is None else f"{len(self.levels)} levels"
+        codes = f"int{self.bits}" if self.levels is None else _NAMES.get(self.levels, f"{len(self.levels)} levels")
         group = f" {self.group_size}" if self.granularity == "group" else ""
         inputs = "" if self.activations is None else f", {self.activations} int8 inputs"
         rounding = "" if self.rounding == "nearest" else ", rounded freely"

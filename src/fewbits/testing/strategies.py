@@ -14,7 +14,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbits.numerics.dtypes import SCALE_DTYPES
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec
 
@@ -59,9 +58,7 @@ def _rising(draw: st.DrawFn, count: int) -> list[float]:
 
 
 @st.composite
-def specs(
-    draw: st.DrawFn, /, scale_dtypes: Sequence[torch.dtype | None] = (None, *SCALE_DTYPES), **fixed: Any
-) -> QuantSpec:
+def specs(draw: st.DrawFn, /, scale_dtypes: Sequence[torch.dtype | None] = (None, *FLOATS), **fixed: Any) -> QuantSpec:
     """Draw a spec of any width, granularity, symmetry, levels and scale dtype.
 
     Args:
