@@ -20,12 +20,12 @@ def decode(row, stored):
     axes = [layout["view"][axis] for axis in layout["permutation"]]
     columns = torch.Size(axes[layout["row_axes"] :]).numel()
     width = spec["group_size"] or columns
-    steps = torch.tensor(levels or range(-half, half), dtype=torch.promote_types(scale.dtype, torch.float32))
+    steps = torch.tensor(levels or range(-half, half), dtype=[torch.float32, torch.float64][scale.itemsize == 8])
     values = steps[unpack(stored(f"{name}_packed"), spec["bits"], columns)]
     if not spec["symmetric"]:
         words = stored(f"{name}_zero_point").reshape(-1, scale[0].numel())
         values -= (unpack(words.T, spec["bits"], len(scale)).T - half).repeat_interleave(width, 1)[:, :columns]
-    values *= scale.reshape(len(scale), -1).repeat_interleave(width, 1)[:, :columns]
+    values *= scale.to(steps.dtype).reshape(len(scale), -1).repeat_interleave(width, 1)[:, :columns]
     order = sorted(range(len(axes)), key=layout["permutation"].__getitem__)
     return values.reshape(axes).permute(order).reshape(row["shape"]).to(getattr(torch, row["dtype"]))
 

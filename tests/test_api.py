@@ -121,7 +121,7 @@ def test_an_unknown_scheme_is_refused_with_the_nearest(scheme, near):
     hint = f" (did you mean {near!r}?)" if near else ""
     with pytest.raises(ArgumentError) as caught:
         fewbits.quantize(mlp(), scheme)
-    assert f"no scheme {scheme!r}{hint}; there are 'int8-tensor', 'int8', 'int4', 'fp16'" in str(caught.value)
+    assert f"no scheme {scheme!r}{hint}; there are 'int8-tensor', 'int8', 'int2', 'int3'" in str(caught.value)
 
 
 @pytest.mark.parametrize("junk", [8, Int8PerChannel, ("int8",), ["int8"], {"scheme": "int8"}], ids=repr)
@@ -131,12 +131,12 @@ def test_a_scheme_of_another_type_is_refused(junk):
 
 
 def test_without_a_scheme_or_a_config_the_schemes_are_listed():
-    with pytest.raises(ArgumentError, match=r"give a scheme or a config; .* 'int8-tensor', 'int8', 'int4', 'fp16'"):
+    with pytest.raises(ArgumentError, match=r"give a scheme or a config; .* 'int8-tensor', 'int8', 'int2', 'int3'"):
         fewbits.quantize(mlp())
 
 
 def test_a_setting_of_other_schemes_is_refused_with_their_names():
-    with pytest.raises(ArgumentError, match="'int8' does not take group_size, a setting of 'int4'"):
+    with pytest.raises(ArgumentError, match="'int8' does not take group_size, a setting of 'int2'"):
         fewbits.quantize(mlp(), "int8", group_size=64)
 
 

@@ -40,6 +40,7 @@ ROOMS = [
     "validation",
     "conversion",
     "quantizers",
+    "schemes",
     "config",
     "api",
     "fleet",

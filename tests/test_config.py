@@ -16,8 +16,9 @@ import fewbits
 from fewbits import CastSpec, LayerSelector, MinMaxObserver, QuantSpec
 from fewbits.config.config import SETTINGS, VERSION, QuantizationConfig
 from fewbits.errors import ArgumentError, SelectionError
+from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_name
 from fewbits.observers import OBSERVERS
-from fewbits.quantizers.schemes import SCHEMES
+from fewbits.schemes import SCHEMES
 from support.lifecycle_helpers import FEWER_EXAMPLES
 
 # Settings as in a file: only strings, numbers, booleans, lists and tables.
@@ -26,7 +27,7 @@ NAMES = st.text("ab_0*?", min_size=1, max_size=3)
 PATTERNS = st.lists(NAMES, min_size=1, max_size=3).map(".".join) | st.sampled_from(["re:.*", "re:[a=]+", 're:a"\\d'])
 PATTERN_LISTS = st.lists(PATTERNS, max_size=3)
 TYPES = st.lists(st.sampled_from(["Embedding", "Linear", "LayerNorm"]), max_size=2)
-DTYPES = st.sampled_from(["float64", "float32", "float16", "bfloat16"])
+DTYPES = st.sampled_from([dtype_name(dtype) for dtype in SCALE_DTYPES])
 RECIPES = st.sampled_from([*OBSERVERS, *({"name": name} for name in OBSERVERS)]) | st.builds(
     lambda percentile: {"name": "percentile", "percentile": percentile}, st.floats(90, 100)
 )
@@ -58,7 +59,11 @@ ANYWHERE = {
 }
 INT8 = {"activations": st.sampled_from(["dynamic", "static"]), "scale_dtype": DTYPES}
 INT4 = {"group_size": st.integers(1, 512), "symmetric": st.booleans(), "scale_dtype": DTYPES}
-OF_SCHEME = {"int8": INT8, "int8-tensor": INT8, "int4": INT4, "fp16": {}}
+FLOAT = {"scale_dtype": DTYPES}
+NF4 = {"group_size": st.integers(1, 512)} | FLOAT
+OF_SCHEME = {
+    "int8": INT8, "int8-tensor": INT8, "int3": INT4, "int4": INT4, "nf4": NF4, "mxfp4": FLOAT, "fp8": FLOAT, "fp16": {},
+}  # fmt: skip
 
 
 def settings_of(scheme):
@@ -308,7 +313,7 @@ WRONG = [
     ("symmetric", "yes", "symmetric must be None, True or False, not 'yes'"),
     ("activations", "dynamical", "activations must be None, 'dynamic' or 'static', not 'dynamical'"),
     ("activations", True, "activations must be None, 'dynamic' or 'static', not True"),
-    ("scale_dtype", "half", "scale_dtype must be None, 'float64', 'float32', 'float16' or 'bfloat16', not 'half'"),
+    ("scale_dtype", "half", "scale_dtype must be None, 'float64', 'float32', .*, not 'half'"),
     ("scale_dtype", torch.int8, "scale_dtype must be None, 'float64', .* not 'int8'"),
     ("ragged", "short", "ragged must be 'auto', 'shorter', 'fallback' or 'error', not 'short'"),
     ("ragged", None, "ragged must be 'auto', 'shorter', 'fallback' or 'error', not None"),
@@ -371,7 +376,7 @@ def test_a_wrong_value_is_refused_with_the_allowed_values(setting, value, messag
 MALFORMED = [
     ("exclude", ["re:("], r"'re:\(' is not a valid regular expression"),
     ("include", ["a..b"], "'a..b' has an empty component"),
-    ("overrides", {"a": "int5"}, "there is no scheme 'int5'"),
+    ("overrides", {"a": "int9"}, "there is no scheme 'int9'"),
     ("overrides", {"a": 5}, r"overrides\['a'\]"),
     ("overrides", {"a": {"scheme": "int4", "group": 5}}, r"overrides\['a'\]: there is no field 'group'"),
     ("overrides", {"a": {"scheme": "int4", "group_size": 0}}, r"overrides\['a'\]: .*group_size.* not 0"),
@@ -390,12 +395,16 @@ def test_a_malformed_rule_is_refused_when_the_config_is_made(setting, value, mes
 @pytest.mark.parametrize(
     ("scheme", "setting", "message"),
     [
-        ("int8", {"group_size": 64}, "'int8' does not take group_size, a setting of 'int4'"),
-        ("fp16", {"symmetric": True}, "'fp16' does not take symmetric, a setting of 'int4'"),
+        (
+            "int8",
+            {"group_size": 64},
+            "'int8' does not take group_size, a setting of 'int2', 'int3', 'int4', 'int5', 'int6', 'int7', 'nf4'",
+        ),
+        ("fp16", {"symmetric": True}, "'fp16' does not take symmetric, a setting of 'int2', 'int3', 'int4'"),
         (
             "int4",
             {"activations": "static"},
-            "'int4' does not take activations, a setting of 'int8-tensor' and 'int8'",
+            "'int4' does not take activations, a setting of 'int8-tensor', 'int8'",
         ),
         ("fp16", {"scale_dtype": "float16"}, "fp16 has no codes"),
         ("fp16", {"rounding": "gptq"}, "fp16 has no codes"),
@@ -421,7 +430,7 @@ def test_replace_refuses_an_unknown_setting():
         ({"scheme": "int8", "version": "1"}, "version must be 1, not '1'"),
         ({"scheme": "int8", "version": True}, "version must be 1, not True"),
         ({"scheme": "int8", "version": None}, "version must be 1, not None"),
-        ({"version": 1}, "scheme is missing; there are 'int8-tensor', 'int8', 'int4', 'fp16'"),
+        ({"version": 1}, "scheme is missing; there are 'int8-tensor', 'int8', 'int2'"),
         ({}, "scheme is missing"),
         ({"scheme": "int8", "exlude": []}, r"there is no setting 'exlude' \(did you mean 'exclude'\?\); .*overrides"),
         ({"scheme": "int8", 5: 5}, "there is no setting 5; there are scheme, group_size"),

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 import fewbits
+from fewbits.numerics.dtypes import POWERS_OF_TWO
 
 ROOT = Path(__file__).parent.parent
 read = runpy.run_path(str(ROOT / "examples" / "reader.py"))["read"]
@@ -32,6 +33,10 @@ SCHEMES = [
     fewbits.Int8PerChannel(scale_dtype=torch.bfloat16),
     fewbits.Int4Grouped(20, skip_types=()),
     fewbits.Int4Grouped(20, symmetric=False, skip_types=()),
+    fewbits.schemes.IntNGrouped(3, 20, scale_dtype=torch.float16, skip_types=()),
+    fewbits.schemes.NF4Grouped(20, skip_types=()),
+    fewbits.schemes.FP8PerChannel(),
+    *([] if POWERS_OF_TWO is None else [fewbits.schemes.MXFP4Grouped(skip_types=())]),
     fewbits.FP16Cast(),
 ]
 

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
+from fewbits.errors import FormatError
+from fewbits.numerics.levels import E2M1, E4M3
+from fewbits.numerics.packing import pack, unpack
 from fewbits.sources.open import open_source
 from fewbits.validation.verify import verify
 from support.checkpoints import AnyScheme, forged, forged_ledger, forged_tensor, joined, save, sign, split, state
@@ -431,3 +435,27 @@ def test_a_damaged_source_is_a_named_error(scratch, genuine):
     scratch.write_bytes(genuine[:-1])
     with pytest.raises(fewbits.errors.CheckpointError):
         open_source(scratch)
+
+
+class WithoutLevel(AnyScheme):
+    """Gives every hundredth weight a code that has no level."""
+
+    def quantize_tensor(self, weight, spec, observer):
+        value = super().quantize_tensor(weight, spec, observer)
+        codes = unpack(value.packed, spec.bits, weight.layout.columns)
+        codes.view(-1)[::100] = 2**spec.bits - 1
+        return attrs.evolve(value, packed=pack(codes, spec.bits))
+
+
+@pytest.mark.parametrize("levels", [E2M1, E4M3], ids=["e2m1", "e4m3"])
+def test_a_code_without_a_level_is_refused_by_load_and_found_by_verify(tmp_path, levels):
+    tensors = {"a.weight": torch.ones(2, 40), "b.weight": torch.randn(30, 70)}
+    scheme = WithoutLevel(fewbits.QuantSpec((len(levels) - 1).bit_length(), "channel", levels=levels))
+    scheme.prepare(tensors)
+    scheme.convert()
+    scheme.save(tmp_path / "f")
+    with pytest.raises(FormatError, match=r"a code has no level, of a\.weight, b\.weight; quantize again"):
+        fewbits.load(tmp_path / "f")
+    assert int(fewbits.load(tmp_path / "f", check="header")["b.weight"].dequantize().isnan().sum()) == 21
+    report = fewbits.verify(tmp_path / "f")
+    assert report.failures == ["a.weight: a code has no level", "b.weight: a code has no level"]

@@ -193,6 +193,23 @@ def test_override_gives_the_tensors_of_a_pattern_another_scheme(cli):
     assert rows["half.weight"]["spec"]["granularity"] == "tensor"
 
 
+def test_schemes_group_sizes_and_the_dtype_of_scales_are_options(cli):
+    options = ["--scheme", "nf4", "--scale-dtype", "float16", "--override", "layers.1=int3:27", "--min-elements", 1]
+    code, out, _ = cli("quantize", "in", "-o", "out", "--json", *options)
+    assert code == 0
+    specs = {name: row["spec"] for name, row in rows_of(out).items() if row["spec"]}
+    assert (len(specs["layers.0.weight"]["levels"]), specs["layers.0.weight"]["group_size"]) == (16, 64)
+    assert (specs["layers.1.weight"]["bits"], specs["layers.1.weight"]["group_size"]) == (3, 27)
+    assert {spec["scale_dtype"] for spec in specs.values()} == {"float16"}
+    assert cli("verify", "out", "--against", "in")[0] == 0
+
+
+def test_a_scale_dtype_that_does_not_exist_is_refused_with_the_others(cli):
+    code, out, err = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--scale-dtype", "half")
+    assert (code, out) == (2, "")
+    assert "'float16'" in err
+
+
 def test_the_pattern_of_an_override_may_hold_an_equals_sign(cli):
     out = cli("quantize", "in", "-o", "a", "--scheme", "int8", "--override", "re:[ha=lf]+=fp16", "--json")[1]
     assert json.loads(out)["config"]["overrides"] == {"re:[ha=lf]+": "fp16"}
@@ -439,7 +456,7 @@ def own_output(folder):
         pytest.param([*QUANTIZE, "--override", "a="], None, "--override a=: write PATTERN=SCHEME", id="empty rule"),
         pytest.param([*QUANTIZE, "--override", "a=int4:"], None, "lm_head=int4:64", id="override without size"),
         pytest.param([*QUANTIZE, "--override", "a=int4:-1"], None, "lm_head=int4:64", id="override of size -1"),
-        pytest.param([*QUANTIZE, "--override", "a=int5"], None, "there is no scheme 'int5'", id="no such override"),
+        pytest.param([*QUANTIZE, "--override", "a=int9"], None, "there is no scheme 'int9'", id="no such override"),
         pytest.param([*QUANTIZE, "--override", "lay=int4"], None, "did you mean 'layers'", id="override of nothing"),
         pytest.param([*QUANTIZE, "--min-elements", "-1"], None, "min_elements must be", id="negative min elements"),
         pytest.param([*QUANTIZE, "--ragged", "short"], None, "'short' is not one of", id="no such ragged"),

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import fewbits
 from case import Case, Item
+from fewbits.numerics.dtypes import POWERS_OF_TWO
+from fewbits.numerics.levels import E2M1
 from targets import Net
 
 
@@ -59,6 +61,7 @@ def _ours() -> Iterator[tuple[str, Case]]:
         "int4-groups-asymmetric": fewbits.QuantSpec(4, "group", group_size=16, symmetric=False),
         "int5-tensor-asymmetric": fewbits.QuantSpec(5, "tensor", symmetric=False, scale_dtype=torch.bfloat16),
         "levels": fewbits.QuantSpec(3, "group", group_size=7, levels=levels),
+        "few-levels": fewbits.QuantSpec(4, "group", group_size=16, levels=E2M1, scale_dtype=POWERS_OF_TWO),
         "fp16": fewbits.CastSpec(torch.float16),
     }
     for name, spec in specs.items():

@@ -15,10 +15,13 @@ from torch import nn
 
 import fewbits
 from fewbits import MinMaxObserver, QuantSpec, measure
-from fewbits.errors import ArgumentError, NumericsError, RangeError
+from fewbits.errors import ArgumentError, FormatError, NumericsError, RangeError
 from fewbits.extend import Layout, QuantParams
 from fewbits.numerics.affine import bound_and_clipped, choose_params, decode, encode
-from fewbits.numerics.dtypes import compute_dtype
+from fewbits.numerics.dtypes import POWERS_OF_TWO, SCALE_DTYPES, compute_dtype
+from fewbits.numerics.levels import E2M1, E4M3
+from fewbits.numerics.levels import NF4 as OURS
+from fewbits.numerics.packing import pack
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import spec_from_dict
 from support.lifecycle_helpers import small
@@ -32,15 +35,22 @@ NF4 = (
 )  # fmt: skip
 FP4 = (-8.0, -6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 TERNARY = (-1.0, 0.0, 1.0, 1.5)
-KNOWN = {"NF4": NF4, "FP4": FP4, "ternary and one": TERNARY, "integers": tuple(map(float, range(-8, 8)))}
+KNOWN = {
+    "NF4": NF4,
+    "FP4": FP4,
+    "e2m1": E2M1,
+    "ternary": TERNARY[:3],
+    "ternary and one": TERNARY,
+    "integers": tuple(map(float, range(-8, 8))),
+}
 
 
 @st.composite
 def level_tuples(draw):
-    """Draw 4, 8 or 16 rising numbers around 0, spread evenly or unevenly."""
+    """Draw 3 to 16 rising numbers around 0, spread evenly or unevenly."""
     if draw(st.booleans()):
         return draw(st.sampled_from([*KNOWN.values()]))
-    count = 2 ** draw(st.integers(2, 4))
+    count = draw(st.integers(3, 16))
     negative = draw(st.integers(1, count - 2))
     sizes = st.floats(2.0**-6, 64.0, width=32)
     below = draw(st.lists(sizes, min_size=negative, max_size=negative, unique=True))
@@ -53,10 +63,10 @@ def leveled_specs(draw):
     levels = draw(level_tuples())
     granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
     return QuantSpec(
-        bits=len(levels).bit_length() - 1,
+        bits=(len(levels) - 1).bit_length(),
         granularity=granularity,
         group_size=draw(st.integers(1, 9)) if granularity == "group" else None,
-        scale_dtype=draw(st.sampled_from((None, *FLOATS))),
+        scale_dtype=draw(st.sampled_from((None, *SCALE_DTYPES))),
         levels=levels,
     )
 
@@ -237,7 +247,7 @@ def test_levels_go_through_a_file(tmp_path_factory, problem):
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 def test_a_layer_computes_with_levels_as_dequantized_and_comes_back_from_a_file(levels, dtype, granularity, tmp_path):
     group_size = 7 if granularity == "group" else None
-    spec = QuantSpec(len(levels).bit_length() - 1, granularity, group_size=group_size, levels=levels)
+    spec = QuantSpec((len(levels) - 1).bit_length(), granularity, group_size=group_size, levels=levels)
     torch.manual_seed(0)
     layer = nn.Linear(20, 6, dtype=dtype)
     result = fewbits.quantize(layer, small(Leveled, spec), fail_under=0)
@@ -256,7 +266,7 @@ def test_a_layer_computes_with_levels_as_dequantized_and_comes_back_from_a_file(
 @pytest.mark.parametrize("exponent", [-3, 0, 5])
 def test_multiples_of_the_levels_are_exact(levels, exponent):
     weight = torch.tensor([levels]) * 2.0**exponent
-    q = quantize(weight, QuantSpec(len(levels).bit_length() - 1, "channel", levels=levels))
+    q = quantize(weight, QuantSpec((len(levels) - 1).bit_length(), "channel", levels=levels))
     assert q.scale.item() == 2.0**exponent
     assert q.codes().flatten().tolist() == list(range(q.spec.code_min, q.spec.code_max + 1))
     assert torch.equal(q.dequantize(), weight)
@@ -310,7 +320,7 @@ def test_nf4_is_better_than_int4_on_normal_weights():
 def test_the_largest_numbers_of_a_dtype_decode_to_finite_numbers(dtype, levels):
     largest = torch.finfo(dtype).max
     weight = torch.tensor([[largest, 0.0], [-largest, 0.0], [largest, -largest]], dtype=dtype)
-    q = quantize(weight, QuantSpec(len(levels).bit_length() - 1, "channel", levels=levels))
+    q = quantize(weight, QuantSpec((len(levels) - 1).bit_length(), "channel", levels=levels))
     assert torch.isfinite(q.dequantize()).all()
     assert measure(weight, q).broken_at is None
 
@@ -378,33 +388,33 @@ def test_a_range_of_zero_width_is_handled():
 
 @given(level_tuples())
 def test_levels_keep_their_order_and_are_rounded_to_float32(levels):
-    bits = len(levels).bit_length() - 1
+    bits = (len(levels) - 1).bit_length()
     spec = QuantSpec(bits, "channel", levels=list(levels))
     assert spec.levels == tuple(torch.tensor(levels, dtype=torch.float32).tolist())
     assert spec == QuantSpec(bits, "channel", levels=levels)
     assert hash(spec) == hash(QuantSpec(bits, "channel", levels=levels))
     assert spec != QuantSpec(bits, "channel")
-    assert str(spec).startswith(f"{2**bits} levels channel")
+    assert str(spec) in (f"{len(levels)} levels channel", "nf4 channel", "e2m1 channel")
 
 
 @given(level_tuples(), st.data())
 def test_levels_in_another_order_are_refused(levels, data):
     shuffled = data.draw(st.permutations(levels).filter(lambda order: tuple(order) != levels))
     with pytest.raises(ArgumentError, match="rising order"):
-        QuantSpec(len(levels).bit_length() - 1, "channel", levels=shuffled)
+        QuantSpec((len(levels) - 1).bit_length(), "channel", levels=shuffled)
 
 
 @given(level_tuples(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
 def test_levels_that_are_not_finite_are_refused(levels, bad, data):
     place = data.draw(st.integers(0, len(levels) - 1))
     with pytest.raises(ArgumentError, match="finite numbers"):
-        QuantSpec(len(levels).bit_length() - 1, "channel", levels=[*levels[:place], bad, *levels[place + 1 :]])
+        QuantSpec((len(levels) - 1).bit_length(), "channel", levels=[*levels[:place], bad, *levels[place + 1 :]])
 
 
 @pytest.mark.parametrize(
     ("levels", "why"),
     [
-        ((-1.0, 0.0, 1.0), "too few"),
+        ((-1.0, 0.0), "too few"),
         ((-2.0, -1.0, 0.0, 1.0, 2.0), "too many"),
         ((), "none"),
         ((-1.0, 0.5, 1.0, 2.0), "without zero"),
@@ -419,7 +429,9 @@ def test_levels_that_are_not_finite_are_refused(levels, bad, data):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_levels_that_are_not_rising_numbers_around_zero_are_refused(levels, why):
-    with pytest.raises(ArgumentError, match="levels of 2 bits must be 4 finite numbers in rising order, none of them"):
+    with pytest.raises(
+        ArgumentError, match="levels of 2 bits must be 3 to 4 finite numbers in rising order, none of them"
+    ):
         QuantSpec(2, "channel", levels=levels)
 
 
@@ -447,7 +459,7 @@ def test_levels_do_not_go_with_int8_activations(activations):
 
 
 EDITS = {
-    "one less": lambda fields: fields["levels"].pop(),
+    "two less": lambda fields: fields.update(levels=[-1.0, 0.0]),
     "falling": lambda fields: fields["levels"].reverse(),
     "another width": lambda fields: fields.update(bits=3),
     "a number": lambda fields: fields.update(levels=4),
@@ -465,8 +477,8 @@ def test_a_description_with_other_levels_is_refused(edit):
 
 @pytest.mark.parametrize("levels", KNOWN.values(), ids=KNOWN)
 def test_bits_cannot_change_without_the_levels(levels):
-    spec = QuantSpec(len(levels).bit_length() - 1, "channel", levels=levels)
-    with pytest.raises(ArgumentError, match="levels of 5 bits must be 32"):
+    spec = QuantSpec((len(levels) - 1).bit_length(), "channel", levels=levels)
+    with pytest.raises(ArgumentError, match="levels of 5 bits must be 17 to 32"):
         attrs.evolve(spec, bits=5)
     assert attrs.evolve(spec, levels=None, bits=5).levels is None
 
@@ -477,3 +489,51 @@ def test_a_layout_of_any_shape_has_levels():
     q = quantize(weight, QuantSpec(4, "channel", levels=NF4), layout=layout)
     assert (q.dequantize() - weight).abs().max() < 0.6
     assert q.scale.shape == (15, 1)
+
+
+def test_the_levels_of_nf4_and_mxfp4_are_those_of_their_formats():
+    assert OURS == NF4
+    assert E2M1 == (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    assert len(E4M3) == 253
+
+
+# Codes without a level.
+
+
+@given(level_tuples(), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_a_code_without_a_level_is_refused_and_decodes_to_nan(levels, rows, columns, data):
+    spec = QuantSpec((len(levels) - 1).bit_length(), "channel", levels=levels)
+    layout, params = Layout.of((rows, columns)), QuantParams(torch.ones(rows, 1))
+    codes = torch.randint(spec.code_min, spec.code_max + 1, (rows, columns), generator=torch.Generator().manual_seed(0))
+    valid = fewbits.QuantizedTensor.from_codes(codes, params, spec=spec, layout=layout, dtype=torch.float32)
+    assert valid.has_valid_codes()
+    assert valid.dequantize().isfinite().all()
+    if not spec.invalid_codes:
+        return
+    at = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
+    codes[at] = data.draw(st.integers(spec.code_max + 1, 2 ** (spec.bits - 1) - 1))
+    with pytest.raises(FormatError, match=f"must lie between {spec.code_min} and {spec.code_max}"):
+        fewbits.QuantizedTensor.from_codes(codes, params, spec=spec, layout=layout, dtype=torch.float32)
+    unsigned = (codes - spec.code_min).to(torch.uint8)
+    broken = attrs.evolve(valid, packed=pack(unsigned, spec.bits))
+    assert not broken.has_valid_codes()
+    assert broken.dequantize().isnan().nonzero().tolist() == [list(at)]
+
+
+# Scales that are powers of two.
+
+
+@pytest.mark.skipif(POWERS_OF_TWO is None, reason="torch 2.6 has no such dtype")
+@given(problems())
+def test_a_power_of_two_is_the_smallest_with_which_nothing_clips(problem):
+    weight, spec, layout = problem
+    q = quantize(weight, attrs.evolve(spec, scale_dtype=POWERS_OF_TWO), layout=layout)
+    levels = [*map(Fraction, spec.levels)]
+    lowest, highest = levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
+    for group, s in groups_of(weight, q):
+        low, high = min(0, *group), max(0, *group)
+        assert math.frexp(s)[0] == 0.5
+        assert lowest * s <= low
+        assert high <= highest * s
+        if s > Fraction(2) ** -127:
+            assert levels[0] * s / 2 > low or high > levels[-1] * s / 2

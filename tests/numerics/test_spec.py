@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fewbits import CastSpec, QuantSpec
 from fewbits.errors import ArgumentError
-from fewbits.numerics.spec import spec_from_dict
+from fewbits.numerics.spec import SPECS, spec_from_dict
 from support.strategies import FLOATS, specs
 
 AFFINE = {
@@ -72,7 +72,7 @@ def test_a_spec_is_a_value(spec):
         ({"activations": "dynamic"}, "int8 activations need integer codes and granularity 'channel' or 'tensor'"),
         ({"rounding": "up"}, "rounding"),
         ({"rounding": None}, "rounding"),
-        ({"levels": [0.0]}, "levels of 4 bits must be 16"),
+        ({"levels": [0.0]}, "levels of 4 bits must be 9 to 16"),
     ],
 )
 def test_a_spec_refuses_a_bad_field_and_names_it(fields, message):
@@ -172,6 +172,9 @@ def test_a_cast_does_not_depend_on_the_source_s_dtype():
         (CastSpec(torch.bfloat16), "bfloat16"),
         (QuantSpec(bits=8, granularity="channel", activations="dynamic"), "int8 channel, dynamic int8 inputs"),
         (QuantSpec(bits=2, granularity="channel", levels=(-1, 0, 1, 2)), "4 levels channel"),
+        (SPECS["nf4"], "nf4 group 64"),
+        (SPECS["mxfp4"], "e2m1 group 32"),
+        (SPECS["fp8"], "e4m3 channel"),
     ],
 )
 def test_a_spec_prints_as_readable_text(spec, text):

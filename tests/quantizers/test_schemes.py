@@ -1,5 +1,7 @@
 """The built-in schemes: the specs that they choose, and the tensors that they keep."""
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -11,11 +13,24 @@ from torch import nn
 import fewbits
 from fewbits import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor, QuantSpec
 from fewbits.errors import ArgumentError, RangeError, SelectionError
+from fewbits.numerics.dtypes import POWERS_OF_TWO
+from fewbits.numerics.levels import E4M3, NF4
+from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import SPECS
-from fewbits.quantizers.schemes import SCHEMES
+from fewbits.schemes import SCHEMES, FP8PerChannel, IntNGrouped, MXFP4Grouped, NF4Grouped
 from support.lifecycle_helpers import DTYPES, TiedLM, as_bytes, mlp, quantize_small, small
+from support.strategies import contents
 
-ALL = [Int8PerTensor, Int8PerChannel, Int4Grouped, FP16Cast]
+ALL = [Int8PerTensor, Int8PerChannel, Int4Grouped, NF4Grouped, FP8PerChannel, FP16Cast]
+
+#: The schemes that this version of torch can store.
+AVAILABLE = [name for name in SCHEMES if name != "mxfp4" or POWERS_OF_TWO]
+needs_powers_of_two = pytest.mark.skipif(POWERS_OF_TWO is None, reason="torch 2.6 has no dtype for powers of two")
+
+
+def arrays():
+    """Matrices in float32 with rows shorter than a group."""
+    return contents((4, 31), torch.float32, limit=2.0**100)
 
 
 def ledger_of(quantizer, source):
@@ -252,3 +267,124 @@ def test_a_subclass_of_a_known_layer_is_quantized_and_computes_in_its_own_way(sc
 
 def test_every_scheme_has_a_spec_of_its_name_for_overrides():
     assert SPECS.keys() == SCHEMES.keys()
+
+
+# Every scheme, through every front door.
+
+
+@pytest.mark.parametrize("scheme", AVAILABLE)
+def test_every_scheme_is_taken_by_name_in_every_place(scheme, tmp_path):
+    weights = {"a.weight": weight(8, 256), "b.weight": weight(8, 256)}
+    ledger = quantize_small(weights, scheme, on_failure="ignore").ledger
+    assert SCHEMES[scheme]().name == scheme
+    assert ledger["a.weight"].spec == SPECS[scheme].for_dtype(torch.float32)
+    assert fewbits.plan(weights, scheme, min_elements=1).ledger.to_json() == ledger.to_json()
+    other = quantize_small(weights, "int8-tensor", overrides={"b": scheme}, on_failure="ignore").ledger
+    assert other["b.weight"].spec == ledger["b.weight"].spec
+    (tmp_path / "c.toml").write_text(f'scheme = "{scheme}"\nmin_elements = 1\non_failure = "ignore"\n')
+    config = fewbits.QuantizationConfig.from_file(tmp_path / "c.toml")
+    assert fewbits.quantize(weights, config=config).ledger.to_json() == ledger.to_json()
+
+
+#: Bits per weight of rows of 256 with scales of 16 and of 32 bits, without the 16 bytes of the shape.
+STORED_BITS = {
+    "int8": (8 + 16 / 256, 8 + 32 / 256),
+    "int2": (2.25, 2.5),
+    "int3": (3.25, 3.5),
+    "int4": (4.125, 4.25),
+    "int5": (5.25, 5.5),
+    "int6": (6.25, 6.5),
+    "int7": (7.25, 7.5),
+    "nf4": (4.25, 4.5),
+    "mxfp4": (4.25, 4.25),
+    "fp8": (8 + 16 / 256, 8 + 32 / 256),
+}
+
+
+@pytest.mark.parametrize("scheme", [name for name in STORED_BITS if name in AVAILABLE])
+def test_the_stored_bits_per_weight_are_those_of_the_docstring(scheme):
+    for bits, dtype in zip(STORED_BITS[scheme], (torch.float16, torch.float32), strict=True):
+        row = ledger_of(small(SCHEMES[scheme]), {"w": weight(8, 256, dtype)})["w"]
+        assert (row.bytes_after - 16) * 8 / (8 * 256) == bits
+    if scheme != "mxfp4":
+        row = ledger_of(small(SCHEMES[scheme], scale_dtype=torch.float16), {"w": weight(8, 256)})["w"]
+        assert (row.bytes_after - 16) * 8 / (8 * 256) == STORED_BITS[scheme][0]
+
+
+@pytest.mark.parametrize("scheme", AVAILABLE)
+def test_embeddings_are_kept_by_schemes_of_up_to_4_bits(scheme):
+    model = nn.ModuleDict({"e": nn.Embedding(10, 64), "head": nn.Linear(64, 8)})
+    row = ledger_of(small(SCHEMES[scheme]), model)["e.weight"]
+    few = scheme in ("int2", "int3", "int4", "nf4", "mxfp4")
+    assert row.fate == ("kept" if few else "cast" if scheme == "fp16" else "quantized")
+    assert row.reason == (f"Embedding is kept by {scheme} unless asked for" if few else "selected")
+
+
+@given(st.integers(2, 8), st.integers(1, 40), st.booleans())
+def test_any_number_of_bits_takes_any_groups(bits, group_size, symmetric):
+    quantizer = small(IntNGrouped, bits, group_size, symmetric=symmetric, ragged="shorter")
+    row = ledger_of(quantizer, {"w": weight(3, 40)})["w"]
+    assert row.spec == QuantSpec(bits, "group", group_size, symmetric, scale_dtype=torch.float32)
+    assert quantizer.name == f"int{bits}"
+
+
+@pytest.mark.parametrize("junk", [1, 9, 4.0, "4", None, True])
+def test_bits_must_be_an_integer_from_2_to_8(junk):
+    with pytest.raises(ArgumentError, match="bits must be an integer from 2 to 8"):
+        small(IntNGrouped, junk)
+
+
+@given(arrays())
+def test_the_errors_of_float_schemes_are_relative_to_the_weight(tensor):
+    spec, steps = QuantSpec(8, "channel", levels=E4M3, scale_dtype=torch.float64), tensor.double()
+    q = quantize(steps, spec)
+    bound = torch.maximum(steps.abs() / 16, q.scale / 1024) + steps.abs() * 2.0**-23
+    assert ((q.dequantize() - steps).abs() <= bound).all()
+
+
+@given(arrays())
+def test_the_error_of_nf4_is_at_most_0_152_scales(tensor):
+    q = quantize(tensor, QuantSpec(4, "group", group_size=64, levels=NF4, scale_dtype=torch.float32))
+    assert ((q.dequantize() - tensor).abs() <= 0.152 * q.scale + tensor.abs() * 2.0**-23).all()
+
+
+@needs_powers_of_two
+@given(arrays())
+def test_the_scales_of_mxfp4_are_the_least_powers_of_two_with_at_most_7_steps(tensor):
+    q = quantize_small({"w": tensor}, "mxfp4", ragged="shorter", fail_under=-1000).model["w"]
+    largest, scale = tensor.double().abs().amax(1), q.scale.double()[:, 0]
+    exponents = torch.ceil(torch.log2(largest / 7)).clamp(min=-127)
+    assert torch.equal(scale, torch.where(largest > 0, 2.0**exponents, 2.0**-127))
+    assert ((q.dequantize() - tensor).abs() <= scale[:, None] + tensor.abs() * 2.0**-23).all()
+
+
+@needs_powers_of_two
+def test_rows_shorter_than_a_group_of_mxfp4_get_int8_with_scales_of_the_weight():
+    row = ledger_of(small(MXFP4Grouped), {"w": weight(4, 8), "v": weight(4, 32)})["w"]
+    assert row.spec == QuantSpec(bits=8, granularity="channel", scale_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("use", [lambda: MXFP4Grouped(), lambda: small(overrides={"w": "mxfp4"})])
+def test_mxfp4_is_refused_where_torch_has_no_dtype_for_its_scales(use, monkeypatch):
+    monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)
+    with pytest.raises((ArgumentError, SelectionError), match="has no dtype float8_e8m0fnu; install torch 2"):
+        use()
+
+
+@needs_powers_of_two
+@pytest.mark.parametrize("again", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy])
+def test_a_model_with_scales_that_are_powers_of_two_is_pickled_and_copied(again):
+    model = quantize_small(nn.Sequential(nn.Linear(64, 8)), "mxfp4").model
+    copied, x = again(model), torch.ones(2, 64)
+    assert copied[0].weight_stored.value().scale.dtype == POWERS_OF_TWO
+    assert torch.equal(copied(x), model(x))
+
+
+@needs_powers_of_two
+@pytest.mark.parametrize("rounding", ["scale-search", "gptq"])
+def test_powers_of_two_are_searched_and_refitted(rounding):
+    model, x = nn.Sequential(nn.Linear(64, 16)), torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    data = [x] if rounding == "gptq" else None
+    result = quantize_small(model, "mxfp4", rounding=rounding, data=data)
+    assert result.report.ok
+    assert result.model[0].weight_stored.value().scale.dtype == POWERS_OF_TWO

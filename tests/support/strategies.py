@@ -11,19 +11,22 @@ from torch import Tensor
 from fewbits import QuantSpec
 from fewbits import testing as kit
 from fewbits.extend import Layout
+from fewbits.numerics.dtypes import SCALE_DTYPES
 from fewbits.testing.strategies import FLOATS, contents, layouts, numbers, restrided, rounded, seeds, shapes, weights
 
 __all__ = ["FLOATS", "contents", "layouts", "numbers", "restrided", "rounded", "seeds", "shapes", "weights"]
 
+NO_LEVELS = {"levels": None, "scale_dtypes": (None, *SCALE_DTYPES)}
+
 
 def specs(**fixed: object) -> st.SearchStrategy[QuantSpec]:
-    """Specs without levels, which the oracles below do not know."""
-    return kit.specs(**{"levels": None} | fixed)
+    """Specs without levels, which the oracles below do not know; some have scales that are powers of two."""
+    return kit.specs(**NO_LEVELS | fixed)
 
 
 def problems(**fixed: object) -> st.SearchStrategy[tuple[Tensor, QuantSpec, Layout]]:
-    """(weight, spec, layout), without levels too."""
-    return kit.problems(**{"levels": None} | fixed)
+    """(weight, spec, layout), with such specs."""
+    return kit.problems(**NO_LEVELS | fixed)
 
 
 def as_matrix(tensor: Tensor, layout: Layout) -> Tensor:

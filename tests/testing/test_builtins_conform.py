@@ -22,10 +22,23 @@ from fewbits.extend import SafetensorsSerializer
 from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
+from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.quantize import quantize
 from fewbits.observers import OBSERVERS
-from fewbits.quantizers.schemes import SCHEMES
 from fewbits.rounding import ROUNDINGS
+from fewbits.schemes import (
+    SCHEMES,
+    FP8PerChannel,
+    Int2Grouped,
+    Int3Grouped,
+    Int5Grouped,
+    Int6Grouped,
+    Int7Grouped,
+    LevelsGrouped,
+    MXFP4Grouped,
+    NF4Grouped,
+    fit_levels,
+)
 from fewbits.testing import (
     SmallModel,
     check_kernel,
@@ -38,6 +51,7 @@ from fewbits.testing import (
 
 #: Examples of the checks that take longest; in `make test-all` as many as an author gets.
 EXAMPLES = min(10, settings.default.max_examples // 6)
+FITTED = fit_levels([torch.randn(64, 64, generator=torch.Generator().manual_seed(0))], bits=3, group_size=16)
 SUBJECTS = {
     "int8-tensor": check_quantizer(Int8PerTensor()),
     "int8": check_quantizer(Int8PerChannel()),
@@ -45,6 +59,14 @@ SUBJECTS = {
     "int8-static": check_quantizer(Int8PerTensor(activations="static")),
     "int4": check_quantizer(Int4Grouped()),
     "int4-asymmetric": check_quantizer(Int4Grouped(32, symmetric=False, observer=MSEObserver(), ragged="shorter")),
+    "nf4": check_quantizer(NF4Grouped(), max_examples=EXAMPLES),
+    "fp8": check_quantizer(FP8PerChannel(), max_examples=EXAMPLES),
+    "mxfp4": [] if POWERS_OF_TWO is None else check_quantizer(MXFP4Grouped(), max_examples=EXAMPLES),
+    **{
+        cls.name: check_quantizer(cls(), max_examples=EXAMPLES)
+        for cls in (Int2Grouped, Int3Grouped, Int5Grouped, Int6Grouped, Int7Grouped)
+    },
+    "fitted": check_quantizer(LevelsGrouped(FITTED, 16, ragged="shorter"), max_examples=EXAMPLES),
     "fp16": check_quantizer(FP16Cast()),
     "minmax": check_observer(MinMaxObserver()),
     "moving-average": check_observer(MovingAverageMinMaxObserver()),

@@ -20,7 +20,7 @@ from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.params import are_sound
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import check_input_scale, check_shape_part, same_bits
+from fewbits.numerics.tensor import QuantizedTensor, check_input_scale, check_shape_part, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 Check = Literal["digests", "header"]
@@ -98,14 +98,14 @@ class Checkpoint:
         return [name for reader in readers for name in wrong_digests(reader, self.metadata.digests)]
 
     def check(self, check: Check) -> None:
-        """Check every digest and every scale, or, with ``"header"``, little more than was checked on opening.
+        """Check every digest, scale and code, or, with ``"header"``, little more than was checked on opening.
 
         A file that passes can be read, so filling a model does not fail half-way.
 
         Raises:
             DigestError: naming the damaged tensors.
-            FormatError: naming the tensors with scales that are zero, NaN or Inf; or if a shape is stated twice, and
-                not the same, or a scale of inputs is not a positive number.
+            FormatError: naming the tensors with scales that are zero, NaN or Inf, or with codes that have no level; or
+                if a shape is stated twice, and not the same, or a scale of inputs is not a positive number.
             ArgumentError: for another value of `check`.
         """
         check_check(check)
@@ -113,6 +113,8 @@ class Checkpoint:
             refuse_damaged(self.damaged(), self.path)
             if unsound := [row.name for row in self.ledger.stored if not self._is_sound(row)]:
                 raise FormatError(f"{self.path}: a scale is zero, NaN or Inf, of {', '.join(unsound)}; quantize again")
+            if invalid := [row.name for row in self.ledger.stored if not self._has_valid_codes(row)]:
+                raise FormatError(f"{self.path}: a code has no level, of {', '.join(invalid)}; quantize again")
         for row in self.ledger.stored:
             if isinstance(row.spec, QuantSpec):
                 check_shape_part(self._tensors.read_whole(part_name(row.name, "shape")), row.shape)
@@ -129,6 +131,13 @@ class Checkpoint:
             are_sound(self._tensors.read_chunk(name, start, (min(_PIECE, count - start),)))
             for start in range(0, count, _PIECE)
         )
+
+    def _has_valid_codes(self, row: LedgerRow) -> bool:
+        """Whether every code of a tensor has a level; true where the spec gives every code a meaning."""
+        if not isinstance(row.spec, QuantSpec) or not row.spec.invalid_codes:
+            return True
+        values = map(self.chunk, chunks(row))
+        return all(value.has_valid_codes() for value in values if isinstance(value, QuantizedTensor))
 
     def values(self) -> dict[str, Value]:
         """The stored form of every tensor of the source but those merged into others; tied names share one object."""

@@ -25,8 +25,9 @@ from fewbits.cli.ranks import join_group, own_rank
 from fewbits.cli.streams import Stderr, Stdout, is_json_asked_for, warnings_as_events
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
+from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_name
 from fewbits.quantizers.scheme import Ragged
-from fewbits.quantizers.schemes import SCHEMES
+from fewbits.schemes import SCHEMES
 
 #: Exit codes. Shells give the last one, 128 and the number of SIGPIPE, to a process whose output has no reader.
 SUCCESS, FAILED, BAD_USAGE, NOT_READ = 0, 1, 2, 141
@@ -85,9 +86,14 @@ def cli() -> None:
     "overrides",
     multiple=True,
     metavar="PATTERN=SCHEME",
-    help="Another scheme for tensors with such names: int8, int4:64 (groups of 64), or keep. Repeatable.",
+    help="Another scheme for tensors with such names: int8, int3:64 (groups of 64), or keep. Repeatable.",
 )
-@click.option("--group-size", type=int, metavar="N", help="Weights that share a scale; for int4, whose default is 128.")
+@click.option("--group-size", type=int, metavar="N", help="Weights that share a scale: 64 by default, 128 for int4.")
+@click.option(
+    "--scale-dtype",
+    type=click.Choice([dtype_name(dtype) for dtype in SCALE_DTYPES]),
+    help="Dtype of stored scales; by default that of each weight. float16 halves those of a float32 model.",
+)
 @click.option(
     "--scale-bits",
     type=click.IntRange(2, 8),
@@ -98,7 +104,9 @@ def cli() -> None:
     "--ragged", type=click.Choice(get_args(Ragged)), help="How to handle rows that groups do not divide evenly."
 )
 @click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
-@click.option("--embeddings", is_flag=True, help="Quantize embeddings too; int4 keeps them by default.")
+@click.option(
+    "--embeddings", is_flag=True, help="Quantize embeddings too; schemes of up to 4 bits keep them by default."
+)
 @click.option(
     "--max-shard-size",
     metavar="SIZE",

@@ -28,13 +28,13 @@ from fewbits.config.values import (
     whole,
 )
 from fewbits.errors import ArgumentError, SelectionError
-from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name
+from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_from_name, dtype_name
 from fewbits.numerics.spec import Activations
 from fewbits.observers.named import accepted_arguments, make_observer
 from fewbits.quantizers.base import OnFailure, Quantizer
 from fewbits.quantizers.scheme import Ragged
-from fewbits.quantizers.schemes import SCHEMES
 from fewbits.rounding.named import resolve_rounding
+from fewbits.schemes import SCHEMES
 from fewbits.selection.nearest import checked_name, did_you_mean
 from fewbits.selection.rules import OverrideRule, TypeRule, parse_override
 from fewbits.selection.selector import LayerSelector
@@ -91,7 +91,7 @@ class QuantizationConfig:
     names.
 
     Attributes:
-        scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"`` or ``"fp16"``.
+        scheme: a name in `fewbits.schemes.SCHEMES`, such as ``"int8"``, ``"int4"`` or ``"nf4"``.
         group_size: how many neighbouring weights of a row share a scale, for schemes with groups.
         symmetric: whether there are no zero points, for schemes that support both.
         activations: whether layers round their inputs to int8 too: ``"dynamic"`` or ``"static"``; None: no.
@@ -135,7 +135,7 @@ class QuantizationConfig:
     symmetric: bool | None = attrs.field(default=None, validator=one_of(None, True, False))
     activations: Activations | None = attrs.field(default=None, validator=one_of(None, *get_args(Activations)))
     scale_dtype: str | None = attrs.field(
-        default=None, converter=dtype_as_name, validator=one_of(None, *map(dtype_name, FLOAT_DTYPES))
+        default=None, converter=dtype_as_name, validator=one_of(None, *map(dtype_name, SCALE_DTYPES))
     )
     scale_bits: int | None = attrs.field(default=None, validator=one_of(None, *range(2, 9)))
     ragged: Ragged = attrs.field(default="auto", validator=one_of(*get_args(Ragged)))
@@ -261,7 +261,7 @@ class QuantizationConfig:
         for name in settings:
             taking = [scheme for scheme, cls in SCHEMES.items() if name in accepted_arguments(cls)]
             if self.scheme not in taking:
-                known = " and ".join(map(repr, taking))
+                known = ", ".join(map(repr, taking))
                 raise ArgumentError(f"{self.scheme!r} does not take {name}, a setting of {known}")
         if self.scale_dtype is not None:
             settings["scale_dtype"] = dtype_from_name(self.scale_dtype)

@@ -17,8 +17,8 @@ from fewbits._events import emit
 from fewbits.checkpoint.codec import ReadElements
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import NumericsError, SourceError
-from fewbits.numerics.dtypes import dtype_name
-from fewbits.numerics.scaled import FP8_DTYPES, FP8_SCALE_DTYPES, FP8_TARGET, ScaleGrid, dequantize_scaled
+from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_name
+from fewbits.numerics.scaled import FP8_DTYPES, FP8_TARGET, ScaleGrid, dequantize_scaled
 from fewbits.selection.ledger import Ledger
 
 #: Suffixes that turn the name of a weight into the name of its scales.
@@ -125,10 +125,10 @@ def is_activation_scale(name: str) -> bool:
 
 def _grid(name: str, scale: str, entries: Mapping[str, Entry], blocks: Sequence[tuple[int, int]]) -> ScaleGrid:
     entry, scale_entry = entries[name], entries[scale]
-    if scale_entry.dtype not in FP8_SCALE_DTYPES:
+    if scale_entry.dtype not in SCALE_DTYPES:
         raise SourceError(
             f"{_named(scale, scale_entry)} lies beside {_named(name, entry)} and cannot be its scale: scales are in "
-            f"{', '.join(map(dtype_name, FP8_SCALE_DTYPES))}; dequantize the checkpoint with the tool that wrote it"
+            f"{', '.join(map(dtype_name, SCALE_DTYPES))}; dequantize the checkpoint with the tool that wrote it"
         )
     grid = ScaleGrid.fit(entry.shape, scale_entry.shape, blocks)
     if grid is None:

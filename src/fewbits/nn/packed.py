@@ -19,6 +19,7 @@ from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE, is_wrapped
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, WeightLayout
 from fewbits.nn.stored import CastWeight, StoredWeight
+from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
@@ -192,13 +193,19 @@ class PackedWeight(StoredWeight):
     # Copies and pickles hold the canonical layout, and the reader converts it for its own CPU. Pickles for another
     # process of this machine are an exception, see `_reduce_for_process`.
     def __getstate__(self) -> dict[str, Any]:
-        return self._state(PackedInt32.of(self.weight_layout()).tensors())
+        tensors = PackedInt32.of(self.weight_layout()).tensors()
+        if tensors["scale"].dtype == POWERS_OF_TWO:  # pickle refuses tensors of this dtype
+            tensors["scale"] = tensors["scale"].view(torch.uint8)
+        return self._state(tensors)
 
     def _state(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Any]:
         return self.__dict__ | {"_buffers": dict(buffers), "_made": ((), None), "_last_parts": (None, "", None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        scale = self._buffers["scale"]
+        if scale is not None and scale.dtype == torch.uint8 and POWERS_OF_TWO is not None:
+            self._buffers["scale"] = scale.view(POWERS_OF_TWO)
         self.prepack(self.compute, self.offered)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import RangeError
-from fewbits.numerics.dtypes import compute_dtype, dtype_name
+from fewbits.numerics.dtypes import POWERS_OF_TWO, compute_dtype, dtype_name
 from fewbits.numerics.grid import (
     broadcast,
     code_range,
@@ -22,6 +22,7 @@ from fewbits.numerics.grid import (
     grouped,
     half_gap,
     in_steps,
+    level_table,
     nearest_level,
     nearest_step,
     shifted_ends,
@@ -30,7 +31,7 @@ from fewbits.numerics.params import QuantParams, group_scales, nearest_parts, st
 from fewbits.numerics.scratch import Scratch
 from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
-_SAME_WIDTH_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAME_WIDTH_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: Each step enlarges the scale by a sixteenth. After at most this many steps the code of a magnitude rounds down.
 _OVERFLOW_STEPS, _OVERFLOW_FACTOR = 16, 17 / 16
@@ -61,6 +62,10 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     With two levels of scales (``spec.scale_bits``), the scale of a row is the largest scale that one of its groups
     would have with one level. Then `choose_in_rows` chooses the scales of the groups.
 
+    A scale that is a power of two is the smallest one with which nothing lies more than half a step beyond the last
+    code. The rule of the OCP Microscaling formats, ``2**floor(log2(largest) - log2(last))`` with the last power of two
+    among the levels, may clip by more: a largest magnitude of almost 8 steps decodes to 6 in MXFP4.
+
     Args:
         low: the lower ends, at most zero; any shape, but (rows, groups) for two levels of scales.
         high: the upper ends, at least zero; the shape of `low`.
@@ -78,9 +83,9 @@ def choose_params(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     low, high = low.double(), high.double()
     exact = _exact_scale(low, high, spec)
     scale = stored_scale(exact.abs(), spec, None)
-    # Without zero points and levels, the largest magnitude is at most 127 steps. Rounding a scale to any of its dtypes
-    # moves 127 steps by less than half a step, so nothing clips.
-    if not spec.symmetric or spec.levels is not None:
+    # Without zero points and levels, the largest magnitude is at most 127 steps. Rounding a scale to a dtype with a
+    # mantissa moves 127 steps by less than half a step, so nothing clips.
+    if not spec.symmetric or spec.levels is not None or scale.dtype == POWERS_OF_TWO:
         scale = torch.where(_clips(low, high, scale, spec), _next_up(scale), scale)
     if not _far_from_overflow(scale, spec):
         scale = _without_overflow(low, high, scale, spec)
@@ -188,8 +193,11 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
     # torch.compile and torch.export trace this function, so it uses no in-place operation.
     scale, zero_point = params.scale, params.zero_point
     if spec.levels is not None:
-        levels = torch.tensor(spec.levels, dtype=dtype, device=codes.device)
-        steps = levels.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
+        steps = (
+            level_table(spec, dtype, codes.device)
+            .index_select(0, codes.reshape(-1).to(torch.int32))
+            .reshape(codes.shape)
+        )
         values = grouped(steps, spec) * broadcast(scale.to(dtype))
     else:
         offset = -spec.code_min if zero_point is None else broadcast(zero_point) - spec.code_min
@@ -258,16 +266,17 @@ def _clips(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 def _far_from_overflow(scale: Tensor, spec: QuantSpec) -> bool:
     """Tell whether all codes decode to finite numbers for any zero point."""
     first, last = ends(spec)
-    return float(scale.max()) * (last - first) <= torch.finfo(compute_dtype(scale.dtype)).max
+    return float(scale.double().max()) * (last - first) <= torch.finfo(compute_dtype(scale.dtype)).max
 
 
 def _without_overflow(low: Tensor, high: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Enlarge each scale with which `low` or `high` would decode to infinity; the scale itself may become Inf."""
+    factor = 2.0 if scale.dtype == POWERS_OF_TWO else _OVERFLOW_FACTOR
     for _ in range(_OVERFLOW_STEPS):
         overflows = _overflows(low, high, scale, spec)
         if not overflows.any():
             break
-        scale = torch.where(overflows, stored_scale(scale.double() * _OVERFLOW_FACTOR, spec, None), scale)
+        scale = torch.where(overflows, stored_scale(scale.double() * factor, spec, None), scale)
     return scale
 
 
@@ -373,8 +382,8 @@ def rescaled(params: QuantParams, by_row: Tensor, by_scale: Tensor, spec: QuantS
 
 
 def _multiplied(scale: Tensor, log_factor: Tensor, spec: QuantSpec, row_scale: Tensor | None) -> Tensor:
-    exact = scale.double().abs() * log_factor.double().exp()
-    return stored_scale(exact.clamp(max=torch.finfo(scale.dtype).max), spec, row_scale).copysign(scale)
+    limit = torch.finfo(scale.dtype).max
+    return stored_scale((scale.double() * log_factor.double().exp()).clamp(-limit, limit), spec, row_scale)
 
 
 def is_finite_throughout(params: QuantParams, spec: QuantSpec) -> Tensor:

@@ -9,8 +9,14 @@ import torch
 
 from fewbits.errors import ArgumentError
 
-#: The dtypes that weights and scales may have.
+#: The dtypes that weights may have.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+#: Powers of two in one byte: the scales of the OCP Microscaling formats. Torch 2.6 has no such dtype: None.
+POWERS_OF_TWO: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)
+
+#: The dtypes that scales may have.
+SCALE_DTYPES = (*FLOAT_DTYPES, *([] if POWERS_OF_TWO is None else [POWERS_OF_TWO]))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -26,6 +32,8 @@ def dtype_from_name(name: str) -> torch.dtype:
     """
     # `getattr` would import a torch submodule of that name.
     dtype = vars(torch).get(name) if isinstance(name, str) else None
+    if name == "float8_e8m0fnu" and dtype is None:
+        raise ArgumentError(f"torch {torch.__version__} has no dtype float8_e8m0fnu; install torch 2.7 or later")
     if not isinstance(dtype, torch.dtype):
         raise ArgumentError(f"{name!r} is not the name of a torch dtype (such as 'float32' or 'bfloat16')")
     return dtype

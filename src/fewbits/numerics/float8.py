@@ -7,24 +7,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fewbits.numerics.levels import E4M3, E5M2
 from fewbits.numerics.spec import Granularity, QuantSpec
 
+_LEVELS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
+
 #: The float8 dtypes that can be read.
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOAT8_DTYPES = tuple(_LEVELS)
 
 
 def float8_spec(
     dtype: torch.dtype, granularity: Granularity, group_size: int | None, scale_dtype: torch.dtype
 ) -> QuantSpec:
-    """Build a spec whose levels are the finite numbers of a float8 dtype.
-
-    A float8 dtype has fewer finite numbers than 8-bit codes exist. The remaining codes, which no tensor uses, continue
-    after the largest number at the same distance.
-    """
-    finite = _finite(dtype)
-    step = finite[-1] - finite[-2]
-    beyond = [finite[-1] + step * index for index in range(1, 257 - len(finite))]
-    return QuantSpec(8, granularity, group_size, scale_dtype=scale_dtype, levels=(*finite, *beyond))
+    """Build a spec whose levels are the finite numbers of a float8 dtype."""
+    return QuantSpec(8, granularity, group_size, scale_dtype=scale_dtype, levels=_LEVELS[dtype])
 
 
 def float8_codes(values: Tensor) -> Tensor | None:
@@ -40,13 +36,7 @@ def float8_numbers(dtype: torch.dtype, device: torch.device | None = None) -> Te
 
 
 @cache
-def _finite(dtype: torch.dtype) -> tuple[float, ...]:
-    values = float8_numbers(dtype)
-    return tuple(sorted(set(values[torch.isfinite(values)].tolist())))
-
-
-@cache
 def _codes(dtype: torch.dtype) -> Tensor:
     """Return the code of each of the 256 bytes, int16; -1 for NaN and Inf."""
-    values, levels = float8_numbers(dtype), torch.tensor(_finite(dtype))
+    values, levels = float8_numbers(dtype), torch.tensor(_LEVELS[dtype])
     return torch.where(torch.isfinite(values), torch.searchsorted(levels, values), -1).to(torch.int16)

@@ -63,6 +63,11 @@ def levels_of(spec: QuantSpec, like: Tensor) -> Tensor:
     return torch.tensor(spec.levels, dtype=like.dtype, device=like.device)
 
 
+def level_table(spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the level of each code, lowest code first; NaN for an invalid code."""
+    return torch.tensor([*(spec.levels or ()), *[torch.nan] * spec.invalid_codes], dtype=dtype, device=device)
+
+
 def nearest_level(steps: Tensor, spec: QuantSpec) -> Tensor:
     """Return the index of the nearest level, int32."""
     middles = [(low + high) / 2 for low, high in pairwise(spec.levels or ())]

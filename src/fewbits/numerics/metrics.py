@@ -21,6 +21,7 @@ from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.noise import group_sums
 from fewbits.numerics.packing import unpack
+from fewbits.numerics.params import magnitudes
 from fewbits.numerics.tensor import QuantizedTensor
 
 _Number = TypeVar("_Number", int, float)
@@ -202,7 +203,7 @@ class Tally:
 
     def _add_codes(self, original: Tensor, stored: QuantizedTensor) -> None:
         whole, spec = stored.params(), stored.spec
-        self.scales = _extremes([*self.scales, *map(float, torch.aminmax(whole.scale.abs()))])
+        self.scales = _extremes([*self.scales, *map(float, torch.aminmax(magnitudes(whole.scale)))])
         for start, stop, rows in WeightMatrix(original, stored.layout).blocks():
             params = whole.rows(slice(start, stop))
             codes = unpack(stored.packed[start:stop], spec.bits, stored.layout.columns)

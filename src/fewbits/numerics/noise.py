@@ -12,13 +12,16 @@ from fewbits.numerics.grid import broadcast, in_steps, levels_of, nearest_step, 
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 
+#: As many levels as codes of 4 bits have.
+_FEW = 16
+
 
 def rounding_noise(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     """Return the squared error of each element from rounding and clipping."""
     steps = in_steps(x, params.scale, spec)
-    if spec.levels is None:
+    if spec.levels is None or len(spec.levels) > _FEW:
         return steps.sub_(_rounded(steps, params.zero_point, spec)).square_()
-    # Only the least distance is needed: finding it is several times faster than finding the nearest level.
+    # Only the least distance is needed: with few levels, finding it is faster than finding the nearest level.
     least = torch.full_like(steps, torch.inf)
     for level in spec.levels:
         torch.minimum(least, (steps - level).abs_(), out=least)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import NumericsError
-from fewbits.numerics.dtypes import compute_dtype, dtype_name
+from fewbits.numerics.dtypes import FLOAT_DTYPES, POWERS_OF_TWO, compute_dtype, dtype_name
 from fewbits.numerics.spec import QuantSpec
 
 
@@ -99,7 +99,7 @@ def stored_scale(exact: Tensor, spec: QuantSpec, row_scale: Tensor | None) -> Te
         return group_scales(row_scale, nearest_parts(exact, row_scale, spec), spec)
     dtype = spec.scale_dtype or exact.dtype
     size = exact.abs().clamp(min=torch.finfo(dtype).tiny).to(dtype)
-    return torch.where(exact < 0, -size, size)
+    return size if dtype == POWERS_OF_TWO else torch.where(exact < 0, -size, size)  # powers of two have no sign
 
 
 def group_scales(row_scale: Tensor, parts: Tensor, spec: QuantSpec) -> Tensor:
@@ -124,11 +124,16 @@ def nearest_parts(scale: Tensor, row_scale: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(ratio < 0, -parts, parts) if spec.symmetric else parts
 
 
+def magnitudes(scale: Tensor) -> Tensor:
+    """Return the magnitudes of scales, in a dtype that torch computes with."""
+    return scale.abs() if scale.dtype in FLOAT_DTYPES else scale.float()
+
+
 def are_sound(scale: Tensor) -> bool:
     """Tell whether all scales are finite and not zero."""
     if not scale.numel():
         return True
-    least, largest = torch.aminmax(scale.abs())  # both are NaN if one scale is NaN
+    least, largest = torch.aminmax(magnitudes(scale))  # both are NaN if one scale is NaN
     return float(least) > 0 and float(largest) < math.inf
 
 

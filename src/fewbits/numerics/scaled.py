@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import NonFiniteError, NumericsError, RangeError
-from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
+from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.float8 import float8_numbers
 from fewbits.numerics.layout import BLOCK_ELEMENTS, index_at
 
 #: Dtypes of the codes.
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-
-#: Dtypes of the scales. Torch 2.6 has no float8_e8m0fnu.
-FP8_SCALE_DTYPES = (*FLOAT_DTYPES, *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []))
 
 #: The dtype that codes and scales are dequantized to.
 FP8_TARGET = torch.bfloat16
@@ -127,7 +124,7 @@ def dequantize_scaled(
 
     Args:
         codes: reads codes, in one of `FP8_DTYPES`.
-        scales: reads scales, in one of `FP8_SCALE_DTYPES`.
+        scales: reads scales, in one of `fewbits.numerics.dtypes.SCALE_DTYPES`.
         grid: maps each code to its scale.
         out: contiguous, in `FP8_TARGET`.
         first: the position of the first element of `out` in the whole tensor.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbits.numerics.affine import choose_in_rows, choose_params, extremes, is_finite_throughout, refit
+from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.grid import grouped
 from fewbits.numerics.layout import block_rows
 from fewbits.numerics.noise import fit_terms, group_sums, rounding_noise
@@ -77,15 +78,16 @@ class Choice:
 
         Args:
             shares: each between 0 and 1.
-            mirrored: try negative scales too, if the spec is symmetric. The code range has one more negative step than
-                positive ones, and a negative scale gives that step to the positive elements.
+            mirrored: try negative scales too, if the spec is symmetric and its scale dtype has a sign. The code range
+                has one more negative step than positive ones, and a negative scale gives that step to the positive
+                elements.
         """
         for narrows_low, narrows_high in _PASSES[self.spec.symmetric]:
             low, high = self.low, self.high
             for share in shares:
                 narrowed = low * share if narrows_low else low, high * share if narrows_high else high
                 self.offer(*narrowed, self._params_for(*narrowed))
-                if mirrored and self.spec.symmetric:
+                if mirrored and self.spec.symmetric and self.spec.scale_dtype != POWERS_OF_TWO:
                     mirror = self._params_for(-narrowed[1], -narrowed[0])
                     self.offer(*narrowed, QuantParams(-mirror.scale, None, mirror.row_scale))
 

@@ -12,11 +12,15 @@ import attrs
 import torch
 
 from fewbits.errors import ArgumentError
-from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_from_name, dtype_name, for_json
+from fewbits.numerics.dtypes import FLOAT_DTYPES, POWERS_OF_TWO, SCALE_DTYPES, dtype_from_name, dtype_name, for_json
+from fewbits.numerics.levels import E2M1, E4M3, E5M2, NF4
 
 Granularity = Literal["tensor", "channel", "group"]
 Activations = Literal["dynamic", "static"]
 Rounding = Literal["nearest", "free"]
+
+#: What specs with known levels are called.
+_NAMES = {NF4: "nf4", E2M1: "e2m1", E4M3: "e4m3", E5M2: "e5m2"}
 
 #: Smaller numbers are subnormal and lose digits: half of one may be zero.
 _TINY = torch.finfo(torch.float32).tiny
@@ -53,6 +57,8 @@ def _check_scale_bits(spec: QuantSpec, _: Any, scale_bits: object) -> None:
         raise ArgumentError(f"scale_bits must be an integer from 2 to 8, or None, not {scale_bits!r}")
     if spec.granularity != "group":
         raise ArgumentError(f"scale_bits needs granularity 'group', not {spec.granularity!r}")
+    if spec.scale_dtype == POWERS_OF_TWO:
+        raise ArgumentError("scale_bits needs a scale_dtype that is not a power of two, such as float16")
 
 
 def _levels(values: Iterable[float] | None) -> tuple[float, ...] | None:
@@ -72,9 +78,10 @@ def _check_levels(spec: QuantSpec, _: Any, levels: tuple[float, ...] | None) -> 
         raise ArgumentError("levels need symmetric=True: one of the levels is zero, so there is no zero point")
     rising = all(low < high for low, high in pairwise(levels))
     normal = all(level == 0 or _TINY <= abs(level) < math.inf for level in levels)
-    if len(levels) != 2**spec.bits or not rising or not normal or 0.0 not in levels[1:-1]:
+    least, most = 2 ** (spec.bits - 1) + 1, 2**spec.bits
+    if not least <= len(levels) <= most or not rising or not normal or 0.0 not in levels[1:-1]:
         raise ArgumentError(
-            f"levels of {spec.bits} bits must be {2**spec.bits} finite numbers in rising order, none of them "
+            f"levels of {spec.bits} bits must be {least} to {most} finite numbers in rising order, none of them "
             f"subnormal; 0 must be one of them, but neither the first nor the last; not {levels}"
         )
 
@@ -91,18 +98,21 @@ class QuantSpec:
     """Integer codes with scales: ``w ≈ (q - zero_point) * scale``, or ``levels[i] * scale`` for the i-th code.
 
     Args:
-        bits: width of a code, 2 to 8; codes run from ``-2**(bits-1)`` to ``2**(bits-1) - 1``.
+        bits: width of a code, 2 to 8; codes run from ``-2**(bits-1)`` to ``2**(bits-1) - 1``, or to the code of the
+            last level.
         granularity: which elements share one scale: the whole ``"tensor"``, a row (``"channel"``), or ``group_size``
             neighbours within a row (``"group"``; the last group of a row may be shorter).
         group_size: elements in a group, for granularity ``"group"`` only.
         symmetric: True for no zero point: code 0 decodes to zero.
-        scale_dtype: dtype of the stored scales; None means the dtype of the weight.
+        scale_dtype: dtype of the stored scales; None means the dtype of the weight. Scales of ``float8_e8m0fnu`` are
+            powers of two.
         scale_bits: None stores one scale of ``scale_dtype`` for each group. 2 to 8 stores two levels of scales: one
             scale of ``scale_dtype`` for each row, and a code of ``scale_bits`` for each group, which says how many
             parts of the row's scale the group's scale is. A row's scale has ``2**scale_bits`` parts. If the spec is
             symmetric, one bit is the sign, and there are half as many parts. For granularity ``"group"`` only.
-        levels: the numbers that codes decode to, in units of the scale, lowest code first: ``2**bits`` rising numbers,
-            rounded to float32, one of them 0. None means that codes decode to integers.
+        levels: the numbers that codes decode to, in units of the scale, lowest code first: at most ``2**bits`` and more
+            than ``2**(bits-1)`` rising numbers, rounded to float32, one of them 0. A code without a level is invalid.
+            None means that codes decode to integers.
         activations: how the layer rounds its inputs to int8: ``"dynamic"``, with one scale for each row of an input;
             ``"static"``, with one scale from calibration; None, not at all.
         rounding: ``"nearest"``: each element has the nearest code. ``"free"``: it may have any code, because errors
@@ -124,7 +134,7 @@ class QuantSpec:
     granularity: Granularity = attrs.field(validator=_one_of(*get_args(Granularity)))
     group_size: int | None = attrs.field(default=None, validator=_check_group_size)
     symmetric: bool = attrs.field(default=True, validator=_one_of(True, False))
-    scale_dtype: torch.dtype | None = attrs.field(default=None, validator=_one_of(None, *FLOAT_DTYPES))
+    scale_dtype: torch.dtype | None = attrs.field(default=None, validator=_one_of(None, *SCALE_DTYPES))
     scale_bits: int | None = attrs.field(default=None, validator=_check_scale_bits, kw_only=True)
     levels: tuple[float, ...] | None = attrs.field(default=None, converter=_levels, validator=_check_levels)
     activations: Activations | None = attrs.field(
@@ -139,8 +149,13 @@ class QuantSpec:
 
     @property
     def code_max(self) -> int:
-        """The largest code."""
-        return (1 << (self.bits - 1)) - 1
+        """The largest code that has a meaning."""
+        return self.code_min + (1 << self.bits if self.levels is None else len(self.levels)) - 1
+
+    @property
+    def invalid_codes(self) -> int:
+        """How many codes of this width have no level."""
+        return (1 << self.bits) - 1 - (self.code_max - self.code_min)
 
     @property
     def scale_parts(self) -> int:
@@ -177,7 +192,7 @@ class QuantSpec:
         return {"kind": "affine", **for_json(self)}
 
     def __str__(self) -> str:
-        codes = f"int{self.bits}" if self.levels is None else f"{len(self.levels)} levels"
+        codes = f"int{self.bits}" if self.levels is None else _NAMES.get(self.levels, f"{len(self.levels)} levels")
         group = f" {self.group_size}" if self.granularity == "group" else ""
         inputs = "" if self.activations is None else f", {self.activations} int8 inputs"
         rounding = "" if self.rounding == "nearest" else ", rounded freely"
@@ -215,9 +230,24 @@ Spec = QuantSpec | CastSpec
 SPECS: Mapping[str, Spec] = {
     "int8-tensor": QuantSpec(bits=8, granularity="tensor"),
     "int8": QuantSpec(bits=8, granularity="channel"),
-    "int4": QuantSpec(bits=4, granularity="group", group_size=128),
+    **{f"int{bits}": QuantSpec(bits, "group", group_size=128 if bits == 4 else 64) for bits in range(2, 8)},
+    "nf4": QuantSpec(bits=4, granularity="group", group_size=64, levels=NF4),
+    "mxfp4": QuantSpec(bits=4, granularity="group", group_size=32, levels=E2M1, scale_dtype=POWERS_OF_TWO),
+    "fp8": QuantSpec(bits=8, granularity="channel", levels=E4M3),
     "fp16": CastSpec(torch.float16),
 }
+
+
+def spec_of_scheme(name: str) -> Spec:
+    """Return the spec of a built-in scheme.
+
+    Raises:
+        ArgumentError: if this version of torch lacks the dtype of its scales.
+    """
+    if name == "mxfp4":
+        dtype_from_name("float8_e8m0fnu")
+    return SPECS[name]
+
 
 #: The spec for the inputs of a layer with static int8 activations.
 INPUT_SPEC = QuantSpec(bits=8, granularity="tensor", scale_dtype=torch.float32)

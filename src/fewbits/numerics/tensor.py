@@ -153,6 +153,12 @@ class QuantizedTensor:
         unsigned = unpack(self.packed, self.spec.bits, self.layout.columns)
         return (unsigned.to(torch.int16) + self.spec.code_min).to(torch.int8)
 
+    def has_valid_codes(self) -> bool:
+        """Tell whether every code has a level, or the spec has no levels. Other codes decode to NaN."""
+        if not self.spec.invalid_codes or not self.packed.numel():
+            return True
+        return int(self.codes().max()) <= self.spec.code_max
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Decode the tensor into its original shape, computed in float32 (float64 for float64 scales).
 

@@ -13,6 +13,7 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.encoder import TensorEncoder
 from fewbits.errors import ArgumentError, SelectionError
+from fewbits.numerics.dtypes import FLOAT_DTYPES
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec, Spec
@@ -45,8 +46,8 @@ class Scheme(ABC):
     """
 
     spec: Spec
-    name: ClassVar[str]
-    default_skip: ClassVar[tuple[TypeRule, ...]] = ()
+    name: str
+    default_skip: tuple[TypeRule, ...] = ()
     min_elements: ClassVar[int] = 512
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -191,7 +192,9 @@ def _resolve_spec(spec: QuantSpec, info: TensorInfo, ragged: Ragged, reason: str
         reason = f"groups of {size} do not divide rows of {columns}"
     else:
         return spec, reason
-    return QuantSpec(bits=8, granularity="channel", scale_dtype=spec.scale_dtype), reason
+    # Powers of two are too coarse for int8.
+    scale_dtype = spec.scale_dtype if spec.scale_dtype in FLOAT_DTYPES else None
+    return QuantSpec(bits=8, granularity="channel", scale_dtype=scale_dtype), reason
 
 
 def _refuse_ragged(ledger: Ledger, ragged: Ragged) -> None:

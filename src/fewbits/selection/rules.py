@@ -9,7 +9,7 @@ import attrs
 
 from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import dtype_from_name
-from fewbits.numerics.spec import SPECS, QuantSpec, Spec, spec_from_dict
+from fewbits.numerics.spec import SPECS, QuantSpec, Spec, spec_from_dict, spec_of_scheme
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.nearest import checked_name, did_you_mean
 
@@ -97,7 +97,7 @@ def _parsed(pattern: str, rule: OverrideRule) -> Override | None:
 
 
 def _named(scheme: object) -> Spec:
-    return SPECS[checked_name("scheme", scheme, [*SPECS, "keep"])]
+    return spec_of_scheme(checked_name("scheme", scheme, [*SPECS, "keep"]))
 
 
 def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:

@@ -30,6 +30,7 @@ NOT_NEAREST = "errors beyond half a step, as from clipping, error feedback or ro
 
 #: Note on a kept tensor that tuning changed.
 TUNED = "tuned, so it differs from the source"
+_UNSOUND, _INVALID = "a scale is zero, NaN or Inf", "a code has no level"
 
 #: Yields the chunks of a row, each with its source; None in place of a missing source.
 Pairs = Callable[[LedgerRow], Iterator[tuple[Value, Tensor | None]]]
@@ -123,13 +124,15 @@ def examine_tensor(
         kept = all(source is None or same_bits(source, value) for value, source in pairs(row))
         failures = [] if kept else ["kept, but not equal to the source"]
         return TensorReport(row.name, row.fate, row.scheme, failures=tuple(failures))
-    failures, notes, sound, verdict = list[str](), list[str](), True, None
+    failures, notes, verdict = list[str](), list[str](), None
     if measurement is None:
-        measurement, sound, notes = _measured(row, pairs)
-    elif measurement.scale_min is not None and measurement.scale_max is not None:
-        sound = measurement.scale_min > 0 and measurement.scale_max < math.inf
-    if not sound:
-        failures.append("a scale is zero, NaN or Inf")
+        measurement, failures, notes = _measured(row, pairs)
+    elif (
+        measurement.scale_min is not None
+        and measurement.scale_max is not None
+        and not 0 < measurement.scale_min <= measurement.scale_max < math.inf
+    ):
+        failures.append(_UNSOUND)
     if measurement is not None:
         verdict = verdict_of(measurement.sqnr_db, fail_under)
         if measurement.broken_at is not None:
@@ -140,12 +143,12 @@ def examine_tensor(
     return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures), tuple(notes))
 
 
-def _measured(row: LedgerRow, pairs: Pairs) -> tuple[Measurement | None, bool, list[str]]:
-    """Measure a tensor (None without a source), tell whether all its scales are finite and not zero, and note a doubt.
+def _measured(row: LedgerRow, pairs: Pairs) -> tuple[Measurement | None, list[str], list[str]]:
+    """Measure a tensor (None without a source), and list failures of its scales and codes, and notes.
 
     Without a source, equal codes are a note: only a comparison could tell whether they are right.
     """
-    tally, codes, sound = Tally(), set[int](), True
+    tally, codes, sound, valid = Tally(), set[int](), True, True
     for value, source in pairs(row):
         if source is not None:
             tally.add(source, value)
@@ -153,11 +156,12 @@ def _measured(row: LedgerRow, pairs: Pairs) -> tuple[Measurement | None, bool, l
             codes.update(map(int, torch.aminmax(value.codes())))
         if isinstance(value, QuantizedTensor):
             sound &= are_sound(value.params().scale)
-    notes = []
+            valid &= value.has_valid_codes()
+    failures, notes = [_UNSOUND] * (not sound) + [_INVALID] * (not valid), []
     if len(codes) == 1 and math.prod(row.shape) > 1:
         doubt = "only a comparison with the source can tell whether that is right"
         notes.append(f"all of its codes are {codes.pop()}; {doubt}")
-    return tally.measurement(columns_of(row)) if tally.elements else None, sound, notes
+    return tally.measurement(columns_of(row)) if tally.elements else None, failures, notes
 
 
 def _broken(measurement: Measurement) -> str:
