@@ -260,10 +260,10 @@ def test_a_symmetric_spec_has_no_zero_point():
 def test_a_rescaled_scale_keeps_dtype_and_sign_and_no_code_overflows(dtype, log_factor, sign, magnitude):
     spec = QuantSpec(bits=4, granularity="channel", scale_dtype=dtype)
     before = QuantParams(torch.tensor([[sign * magnitude]], dtype=torch.float64).to(dtype))
-    after = rescaled(before, torch.full((1, 1), log_factor, dtype=torch.float64), spec)
+    after = rescaled(before, torch.full((1, 1), log_factor, dtype=torch.float64), torch.zeros(()), spec)
     assert after.scale.dtype == dtype
     assert (float(after.scale) > 0) == (sign > 0)
-    assert abs(float(after.scale)) >= torch.finfo(dtype).tiny
+    assert abs(float(after.scale)) >= min(torch.finfo(dtype).tiny, abs(float(before.scale)))
     assert bool(is_finite_throughout(after, spec)) or torch.equal(after.scale, before.scale)
     asked = float(before.scale.double()) * math.exp(log_factor)
     if torch.finfo(dtype).tiny <= abs(asked) <= torch.finfo(dtype).max / 8:
@@ -273,4 +273,4 @@ def test_a_rescaled_scale_keeps_dtype_and_sign_and_no_code_overflows(dtype, log_
 def test_a_factor_of_one_keeps_even_a_subnormal_scale():
     spec = QuantSpec(bits=4, granularity="channel", scale_dtype=torch.float16)
     before = QuantParams(torch.tensor([[1e-7]], dtype=torch.float16))
-    assert torch.equal(rescaled(before, torch.zeros(1, 1), spec).scale, before.scale)
+    assert torch.equal(rescaled(before, torch.zeros(1, 1), torch.zeros(()), spec).scale, before.scale)

@@ -77,7 +77,8 @@ class Peaks(Plain):
 
     def observe_weight(self, weight, spec):
         params = super().observe_weight(weight, spec)
-        return attrs.evolve(params, scale=(params.scale * (1 + min(self.peak, 10) / 10)).to(params.scale.dtype))
+        wider = (params.scale * (1 + min(self.peak, 10) / 10)).to(params.scale.dtype)
+        return attrs.evolve(params, scale=torch.where(torch.isfinite(wider), wider, params.scale))
 
 
 class NeverForgets(Peaks):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec
 
@@ -75,7 +76,8 @@ def specs(draw: st.DrawFn, /, scale_dtypes: Sequence[torch.dtype | None] = (None
         "scale_dtype": draw(st.sampled_from(scale_dtypes)),
     }
     fields |= fixed
-    if "scale_bits" not in fixed and granularity == "group" and draw(st.booleans()):
+    two_levels = granularity == "group" and fields["scale_dtype"] != POWERS_OF_TWO
+    if "scale_bits" not in fixed and two_levels and draw(st.booleans()):
         fields["scale_bits"] = draw(st.integers(2, 8))
     # Large codebooks take long to draw, and behave like small ones.
     if "levels" not in fixed and fields["symmetric"] and fields["bits"] <= 4 and draw(st.booleans()):
