@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,20 @@ from fewbits.testing.kernel_outputs import any_codes, generator, with_inputs
 
 INT8 = QuantSpec(bits=8, granularity="channel")
 INT4 = QuantSpec(bits=4, granularity="group", group_size=64)
+#: The levels of NF4, and of a spec of other bits.
+NF4_LEVELS = (
+    *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+)
+NF4 = QuantSpec(bits=4, granularity="group", group_size=64, levels=NF4_LEVELS)
+
+
+def curved(bits: int) -> tuple[float, ...]:
+    """Levels for so many bits, closer together near zero."""
+    half = 2 ** (bits - 1)
+    return tuple(math.copysign((abs(code) / half) ** 1.5, code) for code in range(-half, half))
+
+
 BY_NAME: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in choose.KERNELS}
 
 

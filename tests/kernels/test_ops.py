@@ -14,7 +14,7 @@ from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.testing.kernel_outputs import exact
-from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
+from kernels.kernel_cases import BY_NAME, INT4, INT8, NF4, any_words, exactly, linear, noise_db, normal, quantized
 
 SPECS = [
     INT8,
@@ -25,6 +25,8 @@ SPECS = [
     QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False),
     QuantSpec(bits=8, granularity="channel", activations="dynamic"),
     QuantSpec(bits=8, granularity="channel", activations="static"),
+    QuantSpec(bits=6, granularity="group", group_size=64, symmetric=False),
+    NF4,
 ]
 
 

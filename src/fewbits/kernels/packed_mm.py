@@ -54,7 +54,7 @@ class Int8PackMM(Kernel[Int8Rows]):
 
 
 class Int4PackMM(Kernel[Int4Tiles]):
-    """``torch.ops.aten._weight_int4pack_mm_for_cpu``."""
+    """``torch.ops.aten._weight_int4pack_mm_for_cpu``; every plane of digits multiplies the same inputs."""
 
     name = "int4pack_mm"
     weight_layout = Int4Tiles
@@ -71,8 +71,9 @@ class Int4PackMM(Kernel[Int4Tiles]):
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Call torch."""
+        x, planes = padded(x.to(torch.bfloat16), weight.wide), weight.planes
         output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            padded(x.to(torch.bfloat16), weight.tiles.shape[1]), weight.flat, weight.group, weight.table
+            x if planes == 1 else x.repeat(1, planes), weight.flat, weight.group, weight.table
         )
         return output[:, : weight.layout.rows]
 

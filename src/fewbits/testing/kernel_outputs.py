@@ -39,6 +39,7 @@ SPECS: tuple[QuantSpec, ...] = (
     QuantSpec(bits=4, granularity="group", group_size=32),
     QuantSpec(bits=4, granularity="group", group_size=32, scale_bits=6),
     QuantSpec(bits=4, granularity="group", group_size=128, symmetric=False),
+    QuantSpec(bits=3, granularity="group", group_size=64),
     QuantSpec(bits=6, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="group", group_size=64, levels=LEVELS),
     QuantSpec(bits=3, granularity="group", group_size=32, scale_bits=5, symmetric=False),
