@@ -15,17 +15,15 @@ from fewbits.extend import Layout, QuantParams
 from fewbits.kernels import choose
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.weight_layouts import PackedInt32
+from fewbits.numerics.levels import E4M3
+from fewbits.numerics.levels import NF4 as NF4_LEVELS
 from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.testing.kernel_outputs import any_codes, generator, with_inputs
 
 INT8 = QuantSpec(bits=8, granularity="channel")
 INT4 = QuantSpec(bits=4, granularity="group", group_size=64)
-#: The levels of NF4, and of a spec of other bits.
-NF4_LEVELS = (
-    *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0),
-    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
-)
+FLOAT8 = QuantSpec(bits=8, granularity="channel", levels=E4M3)
 NF4 = QuantSpec(bits=4, granularity="group", group_size=64, levels=NF4_LEVELS)
 
 

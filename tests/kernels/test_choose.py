@@ -10,19 +10,19 @@ from fewbits import QuantSpec
 from fewbits.errors import ArgumentError
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.choose import KERNELS, check_compute, choose, kernels_reading, preferred, refusal
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.quantize import quantize
 from fewbits.testing.kernel_outputs import decoded, exact
-from kernels.kernel_cases import BY_NAME, INT4, INT8, NF4, any_words, curved, linear, noise_db, normal, quantized
+from kernels.kernel_cases import BY_NAME, FLOAT8, INT4, INT8, NF4, any_words, linear, noise_db, normal, quantized
 
 ASYMMETRIC8 = QuantSpec(bits=8, granularity="channel", symmetric=False)
 GROUPS8 = QuantSpec(bits=8, granularity="group", group_size=64)
 GROUPS6 = QuantSpec(bits=6, granularity="group", group_size=64)
 ASYMMETRIC4 = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
-FLOAT8 = QuantSpec(bits=8, granularity="channel", levels=curved(8))
 LEVELS = QuantSpec(bits=4, granularity="group", group_size=64, levels=[(code - 8) / 8 for code in range(16)])
 SPECS = [
     INT8,
@@ -278,6 +278,7 @@ def test_layers_of_a_real_model_read_50_db_or_10_more_than_the_weights(minilm, s
 
 def test_a_layer_is_in_bytes_or_tiles_where_torch_has_them():
     assert isinstance(quantized(linear(64, 64), INT8).weight_stored.weight_layout(), Int8Rows)
+    assert isinstance(quantized(linear(64, 64), FLOAT8).weight_stored.weight_layout(), BytePairs)
     expected = "int4_tiles" if features.tile_width() else "packed_int32"
     for spec in (INT4, NF4, *(attrs.evolve(INT4, bits=bits) for bits in (2, 3, 5, 6, 7))):
         assert quantized(linear(64, 64), spec).weight_stored.weight_layout().name == expected

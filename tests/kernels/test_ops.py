@@ -10,11 +10,24 @@ from torch import nn
 import fewbits
 from fewbits import QuantSpec
 from fewbits.kernels import features, ops
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.testing.kernel_outputs import exact
-from kernels.kernel_cases import BY_NAME, INT4, INT8, NF4, any_words, exactly, linear, noise_db, normal, quantized
+from kernels.kernel_cases import (
+    BY_NAME,
+    FLOAT8,
+    INT4,
+    INT8,
+    NF4,
+    any_words,
+    exactly,
+    linear,
+    noise_db,
+    normal,
+    quantized,
+)
 
 SPECS = [
     INT8,
@@ -27,12 +40,16 @@ SPECS = [
     QuantSpec(bits=8, granularity="channel", activations="static"),
     QuantSpec(bits=6, granularity="group", group_size=64, symmetric=False),
     NF4,
+    FLOAT8,
 ]
+
+
+LAYOUTS = PackedInt32, Int8Rows, BytePairs, Int4Tiles
 
 
 def layouts_of(words):
     """The weight in every layout that can hold it."""
-    yield from (layout.of(words) for layout in (PackedInt32, Int8Rows, Int4Tiles) if layout.refuses(words) is None)
+    yield from (layout.of(words) for layout in LAYOUTS if layout.refuses(words) is None)
 
 
 def arguments(layout, compute="auto"):

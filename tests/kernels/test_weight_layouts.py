@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from fewbits import QuantSpec
 from fewbits.extend import Layout
 from fewbits.kernels import features, weight_layouts
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import TABLE_GROUPS, Int4Tiles, table_group
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits
 from fewbits.testing.kernel_outputs import decoded
-from kernels.kernel_cases import INT4, NF4, NF4_LEVELS, any_words, curved
+from kernels.kernel_cases import FLOAT8, INT4, NF4, NF4_LEVELS, any_words, curved
 
 SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 130, 257])
 GROUPS = st.sampled_from([32, 33, 40, 64, 128, 256, 1000])
@@ -70,6 +71,14 @@ LEVELS = {2: curved(2), 3: curved(3), 4: NF4_LEVELS, 5: curved(5), 8: curved(8)}
 def test_tiles_give_back_what_they_were_made_of(words):
     assume(Int4Tiles.refuses(words) is None)
     layout = Int4Tiles.of(words)
+    read_alike(layout, words)
+    read_alike(PackedInt32.of(layout), words)
+
+
+@given(st.sampled_from([curved(8), FLOAT8.levels]).flatmap(lambda levels: weights(8, levels)))
+def test_pairs_of_bytes_give_back_what_they_were_made_of(words):
+    assume(BytePairs.refuses(words) is None)
+    layout = BytePairs.of(words)
     read_alike(layout, words)
     read_alike(PackedInt32.of(layout), words)
 
@@ -189,6 +198,10 @@ CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4
     [
         (Int8Rows, any_words(CHANNEL4, 64, 64), "codes of 4 bits, not 8"),
         (Int4Tiles, any_words(CHANNEL8, 64, 64), "too coarse for integers of 8 bits"),
+        (BytePairs, any_words(CHANNEL8, 64, 64), "not indices of levels of 8 bits"),
+        (BytePairs, any_words(attrs.evolve(FLOAT8, granularity="group", group_size=32), 64, 64), "scales for groups"),
+        (BytePairs, any_words(FLOAT8, 64, 7), "more than twice the memory"),
+        (BytePairs, other_device(FLOAT8), "on meta, not on the CPU"),
         (Int8Rows, other_device(CHANNEL8), "on meta, not on the CPU"),
         (Int4Tiles, other_device(CHANNEL4), "on meta, not on the CPU"),
         (Int8Rows, of_another_cut(CHANNEL8), "not a matrix of outputs by inputs"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.packed_mm import padded, suits_bf16
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout, refuses_any, row_slices
@@ -39,6 +40,24 @@ class ByteBlocks(Kernel[Int8Rows]):
             part = block[: where.stop - where.start].copy_(weight.signed[where])
             if zero_point is not None:
                 part -= zero_point if zero_point.dim() == 1 else zero_point[where]
+            torch.mm(x, part.t(), out=output[:, where])
+        return output * weight.row_scale
+
+
+class PairBlocks(Kernel[BytePairs]):
+    """Blocks of `BytePairs`; a scale per row is multiplied in after the product."""
+
+    name = "pair_blocks"
+    weight_layout = BytePairs
+
+    def linear(self, x: Tensor, weight: BytePairs) -> Tensor:
+        """Multiply block by block."""
+        rows, wide = weight.layout.rows, weight.wide
+        x = padded(x.to(product_dtype(weight)), wide)
+        output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
+        high, low = weight.pairs.view(rows, 2, wide).unbind(1)
+        for where in row_slices(rows, len(block)):
+            part = block[: where.stop - where.start].copy_(high[where]).mul_(256).add_(low[where])
             torch.mm(x, part.t(), out=output[:, where])
         return output * weight.row_scale
 

@@ -50,7 +50,18 @@ def digits_of(spec: QuantSpec) -> Digits:
         if spec.levels is None:
             return _digits_of_integers(torch.arange(spec.code_min, spec.code_max + 1), 2)
         levels = torch.tensor(spec.levels, dtype=torch.float64)
-        return _pairs_near(levels) if planes(spec) == 2 else _whole_numbers_near(levels, planes(spec))
+        if (count := planes(spec)) == 2:
+            return _pairs_near(levels)
+        numbers, unit = whole_numbers(levels, _LARGEST * (16**count - 1) // 15)
+        return _digits_of_integers(numbers, count, unit)
+
+
+@functools.lru_cache(maxsize=1024)
+def levels_in_bytes(spec: QuantSpec) -> tuple[list[int], float]:
+    """Return the levels of a spec as whole numbers that fit two signed bytes, and their unit."""
+    with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
+        numbers, unit = whole_numbers(torch.tensor(spec.levels, dtype=torch.float64), 127 * 257)
+        return numbers.tolist(), unit
 
 
 def _digits_of_integers(numbers: Tensor, count: int, unit: float = 1.0) -> Digits:
@@ -62,21 +73,27 @@ def _digits_of_integers(numbers: Tensor, count: int, unit: float = 1.0) -> Digit
     return Digits(nibbles, [unit * 16.0**plane for plane in reversed(range(count))])
 
 
-def _whole_numbers_near(levels: Tensor, count: int) -> Digits:
-    """Round levels to multiples of a unit; a power of two as a unit keeps levels of floating codes exact."""
-    least = levels.abs().max() / (_LARGEST * (16**count - 1) // 15 - len(levels))
-    units = least, torch.exp2(least.log2().ceil())
+def whole_numbers(levels: Tensor, most: int) -> tuple[Tensor, float]:
+    """Round levels to different multiples of a unit, at most `most` units from zero.
 
-    def errors(found: tuple[Tensor, Tensor]) -> tuple[int, float]:
+    A power of two as a unit keeps most numbers of a floating dtype exact: all of float8_e4m3fn from a 448th of the
+    largest on, if there are 16 bits. Smaller numbers may move by a 1200th of the largest, so that they differ.
+
+    Returns:
+        The rising multiples, int64, and the unit.
+    """
+    least = levels.abs().max() / (most - len(levels))
+    candidates = [(distinct(levels / unit), float(unit)) for unit in (least, torch.exp2(least.log2().ceil()))]
+
+    def errors(found: tuple[Tensor, float]) -> tuple[int, float]:
         error = (found[0] * found[1] - levels).abs()
         return int(error.count_nonzero()), float(error.square().sum())
 
-    unit, numbers = min(((unit, distinct(levels / unit)) for unit in units), key=errors)
-    return _digits_of_integers(numbers, count, float(unit))
+    return min(candidates, key=errors)
 
 
 def distinct(rising: Tensor) -> Tensor:
-    """Round rising numbers to the nearest integers that differ from one another; 0 stays 0."""
+    """Round rising numbers to integers that differ from one another; 0 stays 0."""
     zero = int((rising == 0).nonzero())
     rounded, steps = rising.round().long(), torch.arange(len(rising))
     # Away from zero, each integer is at least one more than the one before.

@@ -17,6 +17,7 @@ from fewbits.kernels.weight_layouts import (
     PackedInt32,
     Rows,
     WeightLayout,
+    looked_up,
     refuses_any,
     reused_memory,
     round_up,
@@ -148,7 +149,7 @@ class Int4Tiles(WeightLayout):
             return
         codes = weight.codes(rows)
         padding = 0, wide - codes.shape[1], 0, rows.stop - rows.start - codes.shape[0]
-        for nibbles in [codes + self._offset] if self.nibbles is None else (_looked_up(n, codes) for n in self.nibbles):
+        for nibbles in [codes + self._offset] if self.nibbles is None else (looked_up(n, codes) for n in self.nibbles):
             low, high = F.pad(nibbles, padding, value=8).reshape(-1, 2, half, wide).unbind(1)
             both = low | high << 4
             yield both[..., ::2], both[..., 1::2]
@@ -174,7 +175,7 @@ class Int4Tiles(WeightLayout):
             return nibbles[0] - self._offset
         codes = torch.arange(self.nibbles.shape[1], dtype=torch.uint8, device=self.tiles.device)
         code_of = codes.new_zeros(16**self.planes).index_put((_in_base_16(self.nibbles),), codes)
-        return _looked_up(code_of, _in_base_16(nibbles))
+        return looked_up(code_of, _in_base_16(nibbles))
 
     def _nibbles(self, where: Rows, plane: int) -> Tensor:
         """Return the nibbles of some rows in one plane: uint8, (rows, columns)."""
@@ -195,11 +196,6 @@ class Int4Tiles(WeightLayout):
 def _in_base_16(nibbles: Iterable[Tensor]) -> Tensor:
     """Join the nibbles of each code to one int32."""
     return functools.reduce(lambda number, nibble: number * 16 + nibble.int(), nibbles, torch.tensor(0))
-
-
-def _looked_up(table: Tensor, index: Tensor) -> Tensor:
-    """Look up every element of an index in a table of one axis."""
-    return table.index_select(0, index.reshape(-1).to(torch.int32)).view(index.shape)
 
 
 def _digits(weight: WeightLayout) -> dict[str, Any]:

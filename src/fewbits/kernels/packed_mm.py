@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
 
@@ -51,6 +52,32 @@ class Int8PackMM(Kernel[Int8Rows]):
         signed = weight.signed
         sums = torch._weight_int8pack_mm(padded(x.to(torch.bfloat16), signed.shape[1]), signed, _ones(signed.shape[0]))
         return sums * weight.row_scale
+
+
+class BytePairMM(Kernel[BytePairs]):
+    """``torch._weight_int8pack_mm`` with pairs of bytes; the low bytes multiply a 256th of the inputs."""
+
+    name = "byte_pair_mm"
+    weight_layout = BytePairs
+
+    def supports(self, weight: WeightLayout) -> str | None:
+        """Accept weights that `BytePairs` can hold."""
+        return super().supports(weight) or (None if features.has_int8pack() else features.NO_BYTES)
+
+    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> BytePairs:
+        """Convert a weight to pairs of bytes, and make the vector of ones that a forward needs."""
+        _ones(weight.layout.rows)
+        return super().prepack(weight, reuse_memory=reuse_memory)
+
+    def takes(self, x: Tensor, rows: int) -> str | None:
+        """Accept few rows."""
+        return few_rows(rows, 12 if features.has_bf16() else 32)
+
+    def linear(self, x: Tensor, weight: BytePairs) -> Tensor:
+        """Call torch, and multiply with the scales."""
+        x = padded(x.to(torch.bfloat16), weight.wide)
+        sums = torch._weight_int8pack_mm(torch.cat([x, x / 256], 1), weight.pairs, _ones(weight.layout.rows))
+        return sums * (weight.row_scale * 256)
 
 
 class Int4PackMM(Kernel[Int4Tiles]):
