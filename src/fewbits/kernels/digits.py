@@ -49,10 +49,9 @@ def digits_of(spec: QuantSpec) -> Digits:
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
         if spec.levels is None:
             return _digits_of_integers(torch.arange(spec.code_min, spec.code_max + 1), 2)
-        levels = torch.tensor(spec.levels, dtype=torch.float64)
         if (count := planes(spec)) == 2:
-            return _pairs_near(levels)
-        numbers, unit = whole_numbers(levels, _LARGEST * (16**count - 1) // 15)
+            return _pairs_near(torch.tensor(spec.levels, dtype=torch.float64), 1 << spec.bits)
+        numbers, unit = _whole_numbers(spec, _LARGEST * (16**count - 1) // 15)
         return _digits_of_integers(numbers, count, unit)
 
 
@@ -60,7 +59,7 @@ def digits_of(spec: QuantSpec) -> Digits:
 def levels_in_bytes(spec: QuantSpec) -> tuple[list[int], float]:
     """Return the levels of a spec as whole numbers that fit two signed bytes, and their unit."""
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
-        numbers, unit = whole_numbers(torch.tensor(spec.levels, dtype=torch.float64), 127 * 257)
+        numbers, unit = _whole_numbers(spec, 127 * 257)
         return numbers.tolist(), unit
 
 
@@ -73,23 +72,26 @@ def _digits_of_integers(numbers: Tensor, count: int, unit: float = 1.0) -> Digit
     return Digits(nibbles, [unit * 16.0**plane for plane in reversed(range(count))])
 
 
-def whole_numbers(levels: Tensor, most: int) -> tuple[Tensor, float]:
+def _whole_numbers(spec: QuantSpec, most: int) -> tuple[Tensor, float]:
     """Round levels to different multiples of a unit, at most `most` units from zero.
 
     A power of two as a unit keeps most numbers of a floating dtype exact: all of float8_e4m3fn from a 448th of the
     largest on, if there are 16 bits. Smaller numbers may move by a 1200th of the largest, so that they differ.
 
     Returns:
-        The rising multiples, int64, and the unit.
+        The rising multiples of all codes, int64, and the unit. Codes without a level continue after the last one.
     """
-    least = levels.abs().max() / (most - len(levels))
+    levels = torch.tensor(spec.levels, dtype=torch.float64)
+    least = levels.abs().max() / (most - (1 << spec.bits))
     candidates = [(distinct(levels / unit), float(unit)) for unit in (least, torch.exp2(least.log2().ceil()))]
 
     def errors(found: tuple[Tensor, float]) -> tuple[int, float]:
         error = (found[0] * found[1] - levels).abs()
         return int(error.count_nonzero()), float(error.square().sum())
 
-    return min(candidates, key=errors)
+    numbers, unit = min(candidates, key=errors)
+    beyond = torch.arange(1, (1 << spec.bits) - len(levels) + 1)
+    return torch.cat([numbers, numbers[-1] + beyond]), unit
 
 
 def distinct(rising: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ def distinct(rising: Tensor) -> Tensor:
     return torch.cat([-below.flip(0)[:-1], above])
 
 
-def _pairs_near(levels: Tensor) -> Digits:
+def _pairs_near(levels: Tensor, codes: int) -> Digits:
     """Find two units, and a pair of digits for each level, with a small mean squared error of the levels.
 
     Two free units leave NF4 an SQNR of 54 dB, where digits in base 16 leave 46, and they are exact for MXFP4.
@@ -113,18 +115,21 @@ def _pairs_near(levels: Tensor) -> Digits:
     errors, units = _fitted(units * largest / _LARGEST, levels, torch.tensor(_SIZES, dtype=torch.float64))
     for _ in range(_FITS):
         errors, units = _fitted(units, levels, torch.ones(1, dtype=torch.float64))
-    return _nearest_pairs(levels, units[errors.argmin()])
+    return _nearest_pairs(levels, units[errors.argmin()], codes)
 
 
-def _nearest_pairs(levels: Tensor, units: Tensor) -> Digits:
-    """Choose the nearest pair of digits for each level, another pair for each; 0 has the digits 0."""
+def _nearest_pairs(levels: Tensor, units: Tensor, codes: int) -> Digits:
+    """Choose the nearest pair of digits for each level, another pair for each; 0 has the digits 0.
+
+    Codes without a level get any other pair.
+    """
     distances = (_points(units.unsqueeze(0)) - levels.unsqueeze(1)).abs()
     distances[:, 8 * 16 + 8] = torch.where(levels == 0, -1.0, torch.inf)
-    chosen = torch.empty(len(levels), dtype=torch.long)
-    for index in distances.amin(1).argsort():
-        chosen[index] = distances[index].argmin()
-        distances[:, chosen[index]] = torch.inf
-    return Digits([(chosen // 16).tolist(), (chosen % 16).tolist()], units.tolist())
+    chosen = dict.fromkeys(range(codes), 0)
+    for code in [*distances.amin(1).argsort().tolist(), *range(len(levels), codes)]:
+        chosen[code] = int(distances[min(code, len(levels) - 1)].argmin())
+        distances[:, chosen[code]] = torch.inf
+    return Digits([[pair // 16 for pair in chosen.values()], [pair % 16 for pair in chosen.values()]], units.tolist())
 
 
 def _points(units: Tensor) -> Tensor:

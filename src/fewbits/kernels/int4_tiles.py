@@ -166,7 +166,7 @@ class Int4Tiles(WeightLayout):
             float32, (groups, padded rows).
         """
         shape = self.wide // self.group, self.table.shape[1]
-        return spread(params, self, self.group, params.new_zeros(shape, dtype=torch.float32))
+        return spread(params.float(), self, self.group, torch.zeros(shape, device=params.device))
 
     def codes(self, where: Rows) -> Tensor:
         """Return the unsigned codes of some rows."""
