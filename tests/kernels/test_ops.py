@@ -29,6 +29,7 @@ from kernels.kernel_cases import (
     quantized,
 )
 
+DYNAMIC8 = QuantSpec(bits=8, granularity="channel", activations="dynamic")
 SPECS = [
     INT8,
     QuantSpec(bits=8, granularity="tensor"),
@@ -36,7 +37,7 @@ SPECS = [
     QuantSpec(bits=8, granularity="group", group_size=64),
     INT4,
     QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False),
-    QuantSpec(bits=8, granularity="channel", activations="dynamic"),
+    DYNAMIC8,
     QuantSpec(bits=8, granularity="channel", activations="static"),
     QuantSpec(bits=6, granularity="group", group_size=64, symmetric=False),
     NF4,
@@ -169,7 +170,7 @@ class Block(nn.Module):
         return self.head(x).unflatten(-1, (7, 10)).flatten(-2)
 
 
-@pytest.fixture(params=[INT8, INT4, SPECS[-2]], ids=str)
+@pytest.fixture(params=[INT8, INT4, DYNAMIC8, NF4], ids=str)
 def block(request):
     torch._dynamo.reset()
     yield quantized(Block(), request.param)
