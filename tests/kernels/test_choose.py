@@ -13,9 +13,11 @@ from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.choose import KERNELS, check_compute, choose, kernels_reading, preferred, refusal
 from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.run import chosen
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.quantize import quantize
+from fewbits.numerics.spec import SPECS as BUILT_IN
 from fewbits.testing.kernel_outputs import decoded, exact
 from kernels.kernel_cases import BY_NAME, FLOAT8, INT4, INT8, NF4, any_words, linear, noise_db, normal, quantized
 
@@ -23,6 +25,7 @@ ASYMMETRIC8 = QuantSpec(bits=8, granularity="channel", symmetric=False)
 GROUPS8 = QuantSpec(bits=8, granularity="group", group_size=64)
 GROUPS6 = QuantSpec(bits=6, granularity="group", group_size=64)
 ASYMMETRIC4 = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
+MXFP4 = BUILT_IN["mxfp4"]
 LEVELS = QuantSpec(bits=4, granularity="group", group_size=64, levels=[(code - 8) / 8 for code in range(16)])
 SPECS = [
     INT8,
@@ -41,6 +44,7 @@ SPECS = [
     QuantSpec(bits=7, granularity="group", group_size=128),
     LEVELS,
     NF4,
+    MXFP4,
     FLOAT8,
 ]
 ROWS = (1, 2, 5, 13, 40, 200)
@@ -103,6 +107,14 @@ def test_all_kernels_of_a_layer_read_the_layout_that_it_has(spec, compute):
 def test_some_kernel_besides_the_reference_takes_any_number_of_rows(spec):
     kernels = kernels_for(any_words(spec, 64, 256), "auto")
     assert all(choose(kernels, normal(rows, 256), rows) is not REFERENCE for rows in ROWS)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in BUILT_IN.values() if isinstance(spec, QuantSpec)], ids=str)
+def test_layers_of_every_built_in_scheme_take_a_kernel_for_their_codes(spec):
+    layer = quantized(linear(128, 128), spec)
+    for rows in ROWS:
+        kernel = chosen(normal(rows, 128), layer.weight_stored.prepared())
+        assert kernel.name not in ("reference", "word_blocks") or features.tile_width() is None
 
 
 def test_nothing_to_compute_is_the_reference_s():
@@ -200,7 +212,7 @@ class Pool:
         return noise_db(torch.cat(found), torch.cat(expected))
 
 
-@pytest.mark.parametrize("spec", [INT8, ASYMMETRIC8, GROUPS8, GROUPS6, INT4, ASYMMETRIC4, NF4, FLOAT8], ids=str)
+@pytest.mark.parametrize("spec", [INT8, ASYMMETRIC8, GROUPS8, GROUPS6, INT4, ASYMMETRIC4, NF4, MXFP4, FLOAT8], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64), (33, 130), (256, 576), (8, 256)], ids=str)
 @torch.no_grad()
 def test_outputs_read_50_db_or_10_more_than_the_weights(spec, shape, bf16):

@@ -12,6 +12,7 @@ from fewbits.kernels import features, weight_layouts
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import TABLE_GROUPS, Int4Tiles, table_group
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
+from fewbits.numerics.levels import E2M1
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits
 from fewbits.testing.kernel_outputs import decoded
@@ -64,10 +65,10 @@ def test_bytes_give_back_what_they_were_made_of(words):
     read_alike(PackedInt32.of(layout), words)
 
 
-LEVELS = {2: curved(2), 3: curved(3), 4: NF4_LEVELS, 5: curved(5), 8: curved(8)}
+LEVELS = [(2, curved(2)), (3, curved(3)), (4, NF4_LEVELS), (4, E2M1), (5, curved(5)), (8, curved(8))]
 
 
-@given(st.one_of(*map(weights, range(2, 8)), *(weights(bits, levels) for bits, levels in LEVELS.items())))
+@given(st.one_of(*map(weights, range(2, 8)), *(weights(*one) for one in LEVELS)))
 def test_tiles_give_back_what_they_were_made_of(words):
     assume(Int4Tiles.refuses(words) is None)
     layout = Int4Tiles.of(words)
