@@ -13,13 +13,14 @@ from torch import Tensor, nn
 import fewbits
 from benchmarks.contender import Contender, Layer, short
 from benchmarks.timing import Call, reason
+from fewbits.numerics.spec import SPECS
+from fewbits.quantizers.schemes import SCHEMES as LIBRARY
 
 
 @attrs.frozen
 class Scheme:
     quantizer: Callable[[int], fewbits.Quantizer]
     bits: int
-    grouped: bool = False
     compute: str | None = None
 
 
@@ -35,16 +36,29 @@ def _int4(group_size: int) -> fewbits.Quantizer:
     return fewbits.Int4Grouped(group_size=group_size)
 
 
-#: Values of ``--scheme``.
-SCHEMES: Mapping[str, Scheme] = {
+def _by_name(name: str, group_size: int) -> fewbits.Quantizer:
+    return LIBRARY[name]()
+
+
+_WITH_OPTIONS: Mapping[str, Scheme] = {
     "int8": Scheme(_int8, 8),
-    "int4": Scheme(_int4, 4, grouped=True),
+    "int4": Scheme(_int4, 4),
     "int8-dynamic": Scheme(_int8_dynamic, 8),
-    "int4-compute-int8": Scheme(_int4, 4, grouped=True, compute="int8"),
+    "int4-compute-int8": Scheme(_int4, 4, compute="int8"),
     "int8-compute-int8": Scheme(_int8, 8, compute="int8"),
     "int8-exact": Scheme(_int8, 8, compute="exact"),
-    "int4-exact": Scheme(_int4, 4, grouped=True, compute="exact"),
+    "int4-exact": Scheme(_int4, 4, compute="exact"),
 }
+#: Schemes of the library with codes, in their own groups.
+_OTHERS: Mapping[str, Scheme] = {
+    name: Scheme(partial(_by_name, name), spec.bits)
+    for name, spec in SPECS.items()
+    if isinstance(spec, fewbits.QuantSpec) and name not in _WITH_OPTIONS
+}
+#: Values of ``--scheme``.
+SCHEMES: Mapping[str, Scheme] = {**_WITH_OPTIONS, **_OTHERS}
+#: Every scheme of the library with codes.
+ALL = ("int8", "int4", *_OTHERS)
 #: Default of ``--scheme``.
 USUAL = ("int8", "int4", "int8-dynamic", "int4-compute-int8")
 

@@ -57,6 +57,7 @@ ODD_SHAPES = (
 PRESETS: Mapping[str, Preset] = {
     "table": Preset("the table of the results page", dense=FLOATS, peers=True),
     "cliffs": Preset("rows between those of the table", rows=(2, 8, 16, 24, 64, 128, 1024), schemes=("int8", "int4")),
+    "schemes": Preset("every scheme, in its own groups", schemes=ours.ALL),
     "dtypes": Preset("inputs in bfloat16 and float16", dtypes=FLOATS, schemes=("int8", "int4"), peers=True),
     "shapes": Preset("shapes and groups that kernels refuse", ODD_SHAPES, rows=(1, 32, 256), schemes=("int8", "int4")),
 }

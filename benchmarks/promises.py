@@ -34,6 +34,12 @@ WITHOUT_VNNI = {
 #: Least ratio to dense at any other number of rows.
 NO_CLIFF = {"fewbits int8": 0.6, "fewbits int4": 0.5}
 
+#: Schemes that have at least half the speed of int4 or int8, at any number of rows.
+HALF = {
+    **dict.fromkeys(("fewbits int2", "fewbits int3", "fewbits nf4", "fewbits mxfp4"), "fewbits int4"),
+    **dict.fromkeys(("fewbits int5", "fewbits int6", "fewbits int7", "fewbits fp8"), "fewbits int8"),
+}
+
 #: One row: fewbits against peers with as many bits. A peer matches if its name starts with one of these.
 PYTHON_PEERS = {
     "fewbits int8": ("torchao int8, fp32", "quanto qint8, fp32", "bitsandbytes int8, fp32"),
@@ -76,6 +82,8 @@ def _promised(case: str, rows: int, own: str, present: Sequence[str]) -> Iterato
             yield [(BASELINE, least)]
         if rows == 1:
             yield from _against_peers(own, present)
+        if own in HALF:
+            yield [(HALF[own], 0.5)]
     elif case in ODD and (least := _odd(own, rows)) is not None:
         yield [(BASELINE, least)]
     if narrow := re.fullmatch(r"(fewbits int[48]), (bf16|fp16)", own):

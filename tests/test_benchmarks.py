@@ -189,6 +189,15 @@ def test_linear_names_the_kernel_of_every_cell_of_fewbits(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_every_scheme_with_codes_goes_through_a_kernel(tmp_path):
+    found = run_linear(tmp_path, "--preset", "schemes", "--shape", "64x128", "--rows", "1,64")
+    assert found["failures"] == []
+    kernels = {(c["contender"], c["M"]): c["kernel"] for c in found["cells"] if c["package"] == "fewbits"}
+    assert kernels.keys() == {(f"fewbits {name}", rows) for name in ours.ALL for rows in (1, 64)}
+    assert "reference" not in kernels.values()
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_failing_peer_is_reported_and_the_others_continue(tmp_path, monkeypatch, capsys):
     def contenders(dtype, group_size):
         cannot_run = Contender("cannot run", "peer", dtype, build=lambda layer: lambda x: broken(layer))
@@ -256,6 +265,14 @@ def test_promises_against_peers_and_narrow_inputs(monkeypatch):
         ("fewbits int4, bf16", "quanto qint4, bf16", True),
         ("fewbits int4, bf16", "fewbits int4", "dense bf16", False),
     ]
+
+
+@pytest.mark.parametrize(("seconds", "held"), [(2.0, True), (2.1, False)])
+def test_schemes_with_levels_promise_half_the_speed_of_integers(seconds, held):
+    times = {"fewbits int4": 1.0, "fewbits nf4": seconds}
+    (line,) = promises.checked([Cell({"case": promises.USUAL, "M": 7}, name, [value]) for name, value in times.items()])
+    assert line.startswith("held: fewbits nf4") is held
+    assert "times fewbits int4 (at least 0.50)" in line
 
 
 def test_unlisted_shapes_have_no_promises():

@@ -20,6 +20,7 @@ from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_writer import Share
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout
 from fewbits.nn.base import QuantizedModule
@@ -46,6 +47,7 @@ from fewbits.selection.progress import Progress
 from fewbits.selection.selector import Decision
 
 __all__ = [
+    "BytePairs",
     "ChunkReader",
     "ChunkWriter",
     "Coordinator",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -14,12 +15,25 @@ from fewbits.extend import Layout, QuantParams
 from fewbits.kernels import choose
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.weight_layouts import PackedInt32
+from fewbits.numerics.dtypes import POWERS_OF_TWO
+from fewbits.numerics.levels import E4M3
+from fewbits.numerics.levels import NF4 as NF4_LEVELS
 from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.testing.kernel_outputs import any_codes, generator, with_inputs
 
 INT8 = QuantSpec(bits=8, granularity="channel")
 INT4 = QuantSpec(bits=4, granularity="group", group_size=64)
+FLOAT8 = QuantSpec(bits=8, granularity="channel", levels=E4M3)
+NF4 = QuantSpec(bits=4, granularity="group", group_size=64, levels=NF4_LEVELS)
+
+
+def curved(bits: int) -> tuple[float, ...]:
+    """Levels for so many bits, closer together near zero."""
+    half = 2 ** (bits - 1)
+    return tuple(math.copysign((abs(code) / half) ** 1.5, code) for code in range(-half, half))
+
+
 BY_NAME: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in choose.KERNELS}
 
 
@@ -28,7 +42,9 @@ def any_words(
 ) -> PackedInt32:
     """Any codes, scales of both signs and any zero points, in the canonical layout."""
     draws, shape = generator(seed), spec.scale_shape(rows, columns)
-    scale = torch.rand(shape, generator=draws).add_(0.1) * (1 - 2 * torch.randint(2, shape, generator=draws))
+    scale = torch.rand(shape, generator=draws).add_(0.1)
+    if spec.scale_dtype is None or spec.scale_dtype != POWERS_OF_TWO:  # they have no sign
+        scale *= 1 - 2 * torch.randint(2, shape, generator=draws)
     return with_codes(
         any_codes((rows, columns), spec, draws),
         spec,
@@ -38,8 +54,9 @@ def any_words(
 
 
 def with_codes(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None = None) -> PackedInt32:
+    dtype = torch.float32 if scale.dtype == POWERS_OF_TWO else scale.dtype
     value = QuantizedTensor.from_codes(
-        codes, QuantParams(scale, zero_point), spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=scale.dtype
+        codes, QuantParams(scale, zero_point), spec=spec.weight_only(), layout=Layout.of(codes.shape), dtype=dtype
     )
     return PackedInt32.of_value(with_inputs(value, spec))
 

@@ -10,18 +10,22 @@ from fewbits import QuantSpec
 from fewbits.errors import ArgumentError
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.choose import KERNELS, check_compute, choose, kernels_reading, preferred, refusal
 from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.run import chosen
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.quantize import quantize
+from fewbits.numerics.spec import SPECS as BUILT_IN
 from fewbits.testing.kernel_outputs import decoded, exact
-from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words, linear, noise_db, normal, quantized
+from kernels.kernel_cases import BY_NAME, FLOAT8, INT4, INT8, NF4, any_words, linear, noise_db, normal, quantized
 
 ASYMMETRIC8 = QuantSpec(bits=8, granularity="channel", symmetric=False)
 GROUPS8 = QuantSpec(bits=8, granularity="group", group_size=64)
 GROUPS6 = QuantSpec(bits=6, granularity="group", group_size=64)
 ASYMMETRIC4 = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
+MXFP4 = BUILT_IN["mxfp4"]
 LEVELS = QuantSpec(bits=4, granularity="group", group_size=64, levels=[(code - 8) / 8 for code in range(16)])
 SPECS = [
     INT8,
@@ -34,8 +38,14 @@ SPECS = [
     QuantSpec(bits=4, granularity="group", group_size=128),
     QuantSpec(bits=4, granularity="group", group_size=40),
     GROUPS6,
+    QuantSpec(bits=2, granularity="group", group_size=64, symmetric=False),
     QuantSpec(bits=3, granularity="group", group_size=32),
+    QuantSpec(bits=5, granularity="group", group_size=64),
+    QuantSpec(bits=7, granularity="group", group_size=128),
     LEVELS,
+    NF4,
+    MXFP4,
+    FLOAT8,
 ]
 ROWS = (1, 2, 5, 13, 40, 200)
 
@@ -99,6 +109,14 @@ def test_some_kernel_besides_the_reference_takes_any_number_of_rows(spec):
     assert all(choose(kernels, normal(rows, 256), rows) is not REFERENCE for rows in ROWS)
 
 
+@pytest.mark.parametrize("spec", [spec for spec in BUILT_IN.values() if isinstance(spec, QuantSpec)], ids=str)
+def test_layers_of_every_built_in_scheme_take_a_kernel_for_their_codes(spec):
+    layer = quantized(linear(128, 128), spec)
+    for rows in ROWS:
+        kernel = chosen(normal(rows, 128), layer.weight_stored.prepared())
+        assert kernel.name not in ("reference", "word_blocks") or features.tile_width() is None
+
+
 def test_nothing_to_compute_is_the_reference_s():
     assert choose(KERNELS, normal(0, 256), 0) is REFERENCE
 
@@ -112,6 +130,9 @@ def test_nothing_to_compute_is_the_reference_s():
         ("int8pack_mm", any_words(ASYMMETRIC8, 64, 64), "auto", "it takes no zero points"),
         ("int8pack_mm", any_words(GROUPS8, 64, 64), "auto", "it takes no scales for groups"),
         ("float_sums", any_words(GROUPS8, 64, 64), "int8", "the weight has groups"),
+        ("int4pack_mm", any_words(NF4, 64, 64), "auto", "its codes have several digits"),
+        ("digits_mm", any_words(INT4, 64, 64), "auto", "its codes are one digit"),
+        ("grouped_int_mm", any_words(NF4, 64, 64), "int8", "at most 4 bits, without levels"),
         ("int8pack_mm", any_words(INT8, 31, 64), "auto", "too few for 50 dB"),
         ("word_blocks", any_words(INT8, 64, 64, dtype=torch.float64), "auto", "float64 scales"),
     ],
@@ -191,7 +212,7 @@ class Pool:
         return noise_db(torch.cat(found), torch.cat(expected))
 
 
-@pytest.mark.parametrize("spec", [INT8, ASYMMETRIC8, GROUPS8, GROUPS6, INT4, ASYMMETRIC4], ids=str)
+@pytest.mark.parametrize("spec", [INT8, ASYMMETRIC8, GROUPS8, GROUPS6, INT4, ASYMMETRIC4, NF4, MXFP4, FLOAT8], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64), (33, 130), (256, 576), (8, 256)], ids=str)
 @torch.no_grad()
 def test_outputs_read_50_db_or_10_more_than_the_weights(spec, shape, bf16):
@@ -202,7 +223,7 @@ def test_outputs_read_50_db_or_10_more_than_the_weights(spec, shape, bf16):
             assert heard >= min(50.0, pool.own + 10), f"{kind}, {rows} rows: {heard:.1f} dB, weights {pool.own:.1f}"
 
 
-@pytest.mark.parametrize("spec", [INT8, GROUPS8, INT4], ids=str)
+@pytest.mark.parametrize("spec", [INT8, GROUPS8, INT4, NF4], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_outputs_of_narrow_inputs_read_50_db_or_10_more_than_the_weights(spec, dtype, bf16):
@@ -270,7 +291,9 @@ def test_layers_of_a_real_model_read_50_db_or_10_more_than_the_weights(minilm, s
     assert len(given) >= 37
 
 
-def test_an_int8_layer_is_in_bytes_and_an_int4_layer_in_tiles_where_torch_has_them():
+def test_a_layer_is_in_bytes_or_tiles_where_torch_has_them():
     assert isinstance(quantized(linear(64, 64), INT8).weight_stored.weight_layout(), Int8Rows)
+    assert isinstance(quantized(linear(64, 64), FLOAT8).weight_stored.weight_layout(), BytePairs)
     expected = "int4_tiles" if features.tile_width() else "packed_int32"
-    assert quantized(linear(64, 64), INT4).weight_stored.weight_layout().name == expected
+    for spec in (INT4, NF4, *(attrs.evolve(INT4, bits=bits) for bits in (2, 3, 5, 6, 7))):
+        assert quantized(linear(64, 64), spec).weight_stored.weight_layout().name == expected

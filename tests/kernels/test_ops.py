@@ -10,12 +10,26 @@ from torch import nn
 import fewbits
 from fewbits import QuantSpec
 from fewbits.kernels import features, ops
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
 from fewbits.testing.kernel_outputs import exact
-from kernels.kernel_cases import BY_NAME, INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
+from kernels.kernel_cases import (
+    BY_NAME,
+    FLOAT8,
+    INT4,
+    INT8,
+    NF4,
+    any_words,
+    exactly,
+    linear,
+    noise_db,
+    normal,
+    quantized,
+)
 
+DYNAMIC8 = QuantSpec(bits=8, granularity="channel", activations="dynamic")
 SPECS = [
     INT8,
     QuantSpec(bits=8, granularity="tensor"),
@@ -23,14 +37,20 @@ SPECS = [
     QuantSpec(bits=8, granularity="group", group_size=64),
     INT4,
     QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False),
-    QuantSpec(bits=8, granularity="channel", activations="dynamic"),
+    DYNAMIC8,
     QuantSpec(bits=8, granularity="channel", activations="static"),
+    QuantSpec(bits=6, granularity="group", group_size=64, symmetric=False),
+    NF4,
+    FLOAT8,
 ]
+
+
+LAYOUTS = PackedInt32, Int8Rows, BytePairs, Int4Tiles
 
 
 def layouts_of(words):
     """The weight in every layout that can hold it."""
-    yield from (layout.of(words) for layout in (PackedInt32, Int8Rows, Int4Tiles) if layout.refuses(words) is None)
+    yield from (layout.of(words) for layout in LAYOUTS if layout.refuses(words) is None)
 
 
 def arguments(layout, compute="auto"):
@@ -150,7 +170,7 @@ class Block(nn.Module):
         return self.head(x).unflatten(-1, (7, 10)).flatten(-2)
 
 
-@pytest.fixture(params=[INT8, INT4, SPECS[-2]], ids=str)
+@pytest.fixture(params=[INT8, INT4, DYNAMIC8, NF4], ids=str)
 def block(request):
     torch._dynamo.reset()
     yield quantized(Block(), request.param)

@@ -8,7 +8,7 @@ from torch import nn
 
 import fewbits
 from fewbits.kernels.run import chosen
-from kernels.kernel_cases import INT4, INT8, any_words, exactly, linear, noise_db, normal, quantized
+from kernels.kernel_cases import FLOAT8, INT4, INT8, NF4, any_words, exactly, linear, noise_db, normal, quantized
 
 INPUTS = 128
 SPECS = [
@@ -17,6 +17,8 @@ SPECS = [
     fewbits.QuantSpec(bits=8, granularity="channel", activations="dynamic"),
     fewbits.QuantSpec(bits=8, granularity="channel", activations="static"),
     fewbits.QuantSpec(bits=6, granularity="channel"),
+    NF4,
+    FLOAT8,
 ]
 
 

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from fewbits import QuantSpec
 from fewbits.extend import Layout
 from fewbits.kernels import features, weight_layouts
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import TABLE_GROUPS, Int4Tiles, table_group
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
+from fewbits.numerics.levels import E2M1
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits
 from fewbits.testing.kernel_outputs import decoded
-from kernels.kernel_cases import any_words
+from kernels.kernel_cases import FLOAT8, INT4, NF4, NF4_LEVELS, any_words, curved
 
 SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 130, 257])
 GROUPS = st.sampled_from([32, 33, 40, 64, 128, 256, 1000])
@@ -22,15 +24,16 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
 @st.composite
-def weights(draw, bits):
+def weights(draw, bits, levels=None):
     """A weight in the canonical layout, of any size and with any codes."""
     granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
     spec = QuantSpec(
         bits=bits,
         granularity=granularity,
         group_size=draw(GROUPS) if granularity == "group" else None,
-        symmetric=draw(st.booleans()),
+        symmetric=levels is not None or draw(st.booleans()),
         scale_dtype=draw(DTYPES),
+        levels=levels,
     )
     return any_words(spec, draw(SIZES), draw(SIZES), seed=draw(st.integers(0, 1000)))
 
@@ -62,7 +65,10 @@ def test_bytes_give_back_what_they_were_made_of(words):
     read_alike(PackedInt32.of(layout), words)
 
 
-@given(weights(4))
+LEVELS = [(2, curved(2)), (3, curved(3)), (4, NF4_LEVELS), (4, E2M1), (5, curved(5)), (8, curved(8))]
+
+
+@given(st.one_of(*map(weights, range(2, 8)), *(weights(*one) for one in LEVELS)))
 def test_tiles_give_back_what_they_were_made_of(words):
     assume(Int4Tiles.refuses(words) is None)
     layout = Int4Tiles.of(words)
@@ -70,10 +76,17 @@ def test_tiles_give_back_what_they_were_made_of(words):
     read_alike(PackedInt32.of(layout), words)
 
 
+@given(st.sampled_from([curved(8), FLOAT8.levels]).flatmap(lambda levels: weights(8, levels)))
+def test_pairs_of_bytes_give_back_what_they_were_made_of(words):
+    assume(BytePairs.refuses(words) is None)
+    layout = BytePairs.of(words)
+    read_alike(layout, words)
+    read_alike(PackedInt32.of(layout), words)
+
+
 @pytest.mark.parametrize("sizes", [(64, 64), (65, 96), (129, 257), (40, 40), (33, 33), (200, 130)], ids=str)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_tiles_of_both_widths_give_back_what_they_were_made_of(sizes, symmetric, tile_width):
-    spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=symmetric)
+@pytest.mark.parametrize("spec", [INT4, attrs.evolve(INT4, symmetric=False), attrs.evolve(INT4, bits=6), NF4], ids=str)
+def test_tiles_of_both_widths_give_back_what_they_were_made_of(sizes, spec, tile_width):
     words = any_words(spec, *sizes)
     layout = Int4Tiles.of(words)
     assert layout.width == tile_width
@@ -125,10 +138,11 @@ def test_the_table_of_tiles_holds_scales_and_what_code_8_stands_for(words):
         assert torch.equal(above[:, column], above[:, last])
 
 
-@given(weights(4))
-def test_tiles_take_at_most_twice_the_memory_of_their_codes(words):
+@given(st.one_of(weights(3), weights(4), weights(6), weights(4, NF4_LEVELS)))
+def test_padding_at_most_doubles_the_memory_of_tiles(words):
     assume(Int4Tiles.refuses(words) is None)
-    assert Int4Tiles.of(words).tiles.numel() <= words.layout.rows * words.layout.columns
+    layout = Int4Tiles.of(words)
+    assert layout.tiles.numel() <= layout.planes * words.layout.rows * words.layout.columns
 
 
 @pytest.mark.parametrize(
@@ -177,7 +191,6 @@ def of_another_cut(spec):
     return PackedInt32.of_value(value)
 
 
-LEVELS = tuple((code - 8) / 8 for code in range(16))
 CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4, 8))
 
 
@@ -185,14 +198,17 @@ CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4
     ("layout", "words", "why"),
     [
         (Int8Rows, any_words(CHANNEL4, 64, 64), "codes of 4 bits, not 8"),
-        (Int4Tiles, any_words(CHANNEL8, 64, 64), "codes of 8 bits, not 4"),
+        (Int4Tiles, any_words(CHANNEL8, 64, 64), "too coarse for integers of 8 bits"),
+        (BytePairs, any_words(CHANNEL8, 64, 64), "not indices of levels of 8 bits"),
+        (BytePairs, any_words(attrs.evolve(FLOAT8, granularity="group", group_size=32), 64, 64), "scales for groups"),
+        (BytePairs, any_words(FLOAT8, 64, 7), "more than twice the memory"),
+        (BytePairs, other_device(FLOAT8), "on meta, not on the CPU"),
         (Int8Rows, other_device(CHANNEL8), "on meta, not on the CPU"),
         (Int4Tiles, other_device(CHANNEL4), "on meta, not on the CPU"),
         (Int8Rows, of_another_cut(CHANNEL8), "not a matrix of outputs by inputs"),
         (Int4Tiles, of_another_cut(CHANNEL4), "not a matrix of outputs by inputs"),
         (Int8Rows, any_words(CHANNEL8, 64, 64, dtype=torch.float64), "float64 scales"),
         (Int4Tiles, any_words(CHANNEL4, 64, 64, dtype=torch.float64), "float64 scales"),
-        (Int4Tiles, any_words(QuantSpec(bits=4, granularity="channel", levels=LEVELS), 64, 64), "levels"),
         (Int4Tiles, any_words(QuantSpec(bits=4, granularity="group", group_size=40), 64, 80), "not a multiple of 32"),
         (Int4Tiles, any_words(CHANNEL4, 3, 3), "more than twice the memory"),
     ],

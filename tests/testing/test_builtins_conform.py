@@ -18,7 +18,7 @@ from fewbits import (
     PercentileObserver,
     QuantSpec,
 )
-from fewbits.extend import SafetensorsSerializer
+from fewbits.extend import BytePairs, SafetensorsSerializer
 from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
@@ -92,7 +92,9 @@ def test_it_conforms(check):
 
 
 #: With and without instructions for bfloat16, where the results differ.
-BF16 = dict.fromkeys(("byte_blocks", "tile_blocks", "word_blocks"), (True, False)) | {"grouped_int_mm": (False,)}
+BF16 = dict.fromkeys(("byte_blocks", "pair_blocks", "tile_blocks", "word_blocks"), (True, False)) | {
+    "grouped_int_mm": (False,)
+}
 KERNEL_CHECKS = [
     pytest.param(kernel, check, bf16, id=f"{kernel.name}-{'bf16' if bf16 else 'float32'}-{check}")
     for kernel in KERNELS
@@ -101,9 +103,16 @@ KERNEL_CHECKS = [
 ]
 
 
+#: A spec that a layout holds.
+SIMPLE = {
+    Int8Rows: QuantSpec(bits=8, granularity="channel"),
+    BytePairs: FP8PerChannel.spec,
+}
+
+
 def absent(kernel):
     """The feature that this CPU or torch lacks for a kernel; None if it has all."""
-    spec = QuantSpec(bits=8 if kernel.weight_layout is Int8Rows else 4, granularity="channel")
+    spec = SIMPLE.get(kernel.weight_layout, QuantSpec(bits=4, granularity="channel"))
     why = kernel.supports(PackedInt32.of_value(quantize(torch.ones(64, 64), spec)))
     lacking = features.NO_TILES, features.NO_BYTES, features.INEXACT, "_int_mm is slow on a CPU without VNNI"
     return why if why in lacking else None

@@ -6,11 +6,14 @@ use them: bfloat16 holds 8-bit codes exactly, and the output has 50 dB against f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.packed_mm import padded, suits_bf16
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout, refuses_any, row_slices
@@ -41,6 +44,24 @@ class ByteBlocks(Kernel[Int8Rows]):
         return output * weight.row_scale
 
 
+class PairBlocks(Kernel[BytePairs]):
+    """Blocks of `BytePairs`; a scale per row is multiplied in after the product."""
+
+    name = "pair_blocks"
+    weight_layout = BytePairs
+
+    def linear(self, x: Tensor, weight: BytePairs) -> Tensor:
+        """Multiply block by block."""
+        rows, wide = weight.layout.rows, weight.wide
+        x = padded(x.to(product_dtype(weight)), wide)
+        output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
+        high, low = weight.pairs.view(rows, 2, wide).unbind(1)
+        for where in row_slices(rows, len(block)):
+            part = block[: where.stop - where.start].copy_(high[where]).mul_(256).add_(low[where])
+            torch.mm(x, part.t(), out=output[:, where])
+        return output * weight.row_scale
+
+
 class TileBlocks(Kernel[Int4Tiles]):
     """Blocks of `Int4Tiles`."""
 
@@ -49,17 +70,27 @@ class TileBlocks(Kernel[Int4Tiles]):
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Multiply a few tiles at a time."""
-        x = padded(x.to(product_dtype(weight)), weight.tiles.shape[1])
-        (count, wide, half), groups, rows = weight.tiles.shape, weight.table.shape[0], x.shape[0]
+        wide, rows = weight.wide, x.shape[0]
+        x = padded(x.to(product_dtype(weight)), wide)
+        (count, _, half), groups = weight.tiles.shape, wide // weight.group
         # Products in bfloat16 are faster on rows, so each block is transposed.
         rows_first = x.dtype == torch.bfloat16
-        scales, zeros = _params(weight, x.dtype, (2, 3, 4, 0, 1) if rows_first else (2, 3, 0, 1, 4))
+        # Sums of digits would be rounded twice more in bfloat16.
+        dtype = x.dtype if weight.planes == 1 else torch.float32
+        scales, zeros = _params(weight, dtype, (2, 3, 4, 0, 1) if rows_first else (2, 3, 0, 1, 4))
         shape = (half, groups, weight.group) if rows_first else (groups, weight.group, half)
         output = x.new_empty(rows, count, 2, half)
-        block = x.new_empty(min(count, block_step(wide * half * x.itemsize)), 2, *shape)
-        for where in row_slices(count, len(block)):
-            tiles, out = weight.tiles[where], output[:, where]
-            part = _expanded(tiles.transpose(1, 2) if rows_first else tiles, scales, zeros, where, block)
+        blocks = x.new_empty(
+            min(weight.planes, 2), min(count, block_step(wide * half * dtype.itemsize)), 2, *shape, dtype=dtype
+        )
+        ratios = [1.0] if weight.units is None else (weight.units / weight.units[0]).tolist()
+        by_plane = weight.tiles.view(count, weight.planes, wide, half)
+        for where in row_slices(count, blocks.shape[1]):
+            tiles, out = by_plane[where], output[:, where]
+            part = _expanded(tiles.transpose(2, 3) if rows_first else tiles, ratios, blocks)
+            if zeros is not None:
+                part -= zeros[where]
+            part = part.mul_(scales[where]).to(x.dtype)
             if rows_first:
                 torch.mm(x, part.view(-1, wide).t(), out=out.view(rows, -1))
             else:
@@ -104,32 +135,40 @@ def block_step(elements: int) -> int:
 
 
 def _params(weight: Int4Tiles, dtype: torch.dtype, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Return scales and zero points for codes times 16: (groups, 1, tiles, 2, half a tile), permuted."""
+    """Return scales and zero points for first digits times 16: (groups, 1, tiles, 2, half a tile), permuted."""
     params = weight.params(slice(None))
     count, _, half = weight.tiles.shape
+    unit = 16 if weight.units is None else 16 / float(weight.units[0])
 
-    def of_tiles(values: Tensor) -> Tensor:
-        return weight.of_groups(values).to(dtype).view(-1, 1, count, 2, half).permute(axes).contiguous()
+    def of_tiles(values: Tensor, factor: float) -> Tensor:
+        values = (weight.of_groups(values) * factor).to(dtype)
+        return values.view(-1, 1, count, 2, half).permute(axes).contiguous()
 
-    zeros = None if params.zero_point is None else of_tiles(params.zero_point) * 16
-    return of_tiles(params.scale) / 16, zeros
+    zeros = None if params.zero_point is None else of_tiles(params.zero_point, unit)
+    return of_tiles(params.scale, 1 / unit), zeros
 
 
-def _expanded(tiles: Tensor, scales: Tensor, zeros: Tensor | None, where: slice, block: Tensor) -> Tensor:
-    """Decode some tiles into a block, and return the part of the block that holds them.
+def _expanded(tiles: Tensor, ratios: Sequence[float], blocks: Tensor) -> Tensor:
+    """Add up the digits of some tiles, in units of a sixteenth of the first digit.
 
     Args:
-        tiles: The tiles to decode: uint8, in either order of its last two axes.
-        scales: The scales of all tiles, from `_params`, in the same order.
-        zeros: The zero points of all tiles, from `_params`; None for symmetric codes.
-        where: The place of these tiles among all tiles.
-        block: Memory for the result: (tiles, 2, ...); low and high halves of bytes lie apart.
+        tiles: The tiles: uint8, (tiles, planes, ...), in either order of the last two axes.
+        ratios: What a digit of each plane is worth, in first digits.
+        blocks: Memory for the result, and for the digits of one plane if there are several: (1 or 2, tiles, 2, ...).
+
+    Returns:
+        The part of the first block that holds the tiles; low and high halves of bytes lie apart: (tiles, 2, ...).
     """
-    part = block[: where.stop - where.start]
-    # Signed bytes hold (code - 8) * 16, so neither half needs a shift to the right.
+    part = _expand(tiles[:, 0], blocks[0])
+    for plane, ratio in enumerate(ratios[1:], 1):
+        part.add_(_expand(tiles[:, plane], blocks[1]), alpha=ratio)
+    return part
+
+
+def _expand(tiles: Tensor, block: Tensor) -> Tensor:
+    part = block[: tiles.shape[0]]
+    # Signed bytes hold digits times 16, so neither half needs a shift to the right.
     signed = (tiles ^ 0x88).contiguous().view(part.shape[0], *part.shape[2:])
     part[:, 0].copy_((signed << 4).view(torch.int8))
     part[:, 1].copy_((signed & 0xF0).view(torch.int8))
-    if zeros is not None:
-        part -= zeros[where]
-    return part.mul_(scales[where])
+    return part

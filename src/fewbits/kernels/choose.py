@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
-from fewbits.kernels.blocks import ByteBlocks, TileBlocks, WordBlocks
+from fewbits.kernels.blocks import ByteBlocks, PairBlocks, TileBlocks, WordBlocks
 from fewbits.kernels.integers import FloatSums, GroupedIntMM, IntMM
-from fewbits.kernels.packed_mm import Int4PackMM, Int8PackMM
+from fewbits.kernels.packed_mm import BytePairMM, DigitsMM, Int4PackMM, Int8PackMM
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.weight_layouts import WeightLayout
 
@@ -21,7 +21,10 @@ KERNELS: tuple[Kernel[Any], ...] = (
     IntMM(),
     FloatSums(),
     ByteBlocks(),
+    BytePairMM(),
+    PairBlocks(),
     Int4PackMM(),
+    DigitsMM(),
     GroupedIntMM(),
     TileBlocks(),
     WordBlocks(),

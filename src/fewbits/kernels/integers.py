@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.digits import planes
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.packed_mm import padded
 from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout, row_slices
@@ -100,6 +101,8 @@ class GroupedIntMM(Integers[Int4Tiles]):
             return "it takes no zero points"
         if weight.spec.granularity != "group":
             return "it scales the sums of groups, and the weight has no groups"
+        if planes(weight.spec) > 1:
+            return "it sums codes of at most 4 bits, without levels"
         return super().supports(weight) or refuses_int_mm()
 
     def takes(self, x: Tensor, rows: int) -> str | None:

@@ -7,6 +7,7 @@ a weight that is rounded to 8 bits.
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
+from fewbits.kernels.byte_pairs import BytePairs
+from fewbits.kernels.digits import planes
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
 
@@ -53,11 +56,37 @@ class Int8PackMM(Kernel[Int8Rows]):
         return sums * weight.row_scale
 
 
-class Int4PackMM(Kernel[Int4Tiles]):
+class BytePairMM(Kernel[BytePairs]):
+    """``torch._weight_int8pack_mm`` with pairs of bytes; the low bytes multiply a 256th of the inputs."""
+
+    name = "byte_pair_mm"
+    weight_layout = BytePairs
+
+    def supports(self, weight: WeightLayout) -> str | None:
+        """Accept weights that `BytePairs` can hold."""
+        return super().supports(weight) or (None if features.has_int8pack() else features.NO_BYTES)
+
+    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> BytePairs:
+        """Convert a weight to pairs of bytes, and make the vector of ones that a forward needs."""
+        _ones(weight.layout.rows)
+        return super().prepack(weight, reuse_memory=reuse_memory)
+
+    def takes(self, x: Tensor, rows: int) -> str | None:
+        """Accept few rows."""
+        return few_rows(rows, 12 if features.has_bf16() else 32)
+
+    def linear(self, x: Tensor, weight: BytePairs) -> Tensor:
+        """Call torch, and multiply with the scales."""
+        x = padded(x.to(torch.bfloat16), weight.wide)
+        sums = torch._weight_int8pack_mm(torch.cat([x, x / 256], 1), weight.pairs, _ones(weight.layout.rows))
+        return sums * (weight.row_scale * 256)
+
+
+class _Tiled(Kernel[Int4Tiles]):
     """``torch.ops.aten._weight_int4pack_mm_for_cpu``."""
 
-    name = "int4pack_mm"
     weight_layout = Int4Tiles
+    most_rows: ClassVar[int]
 
     def supports(self, weight: WeightLayout) -> str | None:
         """Accept weights that `Int4Tiles` can hold, in tiles of this CPU; an exported program may have others."""
@@ -67,14 +96,37 @@ class Int4PackMM(Kernel[Int4Tiles]):
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
-        return few_rows(rows, 48)
+        return few_rows(rows, self.most_rows)
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Call torch."""
+        x = padded(x.to(torch.bfloat16), weight.wide)
         output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            padded(x.to(torch.bfloat16), weight.tiles.shape[1]), weight.flat, weight.group, weight.table
+            x if weight.planes == 1 else x.repeat(1, weight.planes), weight.flat, weight.group, weight.table
         )
         return output[:, : weight.layout.rows]
+
+
+class Int4PackMM(_Tiled):
+    """The kernel for codes that are one digit."""
+
+    name = "int4pack_mm"
+    most_rows = 48
+
+    def supports(self, weight: WeightLayout) -> str | None:
+        """Accept whole numbers of at most 4 bits."""
+        return super().supports(weight) or ("its codes have several digits" if planes(weight.spec) > 1 else None)
+
+
+class DigitsMM(_Tiled):
+    """The same for codes of several digits: every plane multiplies the same inputs, and the kernel adds them up."""
+
+    name = "digits_mm"
+    most_rows = 24
+
+    def supports(self, weight: WeightLayout) -> str | None:
+        """Accept levels, and whole numbers of more than 4 bits."""
+        return super().supports(weight) or ("its codes are one digit" if planes(weight.spec) == 1 else None)
 
 
 #: With fewer outputs or inputs, rounding them to bfloat16 leaves 50 dB on average, and less for some inputs.

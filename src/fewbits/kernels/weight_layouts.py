@@ -240,6 +240,11 @@ def taken(rows: Tensor, where: Rows) -> Tensor:
     return rows.index_select(0, where) if isinstance(where, Tensor) else rows[where]
 
 
+def looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """Look up every element of an index in a table of one axis."""
+    return table.index_select(0, index.reshape(-1).to(torch.int32)).view(index.shape)
+
+
 def round_up(count: int, multiple: int) -> int:
     """Round up to the next multiple."""
     return -(-count // multiple) * multiple

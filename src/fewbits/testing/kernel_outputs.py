@@ -16,6 +16,7 @@ from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.numerics.affine import decode, dynamic_scale, encode_input
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
+from fewbits.numerics.levels import E4M3
 from fewbits.numerics.params import QuantParams, group_scales
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import QuantSpec
@@ -42,6 +43,7 @@ SPECS: tuple[QuantSpec, ...] = (
     QuantSpec(bits=6, granularity="group", group_size=64),
     QuantSpec(bits=4, granularity="group", group_size=64, levels=LEVELS),
     QuantSpec(bits=3, granularity="group", group_size=32, scale_bits=5, symmetric=False),
+    QuantSpec(bits=8, granularity="channel", levels=E4M3),
     *(attrs.evolve(spec, activations="dynamic") for spec in _WHOLE_ROWS),
     QuantSpec(bits=8, granularity="channel", activations="static"),
 )

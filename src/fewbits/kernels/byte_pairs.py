@@ -1,0 +1,92 @@
+"""`BytePairs`: 8-bit levels as whole numbers of two bytes, as torch's kernel for bytes reads them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from fewbits.kernels.digits import levels_in_bytes
+from fewbits.kernels.weight_layouts import (
+    Int8Rows,
+    Rows,
+    WeightLayout,
+    looked_up,
+    refuses_any,
+    round_up,
+    row_slices,
+    taken,
+)
+from fewbits.numerics.layout import block_rows
+
+
+@attrs.define(eq=False, kw_only=True)
+class BytePairs(WeightLayout):
+    """Levels of 8 bits as whole numbers of two signed bytes, ``256 * high + low``, in units of their own.
+
+    A row holds the high bytes of all columns, then the low bytes, as if the weight had twice the inputs. Each half is
+    padded with zeros to a multiple of 16, as in `Int8Rows`.
+
+    Attributes:
+        pairs: The bytes: int8, (rows, 2 * padded columns).
+        numbers: The whole numbers of all codes, rising: int32, (codes,).
+        unit: The level that the number 1 stands for: float32, (1,).
+    """
+
+    name = "byte_pairs"
+    data = ("pairs", "numbers", "unit")
+    MULTIPLE: ClassVar[int] = Int8Rows.MULTIPLE
+
+    pairs: Tensor
+    numbers: Tensor
+    unit: Tensor
+
+    @property
+    def wide(self) -> int:
+        """The number of padded columns."""
+        return self.pairs.shape[1] // 2
+
+    @property
+    def row_scale(self) -> Tensor:
+        """What the number 1 is worth in each row: float32, (1, rows) or (1,)."""
+        return self.scale.t().float() * self.unit
+
+    @classmethod
+    def refuses(cls, weight: WeightLayout) -> str | None:
+        """Say why this layout cannot hold a weight: it takes 8-bit levels without groups."""
+        spec, (rows, columns) = weight.spec, weight.layout.matrix_shape
+        if reason := refuses_any(weight, takes_levels=True):
+            return reason
+        if spec.levels is None or spec.bits != 8:
+            return "its codes are not indices of levels of 8 bits"
+        if spec.granularity == "group":
+            return "it takes no scales for groups"
+        if round_up(columns, cls.MULTIPLE) > 2 * columns:
+            return f"padded to {cls.MULTIPLE}, {rows} rows of {columns} would take more than twice the memory"
+        return None
+
+    @classmethod
+    def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> BytePairs:
+        """Convert a weight to pairs of bytes."""
+        rows, columns = weight.layout.matrix_shape
+        pairs = weight.scale.new_zeros((rows, 2, round_up(columns, cls.MULTIPLE)), dtype=torch.int8)
+        levels, unit = levels_in_bytes(weight.spec)
+        numbers = torch.tensor(levels, dtype=torch.int32, device=pairs.device)
+        high = (numbers + 128) >> 8
+        halves = torch.stack([high, numbers - 256 * high]).to(torch.int8)
+        for where in row_slices(rows, block_rows(columns)):
+            codes = weight.codes(where)
+            for half, table in enumerate(halves):
+                pairs[where, half, :columns] = looked_up(table, codes)
+        units = torch.tensor([unit], dtype=torch.float32, device=pairs.device)
+        return cls(pairs=pairs.view(rows, -1), numbers=numbers, unit=units, **weight.shared())
+
+    def codes(self, where: Rows) -> Tensor:
+        """Return the unsigned codes of some rows."""
+        high, low = taken(self.pairs, where).view(-1, 2, self.wide)[..., : self.layout.columns].unbind(1)
+        return torch.searchsorted(self.numbers, 256 * high.int() + low).to(torch.uint8)
+
+
+BytePairs.register()
