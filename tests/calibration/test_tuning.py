@@ -21,6 +21,7 @@ from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError
 from fewbits.extend import Tuning
 from fewbits.nn.packed import PackedWeight
 from fewbits.numerics.affine import rescaled
+from fewbits.quantizers.schemes import SCHEMES
 from support.lifecycle_helpers import FEWER_EXAMPLES, quantize_small, small
 
 NF4 = (-1.0, -0.6, -0.4, -0.2, 0.0, 0.2, 0.5, 1.0)
@@ -612,6 +613,17 @@ def test_quantize_tunes_between_conversion_and_validation():
     asked = quantize_small(model, "int4", group_size=8, data=batches(), tune=Tuning(epochs=2, loss="mse"))
     assert (asked.tuned.loss, asked.tuned.steps) == ("mse", 14)
     assert quantize_small(model, "int4", group_size=8, data=batches()).tuned is None
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "fp16"])
+def test_every_scheme_with_codes_can_be_tuned_and_its_bounds_hold(scheme, tmp_path):
+    model = Net().eval()
+    tuning = Tuning(learning_rate=0.1)
+    result = quantize_small(model, scheme, data=batches(), tune=tuning, on_failure="ignore", fail_under=0)
+    assert result.report.ok, result.report.failures
+    result.save(tmp_path / "tuned.safetensors")
+    found = fewbits.verify(tmp_path / "tuned.safetensors", model, fail_under=0)
+    assert found.ok, found.failures
 
 
 @pytest.mark.parametrize(
