@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbits.errors import FormatError
 from fewbits.numerics.affine import decode
-from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
+from fewbits.numerics.dtypes import FLOAT_DTYPES, POWERS_OF_TWO, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.params import QuantParams, check_params, group_scales, nearest_parts
@@ -68,6 +68,12 @@ class QuantizedTensor:
         if self.input_scale is not None and not self.input_scale.is_meta:
             check_input_scale(self.input_scale)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = attrs.asdict(self, recurse=False)
+        if self.scale.dtype == POWERS_OF_TWO:  # pickle refuses tensors of this dtype
+            fields["scale"] = self.scale.view(torch.uint8)
+        return _unpickled, (fields,)
+
     def __repr__(self) -> str:
         return (
             f"QuantizedTensor({self.spec}, shape={self.shape}, dtype={dtype_name(self.dtype)}, {self.nbytes:,} bytes)"
@@ -86,7 +92,7 @@ class QuantizedTensor:
             layout: the layout that cut the tensor into rows and columns.
             dtype: the dtype of the tensor that was quantized.
         """
-        spec = spec.for_dtype(params.scale.dtype)
+        spec = spec.for_dtype((params.scale if params.row_scale is None else params.row_scale).dtype)
         params = check_params(params, spec, layout.matrix_shape)
         if tuple(codes.shape) != layout.matrix_shape or codes.is_floating_point():
             raise FormatError(
@@ -329,3 +335,10 @@ def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast to `dtype`; numbers that would round to Inf become its largest number, since the source held no Inf."""
     limit = torch.finfo(dtype).max
     return (x.clamp(-limit, limit) if limit < torch.finfo(x.dtype).max else x).to(dtype)
+
+
+def _unpickled(fields: dict[str, Any]) -> QuantizedTensor:
+    """Undo `QuantizedTensor.__reduce__`."""
+    if fields["scale"].dtype == torch.uint8 and POWERS_OF_TWO is not None:
+        fields["scale"] = fields["scale"].view(POWERS_OF_TWO)
+    return QuantizedTensor(**fields)
