@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 
 import fewbits
 from fewbits.cli.commands import cli
-from fewbits.errors import ArgumentError, CheckpointError
+from fewbits.errors import ArgumentError, FormatError
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.rounding import ROUNDINGS
 from fewbits.testing import check_rounding, specs
@@ -73,21 +72,13 @@ def test_a_file_loads_into_a_model_and_dequantizes(result, tmp_path):
     assert fewbits.verify(tmp_path / "small.safetensors").ok
 
 
-def test_a_file_whose_row_has_a_scale_that_is_not_finite_is_refused(result, tmp_path):
-    result.save(tmp_path / "small.safetensors")
-    for value in (float("nan"), float("inf"), 0.0):
-        _damage(tmp_path / "small.safetensors", tmp_path / "bad.safetensors", "0.weight_scale", value)
-        with pytest.raises(CheckpointError, match=r"a scale is zero, NaN or Inf, of 0\.weight"):
-            fewbits.load(tmp_path / "bad.safetensors", check="header")
-
-
-def _damage(path, target, name, value):
-    """Write a number over the first scale of a tensor, behind the digests."""
-    raw = bytearray(path.read_bytes())
-    size = int.from_bytes(raw[:8], "little")
-    start = json.loads(raw[8 : 8 + size])[name]["data_offsets"][0] + 8 + size
-    raw[start : start + 4] = torch.tensor([value]).view(torch.uint8).numpy().tobytes()
-    target.write_bytes(raw)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_file_whose_row_has_a_scale_that_is_not_finite_is_refused(result, tmp_path, value):
+    result.model[0].weight_stored.scale[3] = value
+    assert not result.quantizer.validate(on_failure="ignore").ok
+    result.save(tmp_path / "bad.safetensors")
+    with pytest.raises(FormatError, match=r"a scale is zero, NaN or Inf, of 0\.weight"):
+        fewbits.load(tmp_path / "bad.safetensors")
 
 
 def test_settings_of_every_kind_reach_them(tmp_path):
