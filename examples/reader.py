@@ -21,6 +21,10 @@ def decode(row, stored):
     columns = torch.Size(axes[layout["row_axes"] :]).numel()
     width = spec["group_size"] or columns
     steps = torch.tensor(levels or range(-half, half), dtype=[torch.float32, torch.float64][scale.itemsize == 8])
+    if bits := spec.get("scale_bits"):
+        count = 2**bits >> spec["symmetric"]
+        parts = unpack(stored(f"{name}_scale_codes").T, bits, len(scale)).T - count * spec["symmetric"]
+        scale = scale.to(steps.dtype) * ((parts + (parts >= 0)) / count)
     values = steps[unpack(stored(f"{name}_packed"), spec["bits"], columns)]
     if not spec["symmetric"]:
         words = stored(f"{name}_zero_point").reshape(-1, scale[0].numel())

@@ -60,6 +60,7 @@ def _ours() -> Iterator[tuple[str, Case]]:
         "int8-channel": fewbits.QuantSpec(8, "channel"),
         "int4-groups-asymmetric": fewbits.QuantSpec(4, "group", group_size=16, symmetric=False),
         "int5-tensor-asymmetric": fewbits.QuantSpec(5, "tensor", symmetric=False, scale_dtype=torch.bfloat16),
+        "int4-two-levels": fewbits.QuantSpec(4, "group", group_size=16, scale_bits=5),
         "levels": fewbits.QuantSpec(3, "group", group_size=7, levels=levels),
         "few-levels": fewbits.QuantSpec(4, "group", group_size=16, levels=E2M1, scale_dtype=POWERS_OF_TWO),
         "fp16": fewbits.CastSpec(torch.float16),

@@ -32,6 +32,7 @@ SCHEMES = {
     "int4": partial(small, fewbits.Int4Grouped, group_size=8),
     "int4-mse": partial(small, fewbits.Int4Grouped, group_size=8, observer=fewbits.MSEObserver()),
     "int4-asymmetric": partial(small, fewbits.Int4Grouped, group_size=7, symmetric=False),
+    "int4-two-levels": partial(small, fewbits.Int4Grouped, group_size=8, scale_bits=5),
     "int3-tensor": lambda: AnyScheme(fewbits.QuantSpec(3, "tensor", symmetric=False)),
     "int8-scales": partial(small, scale_dtype=torch.float32),
     "fp16": partial(small, fewbits.FP16Cast),

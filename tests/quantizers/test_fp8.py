@@ -281,7 +281,7 @@ def test_the_scales_of_source_and_result_may_have_the_same_name(tmp_path):
         fewbits.checkpoint.reading.Checkpoint(tmp_path / "out").value("l.weight_scale")
 
 
-def test_the_reader_in_30_lines_and_the_schema_accept_merged_scales(sources, tmp_path):
+def test_the_reader_in_34_lines_and_the_schema_accept_merged_scales(sources, tmp_path):
     quantize_small(sources["one"], "int4", output=tmp_path / "out", exclude=["layers.0"])
     mine = fewbits.load(tmp_path / "out")
     mine = {n: v.dequantize() if isinstance(v, fewbits.QuantizedTensor) else v for n, v in mine.items()}

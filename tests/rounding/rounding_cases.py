@@ -19,6 +19,7 @@ SPECS = {
     "int4 groups": QuantSpec(bits=4, granularity="group", group_size=8, scale_dtype=torch.float16),
     "int3 ragged groups": QuantSpec(bits=3, granularity="group", group_size=10),
     "asymmetric": QuantSpec(bits=4, granularity="group", group_size=16, symmetric=False),
+    "two levels of scales": QuantSpec(bits=4, granularity="group", group_size=8, scale_bits=4),
     "channel": QuantSpec(bits=4, granularity="channel"),
     "tensor": QuantSpec(bits=6, granularity="tensor"),
     "levels": QuantSpec(bits=3, granularity="group", group_size=8, levels=LEVELS, scale_dtype=torch.bfloat16),

@@ -138,12 +138,13 @@ def _in_two_levels(low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
     if _far_from_overflow(params.scale, spec):
         return params
     scale = params.scale
-    for _ in range(_OVERFLOW_STEPS):
+    for _ in range(_OVERFLOW_STEPS + 1):
         rows = _overflows(low, high, scale, spec).any(1, keepdim=True)
         if not rows.any():
             break
         # All groups of such a row share its scale. Then only the largest magnitude of the row can overflow.
-        row_scale = torch.where(rows, stored_scale(row_scale.double() * _OVERFLOW_FACTOR, spec, None), row_scale)
+        enlarged = rows & (scale == row_scale).all(1, keepdim=True)
+        row_scale = torch.where(enlarged, stored_scale(row_scale.double() * _OVERFLOW_FACTOR, spec, None), row_scale)
         scale = torch.where(rows, row_scale.to(scale.dtype), scale)
     _check_range(low, high, scale, spec)
     return _with_zero_point(low, scale, row_scale, spec)

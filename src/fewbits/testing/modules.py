@@ -24,6 +24,7 @@ from fewbits.testing.environment import sqnr_of
 _WEIGHTS = (
     QuantSpec(bits=8, granularity="channel"),
     QuantSpec(bits=4, granularity="group", group_size=32, symmetric=False),
+    QuantSpec(bits=4, granularity="group", group_size=32, scale_bits=6),
 )
 
 
