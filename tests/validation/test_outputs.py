@@ -215,9 +215,7 @@ def test_perplexity_without_tokens_says_what_it_needs(batch):
     def forward(model, batch):
         return model(batch if isinstance(batch, torch.Tensor) else batch.get("x", inputs(1)[0]))
 
-    with pytest.raises(
-        CalibrationError, match=r"perplexity needs the next token of each position.*input_ids or labels"
-    ):
+    with pytest.raises(CalibrationError, match=r"perplexity needs the next token .*input_ids or labels"):
         compare_outputs(blocks(), blocks(1), [batch], forward=forward, metrics=["perplexity"])
 
 

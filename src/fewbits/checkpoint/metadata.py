@@ -205,9 +205,11 @@ class Metadata:
 
 def _figures(strings: Mapping[str, str], key: str, where: object) -> dict[str, float | None]:
     """Read the figures under a key that a file may lack."""
-    figures: dict[str, float | None] = parse_json(strings.get(f"fewbits.{key}", "{}"), where, key)
+    figures = parse_json(strings.get(f"fewbits.{key}", "{}"), where, key)
+    if not isinstance(figures, dict):
+        raise ArgumentError(f"{key} must hold figures by name, not {figures!r}")
     for name, figure in figures.items():
-        _check_figure(name, figure)
+        _check_figure(f"{key} of {name}", figure)
     return figures
 
 

@@ -81,7 +81,7 @@ class Evaluation:
         """
         refuse_other_than_batches(self.data)
         comparison, done, expected = None, 0, 0
-        with without_shortcuts(reference), evaluating(reference), evaluating(model):
+        with without_shortcuts(reference), without_shortcuts(model), evaluating(reference), evaluating(model):
             for number, batch in enumerate(self.data, 1):
                 size = samples_in(batch)
                 expected = expected or expected_samples(self.data, size, None)
