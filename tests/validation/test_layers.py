@@ -293,3 +293,14 @@ def test_a_language_model_in_one_call():
     )
     assert result.report.model.figures["kl"] < 1
     assert math.isfinite(outputs_of(result.report)["body.head.weight"])
+
+
+def test_a_tuned_weight_is_judged_by_its_output_before_tuning_or_by_validation_data(tmp_path):
+    data = inputs(8)
+    result = fewbits.quantize(blocks(), Int2(rounding="gptq"), data=data, samples=None, tune=1)
+    assert all(row.tuned for row in result.ledger if row.fate == "quantized")
+    assert result.report.ok
+    result.save(tmp_path / "net.safetensors")
+    assert fewbits.verify(tmp_path / "net.safetensors", blocks()).ok
+    report = result.quantizer.validate(data)
+    assert outputs_of(report) == pytest.approx(by_hooks(blocks(), result.model, data), abs=1e-3)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewbits._events import emit
 from fewbits.checkpoint.codec import Value
-from fewbits.checkpoint.digests import value_digest
+from fewbits.checkpoint.digests import digest, value_digest
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import WeightMatrix
 from fewbits.numerics.metrics import sqnr_db
@@ -18,6 +18,7 @@ from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.statistics import has_second_moment
+from fewbits.selection.ledger import Ledger
 
 
 class DataEffects:
@@ -32,7 +33,7 @@ class DataEffects:
 
     def __init__(self, rounding: Rounding) -> None:
         self._rounding = rounding
-        self._outputs: dict[str, tuple[float, str]] = {}
+        self._outputs: dict[str, tuple[float, str, str]] = {}
         self._compared, self._alike = 0, True
         self.notes: list[str] = []
 
@@ -52,16 +53,28 @@ class DataEffects:
             return
         weight = WeightMatrix(tensor, value.layout)
         if has_second_moment(self._rounding.needs):
-            self._outputs[name] = _output_sqnr_db(weight, value, inputs), value_digest(value)
+            self._outputs[name] = _output_sqnr_db(weight, value, inputs), value_digest(value), digest(value.packed)
         if self._alike and not self._rounding.remark(value.layout.rows, inputs):
             self._compared += 1
             plain = quantize(weight, value.spec.weight_only(), observer.observe_weight)
             self._alike = same_bits(attrs.evolve(value, spec=plain.spec, input_scale=None), plain)
 
-    def output_sqnr_db(self, value_of: Callable[[str], Value]) -> dict[str, float]:
-        """Return the SQNR of layers' outputs, in dB, by the names of weights whose codes are as they were recorded."""
-        found = self._outputs.items()
-        return {name: figure for name, (figure, digest) in found if value_digest(value_of(name)) == digest}
+    def output_sqnr_db(self, ledger: Ledger, value_of: Callable[[str], Value]) -> dict[str, float]:
+        """Return the SQNR of layers' outputs, in dB, by the names of weights that are as they were recorded.
+
+        A tuned weight keeps the figure if its codes are as they were: tuning has changed its scales, by the outputs.
+
+        Args:
+            ledger: the ledger of the result.
+            value_of: returns the stored form of a weight, by its name.
+        """
+        known = {}
+        for name, (figure, whole, codes) in self._outputs.items():
+            value = value_of(name)
+            same_codes = ledger[name].tuned and isinstance(value, QuantizedTensor) and digest(value.packed) == codes
+            if same_codes or value_digest(value) == whole:
+                known[name] = figure
+        return known
 
     def warn(self, remarks: Mapping[str, str]) -> None:
         """Warn of weights that were rounded without data, and of data that has changed nothing.

@@ -215,7 +215,7 @@ class LiveJob(Job):
 
     def _output_sqnr_db(self) -> dict[str, float]:
         """The output SQNR of weights: as validation has measured it, or else as calibration has."""
-        return self._effects.output_sqnr_db(self._result().value) | self._outputs
+        return self._effects.output_sqnr_db(self.ledger, self._result().value) | self._outputs
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
         """Write the result, with every measurement."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fewbits.calibration.replay import without_shortcuts
 from fewbits.calibration.running import (
     Forward,
+    check_batches,
     evaluating,
     expected_samples,
-    refuse_other_than_batches,
     run_one,
     samples_in,
 )
@@ -79,7 +79,7 @@ class Evaluation:
         Raises:
             CalibrationError: if there is no batch, a batch cannot be run, or its outputs cannot be compared.
         """
-        refuse_other_than_batches(self.data)
+        check_batches(self.data, None)
         comparison, done, expected = None, 0, 0
         with without_shortcuts(reference), without_shortcuts(model), evaluating(reference), evaluating(model):
             for number, batch in enumerate(self.data, 1):
