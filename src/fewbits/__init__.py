@@ -33,7 +33,8 @@ from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Step
 from fewbits.selection.rules import Override
 from fewbits.selection.selector import LayerSelector
-from fewbits.validation.report import Report, TensorReport
+from fewbits.validation.report import Report
+from fewbits.validation.tensors import TensorReport
 
 __all__ = [
     "CastSpec",

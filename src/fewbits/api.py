@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -27,7 +27,9 @@ from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.selection.selector import LayerSelector
 from fewbits.sources.open import open_source
-from fewbits.validation.report import CRITICAL_DB, Report
+from fewbits.validation.evaluation import checked_model
+from fewbits.validation.report import Report
+from fewbits.validation.tensors import CRITICAL_DB
 from fewbits.validation.verify import verify as verify_file
 
 
@@ -71,6 +73,9 @@ def quantize(
     tune: int | Tuning | None = None,
     inplace: bool = False,
     validate: bool = True,
+    evaluate: Iterable[Any] | None = None,
+    metrics: Sequence[str] | None = None,
+    limits: Mapping[str, float] | None = None,
     compute: Compute = "auto",
     observer: ObserverRecipe | None = None,
     rounding: RoundingRecipe | None = None,
@@ -96,13 +101,17 @@ def quantize(
         data: calibration batches, for observers and rounding strategies that need them. The first 150 samples are run;
             the setting ``samples=`` changes that, and ``samples=None`` runs all; see `Quantizer.observe`. The report's
             `observed` has the number, and whether data was left.
-        forward: runs one batch, ``forward(model, batch)``, and returns the output.
+        forward: runs one batch of `data` or `evaluate`, ``forward(model, batch)``, and returns the output.
         tune: tune the scales of the quantized model with `data`, so that its outputs come closer to those of `source`:
             a number of epochs, or a `fewbits.extend.Tuning`; see `fewbits.tune`.
         inplace: quantize the model or mapping itself. After an error or an interruption, the model is usable and partly
             quantized, and the event ``quantized_in_part`` is emitted. `dequantize` then gives a float copy, in which
             the converted weights are rounded.
         validate: check the result.
+        evaluate: batches on which the validation compares the outputs of the float model and of the quantized one;
+            other batches than `data`. See `Quantizer.validate`.
+        metrics: what to compare, such as ``["kl", "top1"]``; see `Quantizer.validate`.
+        limits: figures of metrics beyond which the validation fails, such as ``{"kl": 0.1}``.
         compute: how the layers of a model may compute; see `set_compute`.
         observer: picks the scales of weights: a name or a table as in the config, or an observer.
         rounding: picks the codes: a name or a table as in the config, or a strategy.
@@ -116,6 +125,10 @@ def quantize(
         ArgumentError: for an unknown scheme or setting, or arguments that contradict each other.
         FewbitsError: the errors of the steps; see `Quantizer`.
     """
+    if not validate and evaluate is not None:
+        raise ArgumentError("evaluate= is a part of the validation, which validate=False turns off")
+    if evaluate is not None:
+        checked_model(source, inplace=inplace)  # before a long conversion
     settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
     config, quantizer = resolve_settings(scheme, config, settings)
@@ -132,7 +145,15 @@ def quantize(
             tuned = tune_scales(model, source, data or (), forward=forward, **settings)
         report = None
         if validate:
-            report = quantizer.validate(on_failure=config.on_failure, fail_under=config.fail_under, progress=progress)
+            report = quantizer.validate(
+                evaluate,
+                forward=None if evaluate is None else forward,
+                metrics=metrics,
+                limits=limits,
+                on_failure=config.on_failure,
+                fail_under=config.fail_under,
+                progress=progress,
+            )
     except BaseException:
         if quantizer is not scheme:  # the caller has no quantizer to take the hooks off the model
             quantizer.reset()

@@ -45,6 +45,8 @@ from fewbits.rounding.statistics import InputStatistics
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.progress import Progress
 from fewbits.selection.selector import Decision
+from fewbits.validation.evaluation import compare_outputs
+from fewbits.validation.outputs import ModelReport
 
 __all__ = [
     "BytePairs",
@@ -59,6 +61,7 @@ __all__ = [
     "Int8Rows",
     "Kernel",
     "Layout",
+    "ModelReport",
     "Observed",
     "Observer",
     "PackedInt32",
@@ -90,6 +93,7 @@ __all__ = [
     "WeightMatrix",
     "Writer",
     "Written",
+    "compare_outputs",
     "decode",
     "encode",
 ]

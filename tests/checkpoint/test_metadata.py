@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
+from fewbits.checkpoint.reading import Checkpoint
 from support.checkpoints import AnyScheme, decoded, forged, metadata_of, read_codes, save, specs, split, state
 from support.lifecycle_helpers import quantize_small
 
@@ -192,3 +193,31 @@ def test_the_name_of_a_part_that_this_scheme_does_not_write_is_free(scratch):
     source = {"a.weight": torch.randn(4, 8), "a.weight_zero_point": torch.ones(3)}
     save(scratch, source)
     assert torch.equal(fewbits.load(scratch)["a.weight_zero_point"], torch.ones(3))
+
+
+def test_output_figures_are_read_back_and_an_exact_output_is_infinite(scratch):
+    save(scratch, state())
+    name = next(row["name"] for row in metadata_of(scratch)["ledger"] if row["fate"] == "quantized")
+    assert not {"output_sqnr_db", "model_metrics"} & metadata_of(scratch).keys()
+    figures = {"fewbits.output_sqnr_db": json.dumps({name: None}), "fewbits.model_metrics": '{"kl": 0.5, "sqnr": null}'}
+    scratch.write_bytes(forged(scratch.read_bytes(), lambda strings: strings.update(figures)))
+    metadata = Checkpoint(scratch).metadata
+    assert metadata.output_sqnr_db == {name: math.inf}
+    assert metadata.model_metrics == {"kl": 0.5, "sqnr": None}
+
+
+@pytest.mark.parametrize("key", ["output_sqnr_db", "model_metrics"])
+@pytest.mark.parametrize("text", ["[]", "7", '{"m.weight": "good"}', '{"m.weight": 1e999}', '{"m.weight": [1]}', "{"])
+def test_output_figures_that_are_no_figures_are_refused(scratch, key, text):
+    save(scratch, {"m.weight": torch.randn(4, 8)})
+    scratch.write_bytes(forged(scratch.read_bytes(), lambda strings: strings.update({f"fewbits.{key}": text})))
+    with pytest.raises(fewbits.errors.FormatError, match=key):
+        fewbits.load(scratch)
+
+
+def test_output_figures_of_a_tensor_that_is_not_quantized_are_refused(scratch):
+    save(scratch, {"m.weight": torch.randn(4, 8), "m.bias": torch.randn(4)})
+    figures = {"fewbits.output_sqnr_db": '{"m.bias": 30.0}'}
+    scratch.write_bytes(forged(scratch.read_bytes(), lambda strings: strings.update(figures)))
+    with pytest.raises(fewbits.errors.FormatError, match=r"outputs of m\.bias were measured.*not quantized"):
+        fewbits.load(scratch)

@@ -87,6 +87,18 @@ def test_with_json_standard_output_is_one_document(cli):
     assert verified["tensors"] == printed["report"]["tensors"]
 
 
+def test_inspect_prints_how_the_outputs_of_the_model_compare_if_the_file_says_so(cli):
+    model, batches = torch.nn.Linear(64, 16), [torch.randn(8, 64)]
+    result = fewbits.quantize(model, "int8", evaluate=batches, metrics=["kl", "sqnr"])
+    result.save("out")
+    printed, weight = cli("inspect", "out")[1], result.report.tensors[0]
+    assert f"positions 8, broken 0, kl {result.report.model.figures['kl']:.6g}" in printed
+    assert f"output SQNR of 1 weights on data: least {weight.output_sqnr_db:.2f} dB (weight)" in printed
+    inspected = json.loads(cli("inspect", "out", "--json")[1])
+    assert inspected["model_metrics"]["sqnr"] == pytest.approx(result.report.model.figures["sqnr"], rel=1e-5)
+    assert inspected["output_sqnr_db"] == {"weight": pytest.approx(weight.output_sqnr_db, rel=1e-5)}
+
+
 def test_a_failure_with_json_is_a_document(quantized, folder):
     flip_last_bit(folder / "out")
     code, out, _ = quantized("verify", "out", "--json")

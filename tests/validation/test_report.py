@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbits import Measurement, Report, TensorReport
-from fewbits.validation.report import verdict_of
+from fewbits.validation.tensors import verdict_of
 from support.lifecycle_helpers import mlp, quantize_small
 
 

@@ -180,12 +180,12 @@ def run(
         ArgumentError: if `samples` is not a positive integer or None.
         CalibrationError: if `batches` is a single batch, has no batch, or a batch cannot be run.
     """
-    _check(batches, samples)
+    check_batches(batches, samples)
     number, done, expected = 0, 0, 0
     with evaluating(model):
         for number, batch in enumerate(batches, 1):
             size = samples_in(batch)
-            expected = expected or _expected(batches, size, samples)
+            expected = expected or expected_samples(batches, size, samples)
             run_one(model, batch, number, forward)
             done += size
             progress(Step("observe", f"batch {number}", done, expected and max(done, expected)))
@@ -207,7 +207,7 @@ def taken(batches: Iterable[Any], samples: int | None = SAMPLES) -> list[Any]:
         ArgumentError: if `samples` is not a positive integer or None.
         CalibrationError: if `batches` is a single batch, or has no batch.
     """
-    _check(batches, samples)
+    check_batches(batches, samples)
     kept: list[Any] = []
     done = 0
     for batch in batches:
@@ -232,7 +232,7 @@ def _observed(batches: object, number: int, done: int, samples: int | None) -> O
         )
     left: bool | None = False
     if samples is not None and done >= samples:
-        length = _length(batches)
+        length = length_of(batches)
         left = None if length is None else length > number
     observed = Observed(done, number, left)
     if observed.more is not False:
@@ -253,7 +253,7 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
 
 
-def _check(batches: object, samples: object) -> None:
+def check_batches(batches: object, samples: object) -> None:
     """Refuse data that does not iterate over batches, and a limit that is no number of samples.
 
     Raises:
@@ -272,13 +272,13 @@ def _check(batches: object, samples: object) -> None:
         )
 
 
-def _expected(batches: object, size: int, samples: int | None) -> int:
+def expected_samples(batches: object, size: int, samples: int | None) -> int:
     """Estimate from the first batch how many samples will be run; 0 if this cannot be known."""
-    total = (_length(batches) or 0) * size
+    total = (length_of(batches) or 0) * size
     return total if samples is None else min(total, samples)
 
 
-def _length(batches: object) -> int | None:
+def length_of(batches: object) -> int | None:
     """Return the number of batches; None if it is not known."""
     try:
         return len(batches)  # type: ignore[arg-type]

@@ -37,9 +37,18 @@ _is = attrs.validators.instance_of
 _maps_strings = attrs.validators.deep_mapping(_is(str), _is(str), _is(dict))
 
 
-def _is_figure(_: object, attribute: attrs.Attribute[float | None], value: object) -> None:
+def _check_figure(name: str, value: object) -> None:
     if value is not None and not (isinstance(value, (float, int)) and math.isfinite(value)):
-        raise ArgumentError(f"{attribute.name} must be a finite number or None, not {value!r}")
+        raise ArgumentError(f"{name} must be a finite number or None, not {value!r}")
+
+
+def _is_figure(_: object, attribute: attrs.Attribute[float | None], value: object) -> None:
+    _check_figure(attribute.name, value)
+
+
+def _rounded(figure: float) -> float | None:
+    """Return six significant digits; None for a figure that is not finite."""
+    return float(f"{figure:.6g}") if math.isfinite(figure) else None
 
 
 @attrs.frozen
@@ -62,7 +71,7 @@ class Metrics:
     def of(cls, measurement: Measurement) -> Metrics:
         """Six significant digits of each figure."""
         figures = (getattr(measurement, field.name) for field in attrs.fields(cls))
-        return cls(*(float(f"{figure:.6g}") if math.isfinite(figure) else None for figure in figures))
+        return cls(*map(_rounded, figures))
 
     def to_dict(self) -> dict[str, float | None]:
         """The figures by name."""
@@ -79,6 +88,9 @@ class Metadata:
         versions: the versions of fewbits and torch that wrote the file.
         metrics: the measurement of each tensor, by name; empty if nothing was measured.
         digests: SHA-256 of the bytes of every stored tensor, by its name in the file.
+        output_sqnr_db: the SQNR of the outputs of layers, in dB, by the names of their weights; empty if their inputs
+            were not seen. Infinite where the output has no error.
+        model_metrics: how the outputs of the model compare with those of the float model; empty if it was not run.
         extra: other strings, carried over from the source.
     """
 
@@ -90,6 +102,8 @@ class Metadata:
         factory=lambda: {"fewbits": __version__, "torch": str(torch.__version__)}, validator=_maps_strings
     )
     extra: Mapping[str, str] = attrs.field(factory=dict)
+    output_sqnr_db: Mapping[str, float] = attrs.field(factory=dict)
+    model_metrics: Mapping[str, float | None] = attrs.field(factory=dict)
 
     def placeholder_strings(self) -> dict[str, str]:
         """Strings as long as those of the complete file can get, before anything is measured or written."""
@@ -105,15 +119,26 @@ class Metadata:
         return strings | {HEADER_DIGEST_KEY: header_digest(strings, entries)}
 
     def _strings(self) -> dict[str, str]:
-        return dict(self.extra) | {
-            "format": "pt",
-            VERSION_KEY: str(FORMAT_VERSION),
-            "fewbits.ledger": _dump([row.to_dict() for row in self.ledger]),
-            "fewbits.architecture": _dump(self.architecture),
-            "fewbits.versions": _dump(dict(self.versions)),
-            "fewbits.metrics": _dump({name: metrics.to_dict() for name, metrics in self.metrics.items()}),
-            "fewbits.digests": _dump(dict(self.digests)),
-        }
+        metrics = {name: _rounded(f) if isinstance(f, float) else f for name, f in self.model_metrics.items()}
+        of_data = {"fewbits.output_sqnr_db": self._own_outputs(), "fewbits.model_metrics": metrics}
+        return (
+            dict(self.extra)
+            | {key: _dump(figures) for key, figures in of_data.items() if figures}
+            | {
+                "format": "pt",
+                VERSION_KEY: str(FORMAT_VERSION),
+                "fewbits.ledger": _dump([row.to_dict() for row in self.ledger]),
+                "fewbits.architecture": _dump(self.architecture),
+                "fewbits.versions": _dump(dict(self.versions)),
+                "fewbits.metrics": _dump({name: metrics.to_dict() for name, metrics in self.metrics.items()}),
+                "fewbits.digests": _dump(dict(self.digests)),
+            }
+        )
+
+    def _own_outputs(self) -> dict[str, float | None]:
+        """The figures of the tensors in this file: null if infinite, left out if the output has no signal."""
+        found = ((row.name, self.output_sqnr_db.get(row.name, -math.inf)) for row in self.ledger)
+        return {name: _rounded(figure) for name, figure in found if figure > -math.inf}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], entries: Mapping[str, Entry], where: object) -> Metadata:
@@ -148,10 +173,18 @@ class Metadata:
             versions=fields["versions"],
             metrics={name: Metrics(**metrics) for name, metrics in fields["metrics"].items()},
             digests=fields["digests"],
+            output_sqnr_db={
+                name: math.inf if figure is None else figure
+                for name, figure in _figures(strings, "output_sqnr_db", where).items()
+            },
+            model_metrics=_figures(strings, "model_metrics", where),
             extra={key: value for key, value in strings.items() if key != "format" and not is_own_key(key)},
         )
 
     def _check(self, entries: Mapping[str, Entry], where: object) -> None:
+        quantized = {row.name for row in self.ledger if row.fate == "quantized"}
+        if unknown := sorted(self.output_sqnr_db.keys() - quantized):
+            raise FormatError(f"{where}: outputs of {', '.join(unknown)} were measured, but these are not quantized")
         expected = stored_entries(self.ledger)
         for name in sorted(expected.keys() | entries.keys()):
             if expected.get(name) != entries.get(name):
@@ -168,6 +201,16 @@ class Metadata:
         if self.digests.keys() != entries.keys():
             unsigned = sorted(self.digests.keys() ^ entries.keys())
             raise FormatError(f"{where}: tensors without a digest, or digests without a tensor: {', '.join(unsigned)}")
+
+
+def _figures(strings: Mapping[str, str], key: str, where: object) -> dict[str, float | None]:
+    """Read the figures under a key that a file may lack."""
+    figures = parse_json(strings.get(f"fewbits.{key}", "{}"), where, key)
+    if not isinstance(figures, dict):
+        raise ArgumentError(f"{key} must hold figures by name, not {figures!r}")
+    for name, figure in figures.items():
+        _check_figure(f"{key} of {name}", figure)
+    return figures
 
 
 def is_own_key(key: str) -> bool:

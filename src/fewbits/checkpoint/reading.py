@@ -186,4 +186,5 @@ def _united(all_metadata: Sequence[Metadata], where: object) -> Metadata:
         ledger=ledger,
         metrics={name: metrics for metadata in all_metadata for name, metrics in metadata.metrics.items()},
         digests={name: digest for metadata in all_metadata for name, digest in metadata.digests.items()},
+        output_sqnr_db={name: db for metadata in all_metadata for name, db in metadata.output_sqnr_db.items()},
     )

@@ -17,6 +17,7 @@ from fewbits.config.config import QuantizationConfig
 from fewbits.conversion.file_writer import Share
 from fewbits.selection.ledger import Ledger
 from fewbits.validation.report import Report
+from fewbits.validation.tensors import finite
 
 
 def is_terminal() -> bool:
@@ -78,11 +79,18 @@ def show_contents(file: Path, checkpoint: Checkpoint, tensors: bool, as_json: bo
     if as_json:
         about = {"file": str(file), "versions": dict(metadata.versions), "architecture": metadata.architecture}
         figures = {name: metrics.to_dict() for name, metrics in metadata.metrics.items()}
-        print_json(**about, ledger=checkpoint.ledger.to_dict(), metrics=figures)
+        outputs = {name: finite(figure) for name, figure in metadata.output_sqnr_db.items()}
+        of_data = {"model_metrics": dict(metadata.model_metrics), "output_sqnr_db": outputs}
+        print_json(**about, ledger=checkpoint.ledger.to_dict(), metrics=figures, **of_data)
         return
     versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
     click.echo(f"{file}: written by {versions}; architecture {metadata.architecture or 'not known'}")
     show(checkpoint.ledger, tensors)
+    measured = [f"{name} {figure:.6g}" for name, figure in metadata.model_metrics.items() if figure is not None]
+    _tell("the model's outputs, compared with the float model's: ", ", ".join(measured))
+    if found := metadata.output_sqnr_db:
+        name = min(found, key=found.__getitem__)
+        click.echo(f"output SQNR of {len(found)} weights on data: least {found[name]:.2f} dB ({name})")
 
 
 def _tell(prefix: str, text: str | None) -> None:

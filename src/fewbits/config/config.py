@@ -31,14 +31,15 @@ from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_from_name, dtype_name
 from fewbits.numerics.spec import Activations
 from fewbits.observers.named import accepted_arguments, make_observer
-from fewbits.quantizers.base import OnFailure, Quantizer
+from fewbits.quantizers.base import Quantizer
+from fewbits.quantizers.outcome import OnFailure
 from fewbits.quantizers.scheme import Ragged
 from fewbits.rounding.named import resolve_rounding
 from fewbits.schemes import SCHEMES
 from fewbits.selection.nearest import checked_name, did_you_mean
 from fewbits.selection.rules import OverrideRule, TypeRule, parse_override
 from fewbits.selection.selector import LayerSelector
-from fewbits.validation.report import CRITICAL_DB
+from fewbits.validation.tensors import CRITICAL_DB
 
 #: The format version that `QuantizationConfig.to_dict` writes and `QuantizationConfig.from_dict` reads.
 VERSION = 1

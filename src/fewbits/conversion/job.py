@@ -17,6 +17,7 @@ from fewbits.rounding.base import Rounding
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
 from fewbits.sources.base import Source
+from fewbits.validation.evaluation import Evaluation, checked_model
 from fewbits.validation.report import Report
 
 
@@ -87,6 +88,19 @@ class Job(ABC):
             CalibrationError: if an observer needs data and has seen none.
             NumericsError: naming the tensor that cannot be converted.
         """
+
+    def evaluate(self, evaluation: Evaluation | None, progress: Progress) -> None:
+        """Run data through the float model and the quantized one; the next report has the outcome.
+
+        Args:
+            evaluation: what to run; None runs nothing, and the next report has no outcome.
+            progress: called after every batch.
+
+        Raises:
+            CalibrationError: if there are not two models to run, or a batch cannot be run or compared.
+        """
+        if evaluation is not None:
+            checked_model(self.source, inplace=False)
 
     @abstractmethod
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:

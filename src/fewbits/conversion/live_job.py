@@ -19,6 +19,7 @@ from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
+from fewbits.conversion.data_effects import DataEffects
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.job import Job, measurements
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
@@ -37,7 +38,10 @@ from fewbits.selection.progress import Progress, followed
 from fewbits.selection.rules import is_of_type
 from fewbits.sources.base import LiveSource, Target
 from fewbits.sources.module import ModuleSource
-from fewbits.validation.checks import check_reload, examine
+from fewbits.validation.checks import Known, check_reload, examine
+from fewbits.validation.evaluation import Evaluation, checked_model
+from fewbits.validation.layers import LayerErrors
+from fewbits.validation.outputs import ModelReport
 from fewbits.validation.report import Report
 
 _WAY_BACK = (
@@ -69,6 +73,10 @@ class LiveJob(Job):
         self._done: set[str] = set()
         self._measured: dict[str, Measurement] = {}
         self._digests: dict[str, str] = {}
+        self._effects = DataEffects(rounding)
+        self._model: ModelReport | None = None
+        self._outputs: dict[str, float] = {}
+        self._beyond_limits: tuple[str, ...] = ()
 
     @property
     def ledger(self) -> Ledger:
@@ -102,6 +110,7 @@ class LiveJob(Job):
             )
         if not self.source.inplace:
             self._target, self._done, self._measured = None, set(), {}
+        self._effects = DataEffects(self.rounding)
         with self._watch.detached():
             target = self._target = self._target or self.source.target(self.ledger)
             for row in followed("convert", self.ledger.stored, progress, self._in_order()):
@@ -136,20 +145,9 @@ class LiveJob(Job):
         self._inputs = ()
         yield from rows.values()
         self.ledger = self.ledger.with_remarks(notes)
-        self._warn_of(notes)
-
-    def _warn_of(self, notes: Mapping[str, str]) -> None:
-        """Warn of weights that were rounded without data; embeddings have no inputs that could be seen."""
+        # Embeddings have no inputs that could be seen.
         embeddings = {info.name for info in self.source.infos if is_of_type(info, nn.Embedding)}
-        missing = [name for name, note in notes.items() if note and name not in embeddings]
-        if missing:
-            emit(
-                "warning",
-                "rounded_without_data",
-                rounding=repr(self.rounding),
-                tensors=len(missing),
-                first=f"{missing[0]}: {notes[missing[0]]}",
-            )
+        self._effects.warn({name: note for name, note in notes.items() if name not in embeddings})
 
     def _remark(self, row: LedgerRow) -> str:
         return "" if row.layout is None else self.rounding.remark(row.layout.rows, self._inputs)
@@ -164,19 +162,35 @@ class LiveJob(Job):
         value: Value = tensor
         if row.spec is not None:
             with naming(row):
-                value = encoder.encode(row, tensor, self.observers.get(row.name), self._inputs)
+                own = self.observers.get(row.name)
+                value = encoder.encode(row, tensor, own, self._inputs)
                 if self._blocks is not None and isinstance(value, QuantizedTensor):
                     self._blocks.replace(row.name, value.dequantize())
                 if isinstance(row.spec, QuantSpec) and row.spec.activations and isinstance(value, QuantizedTensor):
                     observer = self.input_observers.get(row.name)
                     scale = None if observer is None else static_scale(observer).to(tensor.device)
                     value = attrs.evolve(value, spec=row.spec.for_dtype(row.dtype), input_scale=scale)
+                if own is not None and isinstance(value, QuantizedTensor):
+                    self._effects.add(row.name, tensor, value, self._inputs, own)
         if comparing and row.spec is not None:
             self._measured[row.name] = measure(tensor, value)
             if self.source.inplace:
                 self._digests[row.name] = value_digest(value)
         target.put(row, value)
         self._done.add(row.name)
+
+    def evaluate(self, evaluation: Evaluation | None, progress: Progress) -> None:
+        """Run data through the float model and the quantized one."""
+        self._model, self._outputs, self._beyond_limits = None, {}, ()
+        if evaluation is None:
+            return
+        target, inplace = self._result(), self.source.inplace
+        reference = checked_model(self.source.prepared(), inplace=inplace)
+        model = checked_model(target.finish(), inplace=inplace)
+        layers = LayerErrors(reference, self.ledger, target.value)
+        self._model = evaluation.run(reference, model, watching=layers.watching, progress=progress)
+        self._outputs = layers.sqnr_db()
+        self._beyond_limits = tuple(self._model.failures(evaluation.limits))
 
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
         """Check the result against the source and the ledger, and save and load it once."""
@@ -185,23 +199,35 @@ class LiveJob(Job):
         def pairs(row: LedgerRow) -> Iterator[tuple[Value, Tensor | None]]:
             yield target.value(row.name), None if inplace else self.source.read(row.name)
 
-        known: dict[str, Measurement | str] = {}
+        known = Known(outputs=self._output_sqnr_db())
         if inplace:
             changed = [name for name, digest in self._digests.items() if value_digest(target.value(name)) != digest]
-            known = {**self._measured, **dict.fromkeys(changed, "it has changed since it was converted and measured")}
+            why = "it has changed since it was converted and measured"
+            known = Known(self._measured, dict.fromkeys(changed, why), known.outputs)
         stored = (CODEC.encode(row.name, target.value(row.name)) for row in ledger.stored)
         bytes_after = sum(tensor.nbytes for tensors in stored for tensor in tensors.values())
         report = examine(ledger, pairs, bytes_after, known=known, fail_under=fail_under, progress=progress)
         report = check_reload(report, ledger, target.value, serializer)
         self._measured |= measurements(report)
-        self.report = attrs.evolve(report, observed=self.observed)
+        general, about = (*report.general, *self._beyond_limits), (*report.about, *self._effects.notes)
+        self.report = attrs.evolve(report, observed=self.observed, model=self._model, general=general, about=about)
         return self.report
+
+    def _output_sqnr_db(self) -> dict[str, float]:
+        """The output SQNR of weights: as validation has measured it, or else as calibration has."""
+        return self._effects.output_sqnr_db(self.ledger, self._result().value) | self._outputs
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
         """Write the result, with every measurement."""
         if self.source.unstorable:
             raise CheckpointError(f"{path} is not written, it would be incomplete: {'; '.join(self.source.unstorable)}")
-        about = Metadata(self.ledger, self.source.architecture, extra=self.source.extra)
+        about = Metadata(
+            self.ledger,
+            self.source.architecture,
+            extra=self.source.extra,
+            output_sqnr_db=self._output_sqnr_db(),
+            model_metrics={} if self._model is None else self._model.to_dict(),
+        )
         save(serializer, path, about, self._result().value, measured=self._measured, max_shard_size=max_shard_size)
 
     def drop(self) -> None:

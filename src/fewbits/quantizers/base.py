@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterable
-from typing import Any, Literal, final, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, final, get_args
 
 from torch import nn
 
-from fewbits._events import emit
 from fewbits._sizes import parse_size
 from fewbits.calibration import running as calibration
 from fewbits.checkpoint.output import Output
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
 from fewbits.conversion.live_job import LiveJob
-from fewbits.errors import ArgumentError, CalibrationError, ValidationError
+from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.packed import prepack
 from fewbits.quantizers.lifecycle import TRANSITIONS, Lifecycle, guard
+from fewbits.quantizers.outcome import OnFailure, act_on_failure, emit_report, evaluation_of
 from fewbits.quantizers.scheme import check_choice
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.base import LiveSource
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
-from fewbits.validation.report import CRITICAL_DB, LOSE_LESS, Report
-
-#: What to do if a validation fails.
-OnFailure = Literal["error", "warn", "ignore"]
+from fewbits.validation.report import Report
+from fewbits.validation.tensors import CRITICAL_DB
 
 
 class Quantizer(Lifecycle):
@@ -172,29 +169,48 @@ class Quantizer(Lifecycle):
     @final
     def validate(
         self,
+        data: Iterable[Any] | None = None,
         *,
+        forward: calibration.Forward | None = None,
+        metrics: Sequence[str] | None = None,
+        limits: Mapping[str, float] | None = None,
         on_failure: OnFailure = "error",
         fail_under: float = CRITICAL_DB,
         progress: Progress = no_progress,
     ) -> Report:
         """Check the result against the source, element by element, and save and load it once.
 
+        With data, the float model and the quantized model run side by side, and the report says how their outputs
+        differ, and what the rounding of each weight does to the output of its layer.
+
         Args:
+            data: batches, as for `observe`; all of them are run. None compares no outputs.
+            forward: runs one batch, ``forward(model, batch)``, and returns its output, if the model takes other inputs
+                or its output is not the one to compare.
+            metrics: what to compare: "kl" and "top1" (for logits), "cosine", "sqnr", "perplexity" (for logits of the
+                next token). None takes "kl" and "top1" for an output named ``logits``, else "cosine" and "sqnr".
+            limits: figures of metrics beyond which the model fails, such as ``{"kl": 0.1, "top1": 0.9}``: the most for
+                "kl" (nats) and "perplexity", the least for "top1", "cosine" and "sqnr" (dB).
             on_failure: whether a failure raises an error, warns, or only appears in the report.
-            fail_under: SQNR in dB below which a tensor is critical, which is a failure.
-            progress: called before and after every tensor.
+            fail_under: SQNR in dB below which a tensor is critical, which is a failure. Where the error of the layer's
+                output is known, the SQNR of the output counts, else that of the weight.
+            progress: called before and after every tensor, and after every batch.
 
         Raises:
             StateError: in any state but CONVERTED and VALIDATED.
             ValidationError: if something failed and `on_failure` is "error"; it carries the report.
-            ArgumentError: for another value of `on_failure`, or a `fail_under` that is no number.
+            ArgumentError: for another value of `on_failure`, a `fail_under` that is no number, an unknown metric, or
+                settings of a comparison without data.
+            CalibrationError: if `data` is given for a source without a float model (a state dict, a file, a model
+                quantized in place), or the outputs of a batch cannot be compared.
         """
         job = self._guarded("validate")
         check_choice("on_failure", on_failure, get_args(OnFailure))
+        job.evaluate(evaluation_of(data, forward, metrics, limits), progress)
         report = job.examine(self.serializer, fail_under, progress)
         if not isinstance(job, FileJob) or job.leads:
-            _emit_report(report, self.name)
-        _act_on_failure(report, on_failure)
+            emit_report(report, self.name)
+        act_on_failure(report, on_failure)
         self._advance("validate", ok=report.ok)
         return report
 
@@ -266,26 +282,3 @@ class Quantizer(Lifecycle):
         if not isinstance(job, FileJob):
             raise ArgumentError("only the conversion of a path can be shared; prepare a path, or call convert()")
         return job
-
-
-def _emit_report(report: Report, scheme: str) -> None:
-    """Emit an event for every measured tensor, for low SQNR, and for every failure."""
-    for t in report.tensors:
-        if t.measurement is not None and t.verdict is not None:
-            sqnr_db = round(t.measurement.sqnr_db, 2)
-            level: Literal["info", "warning"] = "warning" if t.verdict == "critical" else "info"
-            emit(level, "sqnr", tensor=t.name, scheme=t.scheme, sqnr_db=sqnr_db, verdict=t.verdict)
-    if found := report.warnings:
-        emit("warning", "low_sqnr", scheme=scheme, tensors=len(found), least=found[0], advice=LOSE_LESS)
-    for failure in report.failures:
-        emit("warning", "validation_failure", scheme=scheme, finding=failure)
-
-
-def _act_on_failure(report: Report, on_failure: OnFailure) -> None:
-    """Raise an error or a warning if the validation failed and the caller asked for it."""
-    if report.ok or on_failure == "ignore":
-        return
-    message = f"validation failed:\n{report.summary()}"
-    if on_failure == "error":
-        raise ValidationError(message, report)
-    warnings.warn(message, stacklevel=3)

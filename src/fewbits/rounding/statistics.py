@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError, CalibrationError
+from fewbits.rounding.linear_algebra import product
 
 _Derived = TypeVar("_Derived")
 
 #: What a strategy needs to know of a layer's inputs; each kind includes the kinds before it.
 Needs = Literal["nothing", "mean_square", "second_moment", "cross_moment"]
+
+
+def has_second_moment(needs: Needs) -> bool:
+    """Tell whether these statistics include the second moment of the inputs."""
+    return needs in ("second_moment", "cross_moment")
+
 
 #: Inputs are added in blocks of this many, whatever the size of the batches. So batches do not change any sum.
 _BLOCK = 256
@@ -106,6 +113,15 @@ class InputStatistics:
         if finished._cross is None:
             raise ArgumentError("these statistics do not relate inputs to those of the float model")
         return finished._cross.double() / self.count
+
+    def output_power(self, rows: Tensor) -> float:
+        """Return the sum over rows w, (rows, columns), of ``|w x|^2``, added up over all inputs x.
+
+        Raises:
+            ArgumentError: if only the mean square was asked for.
+        """
+        power = float((product(rows, self.second_moment) * rows).double().sum()) * self.count
+        return max(0.0, power)  # rounding may give less
 
     def _finished(self) -> InputStatistics:
         """Return statistics that include the inputs that do not fill a block; later inputs can still be added."""

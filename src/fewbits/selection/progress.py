@@ -14,10 +14,10 @@ class Step:
     """The progress of an activity.
 
     Attributes:
-        activity: ``"convert"``, ``"validate"``, ``"observe"`` or ``"tune"``.
+        activity: ``"convert"`` or ``"validate"`` for tensors; ``"observe"``, ``"tune"`` or ``"compare"`` for data.
         name: the current tensor or batch.
-        done: the bytes of the source, or the samples for ``"observe"`` and ``"tune"``, that are done. The number never
-            decreases during an activity. A resumed run begins with the amount that the earlier run finished.
+        done: the bytes of the source, or the samples of the data, that are done. The number never decreases during an
+            activity. A resumed run begins with the amount that the earlier run finished.
         total: all bytes or samples; 0 while their number is not known.
     """
 
@@ -29,7 +29,7 @@ class Step:
     @property
     def unit(self) -> str:
         """The unit of `done` and `total`: ``"bytes"`` or ``"samples"``."""
-        return "samples" if self.activity in ("observe", "tune") else "bytes"
+        return "samples" if self.activity in ("observe", "tune", "compare") else "bytes"
 
 
 #: Called before and after every tensor, and for every batch.

@@ -26,7 +26,7 @@ from fewbits.testing.environment import state_bytes
 from fewbits.testing.models import SmallModel, ids
 from fewbits.testing.strategies import problems, weights
 from fewbits.testing.strategies import specs as any_spec
-from fewbits.validation.report import CRITICAL_DB
+from fewbits.validation.tensors import CRITICAL_DB
 
 #: The state after many batches must not be larger than after few.
 _FEW, _MANY = 5, 200

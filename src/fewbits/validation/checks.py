@@ -23,7 +23,8 @@ from fewbits.numerics.params import are_sound
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed, no_progress
-from fewbits.validation.report import CRITICAL_DB, Report, TensorReport, verdict_of
+from fewbits.validation.report import Report
+from fewbits.validation.tensors import CRITICAL_DB, TensorReport
 
 #: Note on a tensor that another tool quantized.
 NOT_NEAREST = "errors beyond half a step, as from clipping, error feedback or rounding in a narrower dtype"
@@ -36,12 +37,27 @@ _UNSOUND, _INVALID = "a scale is zero, NaN or Inf", "a code has no level"
 Pairs = Callable[[LedgerRow], Iterator[tuple[Value, Tensor | None]]]
 
 
+@attrs.frozen
+class Known:
+    """What is known of tensors before they are examined, by name.
+
+    Attributes:
+        measured: measurements taken earlier; these tensors are not measured again.
+        failures: the failures of tensors that must not be read.
+        outputs: the SQNR of the layer's output, in dB; see `TensorReport.output_sqnr_db`.
+    """
+
+    measured: Mapping[str, Measurement] = attrs.field(factory=dict)
+    failures: Mapping[str, str] = attrs.field(factory=dict)
+    outputs: Mapping[str, float] = attrs.field(factory=dict)
+
+
 def examine(
     ledger: Ledger,
     pairs: Pairs,
     bytes_after: int,
     *,
-    known: Mapping[str, Measurement | str] | None = None,
+    known: Known | None = None,
     uncompared: str = "no source to compare with",
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
@@ -52,8 +68,7 @@ def examine(
         ledger: the ledger of the result.
         pairs: yields the chunks of each stored tensor with their source, if there is one.
         bytes_after: bytes of the result's tensors, counted from the tensors.
-        known: results of tensors that need no examination, by name: a measurement taken earlier, or the failure of a
-            tensor that must not be read.
+        known: what is known of tensors already.
         uncompared: why tensors without a source are not compared.
         fail_under: SQNR in dB below which a tensor fails.
         progress: called before and after every tensor.
@@ -62,14 +77,14 @@ def examine(
         ArgumentError: if `fail_under` is not a number of decibels.
     """
     check_fail_under(fail_under)
-    known = known or {}
+    known = known or Known()
     tensors = []
     for row in followed("validate", ledger.stored, progress):
-        result = known.get(row.name)
-        if isinstance(result, str):
-            tensors.append(TensorReport(row.name, row.fate, row.scheme, failures=(result,)))
+        if row.name in known.failures:
+            tensors.append(TensorReport(row.name, row.fate, row.scheme, failures=(known.failures[row.name],)))
         else:
-            tensors.append(examine_tensor(row, pairs, result, fail_under))
+            found = examine_tensor(row, pairs, known.measured.get(row.name))
+            tensors.append(attrs.evolve(found, output_sqnr_db=known.outputs.get(row.name)).judged(fail_under))
     failures = []
     if bytes_after != ledger.bytes_after:
         failures.append(f"the ledger predicted {ledger.bytes_after:,} bytes, but the result has {bytes_after:,}")
@@ -107,15 +122,14 @@ def check_fail_under(fail_under: object) -> None:
 
 
 def examine_tensor(
-    row: LedgerRow, pairs: Pairs, measurement: Measurement | None, fail_under: float, *, bounded: bool = True
+    row: LedgerRow, pairs: Pairs, measurement: Measurement | None, *, bounded: bool = True
 ) -> TensorReport:
-    """Compare one stored tensor with its source.
+    """Compare one stored tensor with its source. The caller judges its SQNR.
 
     Args:
         row: the tensor's row in the ledger.
         pairs: yields the chunks of each stored tensor with their source, if there is one.
         measurement: a measurement taken earlier; None measures now, if there is a source.
-        fail_under: SQNR in dB below which the tensor fails.
         bounded: whether an error beyond its bound is a failure; otherwise it is a note.
     """
     if row.spec is None and row.tuned:
@@ -124,7 +138,7 @@ def examine_tensor(
         kept = all(source is None or same_bits(source, value) for value, source in pairs(row))
         failures = [] if kept else ["kept, but not equal to the source"]
         return TensorReport(row.name, row.fate, row.scheme, failures=tuple(failures))
-    failures, notes, verdict = list[str](), list[str](), None
+    failures, notes = list[str](), list[str]()
     if measurement is None:
         measurement, failures, notes = _measured(row, pairs)
     elif (
@@ -134,13 +148,12 @@ def examine_tensor(
     ):
         failures.append(_UNSOUND)
     if measurement is not None:
-        verdict = verdict_of(measurement.sqnr_db, fail_under)
         if measurement.broken_at is not None:
             (failures if bounded else notes).append(_broken(measurement) if bounded else NOT_NEAREST)
         failures += _patterns(measurement)
-        if verdict == "critical":
-            failures.append(f"SQNR {measurement.sqnr_db:.2f} dB is below {fail_under:g} dB")
-    return TensorReport(row.name, row.fate, row.scheme, measurement, verdict, tuple(failures), tuple(notes))
+    return TensorReport(
+        row.name, row.fate, row.scheme, measurement, failures=tuple(failures), notes=tuple(notes), spec=row.spec
+    )
 
 
 def _measured(row: LedgerRow, pairs: Pairs) -> tuple[Measurement | None, list[str], list[str]]:

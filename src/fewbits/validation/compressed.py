@@ -24,7 +24,8 @@ from fewbits.selection.ledger import LedgerRow
 from fewbits.selection.progress import Progress, followed
 from fewbits.sources.base import Source
 from fewbits.validation.checks import Pairs, check_fail_under, examine_tensor
-from fewbits.validation.report import Report, TensorReport
+from fewbits.validation.report import Report
+from fewbits.validation.tensors import TensorReport
 
 
 def verify_compressed_tensors(
@@ -85,7 +86,7 @@ def _examined(row: LedgerRow, pairs: Pairs, checkpoint: CompressedTensors, fail_
     try:
         if row.spec is None:
             return _kept(row, pairs)
-        found = examine_tensor(row, pairs, None, fail_under, bounded=False)
+        found = examine_tensor(row, pairs, None, bounded=False).judged(fail_under)
     except FormatError as error:
         return TensorReport(row.name, row.fate, row.scheme, failures=(str(error),))
     return attrs.evolve(found, scheme=checkpoint.weights[row.name].weight.scheme)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 
@@ -13,71 +13,8 @@ from fewbits._sizes import bytes_in_words
 from fewbits._table import render_fitting, wrap
 from fewbits.calibration.running import Observed
 from fewbits.numerics.metrics import Measurement, pooled_sqnr_db
-from fewbits.selection.ledger import Fate
-
-Verdict = Literal["good", "fair", "warning", "critical"]
-
-#: SQNR in decibels below which a tensor's verdict is critical (a failure), a warning, or fair.
-CRITICAL_DB, WARNING_DB, FAIR_DB = 10.0, 20.0, 30.0
-
-#: Advice for a low SQNR.
-LOSE_LESS = 'int8, smaller groups, or observer="mse" lose less'
-
-
-def verdict_of(sqnr_db: float, fail_under: float = CRITICAL_DB) -> Verdict:
-    """Return the verdict on an SQNR: below `fail_under` critical, below 20 dB warning, up to 30 dB fair, above good.
-
-    >>> [verdict_of(db) for db in (9.9, 17.9, 25.0, 40.1)]
-    ['critical', 'warning', 'fair', 'good']
-    """
-    if math.isnan(sqnr_db) or sqnr_db < fail_under:
-        return "critical"
-    if sqnr_db < WARNING_DB:
-        return "warning"
-    return "fair" if sqnr_db <= FAIR_DB else "good"
-
-
-@attrs.frozen
-class TensorReport:
-    """The findings on one tensor.
-
-    Attributes:
-        name: the tensor's name in the source.
-        fate: quantized, cast or kept.
-        scheme: the spec as text.
-        measurement: errors relative to the source; None if the tensor was not compared.
-        verdict: the verdict on the SQNR; None without a measurement.
-        failures: a sentence for each failure; empty if the tensor passed.
-        notes: remarks that are not failures.
-    """
-
-    name: str
-    fate: Fate
-    scheme: str
-    measurement: Measurement | None = None
-    verdict: Verdict | None = None
-    failures: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the findings as JSON-compatible values. An infinite SQNR is null, with ``"exact": true``."""
-        found: dict[str, Any] = {
-            "name": self.name, "fate": self.fate, "scheme": self.scheme, "verdict": self.verdict,
-            "failures": list(self.failures), "notes": list(self.notes),
-        }  # fmt: skip
-        if (m := self.measurement) is not None:
-            found |= {
-                "exact": m.noise == 0,
-                "sqnr_db": _finite(m.sqnr_db),
-                "max_abs_error": _finite(m.max_abs_error),
-                "cosine": _finite(m.cosine),
-                "worst_bound_ratio": _finite(m.worst_bound_ratio),
-                "elements": m.elements,
-                "clipped": m.clipped,
-                "codes": None if m.code_min is None else [m.code_min, m.code_max],
-                "scales": None if m.scale_min is None else [_finite(m.scale_min), _finite(m.scale_max)],
-            }
-        return found
+from fewbits.validation.outputs import ModelReport
+from fewbits.validation.tensors import WARNING_DB, TensorReport, advice_on, finite
 
 
 @attrs.frozen(repr=False)
@@ -93,6 +30,8 @@ class Report:
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the result's tensors, counted from the tensors.
         observed: the amount of data that `observe` ran before the weights were converted; None if it ran none.
+        model: how the outputs of the quantized model compare with those of the float model; None unless `validate` got
+            data.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -103,6 +42,7 @@ class Report:
     general: tuple[str, ...] = ()
     about: tuple[str, ...] = ()
     observed: Observed | None = None
+    model: ModelReport | None = None
 
     @property
     def ok(self) -> bool:
@@ -117,7 +57,13 @@ class Report:
     @property
     def warnings(self) -> list[str]:
         """A line for every tensor with the verdict "warning", the lowest SQNR first."""
-        return [f"{name}: SQNR {sqnr_db:.2f} dB in {scheme}" for sqnr_db, name, scheme in self._low()]
+        return [f"{t.name}: {name} {sqnr_db:.2f} dB in {t.scheme}" for sqnr_db, name, t in self._low()]
+
+    @property
+    def advice(self) -> str:
+        """What loses less for the tensor with the lowest SQNR; "" if there are no warnings."""
+        low = self._low()
+        return advice_on(low[0][2].spec) if low else ""
 
     @property
     def notes(self) -> list[str]:
@@ -143,10 +89,11 @@ class Report:
             "notes": self.notes,
             "checks": list(self.checks),
             "unchecked": list(self.unchecked),
-            "sqnr_db": None if self.sqnr_db is None else _finite(self.sqnr_db),
+            "sqnr_db": None if self.sqnr_db is None else finite(self.sqnr_db),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "observed": None if self.observed is None else self.observed.to_dict(),
+            "model": None if self.model is None else self.model.to_dict(),
             "tensors": [tensor.to_dict() for tensor in self.tensors],
         }
 
@@ -163,6 +110,7 @@ class Report:
         passed = "passed" if self.ok else "FAILED"
         lines = [
             f"{passed}: {len(self.tensors)} tensors, {bytes_in_words(self.bytes_before, self.bytes_after)}",
+            *([] if self.model is None else self.model.lines()),
             *self._figures(),
             *([] if self.observed is None else [f"observed: {self.observed}"]),
             f"checked: {', '.join(self.checks)}",
@@ -180,21 +128,30 @@ class Report:
             width: maximum line width; None means no limit. A table that is too wide loses columns, and the middle of
                 long names.
         """
-        whole = [("name", "fate", "scheme", "SQNR dB", "max error", "of bound", "cosine", "verdict", "failures")]
-        short = [("name", "scheme", "SQNR dB", "cosine", "verdict")]
+        outputs = any(t.output_sqnr_db is not None for t in self.tensors)
+        output = ("output dB",) if outputs else ()
+        whole = [
+            ("name", "fate", "scheme", "SQNR dB", *output, "max error", "of bound", "cosine", "verdict", "failures")
+        ]
+        short = [("name", "scheme", "SQNR dB", *(output or ("cosine",)), "verdict")]
         for t in self.tensors:
             sqnr_db, error, ratio, cosine = _figures_of(t.measurement)
             verdict = t.verdict or ""
-            whole.append((t.name, t.fate, t.scheme, sqnr_db, error, ratio, cosine, verdict, "; ".join(t.failures)))
+            own = ("" if t.output_sqnr_db is None else f"{t.output_sqnr_db:.2f}",) if outputs else ()
+            figures = (sqnr_db, *own, error, ratio, cosine)
+            whole.append((t.name, t.fate, t.scheme, *figures, verdict, "; ".join(t.failures)))
             scheme = t.scheme.partition(",")[0] or t.fate
-            short.append((t.name, scheme, sqnr_db, cosine, "failed" if t.failures else verdict))
-        return render_fitting(whole, short, width, right=("SQNR dB", "max error", "of bound", "cosine"))
+            short.append((t.name, scheme, sqnr_db, *(own or (cosine,)), "failed" if t.failures else verdict))
+        return render_fitting(whole, short, width, right=("SQNR dB", *output, "max error", "of bound", "cosine"))
 
     def _measured(self) -> list[tuple[TensorReport, Measurement]]:
         return [(t, t.measurement) for t in self.tensors if t.measurement is not None]
 
     def _figures(self) -> Iterator[str]:
         """Lines that summarize the errors of all tensors."""
+        if outputs := [(t.output_sqnr_db, t.name) for t in self.tensors if t.output_sqnr_db is not None]:
+            sqnr_db, name = min(outputs)
+            yield f"output SQNR of {len(outputs)} weights on data: least {sqnr_db:.2f} dB ({name})"
         measured = self._measured()
         if not measured or self.sqnr_db is None:
             return
@@ -204,17 +161,19 @@ class Report:
         if clipped := sum(m.clipped for _, m in measured):
             yield f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider"
 
-    def _low(self) -> list[tuple[float, str, str]]:
-        """SQNR, name and scheme of every tensor with the verdict "warning", the lowest SQNR first."""
-        return sorted((m.sqnr_db, t.name, t.scheme) for t, m in self._measured() if t.verdict == "warning")
+    def _low(self) -> list[tuple[float, str, TensorReport]]:
+        """The deciding SQNR, its name, and every tensor with the verdict "warning", the lowest SQNR first."""
+        low = [(*t.deciding, t) for t in self.tensors if t.verdict == "warning" and t.deciding is not None]
+        return sorted(low, key=lambda found: (found[0], found[2].name))
 
     def _warning(self) -> Iterator[str]:
         """At most one line, which counts the tensors with the verdict "warning"."""
         if low := self._low():
-            sqnr_db, name, _ = low[0]
+            sqnr_db, _, least = low[0]
+            judged = sum(t.verdict is not None for t in self.tensors)
             yield (
-                f"warning: {len(low)} of {len(self._measured())} tensors are below {WARNING_DB:g} dB, the least at "
-                f"{sqnr_db:.2f} dB ({name}). {LOSE_LESS}. To list them: --tensors, or print(report) in Python"
+                f"warning: {len(low)} of {judged} tensors are below {WARNING_DB:g} dB, the least at {sqnr_db:.2f} dB "
+                f"({least.name}). {self.advice}. To list them: --tensors, or print(report) in Python"
             )
 
     def __repr__(self) -> str:
@@ -241,7 +200,3 @@ def _figures_of(m: Measurement | None) -> tuple[str, str, str, str]:
 
 def _counted(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} the first"
-
-
-def _finite(figure: float | None) -> float | None:
-    return figure if figure is not None and math.isfinite(figure) else None

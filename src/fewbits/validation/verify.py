@@ -20,9 +20,10 @@ from fewbits.numerics.tensor import same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.base import Source
-from fewbits.validation.checks import examine
+from fewbits.validation.checks import Known, examine
 from fewbits.validation.compressed import verify_compressed_tensors
-from fewbits.validation.report import CRITICAL_DB, Report
+from fewbits.validation.report import Report
+from fewbits.validation.tensors import CRITICAL_DB
 
 
 def verify(
@@ -71,7 +72,7 @@ def verify(
         checkpoint.ledger,
         pairs,
         checkpoint.nbytes,
-        known={**(measured or {}), **_damaged(checkpoint)},
+        known=Known(measured or {}, _damaged(checkpoint), checkpoint.metadata.output_sqnr_db),
         uncompared="the source is not what the file was made from" if differences else "no source to compare with",
         fail_under=fail_under,
         progress=progress,

@@ -1,0 +1,103 @@
+"""`DataEffects`: what the data of a rounding strategy has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+from torch import Tensor
+
+from fewbits._events import emit
+from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.digests import digest, value_digest
+from fewbits.numerics.dtypes import compute_dtype
+from fewbits.numerics.layout import WeightMatrix
+from fewbits.numerics.metrics import sqnr_db
+from fewbits.numerics.quantize import quantize
+from fewbits.numerics.tensor import QuantizedTensor, same_bits
+from fewbits.observers.base import Observer
+from fewbits.rounding.base import Rounding, RowInputs
+from fewbits.rounding.statistics import has_second_moment
+from fewbits.selection.ledger import Ledger
+
+
+class DataEffects:
+    """Records the output error of each weight that saw data, and tells if the data has changed nothing.
+
+    Args:
+        rounding: the strategy that picks the codes.
+
+    Attributes:
+        notes: warnings for the report; complete after `warn`.
+    """
+
+    def __init__(self, rounding: Rounding) -> None:
+        self._rounding = rounding
+        self._outputs: dict[str, tuple[float, str, str]] = {}
+        self._compared, self._alike = 0, True
+        self.notes: list[str] = []
+
+    def add(
+        self, name: str, tensor: Tensor, value: QuantizedTensor, inputs: Sequence[RowInputs], observer: Observer
+    ) -> None:
+        """Take note of one weight.
+
+        Args:
+            name: its name.
+            tensor: its numbers before quantization.
+            value: its codes.
+            inputs: the statistics that the codes were picked with.
+            observer: the observer that picked the first scales.
+        """
+        if not inputs:
+            return
+        weight = WeightMatrix(tensor, value.layout)
+        if has_second_moment(self._rounding.needs):
+            self._outputs[name] = _output_sqnr_db(weight, value, inputs), value_digest(value), digest(value.packed)
+        if self._alike and not self._rounding.remark(value.layout.rows, inputs):
+            self._compared += 1
+            plain = quantize(weight, value.spec.weight_only(), observer.observe_weight)
+            self._alike = same_bits(attrs.evolve(value, spec=plain.spec, input_scale=None), plain)
+
+    def output_sqnr_db(self, ledger: Ledger, value_of: Callable[[str], Value]) -> dict[str, float]:
+        """Return the SQNR of layers' outputs, in dB, by the names of weights that are as they were recorded.
+
+        A tuned weight keeps the figure if its codes are as they were: tuning has changed its scales, by the outputs.
+
+        Args:
+            ledger: the ledger of the result.
+            value_of: returns the stored form of a weight, by its name.
+        """
+        known = {}
+        for name, (figure, whole, codes) in self._outputs.items():
+            value = value_of(name)
+            same_codes = ledger[name].tuned and isinstance(value, QuantizedTensor) and digest(value.packed) == codes
+            if same_codes or value_digest(value) == whole:
+                known[name] = figure
+        return known
+
+    def warn(self, remarks: Mapping[str, str]) -> None:
+        """Warn of weights that were rounded without data, and of data that has changed nothing.
+
+        Args:
+            remarks: what the ledger says of each weight that could have been rounded with data; "" if it was.
+        """
+        missing = [name for name, remark in remarks.items() if remark]
+        if missing:
+            first = f"{missing[0]}: {remarks[missing[0]]}"
+            emit("warning", "rounded_without_data", rounding=repr(self._rounding), tensors=len(missing), first=first)
+            self.notes.append(f"{self._rounding!r} rounded {len(missing)} weights without data, first {first}")
+        if self._compared and self._alike:
+            emit("warning", "same_as_nearest", rounding=repr(self._rounding), tensors=self._compared)
+            self.notes.append(
+                f"{self._rounding!r} gave all {self._compared} weights that saw data the codes of plain rounding: the "
+                "data has changed nothing"
+            )
+
+
+def _output_sqnr_db(weight: WeightMatrix, value: QuantizedTensor, inputs: Sequence[RowInputs]) -> float:
+    """Return the SQNR of the output of the rows that saw inputs, on these inputs."""
+    matrix = weight.whole().cpu().to(compute_dtype(weight.dtype))
+    error = matrix - value.rows(0, value.layout.rows).dequantize(matrix.dtype).cpu()
+    signal = sum(known.statistics.output_power(matrix[known.rows]) for known in inputs)
+    return sqnr_db(signal, sum(known.statistics.output_power(error[known.rows]) for known in inputs))

@@ -1,0 +1,240 @@
+"""Run a float model and its quantized form side by side on data, and compare their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fewbits.calibration.replay import without_shortcuts
+from fewbits.calibration.running import (
+    Forward,
+    check_batches,
+    evaluating,
+    expected_samples,
+    run_one,
+    samples_in,
+)
+from fewbits.errors import CalibrationError
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.selection.progress import Progress, Step, no_progress
+from fewbits.validation.outputs import (
+    METRICS,
+    NO_TARGET,
+    ModelReport,
+    OutputComparison,
+    check_limits,
+    check_metrics,
+)
+
+#: Outputs to look for in a model's result, by attribute or key, the most telling first.
+_NAMES = ("logits", "sentence_embedding", "last_hidden_state")
+
+
+@attrs.frozen(eq=False)
+class Evaluation:
+    """What `validate` runs through the float model and the quantized model.
+
+    Attributes:
+        data: the batches.
+        forward: runs one batch, ``forward(model, batch)``; None feeds it as `observe` does.
+        metrics: the names of the metrics; None chooses by the output: "kl" and "top1" for logits, otherwise "cosine"
+            and "sqnr".
+        limits: how bad a metric may be, by name: the most for "kl" and "perplexity", the least for the others.
+
+    Raises:
+        ArgumentError: for an unknown metric, or a limit that is not a number.
+    """
+
+    data: Iterable[Any]
+    forward: Forward | None = None
+    metrics: Sequence[str] | None = None
+    limits: Mapping[str, float] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        if self.metrics is not None:
+            check_metrics(self.metrics)
+        check_limits(self.limits)
+
+    def run(
+        self,
+        reference: nn.Module,
+        model: nn.Module,
+        *,
+        watching: Callable[[], AbstractContextManager[object]] = nullcontext,
+        progress: Progress = no_progress,
+    ) -> ModelReport:
+        """Run all batches through both models, in eval mode and without gradients. Only one batch is in memory.
+
+        Args:
+            reference: the float model.
+            model: the quantized model.
+            watching: makes the context in which the float model runs a batch.
+            progress: called after every batch.
+
+        Raises:
+            CalibrationError: if there is no batch, a batch cannot be run, or its outputs cannot be compared.
+        """
+        check_batches(self.data, None)
+        comparison, done, expected = None, 0, 0
+        with without_shortcuts(reference), without_shortcuts(model), evaluating(reference), evaluating(model):
+            for number, batch in enumerate(self.data, 1):
+                size = samples_in(batch)
+                expected = expected or expected_samples(self.data, size, None)
+                with watching():
+                    wanted = run_one(reference, batch, number, self.forward)
+                found = run_one(model, batch, number, self.forward)
+                try:
+                    name, own, other = _pair(wanted, found)
+                    comparison = comparison or OutputComparison(self._chosen(name))
+                    self._add(comparison, batch, name, own, other)
+                except CalibrationError as error:
+                    raise CalibrationError(f"batch {number}: {error}") from None
+                done += size
+                progress(Step("compare", f"batch {number}", done, expected and max(done, expected)))
+        if comparison is None:
+            raise CalibrationError(
+                "the data to validate on has no batch; an iterator that was used before is empty: pass a list"
+            )
+        return comparison.report()
+
+    def _chosen(self, name: str) -> list[str]:
+        """Return the names of the metrics for an output of this name."""
+        chosen = self.metrics
+        if chosen is None:
+            chosen = ("kl", "top1") if name == "logits" else ("cosine", "sqnr")
+        return [*chosen, *self.limits]
+
+    def _add(self, comparison: OutputComparison, batch: Any, name: str, own: Tensor, other: Tensor) -> None:
+        wanted = [metric for metric in self._chosen(name) if METRICS[metric].of_logits]
+        if wanted and (name not in ("", "logits") or own.dim() == 0 or own.shape[-1] < 2):
+            raise CalibrationError(
+                f"{', '.join(wanted)} compare logits, and the model gives {name or 'a tensor'} of shape "
+                f"{tuple(own.shape)}; pass forward=, a function of the model and the batch that returns logits, or "
+                "other metrics"
+            )
+        places = own.shape[:-1]
+        targets = torch.full(places, NO_TARGET, device=own.device)
+        if "perplexity" in wanted:
+            targets = _targets(batch, places).to(own.device)
+        counted = _mask(batch, places).to(own.device)
+        own, other = (x[counted].reshape(-1, x.shape[-1] if x.dim() else 1) for x in (own, other))
+        comparison.add(own, other, targets[counted], samples_in(batch))
+
+
+def checked_model(model: object, *, inplace: bool) -> nn.Module:
+    """Return a model whose outputs can be compared with those of the float model.
+
+    Args:
+        model: perhaps a model.
+        inplace: whether its weights are, or will be, quantized in place.
+
+    Raises:
+        CalibrationError: if it is no model, or there will be no float model.
+    """
+    elsewhere = "fewbits.extend.compare_outputs(float_model, quantized_model, data) compares any two models"
+    if not isinstance(model, nn.Module):
+        raise CalibrationError(
+            "a state dict or a file has no forward whose outputs could be compared; quantize the model itself, or "
+            f"load the result into a model: {elsewhere}"
+        )
+    if inplace:
+        raise CalibrationError(
+            f"inplace=True leaves no float model to compare outputs with; keep a float copy: {elsewhere}; or quantize "
+            "without inplace"
+        )
+    return model
+
+
+def compare_outputs(
+    reference: nn.Module,
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    metrics: Sequence[str] | None = None,
+    progress: Progress = no_progress,
+) -> ModelReport:
+    """Compare the outputs of two models, such as a float model and its quantized form.
+
+    Args:
+        reference: the float model.
+        model: the quantized model, or any other.
+        data: the batches; all of them are run.
+        forward: runs one batch, ``forward(model, batch)``, and returns its output; None feeds it as `observe` does.
+        metrics: the names of the metrics, as in `Quantizer.validate`.
+        progress: called after every batch.
+
+    Raises:
+        ArgumentError: for an unknown metric.
+        CalibrationError: if a batch cannot be run, or its outputs cannot be compared.
+    """
+    return Evaluation(data, forward, metrics).run(reference, model, progress=progress)
+
+
+def _pair(expected: object, found: object) -> tuple[str, Tensor, Tensor]:
+    """Return the name of an output ("" for a plain tensor), and the output of the float and the quantized model."""
+    name, own = _output(expected)
+    _, other = _output(found)
+    if own.shape != other.shape:
+        raise CalibrationError(
+            f"the float model gives an output of shape {tuple(own.shape)}, the quantized model one of shape "
+            f"{tuple(other.shape)}; they cannot be compared"
+        )
+    if not bool(own.isfinite().all()):
+        raise CalibrationError("the output of the float model holds NaN or Inf; there is nothing to compare with")
+    return name, own.detach(), other.detach().to(own.device)
+
+
+def _output(result: object) -> tuple[str, Tensor]:
+    """Find the output to compare in the result of a forward, and its name."""
+    if isinstance(result, Tensor):
+        return "", _floating(result, "its output")
+    for name in _NAMES:
+        value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+        if isinstance(value, Tensor):
+            return name, _floating(value, name)
+    parts = result.values() if isinstance(result, Mapping) else result if isinstance(result, (tuple, list)) else ()
+    tensor = next((part for part in parts if isinstance(part, Tensor) and part.is_floating_point()), None)
+    if tensor is None:
+        raise CalibrationError(
+            f"the model gives a {type(result).__name__} without a floating tensor; pass forward=, a function of the "
+            "model and the batch that returns the tensor to compare"
+        )
+    return "the first tensor", tensor
+
+
+def _floating(tensor: Tensor, what: str) -> Tensor:
+    if not tensor.is_floating_point():
+        raise CalibrationError(
+            f"{what} is {dtype_name(tensor.dtype)}, and only floating outputs are compared; pass forward=, a function "
+            "of the model and the batch that returns logits or other floats"
+        )
+    return tensor
+
+
+def _mask(batch: Any, places: torch.Size) -> Tensor:
+    """Return which positions count: those of the batch's attention mask, if it has one of this shape; else all."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == places:
+        return mask != 0
+    return torch.ones(places, dtype=torch.bool)
+
+
+def _targets(batch: Any, places: torch.Size) -> Tensor:
+    """Return the next token at each position, or `NO_TARGET`."""
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch if isinstance(batch, Mapping) else {}
+    labels = given.get("labels", given.get("input_ids"))
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != places or not places:
+        raise CalibrationError(
+            "perplexity needs the next token of each position: a batch of token ids, or a mapping with input_ids or "
+            f"labels, of the shape of the logits without their last axis, {tuple(places)}"
+        )
+    counted = _mask(batch, places).to(labels.device)
+    targets = torch.full_like(labels, NO_TARGET, dtype=torch.int64)
+    targets[..., :-1] = labels.masked_fill(~counted, NO_TARGET)[..., 1:]
+    return targets
