@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import attrs
 from torch import Tensor
@@ -19,7 +20,8 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.nearest import RoundToNearest
-from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.progress import Progress
 
 #: Makes the codes of one weight; see `fewbits.Quantizer.quantize_tensor`.
 QuantizeTensor = Callable[[WeightMatrix, QuantSpec, Observer], QuantizedTensor]
@@ -46,6 +48,18 @@ class TensorEncoder:
     def by_rows(self) -> bool:
         """Whether a few rows of a weight get the same codes alone as within the whole weight."""
         return self.quantize_tensor is None
+
+    def begin(self, folder: Path, progress: Progress) -> None:
+        """Do what takes more than one tensor at a time, before the first tensor is encoded.
+
+        Args:
+            folder: a folder for finished work, which a resumed run finds again.
+            progress: called before and after each weight.
+        """
+
+    def remarked(self, ledger: Ledger) -> Ledger:
+        """Return a ledger with remarks on how tensors were encoded."""
+        return ledger
 
     def encode(
         self, row: LedgerRow, tensor: Tensor, observer: Observer | None, inputs: Sequence[RowInputs] = ()

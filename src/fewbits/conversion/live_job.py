@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import attrs
 import torch
@@ -20,7 +20,7 @@ from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.encoder import TensorEncoder, naming
-from fewbits.conversion.job import Job, measurements
+from fewbits.conversion.job import Job, measurements, warn_of_missing_data
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
 from fewbits.formats.fp8 import tell_unscaled
 from fewbits.nn.eligibility import rounds_inputs
@@ -34,7 +34,6 @@ from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed
-from fewbits.selection.rules import is_of_type
 from fewbits.sources.base import LiveSource, Target
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import check_reload, examine
@@ -110,20 +109,12 @@ class LiveJob(Job):
             tell_unscaled(self.ledger)
             return target.finish()
 
-    def watching(self, forward: Forward | None) -> Forward | None:
+    def watching(self, forward: Forward | None, spill: Path | None) -> Forward | None:
         """Return a forward that also shows each batch to the calibration."""
-        blocks = self._blocks
-        if blocks is None:
+        if self._blocks is None:
             return forward
-        run = forward or default_forward
-
-        def show(model: nn.Module, batch: Any) -> None:
-            if not blocks.has_blocks:
-                with self._watch.paused():  # observers see each batch once
-                    blocks.find_blocks(lambda: run(model, batch))
-            blocks.observe(lambda: run(model, batch))
-
-        return show
+        self._blocks.spill = spill
+        return self._blocks.watching(forward or default_forward, self._watch.paused)  # observers see each batch once
 
     def _in_order(self) -> Iterator[LedgerRow]:
         """Yield all stored rows; set the inputs that each is to be converted with."""
@@ -136,20 +127,7 @@ class LiveJob(Job):
         self._inputs = ()
         yield from rows.values()
         self.ledger = self.ledger.with_remarks(notes)
-        self._warn_of(notes)
-
-    def _warn_of(self, notes: Mapping[str, str]) -> None:
-        """Warn of weights that were rounded without data; embeddings have no inputs that could be seen."""
-        embeddings = {info.name for info in self.source.infos if is_of_type(info, nn.Embedding)}
-        missing = [name for name, note in notes.items() if note and name not in embeddings]
-        if missing:
-            emit(
-                "warning",
-                "rounded_without_data",
-                rounding=repr(self.rounding),
-                tensors=len(missing),
-                first=f"{missing[0]}: {notes[missing[0]]}",
-            )
+        warn_of_missing_data(self.rounding, notes, self.source.infos)
 
     def _remark(self, row: LedgerRow) -> str:
         return "" if row.layout is None else self.rounding.remark(row.layout.rows, self._inputs)
