@@ -200,6 +200,7 @@ class Coordinator:
             "recipe": {
                 "fates of tensors": fingerprint([row.to_dict() for row in demand.ledger]),
                 "scheme": described(encoder.recipe),
+                "calibration data": list(encoder.data),
                 "comparison with the source": demand.comparing,
                 "serializer": described(type(self._writer.serializer)),
             },

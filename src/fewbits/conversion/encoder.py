@@ -37,12 +37,14 @@ class TensorEncoder:
             `fewbits.conversion.recipe.described`.
         rounding: picks the codes.
         quantize_tensor: how the scheme makes codes, if it does not leave that to `rounding`.
+        data: digests of the calibration data.
     """
 
     scheme: str
     recipe: object
     rounding: Rounding
     quantize_tensor: QuantizeTensor | None = None
+    data: Sequence[str] = ()
 
     @property
     def by_rows(self) -> bool:

@@ -68,7 +68,7 @@ class FileCalibration:
             self._rows.setdefault(names[row.name], []).append(row)
         layouts = {name: _layout(rows) for name, rows in self._rows.items()}
         self._blocks = BlockCalibration(model, layouts, rounding.needs)
-        self._data: list[Any] = []
+        self._data: list[str] = []
         self.values: dict[str, Value] = {}
         self.remarks: dict[str, str] = {}
 
@@ -96,8 +96,9 @@ class FileCalibration:
         Args:
             plain: the encoder that the calibration quantizes with.
         """
-        recipe = [plain.recipe, self._data]
-        return CalibratedEncoder(plain.scheme, recipe, plain.rounding, calibration=self, plain=plain)
+        return CalibratedEncoder(
+            plain.scheme, plain.recipe, plain.rounding, data=self._data, calibration=self, plain=plain
+        )
 
     def check_data(self) -> None:
         """Refuse to go on without data.

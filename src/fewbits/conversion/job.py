@@ -78,8 +78,8 @@ class Job(ABC):
         for strategy in needing:
             raise CalibrationError(
                 f"{type(strategy).__name__} needs data, and a state dict or a file has no forward to run it; prepare "
-                "the model itself, or, for a rounding strategy, pass the model of a file as model=; or choose another "
-                "strategy, or other activations"
+                "the model itself, or pass the model of a file (model=, --calibrate), or choose another strategy, or "
+                "other activations"
             )
 
     def module(self) -> nn.Module | None:

@@ -14,11 +14,12 @@ class Step:
     """The progress of an activity.
 
     Attributes:
-        activity: ``"convert"``, ``"validate"``, ``"observe"`` or ``"tune"``.
+        activity: ``"generate"``, ``"observe"``, ``"calibrate"``, ``"tune"``, ``"convert"`` or ``"validate"``.
         name: the current tensor or batch.
-        done: the bytes of the source, or the samples for ``"observe"`` and ``"tune"``, that are done. The number never
-            decreases during an activity. A resumed run begins with the amount that the earlier run finished.
-        total: all bytes or samples; 0 while their number is not known.
+        done: the bytes of the source, the samples for ``"observe"`` and ``"tune"``, or the tokens for ``"generate"``, that are done.
+            The number never decreases during an activity. A resumed run begins with the amount that the earlier run
+            finished.
+        total: all bytes, samples or tokens; 0 while their number is not known.
     """
 
     activity: str
@@ -28,8 +29,8 @@ class Step:
 
     @property
     def unit(self) -> str:
-        """The unit of `done` and `total`: ``"bytes"`` or ``"samples"``."""
-        return "samples" if self.activity in ("observe", "tune") else "bytes"
+        """The unit of `done` and `total`: ``"bytes"``, ``"samples"`` or ``"tokens"``."""
+        return {"observe": "samples", "tune": "samples", "generate": "tokens"}.get(self.activity, "bytes")
 
 
 #: Called before and after every tensor, and for every batch.
