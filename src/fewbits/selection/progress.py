@@ -16,7 +16,7 @@ class Step:
     Attributes:
         activity: ``"generate"``, ``"observe"``, ``"calibrate"``, ``"tune"``, ``"convert"`` or ``"validate"``.
         name: the current tensor or batch.
-        done: the bytes of the source, the samples for ``"observe"`` and ``"tune"``, or the tokens for ``"generate"``, that are done.
+        done: the bytes of the source, the samples for ``"observe"`` and ``"tune"``, the tokens for ``"generate"``.
             The number never decreases during an activity. A resumed run begins with the amount that the earlier run
             finished.
         total: all bytes, samples or tokens; 0 while their number is not known.
