@@ -17,6 +17,7 @@ from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
 from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
+from fewbits.conversion.file_tuning import FileTuning
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
@@ -100,8 +101,8 @@ def quantize(
             the setting ``samples=`` changes that, and ``samples=None`` runs all; see `Quantizer.observe`. The report's
             `observed` has the number, and whether data was left.
         forward: runs one batch, ``forward(model, batch)``, and returns the output.
-        tune: tune the scales of the quantized model with `data`, so that its outputs come closer to those of `source`:
-            a number of epochs, or a `fewbits.extend.Tuning`; see `fewbits.tune`.
+        tune: tune the scales of the quantized model with `data`, so that its outputs come closer to those of `source`,
+            or of `model`: a number of epochs, or a `fewbits.extend.Tuning`; see `fewbits.tune`.
         spill: a directory for temporary files with the activations of the data; None keeps them in memory.
         inplace: quantize the model or mapping itself. After an error or an interruption, the model is usable and partly
             quantized, and the event ``quantized_in_part`` is emitted. `dequantize` then gives a float copy, in which
@@ -123,8 +124,9 @@ def quantize(
     settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
     config, quantizer = resolve_settings(scheme, config, settings)
-    tuning = None if tune is None else _checked_tuning(tune, source, data, inplace=inplace)
-    quantizer.prepare(source, inplace=inplace, entry=entry, model=model)
+    tuning = None if tune is None else _checked_tuning(tune, source if model is None else model, data, inplace=inplace)
+    planned = FileTuning(tuning, data or (), forward, config.samples) if tuning is not None and model else None
+    quantizer.prepare(source, inplace=inplace, entry=entry, model=model, tuning=planned)
     tuned = None
     try:
         if data is not None:
@@ -141,7 +143,7 @@ def quantize(
         if quantizer is not scheme:  # the caller has no quantizer to take the hooks off the model
             quantizer.reset()
         raise
-    return Result(result, quantizer.ledger, report, quantizer, tuned)
+    return Result(result, quantizer.ledger, report, quantizer, tuned if planned is None else planned.result)
 
 
 def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace: bool) -> Tuning:
@@ -152,7 +154,7 @@ def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace
     """
     tuning = Tuning.of(tune)
     if not isinstance(source, nn.Module):
-        raise ArgumentError("tune= needs a model: a state dict or a file has no forward")
+        raise ArgumentError("tune= needs a model: a state dict or a file has no forward; a file may come with model=")
     if inplace:
         raise ArgumentError("tune= needs the float model beside the quantized one, and inplace=True replaces it")
     if data is None:

@@ -151,6 +151,7 @@ def test_scales_have_the_dtype_that_the_command_line_asks_for(cli, source, tmp_p
         ("--rounding qronos", "--calibrate"),
         ("--samples 4", "--samples needs --calibrate TEXT"),
         ("--sequence 4", "--sequence needs --calibrate TEXT"),
+        ("--tune 1", "--tune needs --calibrate TEXT"),
         ("--spill .", "--spill needs --calibrate TEXT"),
         ("--calibrate nowhere.txt --rounding gptq --sequence 8", "nowhere.txt cannot be read: No such file"),
         ("--calibrate self", "needs a strategy that looks at data: --rounding importance-search or gptq or qronos"),
@@ -234,9 +235,10 @@ def test_written_tokens_follow_the_distribution_of_the_model(source):
 
 def test_the_model_calibrates_itself_from_the_command_line(cli, source, tmp_path):
     command = ["quantize", source, "-o", tmp_path / "out", *COMMAND, "--rounding", "gptq", "--calibrate", "self"]
-    code, _, err = cli(*command, "--json")
+    code, _, err = cli(*command, "--tune", 1, "--json")
     assert code == 0, err
     steps = [json.loads(line) for line in err.splitlines()]
+    assert "tune" in {step.get("activity") for step in steps}
     written = [step for step in steps if step.get("activity") == "generate"]
     assert {(step["unit"], step["total"], step["bytes_per_second"]) for step in written} == {("tokens", 96, None)}
     assert cli("verify", tmp_path / "out", "--against", source)[0] == 0

@@ -195,6 +195,58 @@ def test_a_calibration_is_not_shared_by_processes(source, net, tmp_path):
     coordinator.release()
 
 
+class Stopped(BaseException):
+    """Ends a run like a signal: no handler catches it."""
+
+
+def steps_of(source, net, output, **arguments) -> list[fewbits.Step]:
+    steps: list[fewbits.Step] = []
+    quantize(source, net, output, progress=steps.append, **arguments)
+    return [step for step in steps if step.activity == "calibrate"]
+
+
+# Tuning.
+
+
+def test_scales_of_a_file_are_tuned_before_they_are_written(source, net, tmp_path):
+    plain = quantize(source, net, tmp_path / "plain.safetensors")
+    tuned = quantize(source, net, tmp_path / "tuned.safetensors", tune=fewbits.extend.Tuning(epochs=4))
+    assert plain.tuned is None
+    assert tuned.tuned.after < tuned.tuned.before
+    assert tuned.report.ok
+    assert fewbits.verify(tmp_path / "tuned.safetensors", against=source).ok
+    rows = [row for row in tuned.ledger if row.fate == "quantized"]
+    assert all(row.tuned and row.reason.endswith("; scales tuned") for row in rows)
+    before, after = (fewbits.load(tmp_path / f"{name}.safetensors") for name in ("plain", "tuned"))
+    for row in rows:
+        assert torch.equal(before[row.name].packed, after[row.name].packed)
+        assert not torch.equal(before[row.name].scale, after[row.name].scale)
+
+
+def test_an_interrupted_tuning_keeps_the_blocks_and_gives_the_same_file(source, net, tmp_path):
+    def stop(step: fewbits.Step) -> None:
+        if step.activity == "tune":
+            raise Stopped
+
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(Stopped):
+        quantize(source, net, out, tune=1, progress=stop)
+    with pytest.raises(ArgumentError, match="recipe: tuning changed"):
+        quantize(source, net, fewbits.Output(out, resume=True), tune=2)
+    assert len(steps_of(source, net, fewbits.Output(out, resume=True), tune=1)) == 4  # one step for each part
+    quantize(source, net, tmp_path / "expected.safetensors", tune=1)
+    assert out.read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    accepted = quantize(source, net, fewbits.Output(out, resume=True), tune=1)
+    assert accepted.quantizer.shares[0].converted == 0
+
+
+def test_only_scales_of_a_file_are_tuned(source, net, tmp_path):
+    with pytest.raises(ArgumentError, match="changes scales only"):
+        quantize(source, net, tmp_path / "out", tune=fewbits.extend.Tuning(what=["scales", "biases"]))
+    with pytest.raises(ArgumentError, match="a file may come with model="):
+        fewbits.quantize(source, "int4", output=tmp_path / "out", tune=1, data=batches())
+
+
 # Activations in files.
 
 
@@ -243,10 +295,6 @@ def test_a_model_in_memory_spills_too_and_an_error_leaves_no_file(net, tmp_path)
 # Interruptions.
 
 
-class Stopped(BaseException):
-    """Ends a run like a signal: no handler catches it."""
-
-
 def stopping_at(moment: int):
     """A `progress` that ends the run at one step of the calibration, or of the conversion after it."""
     steps = []
@@ -258,12 +306,6 @@ def stopping_at(moment: int):
                 raise Stopped
 
     return stop
-
-
-def steps_of(source, net, output, **arguments) -> list[fewbits.Step]:
-    steps: list[fewbits.Step] = []
-    quantize(source, net, output, progress=steps.append, **arguments)
-    return [step for step in steps if step.activity == "calibrate"]
 
 
 @pytest.mark.parametrize(("moment", "finished"), [(0, 0), (3, 0), (4, 2), (8, 4), (11, 4), (13, 6), (14, 7), (16, 7)])

@@ -33,6 +33,9 @@ _OPTIONS = (
         metavar="DIR",
         help="Keep the activations of --calibrate in temporary files in DIR.",
     ),
+    click.option(
+        "--tune", type=int, metavar="EPOCHS", help="Tune the scales with the text of --calibrate, so many times over."
+    ),
 )
 
 
@@ -51,6 +54,7 @@ class Calibration:
     samples: int | None
     sequence: int | None
     spill: Path | None
+    tune: int | None
 
     @classmethod
     def taken_from(cls, options: dict[str, Any]) -> Calibration:
@@ -63,7 +67,7 @@ class Calibration:
         Raises:
             UsageError: naming the option.
         """
-        unused = [name for name in ("samples", "sequence", "spill") if getattr(self, name) is not None]
+        unused = [name for name in ("samples", "sequence", "spill", "tune") if getattr(self, name) is not None]
         if self.text is None and unused:
             raise click.UsageError(f"--{unused[0]} needs --calibrate TEXT.")
         if self.text is not None and settings.quantizer().rounding.needs == "nothing":
@@ -84,4 +88,4 @@ class Calibration:
         given = {name: value for name, value in how.items() if value is not None}
         loaded = load_directory(source)
         data = loaded.windows(self.text, progress=progress, **given)
-        return {"model": loaded.model, "data": data, "samples": None, "spill": self.spill}
+        return {"model": loaded.model, "data": data, "samples": None, "spill": self.spill, "tune": self.tune}

@@ -200,7 +200,7 @@ class Coordinator:
             "recipe": {
                 "fates of tensors": fingerprint([row.to_dict() for row in demand.ledger]),
                 "scheme": described(encoder.recipe),
-                "calibration data": list(encoder.data),
+                **encoder.inputs,
                 "comparison with the source": demand.comparing,
                 "serializer": described(type(self._writer.serializer)),
             },
@@ -238,12 +238,9 @@ class Coordinator:
 
 
 def _have_same_fates(result: Ledger, planned: Ledger) -> bool:
-    """Compare all rows. A calibration may have added remarks to the reasons in a result."""
+    """Compare all rows. A calibration may have added remarks to the rows of a result."""
     found = {row.name: row for row in result}
-    return found.keys() == {row.name for row in planned} and all(
-        found[row.name].reason.startswith(row.reason) and attrs.evolve(found[row.name], reason=row.reason) == row
-        for row in planned
-    )
+    return found.keys() == {row.name for row in planned} and all(found[row.name].continues(row) for row in planned)
 
 
 def convert_on_ranks(coordinator: Coordinator, ranks: Ranks) -> Written:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import attrs
 from torch import Tensor
@@ -37,14 +38,14 @@ class TensorEncoder:
             `fewbits.conversion.recipe.described`.
         rounding: picks the codes.
         quantize_tensor: how the scheme makes codes, if it does not leave that to `rounding`.
-        data: digests of the calibration data.
+        inputs: all else that decides on the codes, as JSON, by its name in messages.
     """
 
     scheme: str
     recipe: object
     rounding: Rounding
     quantize_tensor: QuantizeTensor | None = None
-    data: Sequence[str] = ()
+    inputs: Mapping[str, Any] = attrs.field(factory=dict)
 
     @property
     def by_rows(self) -> bool:

@@ -15,6 +15,7 @@ from fewbits.calibration.blocks import BlockCalibration, Part
 from fewbits.calibration.running import Forward, default_forward
 from fewbits.checkpoint.codec import Value
 from fewbits.conversion.encoder import TensorEncoder, naming
+from fewbits.conversion.file_tuning import FileTuning
 from fewbits.conversion.job import warn_of_missing_data
 from fewbits.conversion.kept_parts import KeptParts
 from fewbits.conversion.recipe import described, fingerprint
@@ -40,10 +41,12 @@ class FileCalibration:
         ledger: the fate of each tensor of the checkpoint.
         observers: the observer of each quantized tensor, by name.
         rounding: picks the codes.
+        tuning: how to tune the scales after that; None leaves them as they are.
 
     Attributes:
         values: the quantized tensors, by name; empty until `run`.
         remarks: what the ledger has to say of them, by name.
+        tuned: the names of the tensors whose scales were tuned.
 
     Raises:
         ArgumentError: if `rounding` needs no data, or two tensors of one parameter are cut into rows differently.
@@ -57,6 +60,7 @@ class FileCalibration:
         ledger: Ledger,
         observers: Mapping[str, Observer],
         rounding: Rounding,
+        tuning: FileTuning | None = None,
     ) -> None:
         if rounding.needs == "nothing":
             raise ArgumentError(f"{rounding!r} looks at no data; leave out the model, or choose rounding='qronos'")
@@ -69,8 +73,10 @@ class FileCalibration:
         layouts = {name: _layout(rows) for name, rows in self._rows.items()}
         self._blocks = BlockCalibration(model, layouts, rounding.needs)
         self._data: list[str] = []
+        self._tuning = tuning
         self.values: dict[str, Value] = {}
         self.remarks: dict[str, str] = {}
+        self.tuned: list[str] = []
 
     def watching(self, forward: Forward | None, spill: Path | None) -> Forward:
         """Return a forward that observes each batch.
@@ -96,8 +102,9 @@ class FileCalibration:
         Args:
             plain: the encoder that the calibration quantizes with.
         """
+        inputs = {"calibration data": self._data, "tuning": None if self._tuning is None else self._tuning.inputs()}
         return CalibratedEncoder(
-            plain.scheme, plain.recipe, plain.rounding, data=self._data, calibration=self, plain=plain
+            plain.scheme, plain.recipe, plain.rounding, inputs=inputs, calibration=self, plain=plain
         )
 
     def check_data(self) -> None:
@@ -117,7 +124,7 @@ class FileCalibration:
             kept: holds the parts that an earlier run has finished; new parts are added.
             progress: called before and after each weight.
         """
-        self.values, self.remarks = {}, {}
+        self.values, self.remarks, self.tuned = {}, {}, []
         steps = _Steps(progress, [row for rows in self._rows.values() for row in rows])
         for at, part in enumerate(self._blocks.parts()):
             rows = [row for name in part.weights for row in self._rows[name]]
@@ -134,6 +141,20 @@ class FileCalibration:
                     self._replace(name)
                 steps.skip(rows)
         warn_of_missing_data(self._rounding, self.remarks, self._source.infos)
+        if self._tuning is not None:
+            self._tune(self._tuning, progress)
+
+    def remarked(self, ledger: Ledger) -> Ledger:
+        """Return a ledger of some tensors with what became of them."""
+        return ledger.with_remarks(self.remarks).with_tuned([name for name in self.tuned if name in ledger])
+
+    def _tune(self, tuning: FileTuning, progress: Progress) -> None:
+        values = {name: self.values[rows[0].name] for name, rows in self._rows.items()}
+        quantized = {name: value for name, value in values.items() if isinstance(value, QuantizedTensor)}
+        for name, value in tuning.run(self.model, quantized, progress).items():
+            for row in self._rows[name]:
+                self.values[row.name] = attrs.evolve(value, dtype=row.dtype)
+                self.tuned.append(row.name)
 
     def _quantize(self, part: Part, encoder: TensorEncoder, steps: _Steps) -> None:
         for group in part.groups:
@@ -175,8 +196,8 @@ class CalibratedEncoder(TensorEncoder):
         self.calibration.run(self.plain, KeptParts(folder), progress)
 
     def remarked(self, ledger: Ledger) -> Ledger:
-        """Add the remarks of the calibration."""
-        return ledger.with_remarks(self.calibration.remarks)
+        """Add what became of the tensors in the calibration."""
+        return self.calibration.remarked(ledger)
 
     def encode(
         self, row: LedgerRow, tensor: Tensor, observer: Observer | None, inputs: Sequence[RowInputs] = ()

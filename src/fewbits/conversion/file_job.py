@@ -20,6 +20,7 @@ from fewbits.conversion.budget import Budget, Demand, choose_budget
 from fewbits.conversion.coordinator import Coordinator, Written, convert_on_ranks
 from fewbits.conversion.encoder import TensorEncoder
 from fewbits.conversion.file_calibration import FileCalibration
+from fewbits.conversion.file_tuning import FileTuning
 from fewbits.conversion.file_writer import FileWriter, Share
 from fewbits.conversion.job import Job, measurements
 from fewbits.conversion.ranks import Group, Ranks
@@ -46,6 +47,7 @@ class FileJob(Job):
         rounding: the strategy that picks the codes.
         model: a model with the weights of the checkpoint, for a rounding strategy that needs data. The quantized
             tensors are in memory then.
+        tuning: how to tune the scales, in a quantized copy of the model.
 
     Attributes:
         left_behind: files of the source that look like weights and are not part of the result.
@@ -63,10 +65,13 @@ class FileJob(Job):
         activation_observer: Observer,
         rounding: Rounding,
         model: nn.Module | None = None,
+        tuning: FileTuning | None = None,
     ) -> None:
         super().__init__(source, ledger, observer, activation_observer, rounding)
         self.refuse_calibration(even_rounding=model is None)
-        self._calibration = None if model is None else FileCalibration(model, source, ledger, self.observers, rounding)
+        self._calibration: FileCalibration | None = None
+        if model is not None:
+            self._calibration = FileCalibration(model, source, ledger, self.observers, rounding, tuning)
         self.left_behind, self.readers = source.left_behind, source.readers(ledger)
         self._written: Written | None = None
         self._budget: Budget | None = None
@@ -105,7 +110,7 @@ class FileJob(Job):
             self._written = convert_on_ranks(coordinator, ranks)
         self._ranks = ranks
         if self._calibration is not None:
-            self.ledger = self.ledger.with_remarks(self._calibration.remarks)
+            self.ledger = self._calibration.remarked(self.ledger)
         return output.path
 
     def coordinator(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import attrs
-
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.metadata import Metadata
@@ -68,8 +66,4 @@ class KeptParts:
 
 def _are_alike(found: Ledger, rows: Sequence[LedgerRow]) -> bool:
     """Tell whether a ledger has these rows, apart from remarks that were added to their reasons."""
-    same = [row.name for row in found] == [row.name for row in rows]
-    return same and all(
-        one.reason.startswith(row.reason) and attrs.evolve(one, reason=row.reason) == row
-        for one, row in zip(found, rows, strict=True)
-    )
+    return len(found) == len(rows) and all(one.continues(row) for one, row in zip(found, rows, strict=True))

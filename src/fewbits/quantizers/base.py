@@ -16,6 +16,7 @@ from fewbits.calibration import running as calibration
 from fewbits.checkpoint.output import Output
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
+from fewbits.conversion.file_tuning import FileTuning
 from fewbits.conversion.live_job import LiveJob
 from fewbits.errors import ArgumentError, CalibrationError, ValidationError
 from fewbits.kernels.base import Compute
@@ -56,7 +57,13 @@ class Quantizer(Lifecycle):
 
     @final
     def prepare(
-        self, source: object, *, inplace: bool = False, entry: str | None = None, model: nn.Module | None = None
+        self,
+        source: object,
+        *,
+        inplace: bool = False,
+        entry: str | None = None,
+        model: nn.Module | None = None,
+        tuning: FileTuning | None = None,
     ) -> Any:
         """Open a source and decide the fate of every tensor in it.
 
@@ -68,6 +75,7 @@ class Quantizer(Lifecycle):
                 training checkpoint does; ``"a.b"`` names an entry within an entry.
             model: a model with the weights of the checkpoint `source`, for a rounding strategy that needs data. It does
                 not change. Names may differ from those in the files: parameters are found by their shape and values.
+            tuning: how to tune the scales before the files are written, with a `model`.
 
         Returns:
             for a model, a copy of its structure that shares its weights, to run for calibration (the model itself, if
@@ -87,7 +95,7 @@ class Quantizer(Lifecycle):
             raise ArgumentError("model= goes with the path of a checkpoint; load a state dict into the model first")
         ledger = self._plan(opened.infos)
         if isinstance(opened, FileSource):
-            self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding, model)
+            self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding, model, tuning)
         else:
             self._job = LiveJob(opened, ledger, self.observer, self.activation_observer, self.rounding)
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
