@@ -169,6 +169,15 @@ def test_options_that_do_not_fit_are_refused(cli, source, tmp_path, options, mes
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_that_exists_is_refused_before_the_model_writes_its_text(cli, source, tmp_path):
+    (tmp_path / "file").touch()
+    command = ["quantize", source, "-o", tmp_path, *COMMAND, "--rounding", "gptq", "--calibrate", "self", "--json"]
+    code, _, err = cli(*command)
+    assert code == 2
+    assert [json.loads(line)["event"] for line in err.splitlines()] == ["error"]
+    assert "exists; pass --replace" in err
+
+
 def test_a_dry_run_plans_a_calibrated_directory(cli, source, text, tmp_path):
     options = ["--rounding", "qronos", "--calibrate", text, "--dry-run", "--json"]
     code, printed, err = cli("quantize", source, "-o", tmp_path / "out", *COMMAND, *options)

@@ -177,7 +177,9 @@ def quantize(
             show_plan(planned, settings, tensors, as_json)
         return SUCCESS
     link, there = os.path.islink(target.path), os.path.exists(target.path)
-    if not replace and (link or os.path.isfile(target.path)) and not (target.resume and there):
+    # A directory would be refused as well, but only after the data has run through the model.
+    taken = link or os.path.isfile(target.path) or (calibration.text is not None and _has_files(target.path))
+    if not replace and taken and not (target.resume and there):
         raise ArgumentError(f"{target.path} exists; pass --replace to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
         result = quantize_source(
@@ -257,6 +259,10 @@ def _unwritten(error: OSError, code: int, stderr: Stderr, as_json: bool) -> int:
     failure = OSError(f"standard output cannot be written: {error.strerror or error}{done}")
     stderr.complain(failure, code, as_json=as_json)
     return code
+
+
+def _has_files(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
 
 
 def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:
