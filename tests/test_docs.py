@@ -182,7 +182,7 @@ def test_the_diagram_of_rooms_has_every_room_once():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     diagram = next(block.source for block in blocks(text) if block.language == "mermaid")
     names = [name for label in re.findall(r'\["([^<]*)<br>', diagram) for name in label.split(", ")]
-    assert sorted(names) == sorted({*ROOMS} - {"_version", "__main__", "integrations"})
+    assert sorted(names) == sorted({*ROOMS} - {"_version", "__main__"})
 
 
 def test_the_files_that_the_pages_for_developers_name_exist():

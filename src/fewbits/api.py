@@ -17,6 +17,7 @@ from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
 from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
+from fewbits.conversion.file_tuning import FileTuning
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
@@ -68,9 +69,11 @@ def quantize(
     entry: str | None = None,
     config: QuantizationConfig | None = None,
     output: str | os.PathLike[str] | Output | None = None,
+    model: nn.Module | None = None,
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     tune: int | Tuning | None = None,
+    spill: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     validate: bool = True,
     evaluate: Iterable[Any] | None = None,
@@ -98,12 +101,14 @@ def quantize(
             training checkpoint does; ``"a.b"`` names an entry within an entry.
         config: settings. A setting that is also an argument is replaced, not merged.
         output: where to write the result, a path or an `Output`; required if `source` is a path.
+        model: with a path, a model that has the weights of the checkpoint, for calibration; see `Quantizer.prepare`.
         data: calibration batches, for observers and rounding strategies that need them. The first 150 samples are run;
             the setting ``samples=`` changes that, and ``samples=None`` runs all; see `Quantizer.observe`. The report's
             `observed` has the number, and whether data was left.
         forward: runs one batch of `data` or `evaluate`, ``forward(model, batch)``, and returns the output.
-        tune: tune the scales of the quantized model with `data`, so that its outputs come closer to those of `source`:
-            a number of epochs, or a `fewbits.extend.Tuning`; see `fewbits.tune`.
+        tune: tune the scales of the quantized model with `data`, so that its outputs come closer to those of `source`,
+            or of `model`: a number of epochs, or a `fewbits.extend.Tuning`; see `fewbits.tune`.
+        spill: a directory for temporary files with the activations of the data; None keeps them in memory.
         inplace: quantize the model or mapping itself. After an error or an interruption, the model is usable and partly
             quantized, and the event ``quantized_in_part`` is emitted. `dequantize` then gives a float copy, in which
             the converted weights are rounded.
@@ -132,17 +137,18 @@ def quantize(
     settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
     config, quantizer = resolve_settings(scheme, config, settings)
-    tuning = None if tune is None else _checked_tuning(tune, source, data, inplace=inplace)
-    quantizer.prepare(source, inplace=inplace, entry=entry)
+    tuning = None if tune is None else _checked_tuning(tune, source if model is None else model, data, inplace=inplace)
+    planned = FileTuning(tuning, data or (), forward, config.samples) if tuning is not None and model else None
+    quantizer.prepare(source, inplace=inplace, entry=entry, model=model, tuning=planned)
     tuned = None
     try:
         if data is not None:
-            quantizer.observe(data, forward=forward, samples=config.samples, progress=progress)
+            quantizer.observe(data, forward=forward, samples=config.samples, spill=spill, progress=progress)
         compare = None if validate else False
-        model = quantizer.convert(output=output, compare=compare, compute=compute, progress=progress)
+        result = quantizer.convert(output=output, compare=compare, compute=compute, progress=progress)
         if tuning is not None and isinstance(source, nn.Module):
             settings = attrs.asdict(tuning, recurse=False) | {"samples": config.samples, "progress": progress}
-            tuned = tune_scales(model, source, data or (), forward=forward, **settings)
+            tuned = tune_scales(result, source, data or (), forward=forward, **settings)
         report = None
         if validate:
             report = quantizer.validate(
@@ -158,7 +164,7 @@ def quantize(
         if quantizer is not scheme:  # the caller has no quantizer to take the hooks off the model
             quantizer.reset()
         raise
-    return Result(model, quantizer.ledger, report, quantizer, tuned)
+    return Result(result, quantizer.ledger, report, quantizer, tuned if planned is None else planned.result)
 
 
 def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace: bool) -> Tuning:
@@ -169,7 +175,7 @@ def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace
     """
     tuning = Tuning.of(tune)
     if not isinstance(source, nn.Module):
-        raise ArgumentError("tune= needs a model: a state dict or a file has no forward")
+        raise ArgumentError("tune= needs a model: a state dict or a file has no forward; a file may come with model=")
     if inplace:
         raise ArgumentError("tune= needs the float model beside the quantized one, and inplace=True replaces it")
     if data is None:
@@ -207,6 +213,7 @@ def plan(
     entry: str | None = None,
     config: QuantizationConfig | None = None,
     output: str | os.PathLike[str] | Output | None = None,
+    model: nn.Module | None = None,
     **settings: Any,
 ) -> Plan:
     """Preview `quantize`: the fate and size of every tensor. Only the headers of a checkpoint are read.
@@ -217,13 +224,14 @@ def plan(
         entry: the name of the state dict in a mapping or file that holds more than that.
         config: settings. A setting that is also an argument is replaced, not merged.
         output: where the result of a path would go; by default beside the source.
+        model: with a path, a model that has the weights of the checkpoint, if its calibration is planned.
         settings: observers, a selector, a serializer, and all other settings, as in `quantize`.
 
     Raises:
         FewbitsError: the errors that `quantize` would raise before it reads a weight.
     """
     _, quantizer = resolve_settings(scheme, config, settings)
-    quantizer.prepare(source, entry=entry)
+    quantizer.prepare(source, entry=entry, model=model)
     try:
         shards: tuple[Shard, ...] = ()
         if isinstance(source, (str, os.PathLike)):

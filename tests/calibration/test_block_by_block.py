@@ -79,6 +79,21 @@ def test_layers_that_share_an_input_are_one_group_and_the_rest_follow_in_order()
     assert groups == [["(embed.weight)", "head"], *expected]
 
 
+@pytest.mark.parametrize("sizes", [(8, 4), (4, 8)])
+def test_layers_of_different_sizes_that_share_an_input_have_statistics_for_all_their_rows(sizes):
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = (nn.Linear(8, size) for size in sizes)
+
+        def forward(self, x):
+            return torch.cat([self.q(x), self.k(x)], -1)
+
+    (group,) = [group for group in calibration(Grouped(), [torch.randn(70, 8)]).groups() if group]
+    rows = {name: [known.rows for known in inputs] for name, inputs in group.items()}
+    assert rows == {"q.weight": [slice(0, sizes[0])], "k.weight": [slice(0, sizes[1])]}
+
+
 def test_inputs_are_those_of_the_model_that_is_quantized_so_far():
     model = Decoder(2)
     found = calibration(model, IDS)

@@ -26,7 +26,7 @@ import attrs
 import torch
 from benchmarks import cli, disk
 
-from fewbits.checkpoint.raw import tensor_bytes
+from fewbits.numerics.tensor import tensor_bytes
 
 #: Elements per written block. Another number gives other values, so it is not an option.
 BLOCK = 1 << 22

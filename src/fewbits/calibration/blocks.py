@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from pathlib import Path
+from typing import Any
 
+import attrs
 from torch import Tensor, nn
 
 from fewbits.calibration.capture import InputCapture, Watched
 from fewbits.calibration.chains import chains
-from fewbits.calibration.collected import Collected, Grouping, Key
+from fewbits.calibration.collected import Collected, Grouping
 from fewbits.calibration.replay import Block, check_replay, keep_calls, replaying, without_shortcuts
+from fewbits.calibration.running import Forward
+from fewbits.calibration.spill import KeptInputs, KeptTensors
 from fewbits.errors import CalibrationError
 from fewbits.nn.walk import find, slots, structural_copy
 from fewbits.numerics.layout import Layout
@@ -22,26 +27,87 @@ class _Enough(BaseException):
     """Ends a forward whose other layers are not needed; not an `Exception`, because a forward may catch those."""
 
 
+#: Statistics of the inputs of weights that are quantized together, by the name of the weight.
+Group = dict[str, list[RowInputs]]
+
+
+@attrs.frozen(eq=False)
+class Part:
+    """A part of a model that is calibrated at a time: a block, or all weights outside of blocks.
+
+    Attributes:
+        weights: the names of its weights.
+        groups: yields its weights in groups, each weight once. The caller passes the result for each weight of a group
+            to `BlockCalibration.replace` before it takes the next group. A caller that has the results already passes
+            them to `replace`, and takes no group.
+    """
+
+    weights: list[str]
+    groups: Iterator[Group]
+
+
+@attrs.frozen(eq=False)
+class _BlockRun:
+    """One block on its way through a calibration.
+
+    Attributes:
+        block: the float block.
+        following: the next block of the chain; None for the last.
+        copied: a copy of the block whose weights are replaced by dequantized ones.
+        floats: the inputs of the float block, by batch; only of the first batch, if no more are needed.
+        currents: the inputs of the copy, by batch.
+        outputs: the outputs of the float block, for the inputs in `floats`; empty until it has run.
+    """
+
+    block: Block
+    following: Block | None
+    copied: nn.Module
+    floats: KeptTensors
+    currents: KeptTensors
+    outputs: KeptTensors
+
+
 class BlockCalibration:
     """Takes the inputs of the layers of a prepared model, one block after the other.
 
     `observe` runs data through the float model. It keeps the arguments of the blocks, and adds up the statistics of
-    layers outside all chains. `groups` then runs the blocks again. A model without a chain is one block.
+    layers outside all chains. `parts` then runs the blocks again. A model without a chain is one block.
 
     Args:
         model: the float model.
         layouts: the layouts of the weights whose inputs are needed, by name.
         needs: the statistics to collect.
+
+    Attributes:
+        spill: a folder for temporary files with the activations; None keeps the activations in memory.
     """
+
+    spill: Path | None = None
 
     def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], needs: Needs) -> None:
         self._model, self._layouts, self._needs = model, layouts, needs
         self._chains: list[list[Block]] | None = None
-        self._hidden: list[list[Tensor | None]] = []
+        self._hidden: list[KeptTensors] = []
         self._outside = Collected(needs)
         self._working: dict[str, Tensor] = {}
 
     # Observe the float model.
+
+    def watching(self, forward: Forward, paused: Callable[[], AbstractContextManager[object]]) -> Forward:
+        """Return a forward that observes each batch.
+
+        Args:
+            forward: runs one batch.
+            paused: makes a context for a run of the first batch in which nothing else must observe the batch.
+        """
+
+        def observe(model: nn.Module, batch: Any) -> None:
+            if not self.has_blocks:
+                with paused():
+                    self.find_blocks(lambda: forward(model, batch))
+            self.observe(lambda: forward(model, batch))
+
+        return observe
 
     def observe(self, run: Callable[[], object]) -> None:
         """Run one batch; keep the arguments of the blocks, and add up the inputs of layers outside all chains.
@@ -90,7 +156,7 @@ class BlockCalibration:
         with without_shortcuts(self._model):
             found = chains(self._model, run, sizes) or [[self._model]]
         self._chains = [[Block(names[id(module)], module) for module in chain] for chain in found]
-        self._hidden = [[] for _ in self._chains]
+        self._hidden = [KeptTensors(self.spill) for _ in self._chains]
 
     def _check_calls(self, kept: Sequence[int]) -> None:
         for chain, count in zip(self._chains or (), kept, strict=True):
@@ -100,7 +166,7 @@ class BlockCalibration:
     def _forget_after(self, kept: Sequence[int]) -> None:
         self._outside.taken()
         for chain, hidden, count in zip(self._chains or (), self._hidden, kept, strict=True):
-            del hidden[count:]
+            hidden.truncate(count)
             for block in chain:
                 del block.calls[count:]
 
@@ -122,82 +188,79 @@ class BlockCalibration:
 
     # Run the blocks again.
 
-    def groups(self) -> Iterator[dict[str, list[RowInputs]]]:
-        """Yield groups of weights with the statistics of their inputs; each weight once.
-
-        The caller quantizes a group and calls `replace` with the results before it takes the next group. Weights whose
-        inputs were not seen have no statistics.
-        """
+    def parts(self) -> Iterator[Part]:
+        """Yield the weights outside of blocks, then each block."""
         outside = [watched.name for watched in self._outside_chains()]
         blocks = [[(block, self._names_in(block)) for block in chain] for chain in self._chains or ()]
-        yield {name: self._outside.of(name) for name in outside}
+        yield Part(outside, iter([{name: self._outside.of(name) for name in outside}]))
         for chain, hidden in zip(blocks, self._hidden, strict=True):
-            references = currents = hidden
+            floats = currents = hidden
             for at, (block, names) in enumerate(chain):
                 following = chain[at + 1][0] if at + 1 < len(chain) else None
-                references, currents = yield from self._block(block, names, references, currents, following)
+                copied = structural_copy(block.module)
+                run = _BlockRun(block, following, copied, floats, currents, KeptTensors(self.spill))
+                self._working = {name: find(copied, _within(block, name)).tensor for name in names}
+                yield Part(names, self._groups(run, names))
+                if following is not None:
+                    floats, currents = self._outputs(run)
+                self._working = {}
+
+    def groups(self) -> Iterator[Group]:
+        """Yield the groups of all parts; weights whose inputs were not seen have no statistics."""
+        for part in self.parts():
+            yield from part.groups
 
     def replace(self, name: str, values: Tensor) -> None:
         """Put the dequantized values of a weight into the copy of the block that runs."""
         if name in self._working:
-            self._working[name].data = values
+            working = self._working[name]
+            working.data = values.to(working.device, working.dtype)
 
-    def _block(
-        self,
-        block: Block,
-        names: list[str],
-        references: list[Tensor | None],
-        currents: list[Tensor | None],
-        following: Block | None,
-    ) -> Generator[dict[str, list[RowInputs]], None, tuple[list[Tensor | None], list[Tensor | None]]]:
-        copied = structural_copy(block.module)
-        self._working = {name: find(copied, _within(block, name)).tensor for name in names}
-        grouping, inputs, references = self._run_float(block, names, references, following)
+    def _groups(self, run: _BlockRun, names: list[str]) -> Iterator[Group]:
+        grouping, inputs = self._run_float(run, names)
         seen = {name for group in grouping.groups for name in group}
         yield {name: [] for name in names if name not in seen}
         for group in grouping.groups:
             leaders = {name: grouping.leader(name) for name in group}
-            later = grouping.later(group)
-            collected = self._run_quantized(block, copied, set(leaders.values()), later, currents, inputs)
-            yield {name: collected.of(leader) for name, leader in leaders.items()}
-        if following is not None:
-            with replaying(copied):
-                currents = [block.run(copied, batch, hidden) for batch, hidden in enumerate(currents)]
-        self._working = {}
-        return references, currents
+            collected = self._run_quantized(run, set(leaders.values()), grouping.later(group), inputs)
+            yield {name: collected.of(leader, grouping.followed_rows(name)) for name, leader in leaders.items()}
 
-    def _run_float(
-        self, block: Block, names: list[str], hidden: list[Tensor | None], following: Block | None
-    ) -> tuple[Grouping, list[dict[Key, Tensor]], list[Tensor | None]]:
-        """Run the float block. Return how its weights are grouped, their inputs in each batch, and its outputs.
+    def _outputs(self, run: _BlockRun) -> tuple[KeptTensors, KeptTensors]:
+        """Return the outputs of the float block and of its copy."""
+        if not len(run.outputs):
+            with replaying(run.block.module):
+                for batch in range(len(run.floats) if self._needs == "cross_moment" else 1):
+                    run.outputs.append(run.block.run(run.block.module, batch, run.floats[batch]))
+            check_replay(run.block, run.outputs[0], run.following)
+        currents = KeptTensors(self.spill)
+        with replaying(run.copied):
+            for batch, hidden in enumerate(run.currents):
+                currents.append(run.block.run(run.copied, batch, hidden))
+        return run.outputs, currents
+
+    def _run_float(self, run: _BlockRun, names: list[str]) -> tuple[Grouping, KeptInputs]:
+        """Run the float block. Return how its weights are grouped, and their inputs in each batch.
 
         Without need for the inputs of the float model, only the first batch runs.
         """
-        grouping, inputs = Grouping(self._model), []
+        block, grouping, inputs = run.block, Grouping(self._model), KeptInputs(self.spill)
         watched = self._watched({name: find(block.module, _within(block, name)).tensor for name in names})
         with replaying(block.module):
             with InputCapture(watched, grouping.receive):
-                outputs = [block.run(block.module, 0, hidden[0])]
-            check_replay(block, outputs[0], following)
-            if self._needs == "cross_moment":
-                leaders = [weight for weight in watched if grouping.leader(weight.name) == weight.name]
-                outputs = []
-                for batch, x in enumerate(hidden):
-                    collected = Collected(self._needs)
-                    with InputCapture(leaders, collected.receive):
-                        outputs.append(block.run(block.module, batch, x))
-                    inputs.append(collected.taken())
-        return grouping, inputs, outputs
+                first = block.run(block.module, 0, run.floats[0])
+            check_replay(block, first, run.following)
+            if self._needs != "cross_moment":
+                run.outputs.append(first)
+                return grouping, inputs
+            leaders = [weight for weight in watched if grouping.leader(weight.name) == weight.name]
+            for batch, x in enumerate(run.floats):
+                collected = Collected(self._needs)
+                with InputCapture(leaders, collected.receive):
+                    run.outputs.append(block.run(block.module, batch, x))
+                inputs.append(collected.taken())
+        return grouping, inputs
 
-    def _run_quantized(
-        self,
-        block: Block,
-        copied: nn.Module,
-        leaders: set[str],
-        later: list[str],
-        hidden: list[Tensor | None],
-        references: list[dict[Key, Tensor]],
-    ) -> Collected:
+    def _run_quantized(self, run: _BlockRun, leaders: set[str], later: list[str], inputs: KeptInputs) -> Collected:
         """Run the copy of the block, in which the groups before are quantized, and collect the inputs of one group."""
         collected = Collected(self._needs)
 
@@ -207,11 +270,11 @@ class BlockCalibration:
             collected.receive(name, rows, x)
 
         watched = self._watched({name: self._working[name] for name in [*leaders, *later]})
-        with replaying(copied):
-            for batch, x in enumerate(hidden):
+        with replaying(run.copied):
+            for batch, x in enumerate(run.currents):
                 with suppress(_Enough), InputCapture(watched, receive):
-                    block.run(copied, batch, x)
-                collected.end_batch(references[batch] if references else None)
+                    run.block.run(run.copied, batch, x)
+                collected.end_batch(inputs.of(batch, leaders))
         return collected
 
 

@@ -44,10 +44,15 @@ class Collected:
             known = self._statistics.setdefault(key, InputStatistics(x.shape[1], self._needs))
             known.add(x, reference if reference is not None and reference.shape == x.shape else None)
 
-    def of(self, name: str) -> list[RowInputs]:
-        """Return the statistics of one weight."""
+    def of(self, name: str, rows: slice | None = None) -> list[RowInputs]:
+        """Return the statistics of one weight.
+
+        Args:
+            name: the name of the weight.
+            rows: the rows of another weight that has the same inputs; None for the rows of this weight.
+        """
         return [
-            RowInputs(slice(start, stop), known)
+            RowInputs(rows or slice(start, stop), known)
             for (owner, start, stop), known in self._statistics.items()
             if owner == name
         ]
@@ -70,6 +75,7 @@ class Grouping:
         self._groups: list[list[str]] = []
         self._where: dict[str, int] = {}
         self._shared: dict[str, str] = {}
+        self._rows: dict[str, slice] = {}
         self._uses: dict[str, list[int]] = {}
         self._events = 0
 
@@ -77,6 +83,7 @@ class Grouping:
         """Take note that a weight was multiplied with an input."""
         self._events += 1
         self._uses.setdefault(name, []).append(self._events)
+        self._rows[name] = rows
         pattern = self._pattern(name)
         same = self._last is not None and _same(self._last, x)
         if name in self._where:
@@ -103,8 +110,13 @@ class Grouping:
         return [name for name, uses in self._uses.items() if uses[0] > last]
 
     def leader(self, name: str) -> str:
-        """Return the first weight of the group that has the same input."""
-        return self._shared.get(name, name)
+        """Return the first weight of the group that has the same input; weights that are used twice lead themselves."""
+        leader = self._shared.get(name, name)
+        return leader if len(self._uses[leader]) == 1 else name
+
+    def followed_rows(self, name: str) -> slice | None:
+        """Return the rows of a weight that see the inputs of its leader; None if it leads itself."""
+        return None if self.leader(name) == name else self._rows[name]
 
     def _pattern(self, name: str) -> str:
         """Replace the indices of ModuleLists in a name."""

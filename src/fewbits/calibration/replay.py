@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewbits.calibration.chains import hidden_of
 from fewbits.calibration.running import evaluating
+from fewbits.calibration.spill import KeptTensors
 from fewbits.errors import CalibrationError
 
 #: Marks the place of a block's input among its arguments.
@@ -53,7 +54,7 @@ class Block:
         return hidden_of(module(*(given if value is _HIDDEN else value for value in args), **marked))
 
 
-def keep_calls(chain: Sequence[Block], hidden: list[Tensor | None], hooks: ExitStack) -> None:
+def keep_calls(chain: Sequence[Block], hidden: KeptTensors, hooks: ExitStack) -> None:
     """Keep the arguments of each block, and the input of the first, until the hooks are removed."""
     passed: list[Tensor | None] = [None]
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.codec import CODEC, Value
-from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Reader
 from fewbits.errors import DigestError
-from fewbits.numerics.tensor import in_memory
+from fewbits.numerics.tensor import in_memory, tensor_bytes
 
 #: Bytes of a tensor that are read and hashed at a time.
 _PIECE = 1 << 20

@@ -1,16 +1,13 @@
-"""The bytes of a file by position, and the bytes of a tensor: files are read into memory that is there, not mapped."""
+"""The bytes of a file by position: files are read into memory that is there, not mapped."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-
-from torch import Tensor
 
 from fewbits.errors import CheckpointError, FewbitsError
 
@@ -71,13 +68,6 @@ def _identity(file: FileIO) -> tuple[int, int, int, int]:
     """Identify the current state of an open file: device, inode, size, time of the last change in nanoseconds."""
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in CPU memory, not copied; they live as long as the tensor does."""
-    if not tensor.nbytes:
-        return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor
 from fewbits.checkpoint.folder import FOREIGN_SUFFIXES
 from fewbits.checkpoint.header import ALIGNMENT, MAX_HEADER, PREFIX, dump_header, read_header
 from fewbits.checkpoint.publishing import beside, check_place
-from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory, tensor_bytes
+from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, sync_directory
 from fewbits.checkpoint.recognition import recognised
 from fewbits.checkpoint.serializer import ChunkReader, Entry, Header, ResumableWriter, Serializer, find_entry
 from fewbits.checkpoint.torch_file import is_torch_file, use_of
 from fewbits.errors import ArgumentError, CheckpointError, FormatError
-from fewbits.numerics.tensor import in_memory
+from fewbits.numerics.tensor import in_memory, tensor_bytes
 
 
 class SafetensorsSerializer(Serializer):

@@ -18,13 +18,12 @@ from fewbits.checkpoint.digests import pieces, refuse_damaged, wrong_digests
 from fewbits.checkpoint.journal import Note
 from fewbits.checkpoint.metadata import HEADER_DIGEST_KEY, Metadata, Metrics, stored_entries
 from fewbits.checkpoint.publishing import check_name_and_parent, new_folder
-from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.serializer import ChunkWriter, Entry, Header, ResumableWriter, Serializer
 from fewbits.checkpoint.shards import plan_shards, write_index
 from fewbits.errors import FormatError
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
-from fewbits.numerics.tensor import QuantizedTensor, in_memory
+from fewbits.numerics.tensor import QuantizedTensor, in_memory, tensor_bytes
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from fewbits.checkpoint import state_dicts
 from fewbits.checkpoint.header import MAX_HEADER, is_possible
 from fewbits.checkpoint.pickled import Made, SavedTensor, read_pickle
-from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error, tensor_bytes
+from fewbits.checkpoint.raw import FileBytes, as_checkpoint_error
 from fewbits.checkpoint.recognition import ARCHIVE, OLD_TORCH_FILE, RESAVE, recognised, with_paths
 from fewbits.checkpoint.serializer import ChunkReader, Entry, find_entry
 from fewbits.errors import FormatError
 from fewbits.nn.storage import View
+from fewbits.numerics.tensor import tensor_bytes
 
 #: How the names of such files commonly end.
 SUFFIXES = (".bin", ".pt", ".pth")

@@ -19,6 +19,7 @@ from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.reading import Checkpoint
+from fewbits.cli.calibrating import Calibration, calibration_options
 from fewbits.cli.printing import print_json, show, show_contents, show_plan, show_result
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.ranks import join_group, own_rank
@@ -27,6 +28,7 @@ from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_name
 from fewbits.quantizers.scheme import Ragged
+from fewbits.rounding import ROUNDINGS
 from fewbits.schemes import SCHEMES
 
 #: Exit codes. Shells give the last one, 128 and the number of SIGPIPE, to a process whose output has no reader.
@@ -95,6 +97,12 @@ def cli() -> None:
     help="Dtype of stored scales; by default that of each weight. float16 halves those of a float32 model.",
 )
 @click.option(
+    "--rounding",
+    type=click.Choice(list(ROUNDINGS)),
+    help="How to choose codes: scale-search needs no data; importance-search, gptq and qronos need --calibrate.",
+)
+@calibration_options
+@click.option(
     "--scale-bits",
     type=click.IntRange(2, 8),
     metavar="N",
@@ -141,29 +149,37 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Write a smaller copy of the checkpoint IN, and compare it with IN.
+    r"""Write a smaller copy of the checkpoint IN, and compare it with IN.
 
     IN is a file (safetensors, or a state dict written by torch.save), or a directory of safetensors files.
 
     A PATTERN matches whole parts of a dotted name: layers.1 matches layers.1.weight, but not layers.10.weight. * and ?
     match within a part.
 
+    \b
+    For example, 4 bits for a language model, calibrated with text:
+      fewbits quantize DIR -o OUT --scheme int4 --rounding qronos --calibrate text.txt
+
     Under torchrun, every process writes some of the files of a directory.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     given = {name: options.pop(name) for name in ("max_shard_size", "max_memory", "threads", "resume")}
+    calibration = Calibration.taken_from(options)
     settings = _settings(config, embeddings, options)
     rank = join_group()
+    calibration.check(settings, rank)
     given["distributed"] = rank is not None
     target = Output.beside(source, **given) if output is None else Output(output, replace=replace, **given)
     if dry_run:
-        planned = plan(source, entry=entry, config=settings, output=target)
+        planned = plan(source, entry=entry, config=settings, output=target, model=calibration.model(source))
         if not rank:
             show_plan(planned, settings, tensors, as_json)
         return SUCCESS
     link, there = os.path.islink(target.path), os.path.exists(target.path)
-    if not replace and (link or os.path.isfile(target.path)) and not (target.resume and there):
+    # A directory would be refused as well, but only after the data has run through the model.
+    taken = link or os.path.isfile(target.path) or (calibration.text is not None and _has_files(target.path))
+    if not replace and taken and not (target.resume and there):
         raise ArgumentError(f"{target.path} exists; pass --replace to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
         result = quantize_source(
@@ -171,6 +187,7 @@ def quantize(
             entry=entry,
             config=settings,
             output=target,
+            **calibration.arguments(source, progress),
             validate=not no_validate,
             on_failure="ignore",  # the summary and the exit code report failures
             progress=progress,
@@ -242,6 +259,10 @@ def _unwritten(error: OSError, code: int, stderr: Stderr, as_json: bool) -> int:
     failure = OSError(f"standard output cannot be written: {error.strerror or error}{done}")
     stderr.complain(failure, code, as_json=as_json)
     return code
+
+
+def _has_files(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
 
 
 def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:

@@ -78,6 +78,8 @@ def _percent(reading: Reading) -> str:
 
 
 def _amount(reading: Reading) -> str:
+    if reading.unit != "bytes":
+        return f"{reading.done:,} of {reading.total:,} {reading.unit}"
     name, size = _size(reading.total)
     digits = 0 if size == 1 or reading.total >= 100 * size else 1
     return f"{reading.done / size:.{digits}f} of {reading.total / size:.{digits}f} {name}"
@@ -86,6 +88,8 @@ def _amount(reading: Reading) -> str:
 def _rate(reading: Reading) -> str:
     if reading.rate is None:
         return ""
+    if reading.unit != "bytes":
+        return f"{reading.rate:.{1 if reading.rate < 10 else 0}f} {reading.unit}/s"
     name, size = _size(reading.rate)
     value = reading.rate / size
     return f"{value:.{1 if value < 10 else 0}f} {name}/s"

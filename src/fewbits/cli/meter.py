@@ -14,14 +14,15 @@ PERIOD = 30.0
 
 @attrs.frozen
 class Reading:
-    """How far and how fast an activity on bytes is.
+    """How far and how fast an activity is.
 
     Attributes:
-        activity: ``"convert"`` or ``"validate"``.
-        name: the name of the current tensor.
-        done: the number of bytes that are done; it never decreases during an activity.
-        total: the number of bytes to do; at least `done`.
-        rate: bytes per second; None until something is done and time has passed.
+        activity: ``"generate"``, ``"observe"``, ``"calibrate"``, ``"convert"`` or ``"validate"``.
+        name: the name of the current tensor or batch.
+        done: the number of bytes, samples or tokens that are done; it never decreases during an activity.
+        total: the number to do; at least `done`.
+        rate: bytes, samples or tokens per second; None until something is done and time has passed.
+        unit: the unit of the numbers.
     """
 
     activity: str
@@ -29,6 +30,7 @@ class Reading:
     done: int
     total: int
     rate: float | None
+    unit: str = "bytes"
 
     @property
     def is_finished(self) -> bool:
@@ -83,7 +85,8 @@ class Meter(Progress):
             self._first = self._latest = (now, done)
         else:
             done = max(done, self.reading.done)
-        self.reading = Reading(step.activity, step.name, done, max(step.total, done), self._rate(now, done))
+        total = max(step.total, done)
+        self.reading = Reading(step.activity, step.name, done, total, self._rate(now, done), step.unit)
         return self.reading
 
     def _rate(self, now: float, done: int) -> float | None:

@@ -61,8 +61,8 @@ def _write_event(stderr: Stderr, reading: Reading) -> None:
         tensor=reading.name,
         done=reading.done,
         total=reading.total,
-        unit="bytes",
-        bytes_per_second=_rounded(reading.rate),
+        unit=reading.unit,
+        bytes_per_second=_rounded(reading.rate) if reading.unit == "bytes" else None,
         seconds_left=_rounded(reading.seconds_left),
     )
 

@@ -25,6 +25,7 @@ from fewbits.conversion.staging import RunInputs
 from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 from fewbits.formats.fp8 import tell_unscaled
 from fewbits.numerics.metrics import Measurement
+from fewbits.selection.ledger import Ledger
 from fewbits.sources.model_config import Readers
 from fewbits.validation.verify import verify
 
@@ -146,7 +147,7 @@ class Coordinator:
         chunk_elements = self._streaming.budget.chunk_elements
         report = verify(result, self._source, chunk_elements=chunk_elements, fail_under=-math.inf)
         failures = report.failures
-        if {row.name: row for row in result.ledger} != {row.name: row for row in self._streaming.demand.ledger}:
+        if not _have_same_fates(result.ledger, self._streaming.demand.ledger):
             failures = ["the fates of its tensors differ", *failures]
         if result.headers.keys() != self.sizes.keys():
             failures = ["it consists of other files", *failures]
@@ -175,6 +176,8 @@ class Coordinator:
         if not self.begun:
             self.join()
         with self._keeping():
+            if not self._shared:
+                self._streaming.encoder.begin(self._staging.parts, self._writer.progress)
             return self._writer.write(files)
 
     # For all.
@@ -197,6 +200,7 @@ class Coordinator:
             "recipe": {
                 "fates of tensors": fingerprint([row.to_dict() for row in demand.ledger]),
                 "scheme": described(encoder.recipe),
+                **encoder.inputs,
                 "comparison with the source": demand.comparing,
                 "serializer": described(type(self._writer.serializer)),
             },
@@ -231,6 +235,12 @@ class Coordinator:
             return self._source.fingerprint() != self._source_state
         except CheckpointError:
             return False
+
+
+def _have_same_fates(result: Ledger, planned: Ledger) -> bool:
+    """Compare all rows. A calibration may have added remarks to the rows of a result."""
+    found = {row.name: row for row in result}
+    return found.keys() == {row.name for row in planned} and all(found[row.name].continues(row) for row in planned)
 
 
 def convert_on_ranks(coordinator: Coordinator, ranks: Ranks) -> Written:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 from torch import Tensor
@@ -28,7 +28,7 @@ class DataEffects:
         rounding: the strategy that picks the codes.
 
     Attributes:
-        notes: warnings for the report; complete after `warn`.
+        notes: notes for the report.
     """
 
     def __init__(self, rounding: Rounding) -> None:
@@ -76,17 +76,8 @@ class DataEffects:
                 known[name] = figure
         return known
 
-    def warn(self, remarks: Mapping[str, str]) -> None:
-        """Warn of weights that were rounded without data, and of data that has changed nothing.
-
-        Args:
-            remarks: what the ledger says of each weight that could have been rounded with data; "" if it was.
-        """
-        missing = [name for name, remark in remarks.items() if remark]
-        if missing:
-            first = f"{missing[0]}: {remarks[missing[0]]}"
-            emit("warning", "rounded_without_data", rounding=repr(self._rounding), tensors=len(missing), first=first)
-            self.notes.append(f"{self._rounding!r} rounded {len(missing)} weights without data, first {first}")
+    def warn(self) -> None:
+        """Warn of data that has changed nothing."""
         if self._compared and self._alike:
             emit("warning", "same_as_nearest", rounding=repr(self._rounding), tensors=self._compared)
             self.notes.append(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import attrs
 from torch import Tensor
@@ -19,7 +21,8 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.nearest import RoundToNearest
-from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.progress import Progress
 
 #: Makes the codes of one weight; see `fewbits.Quantizer.quantize_tensor`.
 QuantizeTensor = Callable[[WeightMatrix, QuantSpec, Observer], QuantizedTensor]
@@ -35,17 +38,31 @@ class TensorEncoder:
             `fewbits.conversion.recipe.described`.
         rounding: picks the codes.
         quantize_tensor: how the scheme makes codes, if it does not leave that to `rounding`.
+        inputs: all else that decides on the codes, as JSON, by its name in messages.
     """
 
     scheme: str
     recipe: object
     rounding: Rounding
     quantize_tensor: QuantizeTensor | None = None
+    inputs: Mapping[str, Any] = attrs.field(factory=dict)
 
     @property
     def by_rows(self) -> bool:
         """Whether a few rows of a weight get the same codes alone as within the whole weight."""
         return self.quantize_tensor is None
+
+    def begin(self, folder: Path, progress: Progress) -> None:
+        """Do what takes more than one tensor at a time, before the first tensor is encoded.
+
+        Args:
+            folder: a folder for finished work, which a resumed run finds again.
+            progress: called before and after each weight.
+        """
+
+    def remarked(self, ledger: Ledger) -> Ledger:
+        """Return a ledger with remarks on how tensors were encoded."""
+        return ledger
 
     def encode(
         self, row: LedgerRow, tensor: Tensor, observer: Observer | None, inputs: Sequence[RowInputs] = ()

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from fewbits.calibration.running import Forward
 from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.output import MAX_SHARD_SIZE, Output
 from fewbits.checkpoint.publishing import check_name_and_parent
@@ -17,6 +19,8 @@ from fewbits.checkpoint.shards import STEM, Shard, plan_shards
 from fewbits.conversion.budget import Budget, Demand, choose_budget
 from fewbits.conversion.coordinator import Coordinator, Written, convert_on_ranks
 from fewbits.conversion.encoder import TensorEncoder
+from fewbits.conversion.file_calibration import FileCalibration
+from fewbits.conversion.file_tuning import FileTuning
 from fewbits.conversion.file_writer import FileWriter, Share
 from fewbits.conversion.job import Job, measurements
 from fewbits.conversion.ranks import Group, Ranks
@@ -35,6 +39,16 @@ from fewbits.validation.verify import verify
 class FileJob(Job):
     """The conversion of a checkpoint on disk. Only a few chunks of it are in memory at any time.
 
+    Args:
+        source: the checkpoint.
+        ledger: the fate of each tensor.
+        observer: see `Job`.
+        activation_observer: see `Job`.
+        rounding: the strategy that picks the codes.
+        model: a model with the weights of the checkpoint, for a rounding strategy that needs data. The quantized
+            tensors are in memory then.
+        tuning: how to tune the scales, in a quantized copy of the model.
+
     Attributes:
         left_behind: files of the source that look like weights and are not part of the result.
         readers: who can open the result, if it is a directory made from a transformers model.
@@ -44,10 +58,20 @@ class FileJob(Job):
     compares = True
 
     def __init__(
-        self, source: FileSource, ledger: Ledger, observer: Observer, activation_observer: Observer, rounding: Rounding
+        self,
+        source: FileSource,
+        ledger: Ledger,
+        observer: Observer,
+        activation_observer: Observer,
+        rounding: Rounding,
+        model: nn.Module | None = None,
+        tuning: FileTuning | None = None,
     ) -> None:
         super().__init__(source, ledger, observer, activation_observer, rounding)
-        self.refuse_calibration()
+        self.refuse_calibration(even_rounding=model is None)
+        self._calibration: FileCalibration | None = None
+        if model is not None:
+            self._calibration = FileCalibration(model, source, ledger, self.observers, rounding, tuning)
         self.left_behind, self.readers = source.left_behind, source.readers(ledger)
         self._written: Written | None = None
         self._budget: Budget | None = None
@@ -63,18 +87,30 @@ class FileJob(Job):
         """Whether this process reports for all ranks."""
         return self._ranks.rank == 0
 
+    def module(self) -> nn.Module | None:
+        """Return the model to run for calibration; None if there is none."""
+        return None if self._calibration is None else self._calibration.model
+
+    def watching(self, forward: Forward | None, spill: Path | None) -> Forward | None:
+        """Return a forward that also shows each batch to the calibration."""
+        return forward if self._calibration is None else self._calibration.watching(forward, spill)
+
     def convert(
         self, encoder: TensorEncoder, serializer: Serializer, output: Output | None, comparing: bool, progress: Progress
     ) -> Path:
         """Write the result. It appears at its path only after all of it was written, read back and checked."""
         if output is None:
             raise ArgumentError(f"quantizing the file {self.source.path} needs output=, the path to write to")
+        if self._calibration is not None:
+            self._calibration.check_data()
         with Group() if output.distributed else Ranks() as ranks:
             coordinator = self.coordinator(
                 encoder, serializer, output, comparing=comparing, shared=ranks.count > 1, progress=progress
             )
             self._written = convert_on_ranks(coordinator, ranks)
         self._ranks = ranks
+        if self._calibration is not None:
+            self.ledger = self._calibration.remarked(self.ledger)
         return output.path
 
     def coordinator(
@@ -100,6 +136,8 @@ class FileJob(Job):
         Raises:
             ArgumentError: if the result cannot be written there, or not within the limits of the output.
         """
+        if self._calibration is not None:
+            encoder = self._calibration.encoder(encoder)
         names = [row.name for row in self.ledger.stored]
         gathered = {name: nbytes for name in names if (nbytes := self.source.gathered_bytes(name))}
         demand = Demand(self.ledger, self.observers, encoder.by_rows, comparing, gathered)

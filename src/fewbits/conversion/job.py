@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from torch import nn
+
+from fewbits._events import emit
 from fewbits.calibration.running import Forward, Observed
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
@@ -14,8 +19,10 @@ from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding
+from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
+from fewbits.selection.rules import is_of_type
 from fewbits.sources.base import Source
 from fewbits.validation.evaluation import Evaluation, checked_model
 from fewbits.validation.report import Report
@@ -57,21 +64,36 @@ class Job(ABC):
         """The observers of weights that need data, by tensor name."""
         return {name: observer for name, observer in self.observers.items() if observer.needs_data}
 
-    def refuse_calibration(self) -> None:
+    def refuse_calibration(self, *, even_rounding: bool = True) -> None:
         """Refuse strategies that need data, because the source cannot run any.
+
+        Args:
+            even_rounding: whether to refuse a rounding strategy that needs data, too.
 
         Raises:
             CalibrationError: naming one of them.
         """
-        needing = [*self.data_observers.values(), *self.input_observers.values()]
-        for strategy in [*needing, *([] if self.rounding.needs == "nothing" else [self.rounding])]:
+        needing: list[Observer | Rounding] = [*self.data_observers.values(), *self.input_observers.values()]
+        if even_rounding and self.rounding.needs != "nothing":
+            needing.append(self.rounding)
+        for strategy in needing:
             raise CalibrationError(
                 f"{type(strategy).__name__} needs data, and a state dict or a file has no forward to run it; prepare "
-                "the model itself, or choose another strategy, or other activations"
+                "the model itself, or pass the model of a file (model=, --calibrate), or choose another strategy, or "
+                "other activations"
             )
 
-    def watching(self, forward: Forward | None) -> Forward | None:
-        """Return a forward that also shows the inputs of layers to strategies that need them."""
+    def module(self) -> nn.Module | None:
+        """Return the model to run for calibration; None if there is none."""
+        return self.source.module()
+
+    def watching(self, forward: Forward | None, spill: Path | None) -> Forward | None:
+        """Return a forward that also shows the inputs of layers to strategies that need them.
+
+        Args:
+            forward: runs one batch; None feeds the batch as `default_forward` does.
+            spill: a folder for temporary files with the activations; None keeps the activations in memory.
+        """
         return forward
 
     @abstractmethod
@@ -123,3 +145,20 @@ def measurements(report: Report | None) -> dict[str, Measurement]:
     """The measurements in a report, by tensor name."""
     tensors = () if report is None else report.tensors
     return {tensor.name: tensor.measurement for tensor in tensors if tensor.measurement is not None}
+
+
+def warn_of_missing_data(rounding: Rounding, remarks: Mapping[str, str], infos: Sequence[TensorInfo]) -> list[str]:
+    """Warn of weights that were rounded without data, and return notes; embeddings have no inputs to be seen.
+
+    Args:
+        rounding: the strategy.
+        remarks: what the ledger says of each weight, by name.
+        infos: the tensors of the source.
+    """
+    embeddings = {info.name for info in infos if is_of_type(info, nn.Embedding)}
+    missing = [name for name, remark in remarks.items() if remark and name not in embeddings]
+    if not missing:
+        return []
+    first = f"{missing[0]}: {remarks[missing[0]]}"
+    emit("warning", "rounded_without_data", rounding=repr(rounding), tensors=len(missing), first=first)
+    return [f"{rounding!r} rounded {len(missing)} weights without data, first {first}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import attrs
 import torch
@@ -21,7 +21,7 @@ from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.data_effects import DataEffects
 from fewbits.conversion.encoder import TensorEncoder, naming
-from fewbits.conversion.job import Job, measurements
+from fewbits.conversion.job import Job, measurements, warn_of_missing_data
 from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NumericsError, SourceError, StateError
 from fewbits.formats.fp8 import tell_unscaled
 from fewbits.nn.eligibility import rounds_inputs
@@ -35,7 +35,6 @@ from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.selection.ledger import Ledger, LedgerRow
 from fewbits.selection.progress import Progress, followed
-from fewbits.selection.rules import is_of_type
 from fewbits.sources.base import LiveSource, Target
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import Known, check_reload, examine
@@ -119,20 +118,12 @@ class LiveJob(Job):
             tell_unscaled(self.ledger)
             return target.finish()
 
-    def watching(self, forward: Forward | None) -> Forward | None:
+    def watching(self, forward: Forward | None, spill: Path | None) -> Forward | None:
         """Return a forward that also shows each batch to the calibration."""
-        blocks = self._blocks
-        if blocks is None:
+        if self._blocks is None:
             return forward
-        run = forward or default_forward
-
-        def show(model: nn.Module, batch: Any) -> None:
-            if not blocks.has_blocks:
-                with self._watch.paused():  # observers see each batch once
-                    blocks.find_blocks(lambda: run(model, batch))
-            blocks.observe(lambda: run(model, batch))
-
-        return show
+        self._blocks.spill = spill
+        return self._blocks.watching(forward or default_forward, self._watch.paused)  # observers see each batch once
 
     def _in_order(self) -> Iterator[LedgerRow]:
         """Yield all stored rows; set the inputs that each is to be converted with."""
@@ -145,9 +136,8 @@ class LiveJob(Job):
         self._inputs = ()
         yield from rows.values()
         self.ledger = self.ledger.with_remarks(notes)
-        # Embeddings have no inputs that could be seen.
-        embeddings = {info.name for info in self.source.infos if is_of_type(info, nn.Embedding)}
-        self._effects.warn({name: note for name, note in notes.items() if name not in embeddings})
+        self._effects.notes += warn_of_missing_data(self.rounding, notes, self.source.infos)
+        self._effects.warn()
 
     def _remark(self, row: LedgerRow) -> str:
         return "" if row.layout is None else self.rounding.remark(row.layout.rows, self._inputs)

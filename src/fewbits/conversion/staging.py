@@ -3,6 +3,7 @@
 ::
 
     .fewbits-<digest of the result's name>.work/
+        parts/                  finished parts of a calibration; see `fewbits.conversion.kept_parts`
         run.json                the inputs of the run, and whether it replaces an earlier result
         files/                  files of the result: complete ones, and unfinished ones, which readers reject
         journal/<file>.jsonl    the written chunks of each file; file.jsonl if the result is a single file; see
@@ -49,6 +50,7 @@ class StagingDirectory:
     Attributes:
         path: the staging directory.
         files: the directory in it where the files of the result are written.
+        parts: the directory in it for finished parts of a calibration.
         folder: whether the result is a directory.
     """
 
@@ -58,7 +60,7 @@ class StagingDirectory:
             self._target = Path(os.path.realpath(output.path))
         name = hashlib.sha256(os.fsencode(self._target.name)).hexdigest()[:16]
         self.path = self._target.parent / f".fewbits-{name}.work"
-        self.files, self._journals = self.path / "files", self.path / "journal"
+        self.files, self.parts, self._journals = self.path / "files", self.path / "parts", self.path / "journal"
         self._run, self._new_run = self.path / "run.json", self.path / "run.json.new"
         self._lock = DirectoryLock(self.path, output.path, self._is_own)
 
@@ -110,8 +112,8 @@ class StagingDirectory:
         self._run.unlink(missing_ok=True)  # first: without it, remaining files are not an unfinished run
         for entry in self.path.iterdir():
             _remove(entry)
-        self.files.mkdir()
-        self._journals.mkdir()
+        for folder in (self.files, self.parts, self._journals):
+            folder.mkdir()
         record = {"inputs": inputs, "replaces": self._target.exists()}
         write_durably(self._new_run, json.dumps(record).encode())
         self._new_run.rename(self._run)
@@ -181,10 +183,11 @@ class StagingDirectory:
         return {file: seal for file, seal in seals.items() if seal is not None}
 
     def has_progress(self) -> bool:
-        """Whether a later run could continue with anything. A journal that cannot be read counts."""
+        """Whether a later run could continue with anything. What cannot be read counts."""
         try:
-            return any(notes or seal for notes, seal in map(read_journal, map(self._journal_path, self._names)))
-        except CheckpointError:
+            notes = any(notes or seal for notes, seal in map(read_journal, map(self._journal_path, self._names)))
+            return notes or any(self.parts.iterdir())
+        except (CheckpointError, OSError):
             return True
 
     @contextlib.contextmanager
@@ -225,14 +228,14 @@ class StagingDirectory:
         """Whether a run makes such a file or directory."""
         if stat.S_ISDIR(mode):
             within = self.files in path.parents and path.name not in self._names
-            return within or path in (self.path, self.files, self._journals)
+            return within or path in (self.path, self.files, self.parts, self._journals)
         return path.parent != self.path or path in (self._run, self._new_run)
 
     def _refuse_incomparable(self, inputs: RunInputs) -> None:
         if INCOMPARABLE in json.dumps(inputs):
             raise ArgumentError(
-                f"cannot resume {self._output.path}: its scheme, or its observer, holds something that two runs cannot "
-                "compare, such as a function; start over (--replace, Output(replace=True))"
+                f"cannot resume {self._output.path}: its scheme, its observer or its data holds something that "
+                "two runs cannot compare, such as a function; start over (--replace, Output(replace=True))"
             )
 
     def _check(self, inputs: RunInputs) -> None:

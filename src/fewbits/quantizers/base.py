@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, final, get_args
 
 from torch import nn
@@ -13,6 +14,7 @@ from fewbits.calibration import running as calibration
 from fewbits.checkpoint.output import Output
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
+from fewbits.conversion.file_tuning import FileTuning
 from fewbits.conversion.live_job import LiveJob
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.kernels.base import Compute
@@ -51,7 +53,15 @@ class Quantizer(Lifecycle):
             )
 
     @final
-    def prepare(self, source: object, *, inplace: bool = False, entry: str | None = None) -> Any:
+    def prepare(
+        self,
+        source: object,
+        *,
+        inplace: bool = False,
+        entry: str | None = None,
+        model: nn.Module | None = None,
+        tuning: FileTuning | None = None,
+    ) -> Any:
         """Open a source and decide the fate of every tensor in it.
 
         Args:
@@ -60,6 +70,9 @@ class Quantizer(Lifecycle):
             inplace: quantize the model or mapping itself; `convert` replaces its weights one by one.
             entry: the name of the state dict in a mapping, or a file of `torch.save`, that holds more than that, as a
                 training checkpoint does; ``"a.b"`` names an entry within an entry.
+            model: a model with the weights of the checkpoint `source`, for a rounding strategy that needs data. It does
+                not change. Names may differ from those in the files: parameters are found by their shape and values.
+            tuning: how to tune the scales before the files are written, with a `model`.
 
         Returns:
             for a model, a copy of its structure that shares its weights, to run for calibration (the model itself, if
@@ -71,13 +84,15 @@ class Quantizer(Lifecycle):
             SelectionError: if a rule matches nothing, or nothing is left to quantize.
             SourceError: if the source cannot be quantized, such as a model that cannot be copied.
             CalibrationError: if an observer needs data, and the source cannot run any.
-            CheckpointError: if a file cannot be read.
+            CheckpointError: if a file cannot be read; a MismatchError if `model` lacks a tensor to quantize.
         """
         guard(self._state, "prepare")
         opened = open_source(source, inplace=inplace, entry=entry)
+        if model is not None and not isinstance(opened, FileSource):
+            raise ArgumentError("model= goes with the path of a checkpoint; load a state dict into the model first")
         ledger = self._plan(opened.infos)
         if isinstance(opened, FileSource):
-            self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding)
+            self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding, model, tuning)
         else:
             self._job = LiveJob(opened, ledger, self.observer, self.activation_observer, self.rounding)
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
@@ -90,6 +105,7 @@ class Quantizer(Lifecycle):
         *,
         forward: calibration.Forward | None = None,
         samples: int | None = calibration.SAMPLES,
+        spill: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
     ) -> calibration.Observed:
         """Run data through the prepared model, for strategies that look at inputs. Can be called repeatedly.
@@ -100,6 +116,8 @@ class Quantizer(Lifecycle):
             forward: runs one batch, ``forward(model, batch)``, if the model takes other inputs.
             samples: stop after this many; the length of a batch's first axis is its number of samples. None runs all
                 batches.
+            spill: a directory for temporary files with the activations that a rounding strategy needs; None keeps them
+                in memory.
             progress: called after every batch.
 
         Returns:
@@ -111,10 +129,11 @@ class Quantizer(Lifecycle):
             CalibrationError: if the source has no forward, or there is no batch, or the model cannot run one.
         """
         job = self._guarded("observe")
-        model = job.source.module()
+        model = job.module()
         if model is None:
-            raise CalibrationError("a state dict or a file has no forward to observe; prepare the model itself")
-        seen = calibration.run(model, batches, job.watching(forward), samples=samples, progress=progress)
+            raise CalibrationError("a state dict or a file has no forward to observe; prepare it with a model")
+        watching = job.watching(forward, None if spill is None else Path(spill))
+        seen = calibration.run(model, batches, watching, samples=samples, progress=progress)
         job.observed = seen if job.observed is None else job.observed + seen
         self._advance("observe", **seen.to_dict())
         return seen

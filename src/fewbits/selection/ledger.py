@@ -132,6 +132,11 @@ class LedgerRow:
         what = "tuned" if self.spec is None else "scales tuned"
         return attrs.evolve(self, spec=spec, tuned=True, reason=f"{self.reason}; {what}")
 
+    def continues(self, planned: LedgerRow) -> bool:
+        """Tell whether this is a planned row, perhaps with remarks that were added to its reason, or tuned."""
+        expected = planned.as_tuned() if self.tuned and not planned.tuned else planned
+        return self.reason.startswith(planned.reason) and attrs.evolve(self, reason=expected.reason) == expected
+
     def to_dict(self) -> dict[str, Any]:
         """Return a description for JSON; `from_dict` reads it."""
         return for_json(self) | {"scheme": self.scheme}

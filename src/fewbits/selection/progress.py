@@ -14,11 +14,12 @@ class Step:
     """The progress of an activity.
 
     Attributes:
-        activity: ``"convert"`` or ``"validate"`` for tensors; ``"observe"``, ``"tune"`` or ``"compare"`` for data.
+        activity: ``"convert"`` or ``"validate"`` for tensors, ``"calibrate"`` for groups of weights; ``"observe"``,
+            ``"tune"`` or ``"compare"`` for data; ``"generate"`` for text that a model writes.
         name: the current tensor or batch.
-        done: the bytes of the source, or the samples of the data, that are done. The number never decreases during an
-            activity. A resumed run begins with the amount that the earlier run finished.
-        total: all bytes or samples; 0 while their number is not known.
+        done: the bytes of the source, the samples of the data, or the tokens of a text, that are done. The number never
+            decreases during an activity. A resumed run begins with the amount that the earlier run finished.
+        total: all bytes, samples or tokens; 0 while their number is not known.
     """
 
     activity: str
@@ -28,8 +29,9 @@ class Step:
 
     @property
     def unit(self) -> str:
-        """The unit of `done` and `total`: ``"bytes"`` or ``"samples"``."""
-        return "samples" if self.activity in ("observe", "tune", "compare") else "bytes"
+        """The unit of `done` and `total`: ``"bytes"``, ``"samples"`` or ``"tokens"``."""
+        units = {"observe": "samples", "tune": "samples", "compare": "samples", "generate": "tokens"}
+        return units.get(self.activity, "bytes")
 
 
 #: Called before and after every tensor, and for every batch.

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.checkpoint.codec import CODEC, Value
-from fewbits.checkpoint.raw import tensor_bytes
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import CheckpointError
 from fewbits.numerics.metrics import sqnr_db
-from fewbits.numerics.tensor import in_memory
+from fewbits.numerics.tensor import in_memory, tensor_bytes
 from fewbits.testing.check import expect
 from fewbits.validation.verify import verify
 

@@ -1,0 +1,321 @@
+"""Directories of transformers, quantized with text or with what the model writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fewbits
+from fewbits.cli.commands import run as run_cli
+from fewbits.errors import ArgumentError, CalibrationError, MismatchError
+from fewbits.integrations.text import cut_windows, read_texts
+from fewbits.integrations.transformers import load_directory, quantize_directory
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = [f"word{number}" for number in range(96)]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+SIZES = {
+    "vocab_size": 112,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+INT4 = {"scheme": "int4", "group_size": 32, "min_elements": 0}
+HOW = {"samples": 6, "sequence": 16}
+
+
+def write_tokenizer(folder: Path, **special: str) -> None:
+    model = tokenizers.models.WordLevel({word: at for at, word in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **special).save_pretrained(folder)
+
+
+def write_words(path: Path, count: int, seed: int = 0) -> None:
+    draws = torch.randint(len(WORDS), (count,), generator=torch.Generator().manual_seed(seed))
+    path.write_text(" ".join(WORDS[at] for at in draws.tolist()), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of a tiny Llama with a tokenizer of words. Its output layer is tied, so no file holds it."""
+    folder = tmp_path_factory.mktemp("llama") / "source"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder, eos_token="</s>", bos_token="<s>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    write_words(path, 500)
+    return path
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fewbits", *map(str, arguments)])
+        code = run_cli()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+COMMAND = ["--scheme", "int4", "--group-size", "32", "--samples", "6", "--sequence", "16"]
+
+
+def test_the_command_line_calibrates_a_directory_with_text(cli, source, text, tmp_path):
+    out = tmp_path / "out"
+    code, printed, err = cli(
+        "quantize", source, "-o", out, *COMMAND, "--rounding", "qronos", "--calibrate", text, "--json"
+    )
+    assert code == 0, err
+    steps = [json.loads(line) for line in err.splitlines()]
+    activities = list(dict.fromkeys(step["activity"] for step in steps if step["event"] == "progress"))
+    assert activities == ["observe", "calibrate", "convert", "validate"]
+    said = json.loads(printed)
+    assert said["opens_in"] == "opens in transformers, with compressed-tensors installed"
+    reasons = {row["name"]: row["reason"] for row in said["ledger"]["rows"] if row["fate"] == "quantized"}
+    assert len(reasons) == 14
+    assert all(reason.endswith("; codes by Qronos(damping=0.01, refits=2, steps=12)") for reason in reasons.values())
+    assert {file.name for file in source.iterdir()} == {file.name for file in out.iterdir()}
+    assert cli("verify", out, "--against", source)[0] == 0
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert torch.isfinite(model(torch.ones(1, 4, dtype=torch.long)).logits).all()
+
+
+def test_a_calibrated_directory_has_the_codes_of_the_model_quantized_in_memory(source, text, tmp_path):
+    result = quantize_directory(source, calibrate=text, output=tmp_path / "out", rounding="qronos", **HOW, **INT4)
+    assert result.report.ok
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    data = load_directory(source).windows(text, **HOW)
+    expected = fewbits.quantize(model, rounding="qronos", data=data, samples=None, **INT4).model
+    found = fewbits.load(tmp_path / "out")
+    quantized = [name for name, value in found.items() if isinstance(value, fewbits.QuantizedTensor)]
+    assert len(quantized) == 14
+    for name in quantized:
+        module, _, local = name.rpartition(".")
+        assert torch.equal(found[name].dequantize(), getattr(expected.get_submodule(module), local)), name
+
+
+def test_a_model_calibrated_with_text_is_closer_to_the_float_model_than_plain_rounding(source, text, tmp_path):
+    arguments = {**INT4, "validate": False}
+    quantize_directory(source, calibrate=text, output=tmp_path / "careful", rounding="gptq", **HOW, **arguments)
+    fewbits.quantize(source, output=tmp_path / "plain", **arguments)
+    data = torch.cat(load_directory(source).windows(text, samples=30, sequence=16))
+    logits = {}
+    for name in ("careful", "plain", "float"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source)
+        if name != "float":
+            fewbits.load(tmp_path / name, into=model)
+        with torch.no_grad():
+            logits[name] = model(data).logits
+    errors = {name: float((logits[name] - logits["float"]).square().mean()) for name in ("careful", "plain")}
+    assert errors["careful"] < 0.9 * errors["plain"]
+
+
+def test_a_rounding_without_data_works_for_every_source(cli, source, tmp_path):
+    save_file({"weight": torch.randn(64, 64)}, tmp_path / "in.safetensors")
+    for given in (source, tmp_path / "in.safetensors"):
+        out = tmp_path / f"out-{given.name}"
+        assert cli("quantize", given, "-o", out, "--scheme", "int4", "--rounding", "scale-search")[0] == 0
+        printed = cli("inspect", out, "--json")[1]
+        assert "codes by ScaleSearch" in printed
+
+
+def test_scales_have_the_dtype_that_the_command_line_asks_for(cli, source, tmp_path):
+    asked = ["quantize", source, "-o", tmp_path / "out", "--scheme", "int4", "--scale-dtype", "float16"]
+    assert cli(*asked)[0] == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in tensors.items() if name.endswith("_scale")} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rounding qronos", "--calibrate"),
+        ("--samples 4", "--samples needs --calibrate TEXT"),
+        ("--sequence 4", "--sequence needs --calibrate TEXT"),
+        ("--tune 1", "--tune needs --calibrate TEXT"),
+        ("--spill .", "--spill needs --calibrate TEXT"),
+        ("--calibrate nowhere.txt --rounding gptq --sequence 8", "nowhere.txt cannot be read: No such file"),
+        ("--calibrate self", "needs a strategy that looks at data: --rounding importance-search or gptq or qronos"),
+        ("--calibrate self --rounding scale-search", "needs a strategy that looks at data"),
+        ("--calibrate self --rounding gptq --sequence 65", "the model takes at most 64 tokens"),
+        ("--calibrate self --rounding gptq --sequence 7", "sequence must be an integer from 8 up, not 7"),
+        ("--calibrate self --rounding gptq --samples 0", "samples must be an integer from 1 up, not 0"),
+        ("--calibrate self --rounding gptq --samples 2 --sequence 8 --spill nowhere", "cannot spill activations to"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(cli, source, tmp_path, options, message):
+    code, _, err = cli("quantize", source, "-o", tmp_path / "out", "--scheme", "int4", "-q", *options.split())
+    assert code == 2
+    assert message in err.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_exists_is_refused_before_the_model_writes_its_text(cli, source, tmp_path):
+    (tmp_path / "file").touch()
+    command = ["quantize", source, "-o", tmp_path, *COMMAND, "--rounding", "gptq", "--calibrate", "self", "--json"]
+    code, _, err = cli(*command)
+    assert code == 2
+    assert [json.loads(line)["event"] for line in err.splitlines()] == ["error"]
+    assert "exists; pass --replace" in err
+
+
+def test_a_dry_run_plans_a_calibrated_directory(cli, source, text, tmp_path):
+    options = ["--rounding", "qronos", "--calibrate", text, "--dry-run", "--json"]
+    code, printed, err = cli("quantize", source, "-o", tmp_path / "out", *COMMAND, *options)
+    assert code == 0, err
+    assert "codes by Qronos" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_text_is_cut_into_windows_spread_over_all_of_it(events):
+    windows = cut_windows(range(100), 4, 10)
+    assert [window[0] for window in windows] == [0, 30, 60, 90]
+    assert {len(window) for window in windows} == {10}
+    assert events == []
+    assert [[*window] for window in cut_windows(range(25), 4, 10)] == [[*range(10)], [*range(15, 25)]]
+    assert [(event["event"], event["tokens"], event["needed"], event["windows"]) for event in events] == [
+        ("little_text", 25, 40, 2)
+    ]
+    with pytest.raises(CalibrationError, match="has 9 tokens; one window needs 10, and all 4 need 40"):
+        cut_windows(range(9), 4, 10)
+
+
+def test_a_directory_of_text_is_read_in_sorted_order_without_files_that_are_not_text(tmp_path, events):
+    for name, content in [("b.md", b"second"), ("a/z.txt", b"first"), ("c.bin", b"\xff\xfe\x00"), (".git/x", b"no")]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert read_texts(tmp_path) == ["first", "second"]
+    assert [(event["event"], event["files"]) for event in events] == [("not_text", [str(tmp_path / "c.bin")])]
+    with pytest.raises(ArgumentError, match=r"c\.bin is not UTF-8 text"):
+        read_texts(tmp_path / "c.bin")
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ArgumentError, match="has no text in UTF-8"):
+        read_texts(tmp_path / "empty.txt")
+
+
+def test_texts_end_with_the_token_that_ends_a_text(source, tmp_path):
+    for number in range(3):
+        write_words(tmp_path / f"{number}.txt", 15, seed=number)
+    windows = load_directory(source).windows(tmp_path, samples=3, sequence=16)
+    assert [int(window[0, -1]) for window in windows] == [2, 2, 2]
+    assert all(window.shape == (1, 16) for window in windows)
+
+
+def test_a_model_writes_the_same_text_each_time_and_starts_with_tokens_that_are_not_special(source):
+    loaded = load_directory(source)
+    first, again = (loaded.windows("self", samples=40, sequence=12) for _ in range(2))
+    assert torch.equal(torch.cat(first), torch.cat(again))
+    assert torch.cat(first).shape == (40, 12)
+    starts = {int(window[0, 0]) for window in first}
+    assert starts.isdisjoint({0, 1, 2})
+    assert len(starts) > 20
+
+
+def test_written_tokens_follow_the_distribution_of_the_model(source):
+    loaded = load_directory(source)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.zero_()  # the bias alone decides
+        bias = torch.full((112,), -100.0)
+        bias[[5, 7]] = torch.tensor([3.0, 1.0]).log()
+        loaded.model.lm_head.bias = nn.Parameter(bias)
+    following = torch.cat(loaded.windows("self", samples=64, sequence=32))[:, 1:]
+    assert set(following.unique().tolist()) == {5, 7}
+    assert 0.7 < (following == 5).float().mean() < 0.8
+
+
+def test_the_model_calibrates_itself_from_the_command_line(cli, source, tmp_path):
+    command = ["quantize", source, "-o", tmp_path / "out", *COMMAND, "--rounding", "gptq", "--calibrate", "self"]
+    code, _, err = cli(*command, "--tune", 1, "--json")
+    assert code == 0, err
+    steps = [json.loads(line) for line in err.splitlines()]
+    assert "tune" in {step.get("activity") for step in steps}
+    written = [step for step in steps if step.get("activity") == "generate"]
+    assert {(step["unit"], step["total"], step["bytes_per_second"]) for step in written} == {("tokens", 96, None)}
+    assert cli("verify", tmp_path / "out", "--against", source)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of a tiny Bert, which is no causal language model."""
+    folder = tmp_path_factory.mktemp("bert") / "source"
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(folder)
+    write_tokenizer(folder, sep_token="</s>", cls_token="<s>")
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = tokenizers.processors.BertProcessing(("</s>", 2), ("<s>", 1))
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_windows_of_an_encoder_have_special_tokens_at_both_ends(encoder, text, tmp_path):
+    windows = load_directory(encoder).windows(text, **HOW)
+    assert {(int(window[0, 0]), int(window[0, -1]), window.shape[1]) for window in windows} == {(1, 2, 16)}
+    result = quantize_directory(encoder, calibrate=text, output=tmp_path / "out", rounding="gptq", **HOW, **INT4)
+    assert result.report.ok
+    with pytest.raises(CalibrationError, match="BertModel is not a causal language model"):
+        load_directory(encoder).windows("self", **HOW)
+
+
+def test_a_directory_whose_model_fuses_its_tensors_is_refused_with_their_names(text, tmp_path):
+    experts = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**experts)).save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    with pytest.raises(MismatchError, match=r"model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight, .*exclude these"):
+        quantize_directory(tmp_path / "in", calibrate=text, output=tmp_path / "out", rounding="gptq", **HOW, **INT4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_lacks_weights_is_refused(source, text, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArgumentError, match=r"lacks model\.norm\.weight of LlamaForCausalLM"):
+        load_directory(folder)
+
+
+def test_what_transformers_cannot_load_is_named(source, tmp_path):
+    with pytest.raises(ArgumentError, match="is not a directory; calibration needs the directory"):
+        load_directory(source / "model.safetensors")
+    with pytest.raises(ArgumentError, match="transformers cannot load"):
+        load_directory(tmp_path)
+
+
+def test_an_error_names_the_extra_that_brings_transformers(source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ArgumentError, match=r"calibration needs transformers: pip install 'fewbits\[transformers\]'"):
+        load_directory(source)
+
+
+def test_a_weight_is_found_by_its_values_whatever_its_name(tmp_path):
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    save_file({"b": model[0].weight.detach(), "a": model[2].weight.detach()}, tmp_path / "in.safetensors")
+    data = [torch.randn(80, 32)]
+    arguments = {"group_size": 32, "rounding": "gptq", "min_elements": 1, "data": data}
+    fewbits.quantize(tmp_path / "in.safetensors", "int4", model=model, output=tmp_path / "out", **arguments)
+    expected = fewbits.quantize(model, "int4", **arguments).model
+    found = fewbits.load(tmp_path / "out")
+    assert torch.equal(found["b"].dequantize(), expected[0].weight)
+    assert torch.equal(found["a"].dequantize(), expected[2].weight)
