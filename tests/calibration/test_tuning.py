@@ -20,7 +20,7 @@ from fewbits.calibration.recomputing import checkpointed
 from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError
 from fewbits.extend import Tuning
 from fewbits.nn.packed import PackedWeight
-from fewbits.numerics.affine import rescaled
+from fewbits.numerics.scales import rescaled
 from fewbits.quantizers.schemes import SCHEMES
 from support.lifecycle_helpers import FEWER_EXAMPLES, quantize_small, small
 

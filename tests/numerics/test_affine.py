@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from fewbits import QuantSpec
 from fewbits.errors import NumericsError, RangeError
 from fewbits.extend import QuantParams
-from fewbits.numerics.affine import (
-    bound_and_clipped,
-    choose_params,
-    decode,
-    encode,
-    extremes,
-    is_finite_throughout,
-    rescaled,
-)
+from fewbits.numerics.affine import bound_and_clipped, decode, encode
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.params import check_params
+from fewbits.numerics.scales import choose_params, extremes, is_finite_throughout, rescaled
 from support.strategies import FLOATS, fractions, numbers, per_element, problems, rounded, specs, ulp
 
 HALF = Fraction(1, 2)

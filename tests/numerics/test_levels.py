@@ -17,12 +17,13 @@ import fewbits
 from fewbits import MinMaxObserver, QuantSpec, measure
 from fewbits.errors import ArgumentError, FormatError, NumericsError, RangeError
 from fewbits.extend import Layout, QuantParams
-from fewbits.numerics.affine import bound_and_clipped, choose_params, decode, encode
+from fewbits.numerics.affine import bound_and_clipped, decode, encode
 from fewbits.numerics.dtypes import POWERS_OF_TWO, SCALE_DTYPES, compute_dtype
 from fewbits.numerics.levels import E2M1, E4M3
 from fewbits.numerics.levels import NF4 as OURS
 from fewbits.numerics.packing import pack
 from fewbits.numerics.quantize import quantize
+from fewbits.numerics.scales import choose_params
 from fewbits.numerics.spec import spec_from_dict
 from support.lifecycle_helpers import small
 from support.strategies import FLOATS, as_matrix, fractions, layouts, per_element, rounded, ulp, weights

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from fewbits.numerics.affine import choose_params, encode, extremes
+from fewbits.numerics.affine import encode
 from fewbits.numerics.packing import pack, packed_words
+from fewbits.numerics.scales import choose_params, extremes
 from fewbits.numerics.scratch import Scratch
 from support.strategies import problems
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fewbits import QuantizedTensor, QuantSpec
 from fewbits.errors import FormatError, NumericsError
 from fewbits.extend import Layout, QuantParams
+from fewbits.numerics.parts import part_shapes
 from fewbits.numerics.quantize import quantize
-from fewbits.numerics.tensor import part_shapes
 from support.strategies import FLOATS, per_element, problems
 
 GROUPS = QuantSpec(bits=4, granularity="group", group_size=8, symmetric=False)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from fewbits import MinMaxObserver, QuantSpec
 from fewbits.errors import ArgumentError, CalibrationError, RangeError
 from fewbits.extend import Observer
-from fewbits.numerics.affine import choose_params, decode, encode
+from fewbits.numerics.affine import decode, encode
 from fewbits.numerics.params import QuantParams
+from fewbits.numerics.scales import choose_params
 from fewbits.numerics.spec import INPUT_SPEC
 from fewbits.observers import OBSERVERS
 from fewbits.observers.histogram import HistogramObserver

@@ -13,12 +13,13 @@ from safetensors import safe_open
 from fewbits import MinMaxObserver, QuantSpec
 from fewbits.errors import RangeError
 from fewbits.extend import WeightMatrix
-from fewbits.numerics.affine import choose_params, decode, encode, extremes
+from fewbits.numerics.affine import decode, encode
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import block_rows
 from fewbits.numerics.metrics import measure, pooled_sqnr_db
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import quantize
+from fewbits.numerics.scales import choose_params, extremes
 from fewbits.numerics.search import shares
 from fewbits.observers import OBSERVERS
 from fewbits.observers.histogram import HistogramObserver

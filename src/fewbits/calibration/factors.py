@@ -17,13 +17,15 @@ from fewbits.kernels.weight_layouts import row_slices
 from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight
-from fewbits.numerics.affine import clip_input, decode, dynamic_scale, encode_input, rescaled
+from fewbits.numerics.affine import clip_input, decode, encode_input
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.grid import grouped
 from fewbits.numerics.layout import WeightMatrix, block_rows
 from fewbits.numerics.params import QuantParams
+from fewbits.numerics.parts import pack_params
+from fewbits.numerics.scales import dynamic_scale, rescaled
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, narrow, pack_params
+from fewbits.numerics.tensor import QuantizedTensor, narrow
 
 
 class ScaledWeight(StoredWeight):

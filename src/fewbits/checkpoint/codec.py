@@ -13,8 +13,9 @@ from torch import Tensor
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.serializer import Entry
 from fewbits.numerics.layout import Layout
+from fewbits.numerics.parts import check_shape_part, part_shapes, shape_part
 from fewbits.numerics.spec import CastSpec, QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, check_shape_part, part_shapes, shape_part
+from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import LedgerRow
 
 #: The stored form of one tensor.

@@ -19,8 +19,9 @@ from fewbits.checkpoint.serializer import Reader, Serializer
 from fewbits.checkpoint.shards import SHARDS_KEY
 from fewbits.errors import ArgumentError, FormatError
 from fewbits.numerics.params import are_sound
+from fewbits.numerics.parts import check_input_scale, check_shape_part
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, check_input_scale, check_shape_part, same_bits
+from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger, LedgerRow
 
 Check = Literal["digests", "header"]

@@ -15,7 +15,7 @@ from fewbits.errors import FormatError
 from fewbits.formats.compressed_weight import CompressedWeight
 from fewbits.numerics.float8 import float8_codes
 from fewbits.numerics.packing import pack, unpack
-from fewbits.numerics.tensor import shape_part
+from fewbits.numerics.parts import shape_part
 
 #: Largest number of axes of a weight.
 _MOST_AXES = 8

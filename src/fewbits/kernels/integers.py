@@ -16,7 +16,8 @@ from fewbits.kernels.digits import planes
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.packed_mm import padded
 from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout, row_slices
-from fewbits.numerics.affine import dynamic_scale, encode_input
+from fewbits.numerics.affine import encode_input
+from fewbits.numerics.scales import dynamic_scale
 
 _F = TypeVar("_F", bound=WeightLayout)
 

@@ -17,8 +17,9 @@ from torch.autograd import forward_ad
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
-from fewbits.numerics.affine import clip_input, dynamic_scale, encode_input
+from fewbits.numerics.affine import clip_input, encode_input
 from fewbits.numerics.dtypes import compute_dtype, dtype_name
+from fewbits.numerics.scales import dynamic_scale
 
 #: A linear operation: of an input and a weight, without bias.
 Product = Callable[[Tensor, Tensor], Tensor]

@@ -21,8 +21,9 @@ from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.params import QuantParams
+from fewbits.numerics.parts import unpack_params
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, narrow, unpack_params
+from fewbits.numerics.tensor import QuantizedTensor, narrow
 
 #: Rows of a weight: a slice, or an index tensor.
 Rows = slice | Tensor

@@ -22,8 +22,9 @@ from fewbits.nn.stored import CastWeight, StoredWeight
 from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.params import QuantParams
+from fewbits.numerics.parts import pack_params, part_shapes
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, narrow, pack_params, part_shapes
+from fewbits.numerics.tensor import QuantizedTensor, narrow
 
 
 class PackedWeight(StoredWeight):

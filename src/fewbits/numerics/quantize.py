@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError, NonFiniteError, NumericsError, RangeError
-from fewbits.numerics.affine import choose_params, encode, extremes, rounded_up_to_two_levels
+from fewbits.numerics.affine import encode
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout, WeightMatrix, block_rows, index_at
 from fewbits.numerics.packing import pack, packed_words
 from fewbits.numerics.params import QuantParams, check_params, empty_params
+from fewbits.numerics.parts import pack_params
+from fewbits.numerics.scales import choose_params, extremes, rounded_up_to_two_levels
 from fewbits.numerics.scratch import Scratch, scratch
 from fewbits.numerics.spec import QuantSpec
-from fewbits.numerics.tensor import QuantizedTensor, pack_params
+from fewbits.numerics.tensor import QuantizedTensor
 
 #: Takes some whole rows of a weight's matrix and the spec, and returns scale and zero point for these rows. The rows
 #: come in float32 or float64, a block at a time. If one scale serves the whole tensor, all rows come at once, in the

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewbits.numerics.affine import choose_in_rows, choose_params, extremes, is_finite_throughout, refit
 from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.grid import grouped
 from fewbits.numerics.layout import block_rows
 from fewbits.numerics.noise import fit_terms, group_sums, rounding_noise
 from fewbits.numerics.params import QuantParams
+from fewbits.numerics.scales import choose_in_rows, choose_params, extremes, is_finite_throughout, refit
 from fewbits.numerics.spec import QuantSpec
 
 #: Returns the noise of each group with some parameters: float64, the shape of the scales, in units of the squared

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
-from fewbits.numerics.affine import choose_params
 from fewbits.numerics.noise import group_sums
 from fewbits.numerics.params import QuantParams
+from fewbits.numerics.scales import choose_params
 from fewbits.numerics.search import Choice
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.accumulating import AccumulatingObserver

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fewbits.numerics.affine import choose_params, extremes
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import min_max
+from fewbits.numerics.scales import choose_params, extremes
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.accumulating import AccumulatingObserver
 from fewbits.observers.extremes import Extremes

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
-from fewbits.numerics.affine import choose_params, extremes, is_finite_throughout
 from fewbits.numerics.params import QuantParams
+from fewbits.numerics.scales import choose_params, extremes, is_finite_throughout
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.histogram_counts import CountingObserver, HistogramCounts
 

@@ -6,8 +6,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from fewbits.numerics.affine import decode, encode, refit
+from fewbits.numerics.affine import decode, encode
 from fewbits.numerics.params import QuantParams
+from fewbits.numerics.scales import refit
 from fewbits.numerics.spec import QuantSpec
 from fewbits.rounding.linear_algebra import damped, feedback_factor, product
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.reference import Reference
 from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
-from fewbits.numerics.affine import decode, dynamic_scale, encode_input
+from fewbits.numerics.affine import decode, encode_input
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.levels import E4M3
 from fewbits.numerics.params import QuantParams, group_scales
 from fewbits.numerics.quantize import quantize
+from fewbits.numerics.scales import dynamic_scale
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.testing.check import Setup, expect, for_all
