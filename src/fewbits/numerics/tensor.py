@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -335,6 +336,13 @@ def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast to `dtype`; numbers that would round to Inf become its largest number, since the source held no Inf."""
     limit = torch.finfo(dtype).max
     return (x.clamp(-limit, limit) if limit < torch.finfo(x.dtype).max else x).to(dtype)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in CPU memory, not copied; they live as long as the tensor does."""
+    if not tensor.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _unpickled(fields: dict[str, Any]) -> QuantizedTensor:
