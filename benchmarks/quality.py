@@ -67,7 +67,7 @@ class Variant:
         return fewbits.dequantize(result.model), bits
 
 
-_HALF = {"scale_dtype": torch.float16}
+_HALF = {"scale_dtype": "float16"}
 
 
 def _grouped(scheme: str, rounding: str, **settings: Any) -> Variant:

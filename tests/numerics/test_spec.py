@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fewbits import CastSpec, QuantSpec
 from fewbits.errors import ArgumentError
+from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.spec import SPECS, spec_from_dict
 from support.strategies import FLOATS, specs
 
@@ -179,3 +180,9 @@ def test_a_cast_does_not_depend_on_the_source_s_dtype():
 )
 def test_a_spec_prints_as_readable_text(spec, text):
     assert str(spec) == text
+
+
+@pytest.mark.skipif(POWERS_OF_TWO is None, reason="torch 2.6 has no such dtype")
+def test_rows_with_scales_in_parts_have_no_powers_of_two():
+    with pytest.raises(ArgumentError, match="scale_bits needs a scale_dtype that is not a power of two"):
+        QuantSpec(bits=4, granularity="group", group_size=32, scale_bits=6, scale_dtype=POWERS_OF_TWO)

@@ -57,7 +57,7 @@ def _check_scale_bits(spec: QuantSpec, _: Any, scale_bits: object) -> None:
         raise ArgumentError(f"scale_bits must be an integer from 2 to 8, or None, not {scale_bits!r}")
     if spec.granularity != "group":
         raise ArgumentError(f"scale_bits needs granularity 'group', not {spec.granularity!r}")
-    if spec.scale_dtype == POWERS_OF_TWO:
+    if spec.scale_dtype is not None and spec.scale_dtype == POWERS_OF_TWO:  # torch 2.6: None
         raise ArgumentError("scale_bits needs a scale_dtype that is not a power of two, such as float16")
 
 
