@@ -64,7 +64,7 @@ def test_rows_are_read_exactly_whatever_the_layout(model):
 def test_the_layout_is_private_where_there_is_one(model):
     spec, layout = model.head.weight_stored.spec, model.tokens.weight_stored.weight_layout().name
     tiles = "int4_tiles" if features.tile_width() else "packed_int32"
-    assert layout == {8: "int8_rows", 4: tiles}.get(spec.bits, "packed_int32")
+    assert layout == ("int8_rows" if spec.bits == 8 else tiles)
 
 
 @torch.no_grad()
