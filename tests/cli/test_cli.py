@@ -432,7 +432,7 @@ def own_output(folder):
         pytest.param(["verify", "missing"], None, "missing does not exist", id="missing FILE to verify"),
         pytest.param(["verify", "in"], None, "not written by fewbits", id="verify a plain file"),
         pytest.param(["inspect", "in"], None, "not written by fewbits", id="inspect a plain file"),
-        pytest.param([*QUANTIZE[:-1], "int7"], None, "int7", id="no such scheme"),
+        pytest.param([*QUANTIZE[:-1], "int9"], None, "int9", id="no such scheme"),
         pytest.param([*QUANTIZE, "--exclude", "layer"], None, "did you mean 'layers'", id="pattern without a match"),
         pytest.param([*QUANTIZE, "--include", "re:("], None, "not a valid regular expression", id="bad pattern"),
         pytest.param([*QUANTIZE, "--exclude", "re:.*"], None, "nothing is left to quantize", id="everything skipped"),
