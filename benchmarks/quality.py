@@ -67,24 +67,26 @@ class Variant:
         return fewbits.dequantize(result.model), bits
 
 
-_HALF = {"scale_dtype": "float16"}
-
-
-def _grouped(scheme: str, rounding: str, **settings: Any) -> Variant:
-    data = rounding in ("importance-search", "gptq", "qronos")
-    return Variant(scheme, {**_HALF, "group_size": 64, "rounding": rounding, **settings}, data)
-
+#: Scales of 16 bits in groups of 64; or codes of 6 bits for groups of 32, and a scale of 16 bits for each row.
+ONE_LEVEL = {"scale_dtype": "float16", "group_size": 64}
+TWO_LEVELS = {"scale_dtype": "float16", "group_size": 32, "scale_bits": 6}
 
 VARIANTS: Mapping[str, Variant] = {
-    "int8": Variant("int8", _HALF),
-    "nf4": _grouped("nf4", "nearest"),
-    "nf4 scale-search": _grouped("nf4", "scale-search"),
-    "int4 scale-search": _grouped("int4", "scale-search"),
-    "int4 gptq": _grouped("int4", "gptq"),
-    "int4 qronos": _grouped("int4", "qronos"),
-    "nf4 gptq": _grouped("nf4", "gptq"),
-    "nf4 qronos": _grouped("nf4", "qronos"),
-    "int3 qronos": _grouped("int3", "qronos"),
+    "int8": Variant("int8", {"scale_dtype": "float16"}),
+    "nf4 g64": Variant("nf4", ONE_LEVEL),
+    "nf4 g64 scale-search": Variant("nf4", {**ONE_LEVEL, "rounding": "scale-search"}),
+    "nf4 g32": Variant("nf4", TWO_LEVELS),
+    "nf4 g32 scale-search": Variant("nf4", {**TWO_LEVELS, "rounding": "scale-search"}),
+    "mxfp4": Variant("mxfp4"),
+    "int4 g64 gptq": Variant("int4", {**ONE_LEVEL, "rounding": "gptq"}, calibrated=True),
+    "int4 g64 qronos": Variant("int4", {**ONE_LEVEL, "rounding": "qronos"}, calibrated=True),
+    "int4 g32 qronos": Variant("int4", {**TWO_LEVELS, "rounding": "qronos"}, calibrated=True),
+    "nf4 g64 gptq": Variant("nf4", {**ONE_LEVEL, "rounding": "gptq"}, calibrated=True),
+    "nf4 g64 qronos": Variant("nf4", {**ONE_LEVEL, "rounding": "qronos"}, calibrated=True),
+    "nf4 g32 qronos": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, calibrated=True),
+    "nf4 g32 qronos tuned": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos", "tune": 1}, calibrated=True),
+    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, calibrated=True),
+    "int3 g64 qronos tuned": Variant("int3", {**ONE_LEVEL, "rounding": "qronos", "tune": 1}, calibrated=True),
 }
 
 #: Bits per weight of peers' formats, by the beginning of their names.
