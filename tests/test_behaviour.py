@@ -521,7 +521,7 @@ def test_a_pickle_is_refused_and_never_run(write, tmp_path, cli):
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
-@pytest.mark.parametrize("arguments", [["--scheme", "int8", "--bits", "5"], ["--scheme", "int5"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--scheme", "int8", "--bits", "5"], ["--scheme", "int9"]], ids=" ".join)
 def test_unknown_arguments_of_the_command_line_set_the_exit_code(arguments, tmp_path, cli):
     save_file(dict(mlp().state_dict()), tmp_path / "in")
     code, out, _ = cli("quantize", "in", "-o", "out", *arguments)
