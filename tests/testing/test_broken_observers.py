@@ -77,8 +77,8 @@ class Peaks(Plain):
 
     def observe_weight(self, weight, spec):
         params = super().observe_weight(weight, spec)
-        wider = (params.scale * (1 + min(self.peak, 10) / 10)).to(params.scale.dtype)
-        return attrs.evolve(params, scale=torch.where(torch.isfinite(wider), wider, params.scale))
+        wider = params.scale * (1 + min(self.peak, 10) / 10)
+        return params.with_scale(torch.where(torch.isfinite(wider), wider, params.scale), spec)
 
 
 class NeverForgets(Peaks):
