@@ -130,8 +130,6 @@ def test_nothing_to_compute_is_the_reference_s():
         ("int8pack_mm", any_words(ASYMMETRIC8, 64, 64), "auto", "it takes no zero points"),
         ("int8pack_mm", any_words(GROUPS8, 64, 64), "auto", "it takes no scales for groups"),
         ("float_sums", any_words(GROUPS8, 64, 64), "int8", "the weight has groups"),
-        ("int4pack_mm", any_words(NF4, 64, 64), "auto", "its codes have several digits"),
-        ("digits_mm", any_words(INT4, 64, 64), "auto", "its codes are one digit"),
         ("grouped_int_mm", any_words(NF4, 64, 64), "int8", "at most 4 bits, without levels"),
         ("int8pack_mm", any_words(INT8, 31, 64), "auto", "too few for 50 dB"),
         ("word_blocks", any_words(INT8, 64, 64, dtype=torch.float64), "auto", "float64 scales"),

@@ -57,7 +57,8 @@ class PairBlocks(Kernel[BytePairs]):
         output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
         high, low = weight.pairs.view(rows, 2, wide).unbind(1)
         for where in row_slices(rows, len(block)):
-            part = block[: where.stop - where.start].copy_(high[where]).mul_(256).add_(low[where])
+            numbers = high[where].to(torch.int16).mul_(256).add_(low[where].to(torch.int16))
+            part = block[: where.stop - where.start].copy_(numbers)
             torch.mm(x, part.t(), out=output[:, where])
         return output * weight.row_scale
 

@@ -11,7 +11,7 @@ from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.blocks import ByteBlocks, PairBlocks, TileBlocks, WordBlocks
 from fewbits.kernels.integers import FloatSums, GroupedIntMM, IntMM
-from fewbits.kernels.packed_mm import BytePairMM, DigitsMM, Int4PackMM, Int8PackMM
+from fewbits.kernels.packed_mm import BytePairMM, Int4PackMM, Int8PackMM
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.weight_layouts import WeightLayout
 
@@ -24,7 +24,6 @@ KERNELS: tuple[Kernel[Any], ...] = (
     BytePairMM(),
     PairBlocks(),
     Int4PackMM(),
-    DigitsMM(),
     GroupedIntMM(),
     TileBlocks(),
     WordBlocks(),

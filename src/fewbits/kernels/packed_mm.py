@@ -7,7 +7,6 @@ a weight that is rounded to 8 bits.
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from torch import Tensor
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
-from fewbits.kernels.digits import planes
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
 
@@ -82,11 +80,11 @@ class BytePairMM(Kernel[BytePairs]):
         return sums * (weight.row_scale * 256)
 
 
-class _Tiled(Kernel[Int4Tiles]):
-    """``torch.ops.aten._weight_int4pack_mm_for_cpu``."""
+class Int4PackMM(Kernel[Int4Tiles]):
+    """``torch.ops.aten._weight_int4pack_mm_for_cpu``; all digits of a code multiply the same input."""
 
+    name = "int4pack_mm"
     weight_layout = Int4Tiles
-    most_rows: ClassVar[int]
 
     def supports(self, weight: WeightLayout) -> str | None:
         """Accept weights that `Int4Tiles` can hold, in tiles of this CPU; an exported program may have others."""
@@ -96,7 +94,7 @@ class _Tiled(Kernel[Int4Tiles]):
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
-        return few_rows(rows, self.most_rows)
+        return few_rows(rows, 48)
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Call torch."""
@@ -105,28 +103,6 @@ class _Tiled(Kernel[Int4Tiles]):
             x if weight.planes == 1 else x.repeat(1, weight.planes), weight.flat, weight.group, weight.table
         )
         return output[:, : weight.layout.rows]
-
-
-class Int4PackMM(_Tiled):
-    """The kernel for codes that are one digit."""
-
-    name = "int4pack_mm"
-    most_rows = 48
-
-    def supports(self, weight: WeightLayout) -> str | None:
-        """Accept whole numbers of at most 4 bits."""
-        return super().supports(weight) or ("its codes have several digits" if planes(weight.spec) > 1 else None)
-
-
-class DigitsMM(_Tiled):
-    """The same for codes of several digits: every plane multiplies the same inputs, and the kernel adds them up."""
-
-    name = "digits_mm"
-    most_rows = 24
-
-    def supports(self, weight: WeightLayout) -> str | None:
-        """Accept levels, and whole numbers of more than 4 bits."""
-        return super().supports(weight) or ("its codes are one digit" if planes(weight.spec) == 1 else None)
 
 
 #: With fewer outputs or inputs, rounding them to bfloat16 leaves 50 dB on average, and less for some inputs.
