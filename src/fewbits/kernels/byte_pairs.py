@@ -31,17 +31,17 @@ class BytePairs(WeightLayout):
 
     Attributes:
         pairs: The bytes: int8, (rows, 2 * padded columns).
-        numbers: The whole numbers of all codes, rising: int32, (codes,).
-        unit: The level that the number 1 stands for: float32, (1,).
+        numbers_of_pairs: The whole numbers of all codes, rising: int32, (codes,).
+        unit_of_pairs: The level that the number 1 stands for: float32, (1,).
     """
 
     name = "byte_pairs"
-    data = ("pairs", "numbers", "unit")
+    data = ("pairs", "numbers_of_pairs", "unit_of_pairs")
     MULTIPLE: ClassVar[int] = Int8Rows.MULTIPLE
 
     pairs: Tensor
-    numbers: Tensor
-    unit: Tensor
+    numbers_of_pairs: Tensor
+    unit_of_pairs: Tensor
 
     @property
     def wide(self) -> int:
@@ -51,7 +51,7 @@ class BytePairs(WeightLayout):
     @property
     def row_scale(self) -> Tensor:
         """What the number 1 is worth in each row: float32, (1, rows) or (1,)."""
-        return self.scale.t().float() * self.unit
+        return self.scale.t().float() * self.unit_of_pairs
 
     @classmethod
     def refuses(cls, weight: WeightLayout) -> str | None:
@@ -81,12 +81,12 @@ class BytePairs(WeightLayout):
             for half, table in enumerate(halves):
                 pairs[where, half, :columns] = looked_up(table, codes)
         units = torch.tensor([unit], dtype=torch.float32, device=pairs.device)
-        return cls(pairs=pairs.view(rows, -1), numbers=numbers, unit=units, **weight.shared())
+        return cls(pairs=pairs.view(rows, -1), numbers_of_pairs=numbers, unit_of_pairs=units, **weight.shared())
 
     def codes(self, where: Rows) -> Tensor:
         """Return the unsigned codes of some rows."""
         high, low = taken(self.pairs, where).view(-1, 2, self.wide)[..., : self.layout.columns].unbind(1)
-        return torch.searchsorted(self.numbers, 256 * high.int() + low).to(torch.uint8)
+        return torch.searchsorted(self.numbers_of_pairs, 256 * high.int() + low).to(torch.uint8)
 
 
 BytePairs.register()
