@@ -42,6 +42,9 @@ class Language:
         step = len(windows) // self._samples
         return [{"input_ids": tokens[None]} for tokens in windows[:: max(1, step)][: self._samples]]
 
+    def held_out(self) -> list[dict[str, Tensor]]:
+        return [{"input_ids": tokens[None]} for tokens in self._windows(texts.descriptions())[:4]]
+
     def score(self, model: nn.Module) -> Scores:
         found = {}
         for name, tokens in self._texts.items():

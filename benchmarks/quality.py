@@ -46,19 +46,24 @@ class Task(Protocol):
 
     def calibration(self) -> list[Any]: ...
 
+    def held_out(self) -> list[Any]: ...
+
     def score(self, model: nn.Module) -> Scores: ...
 
 
 @attrs.frozen
 class Variant:
-    """A scheme with the settings of `fewbits.quantize`, and whether it sees data."""
+    """A scheme with the settings of `fewbits.quantize`, whether it sees data, and the epochs of tuning."""
 
     scheme: str
     settings: Mapping[str, Any] = attrs.field(factory=dict)
     calibrated: bool = False
+    epochs: int = 0
 
     def quantized(self, task: Task) -> tuple[nn.Module, float]:
-        data = {"data": task.calibration(), "samples": None} if self.calibrated else {}
+        data: dict[str, Any] = {"data": task.calibration(), "samples": None} if self.calibrated else {}
+        if self.epochs:
+            data["tune"] = fewbits.extend.Tuning(epochs=self.epochs, held_out=task.held_out())
         result = fewbits.quantize(
             task.model, self.scheme, exclude=task.kept, validate=False, compute="exact", **self.settings, **data
         )
@@ -78,15 +83,15 @@ VARIANTS: Mapping[str, Variant] = {
     "nf4 g32": Variant("nf4", TWO_LEVELS),
     "nf4 g32 scale-search": Variant("nf4", {**TWO_LEVELS, "rounding": "scale-search"}),
     "mxfp4": Variant("mxfp4"),
-    "int4 g64 gptq": Variant("int4", {**ONE_LEVEL, "rounding": "gptq"}, calibrated=True),
-    "int4 g64 qronos": Variant("int4", {**ONE_LEVEL, "rounding": "qronos"}, calibrated=True),
-    "int4 g32 qronos": Variant("int4", {**TWO_LEVELS, "rounding": "qronos"}, calibrated=True),
-    "nf4 g64 gptq": Variant("nf4", {**ONE_LEVEL, "rounding": "gptq"}, calibrated=True),
-    "nf4 g64 qronos": Variant("nf4", {**ONE_LEVEL, "rounding": "qronos"}, calibrated=True),
-    "nf4 g32 qronos": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, calibrated=True),
-    "nf4 g32 qronos tuned": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos", "tune": 1}, calibrated=True),
-    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, calibrated=True),
-    "int3 g64 qronos tuned": Variant("int3", {**ONE_LEVEL, "rounding": "qronos", "tune": 1}, calibrated=True),
+    "int4 g64 gptq": Variant("int4", {**ONE_LEVEL, "rounding": "gptq"}, True),
+    "int4 g64 qronos": Variant("int4", {**ONE_LEVEL, "rounding": "qronos"}, True),
+    "int4 g32 qronos": Variant("int4", {**TWO_LEVELS, "rounding": "qronos"}, True),
+    "nf4 g64 gptq": Variant("nf4", {**ONE_LEVEL, "rounding": "gptq"}, True),
+    "nf4 g64 qronos": Variant("nf4", {**ONE_LEVEL, "rounding": "qronos"}, True),
+    "nf4 g32 qronos": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, True),
+    "nf4 g32 qronos tuned": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, True, epochs=1),
+    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, True),
+    "int3 g64 qronos tuned": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, True, epochs=1),
 }
 
 #: Bits per weight of peers' formats, by the beginning of their names.

@@ -36,6 +36,9 @@ class Sentences:
         step = max(1, len(found) // (self._samples * _BATCH))
         return self._batches(found[::step][: self._samples * _BATCH])
 
+    def held_out(self) -> list[Any]:
+        return self._batches(_sentences(texts.descriptions())[: 8 * _BATCH])
+
     def score(self, model: nn.Module) -> Scores:
         embeddings = self._embeddings(model)
         return {"cosine": cosine(embeddings, self._reference), "ranking": ranking(embeddings, self._reference)}

@@ -1,12 +1,13 @@
-"""Texts that every machine with Python or Debian has: two to evaluate on, and one to calibrate on.
+"""Texts that every machine with Python or Debian has: two to evaluate on, one to calibrate on, one to hold out.
 
-Calibration and evaluation never overlap: `docstrings` has no text of `topics`, and `prose` is another author's.
+Calibration and evaluation never overlap: `docstrings` has no text of `topics`, and the others have other authors.
 """
 
 from __future__ import annotations
 
 import gzip
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 import random
@@ -51,6 +52,13 @@ def docstrings() -> str:
     found = dict.fromkeys(text for module in _modules() for text in _docstrings(module) if len(text) > 80)
     texts = list(found)
     random.Random(0).shuffle(texts)
+    return "\n\n".join(texts)
+
+
+def descriptions(most: int = 8000) -> str:
+    """Held out in tuning: how installed packages describe themselves, the beginning of each."""
+    found = {d.metadata["Name"]: d.metadata.get_payload() for d in importlib.metadata.distributions()}
+    texts = [found[name][:most] for name in sorted(found) if isinstance(found[name], str) and len(found[name]) > 3000]
     return "\n\n".join(texts)
 
 

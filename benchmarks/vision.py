@@ -28,6 +28,9 @@ class Digits:
     def calibration(self) -> list[Tensor]:
         return list(self._train[: self._samples * 32].split(32))
 
+    def held_out(self) -> list[Tensor]:
+        return list(self._train[-256:].split(32))
+
     def score(self, model: nn.Module) -> Scores:
         found = _log_probabilities(model, self._images)
         hits = (found.argmax(-1) == self._labels).double().mean()
