@@ -23,9 +23,13 @@ from benchmarks import (
     peers,
     presets,
     promises,
+    quality,
     quantize,
     resident,
+    scores,
+    texts,
     timing,
+    vision,
 )
 from benchmarks.contender import Contender
 from benchmarks.report import Cell, Failure, Report, aligned, pivot
@@ -432,3 +436,56 @@ def test_converting_a_gibibyte_peaks_within_64_mb_of_source_and_result(capsys):
 def test_a_gigabyte_of_codes_that_was_run_takes_little_more_than_a_gigabyte(capsys):
     assert memory.main(["--only", "resident"]) == 0
     assert capsys.readouterr().out.count("held") == len(resident.KINDS) * len(resident.WAYS)
+
+
+# Quality.
+
+
+def log_probabilities(seed, rows=7):
+    return torch.log_softmax(torch.randn(rows, 11, generator=torch.Generator().manual_seed(seed)), -1)
+
+
+def test_a_model_does_not_diverge_from_itself():
+    parts = [log_probabilities(0), log_probabilities(1, 3)]
+    assert scores.divergence(parts, parts) == 0
+    assert scores.divergence([log_probabilities(2), log_probabilities(3, 3)], parts) > 0
+    assert scores.divergence([torch.cat(parts)], [torch.cat(parts)]) == 0
+
+
+def test_the_perplexity_of_even_guesses_is_the_number_of_classes():
+    even = torch.full((5, 8), 1 / 8).log()
+    assert scores.perplexity([even], [torch.tensor([1, 2, 3, 4, 5])]) == pytest.approx(8)
+
+
+def test_embeddings_rank_like_themselves_and_not_like_others():
+    x, other = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.randn(20, 6)
+    assert scores.ranking(3 * x, x) == pytest.approx(1)
+    assert scores.cosine(3 * x, x) == pytest.approx(1)
+    assert abs(scores.ranking(other, x)) < 0.9
+
+
+def test_texts_to_calibrate_and_to_evaluate_share_no_paragraph():
+    calibration = {p for p in texts.docstrings().split("\n\n") if len(p) > 200}
+    evaluation = {p for p in texts.topics().split("\n\n") if len(p) > 200}
+    assert calibration
+    assert evaluation
+    assert not calibration & evaluation
+
+
+def test_quality_is_measured_for_each_variant_in_each_network(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(vision, "_EPOCHS", 1)
+    file = tmp_path / "quality.json"
+    asked = ["--task", "convnet,transformer", "--variant", "int8,nf4 g32", "--samples", "2", "--no-peers"]
+    assert quality.main([*asked, "--threads", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["convnet"]
+    assert [row["name"] for row in rows] == ["float", "fewbits int8", "fewbits nf4 g32"]
+    assert rows[0]["KL"] == 0
+    assert rows[1]["KL"] < rows[2]["KL"] < 0.5
+    assert rows[1]["bits"] > 8 > rows[2]["bits"] > 4
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_quality_refuses_unknown_variants(capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["--variant", "int1"])
+    assert "int1" in capsys.readouterr().err
