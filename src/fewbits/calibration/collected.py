@@ -41,8 +41,9 @@ class Collected:
         """
         for key, x in self.taken().items():
             reference = None if references is None else references.get(key)
-            known = self._statistics.setdefault(key, InputStatistics(x.shape[1], self._needs))
-            known.add(x, reference if reference is not None and reference.shape == x.shape else None)
+            if key not in self._statistics:
+                self._statistics[key] = InputStatistics(x.shape[1], self._needs)
+            self._statistics[key].add(x, reference if reference is not None and reference.shape == x.shape else None)
 
     def of(self, name: str, rows: slice | None = None) -> list[RowInputs]:
         """Return the statistics of one weight.

@@ -139,6 +139,6 @@ class InputStatistics:
         if self._moment.dim() == 1:
             self._moment += x.square().sum(0)
             return
-        self._moment += x.mT @ x
+        self._moment.addmm_(x.mT, x)
         if self._cross is not None:
-            self._cross += reference.mT @ x
+            self._cross.addmm_(reference.mT, x)
