@@ -21,8 +21,9 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.nearest import RoundToNearest
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
+from fewbits.selection.row import LedgerRow
 
 #: Makes the codes of one weight; see `fewbits.Quantizer.quantize_tensor`.
 QuantizeTensor = Callable[[WeightMatrix, QuantSpec, Observer], QuantizedTensor]

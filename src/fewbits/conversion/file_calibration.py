@@ -26,8 +26,9 @@ from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, Step
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.file import FileSource
 from fewbits.sources.matching import matched_parameters
 

@@ -33,8 +33,9 @@ from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, followed
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.base import LiveSource, Target
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import Known, check_reload, examine

@@ -12,7 +12,8 @@ from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import Value
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 
 class Target(ABC):
