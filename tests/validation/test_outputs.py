@@ -225,7 +225,7 @@ def test_perplexity_without_tokens_says_what_it_needs(batch):
         (inputs(1)[0], "a single Tensor is one batch"),
         ({"x": inputs(1)[0]}, "a single dict is one batch"),
         (7, "batches must be an iterable"),
-        ([], "the data to validate on has no batch"),
+        ([], "the data has no batch"),
         (["text"], "a batch of type str cannot be fed by default"),
         ([torch.zeros(2, 5)], "batch 1, of type Tensor, made Blocks fail with RuntimeError"),
     ],

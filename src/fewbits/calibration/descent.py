@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbits._events import emit
+from fewbits.calibration.batches import samples_in
 from fewbits.calibration.changes import Change, FreedParameter
 from fewbits.calibration.factors import ScaledWeight
 from fewbits.calibration.losses import Loss, default_loss, loss_of
-from fewbits.calibration.running import Forward, run_one, samples_in
+from fewbits.calibration.running import Forward, run_one
 from fewbits.errors import CalibrationError, NonFiniteError
 from fewbits.selection.progress import Progress, Step
 

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from fewbits._events import emit
+from fewbits.calibration.batches import SAMPLES, taken
 from fewbits.calibration.changes import freed, write
 from fewbits.calibration.descent import Check, Comparison, Descent, Numbered
 from fewbits.calibration.factors import standing_in
 from fewbits.calibration.losses import Loss, check_loss
 from fewbits.calibration.recomputing import checkpointed
 from fewbits.calibration.replay import without_shortcuts
-from fewbits.calibration.running import SAMPLES, Forward, evaluating, taken
+from fewbits.calibration.running import Forward, evaluating
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import stored_weights

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from fewbits._events import emit
-from fewbits.calibration.running import Forward, Observed
+from fewbits.calibration.batches import Observed
+from fewbits.calibration.running import Forward
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.encoder import TensorEncoder

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fewbits._events import emit
 from fewbits.calibration.blocks import BlockCalibration
-from fewbits.calibration.running import Forward, InputWatch, default_forward
+from fewbits.calibration.running import Forward, default_forward
+from fewbits.calibration.watch import InputWatch
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import value_digest
 from fewbits.checkpoint.metadata import Metadata

@@ -10,7 +10,8 @@ from typing import Any, final, get_args
 from torch import nn
 
 from fewbits._sizes import parse_size
-from fewbits.calibration import running as calibration
+from fewbits.calibration.batches import SAMPLES, Observed
+from fewbits.calibration.running import Forward, run
 from fewbits.checkpoint.output import Output
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
@@ -103,11 +104,11 @@ class Quantizer(Lifecycle):
         self,
         batches: Iterable[Any],
         *,
-        forward: calibration.Forward | None = None,
-        samples: int | None = calibration.SAMPLES,
+        forward: Forward | None = None,
+        samples: int | None = SAMPLES,
         spill: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
-    ) -> calibration.Observed:
+    ) -> Observed:
         """Run data through the prepared model, for strategies that look at inputs. Can be called repeatedly.
 
         Args:
@@ -133,7 +134,7 @@ class Quantizer(Lifecycle):
         if model is None:
             raise CalibrationError("a state dict or a file has no forward to observe; prepare it with a model")
         watching = job.watching(forward, None if spill is None else Path(spill))
-        seen = calibration.run(model, batches, watching, samples=samples, progress=progress)
+        seen = run(model, batches, watching, samples=samples, progress=progress)
         job.observed = seen if job.observed is None else job.observed + seen
         self._advance("observe", **seen.to_dict())
         return seen
@@ -190,7 +191,7 @@ class Quantizer(Lifecycle):
         self,
         data: Iterable[Any] | None = None,
         *,
-        forward: calibration.Forward | None = None,
+        forward: Forward | None = None,
         metrics: Sequence[str] | None = None,
         limits: Mapping[str, float] | None = None,
         on_failure: OnFailure = "error",

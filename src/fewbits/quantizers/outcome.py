@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from fewbits._events import emit
-from fewbits.calibration import running as calibration
+from fewbits.calibration.running import Forward
 from fewbits.errors import ArgumentError, ValidationError
 from fewbits.validation.evaluation import Evaluation
 from fewbits.validation.report import Report
@@ -18,7 +18,7 @@ OnFailure = Literal["error", "warn", "ignore"]
 
 def evaluation_of(
     data: Iterable[Any] | None,
-    forward: calibration.Forward | None,
+    forward: Forward | None,
     metrics: Sequence[str] | None,
     limits: Mapping[str, float] | None,
 ) -> Evaluation | None:
