@@ -259,6 +259,23 @@ def test_settings_of_a_comparison_need_data(setting):
         converted(blocks()).validate(**setting)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"evaluate": inputs(), "metrics": ["kld"]}, "did you mean 'kl'"),
+        ({"evaluate": inputs(), "limits": {"kl": "low"}}, "the limit of kl must be a number"),
+        ({"metrics": ["kl"]}, "metrics without data"),
+        ({"limits": {"kl": 1}, "validate": False}, "limits without data"),
+    ],
+)
+def test_quantize_refuses_settings_of_a_comparison_before_it_converts(settings, said):
+    def converted(step):
+        raise StopIteration(step)
+
+    with pytest.raises(ArgumentError, match=said):
+        fewbits.quantize(blocks(), "int8", progress=converted, **settings)
+
+
 def test_without_a_float_model_the_error_names_the_way_out(tmp_path):
     for source in (blocks().state_dict(), tmp_path / "net.safetensors"):
         fewbits.quantize(blocks(), "int8").save(tmp_path / "float.safetensors")

@@ -57,7 +57,7 @@ def check_loss(loss: Loss | None) -> None:
     """Refuse a loss that is neither a name nor a function.
 
     Raises:
-        ArgumentError: with the names that there are.
+        ArgumentError: with all names.
     """
     if loss is not None and not callable(loss) and loss not in LOSSES:
         names = ", ".join(map(repr, LOSSES))
@@ -77,7 +77,7 @@ def loss_of(loss: Loss, output: Any, reference: Any, batch: Any) -> Tensor:
             compare all floating tensors of the output, and give their mean.
         output: the output of the quantized model.
         reference: the output of the float model.
-        batch: what both models got. Positions that its ``attention_mask`` leaves out do not count.
+        batch: the input of both models. Positions outside its ``attention_mask`` do not count.
 
     Returns:
         a tensor without axes.

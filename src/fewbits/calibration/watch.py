@@ -15,7 +15,7 @@ from fewbits.observers.base import Observer
 
 
 class InputWatch:
-    """Shows the first input of each layer to its observer, at every forward, while it is attached.
+    """Shows the first input of each layer to its observer at every forward, while it is attached.
 
     The first input is the first tensor among the arguments of the module. It is not shown if it is not floating (such
     as the indices of an embedding) or has no elements (such as for an expert that gets no tokens).

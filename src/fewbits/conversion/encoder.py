@@ -39,7 +39,7 @@ class TensorEncoder:
             `fewbits.conversion.recipe.described`.
         rounding: picks the codes.
         quantize_tensor: how the scheme makes codes, if it does not leave that to `rounding`.
-        inputs: all else that decides on the codes, as JSON, by its name in messages.
+        inputs: other things that decide on the codes, as JSON; the keys are their names in messages.
     """
 
     scheme: str
@@ -54,7 +54,7 @@ class TensorEncoder:
         return self.quantize_tensor is None
 
     def begin(self, folder: Path, progress: Progress) -> None:
-        """Do what takes more than one tensor at a time, before the first tensor is encoded.
+        """Do work on several tensors at once, before the first tensor is encoded.
 
         Args:
             folder: a folder for finished work, which a resumed run finds again.

@@ -61,6 +61,11 @@ class Job(ABC):
         self.report: Report | None = None
 
     @property
+    def leads(self) -> bool:
+        """Whether this process reports for all processes that share the conversion."""
+        return True
+
+    @property
     def data_observers(self) -> dict[str, Observer]:
         """The observers of weights that need data, by tensor name."""
         return {name: observer for name, observer in self.observers.items() if observer.needs_data}

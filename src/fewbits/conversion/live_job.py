@@ -100,10 +100,12 @@ class LiveJob(Job):
         """Convert every tensor that an earlier call has not converted in place."""
         if output is not None:
             raise ArgumentError("output= goes with a path; a result in memory is returned, and written by save(path)")
-        if self._blocks is not None and self._done and self.source.inplace:
-            raise CalibrationError(f"the model is quantized in part, and cannot show float inputs again; {_WAY_BACK}")
-        if self._blocks is not None and not self._blocks.has_data:
-            raise CalibrationError(f"{self.rounding!r} needs data; call observe(batches), or pass data=")
+        if self._blocks is not None:
+            if self._done and self.source.inplace:
+                raise CalibrationError(
+                    f"the model is quantized in part, and cannot show float inputs again; {_WAY_BACK}"
+                )
+            self._blocks.check_data(self.rounding)
         if unseen := self._watch.unseen():
             raise CalibrationError(
                 f"no data for {', '.join(unseen)}, whose observers need some; call observe(batches) with inputs that "

@@ -1,4 +1,4 @@
-"""What a validation runs, and what follows from its report: events, errors, warnings."""
+"""Before a validation: check its arguments. After it: emit events, and raise or warn of failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluation_of(
     metrics: Sequence[str] | None,
     limits: Mapping[str, float] | None,
 ) -> Evaluation | None:
-    """Say what to run.
+    """Make an evaluation from arguments; None without data.
 
     Raises:
         ArgumentError: if there are settings and no data.

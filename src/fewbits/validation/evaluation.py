@@ -34,14 +34,14 @@ _NAMES = ("logits", "sentence_embedding", "last_hidden_state")
 
 @attrs.frozen(eq=False)
 class Evaluation:
-    """What `validate` runs through the float model and the quantized model.
+    """A comparison of the outputs of the float model and of the quantized model.
 
     Attributes:
         data: the batches.
         forward: runs one batch, ``forward(model, batch)``; None feeds it as `observe` does.
         metrics: the names of the metrics; None chooses by the output: "kl" and "top1" for logits, otherwise "cosine"
             and "sqnr".
-        limits: how bad a metric may be, by name: the most for "kl" and "perplexity", the least for the others.
+        limits: the worst figure that passes, by metric: the most for "kl" and "perplexity", the least for the others.
 
     Raises:
         ArgumentError: for an unknown metric, or a limit that is not a number.
