@@ -152,6 +152,13 @@ def test_an_unknown_setting_is_refused_with_the_nearest_and_all_settings(scheme,
     assert f"there is no setting {wrong!r}{hint}; there are scheme, group_size, symmetric" in str(caught.value)
 
 
+def test_a_misspelled_argument_of_plan_is_refused_with_the_nearest_of_plan():
+    with pytest.raises(ArgumentError, match=r"no setting 'ouput' \(did you mean 'output'\?\)"):
+        fewbits.plan(mlp(), "int8", ouput="out")
+    with pytest.raises(ArgumentError, match=r"no setting 'inplace'; there are"):
+        fewbits.plan(mlp(), "int8", inplace=True)
+
+
 def test_settings_reach_the_scheme():
     result = fewbits.quantize(mlp(), "int4", group_size=8, symmetric=False, scale_dtype=torch.float16)
     spec = result.ledger["0.weight"].spec

@@ -15,7 +15,9 @@ from torch import nn
 
 import fewbits
 from fewbits import Int8PerChannel, LayerSelector, State, Step
-from fewbits.calibration import running as calibration
+from fewbits.calibration.batches import samples_in
+from fewbits.calibration.running import run
+from fewbits.calibration.watch import InputWatch
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.extend import Observed
 from support.lifecycle_helpers import Watcher, mlp
@@ -191,7 +193,7 @@ def counting(sizes, taken):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40) | st.none())
 def test_it_stops_with_the_batch_that_reaches_the_samples(sizes, samples):
     taken = []
-    observed = calibration.run(nn.Identity(), counting(sizes, taken), samples=samples)
+    observed = run(nn.Identity(), counting(sizes, taken), samples=samples)
     sums = list(itertools.accumulate(sizes))
     needed = next((index for index, total in enumerate(sums, 1) if samples and total >= samples), len(sizes))
     assert taken == sizes[:needed]
@@ -201,12 +203,12 @@ def test_it_stops_with_the_batch_that_reaches_the_samples(sizes, samples):
 
 def test_an_endless_loader_stops_at_150_samples():
     endless = (torch.ones(4, 2) for _ in itertools.count())
-    assert calibration.run(nn.Identity(), endless) == Observed(152, 38, more=None)
+    assert run(nn.Identity(), endless) == Observed(152, 38, more=None)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40) | st.none())
 def test_observe_knows_whether_data_is_left_of_a_source_with_a_length(sizes, samples):
-    observed = calibration.run(nn.Identity(), Sized(sizes), samples=samples)
+    observed = run(nn.Identity(), Sized(sizes), samples=samples)
     assert observed.samples == sum(sizes[: observed.batches])
     assert observed.more is (observed.batches < len(sizes))
 
@@ -286,14 +288,14 @@ def test_a_layer_sees_more_than_150_rows_only_if_asked_to():
     ],
 )
 def test_samples_are_counted_along_the_first_axis_of_the_first_tensor(batch, samples):
-    assert calibration.samples_in(batch) == samples
-    assert calibration.run(nn.Identity(), [batch, X], forward=lambda m, b: None) == Observed(samples + 2, 2)
+    assert samples_in(batch) == samples
+    assert run(nn.Identity(), [batch, X], forward=lambda m, b: None) == Observed(samples + 2, 2)
 
 
 @pytest.mark.parametrize("samples", [0, -1, 1.5, True, "all", math.inf])
 def test_samples_that_cannot_be_counted_are_refused(samples):
     with pytest.raises(ArgumentError, match="samples must be an integer from 1 up, or None"):
-        calibration.run(nn.Identity(), [X], samples=samples)
+        run(nn.Identity(), [X], samples=samples)
 
 
 @pytest.mark.parametrize("batches", [X, torch.tensor(1.0), {"input": X}, {}, UserDict(input=X)])
@@ -307,7 +309,7 @@ def test_a_single_batch_instead_of_an_iterable_is_refused(batches):
 @pytest.mark.parametrize("batches", [None, 5, object()])
 def test_an_object_that_cannot_be_iterated_is_refused(batches):
     with pytest.raises(CalibrationError, match=f"such as a list or a DataLoader, not {type(batches).__name__}"):
-        calibration.run(nn.Identity(), batches)
+        run(nn.Identity(), batches)
 
 
 def test_an_object_that_can_only_be_indexed_is_iterated():
@@ -315,7 +317,7 @@ def test_an_object_that_can_only_be_indexed_is_iterated():
         def __getitem__(self, index):
             return [X, X][index]
 
-    assert calibration.run(nn.Identity(), Rows()) == Observed(4, 2)
+    assert run(nn.Identity(), Rows()) == Observed(4, 2)
 
 
 def test_batches_are_freed():
@@ -339,7 +341,7 @@ def test_batches_are_freed():
 
 def steps_of(batches, **options):
     steps = []
-    calibration.run(nn.Identity(), batches, progress=steps.append, **options)
+    run(nn.Identity(), batches, progress=steps.append, **options)
     return steps
 
 
@@ -400,7 +402,7 @@ def test_an_error_of_the_user_s_forward_is_reported_as_such():
     with pytest.raises(
         CalibrationError, match=r"batch 1, of type Tensor.*KeyError: 'x'.*fed by your forward="
     ) as caught:
-        calibration.run(nn.Identity(), [X], forward=lambda m, batch: {}["x"])
+        run(nn.Identity(), [X], forward=lambda m, batch: {}["x"])
     assert isinstance(caught.value.__cause__, KeyError)
 
 
@@ -410,7 +412,7 @@ def test_an_interrupt_goes_through():
 
     model = nn.Identity().train()
     with pytest.raises(KeyboardInterrupt):
-        calibration.run(model, [X], forward=forward)
+        run(model, [X], forward=forward)
     assert model.training
     assert torch.is_grad_enabled()
 
@@ -436,7 +438,7 @@ class Recorder(Watcher):
 
 def test_inputs_that_are_not_floating_or_empty_are_not_shown():
     layer, observer = nn.Identity(), Recorder()
-    watch = calibration.InputWatch([("weight", layer, observer)])
+    watch = InputWatch([("weight", layer, observer)])
     for x in (torch.arange(3), torch.empty(0, 4), torch.ones(2, dtype=torch.bool), "text"):
         layer(x)
     assert observer.seen == []
@@ -455,7 +457,7 @@ def test_the_first_tensor_among_the_arguments_is_shown():
             return x
 
     layer, observer = Several(), Recorder()
-    calibration.InputWatch([("weight", layer, observer)])
+    InputWatch([("weight", layer, observer)])
     layer(None, X, mask=torch.zeros(1))
     layer(None, x=X, mask=torch.zeros(1))
     assert all(x is not X and torch.equal(x, X) for x in observer.seen)
@@ -489,7 +491,7 @@ def test_a_tokenizer_s_batches_are_fed_as_keyword_arguments():
     batch = transformers.BatchEncoding(
         {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
     )
-    assert calibration.samples_in(batch) == 2
+    assert samples_in(batch) == 2
     quantizer.observe([batch, batch])
     assert [tuple(x.shape) for x in recorder] == [(2, 3, 16)] * 2
 
@@ -497,7 +499,7 @@ def test_a_tokenizer_s_batches_are_fed_as_keyword_arguments():
 def test_a_loader_of_pairs_counts_its_samples():
     dataset = torch.utils.data.TensorDataset(torch.rand(60, 16), torch.arange(60))
     loader, steps = torch.utils.data.DataLoader(dataset, batch_size=25), []
-    assert calibration.run(mlp(), loader, progress=steps.append) == Observed(60, 3)
+    assert run(mlp(), loader, progress=steps.append) == Observed(60, 3)
     assert [(step.done, step.total) for step in steps] == [(25, 75), (50, 75), (60, 75), (60, 60)]
 
 

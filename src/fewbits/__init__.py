@@ -29,8 +29,9 @@ from fewbits.observers.percentile import PercentileObserver
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.lifecycle import State
 from fewbits.quantizers.schemes import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Step
+from fewbits.selection.row import LedgerRow
 from fewbits.selection.rules import Override
 from fewbits.selection.selector import LayerSelector
 from fewbits.validation.report import Report

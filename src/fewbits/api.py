@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,17 +11,17 @@ from torch import nn
 
 from fewbits.calibration.running import Forward
 from fewbits.calibration.tuning import Tuned, Tuning
-from fewbits.calibration.tuning import tune as tune_scales
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.checkpoint.shards import Shard
-from fewbits.config.config import RUN_SETTINGS, QuantizationConfig, check_settings
-from fewbits.conversion.file_tuning import FileTuning
+from fewbits.config.arguments import resolve_settings
+from fewbits.config.config import QuantizationConfig
+from fewbits.conversion.planned_tuning import PlannedTuning
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
-from fewbits.quantizers.schemes import SCHEMES
+from fewbits.quantizers.outcome import evaluation_of
 from fewbits.rounding.named import RoundingRecipe
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
@@ -41,9 +40,9 @@ class Result:
     Attributes:
         model: the quantized result, of the same kind as the source: a model, a mapping {name: Tensor or
             QuantizedTensor}, or the path of the output.
-        ledger: what happened to every tensor (quantized, cast, kept, ...), and why.
+        ledger: the fate of every tensor (quantized, cast, kept, ...), with the reason.
         report: the report of the validation; None with ``validate=False``.
-        tuned: what tuning did; None without ``tune=``.
+        tuned: the losses before and after tuning, and more; None without ``tune=``.
         quantizer: the quantizer. Unless ``inplace=True``, the quantizer keeps the float model or mapping in memory;
             ``quantizer.reset()`` releases it, and `save` no longer works then.
     """
@@ -95,8 +94,8 @@ def quantize(
     Args:
         source: an `nn.Module`, a state dict, or the path of a checkpoint: a safetensors file, one of `torch.save`, or a
             directory of either.
-        scheme: ``"int8"``, ``"int8-tensor"``, ``"int4"``, ``"fp16"``, or a new `Quantizer` with settings of its own.
-            Optional with a `config`.
+        scheme: a name in `fewbits.schemes.SCHEMES`, such as ``"int8"``, ``"int4"`` or ``"nf4"``, or a new `Quantizer`
+            with settings of its own. Optional with a `config`.
         entry: the name of the state dict in a mapping, or a file of `torch.save`, that holds more than that, as a
             training checkpoint does; ``"a.b"`` names an entry within an entry.
         config: settings. A setting that is also an argument is replaced, not merged.
@@ -115,8 +114,8 @@ def quantize(
         validate: check the result.
         evaluate: batches on which the validation compares the outputs of the float model and of the quantized one;
             other batches than `data`. See `Quantizer.validate`.
-        metrics: what to compare, such as ``["kl", "top1"]``; see `Quantizer.validate`.
-        limits: figures of metrics beyond which the validation fails, such as ``{"kl": 0.1}``.
+        metrics: the figures to compare by, such as ``["kl", "top1"]``; see `Quantizer.validate`.
+        limits: the worst figures with which the validation passes, such as ``{"kl": 0.1}``.
         compute: how the layers of a model may compute; see `set_compute`.
         observer: picks the scales of weights: a name or a table as in the config, or an observer.
         rounding: picks the codes: a name or a table as in the config, or a strategy.
@@ -130,25 +129,26 @@ def quantize(
         ArgumentError: for an unknown scheme or setting, or arguments that contradict each other.
         FewbitsError: the errors of the steps; see `Quantizer`.
     """
-    if not validate and evaluate is not None:
-        raise ArgumentError("evaluate= is a part of the validation, which validate=False turns off")
     if evaluate is not None:
-        checked_model(source, inplace=inplace)  # before a long conversion
+        if not validate:
+            raise ArgumentError("evaluate= is a part of the validation, which validate=False turns off")
+        checked_model(source, inplace=inplace)
+    evaluation_of(evaluate, None, metrics, limits)  # refuses settings before a long conversion
     settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
-    config, quantizer = resolve_settings(scheme, config, settings)
-    tuning = None if tune is None else _checked_tuning(tune, source if model is None else model, data, inplace=inplace)
-    planned = FileTuning(tuning, data or (), forward, config.samples) if tuning is not None and model else None
-    quantizer.prepare(source, inplace=inplace, entry=entry, model=model, tuning=planned)
-    tuned = None
+    config, quantizer = resolve_settings(scheme, config, settings, quantize)
+    tuning = None
+    if tune is not None:
+        float_model = source if model is None else model
+        tuning = PlannedTuning.of(tune, float_model, data, forward, config.samples, inplace=inplace)
+    quantizer.prepare(source, inplace=inplace, entry=entry, model=model, tuning=None if model is None else tuning)
     try:
         if data is not None:
             quantizer.observe(data, forward=forward, samples=config.samples, spill=spill, progress=progress)
         compare = None if validate else False
         result = quantizer.convert(output=output, compare=compare, compute=compute, progress=progress)
-        if tuning is not None and isinstance(source, nn.Module):
-            settings = attrs.asdict(tuning, recurse=False) | {"samples": config.samples, "progress": progress}
-            tuned = tune_scales(result, source, data or (), forward=forward, **settings)
+        if tuning is not None and model is None:
+            tuning.run(result, progress)
         report = None
         if validate:
             report = quantizer.validate(
@@ -164,25 +164,7 @@ def quantize(
         if quantizer is not scheme:  # the caller has no quantizer to take the hooks off the model
             quantizer.reset()
         raise
-    return Result(result, quantizer.ledger, report, quantizer, tuned if planned is None else planned.result)
-
-
-def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace: bool) -> Tuning:
-    """Return the settings of tuning, if there is all that it needs.
-
-    Raises:
-        ArgumentError: with what is missing.
-    """
-    tuning = Tuning.of(tune)
-    if not isinstance(source, nn.Module):
-        raise ArgumentError("tune= needs a model: a state dict or a file has no forward; a file may come with model=")
-    if inplace:
-        raise ArgumentError("tune= needs the float model beside the quantized one, and inplace=True replaces it")
-    if data is None:
-        raise ArgumentError("tune= needs data=, batches for the model")
-    if isinstance(data, Iterator):
-        raise ArgumentError("tune= reads the data more than once; pass a list or a DataLoader, not an iterator")
-    return tuning
+    return Result(result, quantizer.ledger, report, quantizer, None if tuning is None else tuning.result)
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -230,7 +212,7 @@ def plan(
     Raises:
         FewbitsError: the errors that `quantize` would raise before it reads a weight.
     """
-    _, quantizer = resolve_settings(scheme, config, settings)
+    _, quantizer = resolve_settings(scheme, config, settings, plan)
     quantizer.prepare(source, entry=entry, model=model)
     try:
         shards: tuple[Shard, ...] = ()
@@ -273,66 +255,3 @@ def verify(
         raise ArgumentError(f"entry={entry!r} is an entry of the source; pass the source too: against=, or --against")
     source = None if against is None else open_source(against, entry=entry)
     return verify_file(path, source, serializer=serializer, fail_under=fail_under, progress=progress)
-
-
-def resolve_settings(
-    scheme: str | Quantizer | None, config: QuantizationConfig | None, settings: Mapping[str, Any]
-) -> tuple[QuantizationConfig, Quantizer]:
-    """Merge arguments like those of `quantize`.
-
-    Args:
-        scheme: the name of a scheme, or a quantizer; None takes the scheme of `config`.
-        config: settings, which arguments replace.
-        settings: observers, a selector, a serializer, and all other settings, as in `quantize`. None leaves the choice
-            of an observer, a selector or a serializer to the config.
-
-    Returns:
-        the merged settings, and the quantizer.
-
-    Raises:
-        ArgumentError: as `quantize` does.
-    """
-    if config is not None and not isinstance(config, QuantizationConfig):
-        raise ArgumentError(
-            f"config must be a QuantizationConfig, not {config!r}; QuantizationConfig.from_file(path) and "
-            "QuantizationConfig.from_dict(settings) make one"
-        )
-    strategies = {name: value for name, value in settings.items() if name in STRATEGIES and value is not None}
-    plain = {name: value for name, value in settings.items() if name not in STRATEGIES}
-    check_settings(plain, also=_ARGUMENTS)
-    if isinstance(scheme, Quantizer):
-        return _run_settings(scheme, config, plain | strategies), scheme
-    config = _merged(scheme, config, plain)
-    return config, config.quantizer(**strategies)
-
-
-def _merged(scheme: object, config: QuantizationConfig | None, settings: dict[str, Any]) -> QuantizationConfig:
-    if isinstance(scheme, type) and issubclass(scheme, Quantizer):
-        raise ArgumentError(f"scheme is the class {scheme.__name__}; pass an instance, {scheme.__name__}()")
-    if scheme is None and config is None:
-        raise ArgumentError(f"give a scheme or a config; the schemes are {', '.join(map(repr, SCHEMES))}")
-    if scheme is not None:
-        settings = {"scheme": scheme, **settings}
-    return QuantizationConfig(**settings) if config is None else config.replace(**settings)
-
-
-def _run_settings(
-    quantizer: Quantizer, config: QuantizationConfig | None, settings: dict[str, Any]
-) -> QuantizationConfig:
-    """The settings of the run; all others belong to the quantizer."""
-    config = config or QuantizationConfig()
-    foreign = [name for name in dict.fromkeys([*settings, *config.changed()]) if name not in RUN_SETTINGS]
-    if foreign:
-        cls = type(quantizer).__name__
-        raise ArgumentError(
-            f"{', '.join(foreign)}: pass these to the quantizer, {cls}(...), and rules to its selector, "
-            f"{cls}(selector=LayerSelector(...))"
-        )
-    return config.replace(**settings)
-
-
-#: Settings that a config cannot hold, or may be given as objects.
-STRATEGIES = frozenset({"observer", "rounding", "activation_observer", "selector", "serializer"})
-
-#: The names of the arguments of `quantize`, to suggest one for a misspelled setting.
-_ARGUMENTS = [*inspect.signature(quantize).parameters][:-1]

@@ -3,7 +3,7 @@
 To write a scheme, subclass `fewbits.Quantizer`. This module has the other base classes, and the values they exchange.
 """
 
-from fewbits.calibration.running import Observed
+from fewbits.calibration.batches import Observed
 from fewbits.calibration.tuning import Tuned, Tuning
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import (

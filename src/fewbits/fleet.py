@@ -10,8 +10,9 @@ from typing import Any
 
 import attrs
 
-from fewbits.api import Result, resolve_settings
+from fewbits.api import Result
 from fewbits.checkpoint.output import Output
+from fewbits.config.arguments import resolve_settings
 from fewbits.config.config import QuantizationConfig
 from fewbits.conversion.coordinator import Coordinator
 from fewbits.conversion.file_writer import Share
@@ -63,7 +64,7 @@ class FleetRun:
         output = Output.of(output)
         if output.distributed:
             raise ArgumentError("distributed=True is for the ranks of torch.distributed; a FleetRun does not need it")
-        self._config, self._quantizer = resolve_settings(scheme, config, settings)
+        self._config, self._quantizer = resolve_settings(scheme, config, settings, FleetRun)
         # A worker may run in another directory.
         self._source = os.path.abspath(source)
         self._output = attrs.evolve(output, path=Path(os.path.abspath(output.path)))

@@ -12,7 +12,8 @@ import fewbits
 from case import Case, Item
 from fewbits.checkpoint.codec import CODEC
 from fewbits.checkpoint.metadata import Metadata
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 from support.checkpoints import DTYPE_NAMES, joined
 from targets import run
 

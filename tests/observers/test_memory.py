@@ -10,16 +10,17 @@ SCRIPT = """
 import sys
 import torch
 from torch import nn
-from fewbits.calibration import running as calibration
+from fewbits.calibration.running import run
+from fewbits.calibration.watch import InputWatch
 from fewbits.numerics.spec import INPUT_SPEC
 from fewbits.observers import OBSERVERS
 
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
 observers = [cls() for cls in OBSERVERS.values()]
-watch = calibration.InputWatch([(f"{i}.weight", model[i], observer) for i in (0, 2) for observer in observers])
+watch = InputWatch([(f"{i}.weight", model[i], observer) for i in (0, 2) for observer in observers])
 batches = (torch.randn(64, 1024) for _ in range(int(sys.argv[1])))
-print(calibration.run(model, batches, samples=None).samples)
+print(run(model, batches, samples=None).samples)
 for observer in observers:
     observer.input_params(INPUT_SPEC)
 status = open("/proc/self/status").read()

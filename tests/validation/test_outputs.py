@@ -225,7 +225,7 @@ def test_perplexity_without_tokens_says_what_it_needs(batch):
         (inputs(1)[0], "a single Tensor is one batch"),
         ({"x": inputs(1)[0]}, "a single dict is one batch"),
         (7, "batches must be an iterable"),
-        ([], "the data to validate on has no batch"),
+        ([], "the data has no batch"),
         (["text"], "a batch of type str cannot be fed by default"),
         ([torch.zeros(2, 5)], "batch 1, of type Tensor, made Blocks fail with RuntimeError"),
     ],
@@ -257,6 +257,23 @@ def test_unknown_metrics_and_limits_are_refused(settings, said):
 def test_settings_of_a_comparison_need_data(setting):
     with pytest.raises(ArgumentError, match=f"{next(iter(setting))} without data"):
         converted(blocks()).validate(**setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"evaluate": inputs(), "metrics": ["kld"]}, "did you mean 'kl'"),
+        ({"evaluate": inputs(), "limits": {"kl": "low"}}, "the limit of kl must be a number"),
+        ({"metrics": ["kl"]}, "metrics without data"),
+        ({"limits": {"kl": 1}, "validate": False}, "limits without data"),
+    ],
+)
+def test_quantize_refuses_settings_of_a_comparison_before_it_converts(settings, said):
+    def converted(step):
+        raise StopIteration(step)
+
+    with pytest.raises(ArgumentError, match=said):
+        fewbits.quantize(blocks(), "int8", progress=converted, **settings)
 
 
 def test_without_a_float_model_the_error_names_the_way_out(tmp_path):

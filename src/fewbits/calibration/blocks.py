@@ -98,7 +98,7 @@ class BlockCalibration:
 
         Args:
             forward: runs one batch.
-            paused: makes a context for a run of the first batch in which nothing else must observe the batch.
+            paused: makes a context without other observers, for an additional run of the first batch.
         """
 
         def observe(model: nn.Module, batch: Any) -> None:
@@ -137,10 +137,17 @@ class BlockCalibration:
         """Whether `find_blocks` has found the blocks."""
         return self._chains is not None
 
-    @property
-    def has_data(self) -> bool:
-        """Whether any batch was observed."""
-        return any(self._hidden)
+    def check_data(self, rounding: object) -> None:
+        """Refuse to go on without data.
+
+        Args:
+            rounding: the strategy that needs it.
+
+        Raises:
+            CalibrationError: if no batch was observed.
+        """
+        if not any(self._hidden):
+            raise CalibrationError(f"{rounding!r} needs data; call observe(batches), or pass data=")
 
     def find_blocks(self, run: Callable[[], object]) -> None:
         """Find the chains of blocks, from one batch. `observe` needs them.

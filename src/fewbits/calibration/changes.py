@@ -1,4 +1,4 @@
-"""Changes that tuning makes to a model: all of them or none. Also: parameters that gradients reach meanwhile."""
+"""Collect the changes that tuning makes to a model, and make all of them or none."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class FreedParameter:
         return Change(parameter, partial(_set_data, parameter, values), partial(_set_data, parameter, self.original))
 
     def update(self) -> None:
-        """Round `latent` to the parameter."""
+        """Write `latent` to the parameter, rounded to its dtype."""
         self.parameter.data.copy_(self.latent)
 
 
@@ -93,9 +93,9 @@ def _set_data(parameter: nn.Parameter, values: Tensor) -> None:
 
 @contextmanager
 def freed(model: nn.Module, chosen: Sequence[nn.Parameter]) -> Iterator[list[FreedParameter]]:
-    """Let gradients reach the chosen parameters of a model, and no others, inside the block.
+    """Turn on the gradients of the chosen parameters of a model, and turn off all others, inside the block.
 
-    Afterwards all parameters have their values, flags and gradients from before.
+    Afterwards all parameters have their old values, flags and gradients.
     """
     before = [(parameter, parameter.data, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbits._events import emit
+from fewbits.calibration.batches import samples_in
 from fewbits.calibration.changes import Change, FreedParameter
 from fewbits.calibration.factors import ScaledWeight
 from fewbits.calibration.losses import Loss, default_loss, loss_of
-from fewbits.calibration.running import Forward, run_one, samples_in
+from fewbits.calibration.running import Forward, run_one
 from fewbits.errors import CalibrationError, NonFiniteError
 from fewbits.selection.progress import Progress, Step
 
@@ -31,7 +32,7 @@ class Check:
 
     Attributes:
         step: how many batches the model was trained on.
-        held_out: the loss, with the scales as they are stored.
+        held_out: the loss, measured with scales in their stored dtype.
     """
 
     step: int
@@ -91,11 +92,11 @@ class Descent:
         comparison: gives the loss.
         weights: the weights whose scales are tuned.
         parameters: the parameters that are tuned.
-        held_out: the batches that decide which state is kept.
+        held_out: the batches to measure on.
 
     Attributes:
-        checks: the measurements so far; the first is that of the state before.
-        best: the measurement of the state that is kept.
+        checks: the measurements so far; the first is of the state before training.
+        best: the measurement with the least loss; its state is kept.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class Descent:
             self.best, self._state = found, [tensor.detach().clone() for tensor in self._tensors]
 
     def changes(self) -> list[Change]:
-        """Return the changes that lead to the best state."""
+        """Go to the best state, and return the changes from the state before training."""
         self._restore()
         found = [weight.change() for weight in self._weights] + [part.change() for part in self._parameters]
         return [change for change in found if change is not None]
@@ -190,7 +191,7 @@ def _backward(loss: Tensor) -> None:
 
 
 def _ordered(batches: Sequence[Numbered], epochs: int) -> Iterator[Numbered]:
-    """Yield all batches in each epoch, in an order that depends on nothing but their number."""
+    """Yield all batches in each epoch, in an order that depends only on the number of batches."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
         for at in torch.randperm(len(batches), generator=generator).tolist():

@@ -1,4 +1,4 @@
-"""Factors on the scales of a weight, which gradients reach while the codes stay as they are."""
+"""Multiply the scales of weights by factors that can be trained. The codes do not change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fewbits.numerics.tensor import QuantizedTensor, narrow
 
 
 class ScaledWeight(StoredWeight):
-    """Stands in for a packed weight: its scales are multiplied by factors, and rounded as they will be stored.
+    """Stands in for a packed weight. Its scales are multiplied by factors, then rounded to their stored dtype.
 
     The gradient of the logarithm of a factor is the sum of ``weight * gradient of the weight`` over the elements that
     the factor scales. Rounding counts as the identity.
@@ -61,12 +61,12 @@ class ScaledWeight(StoredWeight):
         return self.by_scale
 
     def params(self) -> QuantParams:
-        """Return the scales times their factors, as they are stored, and the zero points."""
+        """Return the zero points, and the scales times their factors, rounded to their stored dtype."""
         by_scale = torch.zeros(()) if self.by_scale is None else self.by_scale.detach()
         return rescaled(self._stored(), self.by_row.detach(), by_scale, self.spec)
 
     def change(self) -> Change | None:
-        """Return how to write the scales into the packed weight; None if they are as before."""
+        """Return the change of the packed weight; None if no scale has changed."""
         params, before = self.params(), self._stored()
         if torch.equal(params.scale, before.scale):
             return None
@@ -118,7 +118,7 @@ class ScaledWeight(StoredWeight):
 
 
 class _Decoded(torch.autograd.Function):
-    """Decodes a weight. Its gradient is reduced to that of the factors at once, so no gradient of a weight is kept."""
+    """Decodes a weight. The backward pass computes the gradients of the factors, and keeps none of the weight."""
 
     @staticmethod
     def forward(ctx: Any, by_row: Tensor, by_scale: Tensor, weight: ScaledWeight, dtype: torch.dtype) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fewbits.calibration.outputs import counted, floating, kl_divergence, named
 from fewbits.errors import ArgumentError, CalibrationError
 
 #: A loss of the user's own: ``loss(output, reference_output)``, a tensor of one element.
@@ -30,8 +31,7 @@ def _kl(output: Tensor, reference: Tensor) -> Tensor:
 
 
 def _kl_sum(output: Tensor, reference: Tensor) -> Tensor:
-    expected = torch.log_softmax(reference.float(), -1)
-    return (expected.exp() * (expected - torch.log_softmax(output.float(), -1))).sum()
+    return kl_divergence(reference.float(), output.float()).sum()
 
 
 def _mse(output: Tensor, reference: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def check_loss(loss: Loss | None) -> None:
     """Refuse a loss that is neither a name nor a function.
 
     Raises:
-        ArgumentError: with the names that there are.
+        ArgumentError: with all names.
     """
     if loss is not None and not callable(loss) and loss not in LOSSES:
         names = ", ".join(map(repr, LOSSES))
@@ -77,7 +77,7 @@ def loss_of(loss: Loss, output: Any, reference: Any, batch: Any) -> Tensor:
             compare all floating tensors of the output, and give their mean.
         output: the output of the quantized model.
         reference: the output of the float model.
-        batch: what both models got. Positions that its ``attention_mask`` leaves out do not count.
+        batch: the input of both models. Positions outside its ``attention_mask`` do not count.
 
     Returns:
         a tensor without axes.
@@ -93,10 +93,10 @@ def loss_of(loss: Loss, output: Any, reference: Any, batch: Any) -> Tensor:
             f"the outputs of the two models cannot be compared: {_shapes(ours)} from the quantized model, "
             f"{_shapes(theirs)} from the reference; give the float model that it was made from, or a loss= of your own"
         )
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    compare = _COMPARED[loss]
-    pairs = zip(ours, theirs, strict=True)
-    losses = [compare(_counted(a, mask), _counted(b.to(a.device), mask)) for a, b in pairs]
+    losses = []
+    for own, other in zip(ours, theirs, strict=True):
+        where = counted(batch, own)
+        losses.append(_COMPARED[loss](own[where], other.to(own.device)[where]))
     return torch.stack(losses).mean()
 
 
@@ -110,32 +110,15 @@ def _checked(found: object) -> Tensor:
 def _compared(loss: str, output: Any) -> list[Tensor]:
     """Return the tensors of an output that a loss compares."""
     if loss != "kl":
-        return list(_floating(output))
+        return list(floating(output))
     logits = _logits(output)
-    found = _floating(output) if logits is None else iter([logits])
-    return [tensor for tensor in [next(found, None)] if tensor is not None and tensor.dim()]
+    found = next(floating(output), None) if logits is None else logits
+    return [] if found is None or not found.dim() else [found]
 
 
 def _logits(output: Any) -> Tensor | None:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) and found.is_floating_point() else None
-
-
-def _floating(output: Any) -> Iterator[Tensor]:
-    """Yield the floating tensors in tensors, mappings, tuples and lists."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, (Mapping, tuple, list)):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _floating(part)
-
-
-def _counted(tensor: Tensor, mask: Any) -> Tensor:
-    """Select the positions that a mask counts, if the tensor has the axes of the mask and more."""
-    if isinstance(mask, Tensor) and tensor.dim() > mask.dim() and tensor.shape[: mask.dim()] == mask.shape:
-        return tensor[mask.to(tensor.device).bool()]
-    return tensor
+    found = named(output, "logits")
+    return found if found is not None and found.is_floating_point() else None
 
 
 def _shapes(tensors: list[Tensor]) -> str:

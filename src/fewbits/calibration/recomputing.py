@@ -33,7 +33,7 @@ def checkpointed(model: nn.Module, run: Callable[[], object]) -> Iterator[None]:
 
 
 def _restore_forward(block: nn.Module, own: Callable[..., Any] | None) -> None:
-    """Give a block the forward of its class again, or the one that was set on the instance."""
+    """Put back the forward that a block had before: its own, or that of its class."""
     del block.__dict__["forward"]
     if own is not None:
         block.__dict__["forward"] = own

@@ -19,7 +19,7 @@ from fewbits.numerics.tensor import in_memory, tensor_bytes
 
 @attrs.frozen
 class _Place:
-    """Where a file holds a tensor, and what the tensor looks like."""
+    """The place of a tensor in a file, and its shape, dtype and device."""
 
     start: int
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class _SpillFile:
         weakref.finalize(self, self._file.close)
 
     def write(self, tensor: Tensor, start: int) -> _Place:
-        plain = in_memory(tensor.detach())  # perhaps a copy, which has to live as long as its bytes are read
+        plain = in_memory(tensor.detach())  # keep it: it may be a copy, and must live until its bytes are written
         left = tensor_bytes(plain)
         try:
             self._file.seek(start)

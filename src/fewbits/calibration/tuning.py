@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from fewbits._events import emit
+from fewbits.calibration.batches import SAMPLES, taken
 from fewbits.calibration.changes import freed, write
 from fewbits.calibration.descent import Check, Comparison, Descent, Numbered
 from fewbits.calibration.factors import standing_in
 from fewbits.calibration.losses import Loss, check_loss
 from fewbits.calibration.recomputing import checkpointed
 from fewbits.calibration.replay import without_shortcuts
-from fewbits.calibration.running import SAMPLES, Forward, evaluating, taken
+from fewbits.calibration.running import Forward, evaluating
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import stored_weights
@@ -58,14 +59,14 @@ class Tuning:
 
     Args:
         epochs: how often each batch is trained on.
-        loss: ``"kl"``, the KL divergence of the distributions that logits stand for; ``"mse"``, the mean square of the
+        loss: ``"kl"``, the KL divergence of the distributions that logits give; ``"mse"``, the mean square of the
             difference; ``"cosine"``, one minus the cosine of vectors; or a function of the output and the reference's
-            output that returns a tensor of one element. None is "kl" if the output has ``logits``, otherwise "mse".
-        held_out: batches that decide which state is kept, best of another kind than the data; None holds out one batch
-            in eight of the data.
-        what: ``"scales"``; ``"biases"``, those of modules with quantized weights; ``"norms"``, the parameters of
-            modules whose class has "norm" in its name.
-        learning_rate: the largest step of a logarithm of a scale, at the start; it falls to zero along a cosine.
+            output that returns a tensor of one element. None means "kl" for an output with ``logits``, else "mse".
+        held_out: batches to measure on; the state with the least loss is kept. Batches of another kind than the data
+            are best. None holds out one batch in eight of the data.
+        what: ``"scales"``; ``"biases"`` of modules with quantized weights; ``"norms"``, the parameters of modules whose
+            class has "norm" in its name.
+        learning_rate: the size of the first step, in logarithms of scales; later steps fall to zero along a cosine.
 
     Raises:
         ArgumentError: for another value.
@@ -152,9 +153,9 @@ def tune(
         forward: runs one batch, ``forward(model, batch)``, and returns the output.
         epochs: as in `fewbits.extend.Tuning`, like the next four.
         loss: the loss to reduce.
-        held_out: the batches that decide which state is kept.
-        what: what to tune.
-        learning_rate: the largest step.
+        held_out: the batches to measure on.
+        what: the tensors to tune.
+        learning_rate: the size of the first step.
         samples: take this many samples of the data; None takes all of it.
         progress: called after every batch.
 
@@ -194,10 +195,10 @@ def tune(
 
 
 def _check_models(quantized: object, reference: object) -> None:
-    """Refuse what is not a quantized model and its float model.
+    """Refuse anything but a quantized model and its float model.
 
     Raises:
-        ArgumentError: with what to pass.
+        ArgumentError: if a model is missing, or is not of its kind.
     """
     if not isinstance(quantized, nn.Module) or not isinstance(reference, nn.Module):
         raise ArgumentError(

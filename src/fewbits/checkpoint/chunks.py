@@ -9,7 +9,7 @@ import attrs
 
 from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.spec import QuantSpec
-from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.row import LedgerRow
 
 #: Elements of a chunk: enough to make the overhead of a chunk negligible.
 CHUNK_ELEMENTS = 1 << 22

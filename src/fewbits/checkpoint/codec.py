@@ -16,7 +16,7 @@ from fewbits.numerics.layout import Layout
 from fewbits.numerics.parts import check_shape_part, part_shapes, shape_part
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.row import LedgerRow
 
 #: The stored form of one tensor.
 Value = QuantizedTensor | Tensor

@@ -23,7 +23,7 @@ from fewbits.nn.packed import PackedWeight, store
 from fewbits.nn.swap import attach, attached
 from fewbits.nn.walk import Slot, deep_copy, slots
 from fewbits.numerics.tensor import same_bits
-from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.row import LedgerRow
 
 #: A device, as torch takes it.
 Device = str | torch.device | int

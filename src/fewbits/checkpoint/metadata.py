@@ -18,7 +18,8 @@ from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import ArgumentError, DigestError, FewbitsError, FormatError
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 #: The version of the format that is written, and the only one that is read so far.
 FORMAT_VERSION = 1

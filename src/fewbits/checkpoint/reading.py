@@ -22,7 +22,8 @@ from fewbits.numerics.params import are_sound
 from fewbits.numerics.parts import check_input_scale, check_shape_part
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 Check = Literal["digests", "header"]
 

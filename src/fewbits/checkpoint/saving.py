@@ -24,7 +24,8 @@ from fewbits.errors import FormatError
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
 from fewbits.numerics.tensor import QuantizedTensor, in_memory, tensor_bytes
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):

@@ -17,7 +17,8 @@ import attrs
 
 from fewbits.checkpoint.metadata import FORMAT_VERSION, VERSION_KEY, stored_entries
 from fewbits.checkpoint.raw import write_durably
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 #: The stem of the names of tensor files in a directory, as loaders look for them.
 STEM = "model"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import attrs
 
-from fewbits.calibration.running import SAMPLES
+from fewbits.calibration.batches import SAMPLES
 from fewbits.config.reading import read
 from fewbits.config.values import (
     Table,

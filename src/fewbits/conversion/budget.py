@@ -18,7 +18,8 @@ from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import BLOCK_ELEMENTS
 from fewbits.numerics.spec import QuantSpec
 from fewbits.observers.base import Observer
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 #: Bytes for further threads, file buffers, and torch's allocations on first use.
 _FIXED = 112 << 20

@@ -1,4 +1,4 @@
-"""`DataEffects`: what the data of a rounding strategy has changed."""
+"""`DataEffects`: records the effect of data on the codes of a rounding strategy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fewbits.selection.ledger import Ledger
 
 
 class DataEffects:
-    """Records the output error of each weight that saw data, and tells if the data has changed nothing.
+    """Records the output error of each weight that saw data. Warns if the codes are those of rounding without data.
 
     Args:
         rounding: the strategy that picks the codes.
@@ -60,9 +60,10 @@ class DataEffects:
             self._alike = same_bits(attrs.evolve(value, spec=plain.spec, input_scale=None), plain)
 
     def output_sqnr_db(self, ledger: Ledger, value_of: Callable[[str], Value]) -> dict[str, float]:
-        """Return the SQNR of layers' outputs, in dB, by the names of weights that are as they were recorded.
+        """Return the SQNR of layers' outputs, in dB, by the names of their weights.
 
-        A tuned weight keeps the figure if its codes are as they were: tuning has changed its scales, by the outputs.
+        A weight that was changed after it was recorded is left out. A tuned weight keeps its figure, if its codes are
+        the same: tuning changes only scales, and makes outputs better.
 
         Args:
             ledger: the ledger of the result.
@@ -77,7 +78,7 @@ class DataEffects:
         return known
 
     def warn(self) -> None:
-        """Warn of data that has changed nothing."""
+        """Emit a warning and add a note if the data has changed no code."""
         if self._compared and self._alike:
             emit("warning", "same_as_nearest", rounding=repr(self._rounding), tensors=self._compared)
             self.notes.append(

@@ -21,8 +21,9 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.nearest import RoundToNearest
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
+from fewbits.selection.row import LedgerRow
 
 #: Makes the codes of one weight; see `fewbits.Quantizer.quantize_tensor`.
 QuantizeTensor = Callable[[WeightMatrix, QuantSpec, Observer], QuantizedTensor]
@@ -38,7 +39,7 @@ class TensorEncoder:
             `fewbits.conversion.recipe.described`.
         rounding: picks the codes.
         quantize_tensor: how the scheme makes codes, if it does not leave that to `rounding`.
-        inputs: all else that decides on the codes, as JSON, by its name in messages.
+        inputs: other things that decide on the codes, as JSON; the keys are their names in messages.
     """
 
     scheme: str
@@ -53,7 +54,7 @@ class TensorEncoder:
         return self.quantize_tensor is None
 
     def begin(self, folder: Path, progress: Progress) -> None:
-        """Do what takes more than one tensor at a time, before the first tensor is encoded.
+        """Do work on several tensors at once, before the first tensor is encoded.
 
         Args:
             folder: a folder for finished work, which a resumed run finds again.

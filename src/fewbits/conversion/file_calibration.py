@@ -15,9 +15,9 @@ from fewbits.calibration.blocks import BlockCalibration, Part
 from fewbits.calibration.running import Forward, default_forward
 from fewbits.checkpoint.codec import Value
 from fewbits.conversion.encoder import TensorEncoder, naming
-from fewbits.conversion.file_tuning import FileTuning
 from fewbits.conversion.job import warn_of_missing_data
 from fewbits.conversion.kept_parts import KeptParts
+from fewbits.conversion.planned_tuning import PlannedTuning
 from fewbits.conversion.recipe import described, fingerprint
 from fewbits.conversion.staging import INCOMPARABLE
 from fewbits.errors import ArgumentError, CalibrationError
@@ -26,14 +26,15 @@ from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, Step
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.file import FileSource
 from fewbits.sources.matching import matched_parameters
 
 
 class FileCalibration:
-    """Quantizes the weights of a checkpoint with what a model of the same weights shows of their inputs.
+    """Quantizes the weights of a checkpoint with statistics of their inputs, from a model with the same weights.
 
     Args:
         model: the model; it is not changed.
@@ -45,11 +46,12 @@ class FileCalibration:
 
     Attributes:
         values: the quantized tensors, by name; empty until `run`.
-        remarks: what the ledger has to say of them, by name.
+        remarks: remarks on them for the ledger, by name.
         tuned: the names of the tensors whose scales were tuned.
 
     Raises:
-        ArgumentError: if `rounding` needs no data, or two tensors of one parameter are cut into rows differently.
+        ArgumentError: if `rounding` needs no data, `tuning` asks for more than scales, or two tensors of one parameter
+            are cut into rows differently.
         MismatchError: naming the quantized tensors that are not exactly one parameter of the model.
     """
 
@@ -60,10 +62,12 @@ class FileCalibration:
         ledger: Ledger,
         observers: Mapping[str, Observer],
         rounding: Rounding,
-        tuning: FileTuning | None = None,
+        tuning: PlannedTuning | None = None,
     ) -> None:
         if rounding.needs == "nothing":
             raise ArgumentError(f"{rounding!r} looks at no data; leave out the model, or choose rounding='qronos'")
+        if tuning is not None:
+            tuning.check_for_file()
         self.model, self._source, self._observers, self._rounding = model, source, observers, rounding
         rows = [row for row in ledger.stored if isinstance(row.spec, QuantSpec)]
         names = matched_parameters(model, [row.name for row in rows], source.read)
@@ -108,20 +112,15 @@ class FileCalibration:
         )
 
     def check_data(self) -> None:
-        """Refuse to go on without data.
-
-        Raises:
-            CalibrationError: if no data was observed.
-        """
-        if not self._blocks.has_data:
-            raise CalibrationError(f"{self._rounding!r} needs data; call observe(batches), or pass data=")
+        """Refuse to go on without data, with a CalibrationError."""
+        self._blocks.check_data(self._rounding)
 
     def run(self, encoder: TensorEncoder, kept: KeptParts, progress: Progress) -> None:
         """Quantize the weights, block by block.
 
         Args:
             encoder: makes the codes.
-            kept: holds the parts that an earlier run has finished; new parts are added.
+            kept: holds the parts that an earlier run has finished, and takes new ones.
             progress: called before and after each weight.
         """
         self.values, self.remarks, self.tuned = {}, {}, []
@@ -145,13 +144,13 @@ class FileCalibration:
             self._tune(self._tuning, progress)
 
     def remarked(self, ledger: Ledger) -> Ledger:
-        """Return a ledger of some tensors with what became of them."""
+        """Return a ledger of some tensors, with remarks, and with tuned tensors marked."""
         return ledger.with_remarks(self.remarks).with_tuned([name for name in self.tuned if name in ledger])
 
-    def _tune(self, tuning: FileTuning, progress: Progress) -> None:
+    def _tune(self, tuning: PlannedTuning, progress: Progress) -> None:
         values = {name: self.values[rows[0].name] for name, rows in self._rows.items()}
         quantized = {name: value for name, value in values.items() if isinstance(value, QuantizedTensor)}
-        for name, value in tuning.run(self.model, quantized, progress).items():
+        for name, value in tuning.tuned_values(quantized, progress).items():
             for row in self._rows[name]:
                 self.values[row.name] = attrs.evolve(value, dtype=row.dtype)
                 self.tuned.append(row.name)
@@ -192,11 +191,11 @@ class CalibratedEncoder(TensorEncoder):
         return False
 
     def begin(self, folder: Path, progress: Progress) -> None:
-        """Run the calibration, or what an earlier run has left of it."""
+        """Run the calibration. An unfinished one continues after its last finished part."""
         self.calibration.run(self.plain, KeptParts(folder), progress)
 
     def remarked(self, ledger: Ledger) -> Ledger:
-        """Add what became of the tensors in the calibration."""
+        """Add remarks from the calibration, and mark tuned tensors."""
         return self.calibration.remarked(ledger)
 
     def encode(

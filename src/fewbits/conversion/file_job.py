@@ -20,9 +20,9 @@ from fewbits.conversion.budget import Budget, Demand, choose_budget
 from fewbits.conversion.coordinator import Coordinator, Written, convert_on_ranks
 from fewbits.conversion.encoder import TensorEncoder
 from fewbits.conversion.file_calibration import FileCalibration
-from fewbits.conversion.file_tuning import FileTuning
 from fewbits.conversion.file_writer import FileWriter, Share
 from fewbits.conversion.job import Job, measurements
+from fewbits.conversion.planned_tuning import PlannedTuning
 from fewbits.conversion.ranks import Group, Ranks
 from fewbits.conversion.staging import StagingDirectory
 from fewbits.conversion.streaming import Streaming
@@ -65,7 +65,7 @@ class FileJob(Job):
         activation_observer: Observer,
         rounding: Rounding,
         model: nn.Module | None = None,
-        tuning: FileTuning | None = None,
+        tuning: PlannedTuning | None = None,
     ) -> None:
         super().__init__(source, ledger, observer, activation_observer, rounding)
         self.refuse_calibration(even_rounding=model is None)
@@ -84,7 +84,7 @@ class FileJob(Job):
 
     @property
     def leads(self) -> bool:
-        """Whether this process reports for all ranks."""
+        """Whether this process reports for all processes that share the conversion."""
         return self._ranks.rank == 0
 
     def module(self) -> nn.Module | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from fewbits._events import emit
-from fewbits.calibration.running import Forward, Observed
+from fewbits.calibration.batches import Observed
+from fewbits.calibration.running import Forward
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.conversion.encoder import TensorEncoder
@@ -58,6 +59,11 @@ class Job(ABC):
         self.input_observers = {name: activation_observer.fresh() for name in static}
         self.observed: Observed | None = None
         self.report: Report | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process reports for all processes that share the conversion."""
+        return True
 
     @property
     def data_observers(self) -> dict[str, Observer]:

@@ -12,7 +12,8 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import save
 from fewbits.errors import CheckpointError
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 
 class KeptParts:

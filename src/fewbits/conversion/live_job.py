@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fewbits._events import emit
 from fewbits.calibration.blocks import BlockCalibration
-from fewbits.calibration.running import Forward, InputWatch, default_forward
+from fewbits.calibration.running import Forward, default_forward
+from fewbits.calibration.watch import InputWatch
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import value_digest
 from fewbits.checkpoint.metadata import Metadata
@@ -33,8 +34,9 @@ from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, followed
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.base import LiveSource, Target
 from fewbits.sources.module import ModuleSource
 from fewbits.validation.checks import Known, check_reload, examine
@@ -98,10 +100,12 @@ class LiveJob(Job):
         """Convert every tensor that an earlier call has not converted in place."""
         if output is not None:
             raise ArgumentError("output= goes with a path; a result in memory is returned, and written by save(path)")
-        if self._blocks is not None and self._done and self.source.inplace:
-            raise CalibrationError(f"the model is quantized in part, and cannot show float inputs again; {_WAY_BACK}")
-        if self._blocks is not None and not self._blocks.has_data:
-            raise CalibrationError(f"{self.rounding!r} needs data; call observe(batches), or pass data=")
+        if self._blocks is not None:
+            if self._done and self.source.inplace:
+                raise CalibrationError(
+                    f"the model is quantized in part, and cannot show float inputs again; {_WAY_BACK}"
+                )
+            self._blocks.check_data(self.rounding)
         if unseen := self._watch.unseen():
             raise CalibrationError(
                 f"no data for {', '.join(unseen)}, whose observers need some; call observe(batches) with inputs that "

@@ -25,7 +25,8 @@ from fewbits.numerics.quantize import check_chosen, check_finite
 from fewbits.numerics.scratch import Scratch, working_in
 from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.observers.base import Observer
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.file import FileSource
 
 _Made = TypeVar("_Made")

@@ -13,7 +13,8 @@ from typing import Any
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec
 from fewbits.selection.info import EMBEDDING_NAMES
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 #: Names of output layers. A checkpoint omits an output layer that is tied to the embedding. Readers would still expect
 #: codes for it, so the config must list it under ``ignore``.

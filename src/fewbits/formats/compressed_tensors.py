@@ -27,7 +27,8 @@ from fewbits.formats.compressed_parts import WeightReader, column_order, stated_
 from fewbits.formats.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.selection.ledger import Fate, Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import Fate, LedgerRow
 
 #: Last name components of tensors that belong to a layer's inputs and outputs, or to an attention cache.
 _OF_ACTIVATIONS = {

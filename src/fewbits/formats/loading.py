@@ -22,8 +22,8 @@ from fewbits.nn.swap import refuse_save_pretrained
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.selection.ledger import LedgerRow
 from fewbits.selection.patterns import Pattern, check_all_used, parse_patterns
+from fewbits.selection.row import LedgerRow
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -179,19 +179,12 @@ class LoadedDirectory:
         windows: list[Tensor] = []
         for at in range(0, samples, _AT_A_TIME):
             first = starts[at : at + _AT_A_TIME]
-            steps = _Steps(progress, len(windows) * sequence, len(first), samples * sequence)
-            windows += [text[None] for text in write(self.model, first, sequence, generator, steps)]
+
+            def report(tokens: int, before: int = at * sequence, texts: int = len(first)) -> None:
+                progress(Step("generate", "calibration text", before + tokens * texts, samples * sequence))
+
+            windows += [text[None] for text in write(self.model, first, sequence, generator, report)]
         return windows
-
-
-class _Steps:
-    """Reports how many tokens are written."""
-
-    def __init__(self, progress: Progress, before: int, each: int, total: int) -> None:
-        self._progress, self._before, self._each, self._total = progress, before, each, total
-
-    def __call__(self, written: int) -> None:
-        self._progress(Step("generate", "calibration text", self._before + written * self._each, self._total))
 
 
 @torch.no_grad()

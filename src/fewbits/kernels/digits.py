@@ -133,7 +133,7 @@ def _nearest_pairs(levels: Tensor, units: Tensor, codes: int) -> Digits:
 
 
 def _points(units: Tensor) -> Tensor:
-    """Return what all pairs of digits stand for: (candidates, 256), for units (candidates, 2)."""
+    """Return the values of all pairs of digits: (candidates, 256), for units of shape (candidates, 2)."""
     digits = torch.arange(-8, _LARGEST + 1, dtype=torch.float64)
     return (units[:, :1, None] * digits.unsqueeze(1) + units[:, 1:, None] * digits).flatten(1)
 

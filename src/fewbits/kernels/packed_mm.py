@@ -7,6 +7,7 @@ a weight that is rounded to 8 bits.
 from __future__ import annotations
 
 import functools
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,35 @@ from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
 
+_B = TypeVar("_B", bound=WeightLayout)
 
-class Int8PackMM(Kernel[Int8Rows]):
+
+class _Bytes(Kernel[_B]):
     """``torch._weight_int8pack_mm`` without scales; they are multiplied in afterwards, in float32."""
+
+    def supports(self, weight: WeightLayout) -> str | None:
+        """Accept weights that the layout can hold."""
+        return super().supports(weight) or (None if features.has_int8pack() else features.NO_BYTES)
+
+    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> _B:
+        """Convert a weight to bytes, and make the vector of ones that a forward needs."""
+        _ones(weight.layout.rows)
+        return super().prepack(weight, reuse_memory=reuse_memory)
+
+    def takes(self, x: Tensor, rows: int) -> str | None:
+        """Accept few rows."""
+        return few_rows(rows, 12 if features.has_bf16() else 32)
+
+
+class Int8PackMM(_Bytes[Int8Rows]):
+    """The kernel for integers."""
 
     name = "int8pack_mm"
     weight_layout = Int8Rows
 
     def supports(self, weight: WeightLayout) -> str | None:
         """Accept symmetric codes without groups."""
-        if reason := super().supports(weight):
+        if reason := self.weight_layout.refuses(weight):
             return reason
         if weight.spec.granularity == "group":
             return "it takes no scales for groups"
@@ -36,16 +56,7 @@ class Int8PackMM(Kernel[Int8Rows]):
         if not suits_bf16(weight):
             rows, columns = weight.layout.matrix_shape
             return f"{rows} outputs of {columns} inputs are too few for 50 dB in bfloat16"
-        return None if features.has_int8pack() else features.NO_BYTES
-
-    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
-        """Convert a weight to signed bytes, and make the vector of ones that a forward needs."""
-        _ones(weight.layout.rows)
-        return super().prepack(weight, reuse_memory=reuse_memory)
-
-    def takes(self, x: Tensor, rows: int) -> str | None:
-        """Accept few rows."""
-        return few_rows(rows, 12 if features.has_bf16() else 32)
+        return super().supports(weight)
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """Call torch, and multiply with the scales."""
@@ -54,24 +65,11 @@ class Int8PackMM(Kernel[Int8Rows]):
         return sums * weight.row_scale
 
 
-class BytePairMM(Kernel[BytePairs]):
-    """``torch._weight_int8pack_mm`` with pairs of bytes; the low bytes multiply a 256th of the inputs."""
+class BytePairMM(_Bytes[BytePairs]):
+    """The kernel for pairs of bytes; the low bytes multiply a 256th of the inputs."""
 
     name = "byte_pair_mm"
     weight_layout = BytePairs
-
-    def supports(self, weight: WeightLayout) -> str | None:
-        """Accept weights that `BytePairs` can hold."""
-        return super().supports(weight) or (None if features.has_int8pack() else features.NO_BYTES)
-
-    def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> BytePairs:
-        """Convert a weight to pairs of bytes, and make the vector of ones that a forward needs."""
-        _ones(weight.layout.rows)
-        return super().prepack(weight, reuse_memory=reuse_memory)
-
-    def takes(self, x: Tensor, rows: int) -> str | None:
-        """Accept few rows."""
-        return few_rows(rows, 12 if features.has_bf16() else 32)
 
     def linear(self, x: Tensor, weight: BytePairs) -> Tensor:
         """Call torch, and multiply with the scales."""

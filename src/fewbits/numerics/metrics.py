@@ -284,10 +284,9 @@ def _sums_of_products(*pairs: tuple[Tensor, Tensor]) -> list[float]:
 
 
 def _added(sums: Sequence[Sequence[float]]) -> list[float]:
-    """Add sums of products that have different units. Each entry is a unit, a signal, and other sums.
+    """Add entries of a unit, a signal, and other sums of products in this unit.
 
-    Returns:
-        the largest unit of a signal that is not zero (1 if all are zero), and the sums in this unit.
+    Return the largest unit of a signal that is not zero (1 if all are zero), and the sums in that unit.
     """
     unit = max((own for own, signal, *_ in sums if signal), default=1.0)
     # Divide twice: the square of the ratio may overflow.

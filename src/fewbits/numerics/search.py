@@ -45,7 +45,7 @@ def shares(count: int, least: float = 0.05) -> list[float]:
 class Choice:
     """The best scales and zero points so far, and their noise.
 
-    With two levels of scales, the scales of the rows stay what they are at first.
+    With two levels of scales, the scales of the rows do not change.
 
     Args:
         low: the smallest element of each group, at most zero; the shape of the scales.

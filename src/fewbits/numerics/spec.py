@@ -159,7 +159,7 @@ class QuantSpec:
 
     @property
     def scale_parts(self) -> int:
-        """The number of equal parts of a row's scale, one to all of which are a group's scale; see `scale_bits`."""
+        """The number of equal parts of a row's scale; a group's scale is one or more of them. See `scale_bits`."""
         bits = self.scale_bits or 0
         return 1 << (bits - 1 if bits and self.symmetric else bits)
 

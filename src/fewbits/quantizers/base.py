@@ -10,12 +10,13 @@ from typing import Any, final, get_args
 from torch import nn
 
 from fewbits._sizes import parse_size
-from fewbits.calibration import running as calibration
+from fewbits.calibration.batches import SAMPLES, Observed
+from fewbits.calibration.running import Forward, run
 from fewbits.checkpoint.output import Output
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
-from fewbits.conversion.file_tuning import FileTuning
 from fewbits.conversion.live_job import LiveJob
+from fewbits.conversion.planned_tuning import PlannedTuning
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
@@ -24,7 +25,6 @@ from fewbits.quantizers.lifecycle import TRANSITIONS, Lifecycle, guard
 from fewbits.quantizers.outcome import OnFailure, act_on_failure, emit_report, evaluation_of
 from fewbits.quantizers.scheme import check_choice
 from fewbits.selection.progress import Progress, no_progress
-from fewbits.sources.base import LiveSource
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
 from fewbits.validation.report import Report
@@ -60,7 +60,7 @@ class Quantizer(Lifecycle):
         inplace: bool = False,
         entry: str | None = None,
         model: nn.Module | None = None,
-        tuning: FileTuning | None = None,
+        tuning: PlannedTuning | None = None,
     ) -> Any:
         """Open a source and decide the fate of every tensor in it.
 
@@ -90,6 +90,8 @@ class Quantizer(Lifecycle):
         opened = open_source(source, inplace=inplace, entry=entry)
         if model is not None and not isinstance(opened, FileSource):
             raise ArgumentError("model= goes with the path of a checkpoint; load a state dict into the model first")
+        if tuning is not None and model is None:
+            raise ArgumentError("tuning= goes with model=, a model that has the weights of the checkpoint")
         ledger = self._plan(opened.infos)
         if isinstance(opened, FileSource):
             self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding, model, tuning)
@@ -103,11 +105,11 @@ class Quantizer(Lifecycle):
         self,
         batches: Iterable[Any],
         *,
-        forward: calibration.Forward | None = None,
-        samples: int | None = calibration.SAMPLES,
+        forward: Forward | None = None,
+        samples: int | None = SAMPLES,
         spill: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
-    ) -> calibration.Observed:
+    ) -> Observed:
         """Run data through the prepared model, for strategies that look at inputs. Can be called repeatedly.
 
         Args:
@@ -133,7 +135,7 @@ class Quantizer(Lifecycle):
         if model is None:
             raise CalibrationError("a state dict or a file has no forward to observe; prepare it with a model")
         watching = job.watching(forward, None if spill is None else Path(spill))
-        seen = calibration.run(model, batches, watching, samples=samples, progress=progress)
+        seen = run(model, batches, watching, samples=samples, progress=progress)
         job.observed = seen if job.observed is None else job.observed + seen
         self._advance("observe", **seen.to_dict())
         return seen
@@ -179,9 +181,8 @@ class Quantizer(Lifecycle):
         target = None if output is None else Output.of(output)
         result = job.convert(encoder, self.serializer, target, comparing, progress)
         if isinstance(result, nn.Module):
-            inplace = isinstance(job.source, LiveSource) and job.source.inplace
             # A custom `quantize_tensor` may keep its tensors, and the caller those of a model quantized in place.
-            prepack(result, compute, reuse_memory=encoder.quantize_tensor is None and not inplace)
+            prepack(result, compute, reuse_memory=encoder.quantize_tensor is None and not job.source.inplace)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
         return result
 
@@ -190,7 +191,7 @@ class Quantizer(Lifecycle):
         self,
         data: Iterable[Any] | None = None,
         *,
-        forward: calibration.Forward | None = None,
+        forward: Forward | None = None,
         metrics: Sequence[str] | None = None,
         limits: Mapping[str, float] | None = None,
         on_failure: OnFailure = "error",
@@ -227,7 +228,7 @@ class Quantizer(Lifecycle):
         check_choice("on_failure", on_failure, get_args(OnFailure))
         job.evaluate(evaluation_of(data, forward, metrics, limits), progress)
         report = job.examine(self.serializer, fail_under, progress)
-        if not isinstance(job, FileJob) or job.leads:
+        if job.leads:
             emit_report(report, self.name)
         act_on_failure(report, on_failure)
         self._advance("validate", ok=report.ok)
@@ -295,9 +296,3 @@ class Quantizer(Lifecycle):
         job = self._guarded_file_job()
         job.adopt(written)
         self._advance("convert", bytes_before=job.ledger.bytes_before, bytes_after=job.ledger.bytes_after)
-
-    def _guarded_file_job(self) -> FileJob:
-        job = self._guarded("convert")
-        if not isinstance(job, FileJob):
-            raise ArgumentError("only the conversion of a path can be shared; prepare a path, or call convert()")
-        return job

@@ -8,7 +8,7 @@ from fewbits._events import emit
 from fewbits.conversion.file_job import FileJob
 from fewbits.conversion.file_writer import Share
 from fewbits.conversion.job import Job
-from fewbits.errors import StateError
+from fewbits.errors import ArgumentError, StateError
 from fewbits.quantizers.scheme import Scheme
 from fewbits.selection.ledger import Ledger
 from fewbits.validation.report import Report
@@ -113,6 +113,13 @@ class Lifecycle(Scheme):
         if self._job is None:
             raise StateError(f"{call}() needs a source; call reset(), then prepare(model)")
         return self._job
+
+    def _guarded_file_job(self) -> FileJob:
+        """The job of a path that is prepared, and not yet converted."""
+        job = self._guarded("convert")
+        if not isinstance(job, FileJob):
+            raise ArgumentError("only the conversion of a path can be shared; prepare a path, or call convert()")
+        return job
 
     def _advance(self, call: str, **fields: object) -> None:
         self._state = TRANSITIONS[call][1] or self._state

@@ -1,4 +1,4 @@
-"""What a validation runs, and what follows from its report: events, errors, warnings."""
+"""Before a validation: check its arguments. After it: emit events, and raise or warn of failures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from fewbits._events import emit
-from fewbits.calibration import running as calibration
+from fewbits.calibration.running import Forward
 from fewbits.errors import ArgumentError, ValidationError
 from fewbits.validation.evaluation import Evaluation
 from fewbits.validation.report import Report
@@ -18,11 +18,11 @@ OnFailure = Literal["error", "warn", "ignore"]
 
 def evaluation_of(
     data: Iterable[Any] | None,
-    forward: calibration.Forward | None,
+    forward: Forward | None,
     metrics: Sequence[str] | None,
     limits: Mapping[str, float] | None,
 ) -> Evaluation | None:
-    """Say what to run.
+    """Make an evaluation from arguments; None without data.
 
     Raises:
         ArgumentError: if there are settings and no data.

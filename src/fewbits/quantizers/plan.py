@@ -13,7 +13,8 @@ from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec, Spec
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.ledger import UNLESS_ASKED, Fate, Ledger, LedgerRow
+from fewbits.selection.ledger import UNLESS_ASKED, Ledger
+from fewbits.selection.row import Fate, LedgerRow
 from fewbits.selection.rules import TypeRule, is_of_type, type_name
 from fewbits.selection.selector import Decision
 

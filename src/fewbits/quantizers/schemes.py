@@ -13,7 +13,7 @@ from fewbits.numerics.spec import SPECS, Activations, QuantSpec, spec_of_scheme
 from fewbits.quantizers.base import Quantizer
 from fewbits.selection.rules import TypeRule
 
-#: What schemes of up to 4 bits keep: few bytes, or much harm.
+#: Modules that schemes of up to 4 bits keep: they have few bytes, or their errors do much harm.
 _SENSITIVE: tuple[TypeRule, ...] = (
     nn.Embedding,
     nn.EmbeddingBag,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
 
-from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.row import LedgerRow
 
 
 @attrs.frozen

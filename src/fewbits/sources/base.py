@@ -12,7 +12,8 @@ from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import Value
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 
 
 class Target(ABC):
@@ -40,11 +41,13 @@ class Source(ABC):
 
     Attributes:
         infos: one entry per tensor, in the source's order.
+        inplace: whether the result replaces the source.
         architecture: the class of the model; None if unknown.
         extra: strings to copy into the metadata of the result's file.
     """
 
     infos: tuple[TensorInfo, ...]
+    inplace: bool = False
     architecture: str | None = None
     extra: Mapping[str, str] = MappingProxyType({})
 
@@ -74,11 +77,9 @@ class LiveSource(Source):
     """A source in memory (a model or a state dict), whose result is also in memory.
 
     Attributes:
-        inplace: whether the result replaces the source.
         unstorable: descriptions of state in the source that a fewbits file cannot store.
     """
 
-    inplace: bool = False
     unstorable: Sequence[str] = ()
 
     @abstractmethod

@@ -18,7 +18,8 @@ from fewbits.nn.eligibility import quantized_elsewhere
 from fewbits.nn.storage import View, overlaps
 from fewbits.numerics.plain import plain
 from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.base import LiveSource, Target
 from fewbits.sources.entries import entry_infos
 

@@ -22,7 +22,8 @@ from fewbits.nn.walk import Slot, find, parent_of, slots, structural_copy, tuned
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.plain import plain
 from fewbits.selection.info import TensorInfo, numeric_obstacle
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.base import LiveSource, Target
 
 

@@ -21,7 +21,7 @@ from fewbits.numerics.metrics import measure
 from fewbits.numerics.spec import CastSpec, Spec, spec_from_dict
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.quantizers.base import Quantizer
-from fewbits.selection.ledger import LedgerRow
+from fewbits.selection.row import LedgerRow
 from fewbits.testing.check import EXAMPLES, Check, checks_of, copy_of, expect, for_all
 from fewbits.testing.environment import Snapshot, folder, snapshot
 from fewbits.testing.models import SmallModel, ids

@@ -21,8 +21,9 @@ from fewbits.errors import ArgumentError, CheckpointError
 from fewbits.numerics.metrics import Measurement, Tally
 from fewbits.numerics.params import are_sound
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, followed, no_progress
+from fewbits.selection.row import LedgerRow
 from fewbits.validation.report import Report
 from fewbits.validation.tensors import CRITICAL_DB, TensorReport
 

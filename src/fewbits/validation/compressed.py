@@ -20,8 +20,8 @@ from fewbits.errors import FormatError
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.tensor import same_bits
-from fewbits.selection.ledger import LedgerRow
 from fewbits.selection.progress import Progress, followed
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.base import Source
 from fewbits.validation.checks import Pairs, check_fail_under, examine_tensor
 from fewbits.validation.report import Report

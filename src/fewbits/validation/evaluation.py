@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import EllipsisType
 from typing import Any
 
 import attrs
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewbits.calibration.batches import Batches
+from fewbits.calibration.outputs import counted, floating, named
 from fewbits.calibration.replay import without_shortcuts
-from fewbits.calibration.running import (
-    Forward,
-    check_batches,
-    evaluating,
-    expected_samples,
-    run_one,
-    samples_in,
-)
+from fewbits.calibration.running import Forward, evaluating, run_one
 from fewbits.errors import CalibrationError
 from fewbits.numerics.dtypes import dtype_name
-from fewbits.selection.progress import Progress, Step, no_progress
+from fewbits.selection.progress import Progress, no_progress
 from fewbits.validation.outputs import (
     METRICS,
     NO_TARGET,
@@ -37,14 +34,14 @@ _NAMES = ("logits", "sentence_embedding", "last_hidden_state")
 
 @attrs.frozen(eq=False)
 class Evaluation:
-    """What `validate` runs through the float model and the quantized model.
+    """A comparison of the outputs of the float model and of the quantized model.
 
     Attributes:
         data: the batches.
         forward: runs one batch, ``forward(model, batch)``; None feeds it as `observe` does.
         metrics: the names of the metrics; None chooses by the output: "kl" and "top1" for logits, otherwise "cosine"
             and "sqnr".
-        limits: how bad a metric may be, by name: the most for "kl" and "perplexity", the least for the others.
+        limits: the worst figure that passes, by metric: the most for "kl" and "perplexity", the least for the others.
 
     Raises:
         ArgumentError: for an unknown metric, or a limit that is not a number.
@@ -79,28 +76,19 @@ class Evaluation:
         Raises:
             CalibrationError: if there is no batch, a batch cannot be run, or its outputs cannot be compared.
         """
-        check_batches(self.data, None)
-        comparison, done, expected = None, 0, 0
+        batches = Batches(self.data, activity="compare", progress=progress)
+        comparison = OutputComparison()
         with without_shortcuts(reference), without_shortcuts(model), evaluating(reference), evaluating(model):
-            for number, batch in enumerate(self.data, 1):
-                size = samples_in(batch)
-                expected = expected or expected_samples(self.data, size, None)
+            for number, batch in batches:
                 with watching():
                     wanted = run_one(reference, batch, number, self.forward)
                 found = run_one(model, batch, number, self.forward)
                 try:
                     name, own, other = _pair(wanted, found)
-                    comparison = comparison or OutputComparison(self._chosen(name))
                     self._add(comparison, batch, name, own, other)
                 except CalibrationError as error:
                     raise CalibrationError(f"batch {number}: {error}") from None
-                done += size
-                progress(Step("compare", f"batch {number}", done, expected and max(done, expected)))
-        if comparison is None:
-            raise CalibrationError(
-                "the data to validate on has no batch; an iterator that was used before is empty: pass a list"
-            )
-        return comparison.report()
+        return comparison.report(batches.observed())
 
     def _chosen(self, name: str) -> list[str]:
         """Return the names of the metrics for an output of this name."""
@@ -117,13 +105,10 @@ class Evaluation:
                 f"{tuple(own.shape)}; pass forward=, a function of the model and the batch that returns logits, or "
                 "other metrics"
             )
-        places = own.shape[:-1]
-        targets = torch.full(places, NO_TARGET, device=own.device)
-        if "perplexity" in wanted:
-            targets = _targets(batch, places).to(own.device)
-        counted = _mask(batch, places).to(own.device)
-        own, other = (x[counted].reshape(-1, x.shape[-1] if x.dim() else 1) for x in (own, other))
-        comparison.add(own, other, targets[counted], samples_in(batch))
+        where = counted(batch, own)
+        targets = _targets(batch, own, where) if "perplexity" in wanted else torch.full(own.shape[:-1], NO_TARGET)
+        own, other = (x[where].reshape(-1, x.shape[-1] if x.dim() else 1) for x in (own, other))
+        comparison.add(self._chosen(name), own, other, targets.to(own.device)[where].flatten())
 
 
 def checked_model(model: object, *, inplace: bool) -> nn.Module:
@@ -195,11 +180,9 @@ def _output(result: object) -> tuple[str, Tensor]:
     if isinstance(result, Tensor):
         return "", _floating(result, "its output")
     for name in _NAMES:
-        value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
-        if isinstance(value, Tensor):
+        if (value := named(result, name)) is not None:
             return name, _floating(value, name)
-    parts = result.values() if isinstance(result, Mapping) else result if isinstance(result, (tuple, list)) else ()
-    tensor = next((part for part in parts if isinstance(part, Tensor) and part.is_floating_point()), None)
+    tensor = next(floating(result), None)
     if tensor is None:
         raise CalibrationError(
             f"the model gives a {type(result).__name__} without a floating tensor; pass forward=, a function of the "
@@ -217,24 +200,15 @@ def _floating(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def _mask(batch: Any, places: torch.Size) -> Tensor:
-    """Return which positions count: those of the batch's attention mask, if it has one of this shape; else all."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.shape == places:
-        return mask != 0
-    return torch.ones(places, dtype=torch.bool)
-
-
-def _targets(batch: Any, places: torch.Size) -> Tensor:
-    """Return the next token at each position, or `NO_TARGET`."""
+def _targets(batch: Any, output: Tensor, where: Tensor | EllipsisType) -> Tensor:
+    """Return the next token at each position, or `NO_TARGET` if it does not count or does not exist."""
     given = {"input_ids": batch} if isinstance(batch, Tensor) else batch if isinstance(batch, Mapping) else {}
-    labels = given.get("labels", given.get("input_ids"))
+    labels, places = given.get("labels", given.get("input_ids")), output.shape[:-1]
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != places or not places:
         raise CalibrationError(
             "perplexity needs the next token of each position: a batch of token ids, or a mapping with input_ids or "
             f"labels, of the shape of the logits without their last axis, {tuple(places)}"
         )
-    counted = _mask(batch, places).to(labels.device)
-    targets = torch.full_like(labels, NO_TARGET, dtype=torch.int64)
-    targets[..., :-1] = labels.masked_fill(~counted, NO_TARGET)[..., 1:]
-    return targets
+    tokens = torch.full(places, NO_TARGET, device=output.device)
+    tokens[where] = labels.to(tokens)[where]
+    return F.pad(tokens[..., 1:], (0, 1), value=NO_TARGET)

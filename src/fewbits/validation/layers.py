@@ -18,13 +18,13 @@ from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger
 
-#: A weight with at most this many elements is decoded whole, because many calls may use few rows of it each.
+#: A weight with at most this many elements is decoded whole: many calls may use a few rows of it.
 _SMALL = 1 << 20
 
 #: Elements of outputs that are computed at a time.
 _OUTPUTS = 1 << 22
 
-#: Where the packed zero points of some rows begin: they share words.
+#: Rows are read from a multiple of this on, because the packed zero points of 32 rows share words.
 _ALIGNED = 32
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from fewbits.calibration.batches import Observed
+from fewbits.calibration.outputs import kl_divergence
 from fewbits.errors import ArgumentError
 from fewbits.numerics.metrics import sqnr_db
 from fewbits.selection.nearest import checked_name
@@ -57,8 +59,7 @@ def _counted(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kl(reference: Tensor, output: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-    p, q = reference.log_softmax(1), output.log_softmax(1)
-    return _counted((p.exp() * (p - q)).sum(1).clamp(min=0))  # rounding may give less than 0; NaN stays
+    return _counted(kl_divergence(reference, output).clamp(min=0))  # rounding may give less than 0; NaN stays
 
 
 def _top1(reference: Tensor, output: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,43 +164,36 @@ class ModelReport:
 
 
 class OutputComparison:
-    """Adds up metrics over batches.
+    """Adds up metrics over batches."""
 
-    Args:
-        metrics: the names of the metrics.
-    """
-
-    def __init__(self, metrics: Iterable[str]) -> None:
-        names = dict.fromkeys(metrics)
-        self._metrics = [METRICS[name] for name in METRICS if name in names]
-        if "perplexity" in names:
-            self._metrics.append(_OF_FLOAT)
-        self._sums = {metric.name: (0.0, 0.0) for metric in self._metrics}
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
         self._worst: dict[str, float] = {}
-        self._samples = self._batches = self._positions = self._broken = 0
+        self._positions = self._broken = 0
 
-    def add(self, reference: Tensor, output: Tensor, targets: Tensor, samples: int) -> None:
+    def add(self, metrics: Collection[str], reference: Tensor, output: Tensor, targets: Tensor) -> None:
         """Compare the outputs of one batch.
 
         Args:
+            metrics: the names of the metrics.
             reference: of the float model, finite, (positions, classes).
             output: of the quantized model, of the same shape.
             targets: the class that each position should give, or `NO_TARGET`.
-            samples: the number of samples in the batch.
         """
-        sums = {metric.name: (0.0, 0.0) for metric in self._metrics}
+        self._positions += len(reference)
+        self._broken += not bool(output.isfinite().all())
+        chosen = [metric for metric in METRICS.values() if metric.name in metrics]
+        if "perplexity" in metrics:
+            chosen.append(_OF_FLOAT)
+        sums = dict.fromkeys([metric.name for metric in chosen], (0.0, 0.0))
         step = max(1, _ELEMENTS // max(1, reference.shape[1]))
         for start in range(0, len(reference), step):
             rows = slice(start, start + step)
             own, other, wanted = reference[rows].double(), output[rows].double(), targets[rows]
-            for metric in self._metrics:
+            for metric in chosen:
                 sums[metric.name] = _added(sums[metric.name], metric.sums(own, other, wanted))
-        self._samples += samples
-        self._batches += 1
-        self._positions += len(reference)
-        self._broken += not bool(output.isfinite().all())
-        for metric in self._metrics:
-            self._sums[metric.name] = _added(self._sums[metric.name], sums[metric.name])
+        for metric in chosen:
+            self._sums[metric.name] = _added(self._sums.get(metric.name, (0.0, 0.0)), sums[metric.name])
             if any(sums[metric.name]):  # an output of zeros, or no position, has no figure of its own
                 self._note(metric, metric.figure(*sums[metric.name]))
 
@@ -209,10 +203,17 @@ class OutputComparison:
         not_known = any(map(math.isnan, both))
         self._worst[metric.name] = math.nan if not_known else min(both) if metric.rising else max(both)
 
-    def report(self) -> ModelReport:
-        """Return the figures of all batches so far."""
-        figures = {metric.name: metric.figure(*self._sums[metric.name]) for metric in self._metrics}
-        return ModelReport(self._samples, self._batches, self._positions, self._broken, figures, self._worst)
+    def report(self, observed: Observed) -> ModelReport:
+        """Return the figures of all batches.
+
+        Args:
+            observed: how many samples and batches there were.
+        """
+        known = [metric for metric in (*METRICS.values(), _OF_FLOAT) if metric.name in self._sums]
+        figures = {metric.name: metric.figure(*self._sums[metric.name]) for metric in known}
+        return ModelReport(
+            observed.samples, observed.batches, self._positions, self._broken, figures=figures, worst=self._worst
+        )
 
 
 def _added(sums: tuple[float, float], more: tuple[Tensor | float, Tensor | float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import attrs
 
 from fewbits._sizes import bytes_in_words
 from fewbits._table import render_fitting, wrap
-from fewbits.calibration.running import Observed
+from fewbits.calibration.batches import Observed
 from fewbits.numerics.metrics import Measurement, pooled_sqnr_db
 from fewbits.validation.outputs import ModelReport
 from fewbits.validation.tensors import WARNING_DB, TensorReport, advice_on, finite

@@ -9,7 +9,7 @@ import attrs
 
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.spec import QuantSpec, Spec
-from fewbits.selection.ledger import Fate
+from fewbits.selection.row import Fate
 
 Verdict = Literal["good", "fair", "warning", "critical"]
 

@@ -17,8 +17,9 @@ from fewbits.formats.compressed_tensors import open_checkpoint
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import same_bits
-from fewbits.selection.ledger import Ledger, LedgerRow
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
+from fewbits.selection.row import LedgerRow
 from fewbits.sources.base import Source
 from fewbits.validation.checks import Known, examine
 from fewbits.validation.compressed import verify_compressed_tensors
