@@ -22,6 +22,7 @@ from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
+from fewbits.quantizers.outcome import evaluation_of
 from fewbits.quantizers.schemes import SCHEMES
 from fewbits.rounding.named import RoundingRecipe
 from fewbits.selection.ledger import Ledger
@@ -130,10 +131,7 @@ def quantize(
         ArgumentError: for an unknown scheme or setting, or arguments that contradict each other.
         FewbitsError: the errors of the steps; see `Quantizer`.
     """
-    if not validate and evaluate is not None:
-        raise ArgumentError("evaluate= is a part of the validation, which validate=False turns off")
-    if evaluate is not None:
-        checked_model(source, inplace=inplace)  # before a long conversion
+    _check_evaluation(source, evaluate, metrics, limits, validate=validate, inplace=inplace)
     settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
     config, quantizer = resolve_settings(scheme, config, settings)
@@ -165,6 +163,26 @@ def quantize(
             quantizer.reset()
         raise
     return Result(result, quantizer.ledger, report, quantizer, tuned if planned is None else planned.result)
+
+
+def _check_evaluation(
+    source: object, evaluate: object, metrics: Any, limits: Any, *, validate: bool, inplace: bool
+) -> None:
+    """Refuse settings of the validation that it would refuse, or not use, after a long conversion.
+
+    Raises:
+        ArgumentError: naming the settings.
+        CalibrationError: if no outputs of `source` can be compared.
+    """
+    settings = {"evaluate": evaluate, "metrics": metrics, "limits": limits}
+    given = [f"{name}=" for name, value in settings.items() if value is not None]
+    if given and not validate:
+        raise ArgumentError(f"{' and '.join(given)} set up the validation, which validate=False turns off")
+    if given and evaluate is None:
+        raise ArgumentError(f"{' and '.join(given)} without evaluate=: pass the batches to compare outputs on")
+    if evaluate is not None:
+        evaluation_of((), None, metrics, limits)
+        checked_model(source, inplace=inplace)
 
 
 def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace: bool) -> Tuning:

@@ -47,7 +47,8 @@ def _is_rate(_: Any, attribute: attrs.Attribute[float], value: object) -> None:
 
 
 def _is_what(_: Any, attribute: attrs.Attribute[Sequence[str]], value: object) -> None:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value or not set(value) <= set(TUNABLE):
+    known = not isinstance(value, str) and isinstance(value, Sequence) and all(part in TUNABLE for part in value)
+    if not known or not value:
         names = ", ".join(map(repr, TUNABLE))
         raise ArgumentError(f"{attribute.name} must be a list of some of {names}, such as ['scales'], not {value!r}")
 
@@ -194,11 +195,13 @@ def tune(
 
 
 def _check_models(quantized: object, reference: object) -> None:
-    """Refuse what is not a quantized model and its float model.
+    """Refuse what is not a quantized model and its float model, and inference mode, which records no gradients.
 
     Raises:
-        ArgumentError: with what to pass.
+        ArgumentError: with what to do.
     """
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("tune needs gradients; call it outside of torch.inference_mode()")
     if not isinstance(quantized, nn.Module) or not isinstance(reference, nn.Module):
         raise ArgumentError(
             "tune takes two models, the quantized one and the float one, not a "
