@@ -596,7 +596,7 @@ def test_what_cannot_be_tuned_is_refused(options, error, message):
 
 def test_tuning_in_inference_mode_is_refused():
     model = Net().eval()
-    with torch.inference_mode(), pytest.raises(ArgumentError, match="outside of torch.inference_mode"):
+    with torch.inference_mode(), pytest.raises(ArgumentError, match=r"outside of torch\.inference_mode"):
         fewbits.tune(quantized(model), model, batches())
 
 
