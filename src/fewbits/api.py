@@ -21,13 +21,12 @@ from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
-from fewbits.quantizers.outcome import evaluation_of
+from fewbits.quantizers.outcome import check_evaluation
 from fewbits.rounding.named import RoundingRecipe
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.selection.selector import LayerSelector
 from fewbits.sources.open import open_source
-from fewbits.validation.evaluation import checked_model
 from fewbits.validation.report import Report
 from fewbits.validation.tensors import CRITICAL_DB
 from fewbits.validation.verify import verify as verify_file
@@ -129,11 +128,7 @@ def quantize(
         ArgumentError: for an unknown scheme or setting, or arguments that contradict each other.
         FewbitsError: the errors of the steps; see `Quantizer`.
     """
-    if evaluate is not None:
-        if not validate:
-            raise ArgumentError("evaluate= is a part of the validation, which validate=False turns off")
-        checked_model(source, inplace=inplace)
-    evaluation_of(evaluate, None, metrics, limits)  # refuses settings before a long conversion
+    check_evaluation(source, evaluate, metrics, limits, validate=validate, inplace=inplace)
     settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
     config, quantizer = resolve_settings(scheme, config, settings, quantize)

@@ -571,6 +571,7 @@ def no_grad_forward(model, x):
         ({"learning_rate": 0}, ArgumentError, "learning_rate must be a number above 0, at most 1, not 0"),
         ({"what": "scales"}, ArgumentError, r"a list of some of 'scales', 'biases', 'norms', such as \['scales'\]"),
         ({"what": ["codes"]}, ArgumentError, "what must be a list of some of"),
+        ({"what": [["scales"]]}, ArgumentError, "what must be a list of some of"),
         ({"loss": "l1"}, ArgumentError, "loss must be 'kl', 'mse', 'cosine', or a function"),
         ({"samples": 0}, ArgumentError, "samples must be an integer from 1 up"),
         ({"data": []}, CalibrationError, "the data has no batch"),
@@ -591,6 +592,12 @@ def test_what_cannot_be_tuned_is_refused(options, error, message):
     given = {"quantized": quantized(model), "reference": model, "data": batches()} | options
     with pytest.raises(error, match=message):
         fewbits.tune(given.pop("quantized"), given.pop("reference"), given.pop("data"), **given)
+
+
+def test_tuning_in_inference_mode_is_refused():
+    model = Net().eval()
+    with torch.inference_mode(), pytest.raises(ArgumentError, match=r"outside of torch\.inference_mode"):
+        fewbits.tune(quantized(model), model, batches())
 
 
 def test_a_model_is_not_its_own_reference():

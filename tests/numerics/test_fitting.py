@@ -105,7 +105,9 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_index(bad):
         fit_levels([tensor])
 
 
-@pytest.mark.parametrize("junk", [(), (0.0,), (1.0, 2.0), (-1.0, 0.0, math.nan, 1.0), [-1.0, 0.5, 1.0], range(300)])
+@pytest.mark.parametrize(
+    "junk", [(), (0.0,), (1.0, 2.0), (-1.0, 0.0, math.nan, 1.0), [-1.0, 0.5, 1.0], range(300), 4, None, "abc"]
+)
 def test_a_scheme_refuses_other_levels(junk):
     with pytest.raises(ArgumentError):
         small(LevelsGrouped, junk)

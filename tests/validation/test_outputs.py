@@ -242,6 +242,8 @@ def test_data_that_cannot_be_run_is_refused_and_the_result_stays(data, said):
     [
         ({"metrics": ["kld"]}, "there is no metric 'kld' .did you mean 'kl'"),
         ({"metrics": "kl"}, "metrics must be a list of names"),
+        ({"metrics": []}, "metrics must be a list of names"),
+        ({"metrics": iter(["kl"])}, "metrics must be a list of names"),
         ({"limits": {"top5": 1}}, "there is no metric 'top5'"),
         ({"limits": 0.1}, "limits must be a mapping"),
         ({"limits": {"kl": math.nan}}, "the limit of kl must be a number"),
@@ -292,8 +294,25 @@ def test_without_a_float_model_the_error_names_the_way_out(tmp_path):
     with pytest.raises(CalibrationError, match=r"inplace=True leaves no float model.*compare_outputs"):
         quantizer.validate(inputs())
     assert compare_outputs(blocks(), model, inputs()).figures["sqnr"] > 10
-    with pytest.raises(ArgumentError, match="validate=False turns off"):
-        fewbits.quantize(blocks(), "int8", evaluate=inputs(), validate=False)
+    for setting in ({"evaluate": inputs()}, {"metrics": ["sqnr"]}, {"limits": {"sqnr": 1}}):
+        with pytest.raises(ArgumentError, match=f"{next(iter(setting))}= set up the validation, which validate=False"):
+            fewbits.quantize(blocks(), "int8", validate=False, **setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"metrics": ["kl"]}, "metrics= without evaluate=: pass the batches"),
+        ({"limits": {"kl": 1}}, "limits= without evaluate=: pass the batches"),
+        ({"evaluate": inputs(), "metrics": ["kld"]}, "there is no metric 'kld'"),
+        ({"evaluate": inputs(), "limits": {"top5": 1}}, "there is no metric 'top5'"),
+    ],
+)
+def test_wrong_settings_of_a_comparison_are_refused_before_the_conversion(settings, said):
+    steps = []
+    with pytest.raises(ArgumentError, match=said):
+        fewbits.quantize(blocks(), "int8", progress=steps.append, **settings)
+    assert steps == []
 
 
 def test_validation_tells_its_progress_in_samples():

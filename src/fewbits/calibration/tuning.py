@@ -48,7 +48,8 @@ def _is_rate(_: Any, attribute: attrs.Attribute[float], value: object) -> None:
 
 
 def _is_what(_: Any, attribute: attrs.Attribute[Sequence[str]], value: object) -> None:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value or not set(value) <= set(TUNABLE):
+    known = not isinstance(value, str) and isinstance(value, Sequence) and all(part in TUNABLE for part in value)
+    if not known or not value:
         names = ", ".join(map(repr, TUNABLE))
         raise ArgumentError(f"{attribute.name} must be a list of some of {names}, such as ['scales'], not {value!r}")
 
@@ -195,11 +196,13 @@ def tune(
 
 
 def _check_models(quantized: object, reference: object) -> None:
-    """Refuse anything but a quantized model and its float model.
+    """Refuse anything but a quantized model and its float model, and inference mode, which records no gradients.
 
     Raises:
-        ArgumentError: if a model is missing, or is not of its kind.
+        ArgumentError: with what to do.
     """
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("tune needs gradients; call it outside of torch.inference_mode()")
     if not isinstance(quantized, nn.Module) or not isinstance(reference, nn.Module):
         raise ArgumentError(
             "tune takes two models, the quantized one and the float one, not a "

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fewbits._events import emit
 from fewbits.calibration.running import Forward
 from fewbits.errors import ArgumentError, ValidationError
-from fewbits.validation.evaluation import Evaluation
+from fewbits.validation.evaluation import Evaluation, checked_model
 from fewbits.validation.report import Report
 
 #: What to do if a validation fails.
@@ -59,3 +59,23 @@ def act_on_failure(report: Report, on_failure: OnFailure) -> None:
     if on_failure == "error":
         raise ValidationError(message, report)
     warnings.warn(message, stacklevel=3)
+
+
+def check_evaluation(
+    source: object, evaluate: object, metrics: Any, limits: Any, *, validate: bool, inplace: bool
+) -> None:
+    """Refuse settings of the validation that it would refuse, or not use, after a long conversion.
+
+    Raises:
+        ArgumentError: naming the settings.
+        CalibrationError: if no outputs of `source` can be compared.
+    """
+    settings = {"evaluate": evaluate, "metrics": metrics, "limits": limits}
+    given = [f"{name}=" for name, value in settings.items() if value is not None]
+    if given and not validate:
+        raise ArgumentError(f"{' and '.join(given)} set up the validation, which validate=False turns off")
+    if given and evaluate is None:
+        raise ArgumentError(f"{' and '.join(given)} without evaluate=: pass the batches to compare outputs on")
+    if evaluate is not None:
+        evaluation_of((), None, metrics, limits)
+        checked_model(source, inplace=inplace)

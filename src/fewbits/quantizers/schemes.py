@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
-from torch import nn
+from torch import Tensor, nn
 
+from fewbits.errors import ArgumentError
 from fewbits.numerics.levels import NF4
 from fewbits.numerics.spec import SPECS, Activations, QuantSpec, spec_of_scheme
 from fewbits.quantizers.base import Quantizer
@@ -183,11 +184,16 @@ class LevelsGrouped(_Grouped):
         levels: 3 to 256 rising numbers, 0 inside; `fewbits.schemes.fit_levels` fits them to weights.
         group_size: inputs in a group.
         strategies: the arguments of `Quantizer`.
+
+    Raises:
+        ArgumentError: for other levels, or another group size.
     """
 
     name = "levels"
 
     def __init__(self, levels: Sequence[float], group_size: int = 64, **strategies: Any) -> None:
+        if not isinstance(levels, (Sequence, Tensor)):
+            raise ArgumentError(f"levels must be a list of numbers, such as fit_levels(weights), not {levels!r}")
         bits = max(2, (len(levels) - 1).bit_length())
         super().__init__(QuantSpec(bits, "group", group_size=group_size, levels=tuple(levels)), **strategies)
 
@@ -264,8 +270,7 @@ class FP16Cast(Quantizer):
 
     Values beyond the range of float16 raise an error.
 
-    - Stored bits per weight: 16.
-    - Error bound: ``|w| * 2**-11``, at least ``2**-25``.
+    - Stored bits per weight: 16. Error bound: ``|w| * 2**-11``, at least ``2**-25``.
     - Read by: every reader of float16.
     """
 

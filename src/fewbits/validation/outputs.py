@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -221,12 +221,12 @@ def _added(sums: tuple[float, float], more: tuple[Tensor | float, Tensor | float
 
 
 def check_metrics(metrics: object) -> None:
-    """Refuse anything but a list of known metrics.
+    """Refuse anything but a list of known metrics, at least one.
 
     Raises:
         ArgumentError: naming the metrics.
     """
-    if isinstance(metrics, str) or not isinstance(metrics, Iterable):
+    if isinstance(metrics, str) or not isinstance(metrics, Collection) or not metrics:
         raise ArgumentError(f"metrics must be a list of names, such as ['kl', 'top1'], not {metrics!r}")
     for name in metrics:
         checked_name("metric", name, METRICS)
