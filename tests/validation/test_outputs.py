@@ -266,8 +266,8 @@ def test_settings_of_a_comparison_need_data(setting):
     [
         ({"evaluate": inputs(), "metrics": ["kld"]}, "did you mean 'kl'"),
         ({"evaluate": inputs(), "limits": {"kl": "low"}}, "the limit of kl must be a number"),
-        ({"metrics": ["kl"]}, "metrics without data"),
-        ({"limits": {"kl": 1}, "validate": False}, "limits without data"),
+        ({"metrics": ["kl"]}, "metrics= without evaluate="),
+        ({"limits": {"kl": 1}, "validate": False}, "limits= set up the validation"),
     ],
 )
 def test_quantize_refuses_settings_of_a_comparison_before_it_converts(settings, said):
