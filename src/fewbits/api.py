@@ -11,7 +11,7 @@ import attrs
 from torch import nn
 
 from fewbits.calibration.running import Forward
-from fewbits.calibration.tuning import Tuned, Tuning
+from fewbits.calibration.tuning import Tuned, Tuning, check_divisible
 from fewbits.calibration.tuning import tune as tune_scales
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.serializer import Serializer
@@ -190,6 +190,7 @@ def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace
 
     Raises:
         ArgumentError: with what is missing.
+        CalibrationError: if the data has one batch, and no other data is held out.
     """
     tuning = Tuning.of(tune)
     if not isinstance(source, nn.Module):
@@ -200,6 +201,8 @@ def _checked_tuning(tune: int | Tuning, source: object, data: object, *, inplace
         raise ArgumentError("tune= needs data=, batches for the model")
     if isinstance(data, Iterator):
         raise ArgumentError("tune= reads the data more than once; pass a list or a DataLoader, not an iterator")
+    if tuning.held_out is None:
+        check_divisible(data)
     return tuning
 
 

@@ -18,7 +18,7 @@ from fewbits.calibration.factors import standing_in
 from fewbits.calibration.losses import Loss, check_loss
 from fewbits.calibration.recomputing import checkpointed
 from fewbits.calibration.replay import without_shortcuts
-from fewbits.calibration.running import SAMPLES, Forward, evaluating, taken
+from fewbits.calibration.running import SAMPLES, Forward, evaluating, length_of, taken
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import stored_weights
@@ -216,16 +216,25 @@ def _check_models(quantized: object, reference: object) -> None:
         )
 
 
+def check_divisible(data: object) -> None:
+    """Refuse data of which nothing can be held out.
+
+    Raises:
+        CalibrationError: if the data has one batch.
+    """
+    if length_of(data) == 1:
+        raise CalibrationError(
+            "the data has one batch, and tuning needs batches to train on and others to measure on: pass smaller "
+            "batches, or held_out="
+        )
+
+
 def _divided(data: list[Any], held_out: list[Any] | None) -> tuple[list[Numbered], list[Numbered]]:
     """Return the batches to train on, and those to measure on."""
     numbered = list(enumerate(data, 1))
     if held_out is not None:
         return numbered, list(enumerate(held_out, 1))
-    if len(numbered) < 2:
-        raise CalibrationError(
-            "the data has one batch, and tuning needs batches to train on and others to measure on: pass smaller "
-            "batches, or held_out="
-        )
+    check_divisible(data)
     first = len(numbered) % _HELD_OUT or _HELD_OUT
     measured = numbered[first - 1 :: _HELD_OUT]
     numbers = {number for number, _ in measured}
