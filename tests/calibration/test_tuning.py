@@ -647,3 +647,10 @@ def test_quantize_refuses_to_tune_without_what_tuning_needs(options, message):
     given = {"source": Net(), "data": batches(), "tune": 1} | options
     with pytest.raises(ArgumentError, match=message):
         quantize_small(given.pop("source"), "int4", **given)
+
+
+def test_one_batch_without_held_out_data_is_refused_before_anything_runs():
+    steps = []
+    with pytest.raises(CalibrationError, match="the data has one batch"):
+        quantize_small(Net(), "int4", data=batches()[:1], tune=1, progress=steps.append)
+    assert steps == []

@@ -159,6 +159,7 @@ def test_scales_have_the_dtype_that_the_command_line_asks_for(cli, source, tmp_p
         ("--calibrate self --rounding gptq --sequence 65", "the model takes at most 64 tokens"),
         ("--calibrate self --rounding gptq --sequence 7", "sequence must be an integer from 8 up, not 7"),
         ("--calibrate self --rounding gptq --samples 0", "samples must be an integer from 1 up, not 0"),
+        ("--calibrate self --rounding gptq --tune 0", "'--tune': 0 is not in the range x>=1"),
         ("--calibrate self --rounding gptq --samples 2 --sequence 8 --spill nowhere", "cannot spill activations to"),
     ],
 )

@@ -15,6 +15,7 @@ from torch import nn
 import fewbits
 from fewbits.calibration.spill import KeptTensors
 from fewbits.errors import ArgumentError, CalibrationError, MismatchError, StateError
+from fewbits.numerics.affine import encode
 from fewbits.rounding import GPTQ, Qronos
 
 
@@ -90,6 +91,45 @@ def test_a_file_gets_the_codes_of_its_model(source, net, tmp_path):
     assert found["net.head.weight"].dequantize().dtype == torch.bfloat16
     assert all(parameter.isfinite().all() and not parameter.grad for parameter in net.parameters())
     assert "codes by Qronos" in result.ledger["net.head.weight"].reason
+
+
+def test_the_report_of_a_file_knows_the_output_errors_and_the_data_of_the_calibration(source, net, tmp_path):
+    settings = {"rounding": "qronos", "data": batches(), "samples": None, "group_size": 16, "min_elements": 1}
+    in_memory = fewbits.quantize(net, "int2", on_failure="ignore", fail_under=8.0, **settings).report
+    file = fewbits.quantize(source, "int2", model=net, output=tmp_path / "out.safetensors", fail_under=8.0, **settings)
+    known = {f"net.{t.name}": t.output_sqnr_db for t in in_memory.tensors if t.output_sqnr_db is not None}
+    assert len(known) == 7
+    found = {t.name: t.output_sqnr_db for t in file.report.tensors if t.output_sqnr_db is not None}
+    assert found == pytest.approx(known, rel=1e-4)
+    verdicts = {f"net.{t.name}": t.verdict for t in in_memory.tensors}
+    assert {t.name: t.verdict for t in file.report.tensors} == verdicts
+    assert file.report.observed == in_memory.observed
+    assert "output SQNR" in file.report.summary()
+    file.save(tmp_path / "again.safetensors")
+    for path in ("out.safetensors", "again.safetensors"):
+        checked = fewbits.verify(tmp_path / path, source, fail_under=8.0)
+        assert {t.name: t.output_sqnr_db for t in checked.tensors if t.output_sqnr_db is not None} == found
+
+
+def test_a_calibration_of_a_file_that_changes_nothing_is_a_warning(source, net, tmp_path, events):
+    class Plain(GPTQ):
+        def choose(self, weight, spec, params, inputs):
+            return params, encode(weight, params, spec)
+
+    out = tmp_path / "out.safetensors"
+    stops = iter([False] * 6 + [True])
+
+    def stop(step):
+        if step.activity == "calibrate" and next(stops, False):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, net, out, rounding=Plain(), progress=stop)
+    resumed = quantize(source, net, fewbits.Output(out, resume=True), rounding=Plain(), on_failure="ignore")
+    said = "gave all 7 weights that saw data the codes of plain rounding"
+    assert any(said in note for note in resumed.report.notes)
+    assert [event["tensors"] for event in events if event["event"] == "same_as_nearest"] == [7]
+    assert quantize(source, net, tmp_path / "other.safetensors").report.notes == []
 
 
 def test_weights_that_saw_no_data_are_named_in_the_ledger_of_the_file(source, tmp_path, events):

@@ -79,7 +79,7 @@ class Batches:
     ) -> None:
         _check(data, samples)
         self._data, self._samples, self._activity, self._progress = data, samples, activity, progress
-        self._length = _length_of(data)
+        self._length = length_of(data)
         self._number = self._done = 0
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -171,7 +171,7 @@ def _check(batches: object, samples: object) -> None:
         )
 
 
-def _length_of(batches: object) -> int | None:
+def length_of(batches: object) -> int | None:
     """Return the number of batches; None if it is not known."""
     try:
         return len(batches)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fewbits._events import emit
-from fewbits.calibration.batches import SAMPLES, taken
+from fewbits.calibration.batches import SAMPLES, length_of, taken
 from fewbits.calibration.changes import freed, write
 from fewbits.calibration.descent import Check, Comparison, Descent, Numbered
 from fewbits.calibration.factors import standing_in
@@ -217,16 +217,25 @@ def _check_models(quantized: object, reference: object) -> None:
         )
 
 
+def check_divisible(data: object) -> None:
+    """Refuse data of which nothing can be held out.
+
+    Raises:
+        CalibrationError: if the data has one batch.
+    """
+    if length_of(data) == 1:
+        raise CalibrationError(
+            "the data has one batch, and tuning needs batches to train on and others to measure on: pass smaller "
+            "batches, or held_out="
+        )
+
+
 def _divided(data: list[Any], held_out: list[Any] | None) -> tuple[list[Numbered], list[Numbered]]:
     """Return the batches to train on, and those to measure on."""
     numbered = list(enumerate(data, 1))
     if held_out is not None:
         return numbered, list(enumerate(held_out, 1))
-    if len(numbered) < 2:
-        raise CalibrationError(
-            "the data has one batch, and tuning needs batches to train on and others to measure on: pass smaller "
-            "batches, or held_out="
-        )
+    check_divisible(data)
     first = len(numbered) % _HELD_OUT or _HELD_OUT
     measured = numbered[first - 1 :: _HELD_OUT]
     numbers = {number for number, _ in measured}

@@ -34,7 +34,10 @@ _OPTIONS = (
         help="Keep the activations of --calibrate in temporary files in DIR.",
     ),
     click.option(
-        "--tune", type=int, metavar="EPOCHS", help="Tune the scales with the text of --calibrate, so many times over."
+        "--tune",
+        type=click.IntRange(1),
+        metavar="EPOCHS",
+        help="Tune the scales with the text of --calibrate, so many times over.",
     ),
 )
 

@@ -54,10 +54,20 @@ class DataEffects:
         weight = WeightMatrix(tensor, value.layout)
         if has_second_moment(self._rounding.needs):
             self._outputs[name] = _output_sqnr_db(weight, value, inputs), value_digest(value), digest(value.packed)
-        if self._alike and not self._rounding.remark(value.layout.rows, inputs):
+        if not self._rounding.remark(value.layout.rows, inputs):
+            self.compare(weight, value, observer)
+
+    def compare(self, weight: WeightMatrix, value: QuantizedTensor, observer: Observer) -> None:
+        """Compare the codes of a weight that saw data with those of plain rounding, if all before were the same."""
+        if self._alike:
             self._compared += 1
             plain = quantize(weight, value.spec.weight_only(), observer.observe_weight)
             self._alike = same_bits(attrs.evolve(value, spec=plain.spec, input_scale=None), plain)
+
+    @property
+    def recorded(self) -> dict[str, float]:
+        """The SQNR of layers' outputs, in dB, by the names of the weights, as the weights were when they were added."""
+        return {name: figure for name, (figure, _, _) in self._outputs.items()}
 
     def output_sqnr_db(self, ledger: Ledger, value_of: Callable[[str], Value]) -> dict[str, float]:
         """Return the SQNR of layers' outputs, in dB, by the names of their weights.

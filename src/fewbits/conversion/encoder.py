@@ -65,6 +65,10 @@ class TensorEncoder:
         """Return a ledger with remarks on how tensors were encoded."""
         return ledger
 
+    def output_sqnr_db(self, ledger: Ledger) -> Mapping[str, float]:
+        """Return the SQNR of layers' outputs, in dB, by the names of the weights in a ledger, as far as it is known."""
+        return {}
+
     def encode(
         self, row: LedgerRow, tensor: Tensor, observer: Observer | None, inputs: Sequence[RowInputs] = ()
     ) -> Value:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from fewbits.calibration.blocks import BlockCalibration, Part
 from fewbits.calibration.running import Forward, default_forward
 from fewbits.checkpoint.codec import Value
+from fewbits.conversion.data_effects import DataEffects
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.conversion.job import warn_of_missing_data
-from fewbits.conversion.kept_parts import KeptParts
+from fewbits.conversion.kept_parts import KeptPart, KeptParts
 from fewbits.conversion.planned_tuning import PlannedTuning
 from fewbits.conversion.recipe import described, fingerprint
 from fewbits.conversion.staging import INCOMPARABLE
 from fewbits.errors import ArgumentError, CalibrationError
-from fewbits.numerics.layout import Layout
+from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
@@ -48,6 +49,8 @@ class FileCalibration:
         values: the quantized tensors, by name; empty until `run`.
         remarks: remarks on them for the ledger, by name.
         tuned: the names of the tensors whose scales were tuned.
+        outputs: the SQNR of layers' outputs before tuning, in dB, by the names of the weights, as far as it is known.
+        notes: notes for the report.
 
     Raises:
         ArgumentError: if `rounding` needs no data, `tuning` asks for more than scales, or two tensors of one parameter
@@ -81,6 +84,8 @@ class FileCalibration:
         self.values: dict[str, Value] = {}
         self.remarks: dict[str, str] = {}
         self.tuned: list[str] = []
+        self.outputs: dict[str, float] = {}
+        self.notes: list[str] = []
 
     def watching(self, forward: Forward | None, spill: Path | None) -> Forward:
         """Return a forward that observes each batch.
@@ -123,23 +128,26 @@ class FileCalibration:
             kept: holds the parts that an earlier run has finished, and takes new ones.
             progress: called before and after each weight.
         """
-        self.values, self.remarks, self.tuned = {}, {}, []
+        self.values, self.remarks, self.tuned, self.outputs = {}, {}, [], {}
+        effects = DataEffects(self._rounding)
         steps = _Steps(progress, [row for rows in self._rows.values() for row in rows])
         for at, part in enumerate(self._blocks.parts()):
             rows = [row for name in part.weights for row in self._rows[name]]
             found = kept.read(at, rows)
             if found is None:
-                self._quantize(part, encoder, steps)
+                self._quantize(part, encoder, steps, effects)
+                self.outputs |= effects.recorded
                 if rows:
                     own = Ledger(rows).with_remarks(self.remarks)
-                    kept.write(at, own.rows, self.values)
+                    kept.write(at, own.rows, self.values, self.outputs)
             else:
-                self.values |= found[0]
-                self.remarks |= found[1]
+                self._take_over(found, rows, effects)
                 for name in part.weights:
                     self._replace(name)
                 steps.skip(rows)
-        warn_of_missing_data(self._rounding, self.remarks, self._source.infos)
+        effects.notes += warn_of_missing_data(self._rounding, self.remarks, self._source.infos)
+        effects.warn()
+        self.notes = effects.notes
         if self._tuning is not None:
             self._tune(self._tuning, progress)
 
@@ -155,14 +163,27 @@ class FileCalibration:
                 self.values[row.name] = attrs.evolve(value, dtype=row.dtype)
                 self.tuned.append(row.name)
 
-    def _quantize(self, part: Part, encoder: TensorEncoder, steps: _Steps) -> None:
+    def _take_over(self, part: KeptPart, rows: Sequence[LedgerRow], effects: DataEffects) -> None:
+        """Take over a part that an earlier run has finished."""
+        self.values |= part.values
+        self.remarks |= part.remarks
+        self.outputs |= part.outputs
+        for row in rows:
+            value = part.values[row.name]
+            if not part.remarks[row.name] and isinstance(value, QuantizedTensor):
+                weight = WeightMatrix(self._source.read(row.name), value.layout)
+                effects.compare(weight, value, self._observers[row.name])
+
+    def _quantize(self, part: Part, encoder: TensorEncoder, steps: _Steps, effects: DataEffects) -> None:
         for group in part.groups:
             for name, inputs in group.items():
                 for row in self._rows[name]:
                     steps.before(row)
+                    tensor, observer = self._source.read(row.name), self._observers[row.name]
                     with naming(row):
-                        tensor = self._source.read(row.name)
-                        self.values[row.name] = encoder.encode(row, tensor, self._observers[row.name], inputs)
+                        value = self.values[row.name] = encoder.encode(row, tensor, observer, inputs)
+                        if isinstance(value, QuantizedTensor):
+                            effects.add(row.name, tensor, value, inputs, observer)
                     self.remarks[row.name] = self._rounding.remark(_layout([row]).rows, inputs)
                     steps.after(row)
                 self._replace(name)
@@ -197,6 +218,10 @@ class CalibratedEncoder(TensorEncoder):
     def remarked(self, ledger: Ledger) -> Ledger:
         """Add remarks from the calibration, and mark tuned tensors."""
         return self.calibration.remarked(ledger)
+
+    def output_sqnr_db(self, ledger: Ledger) -> Mapping[str, float]:
+        """Return what the calibration knows of the outputs of layers."""
+        return {name: figure for name, figure in self.calibration.outputs.items() if name in ledger}
 
     def encode(
         self, row: LedgerRow, tensor: Tensor, observer: Observer | None, inputs: Sequence[RowInputs] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import attrs
 import torch
 from torch import nn
 
@@ -180,11 +181,13 @@ class FileJob(Job):
             )
 
         try:
-            self.report = self._ranks.lead(look)
+            report = self._ranks.lead(look)
         except KeyboardInterrupt as stop:
             advice = f"fewbits verify {written.path} --against {self.source.path}"
             stop.args = stop.args or (f"interrupted; {written.path} is complete, but not verified yet: {advice}",)
             raise
+        notes = () if self._calibration is None else self._calibration.notes
+        self.report = attrs.evolve(report, observed=self.observed, about=(*report.about, *notes))
         return self.report
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
@@ -196,7 +199,8 @@ class FileJob(Job):
             raise CheckpointError(f"{written.path} is not what convert() wrote; call convert() again")
         result.check("digests")
         measured = {**written.measured, **measurements(self.report)}
-        about = Metadata(self.ledger, extra=self.source.extra)
+        outputs = result.metadata.output_sqnr_db
+        about = Metadata(self.ledger, extra=self.source.extra, output_sqnr_db=outputs)
         save(serializer, path, about, result.value, measured=measured, max_shard_size=max_shard_size)
 
     def _result(self) -> Written:

@@ -97,7 +97,9 @@ class FileWriter:
             if journal.seal is not None and self._is_sound(shard, journal.seal):
                 advance(shard.ledger.stored[-1].name, self.sizes[shard.file])
                 return 0, self.sizes[shard.file]
-            about = Metadata(self.streaming.encoder.remarked(shard.ledger), extra=self.streaming.source.extra)
+            encoder, extra = self.streaming.encoder, self.streaming.source.extra
+            outputs = encoder.output_sqnr_db(shard.ledger)
+            about = Metadata(encoder.remarked(shard.ledger), extra=extra, output_sqnr_db=outputs)
             with CheckpointWriter(self.serializer, self.staging.files / shard.file, about, resumable=True) as writer:
                 taken = writer.take_over(journal.notes)
                 journal.rewrite(taken)

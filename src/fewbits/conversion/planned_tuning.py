@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fewbits.calibration.running import Forward
-from fewbits.calibration.tuning import Tuned, Tuning, tune
+from fewbits.calibration.tuning import Tuned, Tuning, check_divisible, tune
 from fewbits.conversion.recipe import described
 from fewbits.errors import ArgumentError
 from fewbits.nn.packed import PackedWeight
@@ -64,6 +64,7 @@ class PlannedTuning:
 
         Raises:
             ArgumentError: if something that tuning needs is missing.
+            CalibrationError: if the data has one batch, and no other data is held out.
         """
         settings = Tuning.of(tune)
         if not isinstance(reference, nn.Module):
@@ -76,6 +77,8 @@ class PlannedTuning:
             raise ArgumentError("tune= needs data=, batches for the model")
         if isinstance(data, Iterator):
             raise ArgumentError("tune= reads the data more than once; pass a list or a DataLoader, not an iterator")
+        if settings.held_out is None:
+            check_divisible(data)
         return cls(settings, reference, data, forward, samples)
 
     def run(self, quantized: nn.Module, progress: Progress) -> None:
