@@ -458,7 +458,7 @@ def test_the_perplexity_of_even_guesses_is_the_number_of_classes():
 
 
 def test_embeddings_rank_like_themselves_and_not_like_others():
-    x, other = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.randn(20, 6)
+    x, other = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0))
     assert scores.ranking(3 * x, x) == pytest.approx(1)
     assert scores.cosine(3 * x, x) == pytest.approx(1)
     assert abs(scores.ranking(other, x)) < 0.9
