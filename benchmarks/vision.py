@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from benchmarks.scores import Scores, divergence
 
 _EPOCHS, _BATCH = 30, 64
+#: Images of the training set that decide which tuned scales are kept; calibration does not see them.
+_HELD_OUT = 256
 
 
 class Digits:
@@ -26,10 +28,10 @@ class Digits:
         self._reference = _log_probabilities(self.model, self._images)
 
     def calibration(self) -> list[Tensor]:
-        return list(self._train[: self._samples * 32].split(32))
+        return list(self._train[:-_HELD_OUT][: self._samples * 32].split(32))
 
     def held_out(self) -> list[Tensor]:
-        return list(self._train[-256:].split(32))
+        return list(self._train[-_HELD_OUT:].split(32))
 
     def score(self, model: nn.Module) -> Scores:
         found = _log_probabilities(model, self._images)

@@ -14,21 +14,13 @@ from fewbits.cli.commands import run as run_cli
 from fewbits.errors import ArgumentError, CalibrationError, MismatchError
 from fewbits.integrations.text import cut_windows, read_texts
 from fewbits.integrations.transformers import load_directory, quantize_directory
+from support.transformers_sizes import TEXT
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 WORDS = [f"word{number}" for number in range(96)]
 SPECIAL = ["<unk>", "<s>", "</s>"]
-SIZES = {
-    "vocab_size": 112,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 INT4 = {"scheme": "int4", "group_size": 32, "min_elements": 0}
 HOW = {"samples": 6, "sequence": 16}
 
@@ -50,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of a tiny Llama with a tokenizer of words. Its output layer is tied, so no file holds it."""
     folder = tmp_path_factory.mktemp("llama") / "source"
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(**TEXT, tie_word_embeddings=True)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     write_tokenizer(folder, eos_token="</s>", bos_token="<s>")
     return folder
@@ -259,7 +251,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of a tiny Bert, which is no causal language model."""
     folder = tmp_path_factory.mktemp("bert") / "source"
     torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(folder)
+    transformers.BertModel(transformers.BertConfig(**TEXT)).save_pretrained(folder)
     write_tokenizer(folder, sep_token="</s>", cls_token="<s>")
     made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     made.post_processor = tokenizers.processors.BertProcessing(("</s>", 2), ("<s>", 1))
@@ -277,7 +269,7 @@ def test_windows_of_an_encoder_have_special_tokens_at_both_ends(encoder, text, t
 
 
 def test_a_directory_whose_model_fuses_its_tensors_is_refused_with_their_names(text, tmp_path):
-    experts = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    experts = {**TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**experts)).save_pretrained(tmp_path / "in")
     write_tokenizer(tmp_path / "in")
     with pytest.raises(MismatchError, match=r"model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight, .*exclude these"):

@@ -13,21 +13,13 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits.cli.commands import cli
+from support.transformers_sizes import TEXT
 
 accelerate = pytest.importorskip("accelerate", reason="peft and sentence-transformers bring it")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors", reason="transformers reads the results with it")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
-TEXT = {
-    "vocab_size": 112,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 EXPERTS = {**TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 IMAGE = {**TEXT, "image_size": 16, "patch_size": 8}
 SEQUENCES = {"vocab_size": 112, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}

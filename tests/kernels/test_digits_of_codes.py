@@ -28,7 +28,7 @@ def levels(draw):
 
 
 def numbers(spec):
-    """What the digits of each code stand for."""
+    """The number that the digits of each code give."""
     digits = digits_of(spec)
     units = torch.tensor(digits.units, dtype=torch.float64).unsqueeze(1)
     return (units * (torch.tensor(digits.nibbles) - 8)).sum(0)

@@ -11,20 +11,7 @@ from torch import nn
 import fewbits
 from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError
 from fewbits.rounding import GPTQ, Qronos
-
-
-class Net(nn.Module):
-    """A chain of three blocks, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(3))
-        self.head = nn.Linear(32, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
+from support.model_cases import Blocks
 
 
 def batches(count: int = 4) -> list[torch.Tensor]:
@@ -36,7 +23,7 @@ def batches(count: int = 4) -> list[torch.Tensor]:
 @pytest.fixture
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return Net().eval()
+    return Blocks().eval()
 
 
 def output_error(net: nn.Module, **settings: object) -> float:

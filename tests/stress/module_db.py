@@ -31,6 +31,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int8 dynamic": {"scheme": "int8", "activations": "dynamic"},
     "int4": {"scheme": "int4", "group_size": 32},
     "int4 asymmetric": {"scheme": "int4", "group_size": 32, "symmetric": False},
+    "int3": {"scheme": "int3", "group_size": 32},
+    "nf4": {"scheme": "nf4", "group_size": 32},
+    "nf4, two levels of scales": {"scheme": "nf4", "group_size": 32, "scale_bits": 6},
+    "mxfp4": {"scheme": "mxfp4"},
+    "fp8": {"scheme": "fp8"},
     "fp16": {"scheme": "fp16"},
 }
 MOST_INPUTS = 64

@@ -20,7 +20,7 @@ from fewbits.numerics.metrics import sqnr_db
 from fewbits.rounding import GPTQ
 from fewbits.rounding.nearest import RoundToNearest
 from fewbits.validation.layers import LayerErrors
-from validation.model_cases import Int3, blocks, inputs, tiny_lm, tokens
+from support.model_cases import Int3, blocks, inputs, tiny_lm, tokens
 
 
 class Int2(Int3):

@@ -15,7 +15,7 @@ import fewbits
 from fewbits.errors import ArgumentError, CalibrationError, ValidationError
 from fewbits.extend import compare_outputs
 from fewbits.validation.outputs import METRICS
-from validation.model_cases import Int3, blocks, inputs, tiny_lm, tokens
+from support.model_cases import Int3, blocks, inputs, tiny_lm, tokens
 
 ALL = ("kl", "top1", "cosine", "sqnr", "perplexity")
 
@@ -276,6 +276,14 @@ def test_quantize_refuses_settings_of_a_comparison_before_it_converts(settings, 
 
     with pytest.raises(ArgumentError, match=said):
         fewbits.quantize(blocks(), "int8", progress=converted, **settings)
+
+
+def test_a_wrong_fail_under_is_refused_before_the_data_runs():
+    def run(model, batch):
+        raise StopIteration
+
+    with pytest.raises(ArgumentError, match="fail_under must be a number"):
+        converted(blocks()).validate(inputs(), forward=run, fail_under="low")
 
 
 def test_without_a_float_model_the_error_names_the_way_out(tmp_path):

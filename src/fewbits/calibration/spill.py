@@ -90,7 +90,7 @@ class KeptTensors:
         if self._file is None or tensor is None:
             self._kept.append(tensor)
         else:
-            stop = max((place.stop for place in self._kept if isinstance(place, _Place)), default=0)
+            stop = next((place.stop for place in reversed(self._kept) if isinstance(place, _Place)), 0)
             self._kept.append(self._file.write(tensor, stop))
 
     def truncate(self, count: int) -> None:

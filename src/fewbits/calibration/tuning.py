@@ -199,7 +199,7 @@ def _check_models(quantized: object, reference: object) -> None:
     """Refuse anything but a quantized model and its float model, and inference mode, which records no gradients.
 
     Raises:
-        ArgumentError: with what to do.
+        ArgumentError: naming the way out.
     """
     if torch.is_inference_mode_enabled():
         raise ArgumentError("tune needs gradients; call it outside of torch.inference_mode()")
@@ -218,7 +218,7 @@ def _check_models(quantized: object, reference: object) -> None:
 
 
 def check_divisible(data: object) -> None:
-    """Refuse data of which nothing can be held out.
+    """Refuse a single batch: tuning trains on some batches, and holds out others.
 
     Raises:
         CalibrationError: if the data has one batch.

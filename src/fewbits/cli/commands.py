@@ -97,17 +97,17 @@ def cli() -> None:
     help="Dtype of stored scales; by default that of each weight. float16 halves those of a float32 model.",
 )
 @click.option(
+    "--scale-bits",
+    type=click.IntRange(2, 8),
+    metavar="N",
+    help="Store the scale of each group as a code of N bits, beside one scale for each row; for schemes with groups.",
+)
+@click.option(
     "--rounding",
     type=click.Choice(list(ROUNDINGS)),
     help="How to choose codes: scale-search needs no data; importance-search, gptq and qronos need --calibrate.",
 )
 @calibration_options
-@click.option(
-    "--scale-bits",
-    type=click.IntRange(2, 8),
-    metavar="N",
-    help="Store the scale of each group as a code of N bits, 2 to 8, beside one scale for each row; for int4.",
-)
 @click.option(
     "--ragged", type=click.Choice(get_args(Ragged)), help="How to handle rows that groups do not divide evenly."
 )

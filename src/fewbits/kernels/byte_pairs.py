@@ -15,6 +15,7 @@ from fewbits.kernels.weight_layouts import (
     WeightLayout,
     looked_up,
     refuses_any,
+    refuses_padding,
     round_up,
     row_slices,
     taken,
@@ -56,16 +57,14 @@ class BytePairs(WeightLayout):
     @classmethod
     def refuses(cls, weight: WeightLayout) -> str | None:
         """Say why this layout cannot hold a weight: it takes 8-bit levels without groups."""
-        spec, (rows, columns) = weight.spec, weight.layout.matrix_shape
+        spec = weight.spec
         if reason := refuses_any(weight, takes_levels=True):
             return reason
         if spec.levels is None or spec.bits != 8:
             return "its codes are not indices of levels of 8 bits"
         if spec.granularity == "group":
             return "it takes no scales for groups"
-        if round_up(columns, cls.MULTIPLE) > 2 * columns:
-            return f"padded to {cls.MULTIPLE}, {rows} rows of {columns} would take more than twice the memory"
-        return None
+        return refuses_padding(weight, cls.MULTIPLE)
 
     @classmethod
     def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> BytePairs:

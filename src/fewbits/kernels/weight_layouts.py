@@ -208,14 +208,11 @@ class Int8Rows(WeightLayout):
     @classmethod
     def refuses(cls, weight: WeightLayout) -> str | None:
         """Say why this layout cannot hold a weight: it takes 8-bit codes, of a matrix whose rows are not too short."""
-        rows, columns = weight.layout.matrix_shape
         if reason := refuses_any(weight):
             return reason
         if weight.spec.bits != 8:
             return f"codes of {weight.spec.bits} bits, not 8"
-        if round_up(columns, cls.MULTIPLE) > 2 * columns:
-            return f"padded to {cls.MULTIPLE}, {rows} rows of {columns} would take more than twice the memory"
-        return None
+        return refuses_padding(weight, cls.MULTIPLE)
 
     @classmethod
     def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
@@ -268,6 +265,14 @@ def refuses_any(weight: WeightLayout, *, takes_levels: bool = False) -> str | No
         return "it has float64 scales, which need float64 products"
     if not weight.layout.rows * weight.layout.columns:
         return "it has no elements"
+    return None
+
+
+def refuses_padding(weight: WeightLayout, multiple: int) -> str | None:
+    """Refuse rows that are so short that padding them to a multiple of this many columns more than doubles them."""
+    rows, columns = weight.layout.matrix_shape
+    if round_up(columns, multiple) > 2 * columns:
+        return f"padded to {multiple}, {rows} rows of {columns} would take more than twice the memory"
     return None
 
 

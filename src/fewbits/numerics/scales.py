@@ -18,7 +18,6 @@ from fewbits.numerics.spec import INPUT_SPEC, QuantSpec
 
 _SAME_WIDTH_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
 #: Each step enlarges the scale by a sixteenth. After at most this many steps the code of a magnitude rounds down.
 _OVERFLOW_STEPS, _OVERFLOW_FACTOR = 16, 17 / 16
 

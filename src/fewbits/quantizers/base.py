@@ -27,6 +27,7 @@ from fewbits.quantizers.scheme import check_choice
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.file import FileSource
 from fewbits.sources.open import open_source
+from fewbits.validation.checks import check_fail_under
 from fewbits.validation.report import Report
 from fewbits.validation.tensors import CRITICAL_DB
 
@@ -205,8 +206,7 @@ class Quantizer(Lifecycle):
 
         Args:
             data: batches, as for `observe`; all of them are run. None compares no outputs.
-            forward: runs one batch, ``forward(model, batch)``, and returns its output, if the model takes other inputs
-                or its output is not the one to compare.
+            forward: runs one batch, ``forward(model, batch)``, and returns the output to compare.
             metrics: what to compare: "kl" and "top1" (for logits), "cosine", "sqnr", "perplexity" (for logits of the
                 next token). None takes "kl" and "top1" for an output named ``logits``, else "cosine" and "sqnr".
             limits: figures of metrics beyond which the model fails, such as ``{"kl": 0.1, "top1": 0.9}``: the most for
@@ -226,6 +226,7 @@ class Quantizer(Lifecycle):
         """
         job = self._guarded("validate")
         check_choice("on_failure", on_failure, get_args(OnFailure))
+        check_fail_under(fail_under)
         job.evaluate(evaluation_of(data, forward, metrics, limits), progress)
         report = job.examine(self.serializer, fail_under, progress)
         if job.leads:
