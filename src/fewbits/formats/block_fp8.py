@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import attrs
 import torch
 
 from fewbits.checkpoint.codec import Value
@@ -47,9 +48,8 @@ class BlockFP8(ForeignCheckpoint):
             self._weights = scaled_weights(self._tensors.entries, blocks)
         except SourceError as error:
             raise FormatError(f"{path}: {error}") from None
-        scales = {weight.scale for weight in self._weights.values()}
-        names = sorted(self._tensors.entries.keys() - scales)
-        self.ledger = Ledger(map(self._row, names))
+        self._scales = {weight.scale: weight.name for weight in self._weights.values()}
+        self.ledger = Ledger(map(self._row, sorted(self._tensors.entries)))
         self.about = (f"read as {self.format}: {len(self._weights):,} weights",)
 
     @classmethod
@@ -82,12 +82,18 @@ class BlockFP8(ForeignCheckpoint):
 
     def _row(self, name: str) -> LedgerRow:
         entry, weight = self._tensors.entries[name], self._weights.get(name)
-        if weight is None or not entry.numel:
+        if (of := self._scales.get(name)) is not None:
+            reason = f"scale of {of}"
+            return LedgerRow(name, entry.shape, entry.dtype, "merged", reason, entry.nbytes, 0, merged_into=of)
+        if weight is None:
             return kept_row(name, entry)
-        if entry.dtype not in FLOAT8_DTYPES:
-            raise FormatError(f"{name} is {entry.dtype}, which cannot be loaded as codes; quantize the checkpoint")
-        layout = Layout.of(entry.shape)
-        return quantized_row(name, layout, _spec(weight, layout), FP8_TARGET, f"quantized in the format {self.format}")
+        if entry.dtype not in FLOAT8_DTYPES or not entry.numel:
+            raise FormatError(
+                f"{name} is {entry.in_words}, which fewbits cannot load as codes; it can quantize the checkpoint"
+            )
+        layout, reason = Layout.of(entry.shape), f"quantized in the format {self.format}"
+        row = quantized_row(name, layout, _spec(weight, layout), FP8_TARGET, reason)
+        return attrs.evolve(row, dequantized_from=entry.dtype, bytes_before=entry.nbytes)
 
 
 def _spec(weight: ScaledWeight, layout: Layout) -> QuantSpec:
