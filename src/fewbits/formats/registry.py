@@ -20,7 +20,7 @@ from fewbits.formats.gptq import GPTQ
 EXPORTERS: Mapping[str, type[Exporter]] = {exporter.name: exporter for exporter in (FewbitsFormat,)}
 
 #: Formats of other tools that can be read; the first that recognizes a checkpoint is taken.
-FOREIGN: tuple[type[ForeignCheckpoint], ...] = (CompressedCheckpoint, GPTQ, AWQ, BlockFP8)
+FOREIGN: tuple[type[ForeignCheckpoint], ...] = (BlockFP8, CompressedCheckpoint, GPTQ, AWQ)
 
 
 def recognized(
