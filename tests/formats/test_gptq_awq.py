@@ -187,6 +187,13 @@ def test_a_checkpoint_is_loaded_into_a_model_without_requantizing(scratch, metho
         assert torch.equal(getattr(model, name).weight, made.weight())
 
 
+def test_a_weight_in_another_order_is_loaded_into_a_model_as_floats(scratch):
+    path, layers = checkpoint(scratch, "gptq", act_order=True)
+    model = fewbits.load(path, into=Model())
+    assert type(model.up) is nn.Linear
+    assert torch.equal(model.up.weight, layers["up"].weight())
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_convert_keeps_the_codes(tmp_path, method):
     path, layers = checkpoint(tmp_path / "in", method)
