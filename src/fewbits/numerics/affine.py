@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.grid import (
     broadcast,
     code_range,
@@ -18,6 +19,7 @@ from fewbits.numerics.grid import (
     in_steps,
     level_table,
     nearest_level,
+    nearest_step,
 )
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scratch import Scratch
@@ -73,6 +75,21 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
         offset = -spec.code_min if zero_point is None else broadcast(zero_point) - spec.code_min
         values = (grouped(codes, spec).to(dtype) - offset) * broadcast(scale.to(dtype))
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
+
+
+def round_column(x: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """Round each element of a column to the nearest number that a code represents, as `encode` and `decode` do.
+
+    Args:
+        x: (rows,), float32 or float64.
+        params: the parameters of the column's group: (rows, 1), or (1,).
+        spec: the spec of the codes.
+    """
+    scale = params.scale.reshape(-1)
+    zero_point = None if params.zero_point is None else params.zero_point.reshape(-1)
+    dtype = torch.promote_types(x.dtype, compute_dtype(scale.dtype))
+    steps = nearest_step(x.to(dtype) / scale.to(dtype), zero_point, spec)
+    return steps.to(x.dtype) * scale.to(x.dtype)
 
 
 def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:

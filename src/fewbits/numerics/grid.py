@@ -75,16 +75,18 @@ def nearest_level(steps: Tensor, spec: QuantSpec) -> Tensor:
     return torch.bucketize(steps.contiguous(), bounds, out_int32=True)
 
 
-def nearest_step(steps: Tensor, zero_point: Tensor | float, spec: QuantSpec) -> Tensor:
+def nearest_step(steps: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Round to the nearest step.
 
     Args:
         steps: real numbers, in units of the scale.
-        zero_point: must broadcast against `steps`.
+        zero_point: must broadcast against `steps`; None for a symmetric spec.
         spec: the spec of the codes.
     """
     if spec.levels is not None:
         return levels_of(spec, steps)[nearest_level(steps, spec)]
+    if zero_point is None:
+        return steps.round().clamp_(*ends(spec))
     return (steps.round() + zero_point).clamp_(*ends(spec)) - zero_point
 
 
