@@ -74,11 +74,7 @@ def same_arguments(first: object, second: object) -> bool:
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         return isinstance(first, Tensor) and isinstance(second, Tensor) and _equal(first, second)
     if isinstance(first, (list, tuple)):
-        return (
-            type(first) is type(second)
-            and len(first) == len(second)
-            and all(map(same_arguments, first, second))
-        )
+        return type(first) is type(second) and len(first) == len(second) and all(map(same_arguments, first, second))
     if isinstance(first, Mapping):
         return (
             isinstance(second, Mapping)
