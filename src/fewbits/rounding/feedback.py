@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fewbits.numerics.affine import decode, encode, round_column
+from fewbits.numerics.affine import ColumnRounder, decode, encode
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scales import refit
 from fewbits.numerics.spec import QuantSpec
@@ -93,7 +93,7 @@ class Feedback:
         # Columns of the weight are rows here, so that each is contiguous.
         rest = target.mT[self._order]
         rounded, upper = torch.empty_like(rest), self._upper.to(rest.dtype)
-        own = [_of_group(params, group) for group in range(spec.groups(len(rest)))]
+        rounder = ColumnRounder(params, spec, rest.dtype)
         groups = (self._order // spec.width(len(rest))).tolist()
         for start in range(0, len(rest), _BLOCK):
             stop = min(start + _BLOCK, len(rest))
@@ -101,9 +101,10 @@ class Feedback:
             inner = upper[start:stop, start:stop]
             pivots = inner.diagonal().tolist()
             for i in range(stop - start):
-                value = round_column(block[i], own[groups[start + i]], spec)
+                column = block[i]
+                value = rounder.round(column, groups[start + i])
                 rounded[start + i] = value
-                error = torch.div(block[i] - value, pivots[i], out=errors[i])
+                error = torch.div(column - value, pivots[i], out=errors[i])
                 block[i + 1 :].addr_(inner[i, i + 1 :], error, alpha=-1)
             rest[stop:] -= upper[start:stop, stop:].mT @ errors
         return encode(torch.empty_like(rest).index_copy_(0, self._order, rounded).mT, params, spec)

@@ -51,7 +51,7 @@ class GPTQ(Rounding):
     needs: ClassVar[Needs] = "second_moment"
     objective = "(w - q) H (w - q)^T for each row w, with H = E[x x^T]"
 
-    def __init__(self, damping: float = 0.01, refits: int = 1, steps: int = 12) -> None:
+    def __init__(self, damping: float = 0.01, refits: int = 2, steps: int = 12) -> None:
         if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping <= 10:
             raise ArgumentError(f"damping must be a number above 0, at most 10, not {damping!r}")
         if type(refits) is not int or refits < 0:
@@ -115,9 +115,6 @@ class Qronos(GPTQ):
 
     needs = "cross_moment"
     objective = "E[|W y - Q x|^2] + d |W - Q|^2, x the inputs of the quantized model, y those of the float model"
-
-    def __init__(self, damping: float = 0.01, refits: int = 2, steps: int = 12) -> None:
-        super().__init__(damping, refits, steps)
 
     def _feedback(self, inputs: InputStatistics) -> Feedback:
         return Feedback(inputs.second_moment, inputs.cross_moment, self.damping)
