@@ -19,7 +19,7 @@ from fewbits.formats.compressed_export import export_obstacle, quantization_conf
 from fewbits.selection.ledger import Ledger
 
 #: Files, besides ``config.json``, that contain quantization settings only.
-QUANTIZATION_FILES = ("hf_quant_config.json",)
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:
