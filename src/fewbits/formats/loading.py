@@ -1,4 +1,4 @@
-"""`load`: read a fewbits or compressed-tensors checkpoint as a mapping, or a fewbits checkpoint into a model."""
+"""`load`: read a checkpoint as a mapping, or a fewbits checkpoint into a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fewbits.checkpoint.reading import Check, Checkpoint, check_check
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
 from fewbits.formats.compressed_tensors import CompressedTensors, open_checkpoint
+from fewbits.formats.registry import open_foreign
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.eligibility import compiled_hint, held_beside, layout_of, obstacle_to, refuse_unfit, rounds_inputs
@@ -61,7 +62,7 @@ def load(
     ignore: Sequence[str] = (),
     init_buffers: InitBuffers | None = None,
 ) -> dict[str, Value] | nn.Module:
-    """Load a fewbits checkpoint or, without `into`, a checkpoint of compressed-tensors. Nothing is ever unpickled.
+    """Load a fewbits checkpoint or, without `into`, one of compressed-tensors or GGUF. Nothing is ever unpickled.
 
     Tensors of a fewbits checkpoint alias the mapped file. There are two exceptions: the kernels of a layer need another
     weight layout than the file's, or a tensor goes to another device than the CPU. Then all tensors are read in the
@@ -72,7 +73,8 @@ def load(
     The model is then partly loaded and must be built again.
 
     A checkpoint of compressed-tensors has no digests, and its tensors are read into new memory. A weight whose columns
-    are in another order (``g_idx``) is dequantized, with its columns in the original order.
+    are in another order (``g_idx``) is dequantized, with its columns in the original order. The same holds for a GGUF
+    file, which needs the package ``gguf``; `fewbits.formats.gguf_checkpoint.GGUFCheckpoint` says which codes are kept.
 
     Args:
         path: the file, the directory of several files, or the index in it.
@@ -95,11 +97,12 @@ def load(
         `into`, or the mapping.
 
     Raises:
-        FormatError: if the checkpoint has neither format, its parts contradict each other, or a weight cannot be read.
+        FormatError: if the checkpoint has none of these formats, its parts contradict each other, or a weight cannot be
+            read.
         DigestError: if a byte has changed; the message names the tensors.
         ArgumentError: if `into` is not a model; if `compute`, `device` or `init_buffers` is invalid; if `device`,
-            `ignore` or `init_buffers` is given without a model; or if a model is given with `dequantize` or for a
-            checkpoint of compressed-tensors.
+            `ignore` or `init_buffers` is given without a model; if a model is given with `dequantize` or for a
+            checkpoint of another tool; or if the package ``gguf`` is missing.
         SelectionError: if a pattern of `ignore` matches no tensor that may stay in the file.
         SourceError: if a module of `into` would not read a quantized weight. The model is unchanged.
         MismatchError: if file and model do not match, or if the model has a quantized module or a tensor that is not
@@ -119,10 +122,18 @@ def load(
         raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
     if into is not None and dequantize:
         raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
-    checkpoint = open_checkpoint(path, serializer)
     check_check(check)
+    foreign = open_foreign(path) if serializer is None else None
+    if foreign is not None and into is not None:
+        raise ArgumentError(
+            f"{path} is a {foreign.format} checkpoint; load it without into=, or convert it first with "
+            "fewbits.convert(path, DIR) and load(DIR, into=)"
+        )
+    checkpoint = open_checkpoint(path, serializer) if foreign is None else None
     if into is None:
-        if checkpoint is None:
+        if foreign is not None:
+            values: dict[str, Value] = {row.name: foreign.value(row.name) for row in foreign.ledger.stored}
+        elif checkpoint is None:
             values = CompressedTensors(path, serializer).values()
         else:
             checkpoint.check(check)

@@ -9,12 +9,14 @@ from pathlib import Path
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.formats.base import Exporter, ForeignCheckpoint, Readable
 from fewbits.formats.fewbits_format import FewbitsFormat
+from fewbits.formats.gguf_checkpoint import GGUFCheckpoint
+from fewbits.formats.gguf_export import GGUF
 
 #: Formats that can be written, by name.
-EXPORTERS: Mapping[str, type[Exporter]] = {exporter.name: exporter for exporter in (FewbitsFormat,)}
+EXPORTERS: Mapping[str, type[Exporter]] = {exporter.name: exporter for exporter in (FewbitsFormat, GGUF)}
 
 #: Formats of other tools that can be read; the first that recognizes a checkpoint is taken.
-FOREIGN: tuple[type[ForeignCheckpoint], ...] = ()
+FOREIGN: tuple[type[ForeignCheckpoint], ...] = (GGUFCheckpoint,)
 
 
 def open_quantized(path: str | os.PathLike[str]) -> Readable:
@@ -25,7 +27,17 @@ def open_quantized(path: str | os.PathLike[str]) -> Readable:
         DigestError: if a header of a fewbits checkpoint is damaged.
         CheckpointError: if the files cannot be opened.
     """
+    return open_foreign(path) or Checkpoint(path)
+
+
+def open_foreign(path: str | os.PathLike[str]) -> ForeignCheckpoint | None:
+    """Open a checkpoint of another tool; None if no format in `FOREIGN` is recognized.
+
+    Raises:
+        FormatError: if the checkpoint is malformed.
+        CheckpointError: if the files cannot be opened.
+    """
     for reader in FOREIGN:
         if reader.recognizes(Path(path)):
             return reader(path)  # type: ignore[call-arg]
-    return Checkpoint(path)
+    return None
