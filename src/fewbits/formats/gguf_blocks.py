@@ -194,7 +194,7 @@ def _by_block(value: QuantizedTensor) -> tuple[Tensor, Tensor]:
     def spread(each: Tensor) -> Tensor:
         return each.reshape(-1, each.shape[-1]).expand(rows, -1)[:, group]
 
-    zero_point = torch.zeros(1, 1) if params.zero_point is None else params.zero_point
+    zero_point = torch.zeros(1) if params.zero_point is None else params.zero_point
     zeros = zero_point.expand(params.scale.shape) - spec.code_min
     return spread(params.scale.double()), spread(zeros.to(torch.int16))
 

@@ -11,6 +11,7 @@ import torch
 
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.raw import as_checkpoint_error
+from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
 from fewbits.formats.base import ForeignCheckpoint
 from fewbits.formats.gguf_blocks import has_zero_points, read_blocks
@@ -34,7 +35,7 @@ class GGUFCheckpoint(ForeignCheckpoint):
     all other types are decoded to float32 by the ``gguf`` package.
 
     Names are those of transformers for the architectures in `fewbits.formats.gguf_names.RENAMED`, with rows of q and k
-    in its order. Otherwise they are those in the file.
+    in its order. Otherwise they are those in the file. The ledger counts decoded numbers as the bytes before.
 
     Args:
         path: the file.
@@ -106,11 +107,10 @@ class GGUFCheckpoint(ForeignCheckpoint):
             dtype=tensor.dtype,
             fate="quantized" if coded else "kept",
             reason=_reason(tensor, coded),
-            bytes_before=tensor.data.nbytes,
+            bytes_before=Entry(tensor.shape, tensor.dtype).nbytes,
             bytes_after=0,
             spec=tensor.block_type.spec if coded and tensor.block_type else None,
             layout=Layout.of(tensor.shape) if coded else None,
-            dequantized_from=None if coded or tensor.is_plain else torch.uint8,
         )
         return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
 

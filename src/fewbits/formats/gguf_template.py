@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import torch
 from torch import Tensor
@@ -74,7 +76,7 @@ def proved_order(template: GGUFFile, matched: Match, value: QuantizedTensor) -> 
         MismatchError: if they agree in no order, or in two.
     """
     stored, weight = matched.stored, as_matrix(value)
-    if stored.shape[-1] != weight.shape[1] or stored.decode().numel() != weight.numel():
+    if (math.prod(stored.shape[:-1]), stored.shape[-1]) != weight.shape:
         raise MismatchError(f"{matched.row.name} has shape {value.shape}, {stored.name} has {stored.shape}; {_ADVICE}")
     numbers = stored.decode().reshape(weight.shape).float()
     orders = _orders(template, stored, len(weight))
@@ -97,7 +99,7 @@ def prove_kept(template: GGUFFile, matched: Match, value: Tensor) -> bool:
     """
     stored = matched.stored
     if stored.shape == tuple(value.shape):
-        numbers, orders = stored.decode(), _orders(template, stored, len(value))
+        numbers, orders = stored.decode(), _orders(template, stored, value.shape[0] if value.shape else 1)
         ordered = [value if order is None else value[order] for order in orders]
         if any(_same_after_rounding(one, numbers) for one in ordered):
             return True
@@ -122,6 +124,8 @@ def _same_after_rounding(one: Tensor, other: Tensor) -> bool:
 
 def _least_cosine(one: Tensor, other: Tensor) -> float:
     """Return the least cosine of two rows, among the rows of `other` that are not nearly zero; zero without any."""
+    if not other.numel():
+        return 0.0
     norms = other.norm(dim=-1)
     counted = norms > _LEAST_NORM * norms.max()
     cosines = torch.nn.functional.cosine_similarity(one, other, dim=-1)[counted]
