@@ -20,6 +20,7 @@ _path = click.Path(path_type=Path)
 @click.argument("source", metavar="IN", type=_path)
 @click.option("-o", "--output", metavar="OUT", type=_path, required=True, help="Directory or file to write.")
 @click.option("--format", "name", type=click.Choice(list(EXPORTERS)), required=True, help="The format of OUT.")
+@click.option("--template", metavar="FILE", type=_path, help="For gguf: a GGUF file of the same model, not quantized.")
 @click.option("--allow", is_flag=True, help="Write tensors too that readers of the format may not take.")
 @click.option("--replace", is_flag=True, help="Replace OUT if it exists.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
@@ -34,6 +35,7 @@ def convert_command(
     \b
     For example:
       fewbits convert small -o served --format compressed-tensors
+      fewbits convert small -o small.gguf --format gguf --template float.gguf
     """
     given = {option: value for option, value in options.items() if value}
     with shown_progress(as_json=as_json, quiet=quiet) as progress:

@@ -133,7 +133,7 @@ class Exporter(ABC):
     def obstacles(self, source: Readable) -> dict[str, str]:
         """Explain, by the name of each tensor, what readers of the format cannot take; empty if they take everything.
 
-        Only headers are read.
+        Only headers are read, and the scales of a format that limits them.
         """
 
     @abstractmethod
