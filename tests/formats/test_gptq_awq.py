@@ -140,6 +140,15 @@ def test_a_zero_point_of_0_that_gptqmodel_stored_in_version_1_is_read(scratch):
     assert same(fewbits.load(write(scratch, tensors, Recipe().settings()))["l.weight"], made)
 
 
+def test_a_default_device_does_not_change_what_is_read(scratch):
+    for method, changes in (("gptq", {}), ("gptq", {"act_order": True}), ("awq", {})):
+        path, _ = checkpoint(scratch, method, **changes)
+        expected = fewbits.load(path, dequantize=True)
+        with torch.device("meta"):
+            found = fewbits.load(path, dequantize=True)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_weights_have_the_dtype_that_the_config_states(scratch):
     path = write(scratch, gptq("l", layer(Recipe())), Recipe().settings(), torch_dtype="bfloat16")
     weight = fewbits.load(path)["l.weight"]
