@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import click
@@ -13,19 +14,34 @@ from fewbits.cli.progress import shown_progress
 from fewbits.conversion.exporting import Exported, convert, exporter_named
 from fewbits.formats.registry import EXPORTERS
 
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
 _path = click.Path(path_type=Path)
+
+#: Settings of exporters.
+_SETTINGS = (
+    click.option("--allow", is_flag=True, help="Write tensors too that readers of the format may not take."),
+    click.option("--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory; 5GB by default."),
+)
+
+
+def exporter_settings(command: _Command) -> _Command:
+    """Add the settings of exporters to the options of a command."""
+    for option in reversed(_SETTINGS):
+        command = option(command)
+    return command
 
 
 @click.command(short_help="Write a result in the format of another tool.")
 @click.argument("source", metavar="IN", type=_path)
 @click.option("-o", "--output", metavar="OUT", type=_path, required=True, help="Directory or file to write.")
 @click.option("--format", "name", type=click.Choice(list(EXPORTERS)), required=True, help="The format of OUT.")
-@click.option("--allow", is_flag=True, help="Write tensors too that readers of the format may not take.")
+@exporter_settings
 @click.option("--replace", is_flag=True, help="Replace OUT if it exists.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and progress as JSON events.")
 def convert_command(
-    source: Path, output: Path, name: str, replace: bool, quiet: bool, as_json: bool, **options: Any
+    source: Path, output: Path, name: str, replace: bool, quiet: bool, as_json: bool, **settings: Any
 ) -> int:
     r"""Write the quantized checkpoint IN in another format, with the codes that it has.
 
@@ -35,16 +51,23 @@ def convert_command(
     For example:
       fewbits convert small -o served --format compressed-tensors
     """
-    given = {option: value for option, value in options.items() if value}
+    given = {setting: value for setting, value in settings.items() if value}
     with shown_progress(as_json=as_json, quiet=quiet) as progress:
         exported = convert(source, output, exporter_named(name, **given), replace=replace, progress=progress)
     if as_json:
-        print_json(**attrs.asdict(exported) | {"path": str(exported.path)})
+        print_json(**exported_fields(exported))
     else:
-        click.echo(_summary(exported))
+        click.echo(exported_summary(exported))
     return 0
 
 
-def _summary(exported: Exported) -> str:
+def exported_fields(exported: Exported) -> dict[str, Any]:
+    """Describe an export for JSON."""
+    return attrs.asdict(exported) | {"path": str(exported.path)}
+
+
+def exported_summary(exported: Exported) -> str:
+    """Describe an export in lines of text."""
     tensors = f"{exported.quantized:,} quantized and {exported.kept:,} other tensors"
-    return f"{exported.path} ({exported.format}): {tensors}, {exported.nbytes:,} bytes, read back and equal"
+    line = f"{exported.path} ({exported.format}): {tensors}, {exported.nbytes:,} bytes, read back and equal"
+    return "\n".join([line, *(f"allowed: {name} {reason}" for name, reason in exported.remarks.items())])
