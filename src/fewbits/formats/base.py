@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor
+
 from fewbits._sizes import parse_size
 from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.output import MAX_SHARD_SIZE
@@ -154,6 +156,9 @@ class DirectoryExporter(Exporter):
 
 def same_values(found: Value, expected: Value, row: LedgerRow) -> bool:
     """Tell whether two stored forms of a tensor give the same values in the dtype of its row, bit for bit."""
-    tensors = [value.dequantize() if isinstance(value, QuantizedTensor) else value for value in (found, expected)]
-    first, second = (tensor.to(row.dtype) for tensor in tensors)
-    return same_bits(first, second)
+    return same_bits(*(dequantized(value, row) for value in (found, expected)))
+
+
+def dequantized(value: Value, row: LedgerRow) -> Tensor:
+    """Return the values of a stored tensor, in the dtype of its row."""
+    return value.dequantize(row.dtype) if isinstance(value, QuantizedTensor) else value.to(row.dtype)

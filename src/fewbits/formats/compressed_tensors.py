@@ -50,6 +50,7 @@ class CompressedTensors:
         originals: shape and dtype of the source's tensors, by name; None if there is no source to compare with.
 
     Attributes:
+        path: the given path.
         tensors: the tensors in the files.
         ledger: every tensor that can be read; weights have their names before quantization.
         problems: the other tensors, by name: the fate that each would have had, and why it cannot be read or
@@ -72,7 +73,7 @@ class CompressedTensors:
     ) -> None:
         serializer = serializer or SafetensorsSerializer()
         files = find_files(Path(path), (serializer.suffix,))
-        self._path, self._originals, self._config = path, originals, read_config(files) or CompressionConfig()
+        self.path, self._originals, self._config = path, originals, read_config(files) or CompressionConfig()
         self.tensors = _opened(files, serializer)
         self._entries = self.tensors.entries
         self.problems: dict[str, tuple[Fate, str]] = {}
@@ -109,12 +110,18 @@ class CompressedTensors:
         if self._config.transforms:
             problems.append("config.json names transforms, so the weights are not those of the original model")
         if problems:
-            raise FormatError(f"{self._path} cannot be loaded: {'; '.join(problems)}")
+            raise FormatError(f"{self.path} cannot be loaded: {'; '.join(problems)}")
         if self.of_activations:
-            emit("warning", "tensors_left_out", file=str(self._path), tensors=self.of_activations)
-        return {row.name: self._value(row) for row in self.ledger}
+            emit("warning", "tensors_left_out", file=str(self.path), tensors=self.of_activations)
+        return {row.name: self.value(row.name) for row in self.ledger}
 
-    def _value(self, row: LedgerRow) -> Value:
+    def value(self, name: str) -> Value:
+        """Return one tensor in its stored form; dequantized, in original column order, if it has a ``g_idx``.
+
+        Raises:
+            FormatError: if a code or zero point is invalid.
+        """
+        row = self.ledger[name]
         value, order = self.chunk(Chunk.whole(row)), self._order(row)
         if order is None or not isinstance(value, QuantizedTensor):
             return value

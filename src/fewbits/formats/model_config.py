@@ -15,7 +15,8 @@ from fewbits.checkpoint.raw import copy_durably, write_durably
 from fewbits.checkpoint.shards import OWN_STEM, STEM
 from fewbits.errors import CheckpointError, FormatError
 from fewbits.formats.compressed_config import CONFIG_FILE, QUANTIZATION_KEYS
-from fewbits.formats.compressed_export import export_obstacle, quantization_config
+from fewbits.formats.compressed_export import quantization_config
+from fewbits.formats.compressed_rules import transformers_obstacles
 from fewbits.selection.ledger import Ledger
 
 #: Files, besides ``config.json``, that contain quantization settings only.
@@ -71,9 +72,10 @@ class Readers:
             ledger: the ledger of the result.
             vocabularies: vocabulary sizes of the model.
         """
-        obstacle = export_obstacle(ledger, vocabularies)
-        if obstacle is None:
+        obstacles = transformers_obstacles(ledger, vocabularies)
+        if not obstacles:
             return cls(None, quantization_config(ledger, vocabularies))
+        obstacle = " ".join(next(iter(obstacles.items())))
         return cls(obstacle, {"quant_method": "fewbits", "open_with": "fewbits.load(directory, into=model)"})
 
     @property

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.formats.base import Exporter, ForeignCheckpoint, Readable
+from fewbits.formats.compressed_format import CompressedTensorsFormat
 from fewbits.formats.fewbits_format import FewbitsFormat
 
 #: Formats that can be written, by name.
-EXPORTERS: Mapping[str, type[Exporter]] = {exporter.name: exporter for exporter in (FewbitsFormat,)}
+EXPORTERS: Mapping[str, type[Exporter]] = {
+    exporter.name: exporter for exporter in (FewbitsFormat, CompressedTensorsFormat)
+}
 
 #: Formats of other tools that can be read; the first that recognizes a checkpoint is taken.
 FOREIGN: tuple[type[ForeignCheckpoint], ...] = ()
