@@ -13,6 +13,7 @@ from fewbits._events import emit
 from fewbits.checkpoint.folder import companions, find_files
 from fewbits.checkpoint.publishing import check_folder_name, check_parent, check_place, published
 from fewbits.checkpoint.raw import as_checkpoint_error, copy_durably, write_durably
+from fewbits.checkpoint.reading import Checkpoint
 from fewbits.errors import ArgumentError
 from fewbits.formats.base import Described, Exporter, Readable
 from fewbits.formats.compressed_config import CONFIG_FILE
@@ -71,11 +72,14 @@ def convert(
     Raises:
         ArgumentError: if the format is not known, readers of the format cannot take a tensor, or the path is not
             allowed.
+        DigestError: if the source is a damaged checkpoint of fewbits.
         CheckpointError: if a file cannot be read or written, or reads back with other values.
     """
     exporter = format if isinstance(format, Exporter) else exporter_named(format)
     checkpoint, path = open_quantized(source), Path(output)
     obstacles = check_export(checkpoint, path, exporter, replace=replace)
+    if isinstance(checkpoint, Checkpoint):
+        checkpoint.check("digests")  # new digests would hide damage
     folder = not exporter.suffix
     with published(path, folder=folder, replace=replace) as work:
         exporter.write(checkpoint, work, progress)
@@ -117,8 +121,9 @@ def check_export(source: Described, path: Path, exporter: Exporter, *, replace: 
     obstacles = exporter.obstacles(source)
     if obstacles and not exporter.allow:
         raise ArgumentError(_refusal(exporter, obstacles))
-    _check_path(path, exporter, replace=replace)
-    _refuse_source(source, path)
+    with as_checkpoint_error(f"{path} cannot be written"):
+        _refuse_source(source, path)
+        _check_path(path, exporter, replace=replace)
     return obstacles
 
 
@@ -137,11 +142,10 @@ def _check_path(path: Path, exporter: Exporter, *, replace: bool) -> None:
         check_folder_name(path)
     elif path.suffix != exporter.suffix:
         raise ArgumentError(f"{path} must end in {exporter.suffix}, because the result is a file of {exporter.name}")
-    with as_checkpoint_error(f"{path} cannot be written"):
-        check_parent(path)
-        check_place(path, folder=folder, replace=replace, advice=_REPLACE)
-        if not folder and path.exists() and not replace:
-            raise ArgumentError(f"{path} exists; give another path{_REPLACE}")
+    check_parent(path)
+    check_place(path, folder=folder, replace=replace, advice=_REPLACE)
+    if not folder and path.exists() and not replace:
+        raise ArgumentError(f"{path} exists; give another path{_REPLACE}")
 
 
 def _refuse_source(source: Described, path: Path) -> None:
