@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import attrs
 import click
 
-from fewbits.cli.printing import print_json
+from fewbits.cli.exporting import exporter_settings
+from fewbits.cli.printing import exported_fields, exported_summary, print_json
 from fewbits.cli.progress import shown_progress
-from fewbits.conversion.exporting import Exported, convert, exporter_named
+from fewbits.conversion.exporting import convert, exporter_named
 from fewbits.formats.registry import EXPORTERS
 
-_Command = TypeVar("_Command", bound=Callable[..., object])
-
 _path = click.Path(path_type=Path)
-
-#: Settings of exporters.
-_SETTINGS = (
-    click.option("--allow", is_flag=True, help="Write tensors too that readers of the format may not take."),
-    click.option("--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory; 5GB by default."),
-)
-
-
-def exporter_settings(command: _Command) -> _Command:
-    """Add the settings of exporters to the options of a command."""
-    for option in reversed(_SETTINGS):
-        command = option(command)
-    return command
 
 
 @click.command(short_help="Write a result in the format of another tool.")
@@ -37,6 +21,7 @@ def exporter_settings(command: _Command) -> _Command:
 @click.option("-o", "--output", metavar="OUT", type=_path, required=True, help="Directory or file to write.")
 @click.option("--format", "name", type=click.Choice(list(EXPORTERS)), required=True, help="The format of OUT.")
 @exporter_settings
+@click.option("--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory; 5GB by default.")
 @click.option("--replace", is_flag=True, help="Replace OUT if it exists.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and progress as JSON events.")
@@ -59,15 +44,3 @@ def convert_command(
     else:
         click.echo(exported_summary(exported))
     return 0
-
-
-def exported_fields(exported: Exported) -> dict[str, Any]:
-    """Describe an export for JSON."""
-    return attrs.asdict(exported) | {"path": str(exported.path)}
-
-
-def exported_summary(exported: Exported) -> str:
-    """Describe an export in lines of text."""
-    tensors = f"{exported.quantized:,} quantized and {exported.kept:,} other tensors"
-    line = f"{exported.path} ({exported.format}): {tensors}, {exported.nbytes:,} bytes, read back and equal"
-    return "\n".join([line, *(f"allowed: {name} {reason}" for name, reason in exported.remarks.items())])

@@ -98,13 +98,15 @@ def _in_order(ledger: Ledger, *obstacles: dict[str, str]) -> dict[str, str]:
 
 def unholdable(ledger: Ledger) -> dict[str, str]:
     """Explain which weights no file of compressed-tensors can hold as codes."""
+    codes = ((row.name, _codes_obstacle(row, spec)) for row, spec in coded(ledger))
+    return {name: reason for name, reason in codes if reason is not None} | class_obstacles(ledger)
+
+
+def class_obstacles(ledger: Ledger) -> dict[str, str]:
+    """Explain which weights cannot be those of a Linear layer or an embedding."""
     biases = {row.name.removesuffix(".bias"): row.shape for row in ledger if row.name.endswith(".bias")}
-    found = {}
-    for row, spec in coded(ledger):
-        bias = biases.get(row.name.removesuffix(WEIGHT))
-        if reason := _class_obstacle(row, bias) or _codes_obstacle(row, spec):
-            found[row.name] = reason
-    return found
+    found = ((row.name, _class_obstacle(row, biases.get(row.name.removesuffix(WEIGHT)))) for row, _ in coded(ledger))
+    return {name: reason for name, reason in found if reason is not None}
 
 
 def _class_obstacle(row: LedgerRow, bias: tuple[int, ...] | None) -> str | None:
@@ -168,7 +170,7 @@ def mixtures(ledger: Ledger, vocabularies: Collection[int]) -> dict[str, str]:
             found[row.name] = "is a quantized router of experts beside weights of another scheme; exclude it"
         elif _home_of_expert(row.name) is not None and Scheme.of(spec) != schemes[0]:
             found[row.name] = f"is of an expert and has {spec}, but most other weights do not; use one scheme for both"
-    return found | dict(_experts_obstacles(ledger))
+    return found | unequal_experts(ledger)
 
 
 def may_be_embedding(row: LedgerRow, vocabularies: Collection[int]) -> bool:
@@ -196,15 +198,14 @@ def _routers(ledger: Ledger) -> set[str]:
     return {name for name, home in homes.items() if home in counts and ledger[name].shape[0] in (1, counts[home])}
 
 
-def _experts_obstacles(ledger: Ledger) -> Iterator[tuple[str, str]]:
-    """Readers fuse the experts of a layer, so all of them have the same scheme, or none is quantized."""
+def unequal_experts(ledger: Ledger) -> dict[str, str]:
+    """Explain which experts differ from others. Readers fuse the experts of a layer, so all need the same scheme."""
     layers: dict[str, list[LedgerRow]] = {}
     for row in ledger:
         home = _home_of_expert(row.name)
         if home is not None and row.name.endswith(WEIGHT):
             layers.setdefault(home, []).append(row)
-    for rows in layers.values():
-        yield from _differing(rows, "all experts of a layer")
+    return {name: why for rows in layers.values() for name, why in _differing(rows, "all experts of a layer")}
 
 
 def _joined_obstacles(ledger: Ledger) -> Iterator[tuple[str, str]]:

@@ -10,10 +10,11 @@ from fewbits.checkpoint.reading import Checkpoint
 from fewbits.formats.base import Exporter, ForeignCheckpoint, Readable
 from fewbits.formats.compressed_format import CompressedTensorsFormat
 from fewbits.formats.fewbits_format import FewbitsFormat
+from fewbits.formats.mlx import MLXFormat
 
 #: Formats that can be written, by name.
 EXPORTERS: Mapping[str, type[Exporter]] = {
-    exporter.name: exporter for exporter in (FewbitsFormat, CompressedTensorsFormat)
+    exporter.name: exporter for exporter in (FewbitsFormat, CompressedTensorsFormat, MLXFormat)
 }
 
 #: Formats of other tools that can be read; the first that recognizes a checkpoint is taken.

@@ -12,7 +12,6 @@ from fewbits.checkpoint.raw import write_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Header
 from fewbits.checkpoint.shards import STEM, shard_name
-from fewbits.errors import FormatError
 
 #: Shape and dtype of the tensors that a file holds for one weight, by their names.
 Parts = Mapping[str, Entry]
@@ -36,7 +35,6 @@ def write_files(
         max_shard_size: the most bytes of tensors in one file. A larger weight has a file of its own.
 
     Raises:
-        FormatError: if two weights have a tensor of the same name.
         CheckpointError: if a file cannot be written.
     """
     shards = _shards(parts, max_shard_size)
@@ -44,11 +42,7 @@ def write_files(
     weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         file = shard_name(index, len(shards), serializer.suffix)
-        entries: dict[str, Entry] = {}
-        for name in names:
-            if twice := (entries.keys() | weight_map.keys()) & parts[name].keys():
-                raise FormatError(f"{min(twice)!r} would be in the result twice; rename or exclude one")
-            entries |= parts[name]
+        entries = {part: entry for name in names for part, entry in parts[name].items()}
         weight_map |= dict.fromkeys(entries, file)
         with serializer.writer(folder / file, Header(entries, metadata)) as writer:
             for name in names:
