@@ -14,9 +14,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import CODEC, Value
-from fewbits.checkpoint.reading import Checkpoint
 from fewbits.errors import ArgumentError, SourceError
 from fewbits.kernels.base import Compute
 from fewbits.nn.packed import PackedWeight, store
@@ -27,6 +25,9 @@ from fewbits.selection.row import LedgerRow
 
 #: A device, as torch takes it.
 Device = str | torch.device | int
+
+#: Returns the stored form of a tensor, by its name.
+ReadValue = Callable[[str], Value]
 
 #: Sets the buffers of a module.
 InitBuffers = Callable[[nn.Module], object]
@@ -119,7 +120,7 @@ class Place:
             setattr(slot.module, slot.local, parameter if slot.is_parameter else tensor)
 
 
-def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> None:
+def fill(value: ReadValue, read: ReadValue, places: Sequence[Place], compute: Compute) -> None:
     """Put the tensors of a file into a model.
 
     If every tensor may stay in the mapped file, all alias it, except those copied into memory that the model has. If
@@ -127,7 +128,8 @@ def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> N
     next one is read.
 
     Args:
-        checkpoint: the file.
+        value: returns the stored form of a tensor by its name; it may alias the mapped file.
+        read: returns the same in memory of its own.
         places: the place of each tensor of the file.
         compute: how the layers may compute; see `fewbits.set_compute`.
 
@@ -139,12 +141,12 @@ def fill(checkpoint: Checkpoint, places: Sequence[Place], compute: Compute) -> N
     able = [place.may_alias(compute) for place in places]
     aliasing = all(able)
     # Tensors that are only copied are read by position too: pages of a mapped file would stay in memory.
-    mapped = {place.row.name: checkpoint.value(place.row.name) for place in places if aliasing and not place.in_place}
+    mapped = {place.row.name: value(place.row.name) for place in places if aliasing and not place.in_place}
     for place in places:
-        if (value := mapped.pop(place.row.name, None)) is not None:
-            place.put(value, compute, reuse_memory=False)
+        if (found := mapped.pop(place.row.name, None)) is not None:
+            place.put(found, compute, reuse_memory=False)
         else:
-            place.put(checkpoint.chunk(Chunk.whole(place.row)), compute, reuse_memory=True)
+            place.put(read(place.row.name), compute, reuse_memory=True)
 
 
 def usable(device: object) -> torch.device:

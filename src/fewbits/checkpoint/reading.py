@@ -87,6 +87,10 @@ class Checkpoint:
         """
         return CODEC.decode_chunk(chunk, self._tensors.read_chunk)
 
+    def read(self, name: str) -> Value:
+        """The stored form of one tensor in memory of its own; the name is that of a row that is not an alias."""
+        return self.chunk(Chunk.whole(self.ledger[name]))
+
     def same(self, first: str, second: str) -> bool:
         """Whether two rows of the ledger, no aliases, are equal bit for bit; a chunk of each is read at a time."""
         one, other = self.ledger[first], self.ledger[second]

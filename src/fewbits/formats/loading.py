@@ -15,6 +15,7 @@ from fewbits.checkpoint.reading import Check, Checkpoint, check_check
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
 from fewbits.formats.compressed_tensors import CompressedTensors, open_checkpoint
+from fewbits.formats.renamed import RenamedCheckpoint, named_as_in
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.eligibility import compiled_hint, held_beside, layout_of, obstacle_to, refuse_unfit, rounds_inputs
@@ -140,15 +141,16 @@ def load(
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_unfit(into, MismatchError)
     checkpoint.check(check)
+    named = named_as_in(into, checkpoint)
     beside = held_beside(into)
-    places, buffers = _places(checkpoint, into, beside, ignored, init_buffers)
+    places, buffers = _places(named, into, beside, ignored, init_buffers)
     filled = [
         Place.of(row, taken, target, held_elsewhere=any(slot.name in beside for slot in taken))
-        for row in checkpoint.ledger.stored
+        for row in named.ledger.stored
         if (taken := places[row.name])
     ]
     try:
-        fill(checkpoint, filled, compute)
+        fill(named.value, named.read, filled, compute)
     finally:  # also if loading failed: a partly loaded model must not be saved
         refuse_save_pretrained(into)
     for slot, value in buffers:
@@ -160,7 +162,7 @@ def load(
 
 
 def _places(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | RenamedCheckpoint,
     model: nn.Module,
     beside: Mapping[str, str],
     ignored: Sequence[Pattern],
