@@ -200,7 +200,7 @@ def _places(
                 places[stored].append(slot)
             elif first != stored and not checkpoint.same(first, stored):
                 problems.append(f"{first} and {name} are one tensor in the model, but two different ones in the file")
-            problems += _misfits(rows[stored], slot, beside.get(name))
+            problems += misfits(rows[stored], slot, beside.get(name))
         elif slot.persistent:
             absent.append(name)
         elif slot.tensor.is_meta:
@@ -209,7 +209,7 @@ def _places(
     for name in absent:
         advice = f" (call the model's tie_weights() first, which ties it to {tied[name]})" if name in tied else ""
         problems.append(f"{name} is in the model, not in the file{advice}")
-    problems += [problem for row in checkpoint.ledger for problem in _unrounded(row, places.get(row.name, ()), model)]
+    problems += [problem for row in checkpoint.ledger for problem in unrounded(row, places.get(row.name, ()), model)]
     values, without = initial_values(model, bare, init_buffers)
     problems += without
     if problems:
@@ -228,7 +228,8 @@ def _stays(slot: Slot, row: LedgerRow) -> bool:
     return not slot.tensor.is_meta and (tuple(slot.tensor.shape) != row.shape or row.spec is not None)
 
 
-def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
+def misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
+    """List the reasons why a tensor of a file cannot go to a slot; `beside` is one that the model gives."""
     if nn.parameter.is_lazy(slot.tensor):
         return [f"{slot.name} is not initialized in the model; run it once before loading"]
     if tuple(slot.tensor.shape) != row.shape and slot.persistent:
@@ -242,13 +243,13 @@ def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
     return [problem] if obstacle else []
 
 
-def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:
-    """Problems of a weight with quantized inputs that goes to layers which do not quantize inputs that way."""
+def unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:
+    """List problems of a weight with quantized inputs that goes to layers which do not quantize inputs that way."""
     places = [slot for slot in places if slot.is_parameter]
     if row.spec is None or row.spec.activations is None or not places:
         return []
     if any(nn.parameter.is_lazy(slot.tensor) for slot in places):
-        return []  # without a shape it has no layout; `_misfits` names it
+        return []  # without a shape it has no layout; `misfits` names it
     rounding = [slot for slot in places if rounds_inputs(slot.module, slot.local, parent_of(model, slot))]
     if rounding and all(layout_of(slot.module, slot.local, slot.tensor)[0] == row.layout for slot in rounding):
         return []

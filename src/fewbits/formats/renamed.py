@@ -205,13 +205,16 @@ def named_as_in(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint | Rename
     Raises:
         MismatchError: if transformers cannot convert tensors of these shapes.
     """
-    shapes = {slot.name: tuple(slot.tensor.shape) for slot in slots(model) if not nn.parameter.is_lazy(slot.tensor)}
-    if all(shapes.get(row.name) == row.shape for row in checkpoint.ledger.present):
-        return checkpoint
-    transforms = transforms_of(model)
+    transforms = None if has_names_of(model, checkpoint.ledger) else transforms_of(model)
     if transforms is None:
         return checkpoint
     return RenamedCheckpoint(checkpoint, Renaming(model, checkpoint.ledger, transforms))
+
+
+def has_names_of(model: nn.Module, ledger: Ledger) -> bool:
+    """Tell whether a model has every tensor of a checkpoint, under its name and in its shape."""
+    shapes = {slot.name: tuple(slot.tensor.shape) for slot in slots(model) if not nn.parameter.is_lazy(slot.tensor)}
+    return all(shapes.get(row.name) == row.shape for row in ledger.present)
 
 
 def _row(name: str, tensor: Tensor, spec: Spec | None, layout: Layout | None) -> LedgerRow:
