@@ -22,7 +22,7 @@ from fewbits.formats.renamed import Renaming, has_names_of
 from fewbits.nn.packed import PackedWeight, store
 from fewbits.nn.swap import attach
 from fewbits.nn.walk import Slot, slots
-from fewbits.numerics.tensor import in_memory, tensor_bytes
+from fewbits.numerics.tensor import QuantizedTensor, in_memory, tensor_bytes
 
 _core: Any = importlib.import_module("transformers.core_model_loading")
 
@@ -50,6 +50,8 @@ class Waiting:
             value: the stored form of the weight.
             like: the parameter of the model.
         """
+        if isinstance(value, QuantizedTensor):
+            value = attrs.evolve(value, dtype=like.dtype)
         shape = tuple(value.shape)
         place = nn.Parameter(torch.empty(shape, dtype=like.dtype, device="meta"), requires_grad=like.requires_grad)
         self.held[id(place)] = place, value

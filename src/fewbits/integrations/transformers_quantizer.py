@@ -19,6 +19,7 @@ from fewbits.checkpoint.folder import find_files
 from fewbits.conversion.encoder import naming
 from fewbits.errors import ArgumentError, StateError
 from fewbits.integrations.transformers_config import FewbitsConfig
+from fewbits.integrations.transformers_experts import use_codes_in_experts
 from fewbits.integrations.transformers_loading import ResultLoader, Waiting
 from fewbits.integrations.transformers_saving import save_pretrained
 from fewbits.nn.swap import dequantize_in_place
@@ -105,6 +106,7 @@ class FewbitsHfQuantizer(_base.HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._waiting.attach(model, reuse_memory=not self.pre_quantized)
         self._encoding = None
+        use_codes_in_experts(model)
         # A saved configuration with this entry would lead transformers without fewbits to the file.
         vars(model.config).pop("transformers_weights", None)
         model.save_pretrained = functools.partial(save_pretrained, model)
