@@ -14,7 +14,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,10 @@ class Task(Protocol):
     def score(self, model: nn.Module) -> Scores: ...
 
 
+#: Yields what was done since the last one, a model, and its bits per weight.
+Models = Iterator[tuple[str, nn.Module, float]]
+
+
 @attrs.frozen
 class Variant:
     """A scheme with the settings of `fewbits.quantize`, whether it sees data, and the epochs of tuning."""
@@ -60,16 +64,25 @@ class Variant:
     calibrated: bool = False
     epochs: int = 0
 
-    def quantized(self, task: Task) -> tuple[nn.Module, float]:
-        data: dict[str, Any] = {"data": task.calibration(), "samples": None} if self.calibrated else {}
-        if self.epochs:
-            data["tune"] = fewbits.extend.Tuning(epochs=self.epochs, held_out=task.held_out())
+    def models(self, task: Task) -> Models:
+        data = task.calibration() if self.calibrated else None
         result = fewbits.quantize(
-            task.model, self.scheme, exclude=task.kept, validate=False, compute="exact", **self.settings, **data
+            task.model,
+            self.scheme,
+            exclude=task.kept,
+            validate=False,
+            compute="exact",
+            data=data,
+            samples=None,
+            **self.settings,
         )
         rows = [row for row in result.ledger if row.fate == "quantized"]
         bits = 8 * sum(row.bytes_after for row in rows) / sum(math.prod(row.shape) for row in rows)
-        return fewbits.dequantize(result.model), bits
+        yield "", fewbits.dequantize(result.model), bits
+        if data is not None and self.epochs:
+            held_out = task.held_out()
+            fewbits.tune(result.model, task.model, data, epochs=self.epochs, held_out=held_out, samples=None)
+            yield "tuned", fewbits.dequantize(result.model), bits
 
 
 #: Scales of 16 bits in groups of 64; or codes of 6 bits for groups of 32, and a scale of 16 bits for each row.
@@ -83,15 +96,12 @@ VARIANTS: Mapping[str, Variant] = {
     "nf4 g32": Variant("nf4", TWO_LEVELS),
     "nf4 g32 scale-search": Variant("nf4", {**TWO_LEVELS, "rounding": "scale-search"}),
     "mxfp4": Variant("mxfp4"),
+    "int4 g64": Variant("int4", ONE_LEVEL),
     "int4 g64 gptq": Variant("int4", {**ONE_LEVEL, "rounding": "gptq"}, True),
     "int4 g64 qronos": Variant("int4", {**ONE_LEVEL, "rounding": "qronos"}, True),
-    "int4 g32 qronos": Variant("int4", {**TWO_LEVELS, "rounding": "qronos"}, True),
-    "nf4 g64 gptq": Variant("nf4", {**ONE_LEVEL, "rounding": "gptq"}, True),
     "nf4 g64 qronos": Variant("nf4", {**ONE_LEVEL, "rounding": "qronos"}, True),
-    "nf4 g32 qronos": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, True),
-    "nf4 g32 qronos tuned": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, True, epochs=1),
-    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, True),
-    "int3 g64 qronos tuned": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, True, epochs=1),
+    "nf4 g32 qronos": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, True, epochs=1),
+    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, True, epochs=1),
 }
 
 #: Bits per weight of peers' formats, by the beginning of their names. One scale for a row adds about 0.1 bits.
@@ -121,7 +131,7 @@ class Replaced(nn.Module):
         return output if self._bias is None else output + self._bias
 
 
-def with_peer(contender: Contender, task: Task) -> tuple[nn.Module, float]:
+def with_peer(contender: Contender, task: Task) -> Models:
     """Replace the linear layers of a copy of the model; convolutions and kept layers stay float."""
     if contender.build is None:
         raise ValueError("it has no layer to run")
@@ -131,7 +141,7 @@ def with_peer(contender: Contender, task: Task) -> tuple[nn.Module, float]:
             parent, _, child = name.rpartition(".")
             run = contender.build(linear(module.weight.detach(), contender.dtype))
             setattr(model.get_submodule(parent), child, Replaced(run, module.bias))
-    return model, next(bits for start, bits in PEER_BITS.items() if contender.name.startswith(start))
+    yield "", model, next(bits for start, bits in PEER_BITS.items() if contender.name.startswith(start))
 
 
 def _llamacpp(name: str, layer: nn.Linear) -> nn.Linear:
@@ -156,16 +166,17 @@ def _with_layer(contender: Contender) -> Contender:
     return attrs.evolve(contender, build=partial(_llamacpp, contender.name.removeprefix("llama.cpp ")))
 
 
-def measure(report: Report, task: Task, makers: Mapping[str, Callable[[Task], tuple[nn.Module, float]]]) -> None:
-    """Add a row to the report for each maker of a quantized model."""
+def measure(report: Report, task: Task, makers: Mapping[str, Callable[[Task], Models]]) -> None:
+    """Add a row to the report for each quantized model, with the seconds that it took."""
     rows = report.extra.setdefault(task.name, [{"name": "float", "bits": 32, "seconds": 0, **task.score(task.model)}])
     for name, make in makers.items():
         begin = time.perf_counter()
         try:
-            model, bits = make(task)
-            seconds = time.perf_counter() - begin
-            rows.append({"name": name, "bits": bits, "seconds": seconds, **task.score(model)})
-            print(f"{task.name}: {rows[-1]}", file=sys.stderr, flush=True)
+            for step, model, bits in make(task):
+                seconds = time.perf_counter() - begin
+                rows.append({"name": f"{name} {step}".strip(), "bits": bits, "seconds": seconds, **task.score(model)})
+                print(f"{task.name}: {rows[-1]}", file=sys.stderr, flush=True)
+                begin = time.perf_counter()
         except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure({"task": task.name}, name, reason(error)))
 
@@ -208,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         made.error(f"unknown: {', '.join(unknown)}; see --list")
     report = cli.begin("quality", arguments, ["transformers", "gguf", decoding.PACKAGE, PACKAGE])
-    makers = {f"fewbits {name}": VARIANTS[name].quantized for name in arguments.variant}
+    makers = {f"fewbits {name}": VARIANTS[name].models for name in arguments.variant}
     if arguments.peers:
         makers |= {c.name.removesuffix(", fp32"): partial(with_peer, c) for c in peer_contenders()}
     for name in arguments.task:

@@ -21,6 +21,7 @@ from benchmarks import (
     model,
     ours,
     peers,
+    plot,
     presets,
     promises,
     quality,
@@ -475,14 +476,31 @@ def test_texts_to_calibrate_and_to_evaluate_share_no_paragraph():
 def test_quality_is_measured_for_each_variant_in_each_network(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(vision, "_EPOCHS", 1)
     file = tmp_path / "quality.json"
-    asked = ["--task", "convnet,transformer", "--variant", "int8,nf4 g32", "--samples", "2", "--no-peers"]
+    asked = ["--task", "convnet,transformer", "--variant", "int8,nf4 g32,int3 g64 qronos"]
+    asked += ["--samples", "2", "--no-peers"]
     assert quality.main([*asked, "--threads", "1", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["convnet"]
-    assert [row["name"] for row in rows] == ["float", "fewbits int8", "fewbits nf4 g32"]
+    names = ["float", "fewbits int8", "fewbits nf4 g32", "fewbits int3 g64 qronos", "fewbits int3 g64 qronos tuned"]
+    assert [row["name"] for row in rows] == names
     assert rows[0]["KL"] == 0
     assert rows[1]["KL"] < rows[2]["KL"] < 0.5
     assert rows[1]["bits"] > 8 > rows[2]["bits"] > 4
     assert "left out" not in capsys.readouterr().out
+
+
+def test_results_are_drawn_for_each_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"name": "float", "bits": 32, "seconds": 0, "KL": 0.0, "accuracy": 0.9}]
+    rows += [
+        {"name": f"fewbits int{bits}", "bits": bits, "seconds": 1, "KL": 2.0**-bits, "accuracy": 0.8} for bits in (4, 8)
+    ]
+    results = tmp_path / "quality.json"
+    results.write_text(json.dumps({"convnet": rows, "settings": {}, "cells": []}))
+    assert plot.main([str(results), str(tmp_path)]) == 0
+    for figure in ("kl", "accuracy"):
+        drawing = (tmp_path / f"convnet-{figure}.svg").read_text()
+        assert "int4" in drawing
+        assert "int8" in drawing
 
 
 def test_quality_refuses_unknown_variants(capsys):

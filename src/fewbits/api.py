@@ -229,19 +229,19 @@ def verify(
 ) -> Report:
     """Read a quantized file and check its digests, its structure, and every element against the source.
 
-    Codes are decoded without any module, by the layout in the file. Checkpoints of compressed-tensors are read too:
-    they have no digests, and an error beyond half a step is only a note.
+    Codes are decoded without any module, by the layout in the file. Checkpoints of other tools (compressed-tensors,
+    GPTQ, AWQ, block FP8) are read too: they have no digests, and an error beyond half a step is only a note.
 
     Args:
         path: the file, or a directory of several.
         against: the source: a model, a state dict, or the path of a checkpoint. None checks the file alone.
         entry: the entry of `against`, as in `quantize`.
-        serializer: reads the file; by default as a safetensors file.
+        serializer: reads a file of fewbits; by default as a safetensors file.
         fail_under: SQNR in dB below which a tensor fails.
         progress: called before and after every tensor.
 
     Raises:
-        FormatError: if the file is from neither fewbits nor compressed-tensors, or its parts contradict one another.
+        FormatError: if the file has no known format, or its parts contradict one another.
         DigestError: if its header is damaged. Damaged tensors are failures in the report.
         CheckpointError: if a file cannot be read.
         ArgumentError: if `against` cannot be compared with, or has no such entry.

@@ -8,7 +8,9 @@ from hypothesis import given
 from torch import nn
 
 import fewbits
-from fewbits.errors import ArgumentError, FormatError, SourceError
+from fewbits.errors import ArgumentError, FormatError, MismatchError, SourceError
+from fewbits.formats.registry import open_quantized
+from fewbits.nn.base import QuantizedModule
 from support.compressed import Recipe, config, pack, quantized, recipes, rounded, write
 
 NAME = "layers.0.weight"
@@ -62,17 +64,25 @@ def test_codes_are_not_quantized_again_without_dequantizing_first(scratch, packe
         fewbits.plan(path, "int4")
 
 
-def test_columns_in_another_order_are_loaded_in_the_original_order(scratch):
-    recipe, weight = Recipe(bits=4, group_size=8), source()[NAME]
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+def another_order():
+    return torch.randperm(48, generator=torch.Generator().manual_seed(1))
+
+
+def reordered():
+    """Tensors of a weight whose columns are not in the order of the groups."""
+    recipe, weight, order = Recipe(bits=4, group_size=8), source()[NAME], another_order()
     # The file holds codes in the order of the columns, and a scale for each group of them.
     codes, _, _ = rounded(weight[:, order], recipe)
     groups = torch.empty(48, dtype=torch.int32)
     groups[order] = torch.arange(48, dtype=torch.int32) // 8
     tensors = quantized({NAME: weight[:, order]}, recipe, (NAME,))
-    tensors |= {f"{NAME}_packed": pack(codes[:, torch.argsort(order)], 4), f"{NAME}_g_idx": groups}
-    loaded = fewbits.load(write(scratch, tensors, config(recipe)))
-    expected = decoded(weight[:, order], recipe)[:, torch.argsort(order)]
+    return tensors | {f"{NAME}_packed": pack(codes[:, torch.argsort(order)], 4), f"{NAME}_g_idx": groups}
+
+
+def test_columns_in_another_order_are_loaded_in_the_original_order(scratch):
+    recipe, order = Recipe(bits=4, group_size=8), another_order()
+    loaded = fewbits.load(write(scratch, reordered(), config(recipe)))
+    expected = decoded(source()[NAME][:, order], recipe)[:, torch.argsort(order)]
     assert torch.allclose(loaded[NAME], expected, rtol=1e-6, atol=0)
 
 
@@ -112,11 +122,47 @@ def test_scales_of_activations_are_left_out_and_named(scratch, caplog):
     assert "layers.0.input_scale" in caplog.text
 
 
-def test_into_is_refused_for_compressed_tensors_and_with_dequantize(scratch):
-    path = write(scratch, quantized(source(), Recipe(), (NAME,)), config(Recipe()))
-    with pytest.raises(ArgumentError, match="is a checkpoint of compressed-tensors; load it without into="):
-        fewbits.load(path, into=nn.Linear(48, 33))
+@given(recipe=recipes(bits=4))
+def test_a_checkpoint_is_loaded_into_a_model_without_requantizing(scratch, recipe):
+    tensors = quantized(source(), recipe, (NAME,)) | {"layers.0.bias": torch.zeros(33)}
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(48, 33)]), "norm": nn.LayerNorm(48, bias=False)})
+    loaded = fewbits.load(write(scratch, tensors, config(recipe)), into=model)
+    assert loaded is model
+    assert isinstance(model["layers"][0], QuantizedModule)
+    assert torch.allclose(model["layers"][0].weight, decoded(source()[NAME], recipe), rtol=1e-6, atol=0)
+
+
+@given(recipe=recipes())
+def test_convert_keeps_the_codes(scratch, recipe):
+    path = write(scratch, quantized(source(), recipe, (NAME,)), config(recipe))
+    target = scratch.with_name("converted")
+    fewbits.convert(path, target, "fewbits", replace=True)
+    found, converted = fewbits.load(path), fewbits.load(target)
+    assert found.keys() == converted.keys()
+    assert found[NAME].equal(converted[NAME])
+
+
+def test_convert_refuses_a_checkpoint_with_a_tensor_that_cannot_be_read(scratch, tmp_path):
+    tensors = quantized(source(), Recipe(), (NAME,))
+    del tensors[f"{NAME}_shape"]
+    with pytest.raises(FormatError, match=f"no {NAME}_shape"):
+        fewbits.convert(write(scratch, tensors, config(Recipe())), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_writes_columns_in_another_order_as_floats(scratch, tmp_path):
+    path = write(scratch, reordered(), config(Recipe(bits=4, group_size=8)))
+    fewbits.convert(path, tmp_path / "out")
+    assert torch.equal(fewbits.load(tmp_path / "out")[NAME], fewbits.load(path)[NAME])
+    row = open_quantized(tmp_path / "out").ledger[NAME]
+    assert (row.fate, "another order (g_idx)" in row.reason) == ("kept", True)
+
+
+def test_a_model_is_loaded_as_a_whole_or_not_at_all(scratch):
     with pytest.raises(ArgumentError, match="give it without into="):
-        fewbits.load(path, into=nn.Linear(48, 33), dequantize=True)
+        fewbits.load(scratch, into=nn.Linear(48, 33), dequantize=True)
+    path = write(scratch, quantized(source(), Recipe(), (NAME,)), config(Recipe()))
     with pytest.raises(ArgumentError, match="check must be"):
         fewbits.load(path, check="none")
+    with pytest.raises(MismatchError, match=r"layers\.0\.weight is in the file, not in the model"):
+        fewbits.load(path, into=nn.Linear(48, 33))

@@ -95,6 +95,10 @@ def _foreign() -> Iterator[tuple[str, Case]]:
     yield "folder", Case("quantize", "int4", ".", _folder())
     yield "folder-of-the-hub", Case("quantize", "int8", "snapshots/main", _hub(file))
     yield "folder-of-float8", Case("quantize", "int8", ".", _float8_folder())
+    yield "float8-with-codes", Case("load", "int8", ".", _float8_folder())
+    yield "gptq", Case("load", "int8", ".", _packed_folder(words=(12, 32), index=torch.arange(96).int() // 32))
+    yield "gptq-in-another-order", Case("load", "int8", ".", _packed_folder((12, 32), torch.arange(96).int() % 3))
+    yield "awq", Case("load", "int8", ".", _packed_folder(words=(96, 4)))
     for name, data in _torch_files().items():
         yield f"torch-{name}", Case("quantize", "int8", "model.bin", (Item("file", "model.bin", data),))
     yield "torch-folder", Case("quantize", "int8", ".", _torch_folder())
@@ -125,6 +129,23 @@ def _folder() -> tuple[Item, ...]:
         Item("file", "other.gguf", b"GGUF"),
         Item("link", "readme.md", b"config.json"),
         Item("link", "elsewhere", b"../.."),
+    )
+
+
+def _packed_folder(words: tuple[int, int], index: Tensor | None = None) -> tuple[Item, ...]:
+    """A weight of 32 rows and 96 columns in the format of GPTQ, or of AWQ if there is no `index`."""
+    generator = torch.Generator().manual_seed(3)
+
+    def packed(*shape: int) -> Tensor:
+        return torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).int()
+
+    tensors = {"l.qweight": packed(*words), "l.qzeros": packed(3, 4), "l.scales": torch.full((3, 32), 0.1).half()}
+    tensors |= {} if index is None else {"l.g_idx": index}
+    method = {"quant_method": "awq" if index is None else "gptq", "bits": 4, "group_size": 32}
+    config = json.dumps({"model_type": "seed", "quantization_config": method})
+    return (
+        Item("file", "model.safetensors", safetensors_file(tensors)),
+        Item("file", "config.json", config.encode()),
     )
 
 

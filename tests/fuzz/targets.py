@@ -21,7 +21,7 @@ import fewbits
 from case import Case
 from fewbits.checkpoint.folder import find_files
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.formats.compressed_tensors import is_compressed_tensors
+from fewbits.formats.registry import recognized
 
 #: Bytes of memory that one input may use, beyond the memory in use before. Inputs have a few kilobytes.
 MEMORY = 1 << 30
@@ -119,17 +119,17 @@ def _load(path: Path, folder: Path) -> str:
     trusting = _attempt(lambda: fewbits.load(path, check="header"), fewbits.errors.CheckpointError)
     loaded = _attempt(lambda: fewbits.load(path), fewbits.errors.CheckpointError)
     report = _attempt(lambda: fewbits.verify(path), fewbits.errors.CheckpointError)
-    # Checkpoints of another tool can be verified but not loaded.
-    foreign = not _failed(report) and is_compressed_tensors(path)
+    # A checkpoint of another tool is recognized by its tensors, and has no digests.
+    foreign = isinstance(_attempt(lambda: recognized(path), fewbits.errors.CheckpointError), type)
     _require(not _failed(opened) or _failed(report) or foreign, "a file that cannot be opened was verified")
-    _require(not _failed(opened) or _failed(trusting), "a file that cannot be opened was loaded")
+    _require(not _failed(opened) or _failed(trusting) or foreign, "a file that cannot be opened was loaded")
     _require(not _failed(trusting) or _failed(loaded), "a file that fails with check='header' was loaded")
     _require(foreign or _failed(loaded) == (_failed(report) or not report.ok), "loading and verifying do not agree")
     if not _failed(opened):
         _inspect(opened)
     if not _failed(trusting):
         _decode(trusting)
-    if not _failed(loaded):
+    if not _failed(loaded) and not foreign:
         _check_loaded(path, opened, loaded)
     _load_into(path, loaded)
     nothing_left(folder, before)

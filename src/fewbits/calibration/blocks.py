@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from fewbits.calibration.capture import InputCapture, Watched
 from fewbits.calibration.chains import chains
 from fewbits.calibration.collected import Collected, Grouping
-from fewbits.calibration.replay import Block, check_replay, keep_calls, replaying, without_shortcuts
+from fewbits.calibration.replay import Block, BlockRun, check_replay, keep_calls, replaying, without_shortcuts
 from fewbits.calibration.running import Forward
+from fewbits.calibration.shortcut import run_without_blocks, same_arguments
 from fewbits.calibration.spill import KeptInputs, KeptTensors
 from fewbits.errors import CalibrationError
 from fewbits.nn.walk import find, slots, structural_copy
@@ -46,27 +48,6 @@ class Part:
     groups: Iterator[Group]
 
 
-@attrs.frozen(eq=False)
-class _BlockRun:
-    """One block on its way through a calibration.
-
-    Attributes:
-        block: the float block.
-        following: the next block of the chain; None for the last.
-        copied: a copy of the block whose weights are replaced by dequantized ones.
-        floats: the inputs of the float block, by batch; only of the first batch, if no more are needed.
-        currents: the inputs of the copy, by batch.
-        outputs: the outputs of the float block, for the inputs in `floats`; empty until it has run.
-    """
-
-    block: Block
-    following: Block | None
-    copied: nn.Module
-    floats: KeptTensors
-    currents: KeptTensors
-    outputs: KeptTensors
-
-
 class BlockCalibration:
     """Takes the inputs of the layers of a prepared model, one block after the other.
 
@@ -87,25 +68,33 @@ class BlockCalibration:
     def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], needs: Needs) -> None:
         self._model, self._layouts, self._needs = model, layouts, needs
         self._chains: list[list[Block]] | None = None
+        self._skips_blocks = False
         self._hidden: list[KeptTensors] = []
         self._outside = Collected(needs)
         self._working: dict[str, Tensor] = {}
 
     # Observe the float model.
 
-    def watching(self, forward: Forward, paused: Callable[[], AbstractContextManager[object]]) -> Forward:
+    def watching(
+        self, forward: Forward, paused: Callable[[], AbstractContextManager[object]], *, alone: bool
+    ) -> Forward:
         """Return a forward that observes each batch.
 
         Args:
             forward: runs one batch.
-            paused: makes a context without other observers, for an additional run of the first batch.
+            paused: makes a context without other observers, for additional runs of the first batch.
+            alone: whether there are no other observers, which would need the true inputs of all layers.
         """
 
         def observe(model: nn.Module, batch: Any) -> None:
-            if not self.has_blocks:
-                with paused():
-                    self.find_blocks(lambda: forward(model, batch))
-            self.observe(lambda: forward(model, batch))
+            run = partial(forward, model, batch)
+            if self.has_blocks:
+                self.observe(run)
+                return
+            with paused():
+                self.find_blocks(run)
+            self.observe(run)
+            self._skips_blocks = alone and self._may_skip_blocks(run)
 
         return observe
 
@@ -118,19 +107,42 @@ class BlockCalibration:
         Raises:
             CalibrationError: if the blocks do not run as in the batch that they were found with.
         """
+        chains = self._chains or ()
         with without_shortcuts(self._model):
             kept = [len(hidden) for hidden in self._hidden]
             with ExitStack() as hooks:
-                for chain, hidden in zip(self._chains or (), self._hidden, strict=True):
+                for chain, hidden in zip(chains, self._hidden, strict=True):
                     keep_calls(chain, hidden, hooks)
                 hooks.enter_context(InputCapture(self._outside_chains(), self._outside.receive))
                 try:
-                    run()
+                    if self._skips_blocks:
+                        run_without_blocks(chains, run)
+                    else:
+                        run()
                     self._check_calls(kept)
                 except BaseException:
                     self._forget_after(kept)
                     raise
             self._outside.end_batch()
+
+    def _may_skip_blocks(self, run: Callable[[], object]) -> bool:
+        """Tell whether the blocks of later batches get the same arguments if the blocks before them do not run.
+
+        Args:
+            run: runs the batch that was observed last.
+        """
+        chains = self._chains or ()
+        if self._outside_chains() or not all(block.returns_hidden for chain in chains for block in chain):
+            return False
+        kept = [len(hidden) for hidden in self._hidden]
+        self._skips_blocks = True
+        try:
+            self.observe(run)
+            return all(same_arguments(*block.calls[-2:]) for chain in chains for block in chain)
+        except Exception:  # whatever a forward may raise when its blocks do nothing
+            return False
+        finally:
+            self._forget_after(kept)
 
     @property
     def has_blocks(self) -> bool:
@@ -205,7 +217,7 @@ class BlockCalibration:
             for at, (block, names) in enumerate(chain):
                 following = chain[at + 1][0] if at + 1 < len(chain) else None
                 copied = structural_copy(block.module)
-                run = _BlockRun(block, following, copied, floats, currents, KeptTensors(self.spill))
+                run = BlockRun(block, following, copied, floats, currents, KeptTensors(self.spill))
                 self._working = {name: find(copied, _within(block, name)).tensor for name in names}
                 yield Part(names, self._groups(run, names))
                 if following is not None:
@@ -223,7 +235,7 @@ class BlockCalibration:
             working = self._working[name]
             working.data = values.to(working.device, working.dtype)
 
-    def _groups(self, run: _BlockRun, names: list[str]) -> Iterator[Group]:
+    def _groups(self, run: BlockRun, names: list[str]) -> Iterator[Group]:
         grouping, inputs = self._run_float(run, names)
         seen = {name for group in grouping.groups for name in group}
         yield {name: [] for name in names if name not in seen}
@@ -232,7 +244,7 @@ class BlockCalibration:
             collected = self._run_quantized(run, set(leaders.values()), grouping.later(group), inputs)
             yield {name: collected.of(leader, grouping.followed_rows(name)) for name, leader in leaders.items()}
 
-    def _outputs(self, run: _BlockRun) -> tuple[KeptTensors, KeptTensors]:
+    def _outputs(self, run: BlockRun) -> tuple[KeptTensors, KeptTensors]:
         """Return the outputs of the float block and of its copy."""
         if not len(run.outputs):
             with replaying(run.block.module):
@@ -245,7 +257,7 @@ class BlockCalibration:
                 currents.append(run.block.run(run.copied, batch, hidden))
         return run.outputs, currents
 
-    def _run_float(self, run: _BlockRun, names: list[str]) -> tuple[Grouping, KeptInputs]:
+    def _run_float(self, run: BlockRun, names: list[str]) -> tuple[Grouping, KeptInputs]:
         """Run the float block. Return how its weights are grouped, and their inputs in each batch.
 
         Without need for the inputs of the float model, only the first batch runs.
@@ -267,7 +279,7 @@ class BlockCalibration:
                 inputs.append(collected.taken())
         return grouping, inputs
 
-    def _run_quantized(self, run: _BlockRun, leaders: set[str], later: list[str], inputs: KeptInputs) -> Collected:
+    def _run_quantized(self, run: BlockRun, leaders: set[str], later: list[str], inputs: KeptInputs) -> Collected:
         """Run the copy of the block, in which the groups before are quantized, and collect the inputs of one group."""
         collected = Collected(self._needs)
 

@@ -31,12 +31,14 @@ class Block:
         module: the block of the float model.
         calls: the arguments in each batch, with `_HIDDEN` in place of the block's input.
         magnitude: the sum of magnitudes of its input in the first batch, to check replays with.
+        returns_hidden: whether its output was nothing but a tensor like its input, in all batches.
     """
 
     name: str
     module: nn.Module
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = attrs.field(factory=list)
     magnitude: float | None = None
+    returns_hidden: bool = True
 
     def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None) -> None:
         """Keep the arguments of one call; `hidden` is the block's input among them."""
@@ -54,26 +56,58 @@ class Block:
         return hidden_of(module(*(given if value is _HIDDEN else value for value in args), **marked))
 
 
+@attrs.frozen(eq=False)
+class BlockRun:
+    """One block on its way through a calibration.
+
+    Attributes:
+        block: the float block.
+        following: the next block of the chain; None for the last.
+        copied: a copy of the block whose weights are replaced by dequantized ones.
+        floats: the inputs of the float block, by batch; only of the first batch, if no more are needed.
+        currents: the inputs of the copy, by batch.
+        outputs: the outputs of the float block, for the inputs in `floats`; empty until it has run.
+    """
+
+    block: Block
+    following: Block | None
+    copied: nn.Module
+    floats: KeptTensors
+    currents: KeptTensors
+    outputs: KeptTensors
+
+
 def keep_calls(chain: Sequence[Block], hidden: KeptTensors, hooks: ExitStack) -> None:
     """Keep the arguments of each block, and the input of the first, until the hooks are removed."""
     passed: list[Tensor | None] = [None]
+    given: list[Tensor | None] = [None]
 
     def before(block: Block) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = passed[0]
+            given[0] = passed[0]
             if block is chain[0]:
-                given = next((x for x in (*args, *kwargs.values()) if _is_floating(x)), None)
-                hidden.append(None if given is None else given.detach().clone())
-            block.keep(args, kwargs, given)
+                given[0] = next((x for x in (*args, *kwargs.values()) if _is_floating(x)), None)
+                hidden.append(None if given[0] is None else given[0].detach().clone())
+            block.keep(args, kwargs, given[0])
 
         return keep
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: object) -> None:
-        passed[0] = hidden_of(output)
+    def after(block: Block) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+        def pass_on(_: nn.Module, __: tuple[Any, ...], output: object) -> None:
+            block.returns_hidden = block.returns_hidden and _is_like(output, given[0])
+            passed[0] = hidden_of(output)
+
+        return pass_on
 
     for block in chain:
         hooks.callback(block.module.register_forward_pre_hook(before(block), with_kwargs=True).remove)
-        hooks.callback(block.module.register_forward_hook(after).remove)
+        hooks.callback(block.module.register_forward_hook(after(block)).remove)
+
+
+def _is_like(output: object, hidden: Tensor | None) -> bool:
+    if not isinstance(output, Tensor) or hidden is None:
+        return False
+    return (output.shape, output.dtype, output.device) == (hidden.shape, hidden.dtype, hidden.device)
 
 
 def _is_floating(value: object) -> bool:

@@ -64,6 +64,11 @@ class InputWatch:
         finally:
             self.attach()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no observer looks at any layer."""
+        return not self._layers
+
     def unseen(self) -> list[str]:
         """Return the names of the weights whose layers have had no input so far."""
         return list(self._unseen)

@@ -18,7 +18,6 @@ from fewbits.api import plan
 from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
-from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.calibrating import Calibration, calibration_options
 from fewbits.cli.converting import convert_command
 from fewbits.cli.printing import print_json, show, show_contents, show_plan, show_result
@@ -27,6 +26,7 @@ from fewbits.cli.ranks import join_group, own_rank
 from fewbits.cli.streams import Stderr, Stdout, is_json_asked_for, warnings_as_events
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
+from fewbits.formats.registry import open_quantized
 from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_name
 from fewbits.quantizers.scheme import Ragged
 from fewbits.rounding import ROUNDINGS
@@ -203,8 +203,8 @@ def quantize(
 @_tensors
 @_json
 def inspect(file: Path, tensors: bool, as_json: bool) -> int:
-    """Show the contents of a FILE, or a directory, that fewbits wrote."""
-    show_contents(file, Checkpoint(file), tensors, as_json)
+    """Show the contents of a FILE, or a directory, that fewbits or another tool quantized."""
+    show_contents(file, open_quantized(file), tensors, as_json)
     return SUCCESS
 
 
@@ -219,7 +219,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> int:
 def verify(file: Path, against: Path | None, tensors: bool, quiet: bool, as_json: bool, **options: Any) -> int:
     """Check digests and structure of a FILE or directory that fewbits wrote, and each element against SOURCE.
 
-    FILE may also be a compressed-tensors file of another tool; such files have no digests.
+    FILE may also be a checkpoint of another tool, such as compressed-tensors, GPTQ or AWQ; these have no digests.
     """
     given = {name: value for name, value in options.items() if value is not None}
     with shown_progress(as_json=as_json, quiet=quiet) as progress:

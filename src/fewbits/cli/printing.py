@@ -15,6 +15,7 @@ from fewbits.api import Plan, Result
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.config.config import QuantizationConfig
 from fewbits.conversion.file_writer import Share
+from fewbits.formats.base import ForeignCheckpoint
 from fewbits.selection.ledger import Ledger
 from fewbits.validation.report import Report
 from fewbits.validation.tensors import finite
@@ -73,8 +74,11 @@ def show_result(result: Result, path: Path, settings: QuantizationConfig, tensor
     _tell("it ", quantizer.opens_in)
 
 
-def show_contents(file: Path, checkpoint: Checkpoint, tensors: bool, as_json: bool) -> None:
-    """Print what a file of fewbits holds."""
+def show_contents(file: Path, checkpoint: Checkpoint | ForeignCheckpoint, tensors: bool, as_json: bool) -> None:
+    """Print what a quantized checkpoint holds."""
+    if isinstance(checkpoint, ForeignCheckpoint):
+        _show_foreign(file, checkpoint, tensors, as_json)
+        return
     metadata = checkpoint.metadata
     if as_json:
         about = {"file": str(file), "versions": dict(metadata.versions), "architecture": metadata.architecture}
@@ -91,6 +95,15 @@ def show_contents(file: Path, checkpoint: Checkpoint, tensors: bool, as_json: bo
     if found := metadata.output_sqnr_db:
         name = min(found, key=found.__getitem__)
         click.echo(f"output SQNR of {len(found)} weights on data: least {found[name]:.2f} dB ({name})")
+
+
+def _show_foreign(file: Path, checkpoint: ForeignCheckpoint, tensors: bool, as_json: bool) -> None:
+    if as_json:
+        about = {"file": str(file), "format": checkpoint.format, "about": list(checkpoint.about)}
+        print_json(**about, ledger=checkpoint.ledger.to_dict())
+        return
+    click.echo(f"{file}: {'; '.join(checkpoint.about)}")
+    show(checkpoint.ledger, tensors)
 
 
 def _tell(prefix: str, text: str | None) -> None:

@@ -95,7 +95,7 @@ class FileCalibration:
             spill: a folder for temporary files with the activations; None keeps the activations in memory.
         """
         self._blocks.spill = spill
-        observe = self._blocks.watching(forward or default_forward, nullcontext)
+        observe = self._blocks.watching(forward or default_forward, nullcontext, alone=True)
         described_forward = described(forward)
 
         def noted(model: nn.Module, batch: Any) -> None:

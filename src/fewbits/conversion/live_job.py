@@ -127,7 +127,9 @@ class LiveJob(Job):
         if self._blocks is None:
             return forward
         self._blocks.spill = spill
-        return self._blocks.watching(forward or default_forward, self._watch.paused)  # observers see each batch once
+        alone = self._watch.is_empty
+        # Observers see each batch once.
+        return self._blocks.watching(forward or default_forward, self._watch.paused, alone=alone)
 
     def _in_order(self) -> Iterator[LedgerRow]:
         """Yield all stored rows; set the inputs that each is to be converted with."""

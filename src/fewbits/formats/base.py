@@ -8,8 +8,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from fewbits.checkpoint.codec import Value
-from fewbits.errors import CheckpointError
+import attrs
+import torch
+
+from fewbits.checkpoint.codec import CODEC, Value
+from fewbits.checkpoint.reading import Check, check_check
+from fewbits.checkpoint.serializer import Entry
+from fewbits.errors import CheckpointError, FormatError
+from fewbits.numerics.dtypes import FLOAT_DTYPES
+from fewbits.numerics.layout import Layout
+from fewbits.numerics.params import are_sound
+from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
@@ -33,6 +42,9 @@ class Readable(Protocol):
     def value(self, name: str) -> Value:
         """Return the stored form of a tensor of the ledger that is not merged into another."""
 
+    def same(self, first: str, second: str) -> bool:
+        """Tell whether two tensors of the ledger, no aliases, are equal bit for bit."""
+
 
 class ForeignCheckpoint(ABC):
     """A quantized checkpoint that another tool wrote. Opening reads headers only.
@@ -42,20 +54,25 @@ class ForeignCheckpoint(ABC):
         path: the file or directory.
         ledger: every tensor, by its name before quantization. A row is "quantized" if its codes are kept as they are.
         about: notes on how the checkpoint was read.
+        of_linear: names of weights that have one row per output and one column per input, whatever the model has.
     """
 
     format: ClassVar[str]
     path: str | os.PathLike[str]
     ledger: Ledger
     about: tuple[str, ...] = ()
+    of_linear: Collection[str] = ()
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
 
     @classmethod
     @abstractmethod
     def recognizes(cls, path: Path) -> bool:
-        """Tell from names and headers whether a checkpoint has this format.
+        """Tell from names and headers whether a checkpoint has this format. A file of fewbits never has it.
 
         Raises:
-            CheckpointError: if the files cannot be read.
+            CheckpointError: if the files cannot be read, or a configuration beside them is malformed.
         """
 
     @abstractmethod
@@ -65,6 +82,34 @@ class ForeignCheckpoint(ABC):
         Raises:
             FormatError: if its parts contradict one another.
         """
+
+    def read(self, name: str) -> Value:
+        """Read a tensor of the ledger into new memory, like `value`."""
+        return self.value(name)
+
+    def values(self) -> dict[str, Value]:
+        """Read every tensor of the ledger, by its name. Tied names share one value.
+
+        Raises:
+            FormatError: if a tensor cannot be read.
+        """
+        stored = {row.name: self.value(row.name) for row in self.ledger.stored}
+        return {row.name: stored[row.holder] for row in self.ledger.present}
+
+    def same(self, first: str, second: str) -> bool:
+        """Tell whether two tensors of the ledger, no aliases, are equal bit for bit."""
+        return same_bits(self.value(first), self.value(second))
+
+    def check(self, check: Check) -> None:
+        """Read every tensor once, so that filling a model does not fail half-way; with ``"header"``, read nothing.
+
+        Raises:
+            FormatError: if a tensor cannot be read.
+            ArgumentError: for another value of `check`.
+        """
+        check_check(check)
+        for row in self.ledger.stored if check == "digests" else ():
+            self.value(row.name)
 
 
 class Exporter(ABC):
@@ -137,3 +182,38 @@ def same_values(found: Value, expected: Value, row: LedgerRow) -> bool:
     tensors = [value.dequantize() if isinstance(value, QuantizedTensor) else value for value in (found, expected)]
     first, second = (tensor.to(row.dtype) for tensor in tensors)
     return same_bits(first, second)
+
+
+def quantized_row(name: str, layout: Layout, spec: QuantSpec, dtype: torch.dtype, reason: str) -> LedgerRow:
+    """Return the ledger row of a weight whose codes a `ForeignCheckpoint` keeps."""
+    before = Entry(layout.shape, dtype).nbytes
+    row = LedgerRow(name, layout.shape, dtype, "quantized", reason, before, 0, spec=spec, layout=layout)
+    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
+
+
+def kept_row(name: str, entry: Entry, reason: str = "not quantized") -> LedgerRow:
+    """Return the ledger row of a tensor that a `ForeignCheckpoint` has, or returns, without codes."""
+    return LedgerRow(name, entry.shape, entry.dtype, "kept", reason, entry.nbytes, entry.nbytes)
+
+
+def checked(name: str, value: QuantizedTensor) -> QuantizedTensor:
+    """Return a weight that was read from a file, if numbers can be decoded from it.
+
+    Raises:
+        FormatError: if a scale is NaN or infinite, or zero where the codes are not, or a code has no meaning.
+    """
+    if value.scale.dtype in FLOAT_DTYPES and bool((value.scale == 0).any()):
+        value = _without_zeros(name, value)
+    if not are_sound(value.params().scale):
+        raise FormatError(f"{name}: a scale is NaN or Inf; fetch the file again, or quantize the model again")
+    if not value.has_valid_codes():
+        raise FormatError(f"{name}: a code has no level in {value.spec}; fetch the file again")
+    return value
+
+
+def _without_zeros(name: str, value: QuantizedTensor) -> QuantizedTensor:
+    """Replace scales of 0 by 1. Some tools write a scale of 0 for a group of zeros, which fewbits never does."""
+    filled = attrs.evolve(value, scale=torch.where(value.scale == 0, 1, value.scale))
+    if not torch.equal(filled.dequantize(), value.dequantize()):
+        raise FormatError(f"{name}: a scale is 0, but its codes are not: the scales are damaged; fetch the file again")
+    return filled

@@ -1,7 +1,8 @@
-"""Read and check the ``quantization_config`` in the ``config.json`` of a compressed-tensors checkpoint."""
+"""Read and check quantization settings: those of any tool, and the ``quantization_config`` of compressed-tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import attrs
@@ -72,38 +73,77 @@ def read_config(files: CheckpointFiles) -> CompressionConfig | None:
         FormatError: if the config is not JSON, names another tool, or has a value of the wrong type.
         CheckpointError: if the config cannot be read.
     """
-    path = file_beside(files, CONFIG_FILE)
-    if path is None:
-        return None
-    fields = read_json(path)
-    found = next((fields[key] for key in QUANTIZATION_KEYS if fields.get(key)), None)
-    return None if found is None else _Fields(found, f"{path}: quantization_config").config()
+    found = read_settings(files)
+    return None if found is None else _Fields(found.values, found.where).config()
 
 
-class _Fields:
-    """A JSON object that checks the type of each value it returns."""
+class Fields:
+    """A JSON object that checks the type of each value it returns.
+
+    Args:
+        value: the object.
+        where: a description of the place of the object, for messages.
+
+    Raises:
+        FormatError: if the value is not an object.
+    """
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
             raise FormatError(f"{where} must be an object, not {value!r:.100}")
-        self._fields, self._where = value, where
+        self.values: dict[str, Any] = value
+        self.where = where
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
-        value = self._fields.get(name)
+        """Return a value, or the default if the value is missing or null.
+
+        Raises:
+            FormatError: if the value has another type.
+        """
+        value = self.values.get(name)
         if value is not None and type(value) is not kind:
-            self._refuse(name, f"must be of type {kind.__name__}, not {value!r:.100}")
+            self.refuse(name, f"must be of type {kind.__name__}, not {value!r:.100}")
         return default if value is None else value
+
+    def refuse(self, name: str, problem: str) -> NoReturn:
+        """Raise an error about the value of a name."""
+        raise FormatError(f"{self.where}.{name} {problem}")
+
+
+def read_settings(files: CheckpointFiles, others: Sequence[str] = ()) -> Fields | None:
+    """Read the quantization settings beside the files of a checkpoint; None if there are none.
+
+    Args:
+        files: the files of tensors.
+        others: names of files, besides ``config.json``, that hold nothing but quantization settings.
+
+    Raises:
+        FormatError: if a file is not a JSON object, or the settings are not an object.
+        CheckpointError: if a file cannot be read.
+    """
+    if (path := file_beside(files, CONFIG_FILE)) is not None:
+        fields = read_json(path)
+        if (found := next((fields[key] for key in QUANTIZATION_KEYS if fields.get(key)), None)) is not None:
+            return Fields(found, f"{path}: quantization_config")
+    for name in others:
+        if (path := file_beside(files, name)) is not None:
+            return Fields(read_json(path), f"{path}: settings")
+    return None
+
+
+class _Fields(Fields):
+    """The settings, or an object within them."""
 
     def config(self) -> CompressionConfig:
         method = self.get("quant_method", str, QUANT_METHOD)
         if method != QUANT_METHOD:
-            self._refuse("quant_method", f"is {method!r}; fewbits can only read {QUANT_METHOD}")
+            self.refuse("quant_method", f"is {method!r}; fewbits can only read {QUANT_METHOD}")
         groups = self.get("config_groups", dict, {})
         # A group can be a list of targets under the name of a preset. Its scheme is then inferred from the tensors.
-        described = [_Fields(group, f"{self._where}.config_groups.{name}") for name, group in groups.items()
+        described = [_Fields(group, f"{self.where}.config_groups.{name}") for name, group in groups.items()
                      if not isinstance(group, list)]  # fmt: skip
         schemes = [
-            _Fields(weights, f"{group._where}.weights").scheme()
+            _Fields(weights, f"{group.where}.weights").scheme()
             for group in described
             if (weights := group.get("weights", dict)) is not None
         ]
@@ -127,20 +167,17 @@ class _Fields:
             symmetric=self.get("symmetric", bool, True),
         )
         if scheme.strategy == "group" and (group_size is None or group_size < 1):
-            self._refuse("group_size", f"must be positive where the strategy is 'group', not {group_size}")
+            self.refuse("group_size", f"must be positive where the strategy is 'group', not {group_size}")
         if scheme.strategy == "block" and scheme.block is None:
-            self._refuse("block_structure", "must be given where the strategy is 'block'")
+            self.refuse("block_structure", "must be given where the strategy is 'block'")
         return scheme
 
     def _block(self) -> tuple[int, int] | None:
-        value = sides = self._fields.get("block_structure")
+        value = sides = self.values.get("block_structure")
         if value is None:
             return None
         if isinstance(value, str):
             sides = [int(side) for side in value.split("x") if side.isdecimal() and len(side) < 10]
         if not isinstance(sides, list) or len(sides) != 2 or not all(type(s) is int and s > 0 for s in sides):
-            self._refuse("block_structure", f"must be two positive integers, not {value!r:.100}")
+            self.refuse("block_structure", f"must be two positive integers, not {value!r:.100}")
         return sides[0], sides[1]
-
-    def _refuse(self, name: str, problem: str) -> NoReturn:
-        raise FormatError(f"{self._where}.{name} {problem}")

@@ -1,4 +1,4 @@
-"""`CompressedTensors`: reads a checkpoint that another tool wrote in a format of compressed-tensors.
+"""`CompressedTensors`: describes a checkpoint of compressed-tensors, and reads its weights in chunks.
 
 Weights become `QuantizedTensor` values with codes packed as in `fewbits.numerics.packing`, so the decoder of fewbits'
 own files decodes them too.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,17 +15,13 @@ from torch import Tensor
 from fewbits._events import emit
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import CODEC, Value, part_name
-from fewbits.checkpoint.folder import CheckpointFiles, ShardedReader, find_files
-from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
-from fewbits.checkpoint.reading import Checkpoint
-from fewbits.checkpoint.safetensors import SafetensorsSerializer
-from fewbits.checkpoint.serializer import Entry, Serializer
+from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
 from fewbits.formats.compressed_config import QUANT_METHOD, READABLE_FORMATS, CompressionConfig, read_config
 from fewbits.formats.compressed_parts import WeightReader, column_order, stated_shape
 from fewbits.formats.compressed_weight import COMPANIONS, CompressedWeight, codes_names, describe, parts_of
+from fewbits.formats.foreign_files import foreign_files, open_tensors
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
-from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.row import Fate, LedgerRow
 
@@ -46,7 +41,6 @@ class CompressedTensors:
 
     Args:
         path: the file, the directory, or the index in it.
-        serializer: reads the files; None means safetensors.
         originals: shape and dtype of the source's tensors, by name; None if there is no source to compare with.
 
     Attributes:
@@ -67,13 +61,11 @@ class CompressedTensors:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        serializer: Serializer | None = None,
         originals: Mapping[str, Entry] | None = None,
     ) -> None:
-        serializer = serializer or SafetensorsSerializer()
-        files = find_files(Path(path), (serializer.suffix,))
+        files = foreign_files(path)
         self._path, self._originals, self._config = path, originals, read_config(files) or CompressionConfig()
-        self.tensors = _opened(files, serializer)
+        self.tensors = open_tensors(files)
         self._entries = self.tensors.entries
         self.problems: dict[str, tuple[Fate, str]] = {}
         self.weights: dict[str, WeightReader] = {}
@@ -96,10 +88,8 @@ class CompressedTensors:
         weight = self.weights.get(chunk.row.name)
         return CODEC.decode_chunk(chunk, self.tensors.read_chunk if weight is None else weight.read)
 
-    def values(self) -> dict[str, Value]:
-        """Return every tensor in its stored form. Weights with a ``g_idx`` are dequantized, in original column order.
-
-        Scales and zero points of activations are left out; an event (`tensors_left_out`) names them.
+    def refuse_unreadable(self) -> None:
+        """Refuse a checkpoint of which a part cannot be read, and tell which scales of activations are left out.
 
         Raises:
             FormatError: if a tensor cannot be read (the message names all of them), or if the config names transforms.
@@ -112,21 +102,15 @@ class CompressedTensors:
             raise FormatError(f"{self._path} cannot be loaded: {'; '.join(problems)}")
         if self.of_activations:
             emit("warning", "tensors_left_out", file=str(self._path), tensors=self.of_activations)
-        return {row.name: self._value(row) for row in self.ledger}
 
-    def _value(self, row: LedgerRow) -> Value:
-        value, order = self.chunk(Chunk.whole(row)), self._order(row)
-        if order is None or not isinstance(value, QuantizedTensor):
-            return value
-        return value.dequantize()[..., torch.argsort(order)]
-
-    def _order(self, row: LedgerRow) -> Tensor | None:
+    def order(self, row: LedgerRow) -> Tensor | None:
+        """Return the column indices of a weight, sorted by group; None if the columns are in group order."""
         weight = self.weights.get(row.name)
         return None if weight is None else weight.order
 
     def in_order(self, row: LedgerRow, source: Tensor) -> Tensor:
         """Return a chunk of the source with its columns in the same order as those that `chunk` returns."""
-        order = self._order(row)
+        order = self.order(row)
         return source if order is None else source[..., order]
 
     def _weight_rows(self) -> tuple[list[LedgerRow], set[str]]:
@@ -204,41 +188,6 @@ class CompressedTensors:
         return about
 
 
-def is_compressed_tensors(path: str | os.PathLike[str], serializer: Serializer | None = None) -> bool:
-    """Return whether a checkpoint is in a format of compressed-tensors: not a fewbits file, and with such weights.
-
-    Raises:
-        FormatError: if the files are malformed, or a config beside them names another tool.
-        CheckpointError: if the files cannot be opened.
-    """
-    serializer = serializer or SafetensorsSerializer()
-    files = find_files(Path(path), (serializer.suffix,))
-    if VERSION_KEY in files.metadata:
-        return False
-    first = serializer.reader(files.paths[0])
-    # A damaged fewbits file must not be read as another tool's.
-    if any(map(is_own_key, first.metadata)):
-        return False
-    return bool(codes_names(_opened(files, serializer).entries)) or read_config(files) is not None
-
-
-def open_checkpoint(path: str | os.PathLike[str], serializer: Serializer | None = None) -> Checkpoint | None:
-    """Open a fewbits checkpoint; None if the path is one of compressed-tensors.
-
-    Raises:
-        FormatError: if the checkpoint has neither format, or is malformed.
-        DigestError: if a header is damaged.
-        CheckpointError: if the files cannot be opened.
-    """
-    # In this order, the headers of a fewbits checkpoint are read once.
-    try:
-        return Checkpoint(path, serializer)
-    except FormatError:
-        if is_compressed_tensors(path, serializer):
-            return None
-        raise
-
-
 def _row(name: str, original: Entry, nbytes: int, reason: str, weight: CompressedWeight | None = None) -> LedgerRow:
     return LedgerRow(
         name=name,
@@ -251,12 +200,6 @@ def _row(name: str, original: Entry, nbytes: int, reason: str, weight: Compresse
         spec=None if weight is None else weight.spec,
         layout=None if weight is None else weight.layout,
     )
-
-
-def _opened(files: CheckpointFiles, serializer: Serializer) -> ShardedReader:
-    tensors = ShardedReader(files, {path.name: serializer.reader(path) for path in files.paths})
-    tensors.check_index()
-    return tensors
 
 
 def _is_cast(before: torch.dtype, after: torch.dtype) -> bool:

@@ -50,8 +50,8 @@ _U8, _I8, _I32 = (torch.uint8,), (torch.int8,), (torch.int32,)
 
 #: Known formats, the most specific first: the first match counts.
 FOREIGN_FORMATS = (
-    ForeignFormat("GPTQ", "qweight", ("qzeros", "scales", "g_idx")),
-    ForeignFormat("AWQ", "qweight", ("qzeros", "scales")),
+    ForeignFormat("GPTQ", "qweight", ("qzeros", "scales", "g_idx"), loadable=True),
+    ForeignFormat("AWQ, or GPTQ without g_idx", "qweight", ("qzeros", "scales"), loadable=True),
     ForeignFormat("GPTQ, AWQ, or a format like these", "qweight", ("scales",)),
     ForeignFormat("NVFP4 of compressed-tensors", "_packed", ("_scale", "_global_scale"), _U8),
     ForeignFormat("MXFP4 of compressed-tensors", "_packed", ("_scale",), _U8),

@@ -1,4 +1,4 @@
-"""`load`: read a fewbits or compressed-tensors checkpoint as a mapping, or a fewbits checkpoint into a model."""
+"""`load`: read a quantized checkpoint, of fewbits or of another tool, as a mapping or into a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fewbits.checkpoint.filling import Device, InitBuffers, Place, fill, initial
 from fewbits.checkpoint.reading import Check, Checkpoint, check_check
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
-from fewbits.formats.compressed_tensors import CompressedTensors, open_checkpoint
+from fewbits.formats.base import ForeignCheckpoint
+from fewbits.formats.registry import open_quantized
 from fewbits.formats.renamed import RenamedCheckpoint, named_as_in
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
@@ -22,6 +23,7 @@ from fewbits.nn.eligibility import compiled_hint, held_beside, layout_of, obstac
 from fewbits.nn.swap import refuse_save_pretrained
 from fewbits.nn.walk import Slot, parent_of, slots
 from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import Layout
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.patterns import Pattern, check_all_used, parse_patterns
 from fewbits.selection.row import LedgerRow
@@ -62,7 +64,7 @@ def load(
     ignore: Sequence[str] = (),
     init_buffers: InitBuffers | None = None,
 ) -> dict[str, Value] | nn.Module:
-    """Load a fewbits checkpoint or, without `into`, a checkpoint of compressed-tensors. Nothing is ever unpickled.
+    """Load a quantized checkpoint: of fewbits, compressed-tensors, GPTQ, AWQ, or block FP8. Nothing is ever unpickled.
 
     Tensors of a fewbits checkpoint alias the mapped file. There are two exceptions: the kernels of a layer need another
     weight layout than the file's, or a tensor goes to another device than the CPU. Then all tensors are read in the
@@ -72,15 +74,17 @@ def load(
     All checks run before `into` is changed. Reading can still fail later, if the file disappears or memory runs out.
     The model is then partly loaded and must be built again.
 
-    A checkpoint of compressed-tensors has no digests, and its tensors are read into new memory. A weight whose columns
-    are in another order (``g_idx``) is dequantized, with its columns in the original order.
+    The codes of other tools stay as they are. Their checkpoints have no digests, and their tensors are read into new
+    memory. A weight whose columns are in another order (``g_idx``) is dequantized, with its columns in the original
+    order.
 
     Args:
         path: the file, the directory of several files, or the index in it.
         into: a float model of the same architecture, which may be on the meta device; its layers become quantized
             in place. None loads a mapping from name to `QuantizedTensor` or `torch.Tensor`.
-        check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` checks the header only.
-        serializer: reads the file; None means safetensors.
+        check: ``"digests"`` compares the SHA-256 of every tensor; ``"header"`` checks the header only. In place of
+            digests, tensors of another tool are read once before they are loaded into a model.
+        serializer: reads a file of fewbits. None means safetensors, and allows checkpoints of other tools.
         dequantize: whether to return a float tensor for each `QuantizedTensor`, for example to quantize it again.
             Needs ``into=None``.
         compute: whether the layers of `into` may trade exactness for speed; see `fewbits.set_compute`.
@@ -96,11 +100,10 @@ def load(
         `into`, or the mapping.
 
     Raises:
-        FormatError: if the checkpoint has neither format, its parts contradict each other, or a weight cannot be read.
+        FormatError: if the checkpoint has no known format, its parts contradict each other, or a weight cannot be read.
         DigestError: if a byte has changed; the message names the tensors.
         ArgumentError: if `into` is not a model; if `compute`, `device` or `init_buffers` is invalid; if `device`,
-            `ignore` or `init_buffers` is given without a model; or if a model is given with `dequantize` or for a
-            checkpoint of compressed-tensors.
+            `ignore` or `init_buffers` is given without a model; or if a model is given with `dequantize`.
         SelectionError: if a pattern of `ignore` matches no tensor that may stay in the file.
         SourceError: if a module of `into` would not read a quantized weight. The model is unchanged.
         MismatchError: if file and model do not match, or if the model has a quantized module or a tensor that is not
@@ -120,23 +123,16 @@ def load(
         raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
     if into is not None and dequantize:
         raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
-    checkpoint = open_checkpoint(path, serializer)
+    checkpoint = open_quantized(path, serializer)
     check_check(check)
     if into is None:
-        if checkpoint is None:
-            values = CompressedTensors(path, serializer).values()
-        else:
+        if isinstance(checkpoint, Checkpoint):  # `values` checks the tensors of another tool
             checkpoint.check(check)
-            values = checkpoint.values()
+        values = checkpoint.values()
         # Tied names still share one tensor.
         coded = {id(value): value for value in values.values() if dequantize and isinstance(value, QuantizedTensor)}
         floats = {key: value.dequantize() for key, value in coded.items()}
         return {name: floats.get(id(value), value) for name, value in values.items()}
-    if checkpoint is None:
-        raise ArgumentError(
-            f"{path} is a checkpoint of compressed-tensors; load it without into=, or quantize "
-            "load(path, dequantize=True) and load that result into the model"
-        )
     if not isinstance(into, nn.Module):
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_unfit(into, MismatchError)
@@ -162,7 +158,7 @@ def load(
 
 
 def _places(
-    checkpoint: Checkpoint | RenamedCheckpoint,
+    checkpoint: Checkpoint | ForeignCheckpoint | RenamedCheckpoint,
     model: nn.Module,
     beside: Mapping[str, str],
     ignored: Sequence[Pattern],
@@ -201,6 +197,7 @@ def _places(
             elif first != stored and not checkpoint.same(first, stored):
                 problems.append(f"{first} and {name} are one tensor in the model, but two different ones in the file")
             problems += misfits(rows[stored], slot, beside.get(name))
+            problems += _turned(checkpoint, rows[stored], slot)
         elif slot.persistent:
             absent.append(name)
         elif slot.tensor.is_meta:
@@ -241,6 +238,15 @@ def misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
     obstacle = beside or obstacle_to(slot.module, slot.local)
     problem = f"{slot.name} is {row.scheme} in the file, but {obstacle}: exclude it, or load without into="
     return [problem] if obstacle else []
+
+
+def _turned(checkpoint: Checkpoint | ForeignCheckpoint | RenamedCheckpoint, row: LedgerRow, slot: Slot) -> list[str]:
+    """Problems of a layer that has inputs as rows, with a weight that another tool stored for a Linear layer."""
+    of_linear = not isinstance(checkpoint, Checkpoint) and row.name in checkpoint.of_linear
+    if not of_linear or layout_of(slot.module, slot.local, slot.tensor)[0] == Layout.of(slot.tensor.shape):
+        return []
+    kind = type(slot.module).__name__
+    return [f"{row.name} has one row per output in the file, but {kind} has one column per output: load without into="]
 
 
 def unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:

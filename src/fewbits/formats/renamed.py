@@ -19,6 +19,7 @@ from fewbits._events import emit
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.errors import MismatchError
+from fewbits.formats.base import ForeignCheckpoint
 from fewbits.formats.row_moves import RowMoves, collapsed, common_spec, numbered, row_numbers
 from fewbits.formats.transformers_names import Conversion, NamePlan, StandIn, meta_like, plan_names, transforms_of
 from fewbits.nn.eligibility import layout_of
@@ -171,16 +172,19 @@ class Renaming:
 
 
 class RenamedCheckpoint:
-    """A checkpoint of fewbits, read under the names of a model.
+    """A checkpoint, read under the names of a model.
 
     Attributes:
         path: the path of the checkpoint.
         ledger: every tensor, by its name in the model.
+        of_linear: names of weights that have one row per output, whatever the model has; see `ForeignCheckpoint`.
     """
 
-    def __init__(self, source: Checkpoint, renaming: Renaming) -> None:
+    def __init__(self, source: Checkpoint | ForeignCheckpoint, renaming: Renaming) -> None:
         self.path, self.ledger = source.path, renaming.ledger
         self._source, self._renaming = source, renaming
+        of_linear = source.of_linear if isinstance(source, ForeignCheckpoint) else ()
+        self.of_linear = frozenset(name for name, origin in renaming.origin.items() if origin in of_linear)
 
     def value(self, name: str) -> Value:
         """Return the stored form of a tensor; it aliases the mapped file if transformers only renames it."""
@@ -195,7 +199,9 @@ class RenamedCheckpoint:
         return same_bits(self.value(first), self.value(second))
 
 
-def named_as_in(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint | RenamedCheckpoint:
+def named_as_in(
+    model: nn.Module, checkpoint: Checkpoint | ForeignCheckpoint
+) -> Checkpoint | ForeignCheckpoint | RenamedCheckpoint:
     """Return a checkpoint under the names of a model, as transformers would load it.
 
     Args:

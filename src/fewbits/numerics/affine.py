@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.grid import (
     broadcast,
     code_range,
@@ -18,6 +19,7 @@ from fewbits.numerics.grid import (
     in_steps,
     level_table,
     nearest_level,
+    step_rounder,
 )
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scratch import Scratch
@@ -73,6 +75,34 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
         offset = -spec.code_min if zero_point is None else broadcast(zero_point) - spec.code_min
         values = (grouped(codes, spec).to(dtype) - offset) * broadcast(scale.to(dtype))
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
+
+
+class ColumnRounder:
+    """Rounds a matrix column by column, to the numbers that `encode` and `decode` give.
+
+    Args:
+        params: the parameters of the rows: (rows, groups), or (1,).
+        spec: the spec of the codes.
+        dtype: float32 or float64, of the columns.
+    """
+
+    def __init__(self, params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> None:
+        scale = _by_group(params.scale)
+        self._divisors = scale.to(torch.promote_types(dtype, compute_dtype(scale.dtype)))
+        self._factors = scale.to(dtype)
+        self._zero_points = None if params.zero_point is None else _by_group(params.zero_point)
+        self._nearest = step_rounder(spec, self._divisors)
+
+    def round(self, column: Tensor, group: int) -> Tensor:
+        """Round the elements of a column, (rows,), that belong to a group; with one scale for the tensor, to 0."""
+        zero_point = None if self._zero_points is None else self._zero_points[group]
+        steps = self._nearest(column / self._divisors[group], zero_point)
+        return steps.to(column.dtype) * self._factors[group]
+
+
+def _by_group(values: Tensor) -> Tensor:
+    """Reshape (rows, groups) to (groups, rows), and (1,) to (1, 1)."""
+    return values.reshape(1, 1) if values.dim() == 1 else values.mT.contiguous()
 
 
 def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:

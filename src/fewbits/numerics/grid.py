@@ -5,6 +5,8 @@ A step is a decoded code divided by its scale: the code less its zero point, or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -68,24 +70,45 @@ def level_table(spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> Te
     return torch.tensor([*(spec.levels or ()), *[torch.nan] * spec.invalid_codes], dtype=dtype, device=device)
 
 
+def _middles(spec: QuantSpec, like: Tensor) -> Tensor:
+    """Return the numbers half-way between neighbouring levels."""
+    middles = [(low + high) / 2 for low, high in pairwise(spec.levels or ())]
+    return torch.tensor(middles, dtype=like.dtype, device=like.device)
+
+
 def nearest_level(steps: Tensor, spec: QuantSpec) -> Tensor:
     """Return the index of the nearest level, int32."""
-    middles = [(low + high) / 2 for low, high in pairwise(spec.levels or ())]
-    bounds = torch.tensor(middles, dtype=steps.dtype, device=steps.device)
-    return torch.bucketize(steps.contiguous(), bounds, out_int32=True)
+    return torch.bucketize(steps.contiguous(), _middles(spec, steps), out_int32=True)
 
 
-def nearest_step(steps: Tensor, zero_point: Tensor | float, spec: QuantSpec) -> Tensor:
-    """Round to the nearest step.
+def step_rounder(spec: QuantSpec, like: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Return a function that rounds real numbers, in units of the scale, to the nearest step.
+
+    Its second argument is the zero point, which must broadcast against the first; None for a symmetric spec.
 
     Args:
-        steps: real numbers, in units of the scale.
-        zero_point: must broadcast against `steps`.
         spec: the spec of the codes.
+        like: has the dtype and device of the numbers.
     """
-    if spec.levels is not None:
-        return levels_of(spec, steps)[nearest_level(steps, spec)]
-    return (steps.round() + zero_point).clamp_(*ends(spec)) - zero_point
+    if spec.levels is None:
+        return partial(_nearest_integer, *ends(spec))
+    return partial(_nearest_of, levels_of(spec, like), _middles(spec, like))
+
+
+def _nearest_integer(first: float, last: float, steps: Tensor, zero_point: Tensor | None) -> Tensor:
+    if zero_point is None:
+        return steps.round().clamp_(first, last)
+    return (steps.round() + zero_point).clamp_(first, last) - zero_point
+
+
+def _nearest_of(levels: Tensor, middles: Tensor, steps: Tensor, _: Tensor | None) -> Tensor:
+    index = torch.bucketize(steps.contiguous(), middles, out_int32=True)
+    return levels.index_select(0, index.view(-1)).view(steps.shape)
+
+
+def nearest_step(steps: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Round to the nearest step; see `step_rounder`."""
+    return step_rounder(spec, steps)(steps, zero_point)
 
 
 def half_gap(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:

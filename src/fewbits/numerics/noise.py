@@ -71,7 +71,7 @@ def fit_terms(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[Tensor, 
 
 def _rounded(steps: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Round to the nearest steps."""
-    return nearest_step(steps, 0.0 if zero_point is None else broadcast(zero_point.to(steps.dtype)), spec)
+    return nearest_step(steps, None if zero_point is None else broadcast(zero_point.to(steps.dtype)), spec)
 
 
 def _integral(steps: Tensor, rounded: Tensor) -> Tensor:

@@ -109,6 +109,11 @@ class ScaleGrid:
             return found
         return found[(self._below(torch.arange(top, bottom)) - first).to(found.device)]
 
+    def scale_of(self, elements: Tensor) -> Tensor:
+        """Return the positions of the scales of these elements; both are positions in flattened tensors."""
+        across = -(-self.columns // self.block[1])
+        return self._below(elements // self.columns) * across + elements % self.columns // self.block[1]  # type: ignore[no-any-return]
+
     def _below(self, row: Any) -> Any:
         """Return the index of the row of blocks that holds a row, counted over all matrices."""
         return row // self.rows * -(-self.rows // self.block[0]) + row % self.rows // self.block[0]

@@ -6,14 +6,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from fewbits.numerics.affine import decode, encode
+from fewbits.numerics.affine import ColumnRounder, decode, encode
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.scales import refit
 from fewbits.numerics.spec import QuantSpec
 from fewbits.rounding.linear_algebra import damped, feedback_factor, product
 
-#: Columns whose errors are collected before they are passed on to the columns after them.
-_BLOCK = 128
+#: Columns whose errors are collected before they are passed on to the columns after them. More columns would spend more
+#: time on updates of one column by another, fewer on products of flat matrices.
+_BLOCK = 32
 
 
 @attrs.frozen(eq=False)
@@ -76,53 +77,67 @@ class Feedback:
     def candidate(self, target: Tensor, params: QuantParams, codes: Tensor, spec: QuantSpec) -> Candidate:
         """Measure the error of some codes."""
         error = target - decode(codes, params, spec, target.dtype)
-        return Candidate(params, codes, (product(error, self.moment) * error).double().sum(1))
+        return Candidate(params, codes, _sums(product(error, self.moment), error))
+
+    def fitted(
+        self, target: Tensor, params: QuantParams, codes: Tensor, spec: QuantSpec
+    ) -> tuple[Candidate, QuantParams]:
+        """Measure the error of some codes, and fit the scales to them; see `_fit`."""
+        error = target - decode(codes, params, spec, target.dtype)
+        pushed = product(error, self.moment)
+        before = Candidate(params, codes, _sums(pushed, error))
+        return before, self._fit(pushed, params, codes, spec)
 
     def sweep(self, target: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         """Round all columns; return the codes, uint8."""
         # Columns of the weight are rows here, so that each is contiguous.
         rest = target.mT[self._order]
-        codes = torch.empty(rest.shape, dtype=torch.uint8)
-        upper, groups = self._upper.to(rest.dtype), (self._order // spec.width(len(rest))).tolist()
+        rounded, upper = torch.empty_like(rest), self._upper.to(rest.dtype)
+        rounder = ColumnRounder(params, spec, rest.dtype)
+        groups = (self._order // spec.width(len(rest))).tolist()
         for start in range(0, len(rest), _BLOCK):
             stop = min(start + _BLOCK, len(rest))
             block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
             inner = upper[start:stop, start:stop]
+            pivots = inner.diagonal().tolist()
             for i in range(stop - start):
-                own = _of_group(params, groups[start + i])
-                column = block[i].unsqueeze(1)
-                code = encode(column, own, spec)
-                error = (column - decode(code, own, spec, rest.dtype)).squeeze(1) / inner[i, i]
-                codes[start + i] = code.squeeze(1)
-                errors[i] = error
+                column = block[i]
+                value = rounder.round(column, groups[start + i])
+                rounded[start + i] = value
+                error = torch.div(column - value, pivots[i], out=errors[i])
                 block[i + 1 :].addr_(inner[i, i + 1 :], error, alpha=-1)
             rest[stop:] -= upper[start:stop, stop:].mT @ errors
-        return torch.empty_like(codes).index_copy_(0, self._order, codes).mT.contiguous()
+        return encode(torch.empty_like(rest).index_copy_(0, self._order, rounded).mT, params, spec)
 
-    def refitted(self, target: Tensor, params: QuantParams, codes: Tensor, spec: QuantSpec) -> QuantParams:
+    def _fit(self, pushed: Tensor, params: QuantParams, codes: Tensor, spec: QuantSpec) -> QuantParams:
         """Fit the scales to the codes, one group after the other.
 
         With all other scales as they are, the error is least for ``s_g = z_g M (target - others)^T / (z_g M z_g^T)``,
-        where ``z_g`` are the steps of the group.
+        where ``z_g`` are the steps of the group. `pushed` is ``(target - q) M``; it changes with the scales.
         """
-        moment = self.moment.to(target.dtype)
+        dtype, columns = pushed.dtype, pushed.shape[1]
+        moment = self.moment.to(dtype)
         unit = QuantParams(torch.ones_like(params.scale), params.zero_point)
-        steps = decode(codes, unit, spec, target.dtype)
+        steps = decode(codes, unit, spec, dtype)
         scale = params.scale.clone()
-        pushed = product(target - decode(codes, params, spec, target.dtype), moment)
-        width = spec.width(target.shape[1])
+        width = spec.width(columns)
         for group in range(scale.shape[1]):
-            first, last = group * width, min((group + 1) * width, target.shape[1])
+            first, last = group * width, min((group + 1) * width, columns)
             own = steps[:, first:last]
             before = _of_group(params, group)
-            curvature = (product(own, moment[first:last, first:last]) * own).double().sum(1)
-            slope = (pushed[:, first:last] * own).double().sum(1) / before.scale.squeeze(1).double()
+            curvature = _sums(product(own, moment[first:last, first:last]), own)
+            slope = _sums(pushed[:, first:last], own) / before.scale.squeeze(1).double()
             fitted = (slope + curvature).clamp(min=0).unsqueeze(1), curvature.unsqueeze(1)
             after = refit(before, *fitted, spec).scale
-            change = (before.scale.double() - after.double()).to(target.dtype)
+            change = (before.scale.double() - after.double()).to(dtype)
             pushed += product(own * change, moment[first:last])
             scale[:, group : group + 1] = after
         return attrs.evolve(params, scale=scale)
+
+
+def _sums(left: Tensor, right: Tensor) -> Tensor:
+    """Sum the products of two matrices along each row, in float64."""
+    return (left * right).double().sum(1)
 
 
 def _of_group(params: QuantParams, group: int) -> QuantParams:

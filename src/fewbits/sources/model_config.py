@@ -30,7 +30,7 @@ WRITTEN_BY = "written_by"
 _OPEN_WITH = "fewbits.load(directory, into=model), or from_pretrained after: import fewbits.integrations.transformers"
 
 #: Files, besides ``config.json``, that contain quantization settings only.
-QUANTIZATION_FILES = ("hf_quant_config.json",)
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def read_block_sizes(path: Path) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,6 @@
 """Verify a checkpoint that another tool wrote in a format of compressed-tensors against its source.
 
-There is no error bound for such a checkpoint: the tool may have clipped weights, compensated errors, or rounded in a
-narrower dtype. An error beyond half a step is therefore a note; only errors that no rounding explains are failures.
+A weight that cannot be read is one failure in the report; the others are still compared.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from torch import Tensor
 
 from fewbits.checkpoint.chunks import chunks
 from fewbits.checkpoint.codec import Value
-from fewbits.checkpoint.serializer import Entry, Serializer
-from fewbits.errors import FormatError
+from fewbits.checkpoint.serializer import Entry
 from fewbits.formats.compressed_tensors import CompressedTensors
-from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
-from fewbits.numerics.tensor import same_bits
+from fewbits.numerics.dtypes import FLOAT_DTYPES
 from fewbits.selection.progress import Progress, followed
 from fewbits.selection.row import LedgerRow
 from fewbits.sources.base import Source
-from fewbits.validation.checks import Pairs, check_fail_under, examine_tensor
+from fewbits.validation.checks import Pairs, check_fail_under
+from fewbits.validation.foreign import examined, missing
 from fewbits.validation.report import Report
 from fewbits.validation.tensors import TensorReport
 
@@ -31,7 +29,6 @@ from fewbits.validation.tensors import TensorReport
 def verify_compressed_tensors(
     path: str | os.PathLike[str],
     source: Source | None,
-    serializer: Serializer | None,
     chunk_elements: int | None,
     fail_under: float,
     progress: Progress,
@@ -41,7 +38,6 @@ def verify_compressed_tensors(
     Args:
         path: the file, the directory, or the index in it.
         source: the source that the checkpoint was made from; None checks structure and scales only.
-        serializer: reads the files; None means safetensors.
         chunk_elements: approximate number of elements to compare at a time; see `fewbits.checkpoint.chunks.chunks`.
         fail_under: SQNR in dB below which a tensor fails.
         progress: called before and after every tensor.
@@ -55,7 +51,7 @@ def verify_compressed_tensors(
     if source is not None:
         present = [info for info in source.infos if info.merged_into is None]
         originals = {info.name: Entry(info.shape, info.dtype) for info in present}
-    checkpoint = CompressedTensors(path, serializer, originals)
+    checkpoint = CompressedTensors(path, originals)
 
     def pairs(row: LedgerRow) -> Iterator[tuple[Value, Tensor | None]]:
         for chunk in chunks(row, chunk_elements):
@@ -68,7 +64,8 @@ def verify_compressed_tensors(
         TensorReport(name, fate, "", failures=(problem,)) for name, (fate, problem) in checkpoint.problems.items()
     ]
     storages = {} if source is None else {info.storage: info.nbytes for info in source.infos}
-    failures = [*_unexplained(checkpoint), *([] if source is None else _missing(checkpoint, source))]
+    there = {row.name for row in checkpoint.ledger} | checkpoint.problems.keys()
+    failures = [*_unexplained(checkpoint), *([] if source is None else missing(source, there))]
     compared = () if source is None else ("SQNR", "constant rows", "kept tensors")
     return Report(
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name)),
@@ -82,29 +79,9 @@ def verify_compressed_tensors(
 
 
 def _examined(row: LedgerRow, pairs: Pairs, checkpoint: CompressedTensors, fail_under: float) -> TensorReport:
-    """Compare one tensor with its source; a tensor that cannot be read is a failure."""
-    try:
-        if row.spec is None:
-            return _kept(row, pairs)
-        found = examine_tensor(row, pairs, None, bounded=False).judged(fail_under)
-    except FormatError as error:
-        return TensorReport(row.name, row.fate, row.scheme, failures=(str(error),))
-    return attrs.evolve(found, scheme=checkpoint.weights[row.name].weight.scheme)
-
-
-def _kept(row: LedgerRow, pairs: Pairs) -> TensorReport:
-    failures, notes = set[str](), set[str]()
-    for value, source in pairs(row):
-        if source is None or not isinstance(value, Tensor):
-            continue
-        cast, narrow = source.to(value.dtype), dtype_name(value.dtype)
-        if not same_bits(cast, value):
-            failures.add("not quantized, but not equal to the source")
-        if source.dtype != value.dtype:
-            notes.add(f"{dtype_name(source.dtype)} in the source, compared after a cast to {narrow}")
-            if not torch.equal(torch.isfinite(cast), torch.isfinite(source)):
-                failures.add(f"some of its numbers are beyond {narrow}")
-    return TensorReport(row.name, row.fate, row.scheme, failures=tuple(sorted(failures)), notes=tuple(notes))
+    found = examined(row, pairs, fail_under)
+    weight = checkpoint.weights.get(row.name)
+    return found if weight is None or found.measurement is None else attrs.evolve(found, scheme=weight.weight.scheme)
 
 
 def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:
@@ -115,16 +92,6 @@ def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:
         values = checkpoint.tensors.read_whole(name)
         if values.dtype in FLOAT_DTYPES and not bool((torch.isfinite(values) & (values != 0)).all()):
             yield f"{name} is zero, NaN or Inf"
-
-
-def _missing(checkpoint: CompressedTensors, source: Source) -> Iterator[str]:
-    """Failures for tensors of the source that the result has under none of their tied names."""
-    there = {row.name for row in checkpoint.ledger} | checkpoint.problems.keys()
-    storages = {info.storage for info in source.infos if info.name in there}
-    for info in source.infos:
-        merged = info.merged_into is not None
-        if info.name not in there and info.storage not in storages and info.persistent and not merged:
-            yield f"{info.name} is in the source, not in the result"
 
 
 def _unchecked(checkpoint: CompressedTensors, source: Source | None) -> Iterator[str]:

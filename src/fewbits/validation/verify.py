@@ -13,7 +13,8 @@ from fewbits.checkpoint.chunks import chunks
 from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.serializer import Serializer
-from fewbits.formats.compressed_tensors import open_checkpoint
+from fewbits.formats.compressed_checkpoint import CompressedCheckpoint
+from fewbits.formats.registry import recognized
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.tensor import same_bits
@@ -23,6 +24,7 @@ from fewbits.selection.row import LedgerRow
 from fewbits.sources.base import Source
 from fewbits.validation.checks import Known, examine
 from fewbits.validation.compressed import verify_compressed_tensors
+from fewbits.validation.foreign import verify_foreign
 from fewbits.validation.report import Report
 from fewbits.validation.tensors import CRITICAL_DB
 
@@ -37,28 +39,30 @@ def verify(
     fail_under: float = CRITICAL_DB,
     progress: Progress = no_progress,
 ) -> Report:
-    """Re-read a fewbits or compressed-tensors checkpoint and check it.
+    """Re-read a checkpoint of fewbits or of another tool and check it.
 
     Codes are decoded directly, by the layout that the file states, and not by a quantized module.
 
     Args:
         path: the file, or the directory of several files; or a fewbits checkpoint that is already open.
         source: the source that the file was made from; None checks structure and digests only.
-        serializer: reads the file; None means safetensors.
+        serializer: reads a file of fewbits. None means safetensors, and allows checkpoints of other tools.
         measured: measurements taken when these same bytes were written, by name; those tensors are not measured again.
         chunk_elements: approximate number of elements to compare at a time; see `fewbits.checkpoint.chunks.chunks`.
         fail_under: SQNR in dB below which a tensor fails.
         progress: called before and after every tensor.
 
     Raises:
-        FormatError: if the checkpoint has neither format, or its parts contradict each other.
+        FormatError: if the checkpoint has no known format, or its parts contradict each other.
         DigestError: if its header is damaged.
     """
     if not isinstance(path, Checkpoint):
-        opened = open_checkpoint(path, serializer)
-        if opened is None:
-            return verify_compressed_tensors(path, source, serializer, chunk_elements, fail_under, progress)
-        path = opened
+        found = recognized(path, serializer)
+        if found is CompressedCheckpoint:
+            return verify_compressed_tensors(path, source, chunk_elements, fail_under, progress)
+        if not isinstance(found, Checkpoint):
+            return verify_foreign(found(path), source, fail_under, progress)
+        path = found
     checkpoint: Checkpoint = path
     no_match: tuple[list[str], dict[str, str]] = [], {}
     differences, names = no_match if source is None else _match(checkpoint.ledger, source)

@@ -1,0 +1,116 @@
+"""`BlockFP8`: reads FP8 weights with ``weight_scale_inv``, as DeepSeek-V3 and its successors store them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import attrs
+import torch
+
+from fewbits.checkpoint.codec import Value
+from fewbits.errors import FormatError, SourceError
+from fewbits.formats.base import ForeignCheckpoint, checked, kept_row, quantized_row
+from fewbits.formats.compressed_config import Fields, read_settings
+from fewbits.formats.foreign_files import foreign_files, open_foreign, open_tensors
+from fewbits.formats.fp8 import KNOWN_BLOCKS, SCALE_SUFFIXES, ScaledWeight, scaled_weights
+from fewbits.numerics.float8 import FLOAT8_DTYPES, float8_codes, float8_spec
+from fewbits.numerics.layout import Layout
+from fewbits.numerics.packing import pack
+from fewbits.numerics.scaled import FP8_TARGET
+from fewbits.numerics.spec import QuantSpec
+from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.selection.ledger import Ledger
+from fewbits.selection.row import LedgerRow
+
+
+class BlockFP8(ForeignCheckpoint):
+    """A checkpoint with FP8 weights, each with one scale per block, per row or in all.
+
+    Scales of blocks are repeated for each of their rows.
+
+    Args:
+        path: the file, the directory, or the index in it.
+
+    Raises:
+        FormatError: if scales do not fit their weight, or a weight has a dtype that fewbits does not read.
+        CheckpointError: if the checkpoint cannot be opened.
+    """
+
+    format = "block FP8"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        files = foreign_files(path)
+        self._tensors = open_tensors(files)
+        blocks = _stated_blocks(read_settings(files))
+        try:
+            self._weights = scaled_weights(self._tensors.entries, blocks)
+        except SourceError as error:
+            raise FormatError(f"{path}: {error}") from None
+        self._scales = {weight.scale: weight.name for weight in self._weights.values()}
+        self.ledger = Ledger(map(self._row, sorted(self._tensors.entries)))
+        self.about = (f"read as {self.format}: {len(self._weights):,} weights",)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Tell whether a checkpoint has an FP8 weight with ``_scale_inv`` beside it."""
+        opened = open_foreign(path)
+        entries = {} if opened is None else opened[1].entries
+        scaled = (entries.get(name.removesuffix(SCALE_SUFFIXES[0])) for name in entries if SCALE_SUFFIXES[0] in name)
+        return any(entry is not None and entry.dtype in FLOAT8_DTYPES for entry in scaled)
+
+    def value(self, name: str) -> Value:
+        """Read a tensor of the ledger into new memory.
+
+        Raises:
+            FormatError: if a code or a scale is NaN or infinite.
+        """
+        weight, row = self._weights.get(name), self.ledger[name]
+        if weight is None or row.layout is None or not isinstance(row.spec, QuantSpec):
+            return self._tensors.read_whole(name)
+        rows, columns = row.layout.matrix_shape
+        codes = float8_codes(self._tensors.read_whole(name).reshape(rows, columns))
+        if codes is None:
+            raise FormatError(f"{name} holds NaN or Inf; fetch the file again")
+        shape = row.spec.scale_shape(rows, columns)
+        first = torch.arange(rows)[:, None] * columns + torch.arange(shape[-1]) * row.spec.width(columns)
+        places = weight.grid.scale_of(first) if len(shape) > 1 else torch.zeros(1, dtype=torch.int64)
+        scale = self._tensors.read_whole(weight.scale).reshape(-1)[places]
+        value = QuantizedTensor(pack(codes, 8), scale, None, row.spec, row.layout, row.dtype)
+        return checked(name, value)
+
+    def _row(self, name: str) -> LedgerRow:
+        entry, weight = self._tensors.entries[name], self._weights.get(name)
+        if (of := self._scales.get(name)) is not None:
+            reason = f"scale of {of}"
+            return LedgerRow(name, entry.shape, entry.dtype, "merged", reason, entry.nbytes, 0, merged_into=of)
+        if weight is None:
+            return kept_row(name, entry)
+        if entry.dtype not in FLOAT8_DTYPES or not entry.numel:
+            raise FormatError(
+                f"{name} is {entry.in_words}, which fewbits cannot load as codes; it can quantize the checkpoint"
+            )
+        layout, reason = Layout.of(entry.shape), f"quantized in the format {self.format}"
+        row = quantized_row(name, layout, _spec(weight, layout), FP8_TARGET, reason)
+        return attrs.evolve(row, dequantized_from=entry.dtype, bytes_before=entry.nbytes)
+
+
+def _spec(weight: ScaledWeight, layout: Layout) -> QuantSpec:
+    dtype, scales = weight.entry.dtype, weight.scale_entry
+    if scales.numel == 1:
+        spec = float8_spec(dtype, "tensor", None, scales.dtype)
+    elif weight.grid.block[1] >= layout.columns:
+        spec = float8_spec(dtype, "channel", None, scales.dtype)
+    else:
+        spec = float8_spec(dtype, "group", weight.grid.block[1], scales.dtype)
+    return spec
+
+
+def _stated_blocks(settings: Fields | None) -> tuple[tuple[int, int], ...]:
+    size = None if settings is None else settings.get("weight_block_size", list)
+    if settings is None or size is None:
+        return KNOWN_BLOCKS
+    if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+        settings.refuse("weight_block_size", f"must be two positive integers, rows and columns, not {size!r:.100}")
+    return ((size[0], size[1]),)
