@@ -10,6 +10,7 @@ import torch
 
 import fewbits
 from fewbits.errors import ArgumentError, DigestError
+from stress import from_pretrained as stress
 from support.transformers_sizes import TEXT
 
 transformers = pytest.importorskip("transformers")
@@ -245,3 +246,10 @@ def test_a_result_of_compressed_tensors_by_another_tool_keeps_its_own_reader(tmp
     assert type(config) is transformers.CompressedTensorsConfig
     config = transformers.quantizers.auto.AutoQuantizationConfig.from_dict({**settings, "written_by": "fewbits"})
     assert type(config) is FewbitsConfig
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_quantizing_while_loading_needs_the_result_one_shard_and_little_more(tmp_path):
+    figures, allowed = stress.measure(tmp_path, 800 * stress.MB, "int8")
+    assert figures["rise"] <= allowed

@@ -20,7 +20,7 @@ from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.errors import MismatchError
 from fewbits.formats.base import ForeignCheckpoint
-from fewbits.formats.row_moves import RowMoves, collapsed, common_spec, numbered, row_numbers
+from fewbits.formats.row_moves import RowMoves, collapsed, common_spec, is_movable, numbered, row_numbers
 from fewbits.formats.transformers_names import Conversion, NamePlan, StandIn, meta_like, plan_names, transforms_of
 from fewbits.nn.eligibility import layout_of
 from fewbits.nn.walk import Slot, slots
@@ -141,7 +141,7 @@ class Renaming:
         tensors: dict[str, Tensor] = {}
         start = 0
         for name, row in zip(conversion.names, rows, strict=True):
-            if row.layout is None or row.layout.view != row.shape:
+            if row.layout is None or not is_movable(row.layout):
                 return {}
             tensors[name] = numbered(row.layout, start)
             start += row.layout.rows
@@ -168,7 +168,7 @@ class Renaming:
         layouts = [] if slot is None else [layout_of(slot.module, slot.local, slot.tensor)[0]]
         if source is not None and len(source.shape) == len(shape):
             layouts.append(Layout.of(shape, inputs=source.permutation[source.row_axes :]))
-        return [layout for layout in layouts if layout.shape == layout.view == shape]
+        return [layout for layout in layouts if layout.shape == shape and is_movable(layout)]
 
 
 class RenamedCheckpoint:
@@ -243,4 +243,4 @@ def _numbered_shape(slot: Slot) -> Tensor:
     """Return a tensor with the shape that a parameter has if its rows are numbered."""
     shape = tuple(slot.tensor.shape)
     layout = layout_of(slot.module, slot.local, slot.tensor)[0] if slot.is_parameter and len(shape) > 1 else None
-    return meta_like(collapsed(layout).shape if layout is not None and layout.view == shape else shape, torch.int64)
+    return meta_like(shape if layout is None or not is_movable(layout) else collapsed(layout).shape, torch.int64)

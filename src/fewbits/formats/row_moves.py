@@ -74,6 +74,11 @@ def common_spec(rows: Sequence[LedgerRow]) -> Spec | None:
     return attrs.evolve(spec, granularity="channel") if spec.granularity == "tensor" else spec
 
 
+def is_movable(layout: Layout) -> bool:
+    """Tell whether the rows of a layout are whole axes of its tensor, and so are its columns."""
+    return layout.view == layout.shape and layout.row_axes < len(layout.view)
+
+
 def collapsed(layout: Layout) -> Layout:
     """Return the layout of numbered rows: the same axes, and few columns."""
     columns = layout.permutation[layout.row_axes :]
