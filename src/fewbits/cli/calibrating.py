@@ -11,7 +11,7 @@ import click
 from torch import nn
 
 from fewbits.config.config import QuantizationConfig
-from fewbits.integrations.transformers import SAMPLES, SEQUENCE, load_directory
+from fewbits.integrations.transformers_calibration import SAMPLES, SEQUENCE, load_directory
 from fewbits.rounding import ROUNDINGS
 from fewbits.selection.progress import Progress
 

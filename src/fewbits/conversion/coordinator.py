@@ -134,7 +134,8 @@ class Coordinator:
             if self._staging.folder:
                 stem = STEM if self._readers is None else self._readers.stem
                 write_index(self._staging.files, self.shards, headers, self._writer.serializer.suffix, stem)
-                self._source.copy_companions(self._staging.files, self._readers)
+                readers = None if self._readers is None else self._readers.naming(self.shards[0].file)
+                self._source.copy_companions(self._staging.files, readers)
             self._staging.publish()
         tell_unscaled(self._streaming.demand.ledger)
         if self._source.left_behind:

@@ -13,7 +13,7 @@ from fewbits.checkpoint.metadata import Metadata
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import save
-from fewbits.checkpoint.shards import STEM
+from fewbits.checkpoint.shards import STEM, plan_shards
 from fewbits.formats.base import Described, DirectoryExporter, Readable
 from fewbits.formats.compressed_config import QUANTIZATION_KEYS
 from fewbits.formats.model_config import Readers, config_beside
@@ -54,7 +54,11 @@ class FewbitsFormat(DirectoryExporter):
     def config(self, source: Described) -> Mapping[str, Any]:
         """Return the ``quantization_config`` that `fewbits.quantize` would write."""
         readers = _readers(source)
-        return {} if readers is None or not readers.settings else {QUANTIZATION_KEYS[0]: dict(readers.settings)}
+        if readers is None or not readers.settings:
+            return {}
+        stored = Ledger(map(_as_stored, source.ledger))
+        first = plan_shards(stored, self.max_shard_size, SafetensorsSerializer.suffix, readers.stem)[0].file
+        return {QUANTIZATION_KEYS[0]: dict(readers.naming(first).settings)}
 
 
 def _readers(source: Described) -> Readers | None:

@@ -19,6 +19,17 @@ from fewbits.formats.compressed_export import quantization_config
 from fewbits.formats.compressed_rules import transformers_obstacles
 from fewbits.selection.ledger import Ledger
 
+#: The ``quant_method`` of results that only fewbits reads.
+OWN_METHOD = "fewbits"
+
+#: The key of quantization settings that names the first file of such a result.
+FIRST_FILE = "first_file"
+
+#: The key of compressed-tensors settings that marks a result of fewbits.
+WRITTEN_BY = "written_by"
+
+_OPEN_WITH = "fewbits.load(directory, into=model), or from_pretrained after: import fewbits.integrations.transformers"
+
 #: Files, besides ``config.json``, that contain quantization settings only.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
@@ -73,10 +84,17 @@ class Readers:
             vocabularies: vocabulary sizes of the model.
         """
         obstacles = transformers_obstacles(ledger, vocabularies)
-        if not obstacles:
-            return cls(None, quantization_config(ledger, vocabularies))
-        obstacle = " ".join(next(iter(obstacles.items())))
-        return cls(obstacle, {"quant_method": "fewbits", "open_with": "fewbits.load(directory, into=model)"})
+        if obstacles:
+            obstacle = " ".join(next(iter(obstacles.items())))
+            return cls(obstacle, {"quant_method": OWN_METHOD, "open_with": _OPEN_WITH})
+        settings = quantization_config(ledger, vocabularies)
+        return cls(None, settings | {WRITTEN_BY: OWN_METHOD} if settings else {})
+
+    def naming(self, first_file: str) -> Readers:
+        """Return these readers with settings that name the first file of a result that only fewbits reads."""
+        if self.obstacle is None:
+            return self
+        return attrs.evolve(self, settings={**self.settings, FIRST_FILE: first_file})
 
     @property
     def stem(self) -> str:

@@ -17,7 +17,7 @@ from fewbits.kernels.base import Compute, Kernel, PreparedWeight
 from fewbits.kernels.choose import KERNELS, check_compute, kernels_reading, preferred
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE, is_wrapped
-from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, WeightLayout
+from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, Rows, WeightLayout
 from fewbits.nn.stored import CastWeight, StoredWeight
 from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.layout import Layout
@@ -177,7 +177,11 @@ class PackedWeight(StoredWeight):
         """Return rows of a matrix: (len(index), columns)."""
         if not self._rows_are_first:
             return self.dequantize(dtype).index_select(0, index)
-        return narrow(self.weight_layout().decoded(index), dtype)
+        return self.matrix_rows(index, dtype)
+
+    def matrix_rows(self, where: Rows, dtype: torch.dtype) -> Tensor:
+        """Return some rows of the matrix of codes, whatever the shape of the weight: (rows, columns)."""
+        return narrow(self.weight_layout().decoded(where), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         device = self.weight_layout().scale.device

@@ -104,15 +104,29 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     # The memo keeps stored weights from being copied.
     stored = {module: None for module in model.modules() if isinstance(module, StoredWeight)}
     plain = deep_copy(model, {id(module): module for module in stored}, otherwise="load its file and dequantize that")
-    weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}
-    for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
-        _put_back(module, {name: weights[s] for name, s in stored_weights(module).items()})
-    forget_tuning(plain)
-    for held in map(vars, plain.modules()):
+    dequantize_in_place(plain, dtype)
+    return plain
+
+
+def dequantize_in_place(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turn the quantized modules of a model into float modules.
+
+    Args:
+        model: A quantized model.
+        dtype: The dtype of dequantized weights; None: the dtype of each float weight before.
+    """
+    floats: dict[StoredWeight, nn.Parameter] = {}
+    for module in [m for m in model.modules() if isinstance(m, QuantizedModule)]:
+        weights = stored_weights(module)
+        for stored in weights.values():
+            if stored not in floats:
+                floats[stored] = nn.Parameter(stored.dequantize(dtype), requires_grad=stored.trainable)
+        _put_back(module, {name: floats[stored] for name, stored in weights.items()})
+    forget_tuning(model)
+    for held in map(vars, model.modules()):
         for name in _SAVING_METHODS:
             if held.get(name) is _refuse:
                 del held[name]
-    return plain
 
 
 def refuse_save_pretrained(model: nn.Module) -> None:

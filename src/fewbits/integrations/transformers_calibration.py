@@ -1,0 +1,250 @@
+"""Calibrate the directories of Hugging Face transformers, with text or with what the model writes by itself."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fewbits.api import Result, quantize
+from fewbits.errors import ArgumentError, CalibrationError
+from fewbits.integrations.text import cut_windows, read_texts
+from fewbits.selection.progress import Progress, Step, no_progress
+
+#: The model writes the calibration text itself.
+SELF = "self"
+
+#: How many windows, and how many tokens in each.
+SAMPLES, SEQUENCE = 128, 512
+
+#: Windows that the model writes at a time. Each has a cache of keys and values for all of its tokens.
+_AT_A_TIME = 32
+
+
+def quantize_directory(
+    path: str | os.PathLike[str],
+    scheme: Any = None,
+    *,
+    calibrate: str | os.PathLike[str],
+    samples: int = SAMPLES,
+    sequence: int = SEQUENCE,
+    progress: Progress = no_progress,
+    **arguments: Any,
+) -> Result:
+    """Quantize the directory of a transformers model with a rounding strategy that needs data.
+
+    The result is a directory like that of `fewbits.quantize`. The model is loaded in float32, from local files, without
+    code of the directory.
+
+    Args:
+        path: the directory, with ``config.json``, weights and a tokenizer.
+        scheme: as in `fewbits.quantize`.
+        calibrate: a text file, a directory of text files, or ``"self"``: a causal language model writes the text.
+        samples: the number of windows of text.
+        sequence: the number of tokens in each window.
+        progress: called with the progress of all steps.
+        arguments: other arguments of `fewbits.quantize`: `output`, `rounding`, `spill`, settings, and so on.
+
+    Raises:
+        ArgumentError: if transformers is not installed, the directory cannot be loaded, or the text cannot be read.
+        CalibrationError: if there is too little text, or the model cannot write any.
+        FewbitsError: the errors of `fewbits.quantize`.
+    """
+    loaded = load_directory(path)
+    data = loaded.windows(calibrate, samples, sequence, progress)
+    return quantize(path, scheme, model=loaded.model, data=data, progress=progress, **{**arguments, "samples": None})
+
+
+def load_directory(path: str | os.PathLike[str]) -> LoadedDirectory:
+    """Load the model and the tokenizer of a transformers directory.
+
+    Raises:
+        ArgumentError: if transformers is not installed, or the directory cannot be loaded.
+    """
+    transformers = _transformers()
+    if not Path(path).is_dir():
+        raise ArgumentError(f"{path} is not a directory; calibration needs the directory of a transformers model")
+    local = {"local_files_only": True, "trust_remote_code": False}
+    with _without_bars(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, **local)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
+            model, found = _model_class(transformers, config).from_pretrained(
+                path, config=config, dtype=torch.float32, output_loading_info=True, **local
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ArgumentError(f"transformers cannot load {path}: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ArgumentError(
+            f"{path} lacks {', '.join(missing)} of {type(model).__name__}; calibration would run with random weights"
+        )
+    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return LoadedDirectory(model.eval(), tokenizer, is_causal=type(model).__name__ in set(causal))
+
+
+@attrs.frozen(eq=False)
+class LoadedDirectory:
+    """The contents of a transformers directory.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        is_causal: whether it is a causal language model.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    is_causal: bool
+
+    def windows(
+        self,
+        calibrate: str | os.PathLike[str],
+        samples: int = SAMPLES,
+        sequence: int = SEQUENCE,
+        progress: Progress = no_progress,
+    ) -> list[Tensor]:
+        """Make calibration data.
+
+        Args:
+            calibrate: a text file, a directory of text files, or ``"self"``.
+            samples: the number of windows.
+            sequence: the number of tokens in each.
+            progress: called while the model writes.
+
+        Returns:
+            batches of one window each, (1, sequence).
+
+        Raises:
+            ArgumentError: if a number is too small or too large, or the text cannot be read.
+            CalibrationError: if there is too little text, or the model cannot write any.
+        """
+        self._check(samples, sequence)
+        if calibrate == SELF:
+            return self._written(samples, sequence, progress)
+        before, after = ([], []) if self.is_causal else self._ends()
+        cut = cut_windows(self._tokens(read_texts(calibrate)), samples, sequence - len(before) - len(after))
+        return [torch.tensor([[*before, *window, *after]]) for window in cut]
+
+    def _check(self, samples: int, sequence: int) -> None:
+        for name, value, least in (("samples", samples, 1), ("sequence", sequence, 8)):
+            if type(value) is not int or value < least:
+                raise ArgumentError(f"{name} must be an integer from {least} up, not {value!r}")
+        longest = getattr(self._config, "max_position_embeddings", None)
+        if isinstance(longest, int) and sequence > longest:
+            raise ArgumentError(f"sequence is {sequence:,}, and the model takes at most {longest:,} tokens")
+
+    @property
+    def _config(self) -> Any:
+        config: Any = self.model.config
+        return config.get_text_config()
+
+    def _ends(self) -> tuple[list[int], list[int]]:
+        """Return the special tokens before and after a text."""
+        alone = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        at = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
+        return whole[:at], whole[at + len(alone) :]
+
+    def _tokens(self, texts: list[str]) -> list[int]:
+        """Return the tokens of all texts, each followed by the token that ends a text, if there is one."""
+        ends = [self.tokenizer.eos_token_id, self.tokenizer.sep_token_id]
+        end = next((token for token in ends if token is not None), None)
+        tokens: list[int] = []
+        for text in texts:
+            # "verbose" would warn of a text that is longer than the model takes, which is cut below.
+            tokens += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens += [] if end is None else [end]
+        return tokens
+
+    def _written(self, samples: int, sequence: int, progress: Progress) -> list[Tensor]:
+        """Let the model write windows, each from a random first token that is not special."""
+        if not self.is_causal:
+            raise CalibrationError(
+                f"{type(self.model).__name__} is not a causal language model, and cannot write calibration text; give "
+                "a text file or a directory of text files"
+            )
+        special = set(self.tokenizer.all_special_ids)
+        size = min(len(self.tokenizer), self._config.vocab_size)
+        plain = torch.tensor([token for token in range(size) if token not in special])
+        generator = torch.Generator().manual_seed(0)
+        starts = plain[torch.randint(len(plain), (samples,), generator=generator)]
+        windows: list[Tensor] = []
+        for at in range(0, samples, _AT_A_TIME):
+            first = starts[at : at + _AT_A_TIME]
+
+            def report(tokens: int, before: int = at * sequence, texts: int = len(first)) -> None:
+                progress(Step("generate", "calibration text", before + tokens * texts, samples * sequence))
+
+            windows += [text[None] for text in write(self.model, first, sequence, generator, report)]
+        return windows
+
+
+@torch.no_grad()
+def write(
+    model: Any, first: Tensor, sequence: int, generator: torch.Generator, written: Callable[[int], object]
+) -> Tensor:
+    """Sample texts from the model's own distribution, at temperature 1.
+
+    Args:
+        model: a causal language model of transformers.
+        first: the first token of each text, (texts,).
+        sequence: the number of tokens of each text.
+        generator: draws the tokens.
+        written: called with the number of tokens of each text so far.
+
+    Returns:
+        the texts, int64, (texts, sequence).
+
+    Raises:
+        CalibrationError: if the model keeps no cache of keys and values, or its logits are not finite.
+    """
+    # Earlier releases of transformers call it "past_key_values".
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    texts, cache = [first[:, None]], None
+    while len(texts) < sequence:
+        written(len(texts))
+        output = model(input_ids=texts[-1], use_cache=True, **{name: cache})
+        cache = getattr(output, name, None)
+        if cache is None:
+            raise CalibrationError(f"{type(model).__name__} has no cache, without which writing takes too long")
+        logits = output.logits[:, -1].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise CalibrationError(f"{type(model).__name__} gives logits that are NaN or Inf")
+        texts.append(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+    written(sequence)
+    return torch.cat(texts, 1)
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ArgumentError(f"calibration needs {error.name}: pip install 'fewbits[transformers]'") from None
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    """Return the class that the configuration names; AutoModel, if transformers has no such class."""
+    names = getattr(config, "architectures", None) or []
+    found = [getattr(transformers, name) for name in names[:1] if hasattr(transformers, name)]
+    return found[0] if found else transformers.AutoModel
+
+
+@contextmanager
+def _without_bars(transformers: Any) -> Iterator[None]:
+    """Turn off the progress bars of transformers."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
