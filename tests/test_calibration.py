@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits import Int8PerChannel, LayerSelector, State, Step
+from fewbits import Int8PerChannel, LayerSelector, State
 from fewbits.calibration.batches import samples_in
 from fewbits.calibration.running import run
 from fewbits.calibration.watch import InputWatch
 from fewbits.errors import ArgumentError, CalibrationError
-from fewbits.extend import Observed
+from fewbits.extend import Observed, Step
 from support.lifecycle_helpers import Watcher, mlp
 
 X = torch.arange(32.0).reshape(2, 16)

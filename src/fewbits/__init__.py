@@ -12,6 +12,7 @@ from fewbits.api import Plan, Result, plan, quantize, verify
 from fewbits.calibration.tuning import tune
 from fewbits.checkpoint.output import Output
 from fewbits.config.config import QuantizationConfig
+from fewbits.conversion.exporting import convert
 from fewbits.errors import FewbitsError
 from fewbits.fleet import FleetRun
 from fewbits.formats.loading import load
@@ -30,7 +31,6 @@ from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.lifecycle import State
 from fewbits.quantizers.schemes import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
 from fewbits.selection.ledger import Ledger
-from fewbits.selection.progress import Step
 from fewbits.selection.row import LedgerRow
 from fewbits.selection.rules import Override
 from fewbits.selection.selector import LayerSelector
@@ -64,9 +64,9 @@ __all__ = [
     "Report",
     "Result",
     "State",
-    "Step",
     "TensorReport",
     "__version__",
+    "convert",
     "dequantize",
     "errors",
     "explain",

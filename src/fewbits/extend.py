@@ -18,7 +18,9 @@ from fewbits.checkpoint.serializer import (
 )
 from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.coordinator import Coordinator, Written
+from fewbits.conversion.exporting import Exported
 from fewbits.conversion.file_writer import Share
+from fewbits.formats.base import Exporter, ForeignCheckpoint, Readable
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
@@ -43,7 +45,7 @@ from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.statistics import InputStatistics
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.progress import Progress
+from fewbits.selection.progress import Progress, Step
 from fewbits.selection.selector import Decision
 from fewbits.validation.evaluation import compare_outputs
 from fewbits.validation.outputs import ModelReport
@@ -55,6 +57,9 @@ __all__ = [
     "Coordinator",
     "Decision",
     "Entry",
+    "Exported",
+    "Exporter",
+    "ForeignCheckpoint",
     "Header",
     "InputStatistics",
     "Int4Tiles",
@@ -77,6 +82,7 @@ __all__ = [
     "QuantizedEmbeddingBag",
     "QuantizedLinear",
     "QuantizedModule",
+    "Readable",
     "Reader",
     "ResumableWriter",
     "Rounding",
@@ -86,6 +92,7 @@ __all__ = [
     "Shard",
     "Share",
     "Spec",
+    "Step",
     "TensorInfo",
     "Tuned",
     "Tuning",

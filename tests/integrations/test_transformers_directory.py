@@ -229,7 +229,7 @@ def test_save_pretrained_is_refused_for_a_quantized_model_but_not_for_its_source
 
 
 def test_save_pretrained_is_refused_for_a_model_left_partly_quantized_by_an_interruption(tmp_path):
-    def interrupt(step: fewbits.Step) -> None:
+    def interrupt(step: fewbits.extend.Step) -> None:
         if step.activity == "convert" and step.done > step.total / 2:
             raise KeyboardInterrupt
 

@@ -239,8 +239,8 @@ class Stopped(BaseException):
     """Ends a run like a signal: no handler catches it."""
 
 
-def steps_of(source, net, output, **arguments) -> list[fewbits.Step]:
-    steps: list[fewbits.Step] = []
+def steps_of(source, net, output, **arguments) -> list[fewbits.extend.Step]:
+    steps: list[fewbits.extend.Step] = []
     quantize(source, net, output, progress=steps.append, **arguments)
     return [step for step in steps if step.activity == "calibrate"]
 
@@ -264,7 +264,7 @@ def test_scales_of_a_file_are_tuned_before_they_are_written(source, net, tmp_pat
 
 
 def test_an_interrupted_tuning_keeps_the_blocks_and_gives_the_same_file(source, net, tmp_path):
-    def stop(step: fewbits.Step) -> None:
+    def stop(step: fewbits.extend.Step) -> None:
         if step.activity == "tune":
             raise Stopped
 
@@ -322,7 +322,7 @@ def test_a_model_in_memory_spills_too_and_an_error_leaves_no_file(net, tmp_path)
     quantizer.prepare(net)
     quantizer.observe(batches(), spill=tmp_path)
 
-    def fail(step: fewbits.Step) -> None:
+    def fail(step: fewbits.extend.Step) -> None:
         if step.name == "blocks.1.down.weight":
             raise ZeroDivisionError
 
@@ -339,7 +339,7 @@ def stopping_at(moment: int):
     """A `progress` that ends the run at one step of the calibration, or of the conversion after it."""
     steps = []
 
-    def stop(step: fewbits.Step) -> None:
+    def stop(step: fewbits.extend.Step) -> None:
         if step.activity in ("calibrate", "convert"):
             steps.append(step)
             if len(steps) > moment:
@@ -414,7 +414,7 @@ def test_a_damaged_block_is_done_again(source, net, tmp_path, expected):
 def run_until_killed(source, net, out) -> None:
     torch.set_num_threads(1)  # the pool of threads does not survive the fork
 
-    def kill(step: fewbits.Step) -> None:
+    def kill(step: fewbits.extend.Step) -> None:
         if step.activity == "calibrate" and step.name == "net.blocks.2.up.weight":
             os.kill(os.getpid(), signal.SIGKILL)
 

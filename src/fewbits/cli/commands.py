@@ -1,4 +1,4 @@
-"""``fewbits quantize | inspect | verify``, on checkpoints, in one file or many."""
+"""``fewbits quantize | inspect | verify | convert``, on checkpoints, in one file or many."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.calibrating import Calibration, calibration_options
+from fewbits.cli.converting import convert_command
 from fewbits.cli.printing import print_json, show, show_contents, show_plan, show_result
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.ranks import join_group, own_rank
@@ -228,6 +229,9 @@ def verify(file: Path, against: Path | None, tensors: bool, quiet: bool, as_json
     else:
         show(report, tensors)
     return SUCCESS if report.ok else FAILED
+
+
+cli.add_command(convert_command, "convert")
 
 
 def run() -> int:
