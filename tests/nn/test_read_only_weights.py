@@ -32,6 +32,7 @@ def test_changing_a_quantized_weight_from_outside_is_refused(layer, scheme):
     module = quantized(make(), scheme)
     before = {key: part.clone() for key, part in module.state_dict().items()}
     for change in (
+        lambda: delattr(module, name),
         lambda: setattr(getattr(module, name), "data", torch.zeros(1)),
         lambda: getattr(module, name).data.add_(1),
         lambda: nn.init.zeros_(getattr(module, name)),
@@ -159,9 +160,12 @@ class Net(nn.Module):
         return self.head(torch.relu(self.proj(x)))
 
 
-@pytest.fixture(scope="module")
-def peft():
-    return pytest.importorskip("peft")
+@pytest.fixture
+def peft(monkeypatch):
+    """PEFT as it is without `fewbits.integrations.peft`, which another test may have imported."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setitem(peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, peft.LoraModel)
+    return peft
 
 
 def trained(peft, target: str, **options):
@@ -198,6 +202,25 @@ def test_an_adapter_is_merged_into_the_dequantized_model_and_never_lost(peft, ta
     merged = fewbits.dequantize(model).merge_and_unload()
     assert type(merged) is Net
     torch.testing.assert_close(merged(ids), adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("AdaLoraConfig", {"total_step": 10}),
+        ("IA3Config", {"feedforward_modules": []}),
+        ("LoHaConfig", {}),
+        ("OFTConfig", {"oft_block_size": 8}),
+        ("VeraConfig", {"r": 4}),
+        ("MissConfig", {"r": 8}),
+    ],
+)
+def test_no_kind_of_adapter_is_lost_by_a_merge(peft, config, options):
+    model = peft.get_peft_model(quantized(Net()), getattr(peft, config)(target_modules=["proj"], **options)).eval()
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    with pytest.raises(ReadOnlyWeightError):
+        model.merge_and_unload()
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
 
 
 def test_unloading_an_adapter_gives_the_quantized_model_back(peft):

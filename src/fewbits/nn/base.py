@@ -150,14 +150,21 @@ class QuantizedModule(nn.Module):
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
         return read(self, name, stored) if isinstance(stored, StoredWeight) else super().__getattr__(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def _refuse_change(self, name: str) -> None:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
         if isinstance(stored, StoredWeight):
             raise ReadOnlyWeightError(
-                f"{type(self).__name__}.{name} is quantized ({stored.spec}) and cannot be assigned to; load other "
-                "codes with load_state_dict, or get a float model with fewbits.dequantize(model) first"
+                f"{type(self).__name__}.{name} is quantized ({stored.spec}) and cannot be assigned to or deleted; load "
+                "other codes with load_state_dict, or get a float model with fewbits.dequantize(model) first"
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_change(name)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_change(name)
+        super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; refuse one that would replace a quantized one."""
