@@ -59,6 +59,17 @@ def test_copies_of_a_quantized_weight_are_plain_tensors_to_be_changed(layer):
     assert weight.any()
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_module_answers_for_every_key_of_its_state_dict(layer, scheme):
+    make, _ = LAYERS[layer]
+    module = quantized(make(), scheme)
+    for key, tensor in module.state_dict().items():
+        path, _, name = key.rpartition(".")
+        assert torch.equal(getattr(module.get_submodule(path), name), tensor)
+    assert not hasattr(module, "weight_g")
+
+
 class ReadsAChild(nn.Module):
     """Multiplies with the weight of a layer that it does not call, as tied output layers do."""
 

@@ -15,6 +15,7 @@ import importlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -27,7 +28,7 @@ from fewbits.nn.base import QuantizedModule
 from fewbits.nn.packed import PackedWeight, store
 from fewbits.nn.stored import StoredWeight, stored_weights
 from fewbits.nn.swap import attach, become_float, dequantize, refuse_save_pretrained
-from fewbits.nn.walk import mark_tuned
+from fewbits.nn.walk import forget_tuning, mark_tuned
 from fewbits.numerics.quantize import cast, quantize
 from fewbits.numerics.spec import CastSpec, QuantSpec
 
@@ -65,11 +66,19 @@ def merge_and_unload(
             "quantize the merged model with fewbits.quantize"
         )
     holders = Counter(s for m in tuner.model.modules() for s in stored_weights(m).values())
-    untied = [name for name, base in _quantized(layers).items() if any(holders[s] > 1 for s in _stored(base))]
+    stored = {name: _stored(base) for name, base in _quantized(layers).items()}
+    shared = {name: before for name, before in stored.items() if any(holders[weight] > 1 for weight in before)}
+    changed: list[tuple[nn.Module, str]] = []
     with ExitStack() as undo:
         for name, layer in layers.items():
-            _merge(name, layer, requantize, undo, {"safe_merge": safe_merge, "adapter_names": adapter_names})
+            changed += _merge(name, layer, requantize, undo, {"safe_merge": safe_merge, "adapter_names": adapter_names})
         undo.pop_all()
+    for base, local in changed:
+        if requantize:
+            mark_tuned(base, local)
+        else:
+            forget_tuning(base)
+    untied = [name for name, before in shared.items() if _stored(layers[name].get_base_layer()) != before]
     merged: nn.Module = tuner.unload()
     refuse_save_pretrained(merged)
     if untied:
@@ -77,27 +86,34 @@ def merge_and_unload(
     return merged
 
 
-def _merge(name: str, layer: Any, requantize: bool, undo: ExitStack, options: Mapping[str, Any]) -> None:
-    """Merge the adapters of one layer; `undo` takes that back."""
-    base, merged_before = layer.get_base_layer(), list(layer.merged_adapters)
+def _merge(
+    name: str, layer: Any, requantize: bool, undo: ExitStack, options: Mapping[str, Any]
+) -> list[tuple[nn.Module, str]]:
+    """Merge the adapters of one layer; `undo` takes that back. Return the tensors of a quantized layer that changed."""
+    base, before = layer.get_base_layer(), list(layer.merged_adapters)
     if not isinstance(base, QuantizedModule):
+        undo.callback(_unmerge, layer, before)
         layer.merge(**options)
-        new = [adapter for adapter in layer.merged_adapters if adapter not in merged_before]
-        undo.callback(lambda: layer.unmerge() if new else None)
-        return
+        return []
     floats = {local: p.detach().clone() for local, p in base._parameters.items() if p is not None}
     stored = become_float(base)
     undo.callback(_put_back, base, stored, floats)
-    undo.callback(setattr, layer, "merged_adapters", merged_before)
+    undo.callback(setattr, layer, "merged_adapters", before)
     layer.merge(**options)
-    if layer.merged_adapters == merged_before:  # none of the adapters to merge is in this layer
+    if layer.merged_adapters == before:  # none of the adapters to merge is in this layer
         _put_back(base, stored, floats)
-    elif requantize:
-        for local, old in stored.items():
-            _requantize(f"{name}.{local}", base, local, old)
-        changed = [local for local, before in floats.items() if not torch.equal(getattr(base, local), before)]
-        for local in [*stored, *changed]:
-            mark_tuned(base, local)
+        return []
+    for local, old in stored.items() if requantize else ():
+        _requantize(f"{name}.{local}", base, local, old)
+    changed = [local for local, values in floats.items() if not torch.equal(getattr(base, local), values)]
+    return [(base, local) for local in [*stored, *changed]]
+
+
+def _unmerge(layer: Any, before: list[str]) -> None:
+    """Take all adapters out of a float layer, except those that were merged before."""
+    if layer.merged_adapters != before:
+        layer.unmerge()
+        layer.merge(adapter_names=before)
 
 
 def _requantize(name: str, base: Any, local: str, old: StoredWeight) -> None:
@@ -165,6 +181,14 @@ def _tuner(model: Any) -> Any:
 
 class _OnQuantizedLayers:
     """What a LoRA model does differently where layers are quantized."""
+
+    def _replace_module(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
+        stored = stored_weights(child).get("weight")
+        if stored is not None:
+            # PEFT asks the weight 18 times for its device, and every reading would dequantize it.
+            child = SimpleNamespace(weight=torch.empty(0, device=next(stored.buffers()).device))
+        replacing: Any = super()
+        replacing._replace_module(parent, child_name, new_module, child)
 
     def merge_and_unload(
         self: Any,

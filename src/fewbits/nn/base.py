@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fewbits.errors import ArgumentError, FewbitsError, ReadOnlyWeightError
-from fewbits.nn.stored import SUFFIX, StoredWeight, read, reading_once, stored_weights
+from fewbits.nn.stored import SUFFIX, StoredWeight, part_of, read, reading_once, stored_weights
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec
@@ -148,7 +148,15 @@ class QuantizedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
-        return read(self, name, stored) if isinstance(stored, StoredWeight) else super().__getattr__(name)
+        if isinstance(stored, StoredWeight):
+            return read(self, name, stored)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Other tools look up every key of the state dict in the module.
+            if (part := part_of(self, name)) is None:
+                raise
+            return part
 
     def _refuse_change(self, name: str) -> None:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
