@@ -55,7 +55,7 @@ torch.manual_seed(0)
 unet = diffusers.UNet2DModel(in_channels=3, out_channels=3, **SIZES, **BLOCKS).eval()
 unet.save_pretrained("unet")
 
-config = FewbitsConfig("int8", settings={"exclude": ["conv_out.weight"]})
+config = FewbitsConfig(scheme="int8", settings={"exclude": ["conv_out.weight"]})
 loaded = diffusers.UNet2DModel.from_pretrained("unet", quantization_config=config).eval()
 print(loaded.fewbits_result.ledger)
 image, step = torch.randn(1, 3, 8, 8), torch.tensor([10])

@@ -10,7 +10,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))  # none at all is an error: see pyproject
 
 # Packages that the dev extra does not install, because they are large or bring many others.
-OPTIONAL = {"lightning_precision.py": "lightning", "diffusers_quantizer.py": "diffusers"}
+OPTIONAL = {"lightning_callback.py": "lightning", "diffusers_quantizer.py": "diffusers"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -1,8 +1,10 @@
-"""Quantize a Lightning module with a plugin of the Trainer, train its float parameters, and resume the training."""
+"""Quantize a Lightning module with a callback, train its float parameters, and resume the training.
+
+A `Precision` plugin would be too late: the Trainer loads a checkpoint before it calls `convert_module`.
+"""
 
 import lightning
 import torch
-from lightning.pytorch.plugins import Precision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -10,17 +12,16 @@ import fewbits
 from fewbits.nn.base import QuantizedModule
 
 
-class QuantizedWeights(Precision):
-    """Quantizes the module in place before the Trainer makes optimizers and loads a checkpoint."""
+class QuantizedWeights(lightning.Callback):
+    """Quantizes the module in place before the Trainer loads a checkpoint and makes optimizers."""
 
     def __init__(self, scheme: str, **settings: object) -> None:
         self.scheme, self.settings = scheme, settings
 
-    def convert_module(self, module: nn.Module) -> nn.Module:
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         # A second call of the Trainer brings the same module again.
-        if not any(isinstance(layer, QuantizedModule) for layer in module.modules()):
-            fewbits.quantize(module, self.scheme, inplace=True, **self.settings)
-        return module
+        if not any(isinstance(layer, QuantizedModule) for layer in pl_module.modules()):
+            fewbits.quantize(pl_module, self.scheme, inplace=True, **self.settings)
 
 
 class Classifier(lightning.LightningModule):
@@ -43,10 +44,10 @@ class Classifier(lightning.LightningModule):
 
 
 def trainer(epochs: int) -> lightning.Trainer:
-    plugin = QuantizedWeights("int8", exclude=["net.3.weight"])
+    callback = QuantizedWeights("int8", exclude=["net.3.weight"])
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     return lightning.Trainer(
-        accelerator="cpu", max_epochs=epochs, plugins=[plugin], enable_checkpointing=False, **quiet
+        accelerator="cpu", max_epochs=epochs, callbacks=[callback], enable_checkpointing=False, **quiet
     )
 
 
