@@ -108,7 +108,10 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
         _put_back(module, {name: weights[s] for name, s in stored_weights(module).items()})
     forget_tuning(plain)
-    refuse_save_pretrained(plain)
+    for held in map(vars, plain.modules()):
+        for name in _SAVING_METHODS:
+            if held.get(name) is _refuse:
+                del held[name]
     return plain
 
 
