@@ -144,7 +144,7 @@ def test_a_tuned_result_is_described_saved_loaded_and_verified(tmp_path):
     assert tuned.tensors == 2
     row = result.quantizer.ledger["up.weight"]
     assert row.tuned
-    assert row.reason.endswith("; scales tuned")
+    assert row.reason.endswith("; tuned")
     assert row.spec.rounding == "free"
     assert not result.quantizer.ledger["up.bias"].tuned
     report = result.quantizer.validate()
