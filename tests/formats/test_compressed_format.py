@@ -15,6 +15,7 @@ from fewbits.errors import ArgumentError
 from fewbits.formats.compressed_format import CompressedTensorsFormat
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.formats.registry import open_quantized
+from fewbits.numerics.dtypes import SCALE_DTYPES
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from support.transformers_sizes import TEXT
 
@@ -235,7 +236,7 @@ def test_the_files_have_no_metadata_of_fewbits(tmp_path):
     granularity=st.sampled_from(["tensor", "channel", "group"]),
     symmetric=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    scale_dtype=st.sampled_from([None, torch.float32, torch.float16, torch.float8_e8m0fnu]),
+    scale_dtype=st.sampled_from([None, *SCALE_DTYPES[1:]]),
 )
 def test_whatever_is_allowed_reads_back_with_equal_values(
     tmp_path_factory, bits, granularity, symmetric, dtype, scale_dtype
