@@ -14,9 +14,11 @@ import fewbits
 from fewbits.errors import ArgumentError
 from fewbits.formats.compressed_format import CompressedTensorsFormat
 from fewbits.formats.compressed_tensors import CompressedTensors
+from fewbits.formats.fewbits_format import FewbitsFormat
 from fewbits.formats.registry import open_quantized
 from fewbits.numerics.dtypes import SCALE_DTYPES
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
+from fewbits.selection.progress import no_progress
 from support.transformers_sizes import TEXT
 
 INT4 = {"scheme": "int4", "group_size": 32, "min_elements": 0}
@@ -269,6 +271,20 @@ def test_gptq_results_keep_their_codes(tmp_path):
         if isinstance(value, QuantizedTensor):
             assert torch.equal(other.packed, value.packed)
             assert same_bits(other.scale, value.scale)
+
+
+@pytest.mark.parametrize("settings", [INT4, {**INT8, "activations": "dynamic"}, {**INT8, "scheme": "fp8"}], ids=str)
+def test_an_export_comes_back_to_fewbits_with_the_same_codes(tmp_path, settings):
+    exported = CompressedTensors(converted(small(tmp_path, model(), **settings)))
+    (tmp_path / "back").mkdir()
+    FewbitsFormat().write(exported, tmp_path / "back", no_progress)
+    found = fewbits.load(tmp_path / "back")
+    for name, value in fewbits.load(tmp_path / "small").items():
+        if isinstance(value, QuantizedTensor):
+            assert torch.equal(found[name].packed, value.packed)
+            assert same_bits(found[name].scale, value.scale)
+        else:
+            assert same_bits(found[name], value)
 
 
 REFUSED = {
