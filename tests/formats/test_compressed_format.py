@@ -14,8 +14,11 @@ import fewbits
 from fewbits.errors import ArgumentError
 from fewbits.formats.compressed_checkpoint import CompressedCheckpoint
 from fewbits.formats.compressed_format import CompressedTensorsFormat
+from fewbits.formats.fewbits_format import FewbitsFormat
 from fewbits.formats.registry import open_quantized
+from fewbits.numerics.dtypes import SCALE_DTYPES
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
+from fewbits.selection.progress import no_progress
 from support.transformers_sizes import TEXT
 
 INT4 = {"scheme": "int4", "group_size": 32, "min_elements": 0}
@@ -235,7 +238,7 @@ def test_the_files_have_no_metadata_of_fewbits(tmp_path):
     granularity=st.sampled_from(["tensor", "channel", "group"]),
     symmetric=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    scale_dtype=st.sampled_from([None, torch.float32, torch.float16, torch.float8_e8m0fnu]),
+    scale_dtype=st.sampled_from([None, *SCALE_DTYPES[1:]]),
 )
 def test_whatever_is_allowed_reads_back_with_equal_values(
     tmp_path_factory, bits, granularity, symmetric, dtype, scale_dtype
@@ -268,6 +271,20 @@ def test_gptq_results_keep_their_codes(tmp_path):
         if isinstance(value, QuantizedTensor):
             assert torch.equal(other.packed, value.packed)
             assert same_bits(other.scale, value.scale)
+
+
+@pytest.mark.parametrize("settings", [INT4, {**INT8, "activations": "dynamic"}, {**INT8, "scheme": "fp8"}], ids=str)
+def test_an_export_comes_back_to_fewbits_with_the_same_codes(tmp_path, settings):
+    exported = CompressedCheckpoint(converted(small(tmp_path, model(), **settings)))
+    (tmp_path / "back").mkdir()
+    FewbitsFormat().write(exported, tmp_path / "back", no_progress)
+    found = fewbits.load(tmp_path / "back")
+    for name, value in fewbits.load(tmp_path / "small").items():
+        if isinstance(value, QuantizedTensor):
+            assert torch.equal(found[name].packed, value.packed)
+            assert same_bits(found[name].scale, value.scale)
+        else:
+            assert same_bits(found[name], value)
 
 
 REFUSED = {

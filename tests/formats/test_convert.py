@@ -317,6 +317,15 @@ def test_an_unknown_format_is_refused_with_all_names(file, tmp_path):
         fewbits.convert(file, tmp_path / "out", "gptq")
 
 
+def test_settings_of_a_named_format_are_arguments(directory, tmp_path):
+    fewbits.convert(directory, tmp_path / "out", "fewbits", max_shard_size="2kB", allow=True)
+    assert "model.safetensors.index.json" in names(tmp_path / "out")
+    with pytest.raises(ArgumentError, match="the format fewbits does not take template"):
+        fewbits.convert(directory, tmp_path / "other", "fewbits", template="x")
+    with pytest.raises(ArgumentError, match="allow: an Exporter has settings of its own"):
+        fewbits.convert(directory, tmp_path / "other", FewbitsFormat(), allow=True)
+
+
 @pytest.mark.parametrize("size", [0, "much", 1.5])
 def test_a_shard_size_that_is_no_size_is_refused(size):
     with pytest.raises(ArgumentError, match="max_shard_size must be a number of bytes"):

@@ -91,6 +91,21 @@ def test_the_command_line_calibrates_a_directory_with_text(cli, source, text, tm
     assert torch.isfinite(model(torch.ones(1, 4, dtype=torch.long)).logits).all()
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "qronos"])
+def test_calibrated_codes_go_out_unchanged_in_another_format(cli, source, text, tmp_path, rounding):
+    calibrated = [*COMMAND, "--rounding", rounding, "--calibrate", text, "-q"]
+    assert cli("quantize", source, "-o", tmp_path / "small", *calibrated)[0] == 0
+    code, _, err = cli("quantize", source, "-o", tmp_path / "served", *calibrated, "--format", "compressed-tensors")
+    assert (code, sorted(path.name for path in tmp_path.iterdir())) == (0, ["served", "small"]), err
+    found, count = load_file(tmp_path / "served" / "model.safetensors"), 0
+    for name, value in fewbits.load(tmp_path / "small").items():
+        if isinstance(value, fewbits.QuantizedTensor):
+            count += 1
+            assert torch.equal(found[f"{name}_packed"], value.packed)
+            assert torch.equal(found[f"{name}_scale"], value.scale)
+    assert count == 14
+
+
 def test_a_calibrated_directory_has_the_codes_of_the_model_quantized_in_memory(source, text, tmp_path):
     result = quantize_directory(source, calibrate=text, output=tmp_path / "out", rounding="qronos", **HOW, **INT4)
     assert result.report.ok

@@ -57,6 +57,7 @@ def convert(
     *,
     replace: bool = False,
     progress: Progress = no_progress,
+    **settings: Any,
 ) -> Exported:
     """Write a quantized checkpoint in another format, with the codes that it has.
 
@@ -68,6 +69,8 @@ def convert(
         format: the name of a format, or an `Exporter` with settings of its own.
         replace: whether to replace an existing result.
         progress: called before and after every tensor.
+        settings: settings of a named format. All have ``allow=True``: write tensors too that readers of the format may
+            not take. Directories have ``max_shard_size=``.
 
     Raises:
         ArgumentError: if the format is not known, readers of the format cannot take a tensor, or the path is not
@@ -75,7 +78,7 @@ def convert(
         DigestError: if the source is a damaged checkpoint of fewbits.
         CheckpointError: if a file cannot be read or written, or reads back with other values.
     """
-    exporter = format if isinstance(format, Exporter) else exporter_named(format)
+    exporter = _exporter(format, settings)
     checkpoint, path = open_quantized(source), Path(output)
     obstacles = check_export(checkpoint, path, exporter, replace=replace)
     if isinstance(checkpoint, Checkpoint):
@@ -92,6 +95,14 @@ def convert(
     stored = exporter.exported(checkpoint).stored
     quantized = sum(row.fate == "quantized" for row in stored)
     return Exported(path, exporter.name, quantized, len(stored) - quantized, nbytes, obstacles)
+
+
+def _exporter(format: str | Exporter, settings: dict[str, Any]) -> Exporter:
+    if not isinstance(format, Exporter):
+        return exporter_named(format, **settings)
+    if settings:
+        raise ArgumentError(f"{', '.join(settings)}: an Exporter has settings of its own; pass them to it")
+    return format
 
 
 def exporter_named(name: str, **settings: Any) -> Exporter:
