@@ -38,7 +38,6 @@ def quantize_directory(
     samples: int = SAMPLES,
     evaluation_samples: int = EVALUATION_SAMPLES,
     sequence: int = SEQUENCE,
-    progress: Progress = no_progress,
     **arguments: Any,
 ) -> Result:
     """Quantize the directory of a transformers model with text: to calibrate, to tune, or to evaluate the result.
@@ -56,8 +55,7 @@ def quantize_directory(
         samples: the number of windows of text for calibration.
         evaluation_samples: the number of windows of text for evaluation.
         sequence: the number of tokens in each window.
-        progress: called with the progress of all steps.
-        arguments: other arguments of `fewbits.quantize`: `output`, `rounding`, `spill`, settings, and so on.
+        arguments: other arguments of `fewbits.quantize`: `output`, `rounding`, `progress`, settings, and so on.
 
     Raises:
         ArgumentError: if transformers is not installed, the directory cannot be loaded, the text cannot be read, or
@@ -66,8 +64,8 @@ def quantize_directory(
         FewbitsError: the errors of `fewbits.quantize`.
     """
     windows = Windows(calibrate, evaluate, samples, evaluation_samples, sequence)
-    given = windows.arguments(load_directory(path), progress)
-    return quantize(path, scheme, progress=progress, **{**given, **arguments, "samples": None})
+    given = windows.arguments(load_directory(path), arguments.get("progress", no_progress))
+    return quantize(path, scheme, **{**given, **arguments, "samples": None})
 
 
 def load_directory(path: str | os.PathLike[str]) -> LoadedDirectory:
