@@ -239,7 +239,7 @@ def distance(output, reference):
     [
         ({"progress": Nth(print, 3, interrupt)}, KeyboardInterrupt),
         ({"forward": Nth(lambda model, x: model(x), 12, fail)}, CalibrationError),
-        ({"loss": Nth(distance, 4, fail)}, ZeroDivisionError),
+        ({"loss": Nth(distance, 4, fail)}, CalibrationError),
         ({"loss": Nth(distance, 4, lambda *outputs: torch.nan * distance(*outputs))}, NonFiniteError),
     ],
     ids=["interrupted", "forward", "loss", "nan"],

@@ -208,7 +208,7 @@ def test_two_tensors_of_one_tied_parameter_get_the_same_codes(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"data": None}, CalibrationError, "Qronos.* needs data; call observe"),
-        ({"rounding": "scale-search"}, ArgumentError, "ScaleSearch.* looks at no data; leave out the model"),
+        ({"rounding": "scale-search"}, ArgumentError, "ScaleSearch.* looks at no data; leave out the data"),
         ({"net": None}, CalibrationError, r"pass the model of a file \(model=, --calibrate\)"),
         ({"spill": "/nowhere"}, CalibrationError, "cannot spill activations to /nowhere"),
     ],

@@ -18,7 +18,7 @@ from fewbits.api import plan
 from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
-from fewbits.cli.calibrating import Calibration, calibration_options
+from fewbits.cli.calibrating import TextOptions, text_options
 from fewbits.cli.converting import convert_command
 from fewbits.cli.exporting import Export, format_options
 from fewbits.cli.printing import print_json, show, show_contents, show_plan, show_result
@@ -109,7 +109,7 @@ def cli() -> None:
     type=click.Choice(list(ROUNDINGS)),
     help="How to choose codes: scale-search needs no data; importance-search, gptq and qronos need --calibrate.",
 )
-@calibration_options
+@text_options
 @click.option(
     "--ragged", type=click.Choice(get_args(Ragged)), help="How to handle rows that groups do not divide evenly."
 )
@@ -160,32 +160,32 @@ def quantize(
     match within a part.
 
     \b
-    For example, 4 bits for a language model, calibrated with text:
-      fewbits quantize DIR -o OUT --scheme int4 --rounding qronos --calibrate text.txt
+    For example, 4 bits for a language model, calibrated and compared with text:
+      fewbits quantize DIR -o OUT --scheme int4 --rounding qronos --calibrate text.txt --evaluate other.txt
 
     Under torchrun, every process writes some of the files of a directory.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     given = {name: options.pop(name) for name in ("max_shard_size", "max_memory", "threads", "resume")}
-    calibration = Calibration.taken_from(options)
+    text = TextOptions.taken_from(options)
     export = Export.taken_from(options, output, replace=replace, max_shard_size=given["max_shard_size"])
     settings = merge_settings(config, embeddings, options)
     rank = join_group()
-    calibration.check(settings, rank)
+    text.check(settings, rank, validate=not no_validate)
     given["distributed"] = rank is not None
     target = Output.beside(source, **given) if output is None else Output(output, replace=replace, **given)
     if export is not None:
         export.check(source, entry, settings, rank, resume=target.resume)
         target = attrs.evolve(target, path=export.work)
     if dry_run:
-        planned = plan(source, entry=entry, config=settings, output=target, model=calibration.model(source))
+        planned = plan(source, entry=entry, config=settings, output=target, model=text.checked_model(source))
         if not rank:
             show_plan(planned, settings, tensors, as_json)
         return SUCCESS
     link, there = os.path.islink(target.path), os.path.exists(target.path)
     # A directory would be refused as well, but only after the data has run through the model.
-    taken = link or os.path.isfile(target.path) or (calibration.text is not None and _has_files(target.path))
+    taken = link or os.path.isfile(target.path) or (text.loads_model and _has_files(target.path))
     if not replace and taken and not (target.resume and there):
         raise ArgumentError(f"{target.path} exists; pass --replace to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
@@ -194,7 +194,7 @@ def quantize(
             entry=entry,
             config=settings,
             output=target,
-            **calibration.arguments(source, progress),
+            **text.arguments(source, progress),
             validate=not no_validate,
             on_failure="ignore",  # the summary and the exit code report failures
             progress=progress,
