@@ -1,13 +1,18 @@
-"""Return freed memory from the C library to the system."""
+"""Return memory to the system: what the C library has freed, and pages of mapped files."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 #: Holes up to this many bytes are not returned: the next tensors reuse them without new pages from the system.
 _HOLES = 32 << 20
+
+#: Advice of Linux 5.4 and later to reclaim pages. Unlike others, it keeps the contents of pages that were written to.
+_PAGE_OUT = 21
 
 
 class _Heap(ctypes.Structure):
@@ -45,3 +50,20 @@ def _glibc() -> Any:
         return library if hasattr(library, "malloc_trim") else None
     except (OSError, TypeError, AttributeError):  # Windows, or another C library than glibc
         return None
+
+
+def page_out(files: Collection[str]) -> None:
+    """Release the memory of files that are mapped into this process; the next access reads the file again.
+
+    It does nothing where there is no ``/proc/self/maps``, or where the system is older than Linux 5.4.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, TypeError, AttributeError):  # not Linux
+        return
+    for line in maps:
+        span, _, path = line.partition(" ")
+        if path.rpartition(" ")[2] in files:
+            start, stop = (int(address, 16) for address in span.split("-"))
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _PAGE_OUT)

@@ -20,7 +20,7 @@ from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.exporting import Exported
 from fewbits.conversion.file_writer import Share
-from fewbits.formats.base import Exporter, ForeignCheckpoint, Readable
+from fewbits.formats.base import Described, DirectoryExporter, Exporter, ForeignCheckpoint, Readable
 from fewbits.formats.gguf_export import GGUF
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
@@ -58,6 +58,8 @@ __all__ = [
     "ChunkWriter",
     "Coordinator",
     "Decision",
+    "Described",
+    "DirectoryExporter",
     "Entry",
     "Exported",
     "Exporter",

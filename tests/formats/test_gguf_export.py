@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 import fewbits
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.cli.commands import cli
-from fewbits.conversion.exporting import export
 from fewbits.errors import ArgumentError, CheckpointError, FewbitsError, MismatchError
 from fewbits.extend import GGUF
 from fewbits.selection.progress import no_progress
@@ -250,7 +249,7 @@ def test_a_tuned_tensor_is_not_replaced_by_a_rough_one_of_the_template(scratch, 
     template = write_llama(scratch / "before.gguf", llama, "Q8_0")
     source = Tuned(saved(scratch / "tuned.safetensors", llama))
     with pytest.raises(MismatchError, match=r"model.embed_tokens.weight .* has other values than token_embd.weight"):
-        export(source, scratch / "tuned.gguf", GGUF(template), replace=False, progress=no_progress)
+        GGUF(template).write(source, scratch / "tuned.gguf", no_progress)
 
 
 def test_a_buffer_without_counterpart_is_left_out_only_if_allowed(scratch, llama, template):

@@ -35,8 +35,6 @@ MODELS = {
 KINDS = ["model", "state dict", "disk"]
 CASES = [(name, kind, means) for name in MODELS for kind in KINDS for means in ("torch", "accelerate")]
 CASES += [("Llama, tied", kind, "accelerate, buffers too") for kind in KINDS]
-# Transformers saves Swin under names that differ from the model's.
-CASES = [case for case in CASES if case[:2] != ("Swin", "disk")]
 
 
 def make(name: str) -> nn.Module:

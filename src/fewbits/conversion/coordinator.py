@@ -24,9 +24,9 @@ from fewbits.conversion.recipe import described, fingerprint
 from fewbits.conversion.staging import RunInputs
 from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 from fewbits.formats.fp8 import tell_unscaled
+from fewbits.formats.model_config import Readers
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.ledger import Ledger
-from fewbits.sources.model_config import Readers
 from fewbits.validation.verify import verify
 
 _RESUME = "finished work is kept: continue with --resume, or Output(resume=True)"
@@ -134,7 +134,8 @@ class Coordinator:
             if self._staging.folder:
                 stem = STEM if self._readers is None else self._readers.stem
                 write_index(self._staging.files, self.shards, headers, self._writer.serializer.suffix, stem)
-                self._source.copy_companions(self._staging.files, self._readers)
+                readers = None if self._readers is None else self._readers.naming(self.shards[0].file)
+                self._source.copy_companions(self._staging.files, readers)
             self._staging.publish()
         tell_unscaled(self._streaming.demand.ledger)
         if self._source.left_behind:

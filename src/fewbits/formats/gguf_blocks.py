@@ -199,13 +199,20 @@ def _by_block(value: QuantizedTensor) -> tuple[Tensor, Tensor]:
     return spread(params.scale.double()), spread(zeros.to(torch.int16))
 
 
-def block_type(value: QuantizedTensor) -> BlockType | str:
-    """Return the smallest type whose blocks hold exactly the numbers of a tensor, or why there is none."""
-    spec, columns = value.spec, value.layout.columns
+def spec_problem(spec: QuantSpec, columns: int) -> str:
+    """Return why no block holds codes of a spec, whatever their values; "" if one may."""
     if spec.levels is not None:
         return f"is {spec}, and blocks of GGUF hold whole numbers times a scale"
     if columns % BLOCK or (spec.granularity == "group" and spec.width(columns) % BLOCK):
         return f"is {spec} with rows of {columns:,}; rows and groups of GGUF are multiples of {BLOCK}"
+    return ""
+
+
+def block_type(value: QuantizedTensor) -> BlockType | str:
+    """Return the smallest type whose blocks hold exactly the numbers of a tensor, or why there is none."""
+    spec = value.spec
+    if problem := spec_problem(spec, value.layout.columns):
+        return problem
     scale, steps = _by_block(value)
     if not _is_half(scale):
         two_levels = " and without scale_bits" if spec.scale_bits else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ from torch import Tensor
 
 from fewbits._events import emit
 from fewbits._version import __version__
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.raw import as_checkpoint_error
 from fewbits.errors import ArgumentError, CheckpointError
-from fewbits.formats.base import Exporter, Readable
-from fewbits.formats.gguf_blocks import BlockType, block_type, write_blocks
+from fewbits.formats.base import Described, Exporter, Readable
+from fewbits.formats.gguf_blocks import BlockType, block_type, spec_problem, write_blocks
 from fewbits.formats.gguf_checkpoint import GGUFCheckpoint
 from fewbits.formats.gguf_file import GGUFFile, StoredTensor, gguf_package
 from fewbits.formats.gguf_template import Match, as_matrix, match, prove_kept, proved_order
+from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.progress import Progress, followed, no_progress
+from fewbits.selection.row import LedgerRow
 
 #: Keys of a template that would not be true of a result begin so, and those that the writer adds by itself.
 _LEFT_OUT = (
@@ -106,8 +109,8 @@ class GGUF(Exporter):
             )
         self._template = GGUFFile(template)
 
-    def obstacles(self, source: Readable) -> dict[str, str]:
-        """Explain, by the name of each tensor, what GGUF cannot hold. Scales are read too.
+    def obstacles(self, source: Described) -> dict[str, str]:
+        """Explain, by the name of each tensor, what GGUF cannot hold. Scales are read too, if they exist already.
 
         Raises:
             MismatchError: if a quantized tensor has no counterpart in the template, or a matrix of the template none in
@@ -117,10 +120,9 @@ class GGUF(Exporter):
         placed = {matched.row.name for matched in matches.values()}
         problems = {}
         for row in source.ledger.stored:
-            value = source.value(row.name) if row.fate == "quantized" else None
             if row.name not in placed:
                 problems[row.name] = "has no counterpart in the template, and would be left out"
-            elif isinstance(value, QuantizedTensor) and (problem := _problem(value)):
+            elif problem := _problem(row, source):
                 problems[row.name] = problem
         return problems
 
@@ -212,13 +214,21 @@ class GGUF(Exporter):
         next(steps, None)  # reports the last tensor as done
 
 
-def _problem(value: QuantizedTensor) -> str:
-    """Return why a weight cannot be written as it is; "" if it can."""
-    kind = block_type(value)
-    if isinstance(kind, str):
-        return f"{kind}; if allowed (--allow, allow=True), it is written as floats"
-    if value.spec.activations is not None:
-        return f"is {value.spec}, and GGUF does not say that a layer rounds its inputs; if allowed, that is lost"
+def _problem(row: LedgerRow, source: Described) -> str:
+    """Return why a weight cannot be written as it is; "" if it can, as far as its codes are known."""
+    spec, layout = row.spec, row.layout
+    if not isinstance(spec, QuantSpec) or layout is None:
+        return ""
+    problem = spec_problem(spec, layout.columns)
+    read: Callable[[str], Value] | None = getattr(source, "value", None)  # a planned checkpoint has no codes yet
+    if not problem and read is not None:
+        value = read(row.name)
+        kind = block_type(value) if isinstance(value, QuantizedTensor) else ""
+        problem = kind if isinstance(kind, str) else ""
+    if problem:
+        return f"{problem}; if allowed (--allow, allow=True), it is written as floats"
+    if spec.activations is not None:
+        return f"is {spec}, and GGUF does not say that a layer rounds its inputs; if allowed, that is lost"
     return ""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import MismatchError
-from fewbits.formats.base import Readable
+from fewbits.formats.base import Described
 from fewbits.formats.gguf_file import GGUFFile, StoredTensor
 from fewbits.formats.gguf_names import gguf_names, row_order
 from fewbits.numerics.layout import WeightMatrix
@@ -34,7 +34,7 @@ class Match:
     row: LedgerRow
 
 
-def match(template: GGUFFile, source: Readable) -> dict[str, Match]:
+def match(template: GGUFFile, source: Described) -> dict[str, Match]:
     """Find the tensor of the checkpoint for each tensor of the template, by name; values are not compared.
 
     Tensors of one axis that the checkpoint lacks are left to the template, for example ``rope_freqs``.

@@ -14,8 +14,9 @@ from fewbits.checkpoint.filling import Device, InitBuffers, Place, fill, initial
 from fewbits.checkpoint.reading import Check, Checkpoint, check_check
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, MismatchError
-from fewbits.formats.base import ForeignCheckpoint, Readable
+from fewbits.formats.base import ForeignCheckpoint
 from fewbits.formats.registry import open_quantized
+from fewbits.formats.renamed import RenamedCheckpoint, named_as_in
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
 from fewbits.nn.eligibility import compiled_hint, held_beside, layout_of, obstacle_to, refuse_unfit, rounds_inputs
@@ -136,15 +137,16 @@ def load(
         raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
     refuse_unfit(into, MismatchError)
     checkpoint.check(check)
+    named = named_as_in(into, checkpoint)
     beside = held_beside(into)
-    places, buffers = _places(checkpoint, into, beside, ignored, init_buffers)
+    places, buffers = _places(named, into, beside, ignored, init_buffers)
     filled = [
         Place.of(row, taken, target, held_elsewhere=any(slot.name in beside for slot in taken))
-        for row in checkpoint.ledger.stored
+        for row in named.ledger.stored
         if (taken := places[row.name])
     ]
     try:
-        fill(checkpoint.value, checkpoint.read, filled, compute)
+        fill(named.value, named.read, filled, compute)
     finally:  # also if loading failed: a partly loaded model must not be saved
         refuse_save_pretrained(into)
     for slot, value in buffers:
@@ -156,7 +158,7 @@ def load(
 
 
 def _places(
-    checkpoint: Checkpoint | ForeignCheckpoint,
+    checkpoint: Checkpoint | ForeignCheckpoint | RenamedCheckpoint,
     model: nn.Module,
     beside: Mapping[str, str],
     ignored: Sequence[Pattern],
@@ -194,7 +196,7 @@ def _places(
                 places[stored].append(slot)
             elif first != stored and not checkpoint.same(first, stored):
                 problems.append(f"{first} and {name} are one tensor in the model, but two different ones in the file")
-            problems += _misfits(rows[stored], slot, beside.get(name))
+            problems += misfits(rows[stored], slot, beside.get(name))
             problems += _turned(checkpoint, rows[stored], slot)
         elif slot.persistent:
             absent.append(name)
@@ -204,7 +206,7 @@ def _places(
     for name in absent:
         advice = f" (call the model's tie_weights() first, which ties it to {tied[name]})" if name in tied else ""
         problems.append(f"{name} is in the model, not in the file{advice}")
-    problems += [problem for row in checkpoint.ledger for problem in _unrounded(row, places.get(row.name, ()), model)]
+    problems += [problem for row in checkpoint.ledger for problem in unrounded(row, places.get(row.name, ()), model)]
     values, without = initial_values(model, bare, init_buffers)
     problems += without
     if problems:
@@ -223,7 +225,8 @@ def _stays(slot: Slot, row: LedgerRow) -> bool:
     return not slot.tensor.is_meta and (tuple(slot.tensor.shape) != row.shape or row.spec is not None)
 
 
-def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
+def misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
+    """List the reasons why a tensor of a file cannot go to a slot; `beside` is one that the model gives."""
     if nn.parameter.is_lazy(slot.tensor):
         return [f"{slot.name} is not initialized in the model; run it once before loading"]
     if tuple(slot.tensor.shape) != row.shape and slot.persistent:
@@ -237,22 +240,22 @@ def _misfits(row: LedgerRow, slot: Slot, beside: str | None) -> list[str]:
     return [problem] if obstacle else []
 
 
-def _turned(checkpoint: Readable, row: LedgerRow, slot: Slot) -> list[str]:
+def _turned(checkpoint: Checkpoint | ForeignCheckpoint | RenamedCheckpoint, row: LedgerRow, slot: Slot) -> list[str]:
     """Problems of a layer that has inputs as rows, with a weight that another tool stored for a Linear layer."""
-    of_linear = isinstance(checkpoint, ForeignCheckpoint) and row.name in checkpoint.of_linear
+    of_linear = not isinstance(checkpoint, Checkpoint) and row.name in checkpoint.of_linear
     if not of_linear or layout_of(slot.module, slot.local, slot.tensor)[0] == Layout.of(slot.tensor.shape):
         return []
     kind = type(slot.module).__name__
     return [f"{row.name} has one row per output in the file, but {kind} has one column per output: load without into="]
 
 
-def _unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:
-    """Problems of a weight with quantized inputs that goes to layers which do not quantize inputs that way."""
+def unrounded(row: LedgerRow, places: Sequence[Slot], model: nn.Module) -> list[str]:
+    """List problems of a weight with quantized inputs that goes to layers which do not quantize inputs that way."""
     places = [slot for slot in places if slot.is_parameter]
     if row.spec is None or row.spec.activations is None or not places:
         return []
     if any(nn.parameter.is_lazy(slot.tensor) for slot in places):
-        return []  # without a shape it has no layout; `_misfits` names it
+        return []  # without a shape it has no layout; `misfits` names it
     rounding = [slot for slot in places if rounds_inputs(slot.module, slot.local, parent_of(model, slot))]
     if rounding and all(layout_of(slot.module, slot.local, slot.tensor)[0] == row.layout for slot in rounding):
         return []

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fewbits._heap import trim
 from fewbits.errors import ArgumentError
+from fewbits.kernels import onnx
 from fewbits.kernels.base import Compute, Kernel, PreparedWeight
 from fewbits.kernels.choose import KERNELS, check_compute, kernels_reading, preferred
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE, is_wrapped
-from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, WeightLayout
+from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, Rows, WeightLayout
 from fewbits.nn.stored import CastWeight, StoredWeight
 from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.layout import Layout
@@ -67,6 +68,8 @@ class PackedWeight(StoredWeight):
         # Prepared once, and again if somebody has replaced a buffer. A compiler must see the buffers.
         (objects, made), buffers = self._made, self._buffers
         if torch.compiler.is_compiling():
+            if onnx.is_exporting():
+                return self._for_onnx(made.weight, buffers["scale"])
             return PreparedWeight(self._wrapped(buffers), made.kernels, made.description)
         return made if objects == tuple(map(id, buffers.values())) else self._prepare(self._wrapped(buffers))
 
@@ -84,6 +87,11 @@ class PackedWeight(StoredWeight):
         if isinstance(weight, PackedInt32):  # compilers trace the reference
             return PreparedWeight(weight, kernels)
         return PreparedWeight(weight, kernels, describe(weight, self.compute, self.candidates))
+
+    def _for_onnx(self, weight: WeightLayout, fake: Tensor | None) -> PreparedWeight:
+        # The exporter has put fake tensors into the buffers; the prepared weight still has the real ones.
+        is_product = self.computes and onnx.refuses_nbits(weight) is None
+        return PreparedWeight(onnx.constants(weight, fake), (REFERENCE,) if is_product else ())
 
     def prepack(
         self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
@@ -177,7 +185,11 @@ class PackedWeight(StoredWeight):
         """Return rows of a matrix: (len(index), columns)."""
         if not self._rows_are_first:
             return self.dequantize(dtype).index_select(0, index)
-        return narrow(self.weight_layout().decoded(index), dtype)
+        return self.matrix_rows(index, dtype)
+
+    def matrix_rows(self, where: Rows, dtype: torch.dtype) -> Tensor:
+        """Return some rows of the matrix of codes, whatever the shape of the weight: (rows, columns)."""
+        return narrow(self.weight_layout().decoded(where), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         device = self.weight_layout().scale.device

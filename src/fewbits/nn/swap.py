@@ -104,20 +104,55 @@ def dequantize(model: Any, *, dtype: torch.dtype | None = None) -> Any:
     # The memo keeps stored weights from being copied.
     stored = {module: None for module in model.modules() if isinstance(module, StoredWeight)}
     plain = deep_copy(model, {id(module): module for module in stored}, otherwise="load its file and dequantize that")
-    weights = {s: nn.Parameter(s.dequantize(dtype), requires_grad=s.trainable) for s in stored}
-    for module in [m for m in plain.modules() if isinstance(m, QuantizedModule)]:
-        _put_back(module, {name: weights[s] for name, s in stored_weights(module).items()})
-    forget_tuning(plain)
-    for held in map(vars, plain.modules()):
-        for name in _SAVING_METHODS:
-            if held.get(name) is _refuse:
-                del held[name]
+    dequantize_in_place(plain, dtype)
     return plain
 
 
+def dequantize_in_place(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turn the quantized modules of a model into float modules.
+
+    Args:
+        model: A quantized model.
+        dtype: The dtype of dequantized weights; None: the dtype of each float weight before.
+    """
+    floats: dict[StoredWeight, nn.Parameter] = {}
+    for module in [m for m in model.modules() if isinstance(m, QuantizedModule)]:
+        weights = stored_weights(module)
+        for stored in weights.values():
+            if stored not in floats:
+                floats[stored] = nn.Parameter(stored.dequantize(dtype), requires_grad=stored.trainable)
+        _put_back(module, {name: floats[stored] for name, stored in weights.items()})
+    forget_tuning(model)
+    for held in map(vars, model.modules()):
+        for name in _SAVING_METHODS:
+            if held.get(name) is _refuse:
+                del held[name]
+
+
+def become_float(module: nn.Module) -> dict[str, StoredWeight]:
+    """Turn one quantized module itself, not its children, into a float module.
+
+    Other modules that share a stored weight keep it.
+
+    Returns:
+        The stored weights that the module had, by parameter name; `attach` puts them back.
+    """
+    stored = stored_weights(module)
+    weights = {name: nn.Parameter(s.dequantize(), requires_grad=s.trainable) for name, s in stored.items()}
+    if weights:
+        _put_back(module, weights)
+    return stored
+
+
 def refuse_save_pretrained(model: nn.Module) -> None:
-    """Make `save_pretrained` raise an error, for a model and for every module in it that contains a quantized one."""
+    """Make `save_pretrained` raise an error, for a model and for every module in it that contains a quantized one.
+
+    Modules that no longer contain a quantized one get their own methods back.
+    """
     for module in model.modules():
+        for name in _SAVING_METHODS:
+            if vars(module).get(name) is _refuse:
+                del module.__dict__[name]
         # A peft model writes its adapters alone, which are not quantized.
         writes_weights = callable(getattr(module, "save_pretrained", None)) and not hasattr(module, "peft_config")
         if writes_weights and any(isinstance(inner, QuantizedModule) for inner in module.modules()):

@@ -39,8 +39,7 @@ class ModuleSource(LiveSource):
         self.inplace = inplace
         self.architecture = f"{type(model).__module__}.{type(model).__qualname__}"
         # Look for ties in the given model: in a copy, buffers have their own memory.
-        shared = overlaps({slot.name: View.of(slot.tensor) for slot in found}) | held_beside(model)
-        self.infos = tuple(_describe(model, slot, shared.get(slot.name)) for slot in found)
+        self.infos = describe(model)
         self.unstorable = [
             f"{name or 'the root module'} has extra state (get_extra_state)"
             for name, module in model.named_modules()
@@ -72,6 +71,13 @@ class ModuleSource(LiveSource):
             plain(slot.tensor, slot.name)
         model = self._model if self.inplace else structural_copy(self._model)
         return _ModuleTarget(model, ledger, self._transient, self.inplace)
+
+
+def describe(model: nn.Module) -> tuple[TensorInfo, ...]:
+    """Describe all tensors of a model, which may be on the meta device."""
+    found = list(slots(model))
+    shared = overlaps({slot.name: View.of(slot.tensor) for slot in found}) | held_beside(model)
+    return tuple(_describe(model, slot, shared.get(slot.name)) for slot in found)
 
 
 def _refuse_scaled(entries: Mapping[str, Entry]) -> None:
