@@ -223,6 +223,19 @@ def test_convert_keeps_the_codes(tmp_path, method):
     assert "gptq" not in (tmp_path / "out" / "config.json").read_text()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_survive_the_way_through_fewbits_and_compressed_tensors(tmp_path, bits):
+    path, layers = checkpoint(tmp_path / "gptq", "gptq", bits=bits, symmetric=True)
+    ways = {"direct": ["compressed-tensors"], "around": ["fewbits", "compressed-tensors", "fewbits"]}
+    for way, formats in ways.items():
+        found = path
+        for index, format in enumerate(formats):
+            fewbits.convert(found, tmp_path / f"{way}{index}", format)
+            found = tmp_path / f"{way}{index}"
+        loaded = fewbits.load(found)
+        assert all(same(loaded[f"{name}.weight"], made) for name, made in layers.items())
+
+
 def test_convert_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     tensors = {}
     for index in range(6):
