@@ -29,6 +29,7 @@ def test_importing_fewbits_imports_neither_optional_packages_nor_torch_ao():
         "jsonschema",
         "numpy",
         "compressed_tensors",
+        "gguf",
         "hypothesis",
         "pytest",
     }

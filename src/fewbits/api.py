@@ -17,11 +17,12 @@ from fewbits.checkpoint.shards import Shard
 from fewbits.config.arguments import resolve_settings
 from fewbits.config.config import QuantizationConfig
 from fewbits.conversion.planned_tuning import PlannedTuning
-from fewbits.errors import ArgumentError
+from fewbits.errors import ArgumentError, FewbitsError
 from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
-from fewbits.quantizers.outcome import check_evaluation
+from fewbits.quantizers.lifecycle import plan_for_file
+from fewbits.quantizers.outcome import planned_evaluation
 from fewbits.rounding.named import RoundingRecipe
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
@@ -99,7 +100,8 @@ def quantize(
             training checkpoint does; ``"a.b"`` names an entry within an entry.
         config: settings. A setting that is also an argument is replaced, not merged.
         output: where to write the result, a path or an `Output`; required if `source` is a path.
-        model: with a path, a model that has the weights of the checkpoint, for calibration; see `Quantizer.prepare`.
+        model: with a path, a model that has the weights of the checkpoint, for calibration, tuning and `evaluate`; see
+            `Quantizer.prepare`.
         data: calibration batches, for observers and rounding strategies that need them. The first 150 samples are run;
             the setting ``samples=`` changes that, and ``samples=None`` runs all; see `Quantizer.observe`. The report's
             `observed` has the number, and whether data was left.
@@ -112,7 +114,8 @@ def quantize(
             the converted weights are rounded.
         validate: check the result.
         evaluate: batches on which the validation compares the outputs of the float model and of the quantized one;
-            other batches than `data`. See `Quantizer.validate`.
+            other batches than `data`. The float model runs the first batch before the conversion. See
+            `Quantizer.validate`.
         metrics: the figures to compare by, such as ``["kl", "top1"]``; see `Quantizer.validate`.
         limits: the worst figures with which the validation passes, such as ``{"kl": 0.1}``.
         compute: how the layers of a model may compute; see `set_compute`.
@@ -126,40 +129,51 @@ def quantize(
 
     Raises:
         ArgumentError: for an unknown scheme or setting, or arguments that contradict each other.
-        FewbitsError: the errors of the steps; see `Quantizer`.
+        FewbitsError: the errors of the steps; see `Quantizer`. After the conversion, in tuning and validation, the
+            error's `result` holds the finished `Result`.
     """
-    check_evaluation(source, evaluate, metrics, limits, validate=validate, inplace=inplace)
     settings |= {"observer": observer, "rounding": rounding, "activation_observer": activation_observer}
     settings |= {"selector": selector, "serializer": serializer}
     config, quantizer = resolve_settings(scheme, config, settings, quantize)
+    float_model = source if model is None else model
+    evaluation = planned_evaluation(float_model, evaluate, forward, metrics, limits, validate=validate, inplace=inplace)
     tuning = None
     if tune is not None:
-        float_model = source if model is None else model
         tuning = PlannedTuning.of(tune, float_model, data, forward, config.samples, inplace=inplace)
-    quantizer.prepare(source, inplace=inplace, entry=entry, model=model, tuning=None if model is None else tuning)
+    quantizer.prepare(source, inplace=inplace, entry=entry, model=model)
     try:
+        if tuning is not None:
+            tuning.check_ledger(quantizer.ledger)
+        if model is not None:
+            plan_for_file(quantizer, tuning, evaluation)
+            evaluation = None  # `validate` takes over what the conversion has found
         if data is not None:
             quantizer.observe(data, forward=forward, samples=config.samples, spill=spill, progress=progress)
         compare = None if validate else False
-        result = quantizer.convert(output=output, compare=compare, compute=compute, progress=progress)
-        if tuning is not None and model is None:
-            tuning.run(result, progress)
-        report = None
-        if validate:
-            report = quantizer.validate(
-                evaluate,
-                forward=None if evaluate is None else forward,
-                metrics=metrics,
-                limits=limits,
-                on_failure=config.on_failure,
-                fail_under=config.fail_under,
-                progress=progress,
-            )
+        converted = quantizer.convert(output=output, compare=compare, compute=compute, progress=progress)
     except BaseException:
         if quantizer is not scheme:  # the caller has no quantizer to take the hooks off the model
             quantizer.reset()
         raise
-    return Result(result, quantizer.ledger, report, quantizer, None if tuning is None else tuning.result)
+    report = None
+    try:
+        if tuning is not None and model is None:
+            tuning.run(converted, progress)
+        if validate:
+            settings = {} if evaluation is None else attrs.asdict(evaluation, recurse=False)
+            settings |= {"on_failure": config.on_failure, "fail_under": config.fail_under}
+            report = quantizer.validate(**settings, progress=progress)
+    except BaseException as error:
+        if isinstance(error, FewbitsError):
+            error.result = _result(converted, quantizer, getattr(error, "report", None), tuning)
+        elif quantizer is not scheme:
+            quantizer.reset()
+        raise
+    return _result(converted, quantizer, report, tuning)
+
+
+def _result(converted: object, quantizer: Quantizer, report: Report | None, tuning: PlannedTuning | None) -> Result:
+    return Result(converted, quantizer.ledger, report, quantizer, None if tuning is None else tuning.result)
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -26,7 +26,14 @@ from typing import Any
 
 
 class FewbitsError(Exception):
-    """The base of every exception in this library."""
+    """The base of every exception in this library.
+
+    Attributes:
+        result: the finished `fewbits.Result`, if `fewbits.quantize` raises the error after the conversion, while it
+            tunes or validates; otherwise None.
+    """
+
+    result: Any = None
 
 
 class ArgumentError(FewbitsError, ValueError):

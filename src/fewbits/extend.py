@@ -20,7 +20,8 @@ from fewbits.checkpoint.shards import Shard
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.exporting import Exported
 from fewbits.conversion.file_writer import Share
-from fewbits.formats.base import Exporter, ForeignCheckpoint, Readable
+from fewbits.formats.base import Described, DirectoryExporter, Exporter, ForeignCheckpoint, Readable
+from fewbits.formats.gguf_export import GGUF
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
@@ -51,11 +52,14 @@ from fewbits.validation.evaluation import compare_outputs
 from fewbits.validation.outputs import ModelReport
 
 __all__ = [
+    "GGUF",
     "BytePairs",
     "ChunkReader",
     "ChunkWriter",
     "Coordinator",
     "Decision",
+    "Described",
+    "DirectoryExporter",
     "Entry",
     "Exported",
     "Exporter",

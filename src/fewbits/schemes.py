@@ -1,6 +1,7 @@
 """All built-in schemes, the table of their short names, and levels fitted to weights."""
 
 from fewbits.numerics.fitting import fit_levels
+from fewbits.quantizers.fp8_blocks import FP8Blocks
 from fewbits.quantizers.schemes import (
     SCHEMES,
     FP8PerChannel,
@@ -21,6 +22,7 @@ from fewbits.quantizers.schemes import (
 
 __all__ = [
     "SCHEMES",
+    "FP8Blocks",
     "FP8PerChannel",
     "FP16Cast",
     "Int2Grouped",

@@ -3,6 +3,7 @@
 import json
 import re
 import weakref
+from pathlib import Path
 
 import attrs
 import pytest
@@ -19,6 +20,9 @@ from fewbits.errors import FormatError, MismatchError, SourceError
 from fewbits.formats.gptq import GPTQ
 from fewbits.nn.base import QuantizedModule
 from support.qweight import AWQ_ORDER, Layer, Recipe, awq, gptq, layer, recipes, write
+
+#: Layers that GPTQModel packed, and their weights.
+PACKED = Path(__file__).parents[1] / "data" / "gptqmodel"
 
 AWQ_SETTINGS = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
@@ -78,6 +82,21 @@ def test_awq_is_read_as_compressed_tensors_converts_it(scratch, seed):
     assert torch.equal(ours.packed, converted["l.weight_packed"])
     assert torch.equal(ours.scale, converted["l.weight_scale"])
     assert torch.equal(ours.zero_point, converted["l.weight_zero_point"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gptq-v1", Recipe().settings()),
+        ("gptq-v2", Recipe(bits=3, version="gptq_v2").settings()),
+        ("gptq-order", Recipe(bits=8, version="gptq_v2", act_order=True).settings()),
+        ("awq", AWQ_SETTINGS),
+    ],
+)
+def test_weights_that_gptqmodel_packed_are_read_exactly(tmp_path, name, settings):
+    tensors, expected = (safetensors.torch.load_file(PACKED / f"{name}{end}.safetensors") for end in ("", "-expected"))
+    path = write(tmp_path / "model", tensors, settings, dtype="float32")
+    assert torch.equal(fewbits.load(path, dequantize=True)["l.weight"], expected["l.weight"])
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(bits=3, symmetric=True), Recipe(bits=8, group_size=-1)], ids=str)
@@ -166,6 +185,13 @@ def test_a_checkpoint_is_loaded_into_a_model_without_requantizing(scratch, metho
     assert torch.allclose(model(x), floats(x), rtol=1e-4, atol=1e-4)
     for name, made in layers.items():
         assert torch.equal(getattr(model, name).weight, made.weight())
+
+
+def test_a_weight_in_another_order_is_loaded_into_a_model_as_floats(scratch):
+    path, layers = checkpoint(scratch, "gptq", act_order=True)
+    model = fewbits.load(path, into=Model())
+    assert type(model.up) is nn.Linear
+    assert torch.equal(model.up.weight, layers["up"].weight())
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

@@ -23,7 +23,7 @@ READING = frozenset(
         "checkpoint/header.py", "checkpoint/safetensors.py", "checkpoint/folder.py", "checkpoint/reading.py",
         "checkpoint/metadata.py", "checkpoint/torch_file.py", "checkpoint/pickled.py", "checkpoint/raw.py",
         "checkpoint/recognition.py", "checkpoint/state_dicts.py", "checkpoint/codec.py",
-        "sources/file.py", "formats/fp8.py", "sources/model_config.py",
+        "sources/file.py", "formats/fp8.py", "formats/model_config.py",
     )
 )  # fmt: skip
 

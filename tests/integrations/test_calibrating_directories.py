@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 import fewbits
 from fewbits.cli.commands import run as run_cli
 from fewbits.errors import ArgumentError, CalibrationError, MismatchError
-from fewbits.integrations.text import cut_windows, read_texts
+from fewbits.integrations.text import cut_windows, read_texts, refuse_overlap
 from fewbits.integrations.transformers import load_directory, quantize_directory
 from support.transformers_sizes import TEXT
 
@@ -91,6 +92,21 @@ def test_the_command_line_calibrates_a_directory_with_text(cli, source, text, tm
     assert torch.isfinite(model(torch.ones(1, 4, dtype=torch.long)).logits).all()
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "qronos"])
+def test_calibrated_codes_go_out_unchanged_in_another_format(cli, source, text, tmp_path, rounding):
+    calibrated = [*COMMAND, "--rounding", rounding, "--calibrate", text, "-q"]
+    assert cli("quantize", source, "-o", tmp_path / "small", *calibrated)[0] == 0
+    code, _, err = cli("quantize", source, "-o", tmp_path / "served", *calibrated, "--format", "compressed-tensors")
+    assert (code, sorted(path.name for path in tmp_path.iterdir())) == (0, ["served", "small"]), err
+    found, count = load_file(tmp_path / "served" / "model.safetensors"), 0
+    for name, value in fewbits.load(tmp_path / "small").items():
+        if isinstance(value, fewbits.QuantizedTensor):
+            count += 1
+            assert torch.equal(found[f"{name}_packed"], value.packed)
+            assert torch.equal(found[f"{name}_scale"], value.scale)
+    assert count == 14
+
+
 def test_a_calibrated_directory_has_the_codes_of_the_model_quantized_in_memory(source, text, tmp_path):
     result = quantize_directory(source, calibrate=text, output=tmp_path / "out", rounding="qronos", **HOW, **INT4)
     assert result.report.ok
@@ -145,8 +161,17 @@ def test_scales_have_the_dtype_that_the_command_line_asks_for(cli, source, tmp_p
         ("--sequence 4", "--sequence needs --calibrate TEXT"),
         ("--tune 1", "--tune needs --calibrate TEXT"),
         ("--spill .", "--spill needs --calibrate TEXT"),
+        ("--limit kl=1", "--limit needs --evaluate TEXT"),
+        ("--evaluation-samples 4", "--evaluation-samples needs --evaluate TEXT"),
+        ("--evaluate nowhere.txt --no-validate", "--evaluate is part of the validation, which --no-validate turns off"),
+        ("--evaluate nowhere.txt --limit kl", "--limit kl: write METRIC=FIGURE"),
+        ("--evaluate nowhere.txt --limit kll=1", "there is no metric 'kll'"),
+        ("--evaluate nowhere.txt --limit kl=nan", "the limit of kl must be a number"),
+        ("--evaluate nowhere.txt --sequence 8", "nowhere.txt cannot be read: No such file"),
+        ("--evaluate self", "evaluation needs text from elsewhere"),
+        ("--evaluate pyproject.toml --calibrate pyproject.toml --rounding gptq", "is calibration text too"),
         ("--calibrate nowhere.txt --rounding gptq --sequence 8", "nowhere.txt cannot be read: No such file"),
-        ("--calibrate self", "needs a strategy that looks at data: --rounding importance-search or gptq or qronos"),
+        ("--calibrate self", "that looks at data: --rounding importance-search or gptq or qronos; or --tune"),
         ("--calibrate self --rounding scale-search", "needs a strategy that looks at data"),
         ("--calibrate self --rounding gptq --sequence 65", "the model takes at most 64 tokens"),
         ("--calibrate self --rounding gptq --sequence 7", "sequence must be an integer from 8 up, not 7"),
@@ -177,6 +202,21 @@ def test_a_dry_run_plans_a_calibrated_directory(cli, source, text, tmp_path):
     assert code == 0, err
     assert "codes by Qronos" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--calibrate nowhere.txt", "nowhere.txt cannot be read: No such file"),
+        ("--calibrate self --sequence 65", "the model takes at most 64 tokens"),
+        ("--evaluate nowhere.txt", "nowhere.txt cannot be read: No such file"),
+    ],
+)
+def test_a_dry_run_checks_the_text(cli, source, options, message):
+    command = ["quantize", source, "--dry-run", "--scheme", "int4", "--sequence", "8"]
+    code, _, err = cli(*command, *(["--rounding", "gptq"] if "--calibrate" in options else []), *options.split())
+    assert code == 2
+    assert message in err.replace("\n", " ")
 
 
 def test_the_text_is_cut_into_windows_spread_over_all_of_it(events):
@@ -290,7 +330,7 @@ def test_a_directory_that_lacks_weights_is_refused(source, text, tmp_path):
 
 
 def test_what_transformers_cannot_load_is_named(source, tmp_path):
-    with pytest.raises(ArgumentError, match="is not a directory; calibration needs the directory"):
+    with pytest.raises(ArgumentError, match="is not a directory; text needs the directory"):
         load_directory(source / "model.safetensors")
     with pytest.raises(ArgumentError, match="transformers cannot load"):
         load_directory(tmp_path)
@@ -312,3 +352,84 @@ def test_a_weight_is_found_by_its_values_whatever_its_name(tmp_path):
     found = fewbits.load(tmp_path / "out")
     assert torch.equal(found["b"].dequantize(), expected[0].weight)
     assert torch.equal(found["a"].dequantize(), expected[2].weight)
+
+
+# Evaluation.
+
+
+@pytest.fixture(scope="module")
+def other_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("other") / "words.txt"
+    write_words(path, 400, seed=1)
+    return path
+
+
+EVALUATE = ["--evaluation-samples", "5"]
+
+
+def test_the_command_line_compares_a_directory_with_its_model(cli, source, text, other_text, tmp_path):
+    out, options = tmp_path / "out", ["--rounding", "gptq", "--calibrate", text, "--evaluate", other_text, *EVALUATE]
+    code, printed, err = cli("quantize", source, "-o", out, *COMMAND, *options, "--limit", "kl=5", "--json")
+    assert code == 0, err
+    steps = [json.loads(line) for line in err.splitlines()]
+    activities = list(dict.fromkeys(step["activity"] for step in steps if step["event"] == "progress"))
+    assert activities == ["observe", "calibrate", "compare", "convert", "validate"]
+    found = json.loads(printed)["report"]["model"]
+    assert (found["batches"], found["positions"]) == (5, 80)
+    assert found["kl"] > 0
+    assert {"top1", "perplexity", "float_perplexity", "worst_kl"} <= found.keys()
+    held = json.loads(cli("inspect", out, "--json")[1])["model_metrics"]
+    assert held["kl"] == pytest.approx(found["kl"], rel=1e-5)
+    fewbits.load(out, into=(model := transformers.AutoModelForCausalLM.from_pretrained(source)))
+    data = load_directory(source).windows(other_text, 5, 16)
+    expected = fewbits.extend.compare_outputs(transformers.AutoModelForCausalLM.from_pretrained(source), model, data)
+    assert found["kl"] == pytest.approx(expected.figures["kl"], rel=1e-2)
+
+
+def test_a_broken_limit_fails_the_command_and_the_directory_stays(cli, source, other_text, tmp_path):
+    options = ["--scheme", "int4", "--sequence", "16", "--evaluate", other_text, *EVALUATE, "--limit", "kl=0"]
+    code, printed, err = cli("quantize", source, "-o", tmp_path / "out", *options, "--min-elements", 0, "-q")
+    assert code == 1, err
+    assert "of the model is above 0 nats" in printed
+    assert "model: KL" in printed
+    assert "written, though it failed" in printed
+    assert cli("verify", tmp_path / "out", "--against", source)[0] == 0
+
+
+def test_a_rounding_without_data_is_tuned_and_compared_from_the_command_line(cli, source, text, other_text, tmp_path):
+    options = ["--calibrate", text, "--tune", 1, "--evaluate", other_text, *EVALUATE]
+    code, printed, err = cli("quantize", source, "-o", tmp_path / "out", *COMMAND, *options, "--json")
+    assert code == 0, err
+    assert json.loads(printed)["report"]["model"]["kl"] > 0
+
+
+def test_an_encoder_is_compared_by_its_states(encoder, text, tmp_path):
+    result = quantize_directory(
+        encoder, evaluate=text, sequence=16, evaluation_samples=5, output=tmp_path / "a", **INT4
+    )
+    assert result.report.model.figures.keys() == {"cosine", "sqnr"}
+
+
+def test_text_for_calibration_and_text_for_evaluation_are_kept_apart(source, text, other_text, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "copy.txt").write_bytes(text.read_bytes())
+    (tmp_path / "link.txt").symlink_to(text)
+    given = {"output": tmp_path / "out", "rounding": "gptq", **HOW, **INT4}
+    for calibrate, evaluate in [(text, tmp_path / "link.txt"), (tmp_path / "texts", tmp_path / "texts" / "copy.txt")]:
+        with pytest.raises(ArgumentError, match="is calibration text too"):
+            quantize_directory(source, calibrate=calibrate, evaluate=evaluate, **given)
+    with pytest.raises(ArgumentError, match=r"evaluation text: window 1 shares a run of 16 tokens"):
+        quantize_directory(source, calibrate=text, evaluate=tmp_path / "texts", **given)
+    with pytest.raises(ArgumentError, match="evaluation needs text from elsewhere, not 'self'"):
+        quantize_directory(source, calibrate="self", evaluate="self", **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "shared", "refused"), [(64, 32, True), (64, 31, False), (16, 16, True), (16, 15, False)]
+)
+def test_windows_overlap_if_they_share_a_run_of_half_a_window(size, shared, refused):
+    first, second = torch.arange(size)[None], torch.arange(1000, 1000 + size)[None]
+    second[0, :shared] = first[0, size - shared :]
+    with pytest.raises(ArgumentError, match="window 2 shares") if refused else nullcontext():
+        refuse_overlap([first], [torch.full((1, size), 7), second])

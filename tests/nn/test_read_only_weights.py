@@ -32,6 +32,7 @@ def test_changing_a_quantized_weight_from_outside_is_refused(layer, scheme):
     module = quantized(make(), scheme)
     before = {key: part.clone() for key, part in module.state_dict().items()}
     for change in (
+        lambda: delattr(module, name),
         lambda: setattr(getattr(module, name), "data", torch.zeros(1)),
         lambda: getattr(module, name).data.add_(1),
         lambda: nn.init.zeros_(getattr(module, name)),
@@ -56,6 +57,17 @@ def test_copies_of_a_quantized_weight_are_plain_tensors_to_be_changed(layer):
         own.data.zero_()
         assert type(own) in (Tensor, nn.Parameter)
     assert weight.any()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_module_answers_for_every_key_of_its_state_dict(layer, scheme):
+    make, _ = LAYERS[layer]
+    module = quantized(make(), scheme)
+    for key, tensor in module.state_dict().items():
+        path, _, name = key.rpartition(".")
+        assert torch.equal(getattr(module.get_submodule(path), name), tensor)
+    assert not hasattr(module, "weight_g")
 
 
 class ReadsAChild(nn.Module):
@@ -159,9 +171,12 @@ class Net(nn.Module):
         return self.head(torch.relu(self.proj(x)))
 
 
-@pytest.fixture(scope="module")
-def peft():
-    return pytest.importorskip("peft")
+@pytest.fixture
+def peft(monkeypatch):
+    """PEFT as it is without `fewbits.integrations.peft`, which another test may have imported."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setitem(peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, peft.LoraModel)
+    return peft
 
 
 def trained(peft, target: str, **options):
@@ -198,6 +213,25 @@ def test_an_adapter_is_merged_into_the_dequantized_model_and_never_lost(peft, ta
     merged = fewbits.dequantize(model).merge_and_unload()
     assert type(merged) is Net
     torch.testing.assert_close(merged(ids), adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("AdaLoraConfig", {"total_step": 10}),
+        ("IA3Config", {"feedforward_modules": []}),
+        ("LoHaConfig", {}),
+        ("OFTConfig", {"oft_block_size": 8}),
+        ("VeraConfig", {"r": 4}),
+        ("MissConfig", {"r": 8}),
+    ],
+)
+def test_no_kind_of_adapter_is_lost_by_a_merge(peft, config, options):
+    model = peft.get_peft_model(quantized(Net()), getattr(peft, config)(target_modules=["proj"], **options)).eval()
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    with pytest.raises(ReadOnlyWeightError):
+        model.merge_and_unload()
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
 
 
 def test_unloading_an_adapter_gives_the_quantized_model_back(peft):

@@ -130,7 +130,7 @@ def test_no_rounding_strategy_is_worse_than_plain_rounding_with_them(name):
 
 
 def test_readers_of_compressed_tensors_get_no_configuration(tmp_path):
-    from fewbits.formats.compressed_export import export_obstacle
+    from fewbits.formats.compressed_rules import transformers_obstacles
 
     ledger = fewbits.quantize(model(), **SETTINGS).ledger
-    assert "two levels of scales" in export_obstacle(ledger, ())
+    assert "two levels of scales" in transformers_obstacles(ledger, ())["0.weight"]

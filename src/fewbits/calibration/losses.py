@@ -83,10 +83,10 @@ def loss_of(loss: Loss, output: Any, reference: Any, batch: Any) -> Tensor:
         a tensor without axes.
 
     Raises:
-        CalibrationError: if the outputs cannot be compared.
+        CalibrationError: if the outputs cannot be compared, or a loss of the user's own raises an error.
     """
     if callable(loss):
-        return _checked(loss(output, reference))
+        return _checked(_found(loss, output, reference))
     ours, theirs = _compared(loss, output), _compared(loss, reference)
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs] or not ours:
         raise CalibrationError(
@@ -98,6 +98,17 @@ def loss_of(loss: Loss, output: Any, reference: Any, batch: Any) -> Tensor:
         where = counted(batch, own)
         losses.append(_COMPARED[loss](own[where], other.to(own.device)[where]))
     return torch.stack(losses).mean()
+
+
+def _found(loss: Callable[[Any, Any], Tensor], output: Any, reference: Any) -> object:
+    try:
+        return loss(output, reference)
+    except Exception as error:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise CalibrationError(
+            f"loss={name} failed with {type(error).__name__}: {error}. It was called with the output of the quantized "
+            "model and the output of the float model"
+        ) from error
 
 
 def _checked(found: object) -> Tensor:

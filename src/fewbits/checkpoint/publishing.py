@@ -17,28 +17,46 @@ from fewbits.errors import ArgumentError, CheckpointError
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Make a directory under a temporary name beside its path. It is published at the end, or removed after an error.
+def published(path: Path, *, folder: bool, replace: bool) -> Iterator[Path]:
+    """Give a temporary path beside that of a result. The result is published at the end, or removed after an error.
 
     Args:
-        path: the final path of the directory.
+        path: the final path.
+        folder: whether the result is a directory. The temporary one exists and is empty; a temporary file is missing.
+        replace: whether an existing directory with files in it, or the target of a link to one, is replaced. A file
+            always is.
 
     Raises:
         ArgumentError: if something is there that will not be replaced.
-        CheckpointError: if it cannot be made or published.
+        CheckpointError: if the result cannot be made or published.
     """
-    path = check_place(path, folder=True, replace=False)
+    path = check_place(path, folder=folder, replace=replace)
     work = beside(path)
     try:
-        with as_checkpoint_error(f"{path} cannot be written"):
-            work.mkdir()
+        if folder:
+            with as_checkpoint_error(f"{path} cannot be written"):
+                work.mkdir()
         yield work
-        move_into_place(work, path, replace=False)
+        if folder:
+            move_into_place(work, path, replace=replace)
+        else:
+            _move_file(work, path)
     except CheckpointError as error:
         # No program looks for the temporary name.
         raise type(error)(str(error).replace(str(work), str(path))) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work.is_dir():
+            remove_tree(work, "an unfinished result cannot be removed")
+        else:
+            work.unlink(missing_ok=True)
+
+
+def _move_file(work: Path, path: Path) -> None:
+    with as_checkpoint_error(f"{path} cannot be written"):
+        with open(work, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(work, path)
+        sync_directory(path.parent)
 
 
 def check_place(path: Path, *, folder: bool, replace: bool, advice: str = "") -> Path:
@@ -85,22 +103,41 @@ def check_name_and_parent(path: Path, serializer: Serializer, *, folder: bool, a
         ArgumentError: if the name is that of a file in another format, or a new directory has the name of a file.
         CheckpointError: if the directory that it would be in does not exist.
     """
-    kind, suffix = path.suffix.lower(), serializer.suffix
+    suffix = serializer.suffix
     with as_checkpoint_error(f"{path} cannot be written"):
-        if folder and kind in WEIGHT_SUFFIXES and not path.is_dir():
-            raise ArgumentError(
-                f"{path} is the name of a {path.suffix} file, but the result is a directory of files; give the "
-                f"path of a directory, such as {path.with_suffix('')}{advice}"
-            )
-        parent = Path(os.path.realpath(path)).parent
-        if not parent.is_dir():
-            why = "is a file" if parent.exists() else "does not exist; make it first"
-            raise CheckpointError(f"{path} cannot be written: the directory {parent} {why}, or give another path")
-    if not folder and kind in serializer.foreign_suffixes:
+        if folder:
+            check_folder_name(path, advice)
+        check_parent(path)
+    if not folder and path.suffix.lower() in serializer.foreign_suffixes:
         raise ArgumentError(
             f"{path} is the name of a {path.suffix} file, but the result is a {suffix} file: call it "
             f"{path.stem.removesuffix(suffix)}{suffix}"
         )
+
+
+def check_folder_name(path: Path, advice: str = "") -> None:
+    """Refuse the name of a file of tensors for a new directory.
+
+    Raises:
+        ArgumentError: if it has one.
+    """
+    if path.suffix.lower() in WEIGHT_SUFFIXES and not path.is_dir():
+        raise ArgumentError(
+            f"{path} is the name of a {path.suffix} file, but the result is a directory of files; give the "
+            f"path of a directory, such as {path.with_suffix('')}{advice}"
+        )
+
+
+def check_parent(path: Path) -> None:
+    """Refuse a path in a directory that does not exist.
+
+    Raises:
+        CheckpointError: if there is no such directory.
+    """
+    parent = Path(os.path.realpath(path)).parent
+    if not parent.is_dir():
+        why = "is a file" if parent.exists() else "does not exist; make it first"
+        raise CheckpointError(f"{path} cannot be written: the directory {parent} {why}, or give another path")
 
 
 def move_into_place(work: Path, path: Path, *, replace: bool) -> None:

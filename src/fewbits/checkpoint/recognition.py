@@ -81,7 +81,7 @@ _FILES = (
     _Kind("a web page, not the file that was to be downloaded", _FETCH, _is_page),
     _Kind(
         "a GGUF file, whose tensors are commonly quantized already",
-        f"it cannot be read yet: {_AS_FLOATS}",
+        f"{_AS_FLOATS}; or read it with fewbits.load(path, dequantize=True) and quantize that",
         _begins(b"GGUF"),
     ),
     _Kind(

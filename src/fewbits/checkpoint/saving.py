@@ -17,9 +17,9 @@ from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import pieces, refuse_damaged, wrong_digests
 from fewbits.checkpoint.journal import Note
 from fewbits.checkpoint.metadata import HEADER_DIGEST_KEY, Metadata, Metrics, stored_entries
-from fewbits.checkpoint.publishing import check_name_and_parent, new_folder
+from fewbits.checkpoint.publishing import check_name_and_parent, published
 from fewbits.checkpoint.serializer import ChunkWriter, Entry, Header, ResumableWriter, Serializer
-from fewbits.checkpoint.shards import plan_shards, write_index
+from fewbits.checkpoint.shards import STEM, plan_shards, write_index
 from fewbits.errors import FormatError
 from fewbits.numerics.metrics import Measurement
 from fewbits.numerics.plain import plain
@@ -34,7 +34,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     Args:
         serializer: the format of the file.
         path: the path of the file.
-        about: the metadata of the file, without digests and metrics.
+        about: the metadata of the file, without digests.
         resumable: whether an unfinished file stays at `path`, for a later writer, if the serializer can resume it.
             Otherwise an unfinished file is removed.
     """
@@ -141,7 +141,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             DigestError: if the file does not hold the bytes that were written. Nothing is published then.
         """
         digests = {name: found.hexdigest() for name, found in self._hashes.items()}
-        metrics = {row.name: Metrics.of(measured[row.name]) for row in self._about.ledger if row.name in measured}
+        metrics = {name: self._about.metrics[name] for name in self._rows if name in self._about.metrics}
+        metrics |= {row.name: Metrics.of(measured[row.name]) for row in self._about.ledger if row.name in measured}
         strings = attrs.evolve(self._about, metrics=metrics, digests=digests).to_strings(self._entries)
         reader = self._writer.seal(strings)
         if (reader.metadata, reader.entries) != (strings, self._entries):
@@ -160,6 +161,7 @@ def save(
     *,
     measured: Mapping[str, Measurement],
     max_shard_size: int | None = None,
+    stem: str = STEM,
 ) -> None:
     """Write a whole result to a file, or to a directory of several.
 
@@ -167,10 +169,11 @@ def save(
         serializer: the format of the files.
         path: the path of the result. An existing file is replaced, at once, when the new one is complete; a directory
             must be new.
-        about: the metadata of the result, without digests and metrics.
+        about: the metadata of the result, without digests.
         value_of: returns the stored form of a tensor, by its name.
         measured: how tensors compare with their sources, by name; may be empty.
         max_shard_size: the most bytes of tensors in one file of a directory; None writes a single file.
+        stem: the beginning of the names of files in a directory.
 
     Raises:
         ArgumentError: if the name of a file is that of another kind, or that of a directory is the name of a file.
@@ -187,10 +190,10 @@ def save(
     if max_shard_size is None:
         write(path, about.ledger)
         return
-    shards = plan_shards(about.ledger, max_shard_size, serializer.suffix)
-    with new_folder(Path(path)) as folder:
+    shards = plan_shards(about.ledger, max_shard_size, serializer.suffix, stem)
+    with published(Path(path), folder=True, replace=False) as folder:
         digests = {shard.file: write(folder / shard.file, shard.ledger) for shard in shards}
-        write_index(folder, shards, digests, serializer.suffix)
+        write_index(folder, shards, digests, serializer.suffix, stem)
 
 
 def plain_value(name: str, value: Value) -> Value:

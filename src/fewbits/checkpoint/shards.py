@@ -60,10 +60,11 @@ def plan_shards(ledger: Ledger, max_shard_size: int, suffix: str, stem: str = ST
     for row in ledger:
         at = row if row.merged_into is None else ledger[row.merged_into]
         rows[number[at.holder]].append(row)
-    return tuple(Shard(_file(index, count, suffix, stem), Ledger(rows[index])) for index in range(count))
+    return tuple(Shard(shard_name(index, count, suffix, stem), Ledger(rows[index])) for index in range(count))
 
 
-def _file(index: int, count: int, suffix: str, stem: str) -> str:
+def shard_name(index: int, count: int, suffix: str, stem: str = STEM) -> str:
+    """Return the name of one of several files, as transformers numbers them; a single file has no number."""
     return f"{stem}-{index + 1:05d}-of-{count:05d}{suffix}" if count > 1 else f"{stem}{suffix}"
 
 

@@ -1,8 +1,8 @@
-"""The options of ``fewbits quantize`` for calibration."""
+"""The options of ``fewbits quantize`` for calibration and evaluation with text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,9 +11,11 @@ import click
 from torch import nn
 
 from fewbits.config.config import QuantizationConfig
-from fewbits.integrations.transformers_calibration import SAMPLES, SEQUENCE, load_directory
+from fewbits.errors import ArgumentError
+from fewbits.integrations.transformers_calibration import EVALUATION_SAMPLES, SAMPLES, SEQUENCE, Windows, load_directory
 from fewbits.rounding import ROUNDINGS
 from fewbits.selection.progress import Progress
+from fewbits.validation.outputs import check_limits
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -25,7 +27,27 @@ _OPTIONS = (
         help="Data for --rounding: a text file, a directory of text files, or self, for text that the model writes. "
         "IN is the directory of a transformers model.",
     ),
+    click.option(
+        "--evaluate",
+        metavar="TEXT",
+        help="Compare the outputs of the result and of IN on other text than that of --calibrate: a text file, or a "
+        "directory of text files. IN is the directory of a transformers model.",
+    ),
+    click.option(
+        "--limit",
+        "limits",
+        multiple=True,
+        metavar="METRIC=FIGURE",
+        help="Fail if --evaluate finds a worse figure: at most for kl and perplexity, at least for top1, cosine and "
+        "sqnr; such as kl=0.05. Repeatable.",
+    ),
     click.option("--samples", type=int, metavar="N", help=f"Windows of text for --calibrate; {SAMPLES} by default."),
+    click.option(
+        "--evaluation-samples",
+        type=int,
+        metavar="N",
+        help=f"Windows of text for --evaluate; {EVALUATION_SAMPLES} by default.",
+    ),
     click.option("--sequence", type=int, metavar="N", help=f"Tokens in each window; {SEQUENCE} by default."),
     click.option(
         "--spill",
@@ -42,7 +64,7 @@ _OPTIONS = (
 )
 
 
-def calibration_options(command: _Command) -> _Command:
+def text_options(command: _Command) -> _Command:
     """Add the options to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
@@ -50,45 +72,86 @@ def calibration_options(command: _Command) -> _Command:
 
 
 @attrs.frozen
-class Calibration:
-    """The options for calibration; None for an option that is not given."""
+class TextOptions:
+    """The options for calibration and evaluation; None for an option that is not given."""
 
     text: str | None
+    evaluate: str | None
+    limits: tuple[str, ...]
     samples: int | None
+    evaluation_samples: int | None
     sequence: int | None
     spill: Path | None
     tune: int | None
 
     @classmethod
-    def taken_from(cls, options: dict[str, Any]) -> Calibration:
-        """Take the options for calibration out of all options."""
+    def taken_from(cls, options: dict[str, Any]) -> TextOptions:
+        """Take these options out of all options."""
         return cls(**{field.name: options.pop(field.name) for field in attrs.fields(cls)})
 
-    def check(self, settings: QuantizationConfig, rank: int | None) -> None:
+    @property
+    def loads_model(self) -> bool:
+        """Whether the model is loaded to run text."""
+        return self.text is not None or self.evaluate is not None
+
+    def check(self, settings: QuantizationConfig, rank: int | None, *, validate: bool) -> None:
         """Refuse options that have no effect, and several processes.
 
         Raises:
             UsageError: naming the option.
+            ArgumentError: for a limit that is no limit.
         """
-        unused = [name for name in ("samples", "sequence", "spill", "tune") if getattr(self, name) is not None]
-        if self.text is None and unused:
-            raise click.UsageError(f"--{unused[0]} needs --calibrate TEXT.")
-        if self.text is not None and settings.quantizer().rounding.needs == "nothing":
+        if self.text is None:
+            self._refuse(("samples", "spill", "tune"), "--calibrate TEXT")
+        if self.evaluate is None:
+            self._refuse(("limits", "evaluation_samples"), "--evaluate TEXT")
+        if not self.loads_model:
+            self._refuse(("sequence",), "--calibrate TEXT or --evaluate TEXT")
+        if self.evaluate is not None and not validate:
+            raise click.UsageError("--evaluate is part of the validation, which --no-validate turns off.")
+        if self.text is not None and self.tune is None and settings.quantizer().rounding.needs == "nothing":
             needing = " or ".join(name for name, rounding in ROUNDINGS.items() if rounding.needs != "nothing")
-            raise click.UsageError(f"--calibrate needs a strategy that looks at data: --rounding {needing}.")
-        if self.text is not None and rank is not None:
-            raise click.UsageError("--calibrate runs in one process; start it without torchrun.")
+            raise click.UsageError(f"--calibrate needs a strategy that looks at data: --rounding {needing}; or --tune.")
+        if self.loads_model and rank is not None:
+            name = "--evaluate" if self.text is None else "--calibrate"
+            raise click.UsageError(f"{name} runs in one process; start it without torchrun.")
+        check_limits(self._limits())
 
-    def model(self, source: Path) -> nn.Module | None:
-        """Return the model to calibrate with; None without calibration."""
-        return None if self.text is None else load_directory(source).model
+    def _refuse(self, names: Sequence[str], needed: str) -> None:
+        for name in names:
+            if getattr(self, name) not in (None, ()):
+                option = {"limits": "limit"}.get(name, name).replace("_", "-")
+                raise click.UsageError(f"--{option} needs {needed}.")
+
+    def checked_model(self, source: Path) -> nn.Module | None:
+        """Read the text as a run would, and return the model to run it with; None without text."""
+        if not self.loads_model:
+            return None
+        loaded = load_directory(source)
+        self._windows().check(loaded)
+        return loaded.model
 
     def arguments(self, source: Path, progress: Progress) -> dict[str, Any]:
-        """Return the arguments of `fewbits.quantize` for calibration."""
-        if self.text is None:
+        """Return the arguments of `fewbits.quantize` for calibration and evaluation."""
+        if not self.loads_model:
             return {}
-        how = {"samples": self.samples, "sequence": self.sequence}
+        windows = self._windows()
+        given = windows.arguments(load_directory(source), progress)
+        return given | {"spill": self.spill, "tune": self.tune, "limits": self._limits() or None}
+
+    def _windows(self) -> Windows:
+        how = {name: getattr(self, name) for name in ("samples", "evaluation_samples", "sequence")}
         given = {name: value for name, value in how.items() if value is not None}
-        loaded = load_directory(source)
-        data = loaded.windows(self.text, progress=progress, **given)
-        return {"model": loaded.model, "data": data, "samples": None, "spill": self.spill, "tune": self.tune}
+        return Windows(self.text, self.evaluate, **given)
+
+    def _limits(self) -> dict[str, float]:
+        return dict(map(_limit, self.limits))
+
+
+def _limit(option: str) -> tuple[str, float]:
+    """Split ``METRIC=FIGURE``."""
+    name, _, figure = option.partition("=")
+    try:
+        return name, float(figure)
+    except ValueError:
+        raise ArgumentError(f"--limit {option}: write METRIC=FIGURE, such as kl=0.05 or top1=0.9") from None

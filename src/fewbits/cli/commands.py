@@ -6,11 +6,11 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
+import attrs
 import click
 
 from fewbits._version import __version__
@@ -18,13 +18,14 @@ from fewbits.api import plan
 from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
-from fewbits.cli.calibrating import Calibration, calibration_options
+from fewbits.cli.calibrating import TextOptions, text_options
 from fewbits.cli.converting import convert_command
+from fewbits.cli.exporting import Export, format_options
 from fewbits.cli.printing import print_json, show, show_contents, show_plan, show_result
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.ranks import join_group, own_rank
+from fewbits.cli.settings import merge_settings
 from fewbits.cli.streams import Stderr, Stdout, is_json_asked_for, warnings_as_events
-from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
 from fewbits.formats.registry import open_quantized
 from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_name
@@ -108,7 +109,7 @@ def cli() -> None:
     type=click.Choice(list(ROUNDINGS)),
     help="How to choose codes: scale-search needs no data; importance-search, gptq and qronos need --calibrate.",
 )
-@calibration_options
+@text_options
 @click.option(
     "--ragged", type=click.Choice(get_args(Ragged)), help="How to handle rows that groups do not divide evenly."
 )
@@ -121,6 +122,7 @@ def cli() -> None:
     metavar="SIZE",
     help="Most bytes in each file of a directory; 5GB by default. A larger tensor has a file of its own.",
 )
+@format_options
 @click.option("--max-memory", metavar="SIZE", help="Most memory to use, such as 2GB, beyond that of the bare program.")
 @click.option(
     "--threads",
@@ -158,28 +160,32 @@ def quantize(
     match within a part.
 
     \b
-    For example, 4 bits for a language model, calibrated with text:
-      fewbits quantize DIR -o OUT --scheme int4 --rounding qronos --calibrate text.txt
+    For example, 4 bits for a language model, calibrated and compared with text:
+      fewbits quantize DIR -o OUT --scheme int4 --rounding qronos --calibrate text.txt --evaluate other.txt
 
     Under torchrun, every process writes some of the files of a directory.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     given = {name: options.pop(name) for name in ("max_shard_size", "max_memory", "threads", "resume")}
-    calibration = Calibration.taken_from(options)
-    settings = _settings(config, embeddings, options)
+    text = TextOptions.taken_from(options)
+    export = Export.taken_from(options, output, replace=replace, max_shard_size=given["max_shard_size"])
+    settings = merge_settings(config, embeddings, options)
     rank = join_group()
-    calibration.check(settings, rank)
+    text.check(settings, rank, validate=not no_validate)
     given["distributed"] = rank is not None
     target = Output.beside(source, **given) if output is None else Output(output, replace=replace, **given)
+    if export is not None:
+        export.check(source, entry, settings, rank, resume=target.resume)
+        target = attrs.evolve(target, path=export.work)
     if dry_run:
-        planned = plan(source, entry=entry, config=settings, output=target, model=calibration.model(source))
+        planned = plan(source, entry=entry, config=settings, output=target, model=text.checked_model(source))
         if not rank:
             show_plan(planned, settings, tensors, as_json)
         return SUCCESS
     link, there = os.path.islink(target.path), os.path.exists(target.path)
     # A directory would be refused as well, but only after the data has run through the model.
-    taken = link or os.path.isfile(target.path) or (calibration.text is not None and _has_files(target.path))
+    taken = link or os.path.isfile(target.path) or (text.loads_model and _has_files(target.path))
     if not replace and taken and not (target.resume and there):
         raise ArgumentError(f"{target.path} exists; pass --replace to replace it, or choose another OUT")
     with shown_progress(as_json=as_json, quiet=quiet or bool(rank)) as progress:
@@ -188,13 +194,14 @@ def quantize(
             entry=entry,
             config=settings,
             output=target,
-            **calibration.arguments(source, progress),
+            **text.arguments(source, progress),
             validate=not no_validate,
             on_failure="ignore",  # the summary and the exit code report failures
             progress=progress,
         )
+        exported = None if export is None else export.finish(progress)
     if not rank:
-        show_result(result, target.path, settings, tensors, as_json)
+        show_result(result, target.path, settings, tensors, as_json, exported)
     return SUCCESS if result.report is None or result.report.ok else FAILED
 
 
@@ -267,37 +274,3 @@ def _unwritten(error: OSError, code: int, stderr: Stderr, as_json: bool) -> int:
 
 def _has_files(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())
-
-
-def _settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:
-    """Merge the options into the settings of the config file."""
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    if "overrides" in given:
-        given["overrides"] = _overrides(given["overrides"])
-    if embeddings:
-        given["skip_types"] = ()
-    if config is not None:
-        return QuantizationConfig.from_file(config).replace(**given)
-    if "scheme" not in given:
-        raise click.UsageError(f"Missing option '--scheme': one of {', '.join(SCHEMES)}; or a --config with a scheme.")
-    return QuantizationConfig(**given)
-
-
-def _overrides(options: Sequence[str]) -> dict[str, str | dict[str, Any]]:
-    """Order the rules: a repeated pattern takes its last place."""
-    overrides: dict[str, str | dict[str, Any]] = {}
-    for pattern, rule in map(_override, options):
-        overrides.pop(pattern, None)
-        overrides[pattern] = rule
-    return overrides
-
-
-def _override(option: str) -> tuple[str, str | dict[str, Any]]:
-    """Split ``PATTERN=SCHEME`` or ``PATTERN=SCHEME:GROUP_SIZE`` into a pattern and its rule."""
-    pattern, _, rule = option.rpartition("=")
-    scheme, colon, size = rule.partition(":")
-    if not pattern or not scheme or (colon and not size.isdecimal()):
-        raise ArgumentError(
-            f"--override {option}: write PATTERN=SCHEME, such as lm_head=int8, lm_head=int4:64 or lm_head=keep"
-        )
-    return pattern, {"scheme": scheme, "group_size": int(size)} if colon else scheme

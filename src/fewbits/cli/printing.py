@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import click
 
 from fewbits.api import Plan, Result
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.config.config import QuantizationConfig
+from fewbits.conversion.exporting import Exported
 from fewbits.conversion.file_writer import Share
 from fewbits.formats.base import ForeignCheckpoint
 from fewbits.selection.ledger import Ledger
@@ -55,12 +57,29 @@ def show_plan(planned: Plan, settings: QuantizationConfig, tensors: bool, as_jso
     click.echo("nothing was written: --dry-run")
 
 
-def show_result(result: Result, path: Path, settings: QuantizationConfig, tensors: bool, as_json: bool) -> None:
-    """Print what a conversion has written."""
+def show_result(
+    result: Result,
+    path: Path,
+    settings: QuantizationConfig,
+    tensors: bool,
+    as_json: bool,
+    exported: Exported | None = None,
+) -> None:
+    """Print what a conversion has written.
+
+    Args:
+        result: the quantized checkpoint.
+        path: its path.
+        settings: the settings of the quantization.
+        tensors: whether to print a line for every tensor.
+        as_json: print JSON.
+        exported: the same checkpoint in the format of another tool, which is then the output.
+    """
     report, quantizer = result.report, result.quantizer
     if as_json:
-        about: dict[str, Any] = {"output": str(path), "config": settings.to_dict()}
-        about |= {"left_behind": quantizer.left_behind, **_work(quantizer.shares), "opens_in": quantizer.opens_in}
+        about: dict[str, Any] = {"output": str(exported.path if exported else path), "config": settings.to_dict()}
+        about |= {"left_behind": quantizer.left_behind, **_work(quantizer.shares)}
+        about |= {"exported": exported_fields(exported)} if exported else {"opens_in": quantizer.opens_in}
         print_json(**about, ledger=result.ledger.to_dict(), report=report and report.to_dict())
         return
     show(result.ledger, tensors)
@@ -70,8 +89,23 @@ def show_result(result: Result, path: Path, settings: QuantizationConfig, tensor
         click.echo("not validated: --no-validate")
     else:
         show(report, tensors)
+    if exported is not None:
+        click.echo(exported_summary(exported))
+        return
     click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")
     _tell("it ", quantizer.opens_in)
+
+
+def exported_fields(exported: Exported) -> dict[str, Any]:
+    """Describe an export for JSON."""
+    return attrs.asdict(exported) | {"path": str(exported.path)}
+
+
+def exported_summary(exported: Exported) -> str:
+    """Describe an export in lines of text."""
+    tensors = f"{exported.quantized:,} quantized and {exported.kept:,} other tensors"
+    line = f"{exported.path} ({exported.format}): {tensors}, {exported.nbytes:,} bytes, read back and equal"
+    return "\n".join([line, *(f"allowed: {name} {reason}" for name, reason in exported.remarks.items())])
 
 
 def show_contents(file: Path, checkpoint: Checkpoint | ForeignCheckpoint, tensors: bool, as_json: bool) -> None:

@@ -24,9 +24,9 @@ from fewbits.conversion.recipe import described, fingerprint
 from fewbits.conversion.staging import RunInputs
 from fewbits.errors import ArgumentError, CheckpointError, FewbitsError
 from fewbits.formats.fp8 import tell_unscaled
+from fewbits.formats.model_config import Readers
 from fewbits.numerics.metrics import Measurement
 from fewbits.selection.ledger import Ledger
-from fewbits.sources.model_config import Readers
 from fewbits.validation.verify import verify
 
 _RESUME = "finished work is kept: continue with --resume, or Output(resume=True)"

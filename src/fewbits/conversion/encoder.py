@@ -69,6 +69,11 @@ class TensorEncoder:
         """Return the SQNR of layers' outputs, in dB, by the names of the weights in a ledger, as far as it is known."""
         return {}
 
+    @property
+    def model_metrics(self) -> Mapping[str, float | None]:
+        """How the outputs of the model compare with those of the float model; empty if it was not run."""
+        return {}
+
     def encode(
         self, row: LedgerRow, tensor: Tensor, observer: Observer | None, inputs: Sequence[RowInputs] = ()
     ) -> Value:

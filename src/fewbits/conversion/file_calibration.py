@@ -1,4 +1,4 @@
-"""`FileCalibration`: quantizes the weights of a checkpoint while data runs through a model that holds them."""
+"""`FileCalibration`: quantizes the weights of a checkpoint beside a model that holds them, and tunes and compares."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fewbits.calibration.running import Forward, default_forward
 from fewbits.checkpoint.codec import Value
 from fewbits.conversion.data_effects import DataEffects
 from fewbits.conversion.encoder import TensorEncoder, naming
+from fewbits.conversion.file_evaluation import FileEvaluation
 from fewbits.conversion.job import warn_of_missing_data
 from fewbits.conversion.kept_parts import KeptPart, KeptParts
 from fewbits.conversion.planned_tuning import PlannedTuning
@@ -28,7 +29,7 @@ from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.selection.ledger import Ledger
-from fewbits.selection.progress import Progress, Step
+from fewbits.selection.progress import Progress, WeightSteps
 from fewbits.selection.row import LedgerRow
 from fewbits.sources.file import FileSource
 from fewbits.sources.matching import matched_parameters
@@ -37,24 +38,26 @@ from fewbits.sources.matching import matched_parameters
 class FileCalibration:
     """Quantizes the weights of a checkpoint with statistics of their inputs, from a model with the same weights.
 
+    The results can then be tuned and compared with the model, before they are written.
+
     Args:
         model: the model; it is not changed.
         source: the checkpoint.
         ledger: the fate of each tensor of the checkpoint.
         observers: the observer of each quantized tensor, by name.
         rounding: picks the codes.
-        tuning: how to tune the scales after that; None leaves them as they are.
 
     Attributes:
         values: the quantized tensors, by name; empty until `run`.
         remarks: remarks on them for the ledger, by name.
         tuned: the names of the tensors whose scales were tuned.
-        outputs: the SQNR of layers' outputs before tuning, in dB, by the names of the weights, as far as it is known.
+        outputs: the SQNR of layers' outputs, in dB, by the names of the weights, as far as it is known: measured by the
+            evaluation, or else by the calibration, before tuning.
+        model_metrics: how the outputs of the model compare with those of the float model; empty if it was not run.
         notes: notes for the report.
 
     Raises:
-        ArgumentError: if `rounding` needs no data, `tuning` asks for more than scales, or two tensors of one parameter
-            are cut into rows differently.
+        ArgumentError: if two tensors of one parameter are cut into rows differently.
         MismatchError: naming the quantized tensors that are not exactly one parameter of the model.
     """
 
@@ -65,12 +68,7 @@ class FileCalibration:
         ledger: Ledger,
         observers: Mapping[str, Observer],
         rounding: Rounding,
-        tuning: PlannedTuning | None = None,
     ) -> None:
-        if rounding.needs == "nothing":
-            raise ArgumentError(f"{rounding!r} looks at no data; leave out the model, or choose rounding='qronos'")
-        if tuning is not None:
-            tuning.check_for_file()
         self.model, self._source, self._observers, self._rounding = model, source, observers, rounding
         rows = [row for row in ledger.stored if isinstance(row.spec, QuantSpec)]
         names = matched_parameters(model, [row.name for row in rows], source.read)
@@ -80,12 +78,28 @@ class FileCalibration:
         layouts = {name: _layout(rows) for name, rows in self._rows.items()}
         self._blocks = BlockCalibration(model, layouts, rounding.needs)
         self._data: list[str] = []
-        self._tuning = tuning
+        self._tuning: PlannedTuning | None = None
+        self._evaluation: FileEvaluation | None = None
         self.values: dict[str, Value] = {}
         self.remarks: dict[str, str] = {}
         self.tuned: list[str] = []
         self.outputs: dict[str, float] = {}
+        self.model_metrics: Mapping[str, float | None] = {}
         self.notes: list[str] = []
+
+    def plan(self, tuning: PlannedTuning | None, evaluation: FileEvaluation | None) -> None:
+        """Plan work on the results before they are written.
+
+        Args:
+            tuning: how to tune the scales; None leaves them as they are.
+            evaluation: how to compare the result with the model; None does not compare.
+
+        Raises:
+            ArgumentError: if `tuning` asks for more than scales.
+        """
+        if tuning is not None:
+            tuning.check_for_file()
+        self._tuning, self._evaluation = tuning, evaluation
 
     def watching(self, forward: Forward | None, spill: Path | None) -> Forward:
         """Return a forward that observes each batch.
@@ -93,9 +107,18 @@ class FileCalibration:
         Args:
             forward: runs one batch; None means `default_forward`.
             spill: a folder for temporary files with the activations; None keeps the activations in memory.
+
+        Raises:
+            ArgumentError: if the data would change nothing.
         """
-        self._blocks.spill = spill
-        observe = self._blocks.watching(forward or default_forward, nullcontext, alone=True)
+        observe = forward or default_forward
+        if self._rounding.needs != "nothing":
+            self._blocks.spill = spill
+            observe = self._blocks.watching(observe, nullcontext, alone=True)
+        elif self._tuning is None:
+            raise ArgumentError(
+                f"{self._rounding!r} looks at no data; leave out the data, or choose rounding='qronos', or tune="
+            )
         described_forward = described(forward)
 
         def noted(model: nn.Module, batch: Any) -> None:
@@ -112,13 +135,16 @@ class FileCalibration:
             plain: the encoder that the calibration quantizes with.
         """
         inputs = {"calibration data": self._data, "tuning": None if self._tuning is None else self._tuning.inputs()}
+        if self._evaluation is not None:
+            inputs["evaluation"] = self._evaluation.inputs()
         return CalibratedEncoder(
             plain.scheme, plain.recipe, plain.rounding, inputs=inputs, calibration=self, plain=plain
         )
 
     def check_data(self) -> None:
-        """Refuse to go on without data, with a CalibrationError."""
-        self._blocks.check_data(self._rounding)
+        """Refuse to go on without data that the rounding needs, with a CalibrationError."""
+        if self._rounding.needs != "nothing":
+            self._blocks.check_data(self._rounding)
 
     def run(self, encoder: TensorEncoder, kept: KeptParts, progress: Progress) -> None:
         """Quantize the weights, block by block.
@@ -130,7 +156,7 @@ class FileCalibration:
         """
         self.values, self.remarks, self.tuned, self.outputs = {}, {}, [], {}
         effects = DataEffects(self._rounding)
-        steps = _Steps(progress, [row for rows in self._rows.values() for row in rows])
+        steps = WeightSteps(progress, [row for rows in self._rows.values() for row in rows])
         for at, part in enumerate(self._blocks.parts()):
             rows = [row for name in part.weights for row in self._rows[name]]
             found = kept.read(at, rows)
@@ -150,6 +176,9 @@ class FileCalibration:
         self.notes = effects.notes
         if self._tuning is not None:
             self._tune(self._tuning, progress)
+        if self._evaluation is not None:
+            self.outputs |= self._evaluation.run_early(self.values, progress)
+            self.model_metrics = self._evaluation.metrics
 
     def remarked(self, ledger: Ledger) -> Ledger:
         """Return a ledger of some tensors, with remarks, and with tuned tensors marked."""
@@ -174,7 +203,7 @@ class FileCalibration:
                 weight = WeightMatrix(self._source.read(row.name), value.layout)
                 effects.compare(weight, value, self._observers[row.name])
 
-    def _quantize(self, part: Part, encoder: TensorEncoder, steps: _Steps, effects: DataEffects) -> None:
+    def _quantize(self, part: Part, encoder: TensorEncoder, steps: WeightSteps, effects: DataEffects) -> None:
         for group in part.groups:
             for name, inputs in group.items():
                 for row in self._rows[name]:
@@ -223,6 +252,11 @@ class CalibratedEncoder(TensorEncoder):
         """Return what the calibration knows of the outputs of layers."""
         return {name: figure for name, figure in self.calibration.outputs.items() if name in ledger}
 
+    @property
+    def model_metrics(self) -> Mapping[str, float | None]:
+        """What the comparison of the model's outputs has found."""
+        return self.calibration.model_metrics
+
     def encode(
         self, row: LedgerRow, tensor: Tensor, observer: Observer | None, inputs: Sequence[RowInputs] = ()
     ) -> Value:
@@ -236,25 +270,6 @@ class CalibratedEncoder(TensorEncoder):
         if row.name not in self.calibration.values:
             raise CalibrationError("a calibration runs in one process; call convert(), without distributed=True")
         return self.calibration.values[row.name]
-
-
-class _Steps:
-    """Reports the progress of a calibration, in bytes of weights."""
-
-    def __init__(self, progress: Progress, rows: Sequence[LedgerRow]) -> None:
-        self._progress, self._done, self._total = progress, 0, sum(row.bytes_before for row in rows)
-
-    def before(self, row: LedgerRow) -> None:
-        self._progress(Step("calibrate", row.name, self._done, self._total))
-
-    def after(self, row: LedgerRow) -> None:
-        self._done += row.bytes_before
-        self.before(row)
-
-    def skip(self, rows: Sequence[LedgerRow]) -> None:
-        self._done += sum(row.bytes_before for row in rows[:-1])
-        for row in rows[-1:]:
-            self.after(row)
 
 
 def _layout(rows: Sequence[LedgerRow]) -> Layout:

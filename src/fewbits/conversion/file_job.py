@@ -21,18 +21,21 @@ from fewbits.conversion.budget import Budget, Demand, choose_budget
 from fewbits.conversion.coordinator import Coordinator, Written, convert_on_ranks
 from fewbits.conversion.encoder import TensorEncoder
 from fewbits.conversion.file_calibration import FileCalibration
+from fewbits.conversion.file_evaluation import FileEvaluation
 from fewbits.conversion.file_writer import FileWriter, Share
 from fewbits.conversion.job import Job, measurements
 from fewbits.conversion.planned_tuning import PlannedTuning
 from fewbits.conversion.ranks import Group, Ranks
 from fewbits.conversion.staging import StagingDirectory
 from fewbits.conversion.streaming import Streaming
-from fewbits.errors import ArgumentError, CheckpointError, StateError
+from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, StateError
 from fewbits.observers.base import Observer
 from fewbits.rounding.base import Rounding
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.file import FileSource
+from fewbits.validation.evaluation import Evaluation, checked_model
+from fewbits.validation.outputs import ModelReport
 from fewbits.validation.report import Report
 from fewbits.validation.verify import verify
 
@@ -48,7 +51,6 @@ class FileJob(Job):
         rounding: the strategy that picks the codes.
         model: a model with the weights of the checkpoint, for a rounding strategy that needs data. The quantized
             tensors are in memory then.
-        tuning: how to tune the scales, in a quantized copy of the model.
 
     Attributes:
         left_behind: files of the source that look like weights and are not part of the result.
@@ -66,14 +68,17 @@ class FileJob(Job):
         activation_observer: Observer,
         rounding: Rounding,
         model: nn.Module | None = None,
-        tuning: PlannedTuning | None = None,
     ) -> None:
         super().__init__(source, ledger, observer, activation_observer, rounding)
         self.refuse_calibration(even_rounding=model is None)
         self._calibration: FileCalibration | None = None
         if model is not None:
-            self._calibration = FileCalibration(model, source, ledger, self.observers, rounding, tuning)
+            self._calibration = FileCalibration(model, source, ledger, self.observers, rounding)
         self.left_behind, self.readers = source.left_behind, source.readers(ledger)
+        self._evaluation: FileEvaluation | None = None
+        self._serializer: Serializer | None = None
+        self._model: ModelReport | None = None
+        self._beyond_limits: tuple[str, ...] = ()
         self._written: Written | None = None
         self._budget: Budget | None = None
         self._ranks = Ranks()
@@ -87,6 +92,22 @@ class FileJob(Job):
     def leads(self) -> bool:
         """Whether this process reports for all processes that share the conversion."""
         return self._ranks.rank == 0
+
+    def plan(self, tuning: PlannedTuning | None, evaluation: Evaluation | None) -> None:
+        """Plan work on the results before they are written.
+
+        Args:
+            tuning: how to tune the scales; None leaves them as they are.
+            evaluation: how to compare the result with the model; None does not compare.
+
+        Raises:
+            ArgumentError: if there is no model, or `tuning` asks for more than scales.
+            MismatchError: naming the converted tensors that are not exactly one parameter of the model.
+        """
+        if self._calibration is None:
+            raise ArgumentError("a file is tuned and compared with model=, a model that has its weights")
+        self._evaluation = None if evaluation is None else self._own_evaluation(evaluation)
+        self._calibration.plan(tuning, self._evaluation)
 
     def module(self) -> nn.Module | None:
         """Return the model to run for calibration; None if there is none."""
@@ -102,6 +123,7 @@ class FileJob(Job):
         """Write the result. It appears at its path only after all of it was written, read back and checked."""
         if output is None:
             raise ArgumentError(f"quantizing the file {self.source.path} needs output=, the path to write to")
+        self._serializer = serializer
         if self._calibration is not None:
             self._calibration.check_data()
         with Group() if output.distributed else Ranks() as ranks:
@@ -165,6 +187,28 @@ class FileJob(Job):
         stem = STEM if self.readers is None else self.readers.stem
         return plan_shards(self.ledger, output.max_shard_size or MAX_SHARD_SIZE, serializer.suffix, stem)
 
+    def evaluate(self, evaluation: Evaluation | None, progress: Progress) -> None:
+        """Take over the planned comparison, which ran before the files were written, or run this evaluation.
+
+        Args:
+            evaluation: what to run; None stands for the planned evaluation, if there is one.
+            progress: called after every batch.
+        """
+        self._model, self._beyond_limits = None, ()
+        planned = self._evaluation if evaluation is None else self._own_evaluation(evaluation)
+        if planned is None:
+            return
+        written = self._result()
+        try:
+            found = planned.known or planned.run(Checkpoint(written.path, self._serializer).value, progress)
+        except CalibrationError as error:
+            raise CalibrationError(f"{written.path} is written, but not compared with the model: {error}") from error
+        self._model, self._beyond_limits = found.model, tuple(found.model.failures(planned.limits))
+
+    def _own_evaluation(self, evaluation: Evaluation) -> FileEvaluation:
+        model = checked_model(self.module(), inplace=False)
+        return FileEvaluation(model, self.ledger, self.source.read, evaluation)
+
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:
         """Check every digest on disk, and compare with the source all tensors that `convert` has not compared."""
         written = self._result()
@@ -187,7 +231,8 @@ class FileJob(Job):
             stop.args = stop.args or (f"interrupted; {written.path} is complete, but not verified yet: {advice}",)
             raise
         notes = () if self._calibration is None else self._calibration.notes
-        self.report = attrs.evolve(report, observed=self.observed, about=(*report.about, *notes))
+        general, about = (*report.general, *self._beyond_limits), (*report.about, *notes)
+        self.report = attrs.evolve(report, observed=self.observed, model=self._model, general=general, about=about)
         return self.report
 
     def save(self, serializer: Serializer, path: str | os.PathLike[str], max_shard_size: int | None) -> None:
@@ -199,8 +244,8 @@ class FileJob(Job):
             raise CheckpointError(f"{written.path} is not what convert() wrote; call convert() again")
         result.check("digests")
         measured = {**written.measured, **measurements(self.report)}
-        outputs = result.metadata.output_sqnr_db
-        about = Metadata(self.ledger, extra=self.source.extra, output_sqnr_db=outputs)
+        outputs, of_model = result.metadata.output_sqnr_db, result.metadata.model_metrics
+        about = Metadata(self.ledger, extra=self.source.extra, output_sqnr_db=outputs, model_metrics=of_model)
         save(serializer, path, about, result.value, measured=measured, max_shard_size=max_shard_size)
 
     def _result(self) -> Written:

@@ -99,7 +99,8 @@ class FileWriter:
                 return 0, self.sizes[shard.file]
             encoder, extra = self.streaming.encoder, self.streaming.source.extra
             outputs = encoder.output_sqnr_db(shard.ledger)
-            about = Metadata(encoder.remarked(shard.ledger), extra=extra, output_sqnr_db=outputs)
+            ledger, of_model = encoder.remarked(shard.ledger), encoder.model_metrics
+            about = Metadata(ledger, extra=extra, output_sqnr_db=outputs, model_metrics=of_model)
             with CheckpointWriter(self.serializer, self.staging.files / shard.file, about, resumable=True) as writer:
                 taken = writer.take_over(journal.notes)
                 journal.rewrite(taken)

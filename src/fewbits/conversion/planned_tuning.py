@@ -11,13 +11,14 @@ from torch import nn
 
 from fewbits.calibration.running import Forward
 from fewbits.calibration.tuning import Tuned, Tuning, check_divisible, tune
+from fewbits.conversion.file_evaluation import quantized_copy
 from fewbits.conversion.recipe import described
 from fewbits.errors import ArgumentError
-from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import stored_weights
-from fewbits.nn.swap import attach
-from fewbits.nn.walk import find, slots, structural_copy, tuned_tensors
+from fewbits.nn.walk import find, tuned_tensors
+from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
 
 
@@ -91,6 +92,22 @@ class PlannedTuning:
         settings = attrs.asdict(self.settings, recurse=False) | {"samples": self.samples, "progress": progress}
         self.result = tune(quantized, self.reference, self.data, forward=self.forward, **settings)
 
+    def check_ledger(self, ledger: Ledger) -> None:
+        """Refuse a plan without scales.
+
+        Args:
+            ledger: the fate of each tensor.
+
+        Raises:
+            ArgumentError: with the schemes of the ledger.
+        """
+        specs = [row.spec for row in ledger.stored if row.spec is not None]
+        if not any(isinstance(spec, QuantSpec) for spec in specs):
+            schemes = ", ".join(dict.fromkeys(map(str, specs)))
+            raise ArgumentError(
+                f"tune= changes scales, and {schemes} has none; leave out tune=, or choose a scheme like int4"
+            )
+
     # The scales of a checkpoint.
 
     def check_for_file(self) -> None:
@@ -116,21 +133,10 @@ class PlannedTuning:
         Returns:
             the weights whose scales have changed, in the dtype of the model.
         """
-        quantized = structural_copy(self.reference)
-        for name, value in values.items():
-            _put(quantized, name, value)
+        quantized = quantized_copy(self.reference, values)
         self.run(quantized, progress)
         changed = tuned_tensors(quantized)
         return {name: _value(quantized, name) for name in values if name in changed}
-
-
-def _put(model: nn.Module, name: str, value: QuantizedTensor) -> None:
-    """Put a quantized weight in all places of a parameter."""
-    parameter = find(model, name).tensor
-    stored = PackedWeight(attrs.evolve(value, dtype=parameter.dtype))
-    places = {slot.key: slot for slot in slots(model) if slot.tensor is parameter}
-    for slot in places.values():
-        attach(slot.module, slot.local, stored)
 
 
 def _value(model: nn.Module, name: str) -> QuantizedTensor:

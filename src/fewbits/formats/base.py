@@ -10,8 +10,11 @@ from typing import Any, ClassVar, Protocol
 
 import attrs
 import torch
+from torch import Tensor
 
+from fewbits._sizes import parse_size
 from fewbits.checkpoint.codec import CODEC, Value
+from fewbits.checkpoint.output import MAX_SHARD_SIZE
 from fewbits.checkpoint.reading import Check, check_check
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import CheckpointError, FormatError
@@ -21,15 +24,15 @@ from fewbits.numerics.params import are_sound
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger
-from fewbits.selection.progress import Progress
+from fewbits.selection.progress import Progress, followed
 from fewbits.selection.row import LedgerRow
 
 
-class Readable(Protocol):
-    """A quantized checkpoint that can be read tensor by tensor, such as `fewbits.checkpoint.reading.Checkpoint`.
+class Described(Protocol):
+    """A quantized checkpoint that exists, or that is planned.
 
     Attributes:
-        path: the file or directory.
+        path: the file or directory; for a planned checkpoint, its source.
         ledger: every tensor, by its name before quantization.
     """
 
@@ -39,11 +42,12 @@ class Readable(Protocol):
     @property
     def ledger(self) -> Ledger: ...
 
+
+class Readable(Described, Protocol):
+    """A quantized checkpoint that can be read tensor by tensor, such as `fewbits.checkpoint.reading.Checkpoint`."""
+
     def value(self, name: str) -> Value:
         """Return the stored form of a tensor of the ledger that is not merged into another."""
-
-    def same(self, first: str, second: str) -> bool:
-        """Tell whether two tensors of the ledger, no aliases, are equal bit for bit."""
 
 
 class ForeignCheckpoint(ABC):
@@ -130,11 +134,15 @@ class Exporter(ABC):
         self.allow = allow
 
     @abstractmethod
-    def obstacles(self, source: Readable) -> dict[str, str]:
+    def obstacles(self, source: Described) -> dict[str, str]:
         """Explain, by the name of each tensor, what readers of the format cannot take; empty if they take everything.
 
-        Only headers are read.
+        Only headers and configurations are read, and the scales of a format that limits them.
         """
+
+    def exported(self, source: Described) -> Ledger:
+        """Return the fate of every tensor in the result. By default, every tensor keeps the fate that it has."""
+        return source.ledger
 
     @abstractmethod
     def write(self, source: Readable, target: Path, progress: Progress) -> None:
@@ -153,12 +161,10 @@ class Exporter(ABC):
     def open(self, target: Path) -> Readable:
         """Open a result, for `check`."""
 
-    def settings(self, source: Readable, vocabularies: Collection[int]) -> Mapping[str, Any]:
-        """Return the ``quantization_config`` for ``config.json`` beside a result; empty for none.
+    def config(self, source: Described) -> Mapping[str, Any]:
+        """Return the entries that ``config.json`` beside a result needs, such as ``quantization_config``.
 
-        Args:
-            source: the checkpoint.
-            vocabularies: vocabulary sizes of the model.
+        They replace all quantization settings of the source.
         """
         return {}
 
@@ -169,19 +175,29 @@ class Exporter(ABC):
             CheckpointError: naming the first tensor that differs.
         """
         result = self.open(target)
-        for row in source.ledger.stored:
+        for row in followed("validate", source.ledger.stored, progress):
             if row.name not in result.ledger:
                 raise CheckpointError(f"{target}: {row.name} was not written")
-            found = result.value(row.name)
-            if not same_values(found, source.value(row.name), row):
+            if not same_values(result.value(row.name), source.value(row.name), row):
                 raise CheckpointError(f"{target}: {row.name} reads back with other values than {source.path} has")
+
+
+class DirectoryExporter(Exporter):
+    """An exporter that writes a directory of safetensors files.
+
+    Args:
+        allow: whether to write a checkpoint that has obstacles.
+        max_shard_size: the most bytes of tensors in one file, as for `fewbits.Output`; 5 GB by default.
+    """
+
+    def __init__(self, *, allow: bool = False, max_shard_size: int | str | None = None) -> None:
+        super().__init__(allow=allow)
+        self.max_shard_size = MAX_SHARD_SIZE if max_shard_size is None else parse_size(max_shard_size, "max_shard_size")
 
 
 def same_values(found: Value, expected: Value, row: LedgerRow) -> bool:
     """Tell whether two stored forms of a tensor give the same values in the dtype of its row, bit for bit."""
-    tensors = [value.dequantize() if isinstance(value, QuantizedTensor) else value for value in (found, expected)]
-    first, second = (tensor.to(row.dtype) for tensor in tensors)
-    return same_bits(first, second)
+    return same_bits(*(dequantized(value, row) for value in (found, expected)))
 
 
 def quantized_row(name: str, layout: Layout, spec: QuantSpec, dtype: torch.dtype, reason: str) -> LedgerRow:
@@ -217,3 +233,8 @@ def _without_zeros(name: str, value: QuantizedTensor) -> QuantizedTensor:
     if not torch.equal(filled.dequantize(), value.dequantize()):
         raise FormatError(f"{name}: a scale is 0, but its codes are not: the scales are damaged; fetch the file again")
     return filled
+
+
+def dequantized(value: Value, row: LedgerRow) -> Tensor:
+    """Return the values of a stored tensor, in the dtype of its row."""
+    return value.dequantize(row.dtype) if isinstance(value, QuantizedTensor) else value.to(row.dtype)

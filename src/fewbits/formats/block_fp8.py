@@ -12,7 +12,7 @@ from fewbits.checkpoint.codec import Value
 from fewbits.errors import FormatError, SourceError
 from fewbits.formats.base import ForeignCheckpoint, checked, kept_row, quantized_row
 from fewbits.formats.compressed_config import Fields, read_settings
-from fewbits.formats.foreign_files import foreign_files, open_foreign, open_tensors
+from fewbits.formats.foreign_files import foreign_files, foreign_tensors, open_tensors
 from fewbits.formats.fp8 import KNOWN_BLOCKS, SCALE_SUFFIXES, ScaledWeight, scaled_weights
 from fewbits.numerics.float8 import FLOAT8_DTYPES, float8_codes, float8_spec
 from fewbits.numerics.layout import Layout
@@ -55,7 +55,7 @@ class BlockFP8(ForeignCheckpoint):
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         """Tell whether a checkpoint has an FP8 weight with ``_scale_inv`` beside it."""
-        opened = open_foreign(path)
+        opened = foreign_tensors(path)
         entries = {} if opened is None else opened[1].entries
         scaled = (entries.get(name.removesuffix(SCALE_SUFFIXES[0])) for name in entries if SCALE_SUFFIXES[0] in name)
         return any(entry is not None and entry.dtype in FLOAT8_DTYPES for entry in scaled)

@@ -15,7 +15,7 @@ from fewbits.formats.base import ForeignCheckpoint, checked, kept_row, quantized
 from fewbits.formats.compressed_config import QUANT_METHOD, read_settings
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.formats.compressed_weight import codes_names
-from fewbits.formats.foreign_files import open_foreign
+from fewbits.formats.foreign_files import foreign_tensors
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger
@@ -48,7 +48,7 @@ class CompressedCheckpoint(ForeignCheckpoint):
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         """Tell whether a checkpoint has weights of compressed-tensors, or a config that names the format."""
-        if (opened := open_foreign(path)) is None:
+        if (opened := foreign_tensors(path)) is None:
             return False
         files, tensors = opened
         if codes_names(tensors.entries):

@@ -44,6 +44,7 @@ class CompressedTensors:
         originals: shape and dtype of the source's tensors, by name; None if there is no source to compare with.
 
     Attributes:
+        path: the given path.
         tensors: the tensors in the files.
         ledger: every tensor that can be read; weights have their names before quantization.
         problems: the other tensors, by name: the fate that each would have had, and why it cannot be read or

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from fewbits.checkpoint.codec import Value
+import attrs
+
+from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.metadata import Metadata
-from fewbits.checkpoint.output import MAX_SHARD_SIZE
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import save
-from fewbits.formats.base import Exporter, Readable
+from fewbits.checkpoint.shards import STEM, plan_shards
+from fewbits.formats.base import Described, DirectoryExporter, Readable
+from fewbits.formats.compressed_config import QUANTIZATION_KEYS
+from fewbits.formats.model_config import Readers, config_beside
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, followed
+from fewbits.selection.row import LedgerRow
 
 
-class FewbitsFormat(Exporter):
+class FewbitsFormat(DirectoryExporter):
     """The format of fewbits: a directory of safetensors files, each with digests and a ledger."""
 
     name = "fewbits"
 
-    def obstacles(self, source: Readable) -> dict[str, str]:
+    def obstacles(self, source: Described) -> dict[str, str]:
         """Return nothing: the format holds every tensor that fewbits reads."""
         return {}
 
@@ -31,11 +39,39 @@ class FewbitsFormat(Exporter):
             next(steps)
             return source.value(name)
 
-        about = Metadata(source.ledger)
-        save(SafetensorsSerializer(), target, about, value_of, measured={}, max_shard_size=MAX_SHARD_SIZE)
+        about, readers = _metadata(source), _readers(source)
+        stem = STEM if readers is None else readers.stem
+        serializer = SafetensorsSerializer()
+        save(serializer, target, about, value_of, measured={}, max_shard_size=self.max_shard_size, stem=stem)
+        next(steps, None)  # report the last tensor as done
 
     def open(self, target: Path) -> Readable:
         """Open a result, and check its digests."""
         checkpoint = Checkpoint(target)
         checkpoint.check("digests")
         return checkpoint
+
+    def config(self, source: Described) -> Mapping[str, Any]:
+        """Return the ``quantization_config`` that `fewbits.quantize` would write."""
+        readers = _readers(source)
+        if readers is None or not readers.settings:
+            return {}
+        stored = Ledger(map(_as_stored, source.ledger))
+        first = plan_shards(stored, self.max_shard_size, SafetensorsSerializer.suffix, readers.stem)[0].file
+        return {QUANTIZATION_KEYS[0]: dict(readers.naming(first).settings)}
+
+
+def _readers(source: Described) -> Readers | None:
+    return Readers.beside(config_beside(source.path), source.ledger)
+
+
+def _metadata(source: Readable) -> Metadata:
+    """The metadata of a fewbits checkpoint stays as it is, except for the digests. That of any other is new."""
+    if isinstance(source, Checkpoint):
+        return attrs.evolve(source.metadata, digests={})
+    return Metadata(Ledger(map(_as_stored, source.ledger)))
+
+
+def _as_stored(row: LedgerRow) -> LedgerRow:
+    """Count the bytes of a tensor in a file of fewbits; another tool may store it in more or fewer."""
+    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))

@@ -54,7 +54,7 @@ def open_tensors(files: CheckpointFiles) -> ShardedReader:
     return tensors
 
 
-def open_foreign(path: str | os.PathLike[str]) -> tuple[CheckpointFiles, ShardedReader] | None:
+def foreign_tensors(path: str | os.PathLike[str]) -> tuple[CheckpointFiles, ShardedReader] | None:
     """Open a checkpoint to recognize its format; None if it is not in safetensors files, or fewbits wrote it.
 
     Raises:

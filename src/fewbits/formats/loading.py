@@ -64,7 +64,7 @@ def load(
     ignore: Sequence[str] = (),
     init_buffers: InitBuffers | None = None,
 ) -> dict[str, Value] | nn.Module:
-    """Load a quantized checkpoint: of fewbits, compressed-tensors, GPTQ, AWQ, or block FP8. Nothing is ever unpickled.
+    """Load a checkpoint of fewbits, compressed-tensors, GPTQ, AWQ, GGUF or block FP8. Nothing is ever unpickled.
 
     Tensors of a fewbits checkpoint alias the mapped file. There are two exceptions: the kernels of a layer need another
     weight layout than the file's, or a tensor goes to another device than the CPU. Then all tensors are read in the

@@ -29,7 +29,7 @@ from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
 from fewbits.formats.base import ForeignCheckpoint, checked, kept_row, quantized_row
 from fewbits.formats.compressed_config import read_settings
-from fewbits.formats.foreign_files import foreign_files, open_foreign, open_tensors, read_dtype
+from fewbits.formats.foreign_files import foreign_files, foreign_tensors, open_tensors, read_dtype
 from fewbits.formats.qweight_settings import SETTINGS_FILES, Settings
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout
@@ -104,7 +104,7 @@ class QweightCheckpoint(ForeignCheckpoint):
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         """Tell whether a checkpoint has the tensors of the format, and no settings of another tool."""
-        opened = open_foreign(path)
+        opened = foreign_tensors(path)
         found = [] if opened is None else prefixes(opened[1].entries)
         if opened is None or not found:
             return False

@@ -13,14 +13,20 @@ from fewbits.formats.awq import AWQ
 from fewbits.formats.base import Exporter, ForeignCheckpoint
 from fewbits.formats.block_fp8 import BlockFP8
 from fewbits.formats.compressed_checkpoint import CompressedCheckpoint
+from fewbits.formats.compressed_format import CompressedTensorsFormat
 from fewbits.formats.fewbits_format import FewbitsFormat
+from fewbits.formats.gguf_checkpoint import GGUFCheckpoint
+from fewbits.formats.gguf_export import GGUF
 from fewbits.formats.gptq import GPTQ
+from fewbits.formats.mlx import MLXFormat
 
 #: Formats that can be written, by name.
-EXPORTERS: Mapping[str, type[Exporter]] = {exporter.name: exporter for exporter in (FewbitsFormat,)}
+EXPORTERS: Mapping[str, type[Exporter]] = {
+    exporter.name: exporter for exporter in (FewbitsFormat, CompressedTensorsFormat, GGUF, MLXFormat)
+}
 
 #: Formats of other tools that can be read; the first that recognizes a checkpoint is taken.
-FOREIGN: tuple[type[ForeignCheckpoint], ...] = (BlockFP8, CompressedCheckpoint, GPTQ, AWQ)
+FOREIGN: tuple[type[ForeignCheckpoint], ...] = (GGUFCheckpoint, BlockFP8, CompressedCheckpoint, GPTQ, AWQ)
 
 
 def recognized(

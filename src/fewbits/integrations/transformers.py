@@ -10,9 +10,9 @@ import importlib.util
 from typing import Any
 
 from fewbits.errors import ArgumentError
-from fewbits.integrations.transformers_calibration import LoadedDirectory, load_directory, quantize_directory, write
+from fewbits.integrations.transformers_calibration import LoadedDirectory, load_directory, quantize_directory
 
-__all__ = ["FewbitsConfig", "LoadedDirectory", "load_directory", "quantize_directory", "write"]
+__all__ = ["FewbitsConfig", "LoadedDirectory", "load_directory", "quantize_directory"]
 
 if importlib.util.find_spec("transformers") is not None:
     from fewbits.integrations.transformers_quantizer import FewbitsConfig

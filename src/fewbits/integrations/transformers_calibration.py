@@ -1,11 +1,10 @@
-"""Calibrate the directories of Hugging Face transformers, with text or with what the model writes by itself."""
+"""Calibrate and evaluate directories of Hugging Face transformers, with text or with what the model itself writes."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from torch import Tensor, nn
 
 from fewbits.api import Result, quantize
 from fewbits.errors import ArgumentError, CalibrationError
-from fewbits.integrations.text import cut_windows, read_texts
+from fewbits.integrations.text import cut_windows, read_texts, refuse_overlap, refuse_same_files
+from fewbits.integrations.writing import write
 from fewbits.selection.progress import Progress, Step, no_progress
 
 #: The model writes the calibration text itself.
 SELF = "self"
 
-#: How many windows, and how many tokens in each.
-SAMPLES, SEQUENCE = 128, 512
+#: How many windows for calibration, how many for evaluation, and how many tokens in each.
+SAMPLES, EVALUATION_SAMPLES, SEQUENCE = 128, 32, 512
 
 #: Windows that the model writes at a time. Each has a cache of keys and values for all of its tokens.
 _AT_A_TIME = 32
@@ -33,13 +33,14 @@ def quantize_directory(
     path: str | os.PathLike[str],
     scheme: Any = None,
     *,
-    calibrate: str | os.PathLike[str],
+    calibrate: str | os.PathLike[str] | None = None,
+    evaluate: str | os.PathLike[str] | None = None,
     samples: int = SAMPLES,
+    evaluation_samples: int = EVALUATION_SAMPLES,
     sequence: int = SEQUENCE,
-    progress: Progress = no_progress,
     **arguments: Any,
 ) -> Result:
-    """Quantize the directory of a transformers model with a rounding strategy that needs data.
+    """Quantize the directory of a transformers model with text: to calibrate, to tune, or to evaluate the result.
 
     The result is a directory like that of `fewbits.quantize`. The model is loaded in float32, from local files, without
     code of the directory.
@@ -47,20 +48,24 @@ def quantize_directory(
     Args:
         path: the directory, with ``config.json``, weights and a tokenizer.
         scheme: as in `fewbits.quantize`.
-        calibrate: a text file, a directory of text files, or ``"self"``: a causal language model writes the text.
-        samples: the number of windows of text.
+        calibrate: a text file, a directory of text files, or ``"self"``: a causal language model writes the text. None
+            gives no data to the rounding strategy.
+        evaluate: a text file, or a directory of text files, on which the result is compared with the model; text that
+            is not calibration text. None does not compare.
+        samples: the number of windows of text for calibration.
+        evaluation_samples: the number of windows of text for evaluation.
         sequence: the number of tokens in each window.
-        progress: called with the progress of all steps.
-        arguments: other arguments of `fewbits.quantize`: `output`, `rounding`, `spill`, settings, and so on.
+        arguments: other arguments of `fewbits.quantize`: `output`, `rounding`, `progress`, settings, and so on.
 
     Raises:
-        ArgumentError: if transformers is not installed, the directory cannot be loaded, or the text cannot be read.
+        ArgumentError: if transformers is not installed, the directory cannot be loaded, the text cannot be read, or
+            text for evaluation is also used for calibration.
         CalibrationError: if there is too little text, or the model cannot write any.
         FewbitsError: the errors of `fewbits.quantize`.
     """
-    loaded = load_directory(path)
-    data = loaded.windows(calibrate, samples, sequence, progress)
-    return quantize(path, scheme, model=loaded.model, data=data, progress=progress, **{**arguments, "samples": None})
+    windows = Windows(calibrate, evaluate, samples, evaluation_samples, sequence)
+    given = windows.arguments(load_directory(path), arguments.get("progress", no_progress))
+    return quantize(path, scheme, **{**given, **arguments, "samples": None})
 
 
 def load_directory(path: str | os.PathLike[str]) -> LoadedDirectory:
@@ -71,7 +76,7 @@ def load_directory(path: str | os.PathLike[str]) -> LoadedDirectory:
     """
     transformers = _transformers()
     if not Path(path).is_dir():
-        raise ArgumentError(f"{path} is not a directory; calibration needs the directory of a transformers model")
+        raise ArgumentError(f"{path} is not a directory; text needs the directory of a transformers model")
     local = {"local_files_only": True, "trust_remote_code": False}
     with _without_bars(transformers):
         try:
@@ -126,12 +131,27 @@ class LoadedDirectory:
             ArgumentError: if a number is too small or too large, or the text cannot be read.
             CalibrationError: if there is too little text, or the model cannot write any.
         """
-        self._check(samples, sequence)
         if calibrate == SELF:
+            self.check_writing(samples, sequence)
             return self._written(samples, sequence, progress)
+        self._check(samples, sequence)
         before, after = ([], []) if self.is_causal else self._ends()
         cut = cut_windows(self._tokens(read_texts(calibrate)), samples, sequence - len(before) - len(after))
         return [torch.tensor([[*before, *window, *after]]) for window in cut]
+
+    def check_writing(self, samples: int, sequence: int) -> None:
+        """Refuse a model that cannot write so many windows.
+
+        Raises:
+            ArgumentError: if a number is too small or too large.
+            CalibrationError: if it is no causal language model.
+        """
+        self._check(samples, sequence)
+        if not self.is_causal:
+            raise CalibrationError(
+                f"{type(self.model).__name__} is not a causal language model, and cannot write calibration text; give "
+                "a text file or a directory of text files"
+            )
 
     def _check(self, samples: int, sequence: int) -> None:
         for name, value, least in (("samples", samples, 1), ("sequence", sequence, 8)):
@@ -166,11 +186,6 @@ class LoadedDirectory:
 
     def _written(self, samples: int, sequence: int, progress: Progress) -> list[Tensor]:
         """Let the model write windows, each from a random first token that is not special."""
-        if not self.is_causal:
-            raise CalibrationError(
-                f"{type(self.model).__name__} is not a causal language model, and cannot write calibration text; give "
-                "a text file or a directory of text files"
-            )
         special = set(self.tokenizer.all_special_ids)
         size = min(len(self.tokenizer), self._config.vocab_size)
         plain = torch.tensor([token for token in range(size) if token not in special])
@@ -187,40 +202,63 @@ class LoadedDirectory:
         return windows
 
 
-@torch.no_grad()
-def write(
-    model: Any, first: Tensor, sequence: int, generator: torch.Generator, written: Callable[[int], object]
-) -> Tensor:
-    """Sample texts from the model's own distribution, at temperature 1.
+@attrs.frozen
+class Windows:
+    """The text for a directory, and how to cut it.
 
-    Args:
-        model: a causal language model of transformers.
-        first: the first token of each text, (texts,).
-        sequence: the number of tokens of each text.
-        generator: draws the tokens.
-        written: called with the number of tokens of each text so far.
-
-    Returns:
-        the texts, int64, (texts, sequence).
+    Attributes:
+        calibrate: a text file, a directory of text files, or ``"self"``; None for no calibration.
+        evaluate: a text file, or a directory of text files; None for no evaluation.
+        samples: the number of windows for calibration.
+        evaluation_samples: the number of windows for evaluation.
+        sequence: the number of tokens in each window.
 
     Raises:
-        CalibrationError: if the model keeps no cache of keys and values, or its logits are not finite.
+        ArgumentError: if a file is for both, or `evaluate` is ``"self"``.
     """
-    # Earlier releases of transformers call it "past_key_values".
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    texts, cache = [first[:, None]], None
-    while len(texts) < sequence:
-        written(len(texts))
-        output = model(input_ids=texts[-1], use_cache=True, **{name: cache})
-        cache = getattr(output, name, None)
-        if cache is None:
-            raise CalibrationError(f"{type(model).__name__} has no cache, without which writing takes too long")
-        logits = output.logits[:, -1].float()
-        if not bool(torch.isfinite(logits).all()):
-            raise CalibrationError(f"{type(model).__name__} gives logits that are NaN or Inf")
-        texts.append(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-    written(sequence)
-    return torch.cat(texts, 1)
+
+    calibrate: str | os.PathLike[str] | None = None
+    evaluate: str | os.PathLike[str] | None = None
+    samples: int = SAMPLES
+    evaluation_samples: int = EVALUATION_SAMPLES
+    sequence: int = SEQUENCE
+
+    def __attrs_post_init__(self) -> None:
+        if self.evaluate == SELF:
+            raise ArgumentError(
+                f"evaluation needs text from elsewhere, not {SELF!r}: what the model writes suits it too well"
+            )
+        if self.evaluate is not None and self.calibrate not in (None, SELF):
+            refuse_same_files(self.calibrate, self.evaluate)
+
+    def arguments(self, loaded: LoadedDirectory, progress: Progress = no_progress) -> dict[str, Any]:
+        """Return arguments of `fewbits.quantize`: the model, its windows, and the metrics to compare by.
+
+        Args:
+            loaded: the directory.
+            progress: called while the model writes.
+
+        Raises:
+            ArgumentError: as `LoadedDirectory.windows`, or if windows overlap.
+            CalibrationError: as `LoadedDirectory.windows`.
+        """
+        given: dict[str, Any] = {"model": loaded.model, "samples": None}
+        evaluation = []
+        if self.evaluate is not None:
+            evaluation = given["evaluate"] = loaded.windows(self.evaluate, self.evaluation_samples, self.sequence)
+            given["metrics"] = ["kl", "top1", "perplexity"] if loaded.is_causal else None
+        if self.calibrate is not None:
+            given["data"] = loaded.windows(self.calibrate, self.samples, self.sequence, progress)
+            refuse_overlap(given["data"], evaluation)
+        return given
+
+    def check(self, loaded: LoadedDirectory) -> None:
+        """Refuse what `arguments` would refuse; the model writes no text for that."""
+        if self.calibrate == SELF:
+            loaded.check_writing(self.samples, self.sequence)
+            attrs.evolve(self, calibrate=None).arguments(loaded)
+        else:
+            self.arguments(loaded)
 
 
 def _transformers() -> Any:

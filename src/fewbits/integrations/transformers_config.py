@@ -9,8 +9,8 @@ from typing import Any
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError
 from fewbits.formats.compressed_config import QUANT_METHOD
+from fewbits.formats.model_config import FIRST_FILE, OWN_METHOD, WRITTEN_BY
 from fewbits.quantizers.base import Quantizer
-from fewbits.sources.model_config import FIRST_FILE, OWN_METHOD, WRITTEN_BY
 
 _configs: Any = importlib.import_module("transformers.utils.quantization_config")
 _auto: Any = importlib.import_module("transformers.quantizers.auto")

@@ -18,6 +18,7 @@ from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.folder import find_files
 from fewbits.conversion.encoder import naming
 from fewbits.errors import ArgumentError, StateError
+from fewbits.formats.model_config import OWN_METHOD
 from fewbits.integrations.transformers_config import FewbitsConfig
 from fewbits.integrations.transformers_experts import use_codes_in_experts
 from fewbits.integrations.transformers_loading import ResultLoader, Waiting
@@ -27,7 +28,6 @@ from fewbits.nn.walk import slots
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger
-from fewbits.sources.model_config import OWN_METHOD
 from fewbits.sources.module import describe
 
 __all__ = ["FewbitsConfig", "FewbitsHfQuantizer"]

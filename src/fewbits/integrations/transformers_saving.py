@@ -24,12 +24,12 @@ from fewbits.checkpoint.saving import CheckpointWriter
 from fewbits.checkpoint.shards import Shard, plan_shards, write_index
 from fewbits.errors import ArgumentError
 from fewbits.formats.compressed_config import CONFIG_FILE
+from fewbits.formats.model_config import Readers, read_vocabularies
 from fewbits.nn.base import QuantizedModule
 from fewbits.nn.stored import StoredWeight, stored_weights
 from fewbits.numerics.spec import CastSpec
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.row import Fate, LedgerRow
-from fewbits.sources.model_config import Readers, read_vocabularies
 
 #: Arguments of transformers' `save_pretrained` that change nothing here.
 _HARMLESS = ("safe_serialization", "save_peft_format", "save_original_format", "token")

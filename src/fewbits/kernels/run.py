@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.kernels import reference
+from fewbits.kernels import onnx, reference
 from fewbits.kernels.base import Kernel, PreparedWeight
 from fewbits.kernels.choose import choose
 from fewbits.kernels.ops import product
@@ -32,9 +32,13 @@ def linear(x: Tensor, prepared: PreparedWeight, bias: Tensor | None) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return linear(x, prepared, bias)
     if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        if prepared.description is None:
+        output: Tensor
+        if isinstance(prepared.weight, onnx.Constants):
+            output = onnx.product(x, prepared.weight)
+        elif prepared.description is None:
             return reference.linear(x, prepared.weight, bias)
-        output: Tensor = torch.ops.fewbits.linear(x, prepared.tensors, prepared.description)
+        else:
+            output = torch.ops.fewbits.linear(x, prepared.tensors, prepared.description)
     else:
         output = product(x, prepared.weight, prepared.kernels)
     if bias is not None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fewbits.errors import ArgumentError, FewbitsError, ReadOnlyWeightError
-from fewbits.nn.stored import SUFFIX, StoredWeight, read, reading_once, stored_weights
+from fewbits.nn.stored import SUFFIX, StoredWeight, part_of, read, reading_once, stored_weights
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import CastSpec
@@ -148,16 +148,31 @@ class QuantizedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
-        return read(self, name, stored) if isinstance(stored, StoredWeight) else super().__getattr__(name)
+        if isinstance(stored, StoredWeight):
+            return read(self, name, stored)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Other tools look up every key of the state dict in the module.
+            if (part := part_of(self, name)) is None:
+                raise
+            return part
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def _refuse_change(self, name: str) -> None:
         stored = self.__dict__.get("_modules", {}).get(name + SUFFIX)
         if isinstance(stored, StoredWeight):
             raise ReadOnlyWeightError(
-                f"{type(self).__name__}.{name} is quantized ({stored.spec}) and cannot be assigned to; load other "
-                "codes with load_state_dict, or get a float model with fewbits.dequantize(model) first"
+                f"{type(self).__name__}.{name} is quantized ({stored.spec}) and cannot be assigned to or deleted; load "
+                "other codes with load_state_dict, or get a float model with fewbits.dequantize(model) first"
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_change(name)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_change(name)
+        super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; refuse one that would replace a quantized one."""

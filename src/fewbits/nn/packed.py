@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewbits._heap import trim
 from fewbits.errors import ArgumentError
+from fewbits.kernels import onnx
 from fewbits.kernels.base import Compute, Kernel, PreparedWeight
 from fewbits.kernels.choose import KERNELS, check_compute, kernels_reading, preferred
 from fewbits.kernels.ops import describe
@@ -67,6 +68,8 @@ class PackedWeight(StoredWeight):
         # Prepared once, and again if somebody has replaced a buffer. A compiler must see the buffers.
         (objects, made), buffers = self._made, self._buffers
         if torch.compiler.is_compiling():
+            if onnx.is_exporting():
+                return self._for_onnx(made.weight, buffers["scale"])
             return PreparedWeight(self._wrapped(buffers), made.kernels, made.description)
         return made if objects == tuple(map(id, buffers.values())) else self._prepare(self._wrapped(buffers))
 
@@ -84,6 +87,11 @@ class PackedWeight(StoredWeight):
         if isinstance(weight, PackedInt32):  # compilers trace the reference
             return PreparedWeight(weight, kernels)
         return PreparedWeight(weight, kernels, describe(weight, self.compute, self.candidates))
+
+    def _for_onnx(self, weight: WeightLayout, fake: Tensor | None) -> PreparedWeight:
+        # The exporter has put fake tensors into the buffers; the prepared weight still has the real ones.
+        is_product = self.computes and onnx.refuses_nbits(weight) is None
+        return PreparedWeight(onnx.constants(weight, fake), (REFERENCE,) if is_product else ())
 
     def prepack(
         self, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False

@@ -168,6 +168,15 @@ def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
     }
 
 
+def part_of(module: nn.Module, name: str) -> Tensor | None:
+    """Return the part of a stored weight that the module's state dict holds under this name; None if there is none."""
+    for child_name, child in module.__dict__.get("_modules", {}).items():
+        local = child_name.removesuffix(SUFFIX)
+        if isinstance(child, StoredWeight) and name.startswith(local) and name.removeprefix(local) in child.suffixes:
+            return child.parts()[name.removeprefix(local)]
+    return None
+
+
 def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a forward so that each quantized parameter is dequantized once per call, however often it is read."""
 

@@ -129,9 +129,30 @@ def dequantize_in_place(model: nn.Module, dtype: torch.dtype | None = None) -> N
                 del held[name]
 
 
+def become_float(module: nn.Module) -> dict[str, StoredWeight]:
+    """Turn one quantized module itself, not its children, into a float module.
+
+    Other modules that share a stored weight keep it.
+
+    Returns:
+        The stored weights that the module had, by parameter name; `attach` puts them back.
+    """
+    stored = stored_weights(module)
+    weights = {name: nn.Parameter(s.dequantize(), requires_grad=s.trainable) for name, s in stored.items()}
+    if weights:
+        _put_back(module, weights)
+    return stored
+
+
 def refuse_save_pretrained(model: nn.Module) -> None:
-    """Make `save_pretrained` raise an error, for a model and for every module in it that contains a quantized one."""
+    """Make `save_pretrained` raise an error, for a model and for every module in it that contains a quantized one.
+
+    Modules that no longer contain a quantized one get their own methods back.
+    """
     for module in model.modules():
+        for name in _SAVING_METHODS:
+            if vars(module).get(name) is _refuse:
+                del module.__dict__[name]
         # A peft model writes its adapters alone, which are not quantized.
         writes_weights = callable(getattr(module, "save_pretrained", None)) and not hasattr(module, "peft_config")
         if writes_weights and any(isinstance(inner, QuantizedModule) for inner in module.modules()):

@@ -143,6 +143,11 @@ def clip_input(x: Tensor, scale: Tensor) -> Tensor:
     return x.clamp(INPUT_SPEC.code_min * scale, INPUT_SPEC.code_max * scale)
 
 
+def lowest_values(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the number that the lowest code of a symmetric spec decodes to, for each scale, in the scales' dtype."""
+    return scale * spec.code_min
+
+
 def centered_codes(codes: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
     """Return the codes minus their zero points, in float64.
 

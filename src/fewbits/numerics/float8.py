@@ -29,6 +29,22 @@ def float8_codes(values: Tensor) -> Tensor | None:
     return None if bool((codes < 0).any()) else codes.to(torch.uint8)
 
 
+def float8_dtype(spec: QuantSpec) -> torch.dtype | None:
+    """Return the float8 dtype whose finite numbers are the levels of a spec; None if there is none."""
+    return next((dtype for dtype, levels in _LEVELS.items() if spec.levels == levels), None)
+
+
+def float8_values(codes: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the float8 numbers of signed codes; the inverse of `float8_codes`.
+
+    Args:
+        codes: signed codes, each with a level.
+        spec: a spec with a `float8_dtype`.
+    """
+    levels = torch.tensor(spec.levels, device=codes.device).to(float8_dtype(spec))
+    return levels.view(torch.uint8)[codes.long() - spec.code_min].view(levels.dtype)
+
+
 @cache
 def float8_numbers(dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Return the numbers that the 256 bytes encode, float32."""

@@ -16,7 +16,6 @@ from fewbits.checkpoint.output import Output
 from fewbits.conversion.coordinator import Coordinator, Written
 from fewbits.conversion.file_job import FileJob
 from fewbits.conversion.live_job import LiveJob
-from fewbits.conversion.planned_tuning import PlannedTuning
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
@@ -61,7 +60,6 @@ class Quantizer(Lifecycle):
         inplace: bool = False,
         entry: str | None = None,
         model: nn.Module | None = None,
-        tuning: PlannedTuning | None = None,
     ) -> Any:
         """Open a source and decide the fate of every tensor in it.
 
@@ -71,9 +69,9 @@ class Quantizer(Lifecycle):
             inplace: quantize the model or mapping itself; `convert` replaces its weights one by one.
             entry: the name of the state dict in a mapping, or a file of `torch.save`, that holds more than that, as a
                 training checkpoint does; ``"a.b"`` names an entry within an entry.
-            model: a model with the weights of the checkpoint `source`, for a rounding strategy that needs data. It does
-                not change. Names may differ from those in the files: parameters are found by their shape and values.
-            tuning: how to tune the scales before the files are written, with a `model`.
+            model: a model with the weights of the checkpoint `source`, for a rounding strategy that needs data, or for
+                `validate` with data. It does not change. Names may differ from those in the files: parameters are found
+                by their shape and values.
 
         Returns:
             for a model, a copy of its structure that shares its weights, to run for calibration (the model itself, if
@@ -91,11 +89,9 @@ class Quantizer(Lifecycle):
         opened = open_source(source, inplace=inplace, entry=entry)
         if model is not None and not isinstance(opened, FileSource):
             raise ArgumentError("model= goes with the path of a checkpoint; load a state dict into the model first")
-        if tuning is not None and model is None:
-            raise ArgumentError("tuning= goes with model=, a model that has the weights of the checkpoint")
         ledger = self._plan(opened.infos)
         if isinstance(opened, FileSource):
-            self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding, model, tuning)
+            self._job = FileJob(opened, ledger, self.observer, self.activation_observer, self.rounding, model)
         else:
             self._job = LiveJob(opened, ledger, self.observer, self.activation_observer, self.rounding)
         self._advance("prepare", tensors=len(ledger), quantized=ledger.count("quantized"), cast=ledger.count("cast"))
@@ -221,8 +217,8 @@ class Quantizer(Lifecycle):
             ValidationError: if something failed and `on_failure` is "error"; it carries the report.
             ArgumentError: for another value of `on_failure`, a `fail_under` that is no number, an unknown metric, or
                 settings of a comparison without data.
-            CalibrationError: if `data` is given for a source without a float model (a state dict, a file, a model
-                quantized in place), or the outputs of a batch cannot be compared.
+            CalibrationError: if `data` is given for a source without a float model (a state dict, a file without
+                `model`, a model quantized in place), or the outputs of a batch cannot be compared.
         """
         job = self._guarded("validate")
         check_choice("on_failure", on_failure, get_args(OnFailure))

@@ -8,9 +8,11 @@ from fewbits._events import emit
 from fewbits.conversion.file_job import FileJob
 from fewbits.conversion.file_writer import Share
 from fewbits.conversion.job import Job
+from fewbits.conversion.planned_tuning import PlannedTuning
 from fewbits.errors import ArgumentError, StateError
 from fewbits.quantizers.scheme import Scheme
 from fewbits.selection.ledger import Ledger
+from fewbits.validation.evaluation import Evaluation
 from fewbits.validation.report import Report
 
 
@@ -56,6 +58,21 @@ def guard(state: State, call: str) -> None:
     else:
         missing = "convert()" if call in ("validate", "save") else "reset()"
     raise StateError(f"{call}() is not legal in state {state.name}; call {missing} first")
+
+
+def plan_for_file(quantizer: Lifecycle, tuning: PlannedTuning | None, evaluation: Evaluation | None) -> None:
+    """Let a quantizer whose source is a file tune and compare the result before it writes the files.
+
+    Args:
+        quantizer: a prepared quantizer.
+        tuning: how to tune the scales; None leaves them as they are.
+        evaluation: how to compare the result with the model; None does not compare.
+
+    Raises:
+        ArgumentError: if the source is no file with a model, or `tuning` asks for more than scales.
+        MismatchError: naming the converted tensors that are not exactly one parameter of the model.
+    """
+    quantizer._guarded_file_job().plan(tuning, evaluation)
 
 
 class Lifecycle(Scheme):

@@ -61,14 +61,21 @@ def act_on_failure(report: Report, on_failure: OnFailure) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def check_evaluation(
-    source: object, evaluate: object, metrics: Any, limits: Any, *, validate: bool, inplace: bool
-) -> None:
-    """Refuse settings of the validation that it would refuse, or not use, after a long conversion.
+def planned_evaluation(
+    float_model: object,
+    evaluate: Iterable[Any] | None,
+    forward: Forward | None,
+    metrics: Sequence[str] | None,
+    limits: Mapping[str, float] | None,
+    *,
+    validate: bool,
+    inplace: bool,
+) -> Evaluation | None:
+    """Make the evaluation that follows a conversion; None without `evaluate`. Its first batch runs now.
 
     Raises:
-        ArgumentError: naming the settings.
-        CalibrationError: if no outputs of `source` can be compared.
+        ArgumentError: for settings that the validation would refuse, or not use, after a long conversion.
+        CalibrationError: if no outputs of the float model can be compared, or it cannot run the first batch.
     """
     settings = {"evaluate": evaluate, "metrics": metrics, "limits": limits}
     given = [f"{name}=" for name, value in settings.items() if value is not None]
@@ -76,6 +83,6 @@ def check_evaluation(
         raise ArgumentError(f"{' and '.join(given)} set up the validation, which validate=False turns off")
     if given and evaluate is None:
         raise ArgumentError(f"{' and '.join(given)} without evaluate=: pass the batches to compare outputs on")
-    if evaluate is not None:
-        evaluation_of((), None, metrics, limits)
-        checked_model(source, inplace=inplace)
+    if evaluate is None:
+        return None
+    return Evaluation(evaluate, forward, metrics, limits or {}).tried(checked_model(float_model, inplace=inplace))

@@ -59,3 +59,30 @@ def followed(
         yield row
         done += row.bytes_before
         progress(Step(activity, row.name, done, total))
+
+
+class WeightSteps:
+    """Reports the progress of a calibration, in bytes of weights.
+
+    Args:
+        progress: called with the steps.
+        rows: the rows of all weights.
+    """
+
+    def __init__(self, progress: Progress, rows: Sequence[LedgerRow]) -> None:
+        self._progress, self._done, self._total = progress, 0, sum(row.bytes_before for row in rows)
+
+    def before(self, row: LedgerRow) -> None:
+        """Report that a weight comes next."""
+        self._progress(Step("calibrate", row.name, self._done, self._total))
+
+    def after(self, row: LedgerRow) -> None:
+        """Report that a weight is done."""
+        self._done += row.bytes_before
+        self.before(row)
+
+    def skip(self, rows: Sequence[LedgerRow]) -> None:
+        """Report that an earlier run has finished these weights."""
+        self._done += sum(row.bytes_before for row in rows[:-1])
+        for row in rows[-1:]:
+            self.after(row)

@@ -60,7 +60,7 @@ class LedgerRow:
         persistent: whether the source's state dict has it.
         dequantized_from: the dtype of the source's codes, if they are dequantized on reading; None otherwise.
         merged_into: the name of the weight whose scale this tensor is; None unless merged.
-        tuned: whether tuning changed the stored values: the scales of a quantized weight, or a kept tensor itself.
+        tuned: whether tuning, or a merged adapter, changed the stored values after the conversion.
     """
 
     name: str = attrs.field(validator=_is(str))
@@ -112,8 +112,7 @@ class LedgerRow:
     def as_tuned(self) -> LedgerRow:
         """Return this row for a tensor whose values were tuned."""
         spec = attrs.evolve(self.spec, rounding="free") if isinstance(self.spec, QuantSpec) else self.spec
-        what = "tuned" if self.spec is None else "scales tuned"
-        return attrs.evolve(self, spec=spec, tuned=True, reason=f"{self.reason}; {what}")
+        return attrs.evolve(self, spec=spec, tuned=True, reason=f"{self.reason}; tuned")
 
     def continues(self, planned: LedgerRow) -> bool:
         """Tell whether this is a planned row, perhaps with remarks that were added to its reason, or tuned."""

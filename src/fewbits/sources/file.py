@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fewbits._events import emit
 from fewbits.checkpoint import torch_file
 from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.folder import ShardedReader, companions, find_files
@@ -19,22 +20,21 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import ChunkReader, Reader
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import ArgumentError, SourceError
-from fewbits.formats.compressed_config import CONFIG_FILE
+from fewbits.formats.compressed_config import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import KNOWN_BLOCKS, scaled_weights
+from fewbits.formats.model_config import (
+    QUANTIZATION_FILES,
+    Readers,
+    copy_config,
+    read_block_sizes,
+)
 from fewbits.nn.storage import overlaps
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.scaled import FP8_DTYPES
 from fewbits.selection.ledger import Ledger
 from fewbits.sources.base import Source
 from fewbits.sources.entries import entry_infos
-from fewbits.sources.model_config import (
-    QUANTIZATION_FILES,
-    Readers,
-    copy_config,
-    read_block_sizes,
-    read_vocabularies,
-)
 
 #: Suffixes of tensor files in a directory. If files of several kinds exist, the first kind in this list is used.
 SUFFIXES = (SafetensorsSerializer.suffix, *torch_file.SUFFIXES)
@@ -127,8 +127,7 @@ class FileSource(Source):
 
     def readers(self, ledger: Ledger) -> Readers | None:
         """Return which libraries can open the result; None if the source is not a transformers model directory."""
-        vocabularies = None if self._config is None else read_vocabularies(self._config)
-        return None if vocabularies is None else Readers.of(ledger, vocabularies)
+        return Readers.beside(self._config, ledger)
 
     def copy_companions(self, folder: Path, readers: Readers | None) -> None:
         """Copy the companion files to another directory, with the result's quantization settings in ``config.json``.
@@ -143,7 +142,10 @@ class FileSource(Source):
         settings = {} if readers is None else readers.settings
         for name in self.companions:
             if name == CONFIG_FILE and (settings or self._scaled):
-                copy_config(self._home / name, folder / name, settings)
+                entries = {QUANTIZATION_KEYS[0]: settings} if settings else {}
+                if removed := copy_config(self._home / name, folder / name, entries):
+                    reason = "it describes the weights of the source, not of the result"
+                    emit("warning", "config_changed", file=str(self._config), removed=removed, reason=reason)
             else:
                 copy_durably(self._home / name, folder / name)
 

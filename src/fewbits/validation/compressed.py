@@ -81,7 +81,7 @@ def verify_compressed_tensors(
 def _examined(row: LedgerRow, pairs: Pairs, checkpoint: CompressedTensors, fail_under: float) -> TensorReport:
     found = examined(row, pairs, fail_under)
     weight = checkpoint.weights.get(row.name)
-    return found if weight is None or found.measurement is None else attrs.evolve(found, scheme=weight.weight.scheme)
+    return found if weight is None else attrs.evolve(found, scheme=weight.weight.scheme)
 
 
 def _unexplained(checkpoint: CompressedTensors) -> Iterator[str]:

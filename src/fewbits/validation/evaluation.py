@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
 from types import EllipsisType
 from typing import Any
 
@@ -56,6 +57,22 @@ class Evaluation:
         if self.metrics is not None:
             check_metrics(self.metrics)
         check_limits(self.limits)
+
+    def tried(self, reference: nn.Module) -> Evaluation:
+        """Run the float model on the first batch, before the work on a quantized model begins.
+
+        Args:
+            reference: the float model.
+
+        Returns:
+            an evaluation that still has the first batch, although an iterator gives it once.
+
+        Raises:
+            CalibrationError: if there is no batch, or the first one cannot be run or compared.
+        """
+        first = [batch for _, batch in islice(Batches(self.data), 1)]
+        attrs.evolve(self, data=first).run(reference, reference)
+        return attrs.evolve(self, data=chain(first, self.data)) if isinstance(self.data, Iterator) else self
 
     def run(
         self,
@@ -124,8 +141,8 @@ def checked_model(model: object, *, inplace: bool) -> nn.Module:
     elsewhere = "fewbits.extend.compare_outputs(float_model, quantized_model, data) compares any two models"
     if not isinstance(model, nn.Module):
         raise CalibrationError(
-            "a state dict or a file has no forward whose outputs could be compared; quantize the model itself, or "
-            f"load the result into a model: {elsewhere}"
+            "a state dict or a file has no forward whose outputs could be compared; quantize the model itself, or pass "
+            f"the model of a file (model=), or load the result into a model: {elsewhere}"
         )
     if inplace:
         raise CalibrationError(

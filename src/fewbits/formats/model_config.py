@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from fewbits._events import emit
-from fewbits.checkpoint.folder import read_json
+from fewbits.checkpoint.folder import CheckpointFiles, file_beside, read_json
 from fewbits.checkpoint.raw import copy_durably, write_durably
 from fewbits.checkpoint.shards import OWN_STEM, STEM
 from fewbits.errors import CheckpointError, FormatError
-from fewbits.formats.compressed_config import QUANTIZATION_KEYS
-from fewbits.formats.compressed_export import export_obstacle, quantization_config
+from fewbits.formats.compressed_config import CONFIG_FILE, QUANTIZATION_KEYS
+from fewbits.formats.compressed_export import quantization_config
+from fewbits.formats.compressed_rules import transformers_obstacles
 from fewbits.selection.ledger import Ledger
 
 #: The ``quant_method`` of results that only fewbits reads.
@@ -69,6 +70,12 @@ class Readers:
     settings: Mapping[str, Any]
 
     @classmethod
+    def beside(cls, config: Path | None, ledger: Ledger) -> Readers | None:
+        """Return which libraries can open a result beside a configuration; None if it is not one of transformers."""
+        vocabularies = None if config is None else read_vocabularies(config)
+        return None if vocabularies is None else cls.of(ledger, vocabularies)
+
+    @classmethod
     def of(cls, ledger: Ledger, vocabularies: Collection[int]) -> Readers:
         """Return which libraries can open a result.
 
@@ -76,8 +83,9 @@ class Readers:
             ledger: the ledger of the result.
             vocabularies: vocabulary sizes of the model.
         """
-        obstacle = export_obstacle(ledger, vocabularies)
-        if obstacle is not None:
+        obstacles = transformers_obstacles(ledger, vocabularies)
+        if obstacles:
+            obstacle = " ".join(next(iter(obstacles.items())))
             return cls(obstacle, {"quant_method": OWN_METHOD, "open_with": _OPEN_WITH})
         settings = quantization_config(ledger, vocabularies)
         return cls(None, settings | {WRITTEN_BY: OWN_METHOD} if settings else {})
@@ -99,6 +107,26 @@ class Readers:
         return "opens in transformers" + (", with compressed-tensors installed" if self.settings else "")
 
 
+def config_beside(path: str | os.PathLike[str]) -> Path | None:
+    """Return the configuration in the directory of a checkpoint; None if there is none, or the path is a single file.
+
+    Args:
+        path: the directory, the index in it, or a file.
+
+    Raises:
+        FormatError: if the configuration is a link to somewhere else.
+    """
+    home = folder_of(path)
+    return None if home is None else file_beside(CheckpointFiles((), home), CONFIG_FILE)
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path | None:
+    """Return the directory of a checkpoint, given it or the index in it; None for a single file."""
+    found = Path(path)
+    home = found.parent if ".index." in found.name else found
+    return home if home.is_dir() else None
+
+
 def read_vocabularies(path: Path) -> frozenset[int] | None:
     """Return the vocabulary sizes in a transformers model's configuration; None if it is not such a model."""
     try:
@@ -109,13 +137,16 @@ def read_vocabularies(path: Path) -> frozenset[int] | None:
     return frozenset(found) if "model_type" in config else None
 
 
-def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
+def copy_config(source: Path, target: Path, entries: Mapping[str, Any]) -> list[str]:
     """Copy a configuration and replace its quantization settings.
 
     Args:
         source: the file to read.
         target: the file to write.
-        settings: the new ``quantization_config``; empty removes the present settings.
+        entries: new entries, such as ``quantization_config``. The present settings are removed in any case.
+
+    Returns:
+        the paths of the removed settings, in the configuration.
 
     Raises:
         FormatError: if the file is not JSON.
@@ -123,14 +154,12 @@ def copy_config(source: Path, target: Path, settings: Mapping[str, Any]) -> None
     """
     config = read_json(source)
     removed = [path for path, key, _ in _walk(config) if key in QUANTIZATION_KEYS]
-    changed = _without_settings(config) | ({QUANTIZATION_KEYS[0]: settings} if settings else {})
+    changed = _without_settings(config) | dict(entries)
     if changed == config:
         copy_durably(source, target)
     else:
         write_durably(target, (json.dumps(changed, indent=2) + "\n").encode())
-    if removed:
-        reason = "it describes the weights of the source, not of the result"
-        emit("warning", "config_changed", file=str(source), removed=removed, reason=reason)
+    return removed
 
 
 def _walk(value: object, path: str = "") -> Iterator[tuple[str, str, Any]]:

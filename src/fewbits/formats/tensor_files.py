@@ -1,0 +1,73 @@
+"""Write a directory of safetensors files for other tools: without metadata of fewbits, and with a plain index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fewbits.checkpoint.raw import write_durably
+from fewbits.checkpoint.safetensors import SafetensorsSerializer
+from fewbits.checkpoint.serializer import Entry, Header
+from fewbits.checkpoint.shards import STEM, shard_name
+
+#: Shape and dtype of the tensors that a file holds for one weight, by their names.
+Parts = Mapping[str, Entry]
+
+
+def write_files(
+    folder: Path,
+    parts: Mapping[str, Parts],
+    read: Callable[[str], Mapping[str, Tensor]],
+    *,
+    metadata: Mapping[str, str],
+    max_shard_size: int,
+) -> None:
+    """Write tensors, and the index if there are several files.
+
+    Args:
+        folder: an existing directory.
+        parts: for each weight, the tensors that hold it. They are written to one file.
+        read: returns the tensors of one weight.
+        metadata: strings for the header of each file.
+        max_shard_size: the most bytes of tensors in one file. A larger weight has a file of its own.
+
+    Raises:
+        CheckpointError: if a file cannot be written.
+    """
+    shards = _shards(parts, max_shard_size)
+    serializer = SafetensorsSerializer()
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        file = shard_name(index, len(shards), serializer.suffix)
+        entries = {part: entry for name in names for part, entry in parts[name].items()}
+        weight_map |= dict.fromkeys(entries, file)
+        with serializer.writer(folder / file, Header(entries, metadata)) as writer:
+            for name in names:
+                for part, tensor in read(name).items():
+                    writer.write(part, tensor)
+            writer.seal(metadata)
+            writer.close()
+    if len(shards) > 1:
+        index_file = {"metadata": {"total_size": sum(map(_nbytes, parts.values()))}, "weight_map": weight_map}
+        text = json.dumps(index_file, indent=2) + "\n"
+        write_durably(folder / f"{STEM}{serializer.suffix}.index.json", text.encode())
+
+
+def _shards(parts: Mapping[str, Parts], max_shard_size: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entries in parts.items():
+        nbytes = _nbytes(entries)
+        if size and size + nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def _nbytes(entries: Parts) -> int:
+    return sum(entry.nbytes for entry in entries.values())
