@@ -121,7 +121,7 @@ def _class_obstacle(row: LedgerRow, bias: tuple[int, ...] | None) -> str | None:
 def _codes_obstacle(row: LedgerRow, spec: QuantSpec) -> str | None:
     size, columns = spec.group_size, row.shape[-1]
     if spec.levels is not None and (float8_dtype(spec) != torch.float8_e4m3fn or size is not None):
-        return "has a table of levels; compressed-tensors has integers, and FP8 with a scale for each row"
+        return "has a table of levels; fewbits writes integers, and FP8 with one scale for each row"
     if spec.scale_bits is not None:
         return "has two levels of scales (scale_bits); compressed-tensors has one level only"
     if size and columns % size:
