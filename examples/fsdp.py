@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -42,8 +43,12 @@ def work(rank: int, meeting_point: str) -> None:
     shards = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
     print(f"rank {rank} holds the codes of every layer, and of the parameters {shards}", flush=True)
     x = torch.linspace(-1, 1, 4 * 64).reshape(4, 64)
-    expected = step(fewbits.quantize(build(), "int8").model, x)
-    torch.testing.assert_close(step(model, x), expected)
+    whole = fewbits.quantize(build(), "int8").model
+    torch.testing.assert_close(step(model, x), step(whole, x))
+
+    # To save the model, gather its parameters in a model that is not sharded.
+    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    torch.testing.assert_close(whole(x), model(x))
     dist.destroy_process_group()
 
 

@@ -56,6 +56,7 @@ FILES = {
     "a Git LFS pointer": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\nsize 1"), "git lfs pull"),
     "a web page": (lambda p: p.write_text("\n<!DOCTYPE html><html></html>"), "is a web page"),
     "an error as XML": (lambda p: p.write_text("<?xml version='1.0'?><Error>AccessDenied</Error>"), "is a web page"),
+    "GGUF": (lambda p: p.write_bytes(b"GGUF\x03\0\0\0" + bytes(100)), "is (not )?a GGUF file"),
     "ONNX": (lambda p: p.write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x053.0.0" + bytes(50)), "ONNX model"),
     "HDF5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50)), "is an HDF5 file"),
     "TFLite": (lambda p: p.write_bytes(b"\x1c\0\0\0TFL3" + bytes(50)), "is a TFLite model"),

@@ -68,6 +68,13 @@ def test_a_checkpoint_is_loaded_into_a_model_and_converted(scratch, tmp_path):
     assert fewbits.plan(path, "int8", min_elements=0).ledger["l.weight"].dtype == torch.bfloat16
 
 
+def test_a_default_device_does_not_change_what_is_read(scratch):
+    path = checkpoint(scratch, (64, 48), (4, 3), block=[16, 16])
+    with torch.device("meta"):
+        found = fewbits.load(path)["l.weight"]
+    assert found.equal(fewbits.load(path)["l.weight"])
+
+
 def test_damage_is_refused_with_the_name_of_the_tensor(scratch):
     with pytest.raises(FormatError, match=r"l\.weight_scale_inv .*does not fit l\.weight"):
         fewbits.load(checkpoint(scratch, (64, 48), (4, 4), block=[16, 16]))

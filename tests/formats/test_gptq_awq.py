@@ -140,6 +140,15 @@ def test_a_zero_point_of_0_that_gptqmodel_stored_in_version_1_is_read(scratch):
     assert same(fewbits.load(write(scratch, tensors, Recipe().settings()))["l.weight"], made)
 
 
+def test_a_default_device_does_not_change_what_is_read(scratch):
+    for method, changes in (("gptq", {}), ("gptq", {"act_order": True}), ("awq", {})):
+        path, _ = checkpoint(scratch, method, **changes)
+        expected = fewbits.load(path, dequantize=True)
+        with torch.device("meta"):
+            found = fewbits.load(path, dequantize=True)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_weights_have_the_dtype_that_the_config_states(scratch):
     path = write(scratch, gptq("l", layer(Recipe())), Recipe().settings(), torch_dtype="bfloat16")
     weight = fewbits.load(path)["l.weight"]
@@ -212,6 +221,19 @@ def test_convert_keeps_the_codes(tmp_path, method):
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert not (tmp_path / "out" / "quantize_config.json").exists()
     assert "gptq" not in (tmp_path / "out" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_survive_the_way_through_fewbits_and_compressed_tensors(tmp_path, bits):
+    path, layers = checkpoint(tmp_path / "gptq", "gptq", bits=bits, symmetric=True)
+    ways = {"direct": ["compressed-tensors"], "around": ["fewbits", "compressed-tensors", "fewbits"]}
+    for way, formats in ways.items():
+        found = path
+        for index, format in enumerate(formats):
+            fewbits.convert(found, tmp_path / f"{way}{index}", format)
+            found = tmp_path / f"{way}{index}"
+        loaded = fewbits.load(found)
+        assert all(same(loaded[f"{name}.weight"], made) for name, made in layers.items())
 
 
 def test_convert_holds_one_tensor_at_a_time(tmp_path, monkeypatch):

@@ -116,6 +116,22 @@ def test_adding_an_adapter_dequantizes_a_weight_a_few_times_at_most(monkeypatch)
     assert reads.count("weight") <= 4
 
 
+def test_several_adapters_are_chosen_mixed_and_turned_off(tmp_path):
+    base = quantized().model
+    base_output = base.eval()(IDS)
+    model = adapted(base)
+    first = model(IDS)
+    model.add_adapter("other", peft.LoraConfig(target_modules=["proj"], r=2, init_lora_weights=False))
+    model.set_adapter("other")
+    second = model.eval()(IDS)
+    torch.testing.assert_close(model(IDS, adapter_names=["default", "other"]), torch.stack([first[0], second[1]]))
+    with model.disable_adapter():
+        assert torch.equal(model(IDS), base_output)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(quantized().model, tmp_path / "other", low_cpu_mem_usage=True)
+    assert torch.equal(loaded(IDS), second)
+
+
 def test_a_quantized_module_to_save_is_trained_as_a_float_copy(tmp_path):
     config = peft.LoraConfig(target_modules=["proj"], modules_to_save=["head"], r=4)
     model = peft.get_peft_model(quantized().model, config)
@@ -237,6 +253,13 @@ def test_a_merge_can_quantize_each_layer_again_with_its_own_scheme(scheme, integ
         weight = getattr(floats, name).weight.detach()
         assert fewbits.measure(weight, stored.value()).sqnr_db > 15
     torch.testing.assert_close(merged(IDS), floats(IDS), rtol=0.5, atol=0.5)
+
+
+def test_the_bias_of_an_adapter_is_merged():
+    model = adapted(quantized().model, lora_bias=True)
+    model.base_model.model.proj.lora_B["default"].bias.data.fill_(0.5)
+    output = model(IDS)
+    torch.testing.assert_close(model.merge_and_unload()(IDS), output, rtol=1e-4, atol=1e-5)
 
 
 def test_static_input_scales_survive_a_merge_that_quantizes_again():

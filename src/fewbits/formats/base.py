@@ -213,17 +213,15 @@ def kept_row(name: str, entry: Entry, reason: str = "not quantized") -> LedgerRo
 
 
 def checked(name: str, value: QuantizedTensor) -> QuantizedTensor:
-    """Return a weight that was read from a file, if numbers can be decoded from it.
+    """Return a weight that was read from a file, if its scales are sound.
 
     Raises:
-        FormatError: if a scale is NaN or infinite, or zero where the codes are not, or a code has no meaning.
+        FormatError: if a scale is NaN or infinite, or zero where the codes are not.
     """
     if value.scale.dtype in FLOAT_DTYPES and bool((value.scale == 0).any()):
         value = _without_zeros(name, value)
     if not are_sound(value.params().scale):
         raise FormatError(f"{name}: a scale is NaN or Inf; fetch the file again, or quantize the model again")
-    if not value.has_valid_codes():
-        raise FormatError(f"{name}: a code has no level in {value.spec}; fetch the file again")
     return value
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import attrs
 import torch
+from torch import Tensor
 
 from fewbits.checkpoint.codec import Value
 from fewbits.errors import FormatError, SourceError
@@ -15,8 +16,8 @@ from fewbits.formats.compressed_config import Fields, read_settings
 from fewbits.formats.foreign_files import foreign_files, foreign_tensors, open_tensors
 from fewbits.formats.fp8 import KNOWN_BLOCKS, SCALE_SUFFIXES, ScaledWeight, scaled_weights
 from fewbits.numerics.float8 import FLOAT8_DTYPES, float8_codes, float8_spec
-from fewbits.numerics.layout import Layout
-from fewbits.numerics.packing import pack
+from fewbits.numerics.layout import Layout, block_rows
+from fewbits.numerics.packing import pack, packed_words
 from fewbits.numerics.scaled import FP8_TARGET
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
@@ -70,15 +71,23 @@ class BlockFP8(ForeignCheckpoint):
         if weight is None or row.layout is None or not isinstance(row.spec, QuantSpec):
             return self._tensors.read_whole(name)
         rows, columns = row.layout.matrix_shape
-        codes = float8_codes(self._tensors.read_whole(name).reshape(rows, columns))
-        if codes is None:
-            raise FormatError(f"{name} holds NaN or Inf; fetch the file again")
-        shape = row.spec.scale_shape(rows, columns)
-        first = torch.arange(rows)[:, None] * columns + torch.arange(shape[-1]) * row.spec.width(columns)
-        places = weight.grid.scale_of(first) if len(shape) > 1 else torch.zeros(1, dtype=torch.int64)
-        scale = self._tensors.read_whole(weight.scale).reshape(-1)[places]
-        value = QuantizedTensor(pack(codes, 8), scale, None, row.spec, row.layout, row.dtype)
+        scale = self._tensors.read_whole(weight.scale).reshape(-1)
+        if row.spec.granularity != "tensor":  # each group has the scale of its first element
+            starts = torch.arange(row.spec.groups(columns), device="cpu") * row.spec.width(columns)
+            scale = scale[weight.grid.scale_of(torch.arange(rows, device="cpu")[:, None] * columns + starts)]
+        value = QuantizedTensor(self._packed(name, rows, columns), scale, None, row.spec, row.layout, row.dtype)
         return checked(name, value)
+
+    def _packed(self, name: str, rows: int, columns: int) -> Tensor:
+        packed = torch.empty(rows, packed_words(columns, 8), dtype=torch.int32, device="cpu")
+        step = block_rows(columns)  # intermediate results are several times as large as the codes
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            codes = float8_codes(self._tensors.read_chunk(name, start * columns, (stop - start, columns)))
+            if codes is None:
+                raise FormatError(f"{name} holds NaN or Inf; fetch the file again")
+            pack(codes, 8, out=packed[start:stop])
+        return packed
 
     def _row(self, name: str) -> LedgerRow:
         entry, weight = self._tensors.entries[name], self._weights.get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Iterator, Mapping
@@ -109,6 +108,7 @@ class GGUFFile:
         path: the file.
         fields: the keys with their values, in the form that the package has for them.
         tensors: the tensors by name, in the order of the file.
+        architecture: the architecture of the model.
         alignment: the multiple of bytes at which tensors begin.
 
     Raises:
@@ -129,6 +129,10 @@ class GGUFFile:
             for tensor in reader.tensors
         }
         self._check(reader)
+        architecture = self.value("general.architecture")
+        if not isinstance(architecture, str):
+            raise FormatError(f"{path} is not a GGUF file of a model: the key general.architecture is {architecture!r}")
+        self.architecture: str = architecture
 
     def _check(self, reader: Any) -> None:
         if reader.byte_order != "I":
@@ -140,18 +144,6 @@ class GGUFFile:
             if tensor.data_offset < end:
                 raise FormatError(f"{self.path}: {tensor.name} shares bytes with another tensor or with the header")
             end = tensor.data_offset + tensor.n_bytes
-
-    @functools.cached_property
-    def architecture(self) -> str:
-        """The architecture of the model.
-
-        Raises:
-            FormatError: if the file does not name one.
-        """
-        name = self.value("general.architecture")
-        if not isinstance(name, str):
-            raise FormatError(f"{self.path}: the key general.architecture is {name!r}, not a name")
-        return name
 
     def value(self, key: str) -> Any:
         """Return the value of a key; None if the file does not have the key."""

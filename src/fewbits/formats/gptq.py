@@ -67,7 +67,7 @@ class GPTQ(QweightCheckpoint):
         low, high = map(int, torch.aminmax(groups))
         if low < 0 or high >= count:
             raise FormatError(f"{described(name, entry)} names groups from {low} to {high}; there are {count} groups")
-        return None if torch.equal(groups, torch.arange(inputs) // width) else groups
+        return None if torch.equal(groups, torch.arange(inputs, device="cpu") // width) else groups
 
     def codes(self, weight: Packed) -> Tensor:
         """Read the codes of a weight, packed as in `fewbits.numerics.packing`."""

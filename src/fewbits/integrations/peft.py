@@ -197,7 +197,7 @@ class _OnQuantizedLayers:
         adapter_names: Sequence[str] | None = None,
         requantize: bool = False,
     ) -> Any:
-        """Merge all adapters, and return the model without PEFT; see `fewbits.integrations.peft.merge_and_unload`."""
+        """Merge all adapters; see `fewbits.integrations.peft.merge_and_unload`, which shows no progress bar."""
         if requantize or any(isinstance(module, QuantizedModule) for module in self.model.modules()):
             options: dict[str, Any] = {"safe_merge": safe_merge, "adapter_names": adapter_names}
             return merge_and_unload(self, requantize=requantize, **options)
@@ -254,5 +254,5 @@ def _registered() -> Any:
     return registry[kind]
 
 
-#: The class of LoRA models while this module is imported.
+#: The class of LoRA models after this module was imported.
 LoraModel = _registered()

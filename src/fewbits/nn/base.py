@@ -11,19 +11,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fewbits.errors import ArgumentError, FewbitsError, ReadOnlyWeightError
+from fewbits.errors import ArgumentError, ReadOnlyWeightError
+from fewbits.nn.state_dict import add_weights, take_weights
 from fewbits.nn.stored import SUFFIX, StoredWeight, part_of, read, reading_once, stored_weights
-from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
-from fewbits.numerics.spec import CastSpec
-
-#: The key in the metadata of a state dict that says how each weight is stored: other codes may have the same shapes.
-_STORAGE_SPEC = "fewbits"
-
-_WAY_OUT = (
-    "Load the state dict of a float model into the float model, and quantize that; to fill a float model with a file "
-    "that fewbits wrote, use fewbits.load(path, into=model)."
-)
 
 #: The attribute of classes made at run time: the registered class whose forward the quantized form may replace.
 _REPLACED = "_replaced_class"
@@ -207,39 +198,13 @@ class QuantizedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None:
-            metadata[_STORAGE_SPEC] = {name: stored.storage_spec() for name, stored in stored_weights(self).items()}
-        for name, stored in stored_weights(self).items():
-            parts = stored.parts() if keep_vars else stored.parts_in(destination, prefix + name)
-            destination.update((prefix + name + suffix, part) for suffix, part in parts.items())
+        add_weights(self, destination, prefix, keep_vars=keep_vars)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        others, (_, missing_keys, _, error_msgs) = dict(state_dict), rest
-        for name, stored in stored_weights(self).items():
-            keys = {suffix: prefix + name + suffix for suffix in stored.suffixes}
-            missing = [key for key in keys.values() if key not in others]
-            parts = {suffix: others.pop(key) for suffix, key in keys.items() if key in others}
-            plain = others.pop(prefix + name, None) if missing else parts.get("")
-            storage_spec, own = local_metadata.get(_STORAGE_SPEC, {}).get(name), stored.storage_spec()
-            cast_to = stored.spec.dtype if isinstance(stored.spec, CastSpec) else None
-            if storage_spec not in (None, own) and (parts or plain is not None):
-                error_msgs.append(f"{prefix}{name} is stored as {storage_spec} in the state dict, here as {own}")
-            elif isinstance(plain, Tensor) and plain.dtype != cast_to:
-                if not any(message.endswith(_WAY_OUT) for message in error_msgs):  # one message for a whole state dict
-                    error_msgs.append(
-                        f"{prefix}{name} is {dtype_name(plain.dtype)} in the state dict, and stored as {stored.spec} "
-                        f"in this model. {_WAY_OUT}"
-                    )
-            elif missing:
-                missing_keys += missing
-            else:
-                try:
-                    stored.load_parts(parts, assign=bool(local_metadata.get("assign_to_params_buffers")))
-                except FewbitsError as error:
-                    error_msgs.append(f"{prefix}{name}: {error}")
+        _, missing_keys, _, error_msgs = rest
+        others = take_weights(self, state_dict, prefix, local_metadata, missing_keys, error_msgs)
         super()._load_from_state_dict(others, prefix, local_metadata, *rest)
 
 
