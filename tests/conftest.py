@@ -1,5 +1,6 @@
 """Hypothesis profiles, the real model, the sentences, and the list of tests left out."""
 
+import importlib
 import importlib.util
 import os
 from collections import Counter
@@ -30,6 +31,15 @@ def events():
     with structlog.testing.capture_logs() as captured:
         yield captured
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def transformers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what `fewbits.integrations.transformers` registers, if another test has imported it."""
+    auto = importlib.import_module("transformers.quantizers.auto")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "fewbits", raising=False)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "fewbits", raising=False)
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", auto.CompressedTensorsConfig)
 
 
 @pytest.fixture

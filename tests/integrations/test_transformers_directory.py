@@ -20,6 +20,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors", reason="transformers reads the results with it")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
+pytestmark = pytest.mark.usefixtures("transformers_alone")
+
 EXPERTS = {**TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 IMAGE = {**TEXT, "image_size": 16, "patch_size": 8}
 SEQUENCES = {"vocab_size": 112, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}

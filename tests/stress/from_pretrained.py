@@ -3,6 +3,9 @@
 A Llama of about so many megabytes (default 1200) is written in several shards. A process of its own loads it and
 reports the rise of its peak resident memory (VmHWM), which must stay under the quantized size, the largest shard and
 200 MB. A tiny model warms the process up before. Linux only.
+
+``python tests/stress/from_pretrained.py --decode DIR`` compares how long ``generate`` takes for a causal language model
+that ``from_pretrained`` quantized, and for one that `fewbits.quantize` quantized; both must write the same tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +79,32 @@ def measure(folder: Path, size: int, scheme: str) -> tuple[dict[str, int], int]:
     return figures, figures["stored"] + largest + SPARE
 
 
+def decode(folder: str) -> int:
+    """Time both models in turn; the exit code is 1 if the first takes 10 % longer, or writes other tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import fewbits
+    from fewbits.integrations.transformers import FewbitsConfig
+
+    torch.set_num_threads(1)
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=FewbitsConfig("int4")),
+        fewbits.quantize(source, "int4", validate=False).model,
+    ]
+    ids = torch.arange(100, 116)[None]
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24}
+    least, texts = [float("inf")] * 2, [ids, ids]
+    for turn in range(12):
+        start = time.process_time()
+        texts[turn % 2] = models[turn % 2].generate(ids, **settings)
+        least[turn % 2] = min(least[turn % 2], time.process_time() - start)
+    same = torch.equal(*texts)
+    print(f"from_pretrained {least[0]:.2f} s, quantize {least[1]:.2f} s; the tokens are {'' if same else 'not '}equal")
+    return 0 if same and least[0] <= 1.1 * least[1] else 1
+
+
 def main(arguments: list[str]) -> int:
     """Measure int8 and int4; the exit code is 1 if a rise is too large."""
     size = int(arguments[0]) * MB if arguments else 1200 * MB
@@ -93,5 +123,7 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--load"]:
         load(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--decode"]:
+        sys.exit(decode(sys.argv[2]))
     else:
         sys.exit(main(sys.argv[1:]))
