@@ -74,9 +74,8 @@ def by_llama_cpp(path: Path) -> list[dict[int, float]]:
     server = xllamacpp.Server(params)
     found = []
     for prompt in PROMPTS:
-        request = {"prompt": prompt, "n_predict": 1, "n_probs": 5, "temperature": 0, "cache_prompt": False}
-        answer = server.handle_completions(request)
-        (first,) = answer["completion_probabilities"]
+        request = {"prompt": prompt, "max_tokens": 1, "logprobs": 5, "temperature": 0, "cache_prompt": False}
+        (first,) = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
         found.append({best["id"]: best["logprob"] for best in first["top_logprobs"]})
     return found
 

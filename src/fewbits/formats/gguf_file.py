@@ -180,10 +180,9 @@ def _bounded(reader: type) -> type:
 
     The package itself reads an array that claims 2^60 elements until memory runs out.
     """
+    import numpy as np
 
     def get(self: Any, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        import numpy as np
-
         self.data = np.asarray(self.data)  # cutting pieces out of a plain array is faster
         if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
             raise ValueError("it ends too early")
