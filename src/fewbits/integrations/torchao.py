@@ -50,9 +50,9 @@ def to_torchao(model: nn.Module, *, int8_inputs: bool = False, dequantize_others
     }
     if not places:
         raise ArgumentError(f"no layer of this {type(model).__name__} is quantized; quantize it first")
-    tensor_class = _tensor_class()
     reasons = {name: _refusal(model.get_submodule(at[0]), *at[1:], int8_inputs) for name, at in places.items()}
     _refuse({name: reason for name, reason in reasons.items() if reason and not dequantize_others})
+    tensor_class = _tensor_class()
     copied, made = dequantize(model), dict[StoredWeight, nn.Parameter]()
     for name, (module, local, stored) in places.items():
         if reasons[name] is None:
@@ -65,7 +65,7 @@ def to_torchao(model: nn.Module, *, int8_inputs: bool = False, dequantize_others
 
 def _tensor_class() -> Any:
     if importlib.util.find_spec("torchao") is None:
-        raise ArgumentError("to_torchao needs torchao: pip install torchao")
+        raise ArgumentError("to_torchao needs torchao: pip install 'fewbits[torchao]'")
     return importlib.import_module("torchao.quantization").IntxUnpackedToInt8Tensor
 
 

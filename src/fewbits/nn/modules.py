@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fewbits.kernels.convolution import DOUBLES, FLOATS, PATCHES, sums_of_patches, way_of_sums
+from fewbits.kernels.onnx import is_exporting
 from fewbits.kernels.reference import check_floating, integer_product
 from fewbits.kernels.run import linear
 from fewbits.nn.base import QuantizedModule, form_of
@@ -60,8 +61,10 @@ class QuantizedConvolution(QuantizedModule):
             return _float_product(convolve, input, stored, bias)
         check_floating(input)
         weight = stored.weight_layout()
-        compiling = torch.compiler.is_compiling()
-        way = DOUBLES if compiling else way_of_sums(self, weight, input, stored.compute)[0]
+        if torch.compiler.is_compiling():
+            way = FLOATS if is_exporting() else DOUBLES  # ONNX Runtime has no convolution in float64
+        else:
+            way = way_of_sums(self, weight, input, stored.compute)[0]
         # One scale per sample; an input without a batch axis is one sample.
         return integer_product(
             lambda x, floats: convolve(x, floats, None),
