@@ -92,6 +92,7 @@ INTEGERS = {
     "int4 groups of 128": (groups(128), 256),
     "int4 with zero points": (groups(32, symmetric=False), 160),
     "int4, a shorter last group": (groups(32), 100),
+    "int4, a shorter last group of whole blocks": (groups(128), 160),
     "int4, groups of three blocks": (groups(48, symmetric=False), 192),
     "int4, one group for a whole row": (groups(64), 48),
     "int8 channels, one block": (QuantSpec(8, "channel"), 256),
@@ -132,9 +133,10 @@ def test_dequantize_linear_gives_the_same_output_with_standard_operators_only(tm
     onnx.checker.check_model(written)
     assert [(opset.domain, opset.version) for opset in written.opset_import] == [("", 21)]
     types = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in written.graph.initializer}
-    assert types["layers.0.weight"] == "INT4"
-    assert types["layers.5.weight"] == "INT8"
-    assert types["layers.1.weight_zero_point"] == "INT4"
+    position = {name: f"layers.{index}" for index, name in enumerate(INTEGERS)}
+    assert types[f"{position['int4 groups of 128']}.weight"] == "INT4"
+    assert types[f"{position['int4 with zero points']}.weight_zero_point"] == "INT4"
+    assert types[f"{position['int8 channels, one block']}.weight"] == "INT8"
     assert "UINT8" not in types.values()
     found = run(path, inputs, session__qdq_matmulnbits_accuracy_level="0")
     assert max(differences(found, expected)) < CLOSE

@@ -6,6 +6,7 @@ arithmetic that decodes it.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -107,13 +108,17 @@ def refuses_nbits(weight: WeightLayout) -> str | None:
 
 
 def _block(weight: WeightLayout) -> int:
-    """Return the number of codes in a block, a power of two; 0 if groups cannot be cut into such blocks."""
+    """Return the number of codes in a block, a power of two; 0 if groups cannot be cut into such blocks.
+
+    Blocks that divide the rows are preferred: OpenVINO takes no others.
+    """
     columns, spec = weight.layout.columns, weight.spec
-    width = spec.group_size if spec.groups(columns) > 1 and spec.group_size else columns
-    largest = width & -width
-    if largest >= _SMALLEST_BLOCK:
-        return largest
-    return _PADDED_BLOCK if width == columns else 0
+    group = spec.group_size if spec.groups(columns) > 1 and spec.group_size else columns
+    for width in (math.gcd(group, columns), group):
+        largest = width & -width
+        if largest >= _SMALLEST_BLOCK:
+            return largest
+    return _PADDED_BLOCK if group == columns else 0
 
 
 def product(x: Tensor, weight: Constants) -> Tensor:
