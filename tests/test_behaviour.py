@@ -532,7 +532,7 @@ def test_unknown_arguments_of_the_command_line_set_the_exit_code(arguments, tmp_
 def test_every_listed_command_works(tmp_path, cli):
     save_file(dict(mlp().state_dict()), tmp_path / "in")
     listed = cli("--help")[1].partition("Commands:")[2].splitlines()
-    assert {line.split()[0] for line in listed if line.strip()} == {"quantize", "inspect", "verify"}
+    assert {line.split()[0] for line in listed if line.strip()} == {"quantize", "inspect", "verify", "convert"}
     for arguments in (["quantize", "in", "-o", "out", "--scheme", "int4"], ["inspect", "out"], ["verify", "out"]):
         code, _, err = cli(*arguments)
         assert (code, err) == (0, "")

@@ -17,7 +17,7 @@ from fewbits.checkpoint.shards import Shard
 from fewbits.config.arguments import resolve_settings
 from fewbits.config.config import QuantizationConfig
 from fewbits.conversion.planned_tuning import PlannedTuning
-from fewbits.errors import ArgumentError, FewbitsError
+from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute
 from fewbits.observers.named import ObserverRecipe
 from fewbits.quantizers.base import Quantizer
@@ -164,8 +164,8 @@ def quantize(
             settings |= {"on_failure": config.on_failure, "fail_under": config.fail_under}
             report = quantizer.validate(**settings, progress=progress)
     except BaseException as error:
-        if isinstance(error, FewbitsError):
-            error.result = _result(converted, quantizer, getattr(error, "report", None), tuning)
+        if isinstance(error, Exception):  # an error of the user's data too
+            error.result = _result(converted, quantizer, getattr(error, "report", None), tuning)  # type: ignore[attr-defined]
         elif quantizer is not scheme:
             quantizer.reset()
         raise

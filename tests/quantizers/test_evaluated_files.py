@@ -178,15 +178,15 @@ def raising():
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "error", "message"),
     [
-        (lambda: [*batches(9, 1), torch.randn(4, 5)], "batch 2, of type Tensor, made Net fail"),
-        (raising, "the data gave no batch 2: ZeroDivisionError: no more"),
+        (lambda: [*batches(9, 1), torch.randn(4, 5)], CalibrationError, "batch 2, of type Tensor, made Net fail"),
+        (raising, ZeroDivisionError, "no more"),
     ],
 )
-def test_a_later_batch_that_cannot_be_run_loses_no_result(source, net, tmp_path, data, message):
+def test_a_later_batch_that_cannot_be_run_loses_no_result(source, net, tmp_path, data, error, message):
     for given, arguments in sources(net, source, tmp_path):
-        with pytest.raises(CalibrationError, match=message) as caught:
+        with pytest.raises(error, match=message) as caught:
             fewbits.quantize(given, "int4", evaluate=data(), **INT4, **arguments)
         result = caught.value.result
         assert result.quantizer.validate(batches(9)).ok

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import count
 from typing import Any, Literal
 
 import attrs
 from torch import Tensor
 
 from fewbits._events import emit
-from fewbits.errors import ArgumentError, CalibrationError, FewbitsError
+from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.selection.progress import Progress, Step, no_progress
 
 #: The default number of samples.
@@ -67,7 +66,7 @@ class Batches:
 
     Raises:
         ArgumentError: if `samples` is not a positive integer or None.
-        CalibrationError: if `data` is a single batch, cannot be iterated over, or raises an error.
+        CalibrationError: if `data` is a single batch, or cannot be iterated over.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         expected = 0
-        for number, batch in _numbered(self._data):
+        for number, batch in enumerate(self._data, 1):
             size = samples_in(batch)
             expected = expected or self._expected(size)
             yield number, batch
@@ -125,25 +124,6 @@ class Batches:
 
     def _report(self, total: int) -> None:
         self._progress(Step(self._activity, f"batch {self._number}", self._done, total))
-
-
-def _numbered(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Number the batches from 1 up.
-
-    Raises:
-        CalibrationError: if the data raises an error in place of a batch.
-    """
-    batches = iter(data)
-    for number in count(1):
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except FewbitsError:
-            raise
-        except Exception as error:
-            raise CalibrationError(f"the data gave no batch {number}: {type(error).__name__}: {error}") from error
-        yield number, batch
 
 
 def taken(data: Iterable[Any], samples: int | None = SAMPLES) -> list[Any]:

@@ -242,13 +242,16 @@ def _tuners_utils() -> Any:
     return _peft(".tuners.tuners_utils")
 
 
+_DOC = "PEFT's class of LoRA models, which also merges adapters of quantized layers."
+
+
 def _registered() -> Any:
     """Put a subclass in the place of PEFT's own class of LoRA models, and return it."""
     peft = _peft()
     registry, kind = peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA
     base = registry[kind]
     # PEFT prints the name, and pickle finds the class by it.
-    registry[kind] = type("LoraModel", (_OnQuantizedLayers, base), {"__module__": __name__, "__doc__": base.__doc__})
+    registry[kind] = type("LoraModel", (_OnQuantizedLayers, base), {"__module__": __name__, "__doc__": _DOC})
     wrapper = _peft(".utils.other").ModulesToSaveWrapper
     wrapper.update = _float_copies(wrapper.update)
     return registry[kind]
