@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Colour and marker of fewbits' own schemes, and of other libraries.
-_OWN, _OTHERS = ("#0b6e99", "o"), ("#b5651d", "s")
+#: Colour, marker and side of the labels, of fewbits' own schemes, and of other libraries.
+_OWN, _OTHERS = ("#0b6e99", "o", "right"), ("#b5651d", "s", "left")
 
 _NO_FIGURES = ("name", "bits", "seconds")
 
@@ -29,18 +29,22 @@ def draw(rows: Sequence[Mapping[str, Any]], figure: str, title: str, target: Pat
 
     matplotlib.rcParams["svg.hashsalt"] = "fewbits"  # the same file for the same results
     drawing, axes = pyplot.subplots(figsize=(9, 5.5))
-    for row in rows:
+    for number, row in enumerate(sorted(rows, key=lambda row: row[figure])):
         if row["name"] == "float":
             if "KL" not in figure:
                 axes.axhline(row[figure], color="#888888", linewidth=0.8, label="float")
             continue
-        colour, marker = _OWN if row["name"].startswith("fewbits") else _OTHERS
+        colour, marker, side = _OWN if row["name"].startswith("fewbits") else _OTHERS
         axes.plot(row["bits"], row[figure], marker, color=colour, markersize=5)
         label = row["name"].removeprefix("fewbits ")
-        axes.annotate(label, (row["bits"], row[figure]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        # Neighbours have their labels above and below.
+        offset = (5 if side == "left" else -5, 3 if number % 2 else -7)
+        point = (row["bits"], row[figure])
+        axes.annotate(label, point, xytext=offset, textcoords="offset points", fontsize=7, horizontalalignment=side)
     if "KL" in figure:
         axes.set_yscale("log")
     axes.set(xlabel="stored bits per weight", ylabel=figure, title=f"{title}: fewbits (circles), others (squares)")
+    axes.margins(x=0.2)
     axes.grid(alpha=0.3, which="both")
     drawing.tight_layout()
     drawing.savefig(target, metadata={"Date": None})
