@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -164,8 +165,10 @@ def quantize(
             settings |= {"on_failure": config.on_failure, "fail_under": config.fail_under}
             report = quantizer.validate(**settings, progress=progress)
     except BaseException as error:
-        if isinstance(error, Exception):  # an error of the user's data too
-            error.result = _result(converted, quantizer, getattr(error, "report", None), tuning)  # type: ignore[attr-defined]
+        if isinstance(error, Exception):  # an error of the user's data too, unless it takes no attribute
+            with suppress(AttributeError):
+                finished = _result(converted, quantizer, getattr(error, "report", None), tuning)
+                error.result = finished  # type: ignore[attr-defined]
         elif quantizer is not scheme:
             quantizer.reset()
         raise

@@ -100,6 +100,35 @@ def test_a_forward_that_rejects_what_untouched_inputs_give_runs_whole():
     assert min(runs) >= len(batches())
 
 
+def test_a_later_batch_whose_forward_rejects_untouched_inputs_runs_whole():
+    def forward(net, batch):
+        hidden = batch
+        for block in net.blocks:
+            before, hidden = hidden, block(hidden)
+            if batch.shape[0] == 3 and torch.equal(before, hidden):
+                raise ValueError("a block did nothing")
+
+    _, (runs, _) = quantized(model(), forward, data=[*batches(), torch.randn(3, WIDTH)])
+    assert runs == [3, 3, 3]  # two for the first batch, one for the last
+
+
+def test_after_an_interrupted_trial_every_batch_runs_whole():
+    scheme = Int4Grouped(group_size=8, rounding="gptq", selector=LayerSelector(exclude=["head"], min_elements=0))
+    working = scheme.prepare(model())
+    calls = []
+
+    def interrupted(net, batch):
+        calls.append(batch)
+        if len(calls) == 3:  # the first batch, without its blocks
+            raise KeyboardInterrupt
+        net(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        scheme.observe(batches(), forward=interrupted)
+    scheme.observe(batches())
+    assert min(block.runs for block in working.blocks) >= len(batches())
+
+
 def test_an_observer_of_inputs_sees_the_true_inputs_of_every_batch():
     selector = LayerSelector(exclude=["head"], min_elements=0)
     scheme = fewbits.Int8PerChannel(rounding="gptq", activations="static", selector=selector)

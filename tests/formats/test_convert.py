@@ -1,4 +1,4 @@
-"""`fewbits.convert` and the command: what they refuse, what they leave behind, and what the fewbits format keeps."""
+"""`fewbits.convert` and the command: refusals, unfinished results, and the metadata that the fewbits format keeps."""
 
 import json
 import os

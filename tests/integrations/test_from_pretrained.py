@@ -107,7 +107,7 @@ def test_the_dtype_of_from_pretrained_is_the_dtype_that_weights_read_as(tmp_path
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
-def test_generate_and_pipelines_take_a_loaded_result(tmp_path):
+def test_a_loaded_result_generates_the_tokens_of_fewbits_load(tmp_path):
     folder = saved(llama(), tmp_path / "float")
     fewbits.quantize(folder, "int8", output=tmp_path / "result", validate=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "result")

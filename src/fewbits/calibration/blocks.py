@@ -88,13 +88,13 @@ class BlockCalibration:
 
         def observe(model: nn.Module, batch: Any) -> None:
             run = partial(forward, model, batch)
-            if self.has_blocks:
+            if not self.has_blocks:
+                with paused():
+                    self.find_blocks(run)
                 self.observe(run)
-                return
-            with paused():
-                self.find_blocks(run)
-            self.observe(run)
-            self._skips_blocks = alone and self._may_skip_blocks(run)
+                self._skips_blocks = alone and self._may_skip_blocks(run)
+            elif not self._skips_blocks or not self._observed_without_blocks(run):
+                self.observe(run)
 
         return observe
 
@@ -107,18 +107,14 @@ class BlockCalibration:
         Raises:
             CalibrationError: if the blocks do not run as in the batch that they were found with.
         """
-        chains = self._chains or ()
         with without_shortcuts(self._model):
             kept = [len(hidden) for hidden in self._hidden]
             with ExitStack() as hooks:
-                for chain, hidden in zip(chains, self._hidden, strict=True):
+                for chain, hidden in zip(self._chains or (), self._hidden, strict=True):
                     keep_calls(chain, hidden, hooks)
                 hooks.enter_context(InputCapture(self._outside_chains(), self._outside.receive))
                 try:
-                    if self._skips_blocks:
-                        run_without_blocks(chains, run)
-                    else:
-                        run()
+                    run()
                     self._check_calls(kept)
                 except BaseException:
                     self._forget_after(kept)
@@ -126,23 +122,25 @@ class BlockCalibration:
             self._outside.end_batch()
 
     def _may_skip_blocks(self, run: Callable[[], object]) -> bool:
-        """Tell whether the blocks of later batches get the same arguments if the blocks before them do not run.
-
-        Args:
-            run: runs the batch that was observed last.
-        """
+        """Tell whether blocks get the same arguments if no block runs; `run` runs the batch that was observed last."""
         chains = self._chains or ()
         if self._outside_chains() or not all(block.returns_hidden for chain in chains for block in chain):
             return False
         kept = [len(hidden) for hidden in self._hidden]
-        self._skips_blocks = True
         try:
-            self.observe(run)
-            return all(same_arguments(*block.calls[-2:]) for chain in chains for block in chain)
-        except Exception:  # whatever a forward may raise when its blocks do nothing
-            return False
+            return self._observed_without_blocks(run) and all(
+                same_arguments(*block.calls[-2:]) for chain in chains for block in chain
+            )
         finally:
             self._forget_after(kept)
+
+    def _observed_without_blocks(self, run: Callable[[], object]) -> bool:
+        """Observe a batch without running the blocks; return whether the forward allows it."""
+        try:
+            self.observe(partial(run_without_blocks, self._chains or (), run))
+        except Exception:  # a forward may reject what blocks give that do nothing
+            return False
+        return True
 
     @property
     def has_blocks(self) -> bool:

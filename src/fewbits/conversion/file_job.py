@@ -191,7 +191,7 @@ class FileJob(Job):
         """Take over the planned comparison, which ran before the files were written, or run this evaluation.
 
         Args:
-            evaluation: what to run; None stands for the planned evaluation, if there is one.
+            evaluation: the evaluation to run; None takes the planned one, if there is one.
             progress: called after every batch.
         """
         self._model, self._beyond_limits = None, ()

@@ -12,32 +12,32 @@ from torch import Tensor
 
 from fewbits.checkpoint.codec import CODEC, Value, part_name
 from fewbits.checkpoint.serializer import Entry
-from fewbits.formats.base import Described, DirectoryExporter, Readable
+from fewbits.formats.base import Described, Readable
 from fewbits.formats.compressed_checkpoint import CompressedCheckpoint
 from fewbits.formats.compressed_config import CONFIG_FILE, QUANT_METHOD, QUANTIZATION_KEYS
 from fewbits.formats.compressed_export import quantization_config
 from fewbits.formats.compressed_rules import holds_scales, server_obstacles, unholdable
 from fewbits.formats.compressed_scheme import Scheme
 from fewbits.formats.model_config import config_beside, read_vocabularies
-from fewbits.formats.tensor_files import write_files
+from fewbits.formats.tensor_files import TensorFilesExporter
 from fewbits.numerics.float8 import float8_dtype, float8_values
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger
-from fewbits.selection.progress import Progress, followed
 from fewbits.selection.row import LedgerRow
 
 _FLOATS = "with --allow it is stored as floats"
 
 
-class CompressedTensorsFormat(DirectoryExporter):
+class CompressedTensorsFormat(TensorFilesExporter):
     """The format of compressed-tensors: integer codes of 4 and 8 bits, packed, and FP8.
 
     With `allow`, weights that the format cannot hold as codes are stored as floats. All other weights keep their codes.
     """
 
     name = QUANT_METHOD
+    written_as = "pt"
 
     def obstacles(self, source: Described) -> dict[str, str]:
         """Explain what transformers, or a server, would not read."""
@@ -51,18 +51,13 @@ class CompressedTensorsFormat(DirectoryExporter):
         floats = unholdable(source.ledger)
         return Ledger(_as_floats(row) if row.name in floats else _in_rows(row) for row in source.ledger)
 
-    def write(self, source: Readable, target: Path, progress: Progress) -> None:
-        """Write all tensors, one at a time, to files without metadata of fewbits."""
-        rows = {row.name: row for row in self.exported(source).stored}
-        steps = followed("convert", [*rows.values()], progress)
+    def entries(self, row: LedgerRow) -> Mapping[str, Entry]:
+        """Describe the tensors that hold a weight of the result."""
+        return _entries(row)
 
-        def read(name: str) -> dict[str, Tensor]:
-            next(steps)
-            return _tensors(rows[name], source.value(name))
-
-        parts = {name: _entries(row) for name, row in rows.items()}
-        write_files(target, parts, read, metadata={"format": "pt"}, max_shard_size=self.max_shard_size)
-        next(steps, None)  # report the last tensor as done
+    def tensors(self, row: LedgerRow, value: Value) -> Mapping[str, Tensor]:
+        """Return the tensors that hold a weight of the result."""
+        return _tensors(row, value)
 
     def open(self, target: Path) -> Readable:
         """Open a result as a checkpoint of compressed-tensors."""

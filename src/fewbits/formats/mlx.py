@@ -24,12 +24,12 @@ from fewbits.checkpoint.folder import ShardedReader, find_files, read_json
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
-from fewbits.formats.base import Described, DirectoryExporter, Readable
+from fewbits.formats.base import Described, Readable
 from fewbits.formats.compressed_config import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.formats.compressed_rules import WEIGHT, class_obstacles, holds_scales, unequal_experts
 from fewbits.formats.compressed_scheme import coded
 from fewbits.formats.model_config import config_beside, read_vocabularies
-from fewbits.formats.tensor_files import write_files
+from fewbits.formats.tensor_files import TensorFilesExporter
 from fewbits.numerics.affine import lowest_values
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name
 from fewbits.numerics.layout import Layout
@@ -37,7 +37,6 @@ from fewbits.numerics.packing import packed_words
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor, same_bits
 from fewbits.selection.ledger import Ledger
-from fewbits.selection.progress import Progress, followed
 from fewbits.selection.row import LedgerRow
 
 #: The key of the settings in ``config.json``.
@@ -47,13 +46,14 @@ _KEY = "quantization"
 _GROUP_SIZES = (128, 64, 32)
 
 
-class MLXFormat(DirectoryExporter):
+class MLXFormat(TensorFilesExporter):
     """The format of MLX and mlx-lm: symmetric codes of 4 and 8 bits.
 
     With `allow`, all other weights are stored as floats.
     """
 
     name = "mlx"
+    written_as = "mlx"
 
     def obstacles(self, source: Described) -> dict[str, str]:
         """Explain which weights cannot keep their codes, and whether there is no model."""
@@ -67,18 +67,13 @@ class MLXFormat(DirectoryExporter):
         floats = _obstacles(source.ledger)
         return Ledger(_exported(row, as_floats=row.name in floats) for row in source.ledger)
 
-    def write(self, source: Readable, target: Path, progress: Progress) -> None:
-        """Write all tensors, one at a time."""
-        rows = {row.name: row for row in self.exported(source).stored}
-        steps = followed("convert", [*rows.values()], progress)
+    def entries(self, row: LedgerRow) -> Mapping[str, Entry]:
+        """Describe the tensors that hold a weight of the result."""
+        return _entries(row)
 
-        def read(name: str) -> dict[str, Tensor]:
-            next(steps)
-            return _tensors(rows[name], source.value(name))
-
-        parts = {name: _entries(row) for name, row in rows.items()}
-        write_files(target, parts, read, metadata={"format": "mlx"}, max_shard_size=self.max_shard_size)
-        next(steps, None)  # report the last tensor as done
+    def tensors(self, row: LedgerRow, value: Value) -> Mapping[str, Tensor]:
+        """Return the tensors that hold a weight of the result."""
+        return _tensors(row, value)
 
     def open(self, target: Path) -> Readable:
         """Open a result."""

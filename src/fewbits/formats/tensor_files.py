@@ -1,20 +1,58 @@
-"""Write a directory of safetensors files for other tools: without metadata of fewbits, and with a plain index."""
+"""Write directories of safetensors files for other tools: without metadata of fewbits, and with a plain index."""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
+from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.raw import write_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Header
 from fewbits.checkpoint.shards import STEM, shard_name
+from fewbits.formats.base import DirectoryExporter, Readable
+from fewbits.selection.progress import Progress, followed
+from fewbits.selection.row import LedgerRow
 
 #: Shape and dtype of the tensors that a file holds for one weight, by their names.
 Parts = Mapping[str, Entry]
+
+
+class TensorFilesExporter(DirectoryExporter):
+    """An exporter to safetensors files that have several tensors for each quantized weight.
+
+    Attributes:
+        written_as: the value of ``format`` in the header of each file.
+    """
+
+    written_as: ClassVar[str]
+
+    @abstractmethod
+    def entries(self, row: LedgerRow) -> Parts:
+        """Describe the tensors that hold a row of `exported`."""
+
+    @abstractmethod
+    def tensors(self, row: LedgerRow, value: Value) -> Mapping[str, Tensor]:
+        """Return the tensors that hold a row of `exported`, made of its value in the source."""
+
+    def write(self, source: Readable, target: Path, progress: Progress) -> None:
+        """Write all tensors, one at a time."""
+        rows = {row.name: row for row in self.exported(source).stored}
+        steps = followed("convert", [*rows.values()], progress)
+
+        def read(name: str) -> Mapping[str, Tensor]:
+            next(steps)
+            return self.tensors(rows[name], source.value(name))
+
+        parts = {name: self.entries(row) for name, row in rows.items()}
+        metadata = {"format": self.written_as}
+        write_files(target, parts, read, metadata=metadata, max_shard_size=self.max_shard_size)
+        next(steps, None)  # report the last tensor as done
 
 
 def write_files(
