@@ -253,6 +253,21 @@ def test_a_model_that_takes_another_way_in_a_later_batch_is_refused():
     assert counts == [70, 70, 70]
 
 
+def test_a_longer_batch_that_uses_a_weight_more_often_shows_all_its_inputs():
+    class Chunked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + torch.cat([self.layer(part) for part in x.split(6)])
+
+    data = [torch.randn(count, 8) for count in (5, 20, 13)]
+    found = calibration(nn.Sequential(Chunked(), Chunked()), data)
+    counts = {name: known[0].statistics.count for group in found.groups() for name, known in group.items()}
+    assert counts == {"0.layer.weight": 38, "1.layer.weight": 38}
+
+
 def test_training_flags_and_switches_of_torch_are_restored():
     model = Decoder(2).train()
     model.config = type("Config", (), {"use_cache": True})()

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import attrs
 from torch import Tensor, nn
 
+from fewbits.calibration.block_run import BlockInputs, BlockRun, Collecting, Group
 from fewbits.calibration.capture import InputCapture, Watched
 from fewbits.calibration.chains import chains
-from fewbits.calibration.collected import Collected, Grouping
-from fewbits.calibration.replay import Block, BlockRun, check_replay, keep_calls, replaying, without_shortcuts
+from fewbits.calibration.collected import Collected
+from fewbits.calibration.replay import Block, keep_calls, without_shortcuts
 from fewbits.calibration.running import Forward
 from fewbits.calibration.shortcut import run_without_blocks, same_arguments
-from fewbits.calibration.spill import KeptInputs, KeptTensors
+from fewbits.calibration.spill import KeptTensors
 from fewbits.errors import CalibrationError
-from fewbits.nn.walk import find, slots, structural_copy
+from fewbits.nn.walk import slots
 from fewbits.numerics.layout import Layout
-from fewbits.rounding.base import RowInputs
 from fewbits.rounding.statistics import Needs
-
-
-class _Enough(BaseException):
-    """Ends a forward whose other layers are not needed; not an `Exception`, because a forward may catch those."""
-
-
-#: Statistics of the inputs of weights that are quantized together, by the name of the weight.
-Group = dict[str, list[RowInputs]]
 
 
 @attrs.frozen(eq=False)
@@ -71,7 +64,7 @@ class BlockCalibration:
         self._skips_blocks = False
         self._hidden: list[KeptTensors] = []
         self._outside = Collected(needs)
-        self._working: dict[str, Tensor] = {}
+        self._running: BlockRun | None = None
 
     # Observe the float model.
 
@@ -172,7 +165,9 @@ class BlockCalibration:
         names = {id(module): name for name, module in self._model.named_modules()}
         with without_shortcuts(self._model):
             found = chains(self._model, run, sizes) or [[self._model]]
-        self._chains = [[Block(names[id(module)], module) for module in chain] for chain in found]
+        self._chains = [
+            [Block(names[id(module)], module, self._names_in(module)) for module in chain] for chain in found
+        ]
         self._hidden = [KeptTensors(self.spill) for _ in self._chains]
 
     def _check_calls(self, kept: Sequence[int]) -> None:
@@ -187,37 +182,33 @@ class BlockCalibration:
             for block in chain:
                 del block.calls[count:]
 
-    def _outside_chains(self) -> list[Watched]:
-        inside = {name for chain in self._chains or () for block in chain for name in self._names_in(block)}
-        return self._watched({slot.name: slot.tensor for slot in slots(self._model) if slot.name not in inside})
-
-    def _names_in(self, block: Block) -> list[str]:
-        own = {id(slot.tensor) for slot in slots(block.module)}
+    def _names_in(self, block: nn.Module) -> list[str]:
+        own = {id(slot.tensor) for slot in slots(block)}
         return [slot.name for slot in slots(self._model) if slot.name in self._layouts and id(slot.tensor) in own]
 
-    def _watched(self, tensors: Mapping[str, Tensor]) -> list[Watched]:
-        # They are made anew each time: kept, they would keep the float weights of a model that is quantized in place.
-        wanted = {name: tensor.detach() for name, tensor in tensors.items() if name in self._layouts}
-        return [Watched(name, tensor, self._layouts[name]) for name, tensor in wanted.items()]
+    def _outside_chains(self) -> list[Watched]:
+        inside = {name for chain in self._chains or () for block in chain for name in block.weights}
+        tensors = {slot.name: slot.tensor for slot in slots(self._model) if slot.name not in inside}
+        return self._collecting.watched(tensors)
+
+    @property
+    def _collecting(self) -> Collecting:
+        return Collecting(self._model, self._layouts, self._needs, self.spill)
 
     # Run the blocks again.
 
     def parts(self) -> Iterator[Part]:
         """Yield the weights outside of blocks, then each block."""
         outside = [watched.name for watched in self._outside_chains()]
-        blocks = [[(block, self._names_in(block)) for block in chain] for chain in self._chains or ()]
         yield Part(outside, iter([{name: self._outside.of(name) for name in outside}]))
-        for chain, hidden in zip(blocks, self._hidden, strict=True):
-            floats = currents = hidden
-            for at, (block, names) in enumerate(chain):
-                following = chain[at + 1][0] if at + 1 < len(chain) else None
-                copied = structural_copy(block.module)
-                run = BlockRun(block, following, copied, floats, currents, KeptTensors(self.spill))
-                self._working = {name: find(copied, _within(block, name)).tensor for name in names}
-                yield Part(names, self._groups(run, names))
+        for chain, hidden in zip(self._chains or (), self._hidden, strict=True):
+            inputs = BlockInputs(hidden, hidden)
+            for block, following in zip_longest(chain, chain[1:]):
+                self._running = BlockRun(block, following, inputs, self._collecting)
+                yield Part(block.weights, self._running.groups())
                 if following is not None:
-                    floats, currents = self._outputs(run)
-                self._working = {}
+                    inputs = self._running.outputs()
+                self._running = None
 
     def groups(self) -> Iterator[Group]:
         """Yield the groups of all parts; weights whose inputs were not seen have no statistics."""
@@ -226,72 +217,5 @@ class BlockCalibration:
 
     def replace(self, name: str, values: Tensor) -> None:
         """Put the dequantized values of a weight into the copy of the block that runs."""
-        if name in self._working:
-            working = self._working[name]
-            working.data = values.to(working.device, working.dtype)
-
-    def _groups(self, run: BlockRun, names: list[str]) -> Iterator[Group]:
-        grouping, inputs = self._run_float(run, names)
-        seen = {name for group in grouping.groups for name in group}
-        yield {name: [] for name in names if name not in seen}
-        for group in grouping.groups:
-            leaders = {name: grouping.leader(name) for name in group}
-            collected = self._run_quantized(run, set(leaders.values()), grouping.later(group), inputs)
-            yield {name: collected.of(leader, grouping.followed_rows(name)) for name, leader in leaders.items()}
-
-    def _outputs(self, run: BlockRun) -> tuple[KeptTensors, KeptTensors]:
-        """Return the outputs of the float block and of its copy."""
-        if not len(run.outputs):
-            with replaying(run.block.module):
-                for batch in range(len(run.floats) if self._needs == "cross_moment" else 1):
-                    run.outputs.append(run.block.run(run.block.module, batch, run.floats[batch]))
-            check_replay(run.block, run.outputs[0], run.following)
-        currents = KeptTensors(self.spill)
-        with replaying(run.copied):
-            for batch, hidden in enumerate(run.currents):
-                currents.append(run.block.run(run.copied, batch, hidden))
-        return run.outputs, currents
-
-    def _run_float(self, run: BlockRun, names: list[str]) -> tuple[Grouping, KeptInputs]:
-        """Run the float block. Return how its weights are grouped, and their inputs in each batch.
-
-        Without need for the inputs of the float model, only the first batch runs.
-        """
-        block, grouping, inputs = run.block, Grouping(self._model), KeptInputs(self.spill)
-        watched = self._watched({name: find(block.module, _within(block, name)).tensor for name in names})
-        with replaying(block.module):
-            with InputCapture(watched, grouping.receive):
-                first = block.run(block.module, 0, run.floats[0])
-            check_replay(block, first, run.following)
-            if self._needs != "cross_moment":
-                run.outputs.append(first)
-                return grouping, inputs
-            leaders = [weight for weight in watched if grouping.leader(weight.name) == weight.name]
-            for batch, x in enumerate(run.floats):
-                collected = Collected(self._needs)
-                with InputCapture(leaders, collected.receive):
-                    run.outputs.append(block.run(block.module, batch, x))
-                inputs.append(collected.taken())
-        return grouping, inputs
-
-    def _run_quantized(self, run: BlockRun, leaders: set[str], later: list[str], inputs: KeptInputs) -> Collected:
-        """Run the copy of the block, in which the groups before are quantized, and collect the inputs of one group."""
-        collected = Collected(self._needs)
-
-        def receive(name: str, rows: slice, x: Tensor) -> None:
-            if name not in leaders:
-                raise _Enough
-            collected.receive(name, rows, x)
-
-        watched = self._watched({name: self._working[name] for name in [*leaders, *later]})
-        with replaying(run.copied):
-            for batch, x in enumerate(run.currents):
-                with suppress(_Enough), InputCapture(watched, receive):
-                    run.block.run(run.copied, batch, x)
-                collected.end_batch(inputs.of(batch, leaders))
-        return collected
-
-
-def _within(block: Block, name: str) -> str:
-    """Return the name of a weight of the model within a block."""
-    return name.removeprefix(f"{block.name}.") if block.name else name
+        if self._running is not None:
+            self._running.replace(name, values)

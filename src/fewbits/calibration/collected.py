@@ -27,10 +27,15 @@ class Collected:
         copied = x.detach().to(torch.float32, copy=True)
         self._batch.setdefault((name, rows.start, rows.stop), []).append(copied)
 
+    def add(self, inputs: Mapping[Key, Tensor]) -> None:
+        """Add inputs that another `Collected` has taken."""
+        for key, x in inputs.items():
+            self._batch.setdefault(key, []).append(x)
+
     def taken(self) -> dict[Key, Tensor]:
         """Return the inputs of this batch, and forget them."""
         batch, self._batch = self._batch, {}
-        return {key: torch.cat(parts) for key, parts in batch.items()}
+        return {key: parts[0] if len(parts) == 1 else torch.cat(parts) for key, parts in batch.items()}
 
     def end_batch(self, references: Mapping[Key, Tensor] | None = None) -> None:
         """Add the inputs of this batch to the statistics.
@@ -114,6 +119,10 @@ class Grouping:
         """Return the first weight of the group that has the same input; weights that are used twice lead themselves."""
         leader = self._shared.get(name, name)
         return leader if len(self._uses[leader]) == 1 else name
+
+    def only_rows(self, name: str) -> slice | None:
+        """Return the rows that the one use of a weight is about; None if it was used more often."""
+        return self._rows[name] if len(self._uses[name]) == 1 else None
 
     def followed_rows(self, name: str) -> slice | None:
         """Return the rows of a weight that see the inputs of its leader; None if it leads itself."""

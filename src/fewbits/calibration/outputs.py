@@ -29,11 +29,13 @@ def floating(output: Any) -> Iterator[Tensor]:
 def counted(batch: Any, output: Tensor) -> Tensor | EllipsisType:
     """Return an index of the positions that count: those in the attention mask of the batch.
 
-    All count if the batch has no mask, or if the first axes of the output are not those of the mask.
+    All count if the batch has no mask, or if the first axes of the output are not those of the mask. The index of all
+    positions takes no copy of the output.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and output.dim() > mask.dim() and output.shape[: mask.dim()] == mask.shape:
-        return mask.to(output.device, torch.bool)
+        counts = mask.to(output.device, torch.bool)
+        return ... if bool(counts.all()) else counts
     return ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fewbits.calibration.chains import chains
+from fewbits.calibration.forwards import replaced_forwards
 from fewbits.nn.stored import StoredWeight, stored_weights
 
 
@@ -24,19 +25,9 @@ def checkpointed(model: nn.Module, run: Callable[[], object]) -> Iterator[None]:
         run: runs a batch through it, which shows the chains.
     """
     sizes = {module: sum(map(_size, stored_weights(module).values())) for module in model.modules()}
-    with ExitStack() as undo:
-        for block in [block for chain in chains(model, run, sizes) for block in chain]:
-            forward = block.forward
-            undo.callback(_restore_forward, block, vars(block).get("forward"))
-            block.__dict__["forward"] = _recomputing(forward)
+    blocks = [block for chain in chains(model, run, sizes) for block in chain]
+    with replaced_forwards({block: _recomputing(block.forward) for block in blocks}):
         yield
-
-
-def _restore_forward(block: nn.Module, own: Callable[..., Any] | None) -> None:
-    """Put back the forward that a block had before: its own, or that of its class."""
-    del block.__dict__["forward"]
-    if own is not None:
-        block.__dict__["forward"] = own
 
 
 def _size(stored: StoredWeight) -> int:

@@ -29,6 +29,7 @@ class Block:
     Attributes:
         name: its path in the model; "" for the model itself.
         module: the block of the float model.
+        weights: the names of its weights in the model.
         calls: the arguments in each batch, with `_HIDDEN` in place of the block's input.
         magnitude: the sum of magnitudes of its input in the first batch, to check replays with.
         returns_hidden: whether its output was nothing but a tensor like its input, in all batches.
@@ -36,6 +37,7 @@ class Block:
 
     name: str
     module: nn.Module
+    weights: list[str]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = attrs.field(factory=list)
     magnitude: float | None = None
     returns_hidden: bool = True
@@ -47,6 +49,15 @@ class Block:
         marked = {key: _HIDDEN if value is hidden else value for key, value in kwargs.items()}
         self.calls.append((tuple(_HIDDEN if value is hidden else value for value in args), marked))
 
+    def within(self, name: str) -> str:
+        """Return the name of a weight of the model within this block."""
+        return name.removeprefix(f"{self.name}.") if self.name else name
+
+    def shapes(self, batch: int, hidden: Tensor | None) -> list[torch.Size]:
+        """Return the shapes of the tensors among the arguments of a batch; `hidden` is the block's input."""
+        args, kwargs = self.calls[batch]
+        return [value.shape for value in (hidden, *args, *kwargs.values()) if isinstance(value, Tensor)]
+
     def run(self, module: nn.Module, batch: int, hidden: Tensor | None) -> Tensor | None:
         """Run this block, or a copy of it, on one batch."""
         args, kwargs = self.calls[batch]
@@ -54,27 +65,6 @@ class Block:
         given = None if hidden is None else hidden.clone()
         marked = {key: given if value is _HIDDEN else value for key, value in kwargs.items()}
         return hidden_of(module(*(given if value is _HIDDEN else value for value in args), **marked))
-
-
-@attrs.frozen(eq=False)
-class BlockRun:
-    """One block on its way through a calibration.
-
-    Attributes:
-        block: the float block.
-        following: the next block of the chain; None for the last.
-        copied: a copy of the block whose weights are replaced by dequantized ones.
-        floats: the inputs of the float block, by batch; only of the first batch, if no more are needed.
-        currents: the inputs of the copy, by batch.
-        outputs: the outputs of the float block, for the inputs in `floats`; empty until it has run.
-    """
-
-    block: Block
-    following: Block | None
-    copied: nn.Module
-    floats: KeptTensors
-    currents: KeptTensors
-    outputs: KeptTensors
 
 
 def keep_calls(chain: Sequence[Block], hidden: KeptTensors, hooks: ExitStack) -> None:

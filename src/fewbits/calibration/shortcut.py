@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewbits.calibration.forwards import replaced_forwards
 from fewbits.calibration.replay import Block
 
 
@@ -39,20 +40,16 @@ def _passing_on(chains: Sequence[Sequence[Block]]) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _AfterLastBlock
 
-    own = {block.module: block.module.__dict__.get("forward") for chain in chains for block in chain}
+    forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+    for chain in chains:
+        passed: list[Tensor] = []
+        forwards |= {block.module: _pass_on(passed) for block in chain}
     hook = last.register_forward_hook(stop)
     try:
-        for chain in chains:
-            passed: list[Tensor] = []
-            for block in chain:
-                block.module.forward = _pass_on(passed)
-        yield
+        with replaced_forwards(forwards):
+            yield
     finally:
         hook.remove()
-        for module, forward in own.items():
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.forward = forward
 
 
 def _pass_on(passed: list[Tensor]) -> Callable[..., Tensor]:

@@ -97,6 +97,10 @@ class KeptTensors:
         """Forget all but the first `count` tensors."""
         del self._kept[count:]
 
+    def release(self, at: int) -> None:
+        """Forget one tensor; its place holds None from now on."""
+        self._kept[at] = None
+
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self._kept)

@@ -88,16 +88,23 @@ class ColumnRounder:
 
     def __init__(self, params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> None:
         scale = _by_group(params.scale)
-        self._divisors = scale.to(torch.promote_types(dtype, compute_dtype(scale.dtype)))
-        self._factors = scale.to(dtype)
-        self._zero_points = None if params.zero_point is None else _by_group(params.zero_point)
-        self._nearest = step_rounder(spec, self._divisors)
+        divisors = scale.to(torch.promote_types(dtype, compute_dtype(scale.dtype)))
+        self._nearest = step_rounder(spec, divisors)
+        self._divisors = divisors.unbind()
+        self._factors = scale.to(dtype).unbind()
+        self._zero_points = None if params.zero_point is None else _by_group(params.zero_point).unbind()
 
-    def round(self, column: Tensor, group: int) -> Tensor:
-        """Round the elements of a column, (rows,), that belong to a group; with one scale for the tensor, to 0."""
+    def round(self, column: Tensor, group: int, out: Tensor) -> None:
+        """Round the elements of a column that belong to a group; with one scale for the tensor, to 0.
+
+        Args:
+            column: (rows,).
+            group: the index of the group.
+            out: (rows,), for the result.
+        """
         zero_point = None if self._zero_points is None else self._zero_points[group]
         steps = self._nearest(column / self._divisors[group], zero_point)
-        return steps.to(column.dtype) * self._factors[group]
+        torch.mul(steps.to(out.dtype), self._factors[group], out=out)
 
 
 def _by_group(values: Tensor) -> Tensor:

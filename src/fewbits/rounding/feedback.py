@@ -14,7 +14,11 @@ from fewbits.rounding.linear_algebra import damped, feedback_factor, product
 
 #: Columns whose errors are collected before they are passed on to the columns after them. More columns would spend more
 #: time on updates of one column by another, fewer on products of flat matrices.
-_BLOCK = 32
+_BLOCK = 16
+
+#: Rows that are rounded at a time: so few that torch keeps the update of a block, of fewer than 32,768 elements, on one
+#: thread. Waiting for other threads would take longer than such small work.
+_ROWS = 2032
 
 
 @attrs.frozen(eq=False)
@@ -60,7 +64,8 @@ class Feedback:
         self._order = torch.argsort(moment.diagonal(), descending=True, stable=True)
         ordered = moment[self._order][:, self._order]
         upper, damping = feedback_factor(ordered, damping)
-        self._upper = upper
+        #: What the error of a column adds to the columns after it.
+        self._passed_on = upper / upper.diagonal().unsqueeze(1)
         self._correction: Tensor | None = None
         self.moment = moment
         if cross is not None:
@@ -90,24 +95,30 @@ class Feedback:
 
     def sweep(self, target: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         """Round all columns; return the codes, uint8."""
+        rounded, passed_on = torch.empty_like(target), self._passed_on.to(target.dtype)
+        for start in range(0, len(target), _ROWS):
+            rows = slice(start, start + _ROWS)
+            rounded[rows] = self._swept(target[rows], params.rows(rows), spec, passed_on)
+        return encode(rounded, params, spec)
+
+    def _swept(self, target: Tensor, params: QuantParams, spec: QuantSpec, passed_on: Tensor) -> Tensor:
+        """Round some rows, to numbers that codes decode to."""
         # Columns of the weight are rows here, so that each is contiguous.
         rest = target.mT[self._order]
-        rounded, upper = torch.empty_like(rest), self._upper.to(rest.dtype)
+        rounded = torch.empty_like(rest)
         rounder = ColumnRounder(params, spec, rest.dtype)
         groups = (self._order // spec.width(len(rest))).tolist()
         for start in range(0, len(rest), _BLOCK):
             stop = min(start + _BLOCK, len(rest))
-            block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
-            inner = upper[start:stop, start:stop]
-            pivots = inner.diagonal().tolist()
-            for i in range(stop - start):
-                column = block[i]
-                value = rounder.round(column, groups[start + i])
-                rounded[start + i] = value
-                error = torch.div(column - value, pivots[i], out=errors[i])
+            block, inner = rest[start:stop], passed_on[start:stop, start:stop]
+            errors = torch.empty_like(block)
+            columns = zip(block, rounded[start:stop], errors, strict=True)
+            for i, (column, value, error) in enumerate(columns):
+                rounder.round(column, groups[start + i], out=value)
+                torch.sub(column, value, out=error)
                 block[i + 1 :].addr_(inner[i, i + 1 :], error, alpha=-1)
-            rest[stop:] -= upper[start:stop, stop:].mT @ errors
-        return encode(torch.empty_like(rest).index_copy_(0, self._order, rounded).mT, params, spec)
+            rest[stop:] -= passed_on[start:stop, stop:].mT @ errors
+        return torch.empty_like(rest).index_copy_(0, self._order, rounded).mT
 
     def _fit(self, pushed: Tensor, params: QuantParams, codes: Tensor, spec: QuantSpec) -> QuantParams:
         """Fit the scales to the codes, one group after the other.

@@ -1,0 +1,165 @@
+"""`FinishedModules`: give the outputs of modules that can no longer change, instead of computing them in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+from torch import Tensor, nn
+
+from fewbits.calibration.forwards import replaced_forwards
+from fewbits.calibration.spill import KeptTensors
+
+_T = TypeVar("_T")
+
+#: An output: a tensor, or a tuple or list of tensors and None; each tensor is replaced by its place among those kept.
+_Places = Any
+
+
+@attrs.define(eq=False)
+class _Finished:
+    """A module with weights, and its outputs by batch."""
+
+    module: nn.Module
+    inner: list[_Finished] = attrs.field(factory=list)
+    outputs: dict[int, _Places] = attrs.field(factory=dict)
+
+
+class FinishedModules:
+    """The outputs of modules inside a block whose results are final, although later weights of the block are not.
+
+    The groups of a block are quantized in the order in which the block uses them, and the block runs again for each. In
+    such a run, a module that ends before the first weight that is not final yet gives what it will give in all later
+    runs of that batch.
+
+    Args:
+        block: the copy of a block that runs.
+        weights: the weights inside it; modules without any are not worth keeping.
+        spill: as in `KeptTensors`.
+    """
+
+    def __init__(self, block: nn.Module, weights: list[Tensor], spill: Path | None = None) -> None:
+        self._kept = KeptTensors(spill)
+        self._usable = True
+        wanted = {id(weight) for weight in weights}
+        found = {
+            name: _Finished(module)
+            for name, module in block.named_modules()
+            if name and any(id(own) in wanted for own in _tensors(module))
+        }
+        for name, finished in found.items():
+            finished.inner = [other for path, other in found.items() if path.startswith(f"{name}.")]
+        self._finished = list(found.values())
+
+    def run(self, batch: int, forward: Callable[[Callable[[], None]], _T], same: Callable[[_T, _T], bool]) -> _T:
+        """Run a batch through the block: give what was kept of the batch before, and keep what is final now.
+
+        The first batch runs both ways. Nothing is given any more if the results differ: a module then does more than
+        return its output.
+
+        Args:
+            batch: the number of the batch.
+            forward: runs it. It gets a function to call as soon as a weight is used that is not final.
+            same: tells whether two results are equal.
+        """
+        if not any(batch in finished.outputs for finished in self._finished):
+            with self._keeping(batch) as end_keeping:
+                return forward(end_keeping)
+        try:
+            with self._given(batch), self._keeping(batch) as end_keeping:
+                given = forward(end_keeping)
+        except Exception:  # the block may miss what a module did besides
+            self._stop()
+            return forward(_nothing)
+        if batch:
+            return given
+        # This comes second: before, the block remembered another batch, if it remembers any.
+        whole = forward(_nothing)
+        if not same(given, whole):
+            self._stop()
+        return whole
+
+    def _stop(self) -> None:
+        self._usable = False
+        for finished in self._finished:
+            for batch in list(finished.outputs):
+                self._forget(finished, batch)
+
+    @contextmanager
+    def _given(self, batch: int) -> Iterator[None]:
+        """Let finished modules return what was kept of a batch, at their first call."""
+        known = [finished for finished in self._finished if batch in finished.outputs]
+        forwards = {f.module: _once(partial(self._output, f, batch), f.module.forward) for f in known}
+        with replaced_forwards(forwards):
+            yield
+
+    @contextmanager
+    def _keeping(self, batch: int) -> Iterator[Callable[[], None]]:
+        """Keep the outputs of modules that end before the function that this gives is called."""
+        with ExitStack() as hooks:
+            if self._usable:
+                for finished in self._finished:
+                    hook = partial(self._keep, finished, batch)
+                    hooks.callback(finished.module.register_forward_hook(hook).remove)
+            yield hooks.close
+
+    def _keep(self, finished: _Finished, batch: int, module: nn.Module, args: object, output: object) -> None:
+        if batch in finished.outputs or not _is_kept(output):
+            return
+        finished.outputs[batch] = _each(self._append, output)
+        for inner in finished.inner:
+            self._forget(inner, batch)
+
+    def _append(self, tensor: Tensor) -> int:
+        self._kept.append(tensor.detach().clone())
+        return len(self._kept) - 1
+
+    def _output(self, finished: _Finished, batch: int) -> Any:
+        return _each(self._taken, finished.outputs[batch])
+
+    def _taken(self, place: int) -> Tensor | None:
+        tensor = self._kept[place]
+        return None if tensor is None else tensor.clone()  # the block may write to it
+
+    def _forget(self, finished: _Finished, batch: int) -> None:
+        if batch in finished.outputs:
+            _each(self._kept.release, finished.outputs.pop(batch))
+
+
+def _once(first: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a forward that returns what `first` gives at the first call, and runs the module at later ones."""
+    calls: list[None] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return first() if len(calls) == 1 else forward(*args, **kwargs)
+
+    return run
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _is_kept(output: Any) -> bool:
+    """Whether an output can be kept: a tensor, or a plain tuple or list of tensors and None."""
+    parts = output if type(output) in (tuple, list) else (output,)
+    return any(isinstance(part, Tensor) for part in parts) and all(
+        part is None or isinstance(part, Tensor) for part in parts
+    )
+
+
+def _each(function: Callable[[Any], Any], output: Any) -> Any:
+    """Apply a function to the tensors of an output, or to their places."""
+    if isinstance(output, (tuple, list)):
+        return type(output)(None if part is None else function(part) for part in output)
+    return function(output)
