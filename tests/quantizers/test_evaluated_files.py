@@ -63,16 +63,16 @@ def quantize(source, net, out, **arguments):
 )
 def test_a_file_is_compared_as_the_model_in_memory_is(source, net, tmp_path, arguments):
     on_disk = quantize(source, net, tmp_path / "out.safetensors", **arguments).report
-    in_memory = fewbits.quantize(net, "int4", evaluate=batches(9), **INT4 | arguments).report
+    in_memory = fewbits.quantize(net, "int4", evaluate=batches(9), compute="exact", **INT4 | arguments).report
     figures = on_disk.model.figures
     assert figures.keys() == {"kl", "top1"}
     assert figures["kl"] > 0
-    # The kernels of a model in memory add up in another order.
-    assert figures == pytest.approx(in_memory.model.figures, rel=1e-2)
+    # Both compute exactly: some CPUs have kernels that round inputs to bfloat16.
+    assert figures == pytest.approx(in_memory.model.figures, rel=1e-4)
     assert on_disk.model.positions == in_memory.model.positions
     outputs = {f"net.{t.name}": t.output_sqnr_db for t in in_memory.tensors if t.output_sqnr_db is not None}
     assert {t.name: t.output_sqnr_db for t in on_disk.tensors if t.output_sqnr_db is not None} == pytest.approx(
-        outputs, rel=1e-2
+        outputs, rel=1e-4
     )
     assert "model: KL" in on_disk.summary()
 
