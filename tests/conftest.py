@@ -1,5 +1,6 @@
 """Hypothesis profiles, the real model, the sentences, and the list of tests left out."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -65,6 +66,12 @@ def minilm_path() -> Path:
 def sentences() -> tuple[str, ...]:
     """200 distinct English sentences, none of them taken from a data set."""
     return tuple((DATA / "sentences.txt").read_text(encoding="utf-8").splitlines())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the garbage collector skip what is there before the first test: thousands of tests and modules."""
+    gc.collect()
+    gc.freeze()
 
 
 # `-m "not slow"` leaves tests out; the summary names them. Under xdist only the workers see them, and

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from fewbits.cli import main
+from support import interchange
 from test_architecture import ROOMS
 
 if sys.version_info >= (3, 11):
@@ -193,3 +194,28 @@ def test_the_files_that_the_pages_for_developers_name_exist():
         places = (ROOT, ROOT / "src" / "fewbits", ROOT / "tests", ROOT / "docs")
         missing = {name for name in named if not any((place / name).exists() for place in places)}
         assert not missing, f"{page} names {sorted(missing)}"
+
+
+def test_each_row_of_the_table_of_formats_names_packages_and_tests_that_exist():
+    found = list(interchange.rows(interchange.DOCUMENT.read_text(encoding="utf-8")))
+    assert len(found) > 15
+    for row in found:
+        assert len(row.cells) == 5, row.cells
+        assert all(re.fullmatch(r"[\w-]+ [\d.]+", entry) for entry in row.cells[2].split(", ")), row.cells[2]
+        for test in row.tests:
+            path, _, name = test.partition("::")
+            text = (interchange.TESTS / path).read_text(encoding="utf-8")
+            assert f"def {name.partition('[')[0]}" in text, f"{test} does not exist"
+
+
+def test_the_versions_of_a_row_are_those_its_tests_passed_with(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    row = "| {} | reads | pytest 1.0, attrs 2.0 | it works | `{}` |"
+    page.write_text("\n".join([interchange.HEADER, "|---|", row.format("good", "a"), row.format("bad", "b"), ""]))
+    monkeypatch.setattr(interchange, "DOCUMENT", page)
+    monkeypatch.setattr(interchange, "ran", lambda tests: "passed" if tests == ["a"] else "failed")
+    assert interchange.main() == 1
+    good, bad = page.read_text().splitlines()[2:]
+    assert f"pytest {pytest.__version__}" in good
+    assert bad == row.format("bad", "b")
+    assert capsys.readouterr().out == "passed: good\nfailed: bad\n"

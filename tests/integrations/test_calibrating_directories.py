@@ -19,18 +19,12 @@ from support.transformers_sizes import TEXT
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
+tokens = pytest.importorskip("support.tokens")
 
-WORDS = [f"word{number}" for number in range(96)]
-SPECIAL = ["<unk>", "<s>", "</s>"]
+WORDS, write_tokenizer = tokens.WORDS, tokens.write_tokenizer
+
 INT4 = {"scheme": "int4", "group_size": 32, "min_elements": 0}
 HOW = {"samples": 6, "sequence": 16}
-
-
-def write_tokenizer(folder: Path, **special: str) -> None:
-    model = tokenizers.models.WordLevel({word: at for at, word in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **special).save_pretrained(folder)
 
 
 def write_words(path: Path, count: int, seed: int = 0) -> None:

@@ -15,6 +15,7 @@ from support.transformers_sizes import TEXT
 
 transformers = pytest.importorskip("transformers")
 integration = pytest.importorskip("fewbits.integrations.transformers")
+tokens = pytest.importorskip("support.tokens")
 
 FewbitsConfig = integration.FewbitsConfig
 IDS = torch.arange(3, 13)[None]
@@ -114,6 +115,24 @@ def test_a_loaded_result_generates_the_tokens_of_fewbits_load(tmp_path):
     known = fewbits.load(tmp_path / "result", into=llama())
     arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     assert torch.equal(model.generate(IDS, **arguments), known.generate(IDS, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [("text-generation", {"max_new_tokens": 8, "do_sample": False}), ("feature-extraction", {})],
+)
+def test_a_pipeline_runs_on_a_result_as_on_the_model_in_memory(task, arguments, tmp_path):
+    folder = saved(llama(), tmp_path / "float")
+    tokens.write_tokenizer(folder, eos_token="</s>", pad_token="</s>")
+    fewbits.quantize(folder, "int8", output=tmp_path / "result", validate=False)
+    causal = fewbits.load(tmp_path / "result", into=llama())
+    known = causal.model if task == "feature-extraction" else causal
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "result")
+    loaded = transformers.pipeline(task, model=str(tmp_path / "result"), device="cpu")
+    expected = transformers.pipeline(task, model=known, tokenizer=tokenizer, device="cpu")
+    text = " ".join(tokens.WORDS[:10])
+    assert loaded(text, **arguments) == expected(text, **arguments)
+    assert any(isinstance(module, fewbits.nn.modules.QuantizedLinear) for module in loaded.model.modules())
 
 
 def test_a_loaded_model_dequantizes_in_place_and_saves_as_a_float_model(tmp_path):

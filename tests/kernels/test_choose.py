@@ -211,7 +211,9 @@ class Pool:
 
 
 @pytest.mark.parametrize("spec", [INT8, ASYMMETRIC8, GROUPS8, GROUPS6, INT4, ASYMMETRIC4, NF4, MXFP4, FLOAT8], ids=str)
-@pytest.mark.parametrize("shape", [(64, 64), (33, 130), (256, 576), (8, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (33, 130), (256, 576), pytest.param((8, 256), marks=pytest.mark.slow)], ids=str
+)
 @torch.no_grad()
 def test_outputs_read_50_db_or_10_more_than_the_weights(spec, shape, bf16):
     pool = Pool(spec, shape)

@@ -122,6 +122,7 @@ def last_file_of(source, rank):
     return next(row.name for shard in planned.shards if shard.file == file for row in shard.ledger)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job_and_says_why(tmp_path, source):
     name = last_file_of(source, rank=1)
     broken = tensors()

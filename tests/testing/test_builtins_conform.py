@@ -96,7 +96,13 @@ BF16 = dict.fromkeys(("byte_blocks", "pair_blocks", "tile_blocks", "word_blocks"
     "grouped_int_mm": (False,)
 }
 KERNEL_CHECKS = [
-    pytest.param(kernel, check, bf16, id=f"{kernel.name}-{'bf16' if bf16 else 'float32'}-{check}")
+    pytest.param(
+        kernel,
+        check,
+        bf16,
+        id=f"{kernel.name}-{'bf16' if bf16 else 'float32'}-{check}",
+        marks=[pytest.mark.slow] if not bf16 and True in BF16[kernel.name] else [],
+    )
     for kernel in KERNELS
     for bf16 in BF16.get(kernel.name, (True,))
     for check in check_kernel(kernel, max_examples=EXAMPLES)

@@ -165,7 +165,7 @@ class BlockRun:
                 ends = group.later | group.only if shapes == first else group.later
                 run = partial(self._inputs_of, group.leaders, ends, watched, batch, hidden)
                 collected.add(self._finished.run(batch, run, same_arguments))
-                collected.end_batch(references.of(batch, group.leaders))
+                collected.end_batch(references.taken(batch, group.leaders))
         return collected
 
     def _inputs_of(

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import attrs
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 @attrs.define(eq=False)
 class _Call:
-    """One call of a module, with the calls inside it. It holds its tensors, so that no identity is used twice."""
+    """One call of a module, with the calls inside it.
+
+    Attributes:
+        module: the module.
+        inputs: the numbers of its floating inputs.
+        output: the number of the tensor that it passes on; None if it passes on none.
+        calls: the calls inside it, in order.
+    """
 
     module: nn.Module
-    inputs: list[Tensor]
-    output: Tensor | None = None
+    inputs: list[int]
+    output: int | None = None
     calls: list[_Call] = attrs.field(factory=list)
+
+
+class _Numbers:
+    """Numbers tensors, without keeping them in memory: an `id` may be used again when a tensor is gone."""
+
+    def __init__(self) -> None:
+        self._known: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+        self._next = itertools.count()
+
+    def of(self, tensor: Tensor) -> int:
+        """Return the number of a tensor."""
+        if tensor not in self._known:
+            self._known[tensor] = next(self._next)
+        return self._known[tensor]
 
 
 def chains(model: nn.Module, run: Callable[[], object], sizes: Mapping[nn.Module, int]) -> list[list[nn.Module]]:
@@ -58,15 +81,17 @@ def chains(model: nn.Module, run: Callable[[], object], sizes: Mapping[nn.Module
 def _traced(model: nn.Module, run: Callable[[], object]) -> _Call:
     """Run a batch, and record the calls of all modules."""
     root = _Call(model, [])
-    stack = [root]
+    stack, numbers = [root], _Numbers()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = _Call(module, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        call = _Call(module, [numbers.of(tensor) for tensor in tensors if tensor.is_floating_point()])
         stack[-1].calls.append(call)
         stack.append(call)
 
     def after(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        stack.pop().output = hidden_of(output)
+        hidden = hidden_of(output)
+        stack.pop().output = None if hidden is None else numbers.of(hidden)
 
     with ExitStack() as hooks:
         for module in model.modules():
@@ -86,9 +111,9 @@ def _within(call: _Call, counts: Mapping[int, int]) -> list[list[nn.Module]]:
     """Return the chains among the calls directly inside a call."""
     found: list[list[_Call]] = []
     for inner in _flattened(call.calls):
-        if counts[id(inner.module)] > 1 or not any(x.is_floating_point() for x in inner.inputs):
+        if counts[id(inner.module)] > 1 or not inner.inputs:
             continue
-        before = next((chain for chain in found if any(x is chain[-1].output for x in inner.inputs)), None)
+        before = next((chain for chain in found if chain[-1].output in inner.inputs), None)
         if before is None:
             found.append([inner])
         else:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from fewbits.calibration.outputs import counted, floating, kl_divergence, named
+from fewbits.calibration.outputs import counted, floating, named
 from fewbits.errors import ArgumentError, CalibrationError
 
 #: A loss of the user's own: ``loss(output, reference_output)``, a tensor of one element.
@@ -19,19 +18,43 @@ Loss = str | Callable[[Any, Any], Tensor]
 _Compare = Callable[[Tensor, Tensor], Tensor]
 
 #: Positions whose logits are compared at a time: log-probabilities take several times the memory of logits.
-_POSITIONS = 128
+_POSITIONS = 64
 
 
 def _kl(output: Tensor, reference: Tensor) -> Tensor:
     """The mean over positions of the KL divergence of the distributions over the last axis."""
     rows, references = output.reshape(-1, output.shape[-1]), reference.reshape(-1, reference.shape[-1])
-    pairs = zip(torch.split(rows, _POSITIONS), torch.split(references, _POSITIONS), strict=True)
-    sums: list[Tensor] = [checkpoint(_kl_sum, *pair, use_reentrant=False) for pair in pairs]
-    return torch.stack(sums).sum() / len(rows)
+    summed: Tensor = _SummedKL.apply(rows, references)  # type: ignore[no-untyped-call]
+    return summed / len(rows)
 
 
-def _kl_sum(output: Tensor, reference: Tensor) -> Tensor:
-    return kl_divergence(reference.float(), output.float()).sum()
+class _SummedKL(torch.autograd.Function):
+    """The sum over rows of logits of ``KL(reference || output)``.
+
+    Its gradient is the difference of the probabilities. The forward pass computes it at once, a few rows at a time:
+    logits of a language model are large, and nothing else of their size is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, reference: Tensor) -> Tensor:
+        gradient = torch.empty_like(output) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), device=output.device)
+        for start in range(0, len(output), _POSITIONS):
+            rows = slice(start, start + _POSITIONS)
+            expected = reference[rows].float().log_softmax(-1)
+            found = output[rows].float().log_softmax(-1)
+            probabilities = expected.exp()
+            total += expected.sub_(found).mul_(probabilities).sum()
+            if gradient is not None:
+                gradient[rows] = found.exp_().sub_(probabilities)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None
 
 
 def _mse(output: Tensor, reference: Tensor) -> Tensor:

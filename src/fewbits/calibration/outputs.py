@@ -37,9 +37,3 @@ def counted(batch: Any, output: Tensor) -> Tensor | EllipsisType:
         counts = mask.to(output.device, torch.bool)
         return ... if bool(counts.all()) else counts
     return ...
-
-
-def kl_divergence(reference: Tensor, output: Tensor) -> Tensor:
-    """Return the KL divergence, in nats, of the distributions over the last axis that logits give."""
-    expected = reference.log_softmax(-1)
-    return (expected.exp() * (expected - output.log_softmax(-1))).sum(-1)

@@ -135,8 +135,14 @@ class KeptInputs:
             self._batches[-1][key] = len(self._tensors)
             self._tensors.append(x)
 
-    def of(self, batch: int, names: Collection[str]) -> dict[Key, Tensor]:
-        """Return the inputs of some weights in one batch; nothing if no batch was added."""
+    def taken(self, batch: int, names: Collection[str]) -> dict[Key, Tensor]:
+        """Return the inputs of some weights in one batch, and forget them; return nothing if no batch was added."""
         places = self._batches[batch] if self._batches else {}
-        found = {key: self._tensors[at] for key, at in places.items() if key[0] in names}
-        return {key: x for key, x in found.items() if x is not None}
+        found = {}
+        for key in [key for key in places if key[0] in names]:
+            at = places.pop(key)
+            x = self._tensors[at]
+            self._tensors.release(at)
+            if x is not None:
+                found[key] = x
+        return found
