@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import decoding, texts
 from benchmarks.scores import Scores, divergence, perplexity
+from fewbits.integrations.transformers_calibration import SELF, LoadedDirectory
 
 #: Tokens in a window.
 WINDOW = 512
@@ -42,6 +43,11 @@ class Language:
         step = len(windows) // self._samples
         return [{"input_ids": tokens[None]} for tokens in windows[:: max(1, step)][: self._samples]]
 
+    def written(self) -> list[dict[str, Tensor]]:
+        """Text that the model writes itself, as ``fewbits quantize DIR --calibrate self`` takes it."""
+        own = LoadedDirectory(self.model, self._tokenizer, is_causal=True)
+        return [{"input_ids": tokens} for tokens in own.windows(SELF, self._samples, WINDOW)]
+
     def held_out(self) -> list[dict[str, Tensor]]:
         return [{"input_ids": tokens[None]} for tokens in self._windows(texts.descriptions())[:4]]
 
@@ -56,6 +62,35 @@ class Language:
     def _windows(self, text: str) -> list[Tensor]:
         tokens = torch.tensor(self._tokenizer(text).input_ids)
         return list(tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW))
+
+
+class _Shifted(nn.Module):
+    """A linear layer whose columns and inputs are shifted: it computes the same."""
+
+    def __init__(self, layer: nn.Linear, by: int) -> None:
+        super().__init__()
+        self.layer, self.by = layer, by
+        layer.weight.data = layer.weight.data.roll(by, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        every: Tensor = self.layer(x.roll(self.by, -1))
+        return every
+
+
+class Shifted(Language):
+    """The same model, with columns shifted by half a group of the source: no group of a scheme meets one of its groups.
+
+    A scheme that gains from the grid of the source loses here.
+    """
+
+    name = "shifted"
+
+    def __init__(self, prose: Path, windows: int, samples: int) -> None:
+        super().__init__(prose, windows, samples)
+        for name, module in list(self.model.named_modules()):
+            if type(module) is nn.Linear and name not in self.kept:
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, _Shifted(module, 16))
 
 
 def _tokenizer() -> Any:

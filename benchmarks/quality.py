@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import fewbits
 from benchmarks import cli, decoding, peers, texts
 from benchmarks.contender import Contender, linear
-from benchmarks.language import Language
+from benchmarks.language import Language, Shifted
 from benchmarks.peers import llamacpp
 from benchmarks.report import Failure, Report, aligned
 from benchmarks.scores import Scores
@@ -57,15 +57,21 @@ Models = Iterator[tuple[str, nn.Module, float]]
 
 @attrs.frozen
 class Variant:
-    """A scheme with the settings of `fewbits.quantize`, whether it sees data, and the epochs of tuning."""
+    """A scheme with the settings of `fewbits.quantize`, the data that it sees, and the epochs of tuning.
+
+    The data is "none", "given", or "self": text that a language model writes, which other tasks leave out.
+    """
 
     scheme: str
     settings: Mapping[str, Any] = attrs.field(factory=dict)
-    calibrated: bool = False
+    data: str = "none"
     epochs: int = 0
 
     def models(self, task: Task) -> Models:
-        data = task.calibration() if self.calibrated else None
+        if self.data == "self" and not isinstance(task, Language):
+            return
+        makers = {"none": lambda: None, "given": task.calibration, "self": lambda: task.written()}
+        data = makers[self.data]()
         result = fewbits.quantize(
             task.model,
             self.scheme,
@@ -97,11 +103,12 @@ VARIANTS: Mapping[str, Variant] = {
     "nf4 g32 scale-search": Variant("nf4", {**TWO_LEVELS, "rounding": "scale-search"}),
     "mxfp4": Variant("mxfp4"),
     "int4 g64": Variant("int4", ONE_LEVEL),
-    "int4 g64 gptq": Variant("int4", {**ONE_LEVEL, "rounding": "gptq"}, True),
-    "int4 g64 qronos": Variant("int4", {**ONE_LEVEL, "rounding": "qronos"}, True),
-    "nf4 g64 qronos": Variant("nf4", {**ONE_LEVEL, "rounding": "qronos"}, True),
-    "nf4 g32 qronos": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, True, epochs=1),
-    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, True, epochs=1),
+    "int4 g64 gptq": Variant("int4", {**ONE_LEVEL, "rounding": "gptq"}, "given"),
+    "int4 g64 qronos": Variant("int4", {**ONE_LEVEL, "rounding": "qronos"}, "given"),
+    "nf4 g64 qronos": Variant("nf4", {**ONE_LEVEL, "rounding": "qronos"}, "given"),
+    "nf4 g32 qronos": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, "given", epochs=1),
+    "nf4 g32 qronos self": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, "self"),
+    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, "given", epochs=1),
 }
 
 #: Bits per weight of peers' formats, by the beginning of their names. One scale for a row adds about 0.1 bits.
@@ -154,6 +161,18 @@ def _llamacpp(name: str, layer: nn.Linear) -> nn.Linear:
     return linear(torch.from_numpy(values).view(layer.weight.shape), torch.float32)
 
 
+def with_q4_k_m(task: Task) -> Models:
+    """Replace the layers of a language model by llama.cpp's mixture of types."""
+    model, bits, count = copy.deepcopy(task.model), 0.0, 0
+    blocks = len(model.get_submodule("model.layers"))
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not any(fnmatch(name, pattern) for pattern in task.kept):
+            kind = llamacpp.q4_k_m(name, module.in_features, int(name.split(".")[2]), blocks)
+            module.weight.data = _llamacpp(kind, module).weight.data
+            bits, count = bits + llamacpp.TYPES[kind].bits * module.weight.numel(), count + module.weight.numel()
+    yield "", model, bits / count
+
+
 def peer_contenders() -> list[Contender]:
     found = [c for c in peers.contenders([torch.float32], 128) if any(c.name.startswith(start) for start in PEER_BITS)]
     return [_with_layer(contender) for contender in found]
@@ -198,14 +217,18 @@ def _table(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
 #: Makes each task from the arguments.
 TASKS: Mapping[str, Callable[[argparse.Namespace], Task]] = {
     "language": lambda arguments: Language(arguments.prose, arguments.windows, arguments.samples),
+    "shifted": lambda arguments: Shifted(arguments.prose, arguments.windows, arguments.samples),
     "sentences": lambda arguments: Sentences(arguments.prose, arguments.samples),
     **{name: (lambda arguments, name=name: Digits(name, arguments.samples)) for name in NETWORKS},
 }
 
+#: The tasks that run if none are named.
+USUAL = [name for name in TASKS if name != "shifted"]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(__doc__, rounds=None, check=False, peers=True)
-    made.add_argument("--task", type=cli.listed(str), default=list(TASKS), help=f"of {', '.join(TASKS)}; all")
+    made.add_argument("--task", type=cli.listed(str), default=USUAL, help=f"of {', '.join(TASKS)}; all but shifted")
     made.add_argument("--variant", type=cli.listed(str), default=list(VARIANTS), metavar="NAME,...")
     made.add_argument("--windows", type=cli.positive, default=24, help="windows of 512 tokens to evaluate; 24")
     made.add_argument("--samples", type=cli.positive, default=32, help="windows or batches to calibrate with; 32")
@@ -224,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         makers |= {c.name.removesuffix(", fp32"): partial(with_peer, c) for c in peer_contenders()}
     for name in arguments.task:
         torch.manual_seed(arguments.seed)
-        measure(report, TASKS[name](arguments), makers)
+        peers_of_task = {"llama.cpp Q4_K_M": with_q4_k_m} if arguments.peers and name == "language" else {}
+        measure(report, TASKS[name](arguments), makers | peers_of_task)
     return cli.finish(report, table(report), arguments)
 
 
