@@ -14,7 +14,8 @@ def build() -> nn.Module:
 
 
 def quantized() -> nn.Module:
-    return fewbits.quantize(build(), "int4").model
+    # "exact", because outputs are compared closely below: kernels on some CPUs round inputs to bfloat16.
+    return fewbits.quantize(build(), "int4", compute="exact").model
 
 
 x, y = torch.randn(64, 128), torch.randint(10, (64,))
