@@ -15,9 +15,10 @@ from fewbits.nn.walk import slots
 
 def calibration(model, batches, needs="cross_moment"):
     """A calibration of all matrices of a model that has seen the batches."""
+    first = {id(slot.tensor): slot for slot in reversed(list(slots(model)))}
     layouts = {
         slot.name: layout_of(slot.module, slot.local, slot.tensor)[0]
-        for slot in slots(model)
+        for slot in reversed(first.values())
         if slot.is_parameter and slot.tensor.dim() > 1
     }
     found = BlockCalibration(model.eval(), layouts, needs)
@@ -266,6 +267,118 @@ def test_a_longer_batch_that_uses_a_weight_more_often_shows_all_its_inputs():
     found = calibration(nn.Sequential(Chunked(), Chunked()), data)
     counts = {name: known[0].statistics.count for group in found.groups() for name, known in group.items()}
     assert counts == {"0.layer.weight": 38, "1.layer.weight": 38}
+
+
+class SwiGLU(nn.Module):
+    """Experts of three layers, two of which share an input. `routes` says which get tokens in a batch of some size."""
+
+    def __init__(self, routes=lambda size: range(3)) -> None:
+        super().__init__()
+        self.experts, self.routes = nn.ModuleList(nn.Module() for _ in range(3)), routes
+        for expert in self.experts:
+            expert.gate, expert.up, expert.down = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        mixed = torch.zeros_like(x)
+        for at in self.routes(len(x)):
+            expert, own = self.experts[at], x[at::3]
+            mixed[at::3] += expert.down(F.silu(expert.gate(own)) * expert.up(own))
+        return x + mixed
+
+
+def test_layers_of_parallel_experts_that_share_an_input_get_that_input():
+    model, data = nn.Sequential(SwiGLU(), SwiGLU()), [torch.randn(90, 4), torch.randn(30, 4)]
+    found = calibration(model, data, "second_moment")
+    expected = [[f"0.experts.{at}.{name}" for at in range(3) for name in ("gate", "up")]]
+    expected += [[f"0.experts.{at}.down" for at in range(3)]]
+    groups = []
+    for group in found.groups():
+        groups += [[name.removesuffix(".weight") for name in group]] if group else []
+        for at in range(3):
+            for name in ("gate", "up"):
+                if f"0.experts.{at}.{name}.weight" in group:
+                    (known,) = group[f"0.experts.{at}.{name}.weight"]
+                    assert_inputs(known.statistics, torch.cat([batch[at::3] for batch in data]))
+    assert groups[:2] == expected
+
+
+def test_experts_without_tokens_in_the_first_batch_have_the_statistics_of_later_ones():
+    model = nn.Sequential(*(SwiGLU(lambda size: {90: [1], 30: [0, 1]}.get(size, [2, 0])) for _ in range(2)))
+    data = [torch.randn(size, 4) for size in (90, 30, 60, 30)]
+    found = calibration(model, data)
+    counts = {}
+    for group in found.groups():
+        counts |= {name: known[0].statistics.count for name, known in group.items() if known}
+    names = ("gate", "up", "down")
+    expected = {0: 10 + 20 + 10, 1: 30 + 10 + 10, 2: 20}
+    assert counts == {
+        f"{block}.experts.{at}.{name}.weight": count
+        for block in (0, 1)
+        for at, count in expected.items()
+        for name in names
+    }
+
+
+def test_a_longer_batch_that_uses_several_groups_in_turn_shows_all_their_inputs():
+    class Chunked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + torch.cat([self.down(torch.relu(self.up(part))) for part in x.split(6)])
+
+    data = [torch.randn(count, 8) for count in (5, 20, 13)]
+    found = calibration(nn.Sequential(Chunked(), Chunked()), data)
+    counts = {name: known[0].statistics.count for group in found.groups() for name, known in group.items()}
+    assert set(counts.values()) == {38}
+
+
+def test_a_weight_of_two_blocks_is_calibrated_with_the_first_and_replaced_in_both():
+    model = Decoder(3)
+    for layer in model.layers[1:]:
+        layer.up.weight = model.layers[0].up.weight
+    found, seen = calibration(model, IDS), {}
+    for group in found.groups():
+        for name, known in group.items():
+            assert name not in seen
+            seen[name] = known[0].statistics if known else None
+            found.replace(name, torch.zeros_like(model.get_parameter(name)))
+    assert [name for name in seen if "up" in name] == ["layers.0.up.weight"]
+    # The projection is zero in every block, so the layer after it sees what its bias gives.
+    for at, layer in enumerate(model.layers):
+        x = F.silu(layer.up.bias.detach()).expand(72, 16)
+        assert_inputs(seen[f"layers.{at}.down.weight"], x)
+
+
+def test_an_attention_projection_that_is_used_whole_and_in_parts_has_the_statistics_of_its_more_common_use():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            x = x + self.attention(x, x, x)[0]
+            return x + self.attention(x, x[:, :2], x[:, :2])[0]
+
+    found = calibration(nn.Sequential(Both(), Both()), [torch.randn(3, 5, 8)])
+    rows = [known[0].rows for group in found.groups() for name, known in group.items() if "in_proj" in name]
+    assert rows == [slice(0, 24), slice(0, 24)]
+
+
+def test_caches_of_the_parts_of_a_composite_model_are_turned_off_and_on_again():
+    class Config:
+        def __init__(self, use_cache):
+            self.use_cache = use_cache
+
+    model = Decoder(2)
+    model.layers[0].config, model.layers[1].config = Config(True), Config(False)
+    seen = []
+    model.head.register_forward_pre_hook(lambda *_: seen.extend(layer.config.use_cache for layer in model.layers))
+    calibration(model, IDS)
+    assert seen
+    assert not any(seen)
+    assert [layer.config.use_cache for layer in model.layers] == [True, False]
 
 
 def test_training_flags_and_switches_of_torch_are_restored():

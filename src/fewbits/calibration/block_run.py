@@ -80,8 +80,9 @@ class BlockRun:
         self._block, self._following, self._inputs, self._collecting = block, following, inputs, collecting
         self._outputs = KeptTensors(collecting.spill)
         self._copied = structural_copy(block.module)
-        self._working = {name: find(self._copied, block.within(name)).tensor for name in block.weights}
+        self._working = {name: find(self._copied, local).tensor for name, local in block.weights.items()}
         self._finished = FinishedModules(self._copied, list(self._working.values()), collecting.spill)
+        self._working |= {name: find(self._copied, local).tensor for name, local in block.shared.items()}
 
     def replace(self, name: str, values: Tensor) -> None:
         """Put the dequantized values of a weight into the copy; ignore weights of other blocks."""
@@ -98,7 +99,9 @@ class BlockRun:
             leaders = {grouping.leader(name) for name in group}
             only = {name for name in leaders if len(leaders) == 1 and self._is_used_whole_and_once(name, grouping)}
             unfinished = [name for later in grouping.groups[at:] for name in later]
-            collected = self._run_quantized(_Round(unfinished, leaders, only, set(grouping.later(group))), references)
+            collected = self._run_quantized(
+                _GroupRun(unfinished, leaders, only, set(grouping.later(group))), references
+            )
             yield {name: collected.of(grouping.leader(name), grouping.followed_rows(name)) for name in group}
 
     def _is_used_whole_and_once(self, name: str, grouping: Grouping) -> bool:
@@ -134,12 +137,13 @@ class BlockRun:
         """
         block, floats, needs = self._block, self._inputs.floats, self._collecting.needs
         grouping, inputs = Grouping(self._collecting.model), KeptInputs(self._collecting.spill)
-        own = {name: find(block.module, block.within(name)).tensor for name in self._block.weights}
+        own = {name: find(block.module, local).tensor for name, local in block.weights.items()}
         watched = self._collecting.watched(own)
         with replaying(block.module):
             with InputCapture(watched, grouping.receive):
                 first = block.run(block.module, 0, floats[0])
             check_replay(block, first, self._following)
+            self._look_for_the_rest(grouping, watched)
             if needs != "cross_moment":
                 self._outputs.append(first)
                 return grouping, inputs
@@ -152,7 +156,17 @@ class BlockRun:
                 inputs.append(collected.taken())
         return grouping, inputs
 
-    def _run_quantized(self, group: _Round, references: KeptInputs) -> Collected:
+    def _look_for_the_rest(self, grouping: Grouping, watched: list[Watched]) -> None:
+        """Run more batches while there are weights that the batches before did not use."""
+        currents = self._inputs.currents
+        for batch in range(1, len(currents)):
+            if not grouping.lacks(self._block.weights):
+                return
+            grouping.begin_batch()
+            with InputCapture(watched, grouping.receive):
+                self._block.run(self._block.module, batch, currents[batch])
+
+    def _run_quantized(self, group: _GroupRun, references: KeptInputs) -> Collected:
         """Run the copy of the block, in which the groups before are quantized, and collect the inputs of one group."""
         collected = Collected(self._collecting.needs)
         watched = self._collecting.watched({name: self._working[name] for name in group.open})
@@ -161,8 +175,8 @@ class BlockRun:
             for batch, hidden in enumerate(self._inputs.currents):
                 shapes = self._block.shapes(batch, hidden)
                 first = first or shapes
-                # A batch of another shape may use the weights more often than the first.
-                ends = group.later | group.only if shapes == first else group.later
+                # A batch of another shape may use the weights in another order, or more often, than the first.
+                ends = group.later | group.only if shapes == first else set()
                 run = partial(self._inputs_of, group.leaders, ends, watched, batch, hidden)
                 collected.add(self._finished.run(batch, run, same_arguments))
                 collected.end_batch(references.taken(batch, group.leaders))
@@ -193,7 +207,7 @@ class BlockRun:
 
 
 @attrs.frozen(eq=False)
-class _Round:
+class _GroupRun:
     """A group of weights whose inputs are collected.
 
     Attributes:

@@ -65,6 +65,8 @@ class BlockCalibration:
         self._hidden: list[KeptTensors] = []
         self._outside = Collected(needs)
         self._running: BlockRun | None = None
+        #: The dequantized values of weights that several blocks share.
+        self._shared: dict[str, Tensor] = {}
 
     # Observe the float model.
 
@@ -165,15 +167,20 @@ class BlockCalibration:
         names = {id(module): name for name, module in self._model.named_modules()}
         with without_shortcuts(self._model):
             found = chains(self._model, run, sizes) or [[self._model]]
-        self._chains = [
-            [Block(names[id(module)], module, self._names_in(module)) for module in chain] for chain in found
-        ]
+        self._chains = [[self._block(names[id(module)], module) for module in chain] for chain in found]
+        earlier: set[str] = set()
+        for block in [block for chain in self._chains for block in chain]:
+            block.shared = {name: block.weights.pop(name) for name in earlier.intersection(block.weights)}
+            earlier |= block.weights.keys()
         self._hidden = [KeptTensors(self.spill) for _ in self._chains]
 
     def _check_calls(self, kept: Sequence[int]) -> None:
         for chain, count in zip(self._chains or (), kept, strict=True):
             if any(len(block.calls) != count + 1 for block in chain):
-                raise CalibrationError("the blocks of the model did not all run once in this batch, as in the first")
+                raise CalibrationError(
+                    "the blocks of the model did not all run once in this batch, as in the first; give batches "
+                    "that take the same way through the model"
+                )
 
     def _forget_after(self, kept: Sequence[int]) -> None:
         self._outside.taken()
@@ -182,9 +189,10 @@ class BlockCalibration:
             for block in chain:
                 del block.calls[count:]
 
-    def _names_in(self, block: nn.Module) -> list[str]:
-        own = {id(slot.tensor) for slot in slots(block)}
-        return [slot.name for slot in slots(self._model) if slot.name in self._layouts and id(slot.tensor) in own]
+    def _block(self, path: str, module: nn.Module) -> Block:
+        local = {id(slot.tensor): slot.name for slot in slots(module)}
+        known = [slot for slot in slots(self._model) if slot.name in self._layouts]
+        return Block(path, module, {slot.name: local[id(slot.tensor)] for slot in known if id(slot.tensor) in local})
 
     def _outside_chains(self) -> list[Watched]:
         inside = {name for chain in self._chains or () for block in chain for name in block.weights}
@@ -205,7 +213,9 @@ class BlockCalibration:
             inputs = BlockInputs(hidden, hidden)
             for block, following in zip_longest(chain, chain[1:]):
                 self._running = BlockRun(block, following, inputs, self._collecting)
-                yield Part(block.weights, self._running.groups())
+                for name in block.shared:
+                    self._running.replace(name, self._shared[name])
+                yield Part(list(block.weights), self._running.groups())
                 if following is not None:
                     inputs = self._running.outputs()
                 self._running = None
@@ -217,5 +227,7 @@ class BlockCalibration:
 
     def replace(self, name: str, values: Tensor) -> None:
         """Put the dequantized values of a weight into the copy of the block that runs."""
+        if any(name in block.shared for chain in self._chains or () for block in chain):
+            self._shared[name] = values
         if self._running is not None:
             self._running.replace(name, values)

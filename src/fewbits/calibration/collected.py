@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fewbits.errors import CalibrationError
 from fewbits.rounding.base import RowInputs
 from fewbits.rounding.statistics import InputStatistics, Needs
 
@@ -48,20 +50,28 @@ class Collected:
             reference = None if references is None else references.get(key)
             if key not in self._statistics:
                 self._statistics[key] = InputStatistics(x.shape[1], self._needs)
-            self._statistics[key].add(x, reference if reference is not None and reference.shape == x.shape else None)
+            fits = reference is not None and reference.shape == x.shape
+            try:
+                self._statistics[key].add(x, reference if fits else None)
+            except CalibrationError as error:
+                raise CalibrationError(f"the inputs of {key[0]}: {error}") from None
 
     def of(self, name: str, rows: slice | None = None) -> list[RowInputs]:
         """Return the statistics of one weight.
+
+        Where rows had inputs in several ways, as those of an attention projection that is used as a whole and in parts,
+        the way with the most inputs counts.
 
         Args:
             name: the name of the weight.
             rows: the rows of another weight that has the same inputs; None for the rows of this weight.
         """
-        return [
-            RowInputs(rows or slice(start, stop), known)
-            for (owner, start, stop), known in self._statistics.items()
-            if owner == name
-        ]
+        own = [(key[1:], known) for key, known in self._statistics.items() if key[0] == name]
+        found: list[RowInputs] = []
+        for (start, stop), known in sorted(own, key=lambda pair: -pair[1].count):
+            if all(stop <= other.rows.start or other.rows.stop <= start for other in found):
+                found.append(RowInputs(slice(start, stop), known))
+        return found if rows is None else [RowInputs(rows, each.statistics) for each in found]
 
 
 class Grouping:
@@ -77,33 +87,46 @@ class Grouping:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._last: Tensor | None = None
+        self._last: tuple[str, Tensor] | None = None
+        self._earlier: frozenset[str] = frozenset()
         self._groups: list[list[str]] = []
         self._where: dict[str, int] = {}
         self._shared: dict[str, str] = {}
         self._rows: dict[str, slice] = {}
         self._uses: dict[str, list[int]] = {}
-        self._events = 0
+        self._events, self._end = 0, math.inf
 
     def receive(self, name: str, rows: slice, x: Tensor) -> None:
         """Take note that a weight was multiplied with an input."""
         self._events += 1
+        before, self._last = self._last, (name, x)
+        if name in self._earlier:
+            return
         self._uses.setdefault(name, []).append(self._events)
         self._rows[name] = rows
-        pattern = self._pattern(name)
-        same = self._last is not None and _same(self._last, x)
         if name in self._where:
             self._shared.pop(name, None)  # several inputs: they are collected one by one
+        elif before is not None and _same(before[1], x):
+            self._shared[name] = self._shared.get(before[0], before[0])
+            self._put(name, self._where[before[0]])
         else:
-            at = len(self._groups) - 1 if same else self._where.get(pattern, len(self._groups))
-            if at == len(self._groups):
-                self._groups.append([])
-            if same and self._groups[at]:
-                leader = self._groups[at][-1]
-                self._shared[name] = self._shared.get(leader, leader)
-            self._groups[at].append(name)
-            self._where[name] = self._where[pattern] = at
-        self._last = x
+            self._put(name, self._where.get(self._pattern(name), len(self._groups)))
+
+    def _put(self, name: str, at: int) -> None:
+        """Add a weight to a group, which weights of parallel modules join from now on."""
+        if at == len(self._groups):
+            self._groups.append([])
+        self._groups[at].append(name)
+        self._where[name] = self._where[self._pattern(name)] = at
+
+    def begin_batch(self) -> None:
+        """Look only for weights that were not used in the batches before, such as experts that had no tokens."""
+        self._earlier, self._last = frozenset(self._uses), None
+        self._end = min(self._end, self._events + 1)
+
+    def lacks(self, names: Collection[str]) -> bool:
+        """Whether some of these weights were not used so far."""
+        return not self._uses.keys() >= set(names)
 
     @property
     def groups(self) -> list[list[str]]:
@@ -111,9 +134,9 @@ class Grouping:
         return self._groups
 
     def later(self, group: Sequence[str]) -> list[str]:
-        """Return the weights that are used only after the last use of a group."""
+        """Return weights of the first batch that are used only after the last use of a group."""
         last = max(self._uses[name][-1] for name in group)
-        return [name for name, uses in self._uses.items() if uses[0] > last]
+        return [name for name, uses in self._uses.items() if last < uses[0] < self._end]
 
     def leader(self, name: str) -> str:
         """Return the first weight of the group that has the same input; weights that are used twice lead themselves."""

@@ -21,11 +21,11 @@ _Places = Any
 
 
 @attrs.define(eq=False)
-class _Finished:
-    """A module with weights, and its outputs by batch."""
+class _ModuleOutputs:
+    """The outputs of a module with weights, by batch."""
 
     module: nn.Module
-    inner: list[_Finished] = attrs.field(factory=list)
+    inner: list[_ModuleOutputs] = attrs.field(factory=list)
     outputs: dict[int, _Places] = attrs.field(factory=dict)
 
 
@@ -47,7 +47,7 @@ class FinishedModules:
         self._usable = True
         wanted = {id(weight) for weight in weights}
         found = {
-            name: _Finished(module)
+            name: _ModuleOutputs(module)
             for name, module in block.named_modules()
             if name and any(id(own) in wanted for own in _tensors(module))
         }
@@ -77,7 +77,8 @@ class FinishedModules:
             return forward(_nothing)
         if batch:
             return given
-        # This comes second: before, the block remembered another batch, if it remembers any.
+        # Run in full only now: a block that carries state from call to call still has that of another batch, so the
+        # first run would have shown a difference.
         whole = forward(_nothing)
         if not same(given, whole):
             self._stop()
@@ -107,7 +108,7 @@ class FinishedModules:
                     hooks.callback(finished.module.register_forward_hook(hook).remove)
             yield hooks.close
 
-    def _keep(self, finished: _Finished, batch: int, module: nn.Module, args: object, output: object) -> None:
+    def _keep(self, finished: _ModuleOutputs, batch: int, module: nn.Module, args: object, output: object) -> None:
         if batch in finished.outputs or not _is_kept(output):
             return
         finished.outputs[batch] = _each(self._append, output)
@@ -118,14 +119,14 @@ class FinishedModules:
         self._kept.append(tensor.detach().clone())
         return len(self._kept) - 1
 
-    def _output(self, finished: _Finished, batch: int) -> Any:
+    def _output(self, finished: _ModuleOutputs, batch: int) -> Any:
         return _each(self._taken, finished.outputs[batch])
 
     def _taken(self, place: int) -> Tensor | None:
         tensor = self._kept[place]
         return None if tensor is None else tensor.clone()  # the block may write to it
 
-    def _forget(self, finished: _Finished, batch: int) -> None:
+    def _forget(self, finished: _ModuleOutputs, batch: int) -> None:
         if batch in finished.outputs:
             _each(self._kept.release, finished.outputs.pop(batch))
 

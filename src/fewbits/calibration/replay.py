@@ -29,7 +29,8 @@ class Block:
     Attributes:
         name: its path in the model; "" for the model itself.
         module: the block of the float model.
-        weights: the names of its weights in the model.
+        weights: the names of its weights in the model, and their names in the block.
+        shared: those that belong to an earlier block too, which calibrates them.
         calls: the arguments in each batch, with `_HIDDEN` in place of the block's input.
         magnitude: the sum of magnitudes of its input in the first batch, to check replays with.
         returns_hidden: whether its output was nothing but a tensor like its input, in all batches.
@@ -37,7 +38,8 @@ class Block:
 
     name: str
     module: nn.Module
-    weights: list[str]
+    weights: dict[str, str]
+    shared: dict[str, str] = attrs.field(factory=dict)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = attrs.field(factory=list)
     magnitude: float | None = None
     returns_hidden: bool = True
@@ -48,10 +50,6 @@ class Block:
             self.magnitude = _magnitude(hidden)
         marked = {key: _HIDDEN if value is hidden else value for key, value in kwargs.items()}
         self.calls.append((tuple(_HIDDEN if value is hidden else value for value in args), marked))
-
-    def within(self, name: str) -> str:
-        """Return the name of a weight of the model within this block."""
-        return name.removeprefix(f"{self.name}.") if self.name else name
 
     def shapes(self, batch: int, hidden: Tensor | None) -> list[torch.Size]:
         """Return the shapes of the tensors among the arguments of a batch; `hidden` is the block's input."""
@@ -134,17 +132,17 @@ def replaying(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_shortcuts(module: nn.Module) -> Iterator[None]:
-    """Let torch compute layers by products that can be seen; turn off the cache of a transformers model.
+    """Let torch compute layers by products that can be seen; turn off the caches of transformers models.
 
     Torch has single operations for whole attention layers, and oneDNN for recurrent layers.
     """
-    config: Any = getattr(module, "config", None)
-    caches = bool(getattr(config, "use_cache", False))
+    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    caching: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
     fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        if caches:
+        for config in caching:
             config.use_cache = False
         if recurrent:
             previous = torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]
@@ -153,5 +151,5 @@ def without_shortcuts(module: nn.Module) -> Iterator[None]:
         if recurrent:
             torch.backends.mkldnn.set_flags(previous[0])  # type: ignore[no-untyped-call]
         torch.backends.mha.set_fastpath_enabled(fast)
-        if caches:
+        for config in caching:
             config.use_cache = True

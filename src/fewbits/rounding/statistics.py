@@ -56,12 +56,14 @@ class InputStatistics:
             ArgumentError: if the shapes do not fit.
             CalibrationError: if an input holds NaN or Inf.
         """
-        if x.dim() != 2 or x.shape[1] != self.columns or (reference is not None and reference.shape != x.shape):
+        if x.dim() != 2 or x.shape[1] != self.columns:
             raise ArgumentError(f"inputs must be (inputs, {self.columns}), not {tuple(x.shape)}")
+        if reference is not None and reference.shape != x.shape:
+            raise ArgumentError(f"reference must be {tuple(x.shape)}, as the inputs are, not {tuple(reference.shape)}")
         x = x.detach().to("cpu", torch.float32)
         # The sum is faster to look at; it may overflow where all inputs are finite.
         if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
-            raise CalibrationError("an input holds NaN or Inf; the model overflows on this data")
+            raise CalibrationError("they hold NaN or Inf; check the data, or run the model in float32")
         paired = x if reference is None else reference.detach().to("cpu", torch.float32)
         self.count += len(x)
         self._derived.clear()
