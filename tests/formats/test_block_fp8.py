@@ -1,5 +1,7 @@
 """FP8 weights with ``weight_scale_inv`` are read with their codes: as a mapping, into a model, and by `convert`."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -68,6 +70,23 @@ def test_a_checkpoint_is_loaded_into_a_model_and_converted(scratch, tmp_path):
     assert fewbits.plan(path, "int8", min_elements=0).ledger["l.weight"].dtype == torch.bfloat16
 
 
+def test_block_sizes_of_a_nested_configuration_count(scratch):
+    path = checkpoint(scratch, (64, 48), (4, 3), block=[16, 16])
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({"text_config": config}))
+    expected = open_source(path).read("l.weight")
+    assert torch.equal(fewbits.load(path, dequantize=True)["l.weight"], expected)
+
+
+def test_scales_of_activations_are_left_out(scratch, events):
+    tensors = {"l.weight": codes((64, 48)), "l.weight_scale_inv": scales((4, 3)), "l.activation_scale": torch.ones(1)}
+    path = write(scratch, tensors, {"quant_method": "fp8", "weight_block_size": [16, 16]})
+    model = fewbits.load(path, into=nn.ModuleDict({"l": nn.Linear(48, 64, bias=False)}))
+    assert isinstance(model["l"], QuantizedModule)
+    (left,) = [event for event in events if event["event"] == "tensors_left_out"]
+    assert left["tensors"] == ["l.activation_scale"]
+
+
 def test_a_default_device_does_not_change_what_is_read(scratch):
     path = checkpoint(scratch, (64, 48), (4, 3), block=[16, 16])
     with torch.device("meta"):
@@ -78,7 +97,7 @@ def test_a_default_device_does_not_change_what_is_read(scratch):
 def test_damage_is_refused_with_the_name_of_the_tensor(scratch):
     with pytest.raises(FormatError, match=r"l\.weight_scale_inv .*does not fit l\.weight"):
         fewbits.load(checkpoint(scratch, (64, 48), (4, 4), block=[16, 16]))
-    with pytest.raises(FormatError, match="weight_block_size must be two positive integers"):
+    with pytest.raises(FormatError, match=r"weight_block_size is \[16, 0\]; it must be two positive integers"):
         fewbits.load(checkpoint(scratch, (64, 48), (4, 3), block=[16, 0]))
     tensors = {"l.weight": codes((64, 48)), "l.weight_scale_inv": torch.ones(64, 1)}
     tensors["l.weight"].view(torch.uint8)[1, 1] = 0x7F

@@ -20,6 +20,7 @@ from fewbits.formats.compressed_config import CONFIG_FILE
 from fewbits.formats.fewbits_format import FewbitsFormat
 from fewbits.formats.model_config import QUANTIZATION_FILES, copy_config, folder_of
 from fewbits.formats.registry import EXPORTERS, open_quantized
+from fewbits.observers.named import make_named
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.file import SUFFIXES
 
@@ -113,10 +114,7 @@ def exporter_named(name: str, **settings: Any) -> Exporter:
     """
     if name not in EXPORTERS:
         raise ArgumentError(f"format must be {', '.join(map(repr, EXPORTERS))} or an Exporter, not {name!r}")
-    try:
-        return EXPORTERS[name](**settings)
-    except TypeError as error:
-        raise ArgumentError(f"the format {name} does not take {', '.join(settings)}: {error}") from None
+    return make_named("format", {"name": name, **settings}, EXPORTERS)
 
 
 def check_export(source: Described, path: Path, exporter: Exporter, *, replace: bool) -> dict[str, str]:

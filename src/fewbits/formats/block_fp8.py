@@ -9,12 +9,15 @@ import attrs
 import torch
 from torch import Tensor
 
+from fewbits._events import emit
 from fewbits.checkpoint.codec import Value
+from fewbits.checkpoint.folder import file_beside
 from fewbits.errors import FormatError, SourceError
 from fewbits.formats.base import ForeignCheckpoint, checked, kept_row, quantized_row
-from fewbits.formats.compressed_config import Fields, read_settings
+from fewbits.formats.compressed_config import CONFIG_FILE
 from fewbits.formats.foreign_files import foreign_files, foreign_tensors, open_tensors
-from fewbits.formats.fp8 import KNOWN_BLOCKS, SCALE_SUFFIXES, ScaledWeight, scaled_weights
+from fewbits.formats.fp8 import KNOWN_BLOCKS, SCALE_SUFFIXES, ScaledWeight, is_activation_scale, scaled_weights
+from fewbits.formats.model_config import read_block_sizes
 from fewbits.numerics.float8 import FLOAT8_DTYPES, float8_codes, float8_spec
 from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words
@@ -27,6 +30,8 @@ from fewbits.selection.row import LedgerRow
 
 class BlockFP8(ForeignCheckpoint):
     """A checkpoint with FP8 weights, each with one scale per block, per row or in all.
+
+    Scales of activations are left out; an event (`tensors_left_out`) names them.
 
     Scales of blocks are repeated for each of their rows.
 
@@ -44,13 +49,17 @@ class BlockFP8(ForeignCheckpoint):
         super().__init__(path)
         files = foreign_files(path)
         self._tensors = open_tensors(files)
-        blocks = _stated_blocks(read_settings(files))
+        config = file_beside(files, CONFIG_FILE)
+        blocks = (() if config is None else read_block_sizes(config)) or KNOWN_BLOCKS
         try:
             self._weights = scaled_weights(self._tensors.entries, blocks)
         except SourceError as error:
             raise FormatError(f"{path}: {error}") from None
         self._scales = {weight.scale: weight.name for weight in self._weights.values()}
-        self.ledger = Ledger(map(self._row, sorted(self._tensors.entries)))
+        left = sorted(name for name in self._tensors.entries if is_activation_scale(name))
+        if left:
+            emit("warning", "tensors_left_out", file=str(path), tensors=left)
+        self.ledger = Ledger(self._row(name) for name in sorted(self._tensors.entries) if name not in left)
         self.about = (f"read as {self.format}: {len(self._weights):,} weights",)
 
     @classmethod
@@ -114,12 +123,3 @@ def _spec(weight: ScaledWeight, layout: Layout) -> QuantSpec:
     else:
         spec = float8_spec(dtype, "group", weight.grid.block[1], scales.dtype)
     return spec
-
-
-def _stated_blocks(settings: Fields | None) -> tuple[tuple[int, int], ...]:
-    size = None if settings is None else settings.get("weight_block_size", list)
-    if settings is None or size is None:
-        return KNOWN_BLOCKS
-    if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
-        settings.refuse("weight_block_size", f"must be two positive integers, rows and columns, not {size!r:.100}")
-    return ((size[0], size[1]),)

@@ -91,7 +91,7 @@ class GGUFCheckpoint(ForeignCheckpoint):
         return numbers if order is None else numbers[order.argsort()]
 
     def _check_decoders(self) -> None:
-        """Refuse types of blocks that the package does not decode: it decodes no rows of each type."""
+        """Refuse types of blocks that the package cannot decode: it tries one row of each type."""
         for tensor in {tensor.type: tensor for tensor in self._tensors.values()}.values():
             if not tensor.is_plain:
                 try:

@@ -115,6 +115,8 @@ def load(
     target = None if device is None else usable(device)
     if into is None and target is not None:
         raise ArgumentError("device= says where a model is to be; without into= tensors alias the file, on the CPU")
+    if into is None and compute != "auto":
+        raise ArgumentError("compute= chooses the kernels of a model; without into= there is no model")
     if into is None and ignored:
         raise ArgumentError("ignore= names tensors that a model may lack; without into= the mapping has every tensor")
     if into is None and init_buffers is not None:
@@ -123,8 +125,8 @@ def load(
         raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
     if into is not None and dequantize:
         raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
-    checkpoint = open_quantized(path, serializer)
     check_check(check)
+    checkpoint = open_quantized(path, serializer)
     if into is None:
         if isinstance(checkpoint, Checkpoint):  # `values` checks the tensors of another tool
             checkpoint.check(check)

@@ -113,8 +113,8 @@ class MLXCheckpoint:
         config = Path(path) / CONFIG_FILE
         settings = read_json(config).get(_KEY, {}) if config.is_file() else {}
         entries = self._tensors.entries
-        parts = {f"{name.removesuffix('scales')}biases" for name in entries if name.endswith(".scales")}
-        parts |= {name for name in entries if name.endswith(".scales")}
+        modules = {name.removesuffix(WEIGHT) for name, entry in entries.items() if entry.dtype == torch.uint32}
+        parts = {f"{module}.{part}" for module in modules for part in ("scales", "biases")}
         self.ledger = Ledger(self._row(name, settings) for name in entries if name not in parts)
 
     def _row(self, name: str, settings: Mapping[str, Any]) -> LedgerRow:

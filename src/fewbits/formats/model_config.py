@@ -133,6 +133,11 @@ def read_vocabularies(path: Path) -> frozenset[int] | None:
         config = read_json(path)
     except CheckpointError:
         return None
+    return vocabularies_of(config)
+
+
+def vocabularies_of(config: Mapping[str, Any]) -> frozenset[int] | None:
+    """Return the vocabulary sizes in a configuration; None if it is not that of a transformers model."""
     found = (value for _, key, value in _walk(config) if key == "vocab_size" and type(value) is int)
     return frozenset(found) if "model_type" in config else None
 

@@ -170,7 +170,12 @@ class LoadedDirectory:
         """Return the special tokens before and after a text."""
         alone = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = self.tokenizer("a")["input_ids"]
-        at = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
+        at = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), None)
+        if at is None:
+            raise CalibrationError(
+                f"{type(self.tokenizer).__name__} does not show its special tokens: it makes {alone} of 'a' without "
+                f"them, and {whole} with them; make the batches yourself, and pass them to fewbits.quantize (data=)"
+            )
         return whole[:at], whole[at + len(alone) :]
 
     def _tokens(self, texts: list[str]) -> list[int]:

@@ -23,8 +23,7 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import CheckpointWriter
 from fewbits.checkpoint.shards import Shard, plan_shards, write_index
 from fewbits.errors import ArgumentError
-from fewbits.formats.compressed_config import CONFIG_FILE
-from fewbits.formats.model_config import Readers, read_vocabularies
+from fewbits.formats.model_config import Readers, vocabularies_of
 from fewbits.nn.base import QuantizedModule
 from fewbits.nn.stored import StoredWeight, stored_weights
 from fewbits.numerics.spec import CastSpec
@@ -74,11 +73,11 @@ def _write(model: Any, folder: Path, max_shard_size: int) -> None:
     vars(config).pop("quantization_config", None)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    config.save_pretrained(folder)
-    readers = Readers.of(ledger, read_vocabularies(folder / CONFIG_FILE) or ())
+    readers = Readers.of(ledger, vocabularies_of(config.to_dict()) or ())
     serializer = SafetensorsSerializer()
     shards = plan_shards(ledger, max_shard_size, serializer.suffix, readers.stem)
     _refuse_other_weights(folder, shards, readers.stem)
+    config.save_pretrained(folder)
     digests = {shard.file: _write_shard(serializer, folder, shard, tensors, model) for shard in shards}
     write_index(folder, shards, digests, serializer.suffix, readers.stem)
     if settings := readers.naming(shards[0].file).settings:

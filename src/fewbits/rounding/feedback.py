@@ -153,7 +153,5 @@ def _sums(left: Tensor, right: Tensor) -> Tensor:
 
 def _of_group(params: QuantParams, group: int) -> QuantParams:
     """Return the parameters of one group, as those of a matrix with one column."""
-    if params.scale.dim() == 1:
-        return params
     zero_point = None if params.zero_point is None else params.zero_point[:, group : group + 1]
     return QuantParams(params.scale[:, group : group + 1], zero_point, params.row_scale)
