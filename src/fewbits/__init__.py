@@ -16,8 +16,8 @@ from fewbits.conversion.exporting import convert
 from fewbits.errors import FewbitsError
 from fewbits.fleet import FleetRun
 from fewbits.formats.loading import load
+from fewbits.nn.computing import set_compute
 from fewbits.nn.explain import explain
-from fewbits.nn.packed import set_compute
 from fewbits.nn.swap import dequantize
 from fewbits.numerics.metrics import Measurement, measure
 from fewbits.numerics.spec import CastSpec, QuantSpec

@@ -222,6 +222,10 @@ def test_without_fewbits_a_result_that_only_fewbits_reads_is_not_loaded(tmp_path
 def test_experts_decode_only_those_that_a_token_is_routed_to(tmp_path, monkeypatch):
     folder = saved(mixtral(), tmp_path / "float")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=FewbitsConfig("int8"))
+    kernels = {row.name: row.kernel for row in fewbits.explain(model, {"input_ids": IDS}).rows if row.of_part}
+    assert len(kernels) == 4
+    assert "reference" not in kernels.values()
+    fewbits.set_compute(model, "exact")
     rows = []
     original = fewbits.nn.packed.PackedWeight.matrix_rows
 

@@ -100,15 +100,34 @@ def test_a_compiler_gets_plain_tensors():
 
 
 @pytest.mark.parametrize("include", ["*", "*linear1*", "*out_proj*"])
-def test_the_transformer_layer_of_torch_keeps_its_fast_path(include):
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
-    model = fewbits.quantize(nn.TransformerEncoder(layer, 2), "int8", include=[include]).model.eval()
-    plain, x = fewbits.dequantize(model), torch.randn(2, 5, 32)
-    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+def test_the_transformer_layer_of_torch_keeps_its_fast_path_if_no_kernel_computes(include):
+    model, x, mask = encoder(include)
+    fewbits.set_compute(model, "exact")
+    plain = fewbits.dequantize(model)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nested tensors are a prototype
         assert torch.equal(model(x, src_key_padding_mask=mask), plain(x, src_key_padding_mask=mask))
+
+
+@pytest.mark.parametrize("include", ["*", "*linear1*", "*out_proj*"])
+def test_kernels_compute_the_transformer_layer_of_torch(include):
+    model, x, mask = encoder(include)
+    plain = fewbits.dequantize(model)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, expected = model(x, src_key_padding_mask=mask)[~mask], plain(x, src_key_padding_mask=mask)[~mask]
+    assert not torch.equal(found, expected)
+    assert (
+        fewbits.numerics.metrics.sqnr_db(float(expected.square().sum()), float((found - expected).square().sum())) > 45
+    )
+
+
+def encoder(include):
+    """An encoder with quantized weights, an input, and a mask of its padding."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model = fewbits.quantize(nn.TransformerEncoder(layer, 2), "int8", include=[include]).model.eval()
+    return model, torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 
 
 def test_the_weight_of_one_layer_is_an_input_of_another_like_any_tensor():

@@ -1,4 +1,4 @@
-"""Fused experts of transformers that read codes: a token decodes only the experts that it is routed to."""
+"""Fused experts of transformers, one at a time: a token uses only the experts that it is routed to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.nn.base import QuantizedModule
-from fewbits.nn.packed import PackedWeight
-from fewbits.nn.stored import stored_weights
 
 _moe: Any = importlib.import_module("transformers.integrations.moe")
 
@@ -50,18 +48,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def _linear(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    """Multiply with the weight of one expert; only that is read from the codes."""
+    weight = getattr(module, name)[expert]
     bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-    return F.linear(x, _weight(module, name, expert, x.dtype), bias)
-
-
-def _weight(module: Any, name: str, expert: int, dtype: torch.dtype) -> Tensor:
-    """Return the weight of one expert, (outputs, inputs)."""
-    stored = stored_weights(module).get(name)
-    if isinstance(stored, PackedWeight) and stored.layout.rows % module.num_experts == 0:
-        rows = stored.layout.rows // module.num_experts
-        return stored.matrix_rows(slice(expert * rows, (expert + 1) * rows), dtype)
-    weight: Tensor = getattr(module, name)[expert]
-    return weight.T if module.is_transposed else weight
+    return F.linear(x, weight.mT if module.is_transposed else weight, bias)
 
 
 _moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import re
@@ -73,7 +74,7 @@ def _write(model: Any, folder: Path, max_shard_size: int) -> None:
     vars(config).pop("quantization_config", None)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    readers = Readers.of(ledger, vocabularies_of(config.to_dict()) or ())
+    readers = Readers.of(ledger, vocabularies_of(json.loads(config.to_json_string())) or ())
     serializer = SafetensorsSerializer()
     shards = plan_shards(ledger, max_shard_size, serializer.suffix, readers.stem)
     _refuse_other_weights(folder, shards, readers.stem)

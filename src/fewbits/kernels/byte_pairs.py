@@ -38,6 +38,7 @@ class BytePairs(WeightLayout):
 
     name = "byte_pairs"
     data = ("pairs", "numbers_of_pairs", "unit_of_pairs")
+    by_row = ("pairs",)
     MULTIPLE: ClassVar[int] = Int8Rows.MULTIPLE
 
     pairs: Tensor

@@ -168,6 +168,13 @@ class Int4Tiles(WeightLayout):
         shape = self.wide // self.group, self.table.shape[1]
         return spread(params.float(), self, self.group, torch.zeros(shape, device=params.device))
 
+    def data_of(self, rows: slice) -> dict[str, Tensor | None] | None:
+        """Return the tensors in `data` for whole tiles; None for other rows. The table is a view with gaps."""
+        if rows.start % self.width or rows.stop % self.width:
+            return None
+        tiles = self.tiles[rows.start // self.width : rows.stop // self.width]
+        return {"tiles": tiles, "table": self.table[:, rows], "nibbles": self.nibbles, "units": self.units}
+
     def codes(self, where: Rows) -> Tensor:
         """Return the unsigned codes of some rows."""
         nibbles = [self._nibbles(where, plane) for plane in range(self.planes)]

@@ -98,7 +98,10 @@ class Int4PackMM(Kernel[Int4Tiles]):
         """Call torch."""
         x = padded(x.to(torch.bfloat16), weight.wide)
         output: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x if weight.planes == 1 else x.repeat(1, weight.planes), weight.flat, weight.group, weight.table
+            x if weight.planes == 1 else x.repeat(1, weight.planes),
+            weight.flat,
+            weight.group,
+            weight.table.contiguous(),  # that of some rows of a larger weight has gaps
         )
         return output[:, : weight.layout.rows]
 

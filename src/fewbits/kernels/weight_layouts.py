@@ -55,10 +55,12 @@ class WeightLayout(ABC):
         layout: How the weight was cut.
         name: The name of the layout in tables and exported programs.
         data: The names of the tensors that hold the codes.
+        by_row: The names of those whose first axis runs over the rows, if the layout can be cut between any two rows.
     """
 
     name: ClassVar[str]
     data: ClassVar[tuple[str, ...]]
+    by_row: ClassVar[tuple[str, ...]] = ()
 
     scale: Tensor
     scale_codes: Tensor | None = None
@@ -113,6 +115,11 @@ class WeightLayout(ABC):
     def codes(self, where: Rows) -> Tensor:
         """Return the unsigned codes of some rows: uint8, (rows, columns)."""
 
+    def data_of(self, rows: slice) -> dict[str, Tensor | None] | None:
+        """Return the tensors in `data` for some rows; they share memory. None if the layout cannot be cut there."""
+        held = {name: getattr(self, name) for name in self.data}
+        return held | {name: held[name][rows] for name in self.by_row} if self.by_row else None
+
     def words(self) -> Tensor:
         """Return the canonical words: int32, (rows, words); see `fewbits.numerics.packing`."""
         rows, columns = self.layout.matrix_shape
@@ -156,7 +163,7 @@ class PackedInt32(WeightLayout):
     """The canonical layout, as in files: codes of any width in int32 words, row after row."""
 
     name = "packed_int32"
-    data = ("packed",)
+    data = by_row = ("packed",)
 
     packed: Tensor
 
@@ -190,7 +197,7 @@ class Int8Rows(WeightLayout):
     """
 
     name = "int8_rows"
-    data = ("signed",)
+    data = by_row = ("signed",)
     MULTIPLE: ClassVar[int] = 16
 
     signed: Tensor

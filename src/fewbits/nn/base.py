@@ -133,6 +133,8 @@ class QuantizedModule(nn.Module):
 
     def stores(self) -> None:
         """Adjust the module after a parameter has become a stored weight."""
+        for stored in stored_weights(self).values():
+            stored.is_read |= self.own_weight is None
 
     def restored(self) -> None:
         """Adjust the float module after its parameters have come back."""

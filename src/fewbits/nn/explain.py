@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from fewbits._table import render_table
 from fewbits.errors import ArgumentError
-from fewbits.kernels.choose import refusal
+from fewbits.kernels.base import PreparedWeight
+from fewbits.kernels.choose import choose, refusal
 from fewbits.kernels.convolution import way_of_sums
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.run import chosen, rows_of
 from fewbits.nn.base import QuantizedModule
+from fewbits.nn.coded import noted_by
 from fewbits.nn.modules import QuantizedConvolution, QuantizedLinear
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight, stored_weights
@@ -36,6 +38,7 @@ class Computed:
         dtype: The dtype of its input.
         kernel: The kernel that computed it.
         refused: The reason why a preferred kernel did not compute, by its name.
+        of_part: Whether the forward of another module read the weight, and multiplied with it or with a part of it.
     """
 
     name: str
@@ -44,12 +47,16 @@ class Computed:
     rows: int
     dtype: torch.dtype
     kernel: str
-    refused: Mapping[str, str]
+    refused: Mapping[str, str] = attrs.field(hash=False)
+    of_part: bool = False
 
 
 @attrs.frozen
 class Explanation:
-    """The answer of `explain`: one row for each call of a quantized layer, in the order of calls."""
+    """The answer of `explain`: a row for each call of a quantized layer, in the order of calls.
+
+    Products of parts of a weight that were computed alike, such as those of experts, have one row.
+    """
 
     rows: Sequence[Computed]
 
@@ -92,16 +99,41 @@ def explain(model: nn.Module, example_input: Any) -> Explanation:
             "explain runs the model and needs an input: a tensor, a tuple of arguments or a mapping of keyword "
             "arguments, not None; () calls a model without arguments"
         )
+    parameters = {
+        weight: ".".join(filter(None, (name, parameter)))
+        for module, name in names.items()
+        for parameter, weight in stored_weights(module).items()
+    }
     found: list[Computed] = []
 
     def note(module: QuantizedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.extend(_computed(names[module], module, [*args, *kwargs.values()]))
 
+    def note_part(weight: PackedWeight, part: PreparedWeight, x: Tensor) -> None:
+        found.append(_of_part(parameters.get(weight, ""), weight, part, x))
+
     with ExitStack() as hooks:
         for module in names:
             hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
+        hooks.callback(noted_by.reset, noted_by.set(note_part))
         feed(model, example_input)
-    return Explanation(tuple(found))
+    return Explanation(tuple(_without_repeats(found)))
+
+
+def _without_repeats(found: Sequence[Computed]) -> Iterator[Computed]:
+    """Drop rows of a weight that was read, if there are rows of its parts; and equal rows of parts, as of experts."""
+    parts, seen = {row.name for row in found if row.of_part}, set()
+    for row in found:
+        if row.of_part and row not in seen:
+            seen.add(row)
+            yield row
+        elif row.name not in parts:
+            yield row
+
+
+def _of_part(name: str, weight: PackedWeight, part: PreparedWeight, x: Tensor) -> Computed:
+    kernel = choose(part.kernels, x, rows_of(x))
+    return Computed(name, str(weight.spec), part.weight.name, rows_of(x), x.dtype, kernel.name, {}, of_part=True)
 
 
 def _computed(name: str, module: QuantizedModule, inputs: Sequence[Any]) -> Iterator[Computed]:

@@ -37,7 +37,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """Let kernels compute with the weight, unless another forward reads it as a float tensor."""
         # Attention reads the weight of its output projection.
         is_replaced = type(self).forward is form_of(type(self)).forward
-        self.weight_stored.computes |= is_replaced and not isinstance(self, NonDynamicallyQuantizableLinear)
+        computes = is_replaced and not isinstance(self, NonDynamicallyQuantizableLinear)
+        self.weight_stored.computes |= computes
+        self.weight_stored.is_read |= not computes
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with the kernel that suits the input."""
@@ -234,6 +236,7 @@ class QuantizedRNNBase(QuantizedModule, nn.RNNBase):
 
     def stores(self) -> None:
         """Drop the list of float parameters."""
+        super().stores()
         self.__dict__.pop("_flat_weights", None)
         self.__dict__["_flat_weight_refs"] = []
 

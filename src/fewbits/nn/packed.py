@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewbits._heap import trim
-from fewbits.errors import ArgumentError
 from fewbits.kernels import onnx
 from fewbits.kernels.base import Compute, Kernel, PreparedWeight
-from fewbits.kernels.choose import KERNELS, check_compute, kernels_reading, preferred
+from fewbits.kernels.choose import KERNELS, kernels_reading, preferred
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE, is_wrapped
+from fewbits.kernels.row_parts import row_part
+from fewbits.kernels.stack import Stack, first_matrix, prepack_stack
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, Rows, WeightLayout
+from fewbits.nn.coded import CODED_DTYPES
+from fewbits.nn.coded_operations import coded_tensor
 from fewbits.nn.stored import CastWeight, StoredWeight
 from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.layout import Layout
@@ -47,6 +50,9 @@ class PackedWeight(StoredWeight):
     _made: tuple[tuple[int, ...], PreparedWeight]
     #: The last weight that `parts_in` gave to a state dict, its key, and its words.
     _last_parts: tuple[PreparedWeight | None, str, weakref.ref[Tensor] | None] = (None, "", None)
+
+    #: Parts with their kernels, by their rows; and the weight that they are parts of.
+    _parts: tuple[PreparedWeight | None, dict[tuple[int, int], PreparedWeight | None]] = (None, {})
 
     def __init__(self, value: QuantizedTensor) -> None:
         super().__init__()
@@ -88,6 +94,35 @@ class PackedWeight(StoredWeight):
             return PreparedWeight(weight, kernels)
         return PreparedWeight(weight, kernels, describe(weight, self.compute, self.candidates))
 
+    def part(self, rows: slice) -> PreparedWeight | None:
+        """Return some rows of the matrix of codes, with the kernels that compute with them.
+
+        Returns:
+            the rows; None if only the reference computes with them, or the layout cannot be cut there.
+        """
+        prepared, (whole, known) = self.prepared(), self._parts
+        if whole is not prepared:
+            known = {}
+            self._parts = prepared, known
+        key = rows.start, rows.stop
+        if key not in known:
+            known[key] = self._prepared_part(prepared.weight, rows)
+        return known[key]
+
+    def _prepared_part(self, weight: WeightLayout, rows: slice) -> PreparedWeight | None:
+        part = row_part(weight, rows)
+        kernels = () if part is None else kernels_reading(part, self.compute, self.candidates)
+        return None if part is None or kernels[0] is REFERENCE else PreparedWeight(part, kernels)
+
+    def read(self) -> Tensor:
+        """Return the weight for a forward that is not of fewbits: a coded tensor, if that can save work."""
+        may_compute = (self.is_read or self.computes) and self.spec.activations is None
+        stack = Stack.of(self.layout) if may_compute and self.dtype in CODED_DTYPES else None
+        # Of a stack, no more is decoded than a forward uses, even if no kernel computes.
+        if stack is None or (len(stack.shape) == 2 and self.part(stack.rows) is None):
+            return self.dequantize()
+        return coded_tensor(self, stack, self.dtype)
+
     def _for_onnx(self, weight: WeightLayout, fake: Tensor | None) -> PreparedWeight:
         # The exporter has put fake tensors into the buffers; the prepared weight still has the real ones.
         is_product = self.computes and onnx.refuses_nbits(weight) is None
@@ -111,7 +146,9 @@ class PackedWeight(StoredWeight):
         self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
         # Tensors made in inference mode could not be differentiated later.
         with torch.inference_mode(False), torch.no_grad():
-            self._hold(self._preferred(compute).prepack(self.weight_layout(), reuse_memory=reuse_memory))
+            kernel, weight = self._preferred(compute), self.weight_layout()
+            prepack = kernel.prepack if self.computes else partial(prepack_stack, kernel=kernel)
+            self._hold(prepack(weight, reuse_memory=reuse_memory))
 
     def stays(self, compute: Compute) -> bool:
         """Whether `prepack` would keep the current tensors; their shapes decide, not their values."""
@@ -119,7 +156,10 @@ class PackedWeight(StoredWeight):
         return isinstance(self.weight_layout(), PackedInt32 if kernel is REFERENCE else kernel.weight_layout)
 
     def _preferred(self, compute: Compute) -> Kernel[Any]:
-        return preferred(self.weight_layout(), compute, self.candidates) if self.computes else REFERENCE
+        weight = self.weight_layout() if self.computes else None
+        if self.is_read:
+            weight = first_matrix(self.weight_layout())
+        return REFERENCE if weight is None else preferred(weight, compute, self.candidates)
 
     def _hold(self, weight: WeightLayout) -> None:
         type(weight).register()
@@ -239,49 +279,3 @@ def _blank(layout: type[WeightLayout]) -> PackedWeight:
 
 
 ForkingPickler.register(PackedWeight, _reduce_for_process)
-
-
-@torch.no_grad()
-def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None) -> None:
-    """Choose how the linear layers of a quantized model compute.
-
-    The setting belongs to this process: files, state dicts and the ledger do not hold it.
-
-    Args:
-        model: A quantized model.
-        compute: ``"auto"`` uses kernels whose output has 50 dB or more against float64 with the same codes, or 10 dB
-            more than the rounded weights have. ``"exact"`` dequantizes, and calls `F.linear` in the input's dtype.
-            ``"int8"`` may also round inputs to int8, with one scale per row. Schemes with int8 activations give the
-            same numbers with all three.
-        kernels: The kernels to choose from, the most preferred first; None stands for those of fewbits. The reference
-            computes what they do not.
-
-    Raises:
-        ArgumentError: If `compute` or `kernels` is invalid, a kernel brings a weight layout that cannot be registered,
-            or the model has no quantized layer.
-    """
-    check_compute(compute)
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"set_compute takes a model, not a {type(model).__name__}")
-    if not any(isinstance(module, StoredWeight) for module in model.modules()):
-        raise ArgumentError(
-            f"no layer of this {type(model).__name__} is quantized, so there is nothing to choose; pass the quantized "
-            "model: quantize returns a copy, in result.model, unless it is called with inplace=True"
-        )
-    if kernels is not None and not (isinstance(kernels, Sequence) and all(isinstance(k, Kernel) for k in kernels)):
-        raise ArgumentError(f"kernels must be a sequence of Kernel instances, or None, not {kernels!r}")
-    for kernel in kernels or ():
-        if kernel.weight_layout is not WeightLayout:  # the reference reads every layout
-            kernel.weight_layout.register()
-    prepack(model, compute, kernels)
-
-
-@torch.no_grad()
-def prepack(
-    model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None, *, reuse_memory: bool = False
-) -> None:
-    """Do the work of `set_compute`; `reuse_memory` allows it to overwrite the words of a new model."""
-    for module in model.modules():
-        if isinstance(module, PackedWeight):
-            module.prepack(compute, kernels, reuse_memory=reuse_memory)
-    trim()

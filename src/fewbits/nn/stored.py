@@ -45,6 +45,7 @@ class StoredWeight(nn.Module, ABC):
         dtype: The dtype that `dequantize` returns by default; the dtype of the float weight.
         trainable: Whether the float parameter required gradients.
         computes: Whether kernels compute with the weight; otherwise a forward reads it as a float tensor.
+        is_read: Whether a forward that is not of fewbits reads the weight; kernels may compute its products.
     """
 
     spec: Spec
@@ -52,6 +53,7 @@ class StoredWeight(nn.Module, ABC):
     dtype: torch.dtype
     trainable: bool = True
     computes: bool = False
+    is_read: bool = False
 
     @abstractmethod
     def value(self) -> QuantizedTensor | Tensor:
@@ -81,6 +83,10 @@ class StoredWeight(nn.Module, ABC):
     @abstractmethod
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight in its own shape, in memory of its own."""
+
+    def read(self) -> Tensor:
+        """Return the weight for a forward that is not of fewbits."""
+        return self.dequantize()
 
     def operand(self, dtype: torch.dtype) -> Tensor:
         """Return the weight to compute with. Callers must not write to it, because it may be the stored tensor."""
@@ -209,17 +215,16 @@ def read(module: nn.Module, name: str, stored: StoredWeight) -> Tensor:
         return stored.dequantize()
     weights = _once.get()
     if weights is None or stored not in weights:
-        weight = stored.dequantize()
         if _is_forward_of_torch(sys._getframe(2)):
-            return weight
-        return ReadOnlyTensor.of(weight, f"{type(module).__name__}.{name} is quantized ({stored.spec})")
+            return stored.read()
+        return ReadOnlyTensor.of(stored.dequantize(), f"{type(module).__name__}.{name} is quantized ({stored.spec})")
     held = weights[stored]
     if held is None or (held.is_inference() and not torch.is_inference_mode_enabled()):
-        held = weights[stored] = stored.dequantize()
+        held = weights[stored] = stored.read()
     return held
 
 
 def _is_forward_of_torch(frame: FrameType) -> bool:
     # Attention and transformer layers of torch read the weights of their children. They take their fast path, whose
-    # bits differ, only if no weight is of a subclass of Tensor.
+    # bits differ, only if no weight is of a subclass of Tensor: coded weights are, and read-only ones would be.
     return frame.f_code.co_name == "forward" and frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")

@@ -19,7 +19,7 @@ from fewbits.conversion.live_job import LiveJob
 from fewbits.errors import ArgumentError, CalibrationError
 from fewbits.kernels.base import Compute
 from fewbits.kernels.choose import check_compute
-from fewbits.nn.packed import prepack
+from fewbits.nn.computing import prepack
 from fewbits.quantizers.lifecycle import TRANSITIONS, Lifecycle, guard
 from fewbits.quantizers.outcome import OnFailure, act_on_failure, emit_report, evaluation_of
 from fewbits.quantizers.scheme import check_choice

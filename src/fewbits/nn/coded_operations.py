@@ -1,0 +1,204 @@
+"""Operations on coded tensors that need no numbers, and products that kernels compute.
+
+A function here computes one operation of torch. It returns NotImplemented for arguments that it does not take; then the
+operation is computed with numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fewbits.kernels.stack import Stack
+from fewbits.nn import recurrent
+from fewbits.nn.coded import CODED_DTYPES, OF_CODED, OF_FUNCTIONS, OF_REPEATED, Coded, CodedTensor
+
+aten = torch.ops.aten
+
+
+def coded_tensor(stored: Coded, stack: Stack, dtype: torch.dtype) -> CodedTensor:
+    """Return the tensor of a whole weight."""
+    return CodedTensor(stored, stack, dtype)
+
+
+def _transpose(weight: CodedTensor, *axes: int) -> Any:
+    both = {axis % weight.dim() for axis in axes or (0, 1)}
+    is_last = both == {weight.dim() - 2, weight.dim() - 1}
+    return weight.with_stack(weight._stack.transposed) if is_last else NotImplemented
+
+
+def _permute(weight: CodedTensor, axes: Sequence[int]) -> Any:
+    order = [axis % weight.dim() for axis in axes]
+    *first, before, last = range(weight.dim())
+    return weight.with_stack(weight._stack.transposed) if order == [*first, last, before] else NotImplemented
+
+
+def _same(weight: CodedTensor) -> CodedTensor:
+    return weight.with_stack(weight._stack)
+
+
+def _has_first_axis(weight: CodedTensor, axis: int) -> bool:
+    """Whether an axis is the first of the stack's shape, so that it can be cut without decoding."""
+    return axis % weight.dim() == 0 and not (weight.dim() == 2 and weight._stack.is_transposed)
+
+
+def _select(weight: CodedTensor, axis: int, index: int) -> Any:
+    if weight.dim() != 3 or not _has_first_axis(weight, axis) or not -len(weight) <= index < len(weight):
+        return NotImplemented
+    return weight.with_stack(weight._stack.matrix(index % len(weight)))
+
+
+def _slice(weight: CodedTensor, axis: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Any:
+    if not _has_first_axis(weight, axis) or step != 1:
+        return NotImplemented
+    first, last, _ = slice(start, stop).indices(len(weight))
+    return weight.with_stack(weight._stack.part(first, last - first)) if last > first else NotImplemented
+
+
+def _split(weight: CodedTensor, size: int | Sequence[int], axis: int = 0) -> Any:
+    if not _has_first_axis(weight, axis) or (isinstance(size, int) and size < 1):
+        return NotImplemented
+    if isinstance(size, int):
+        sizes: Sequence[int] = [min(size, len(weight) - start) for start in range(0, len(weight), size)]
+    else:
+        sizes = size
+    if sum(sizes) != len(weight) or min(sizes) < 1:
+        return NotImplemented
+    starts = [sum(sizes[:at]) for at in range(len(sizes))]
+    return [weight.with_stack(weight._stack.part(start, count)) for start, count in zip(starts, sizes, strict=True)]
+
+
+def _unbind(weight: CodedTensor, axis: int = 0) -> Any:
+    if weight.dim() != 3 or not _has_first_axis(weight, axis):
+        return NotImplemented
+    return [weight.with_stack(weight._stack.matrix(index)) for index in range(len(weight))]
+
+
+def _to_copy(weight: CodedTensor, *, dtype: torch.dtype | None = None, **rest: Any) -> Any:
+    """Change the dtype, as autocast does."""
+    others = [name for name, value in rest.items() if value not in (None, False)]
+    if dtype not in CODED_DTYPES or weight._root._floats is not None or others:
+        return NotImplemented
+    return CodedTensor(weight._stored, weight._stack, dtype)
+
+
+def _mm(left: Tensor, right: Tensor) -> Any:
+    output = None
+    if isinstance(right, CodedTensor) and right._stack.is_transposed:
+        output = right.product(left)
+    elif isinstance(left, CodedTensor) and not left._stack.is_transposed and type(right) is Tensor:
+        turned = left.product(right.mT.contiguous())
+        output = None if turned is None else turned.mT
+    return NotImplemented if output is None else output
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    if beta != 1 or alpha != 1 or isinstance(bias, CodedTensor):
+        return NotImplemented
+    output = _mm(left, right)
+    return output if output is NotImplemented else (output + bias).to(output.dtype)
+
+
+def _mv(matrix: CodedTensor, vector: Tensor) -> Any:
+    output = _mm(vector.unsqueeze(0), matrix.t()) if isinstance(matrix, CodedTensor) else NotImplemented
+    return output if output is NotImplemented else output.squeeze(0)
+
+
+def _bmm(left: Tensor, right: Tensor) -> Any:
+    if not isinstance(right, CodedTensor):
+        return NotImplemented
+    outputs = [_mm(x, matrix) for x, matrix in zip(left, right.unbind(), strict=True)]
+    return NotImplemented if any(output is NotImplemented for output in outputs) else torch.stack(outputs)
+
+
+def _expand(weight: CodedTensor, shape: Sequence[int], *, implicit: bool = False) -> Any:
+    """Repeat a matrix, as `torch.matmul` does for inputs of three axes with gaps."""
+    same = [asked in (-1, size) for asked, size in zip(shape[1:], weight.shape, strict=False)]
+    is_matrix = weight.dim() == 2 and len(shape) == 3 and all(same) and shape[0] > 0
+    return weight.repeated(shape[0]) if is_matrix else NotImplemented
+
+
+def _view_repeated(weight: CodedTensor, shape: Sequence[int]) -> Any:
+    return weight.repeated(weight._copies) if tuple(shape) == tuple(weight.shape) else NotImplemented
+
+
+def _bmm_repeated(left: Tensor, right: Tensor) -> Any:
+    if not isinstance(right, CodedTensor) or not right._stack.is_transposed:
+        return NotImplemented
+    output = right.product(left.reshape(-1, left.shape[2]))
+    return NotImplemented if output is None else output.view(*left.shape[:2], -1)
+
+
+def _recurrent(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Compute few steps of a recurrent layer from codes; decode the weights once for more."""
+    result = recurrent.steps(func, args)
+    if result is not NotImplemented:
+        return result
+    args, kwargs = tree_map_only(CodedTensor, lambda weight: weight.floats, (list(args), dict(kwargs)))
+    return func(*args, **kwargs)
+
+
+def _grouped_mm(
+    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Any:
+    """Multiply the rows of each group, which end at `offs`, with a matrix of their own."""
+    if not isinstance(weight, CodedTensor) or weight.dim() != 3 or x.dim() != 2 or offs is None or bias is not None:
+        return NotImplemented
+    output, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
+    for index, stop in enumerate(offs.tolist()):
+        if stop > start:
+            matrix = weight.with_stack(weight._stack.matrix(index))
+            part = _mm(x[start:stop], matrix)
+            output[start:stop] = x[start:stop] @ matrix.floats if part is NotImplemented else part
+        start = stop
+    return output if out_dtype is None else output.to(out_dtype)
+
+
+def _index(weight: CodedTensor, indices: Sequence[Tensor | None]) -> Any:
+    """Decode the matrices, or the rows, that an index names."""
+    (first, *rest) = indices
+    if rest or first is None or first.dtype == torch.bool:
+        return NotImplemented
+    if weight._root._floats is not None or not _has_first_axis(weight, 0):
+        return NotImplemented
+    named, places = torch.unique(torch.where(first < 0, first + len(weight), first), return_inverse=True)
+    if named.numel() and not 0 <= int(named.min()) <= int(named.max()) < len(weight):
+        return NotImplemented  # torch's own error
+    height = weight._stack.height
+    rows = (named[:, None] * height + torch.arange(height) + weight._stack.start).flatten()
+    found = weight._stored.matrix_rows(rows, weight.dtype).reshape(len(named), *weight._stack.shape[1:])
+    return (found.mT.contiguous() if weight._stack.is_transposed else found)[places]
+
+
+OF_CODED |= {
+    aten.t.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.unbind.int: _unbind,
+    aten._to_copy.default: _to_copy,
+    aten.expand.default: _expand,
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.mv.default: _mv,
+    aten.bmm.default: _bmm,
+    aten._grouped_mm.default: _grouped_mm,
+    aten.index.Tensor: _index,
+}
+
+OF_REPEATED |= {
+    aten.view.default: _view_repeated,
+    aten._unsafe_view.default: _view_repeated,
+    aten.bmm.default: _bmm_repeated,
+}
+
+OF_FUNCTIONS |= dict.fromkeys(recurrent.OPERATIONS, _recurrent)
