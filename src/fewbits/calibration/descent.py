@@ -19,7 +19,7 @@ from fewbits.calibration.running import Forward, run_one
 from fewbits.errors import CalibrationError, NonFiniteError
 from fewbits.selection.progress import Progress, Step
 
-#: How often in an epoch the model is measured on the held-out batches.
+#: About how often in an epoch the model is measured on the held-out batches: from here up to twice as often.
 _CHECKS = 4
 
 #: A batch with its number, for messages.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbits.calibration.outputs import counted, floating, named
 from fewbits.errors import ArgumentError, CalibrationError
 
-#: A loss of the user's own: ``loss(output, reference_output)``, a tensor of one element.
+#: The name of a loss, or a function ``loss(output, reference_output)`` that returns a tensor of one element.
 Loss = str | Callable[[Any, Any], Tensor]
 
 #: Compares one tensor of the output with the same tensor of the reference.

@@ -35,11 +35,15 @@ class _SpillFile:
     """A temporary file of tensors. It has no name where the system allows this, so it vanishes with the process."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         try:
             self._file = TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (it is open as long as this object)
         except OSError as error:
-            raise CalibrationError(f"cannot spill activations to {folder}: {error.strerror}") from error
+            raise self._error("spill activations to", error) from error
         weakref.finalize(self, self._file.close)
+
+    def _error(self, action: str, error: OSError) -> CalibrationError:
+        return CalibrationError(f"cannot {action} {self._folder}: {error.strerror}; give another directory (spill=)")
 
     def write(self, tensor: Tensor, start: int) -> _Place:
         plain = in_memory(tensor.detach())  # keep it: it may be a copy, and must live until its bytes are written
@@ -49,7 +53,7 @@ class _SpillFile:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise CalibrationError(f"cannot spill activations: {error.strerror}") from error
+            raise self._error("spill activations to", error) from error
         return _Place(start, tuple(plain.shape), plain.dtype, tensor.device)
 
     def read(self, place: _Place) -> Tensor:
@@ -63,7 +67,7 @@ class _SpillFile:
                     raise OSError(0, "the file was cut")
                 left = left[count:]
         except OSError as error:
-            raise CalibrationError(f"cannot read spilled activations: {error.strerror}") from error
+            raise self._error("read activations from", error) from error
         return tensor.to(place.device)
 
 

@@ -64,7 +64,7 @@ class Tuning:
             difference; ``"cosine"``, one minus the cosine of vectors; or a function of the output and the reference's
             output that returns a tensor of one element. None means "kl" for an output with ``logits``, else "mse".
         held_out: batches to measure on; the state with the least loss is kept. Batches of another kind than the data
-            are best. None holds out one batch in eight of the data.
+            are best. None holds out one batch in eight of the data, at least one.
         what: ``"scales"``; ``"biases"`` of modules with quantized weights; ``"norms"``, the parameters of modules whose
             class has "norm" in its name.
         learning_rate: the size of the first step, in logarithms of scales; later steps fall to zero along a cosine.
@@ -152,7 +152,7 @@ def tune(
         reference: the float model that it was made from; it is not changed.
         data: batches, as for `Quantizer.observe`. They are kept in memory.
         forward: runs one batch, ``forward(model, batch)``, and returns the output.
-        epochs: as in `fewbits.extend.Tuning`, like the next four.
+        epochs: how often each batch is trained on; see `fewbits.extend.Tuning`, also for the next four.
         loss: the loss to reduce.
         held_out: the batches to measure on.
         what: the tensors to tune.
@@ -236,6 +236,7 @@ def _divided(data: list[Any], held_out: list[Any] | None) -> tuple[list[Numbered
     if held_out is not None:
         return numbered, list(enumerate(held_out, 1))
     check_divisible(data)
+    # Every eighth batch, counted back from the last.
     first = len(numbered) % _HELD_OUT or _HELD_OUT
     measured = numbered[first - 1 :: _HELD_OUT]
     numbers = {number for number, _ in measured}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -39,6 +40,14 @@ class Codec:
             parts = _part_entries(row.layout, row.spec, row.dtype)
             return {part_name(row.name, part): entry for part, entry in parts.items()}
         return {row.name: Entry(row.shape, row.spec.dtype if isinstance(row.spec, CastSpec) else row.dtype)}
+
+    def nbytes(self, row: LedgerRow) -> int:
+        """Count the bytes of the tensors that a file holds for a row."""
+        return sum(entry.nbytes for entry in self.entries(row).values())
+
+    def sized(self, row: LedgerRow) -> LedgerRow:
+        """Return the row with its bytes in a file of fewbits."""
+        return attrs.evolve(row, bytes_after=self.nbytes(row))
 
     def encode(self, name: str, value: Value) -> dict[str, Tensor]:
         """Take a value apart into the tensors that a file holds, by their names there.

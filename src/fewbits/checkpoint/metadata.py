@@ -196,8 +196,7 @@ class Metadata:
             before = {0 if row.fate == "alias" else Entry(row.shape, row.source_dtype).nbytes}
             if row.fate == "merged":
                 before.add(0)  # of two scales that share their bytes, one counts them
-            after = sum(entry.nbytes for entry in CODEC.entries(row).values())
-            if row.bytes_before not in before or row.bytes_after != after:
+            if row.bytes_before not in before or row.bytes_after != CODEC.nbytes(row):
                 raise FormatError(f"{where}: the ledger's bytes of {row.name} are not those of its shape and dtype")
         if self.digests.keys() != entries.keys():
             unsigned = sorted(self.digests.keys() ^ entries.keys())

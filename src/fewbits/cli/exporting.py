@@ -30,7 +30,7 @@ _SETTINGS = (
         "--template",
         metavar="FILE",
         type=click.Path(path_type=Path),
-        help="For gguf: a GGUF file of the same model, not quantized.",
+        help="For gguf: a GGUF file of the same model, best not quantized.",
     ),
 )
 

@@ -51,7 +51,6 @@ _SCHEME_SETTINGS = ("group_size", "symmetric", "activations", "scale_dtype", "sc
 _RULES = tuple(accepted_arguments(LayerSelector))
 
 #: The name of an observer, or a table with its ``name`` and its arguments.
-_Named = str | Mapping[str, Any]
 
 
 def _check_scheme(_: Any, __: Any, scheme: object) -> None:

@@ -25,7 +25,7 @@ from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
 from fewbits.selection.rules import is_of_type
 from fewbits.sources.base import Source
-from fewbits.validation.evaluation import Evaluation, checked_model
+from fewbits.validation.evaluation import Evaluation
 from fewbits.validation.report import Report
 
 
@@ -93,6 +93,7 @@ class Job(ABC):
         """Return the model to run for calibration; None if there is none."""
         return self.source.module()
 
+    @abstractmethod
     def watching(self, forward: Forward | None, spill: Path | None) -> Forward | None:
         """Return a forward that also shows the inputs of layers to strategies that need them.
 
@@ -100,7 +101,6 @@ class Job(ABC):
             forward: runs one batch; None feeds the batch as `default_forward` does.
             spill: a folder for temporary files with the activations; None keeps the activations in memory.
         """
-        return forward
 
     @abstractmethod
     def convert(
@@ -117,6 +117,7 @@ class Job(ABC):
             NumericsError: naming the tensor that cannot be converted.
         """
 
+    @abstractmethod
     def evaluate(self, evaluation: Evaluation | None, progress: Progress) -> None:
         """Run data through the float model and the quantized one; the next report has the outcome.
 
@@ -127,8 +128,6 @@ class Job(ABC):
         Raises:
             CalibrationError: if there are not two models to run, or a batch cannot be run or compared.
         """
-        if evaluation is not None:
-            checked_model(self.source, inplace=False)
 
     @abstractmethod
     def examine(self, serializer: Serializer, fail_under: float, progress: Progress) -> Report:

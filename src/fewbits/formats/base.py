@@ -204,7 +204,7 @@ def quantized_row(name: str, layout: Layout, spec: QuantSpec, dtype: torch.dtype
     """Return the ledger row of a weight whose codes a `ForeignCheckpoint` keeps."""
     before = Entry(layout.shape, dtype).nbytes
     row = LedgerRow(name, layout.shape, dtype, "quantized", reason, before, 0, spec=spec, layout=layout)
-    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
+    return CODEC.sized(row)
 
 
 def kept_row(name: str, entry: Entry, reason: str = "not quantized") -> LedgerRow:

@@ -19,7 +19,6 @@ from fewbits.formats.compressed_config import QUANTIZATION_KEYS
 from fewbits.formats.model_config import Readers, config_beside
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, followed
-from fewbits.selection.row import LedgerRow
 
 
 class FewbitsFormat(DirectoryExporter):
@@ -56,7 +55,7 @@ class FewbitsFormat(DirectoryExporter):
         readers = _readers(source)
         if readers is None or not readers.settings:
             return {}
-        stored = Ledger(map(_as_stored, source.ledger))
+        stored = Ledger(map(CODEC.sized, source.ledger))
         first = plan_shards(stored, self.max_shard_size, SafetensorsSerializer.suffix, readers.stem)[0].file
         return {QUANTIZATION_KEYS[0]: dict(readers.naming(first).settings)}
 
@@ -69,9 +68,4 @@ def _metadata(source: Readable) -> Metadata:
     """The metadata of a fewbits checkpoint stays as it is, except for the digests. That of any other is new."""
     if isinstance(source, Checkpoint):
         return attrs.evolve(source.metadata, digests={})
-    return Metadata(Ledger(map(_as_stored, source.ledger)))
-
-
-def _as_stored(row: LedgerRow) -> LedgerRow:
-    """Count the bytes of a tensor in a file of fewbits; another tool may store it in more or fewer."""
-    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
+    return Metadata(Ledger(map(CODEC.sized, source.ledger)))

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import attrs
 import torch
 
 from fewbits.checkpoint.codec import CODEC, Value
@@ -112,7 +111,7 @@ class GGUFCheckpoint(ForeignCheckpoint):
             spec=tensor.block_type.spec if coded and tensor.block_type else None,
             layout=Layout.of(tensor.shape) if coded else None,
         )
-        return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
+        return CODEC.sized(row)
 
 
 def _keeps_codes(tensor: StoredTensor) -> bool:

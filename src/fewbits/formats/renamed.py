@@ -236,7 +236,7 @@ def _row(name: str, tensor: Tensor, spec: Spec | None, layout: Layout | None) ->
         spec=spec,
         layout=layout,
     )
-    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
+    return CODEC.sized(row)
 
 
 def _numbered_shape(slot: Slot) -> Tensor:

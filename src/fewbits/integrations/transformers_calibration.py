@@ -65,7 +65,7 @@ def quantize_directory(
     """
     windows = Windows(calibrate, evaluate, samples, evaluation_samples, sequence)
     given = windows.arguments(load_directory(path), arguments.get("progress", no_progress))
-    return quantize(path, scheme, **{**given, **arguments, "samples": None})
+    return quantize(path, scheme, **{**given, **arguments})
 
 
 def load_directory(path: str | os.PathLike[str]) -> LoadedDirectory:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import attrs
 from torch import Tensor, nn
 
 from fewbits._sizes import parse_size
@@ -121,7 +120,7 @@ def _rows(tensors: dict[str, Tensor | StoredWeight]) -> Iterator[LedgerRow]:
         holder = holders.setdefault(id(tensor), name)
         row = _row(name, tensor)
         if holder == name:
-            yield attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
+            yield CODEC.sized(row)
         else:
             reason = f"shares its storage with {holder}"
             yield LedgerRow(name, row.shape, row.dtype, "alias", reason, 0, 0, alias_of=holder)

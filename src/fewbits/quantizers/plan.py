@@ -123,7 +123,7 @@ def _row(
         merged_into=info.merged_into,
         alias_of=alias_of,
     )
-    return attrs.evolve(row, bytes_after=sum(entry.nbytes for entry in CODEC.entries(row).values()))
+    return CODEC.sized(row)
 
 
 def _merged_rows(infos: Sequence[TensorInfo]) -> Iterator[LedgerRow]:
