@@ -15,6 +15,7 @@ from benchmarks import (
     contender,
     decoding,
     importing,
+    layers,
     linear,
     machine,
     memory,
@@ -471,6 +472,24 @@ def test_texts_to_calibrate_and_to_evaluate_share_no_paragraph():
     assert calibration
     assert evaluation
     assert not calibration & evaluation
+
+
+def test_layers_are_timed_beside_their_float_layers_and_checked(tmp_path, capsys, threads_as_before):
+    file = tmp_path / "layers.json"
+    layers.main(["--layer", "experts, 1 tokens", "--rounds", "1", "--threads", "1", "--json", str(file)])
+    cells = json.loads(file.read_text())["cells"]
+    assert [cell["contender"] for cell in cells] == ["float", *layers.VARIANTS]
+    assert all(cell["median"] > 0 for cell in cells)
+    assert "32 experts, 1 tokens, int4: " in capsys.readouterr().out
+
+
+def test_a_layer_that_is_slower_than_its_float_layer_is_told_unless_it_is_an_exception():
+    cells = [Cell({"layer": "Linear"}, name, [seconds]) for name, seconds in (("float", 1e-3), ("int8", 1.1e-3))]
+    cells += [Cell({"layer": "Linear"}, "int4", [1.2e-3])]
+    cells += [Cell({"layer": "Conv2d"}, name, [seconds]) for name, seconds in (("float", 1e-3), ("int8", 9e-3))]
+    lines = layers.checks(Report("layers", {}, {}, {}, cells=cells))
+    assert [line.partition(":")[0] for line in lines] == ["held", "NOT HELD"]
+    assert lines[1].startswith("NOT HELD: Linear, int4: 0.83 times")
 
 
 def test_quality_is_measured_for_each_variant_in_each_network(monkeypatch, tmp_path, capsys):
