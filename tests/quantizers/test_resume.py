@@ -163,6 +163,17 @@ def test_a_resumed_run_gives_the_same_bytes(
     assert files_in(folder / "out") == whole(scheme)
 
 
+@pytest.mark.parametrize("scheme", ["int8-tensor", "int8-tensor-mse"])
+def test_a_run_that_continues_with_larger_chunks_keeps_the_scale_of_the_whole_tensor(tmp_path, source, whole, scheme):
+    with cut(19):
+        run(source, tmp_path / "out", scheme, stop_at(35), resume=True, threads=1)
+    (last, *_) = reversed(notes(tmp_path))
+    assert 0 < last["stop"] < checkpoint()[last["tensor"]].numel()  # it stopped within a tensor
+    with cut(1000):
+        run(source, tmp_path / "out", scheme, resume=True)
+    assert files_in(tmp_path / "out") == whole(scheme)
+
+
 @FEWER_EXAMPLES
 @given(scheme=st.sampled_from(["int8", "int8-tensor", "int4-mse", "custom"]), moment=st.integers(0, 250))
 def test_nothing_is_converted_twice(tmp_path_factory, source, scheme, moment):

@@ -57,7 +57,7 @@ class Streaming:
         for row in ledger.stored:
             missing = list(self._chunks(row, done.get(row.name)))
             if missing:
-                observer = self._observer(row, list(self._chunks(row)))
+                observer = self._observer(row, missing)
                 for chunk in missing:
                     yield partial(self._convert, chunk, observer)
 
@@ -69,16 +69,22 @@ class Streaming:
             return chunks(row, self.budget.chunk_elements, start=done or 0)
         return iter([Chunk.whole(row)])
 
-    def _observer(self, row: LedgerRow, pieces: Sequence[Chunk]) -> Observer | None:
-        """The observer of a row. If several chunks share one scale, it has chosen that scale from all of them."""
+    def _observer(self, row: LedgerRow, missing: Sequence[Chunk]) -> Observer | None:
+        """The observer of a row. If several chunks share one scale, it has chosen that scale from the whole tensor.
+
+        Args:
+            row: the row of a tensor.
+            missing: its chunks that are to be converted; an earlier run may have converted those before.
+        """
         observer = self.demand.observers.get(row.name)
         if observer is None or row.layout is None or not isinstance(row.spec, QuantSpec):
             return observer
-        if len(pieces) == 1 or row.spec.granularity != "tensor":
+        is_whole = len(missing) == 1 and not missing[0].start
+        if is_whole or row.spec.granularity != "tensor":
             return observer
         spec = row.spec.for_dtype(row.dtype).weight_only()
         shape = (row.layout.rows, row.layout.columns)
-        seen = (self._finite(chunk) for chunk in pieces)
+        seen = (self._finite(chunk) for chunk in self._chunks(row))
         with naming(row):
             return FixedObserver(check_chosen(observer.observe_chunks(seen, spec), spec, shape))
 
