@@ -430,7 +430,8 @@ def test_an_unmeasurable_case_and_an_exceeded_limit_are_failures(monkeypatch, ca
 def test_converting_a_gibibyte_peaks_within_64_mb_of_source_and_result(capsys):
     assert memory.main(["--only", "peak"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("int4") == printed.count("int8") == 2
+    table = printed.partition("\n\n")[2]  # the heading names features of the CPU, such as amx_int8
+    assert table.count("int4") == table.count("int8") == 2
 
 
 @LINUX

@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fewbits import QuantSpec
@@ -118,6 +118,7 @@ def test_tiles_lie_as_torch_packs_them(words):
     assert torch.equal(torch.stack([low, high], 1).permute(0, 1, 3, 2).reshape(codes.shape), codes)
 
 
+@settings(suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(weights(4))
 def test_the_table_of_tiles_holds_scales_and_what_code_8_stands_for(words):
     assume(Int4Tiles.refuses(words) is None)

@@ -123,7 +123,7 @@ def test_the_least_error_is_never_above_that_of_the_extremes(case):
     assert (totals(found.square(), spec) <= totals(plain.square(), spec) + slack(rows, spec, plain, found)).all()
 
 
-@given(cases(relative_limit=1 / 16))
+@given(cases(relative_limit=1 / 16, scale_bits=None))  # two levels of scales couple the groups of a row
 def test_the_least_error_is_never_above_that_of_a_range_that_was_tried(case):
     rows, spec = case
     found = errors(rows, MSEObserver(steps=8).observe_weight(rows, spec), spec)

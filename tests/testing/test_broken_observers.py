@@ -31,7 +31,7 @@ class NoZeroPoint(Plain):
 
 class Refuses(Plain):
     def observe_weight(self, weight, spec):
-        if weight.abs().max() > 1e3:
+        if weight.abs().max() > 1:
             from fewbits.errors import RangeError
 
             raise RangeError("too large for me")

@@ -36,7 +36,8 @@ class _Writer(Writer):
         entry = self._missing.pop(name, None)
         if entry != Entry(tuple(tensor.shape), tensor.dtype):
             raise CheckpointError(f"{name} was announced as {entry}")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        # A tensor of one element may have any stride; a new contiguous one has 1, and can be viewed as bytes.
+        flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
         self._put(f"tensors/{len(self._stored)}", flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         self._stored[name] = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
