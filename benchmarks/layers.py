@@ -6,6 +6,7 @@ which layers break it, apart from the listed exceptions.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import fewbits
 from benchmarks import cli
 from benchmarks.report import Cell, Failure, Report, aligned, said
-from benchmarks.timing import interleave, reason
+from benchmarks.timing import Call, interleave, reason
 
 BASELINE = "float"
 
@@ -28,6 +29,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "int4": {"scheme": "int4"},
     "int8, dynamic inputs": {"scheme": "int8", "activations": "dynamic"},
 }
+
+#: Inputs of a layer.
+INPUTS = 5
 
 #: What a layer may take longer: a share, and seconds.
 SHARE, SECONDS = 0.10, 20e-6
@@ -110,15 +114,21 @@ def layers() -> Iterator[Layer]:
     yield Layer("Embedding 50k x 768, 64 rows", partial(nn.Embedding, 50_000, 768), partial(_indices, 64))
 
 
+def _in_turn(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]]) -> Call:
+    """Run the inputs one after the other, so that tokens go to other experts than those before."""
+    turns = itertools.cycle(inputs)
+    return lambda: model(*next(turns))
+
+
 @torch.no_grad()
 def measure(report: Report, layer: Layer, rounds: int) -> None:
-    model, arguments = layer.make().eval(), layer.arguments()
-    calls = {BASELINE: partial(model, *arguments)}
+    model, inputs = layer.make().eval(), [layer.arguments() for _ in range(INPUTS)]
+    calls: dict[str, Call] = {BASELINE: _in_turn(model, inputs)}
     where = {"layer": layer.name}
     for name, settings in VARIANTS.items():
         try:
             made = fewbits.quantize(model, validate=False, min_elements=0, skip_types=(), **settings).model.eval()
-            calls[name] = partial(made, *arguments)
+            calls[name] = _in_turn(made, inputs)
         except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure(where, name, reason(error)))
     done = interleave(calls, rounds)

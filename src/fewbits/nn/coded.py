@@ -139,8 +139,7 @@ class CodedTensor(Tensor):
             args = [args[0].writable, *args[1:]]
         elif func in OF_FUNCTIONS:
             return OF_FUNCTIONS[func](func, args, kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return plainly(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -157,6 +156,12 @@ class CodedTensor(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return repr(self.floats)
+
+
+def plainly(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function of torch; the operations inside it come to `CodedTensor.__torch_dispatch__`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 def _view(floats: Tensor, whole: Stack, part: Stack) -> Tensor:

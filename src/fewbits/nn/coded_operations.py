@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fewbits.kernels.stack import Stack
 from fewbits.nn import recurrent
-from fewbits.nn.coded import CODED_DTYPES, OF_CODED, OF_FUNCTIONS, OF_REPEATED, Coded, CodedTensor
+from fewbits.nn.coded import CODED_DTYPES, OF_CODED, OF_FUNCTIONS, OF_REPEATED, Coded, CodedTensor, plainly
 
 aten = torch.ops.aten
 
@@ -133,6 +134,42 @@ def _bmm_repeated(left: Tensor, right: Tensor) -> Any:
     return NotImplemented if output is None else output.view(*left.shape[:2], -1)
 
 
+# The next two save operations: torch would show a transposition, a product and a selection one by one.
+
+
+def _linear(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Compute a linear layer without gradients."""
+    output = None if kwargs else _direct(*args)
+    return plainly(func, args, kwargs) if output is None else output
+
+
+def _direct(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    known = type(x) is Tensor and isinstance(weight, CodedTensor) and not isinstance(bias, CodedTensor)
+    if not known or weight.dim() != 2 or weight._stack.is_transposed or torch.is_autocast_enabled("cpu"):
+        return None
+    if not x.dim() or x.shape[-1] != weight.shape[1] or _records(x, bias):
+        return None
+    output = weight.product(x.reshape(-1, x.shape[-1]))
+    if output is None:
+        return None
+    output = output.view(*x.shape[:-1], output.shape[1])
+    return output if bias is None else torch.add(output, bias).to(x.dtype)
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _item(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Select a matrix of a stack by its number."""
+    weight, index = args
+    if type(index) is int and isinstance(weight, CodedTensor) and weight._root._floats is None:
+        found = _select(weight, 0, index)
+        if found is not NotImplemented:
+            return found
+    return plainly(func, args, kwargs)
+
+
 def _recurrent(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Compute few steps of a recurrent layer from codes; decode the weights once for more."""
     result = recurrent.steps(func, args)
@@ -201,4 +238,5 @@ OF_REPEATED |= {
     aten.bmm.default: _bmm_repeated,
 }
 
+OF_FUNCTIONS |= {F.linear: _linear, Tensor.__getitem__: _item}
 OF_FUNCTIONS |= dict.fromkeys(recurrent.OPERATIONS, _recurrent)
