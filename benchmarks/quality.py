@@ -111,14 +111,15 @@ VARIANTS: Mapping[str, Variant] = {
     "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, "given", epochs=1),
 }
 
-#: Bits per weight of peers' formats, by the beginning of their names. One scale for a row adds about 0.1 bits.
+#: Bits per weight of peers' formats, by the beginning of their names. A scale of 32 bits for each row adds 0.05 bits to
+#: the layers of SmolLM2; bitsandbytes has a scale of 32 bits for every 64 weights, hqq a scale and a zero point of 16.
 PEER_BITS = {
     "hqq 4 bit g64": 4.5,
     "bitsandbytes nf4": 4.5,
-    "bitsandbytes int8": 8.1,
-    "torchao int8": 8.1,
+    "bitsandbytes int8": 8.05,
+    "torchao int8": 8.05,
     "torchao intx int4": 4.125,
-    "quanto qint8": 8.1,
+    "quanto qint8": 8.05,
     "quanto qint4": 4.25,
     "llama.cpp Q8_0": 8.5,
     "llama.cpp Q4_0": 4.5,

@@ -1,4 +1,4 @@
-"""Return memory to the system: what the C library has freed, and pages of mapped files."""
+"""Return memory to the system: freed memory of the C library, and pages of mapped files."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def quantize(
             tuning.check_ledger(quantizer.ledger)
         if model is not None:
             plan_for_file(quantizer, tuning, evaluation)
-            evaluation = None  # `validate` takes over what the conversion has found
+            evaluation = None  # `validate` takes over the findings of the conversion
         if data is not None:
             quantizer.observe(data, forward=forward, samples=config.samples, spill=spill, progress=progress)
         compare = None if validate else False

@@ -45,7 +45,7 @@ class BlockInputs:
 
 @attrs.frozen(eq=False)
 class Collecting:
-    """What to collect.
+    """The statistics to collect, and of which weights.
 
     Attributes:
         model: the float model.
@@ -73,7 +73,7 @@ class BlockRun:
         block: the float block.
         following: the next block of the chain; None for the last.
         inputs: the inputs of the block and of its copy.
-        collecting: what to collect.
+        collecting: the statistics to collect.
     """
 
     def __init__(self, block: Block, following: Block | None, inputs: BlockInputs, collecting: Collecting) -> None:

@@ -133,7 +133,7 @@ class BlockCalibration:
         """Observe a batch without running the blocks; return whether the forward allows it."""
         try:
             self.observe(partial(run_without_blocks, self._chains or (), run))
-        except Exception:  # a forward may reject what blocks give that do nothing
+        except Exception:  # a forward may reject the outputs of blocks that do nothing
             return False
         return True
 

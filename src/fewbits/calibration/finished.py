@@ -33,8 +33,8 @@ class FinishedModules:
     """The outputs of modules inside a block whose results are final, although later weights of the block are not.
 
     The groups of a block are quantized in the order in which the block uses them, and the block runs again for each. In
-    such a run, a module that ends before the first weight that is not final yet gives what it will give in all later
-    runs of that batch.
+    such a run, a module that ends before the first unfinished weight gives its final output for that batch: all later
+    runs would give the same.
 
     Args:
         block: the copy of a block that runs.
@@ -56,7 +56,7 @@ class FinishedModules:
         self._finished = list(found.values())
 
     def run(self, batch: int, forward: Callable[[Callable[[], None]], _T], same: Callable[[_T, _T], bool]) -> _T:
-        """Run a batch through the block: give what was kept of the batch before, and keep what is final now.
+        """Run a batch through the block; give outputs of earlier runs of this batch, and keep those that are final now.
 
         The first batch runs both ways. Nothing is given any more if the results differ: a module then does more than
         return its output.
@@ -72,7 +72,7 @@ class FinishedModules:
         try:
             with self._given(batch), self._keeping(batch) as end_keeping:
                 given = forward(end_keeping)
-        except Exception:  # the block may miss what a module did besides
+        except Exception:  # the block may need a side effect of a module
             self._stop()
             return forward(_nothing)
         if batch:
@@ -92,7 +92,7 @@ class FinishedModules:
 
     @contextmanager
     def _given(self, batch: int) -> Iterator[None]:
-        """Let finished modules return what was kept of a batch, at their first call."""
+        """Let finished modules return their kept outputs of a batch, at their first call."""
         known = [finished for finished in self._finished if batch in finished.outputs]
         forwards = {f.module: _once(partial(self._output, f, batch), f.module.forward) for f in known}
         with replaced_forwards(forwards):
@@ -132,7 +132,7 @@ class FinishedModules:
 
 
 def _once(first: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a forward that returns what `first` gives at the first call, and runs the module at later ones."""
+    """Make a forward that returns the result of `first` at the first call, and runs the module at later ones."""
     calls: list[None] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:

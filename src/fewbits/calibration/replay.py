@@ -30,7 +30,7 @@ class Block:
         name: its path in the model; "" for the model itself.
         module: the block of the float model.
         weights: the names of its weights in the model, and their names in the block.
-        shared: those that belong to an earlier block too, which calibrates them.
+        shared: weights that an earlier block has too; that block calibrates them.
         calls: the arguments in each batch, with `_HIDDEN` in place of the block's input.
         magnitude: the sum of magnitudes of its input in the first batch, to check replays with.
         returns_hidden: whether its output was nothing but a tensor like its input, in all batches.

@@ -81,7 +81,7 @@ class Tuning:
 
     @classmethod
     def of(cls, tune: int | Tuning) -> Tuning:
-        """Return settings as they are, or make them from a number of epochs.
+        """Return the given settings, or make settings from a number of epochs.
 
         Raises:
             ArgumentError: for anything else.
@@ -155,7 +155,7 @@ def tune(
         epochs: how often each batch is trained on; see `fewbits.extend.Tuning`, also for the next four.
         loss: the loss to reduce.
         held_out: the batches to measure on.
-        what: the tensors to tune.
+        what: the kinds of tensors to tune.
         learning_rate: the size of the first step.
         samples: take this many samples of the data; None takes all of it.
         progress: called after every batch.
