@@ -262,6 +262,14 @@ def test_copies_of_a_stack_keep_its_codes(scheme):
         assert torch.equal(fewbits.dequantize(other).weight, fewbits.dequantize(module).weight)
 
 
+def test_a_pickle_does_not_grow_with_the_parts_that_were_used():
+    module = quantized(Reads())
+    before = len(pickle.dumps(module))
+    with torch.no_grad():
+        module(x(5, INPUTS), lambda x, w: torch.stack([F.linear(x, each) for each in w]))
+    assert len(pickle.dumps(module)) == before
+
+
 def test_exact_computes_with_the_decoded_part_bit_for_bit(decoded):
     module = quantized(Reads(), compute="exact")
     plain = fewbits.dequantize(module)

@@ -252,7 +252,8 @@ class PackedWeight(StoredWeight):
         return self._state(tensors)
 
     def _state(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Any]:
-        return self.__dict__ | {"_buffers": dict(buffers), "_made": ((), None), "_last_parts": (None, "", None)}
+        derived = {"_made": ((), None), "_last_parts": (None, "", None), "_parts": (None, {})}
+        return self.__dict__ | derived | {"_buffers": dict(buffers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
