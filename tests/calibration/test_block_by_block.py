@@ -302,6 +302,31 @@ def test_layers_of_parallel_experts_that_share_an_input_get_that_input():
     assert groups[:2] == expected
 
 
+def test_consecutive_layers_of_a_module_list_are_groups_of_their_own():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.relu(layer(x)) + x
+            return x
+
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList(Stage() for _ in range(2))
+
+        def forward(self, x):
+            for stage in self.stages:
+                x = stage(x)
+            return x
+
+    found = names(calibration(Stages(), [torch.randn(9, 4)]))
+    assert found == [[f"stages.{stage}.layers.{layer}"] for stage in range(2) for layer in range(3)]
+
+
 def test_experts_without_tokens_in_the_first_batch_have_the_statistics_of_later_ones():
     model = nn.Sequential(*(SwiGLU(lambda size: {90: [1], 30: [0, 1]}.get(size, [2, 0])) for _ in range(2)))
     data = [torch.randn(size, 4) for size in (90, 30, 60, 30)]

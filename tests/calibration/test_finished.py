@@ -82,6 +82,10 @@ class LeavesSomethingBehind(Layer):
         return self.down(F.silu(self.gate(x)) * self.up(x)) * self.gate.scale
 
 
+class RemembersTheLastBatch(LeavesSomethingBehind):
+    """The same, with a first and a last batch that are equal: only batches between them show it."""
+
+
 class Twice(Layer):
     """One layer is used at two places."""
 
@@ -136,7 +140,17 @@ class Nested(nn.Module):
         return x + self.last(torch.relu(self.wrapped(x)["hidden"]))
 
 
-KINDS = [Layer, WritesToOutputs, WritesToInputs, LeavesSomethingBehind, Twice, Routed, ByLength, Nested]
+KINDS = [
+    Layer,
+    WritesToOutputs,
+    WritesToInputs,
+    LeavesSomethingBehind,
+    RemembersTheLastBatch,
+    Twice,
+    Routed,
+    ByLength,
+    Nested,
+]
 #: Windows and tokens of each batch.
 SHAPES = {
     "equal": [(8, 6)] * 3,
@@ -146,9 +160,12 @@ SHAPES = {
 }
 
 
-def batches(shapes):
+def batches(shapes, kind=Layer):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(*shape, WIDTH, generator=generator) for shape in shapes]
+    made = [torch.randn(*shape, WIDTH, generator=generator) for shape in shapes]
+    if kind is RemembersTheLastBatch:
+        made = [made[0], made[0], *(3 * batch for batch in made[1:]), made[0]]
+    return made
 
 
 def model(kind):
@@ -160,7 +177,7 @@ def quantized(kind, shapes, rounding="gptq"):
     selector = LayerSelector(min_elements=0)
     scheme = Int4Grouped(group_size=8, rounding=rounding, selector=selector)
     scheme.prepare(model(kind))
-    scheme.observe(batches(shapes))
+    scheme.observe(batches(shapes, kind))
     return scheme.convert()
 
 

@@ -1,7 +1,10 @@
 """Weights that other forwards read: products with them, and with parts of them, are computed from the codes."""
 
 import copy
+import gc
 import pickle
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fewbits
+from fewbits.errors import ReadOnlyWeightError
 from fewbits.kernels.stack import Stack
 from fewbits.nn.coded import CodedTensor
 from fewbits.nn.packed import PackedWeight
@@ -378,3 +382,159 @@ def test_a_coded_tensor_prints_its_numbers():
     with torch.no_grad():
         text = module(x(1), lambda _, w: repr(w) if isinstance(w, CodedTensor) else "")
     assert text == repr(fewbits.dequantize(module).weight.data)
+
+
+#: Uses that torch refuses: (the shape of the input, the function).
+REFUSED = {
+    "a wide input": ((5, INPUTS + 1), lambda x, w: F.linear(x, w[0])),
+    "a narrow input": ((5, INPUTS // 2), lambda x, w: x @ w[0].T),
+    "a vector of another size": ((INPUTS + 1,), lambda x, w: w[0] @ x),
+    "another batch": ((2, 3, INPUTS), lambda x, w: torch.bmm(x, w[0].T.expand(4, -1, -1))),
+    "fewer groups": ((7, INPUTS), lambda x, w: torch._grouped_mm(x, w.mT, offs=torch.tensor([7], dtype=torch.int32))),
+    "three axes in mm": ((2, 5, INPUTS), lambda x, w: torch.mm(x, w[0].T)),
+    "a bias of another size": ((5, INPUTS), lambda x, w: F.linear(x, w[0], torch.ones(OUTPUTS + 1))),
+    "an axis that is not there": ((1,), lambda x, w: w.transpose(0, 5)),
+    "a list as a shape": ((1,), lambda x, w: w.permute(0, 1, 7)),
+}
+
+
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+@pytest.mark.parametrize(("shape", "use"), REFUSED.values(), ids=REFUSED)
+def test_what_torch_refuses_of_the_dequantized_weight_is_refused(shape, use, compute):
+    module = quantized(Reads(), compute=compute)
+    for each in (module, fewbits.dequantize(module)):
+        with torch.no_grad(), pytest.raises((RuntimeError, IndexError)):
+            each(x(*shape), use)
+
+
+def _write_to_slice(x, w):
+    part = w[1][3:40]
+    part[:, 3] = 70
+    return F.linear(x, part)
+
+
+def _write_to_chunk(x, w):
+    first, _ = w[0].chunk(2)
+    first[0] = 70
+    return F.linear(x, w[0])
+
+
+def _write_to_transposed(x, w):
+    turned = w[2].T
+    turned[:, 0] = 70
+    return x @ turned
+
+
+def _write_to_view(x, w):
+    w[0].detach().view(-1)[:64] = 0
+    return F.linear(x, w[0])
+
+
+def _write_to_select(x, w):
+    w[1].select(1, 2).fill_(9)
+    return F.linear(x, w[1])
+
+
+@pytest.mark.parametrize(
+    "use", [_write_to_slice, _write_to_chunk, _write_to_transposed, _write_to_view, _write_to_select]
+)
+def test_what_a_forward_writes_through_a_view_of_a_weight_counts(use):
+    module = quantized(Reads())
+    with torch.no_grad():
+        assert torch.allclose(module(x(5, INPUTS), use), fewbits.dequantize(module)(x(5, INPUTS), use), atol=1e-4)
+
+
+def test_a_forward_leaves_no_decoded_weight_to_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        module = quantized(Reads())
+        kept = []
+
+        def use(x, w):
+            kept.append(weakref.ref(w.sum() + 0 if kept else w))
+            return F.linear(x, w[0]) * w.sum()
+
+        with torch.no_grad():
+            module(x(5, INPUTS), use)
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_mask_of_bytes_is_a_mask():
+    mask = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    module = quantized(Reads())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates such masks
+        assert module(x(1), lambda _, w: w[mask]).shape == (2, OUTPUTS, INPUTS)
+
+
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+def test_a_cast_up_keeps_the_rounding_of_a_narrow_weight(compute):
+    module = quantized(Reads().to(torch.bfloat16), compute=compute)
+    plain = fewbits.dequantize(module)
+    with torch.no_grad():
+        assert torch.equal(module(x(1), lambda _, w: w[1].float() * 1), plain(x(1), lambda _, w: w[1].float() * 1))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda _, w: setattr(w, "data", torch.ones(2)),
+        lambda _, w: w.detach().set_(torch.ones(2)),
+        lambda _, w: w[0].t_(),
+        lambda _, w: w.unsqueeze_(0),
+    ],
+    ids=["data", "set", "transposed", "unsqueezed"],
+)
+def test_replacing_the_memory_or_the_shape_of_a_weight_is_refused(use):
+    with torch.no_grad(), pytest.raises(ReadOnlyWeightError, match="is quantized"):
+        quantized(Reads())(x(1), use)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own rules use torch.jit.script
+@pytest.mark.parametrize("use", [lambda x, w: F.linear(x, w[1]), lambda x, w: x @ w[1].mT], ids=["linear", "matmul"])
+def test_transforms_of_torch_func_give_what_they_give_with_the_dequantized_weight(use):
+    module = quantized(Reads())
+    plain = fewbits.dequantize(module).requires_grad_(False)
+    found, expected = (torch.vmap(lambda row, m=m: m(row, use))(x(5, INPUTS)) for m in (module, plain))
+    assert_close(found, expected)
+    found, expected = (
+        torch.func.jvp(lambda v, m=m: m(v, use), (x(5, INPUTS),), (x(5, INPUTS),))[1] for m in (module, plain)
+    )
+    assert_close(found, expected)
+
+
+def test_sparse_inputs_multiply_with_the_decoded_weight():
+    module = quantized(Reads())
+    with torch.no_grad():
+        found, expected = (
+            m(x(5, INPUTS), lambda x, w: x.to_sparse() @ w[1].T) for m in (module, fewbits.dequantize(module))
+        )
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_forward_may_differentiate_with_respect_to_its_own_copy_of_a_weight():
+    def use(x, w):
+        leaf = w[1].detach().requires_grad_()
+        return torch.autograd.grad(F.linear(x, leaf).sum(), leaf)[0]
+
+    module = quantized(Reads())
+    assert torch.allclose(module(x(5, INPUTS), use), fewbits.dequantize(module)(x(5, INPUTS), use))
+
+
+def test_an_index_into_a_repeated_matrix_is_the_matrix():
+    module = quantized(Reads())
+    with torch.no_grad():
+        found = module(x(5, INPUTS), lambda x, w: F.linear(x, w[0].expand(3, OUTPUTS, INPUTS)[1]))
+        assert_close(found, F.linear(x(5, INPUTS), fewbits.dequantize(module).weight[0]))
+
+
+def test_copies_and_results_of_a_forward_are_plain_tensors():
+    module = quantized(Reads())
+    with torch.no_grad():
+        for use in (lambda _, w: w, lambda _, w: copy.deepcopy(w), lambda _, w: pickle.loads(pickle.dumps(w))):
+            found = module(x(1), use)
+            assert type(found) is Tensor
+            assert torch.equal(found, fewbits.dequantize(module).weight)

@@ -133,3 +133,10 @@ def test_exact_computes_as_torch_does_bit_for_bit():
     x = torch.randn(3, 2, 32)
     with torch.no_grad():
         assert torch.equal(module(x)[0], fewbits.dequantize(module)(x)[0])
+
+
+def test_autocast_gives_one_dtype_for_any_number_of_steps():
+    module = quantized(nn.LSTM(32, 48))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        dtypes = {module(torch.ones(steps, 2, 32))[0].dtype for steps in (1, MOST_STEPS, MOST_STEPS + 1)}
+    assert len(dtypes) == 1

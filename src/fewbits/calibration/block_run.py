@@ -95,14 +95,40 @@ class BlockRun:
         grouping, references = self._run_float()
         seen = {name for group in grouping.groups for name in group}
         yield {name: [] for name in self._block.weights if name not in seen}
-        for at, group in enumerate(grouping.groups):
+        pending = list(grouping.groups)
+        while pending:
+            group = pending.pop(0)
             leaders = {grouping.leader(name) for name in group}
+            if len(leaders) > 1 and self._depend_on_one_another(group, leaders):
+                pending[:0] = grouping.apart(group)
+                continue
             only = {name for name in leaders if len(leaders) == 1 and self._is_used_whole_and_once(name, grouping)}
-            unfinished = [name for later in grouping.groups[at:] for name in later]
+            unfinished = [name for later in (group, *pending) for name in later]
             collected = self._run_quantized(
                 _GroupRun(unfinished, leaders, only, set(grouping.later(group))), references
             )
             yield {name: collected.of(grouping.leader(name), grouping.followed_rows(name)) for name in group}
+
+    def _depend_on_one_another(self, group: list[str], leaders: set[str]) -> bool:
+        """Tell whether weights of a group change the inputs of others, as those of consecutive layers do.
+
+        Names only suggest which weights are parallel: the layers of a `ModuleList` may be experts, or a sequence.
+        """
+        weights = [self._working[name] for name in group]
+        before, kept = self._first_inputs(leaders), [weight.data for weight in weights]
+        try:
+            for weight in weights:
+                weight.data = weight.data * 0.5
+            return not same_arguments(before, self._first_inputs(leaders))
+        finally:
+            for weight, data in zip(weights, kept, strict=True):
+                weight.data = data
+
+    def _first_inputs(self, leaders: set[str]) -> dict[Key, Tensor]:
+        """Return the inputs of some weights in the first batch."""
+        watched = self._collecting.watched({name: self._working[name] for name in leaders})
+        with replaying(self._copied):
+            return self._inputs_of(leaders, set(), watched, 0, self._inputs.currents[0], lambda: None)
 
     def _is_used_whole_and_once(self, name: str, grouping: Grouping) -> bool:
         return grouping.only_rows(name) == slice(0, self._collecting.layouts[name].rows)

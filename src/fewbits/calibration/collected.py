@@ -138,6 +138,13 @@ class Grouping:
         last = max(self._uses[name][-1] for name in group)
         return [name for name, uses in self._uses.items() if last < uses[0] < self._end]
 
+    def apart(self, group: Sequence[str]) -> list[list[str]]:
+        """Divide a group into the weights that share an input, in the order in which they are used."""
+        parts: dict[str, list[str]] = {}
+        for name in sorted(group, key=lambda name: self._uses[name][0]):
+            parts.setdefault(self.leader(name), []).append(name)
+        return list(parts.values())
+
     def leader(self, name: str) -> str:
         """Return the first weight of the group that has the same input; weights that are used twice lead themselves."""
         leader = self._shared.get(name, name)

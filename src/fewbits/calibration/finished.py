@@ -25,6 +25,9 @@ class _ModuleOutputs:
     """The outputs of a module with weights, by batch."""
 
     module: nn.Module
+    #: Whether its forward changed nothing that the module holds, in any call so far.
+    is_pure: bool = True
+    before: list[int] = attrs.field(factory=list)
     inner: list[_ModuleOutputs] = attrs.field(factory=list)
     outputs: dict[int, _Places] = attrs.field(factory=dict)
 
@@ -58,8 +61,8 @@ class FinishedModules:
     def run(self, batch: int, forward: Callable[[Callable[[], None]], _T], same: Callable[[_T, _T], bool]) -> _T:
         """Run a batch through the block; give outputs of earlier runs of this batch, and keep those that are final now.
 
-        The first batch runs both ways. Nothing is given any more if the results differ: a module then does more than
-        return its output.
+        The first two batches run both ways. Nothing is given any more if the results differ: a module then does more
+        than return its output. A module that changes anything that it holds is not kept.
 
         Args:
             batch: the number of the batch.
@@ -75,7 +78,7 @@ class FinishedModules:
         except Exception:  # the block may need a side effect of a module
             self._stop()
             return forward(_nothing)
-        if batch:
+        if batch > 1:
             return given
         # Run in full only now: a block that carries state from call to call still has that of another batch, so the
         # first run would have shown a difference.
@@ -104,12 +107,17 @@ class FinishedModules:
         with ExitStack() as hooks:
             if self._usable:
                 for finished in self._finished:
+                    hooks.callback(finished.module.register_forward_pre_hook(partial(self._begin, finished)).remove)
                     hook = partial(self._keep, finished, batch)
                     hooks.callback(finished.module.register_forward_hook(hook).remove)
             yield hooks.close
 
+    def _begin(self, finished: _ModuleOutputs, module: nn.Module, args: object) -> None:
+        finished.before = _held(module)
+
     def _keep(self, finished: _ModuleOutputs, batch: int, module: nn.Module, args: object, output: object) -> None:
-        if batch in finished.outputs or not _is_kept(output):
+        finished.is_pure = finished.is_pure and finished.before == _held(module)
+        if batch in finished.outputs or not finished.is_pure or not _is_kept(output):
             return
         finished.outputs[batch] = _each(self._append, output)
         for inner in finished.inner:
@@ -144,6 +152,12 @@ def _once(first: Callable[[], Any], forward: Callable[..., Any]) -> Callable[...
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+def _held(module: nn.Module) -> list[int]:
+    """Return numbers that change if a module gets other attributes, or writes to its buffers."""
+    attributes = [id(value) for part in module.modules() for value in vars(part).values()]
+    return attributes + [buffer._version for buffer in module.buffers() if not buffer.is_inference()]
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fewbits.errors import ReadOnlyWeightError
 from fewbits.kernels.base import PreparedWeight
 from fewbits.kernels.ops import product
 from fewbits.kernels.stack import Stack
@@ -36,7 +37,24 @@ OF_FUNCTIONS: dict[Any, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] 
 
 
 #: Methods that give the memory of a tensor to somebody else.
-_OF_MEMORY = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage}
+_OF_MEMORY = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.tolist}
+
+#: Methods that give a tensor another shape or other memory in place, which a coded tensor cannot follow.
+_REBINDING = {
+    Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.resize_,
+    Tensor.resize_as_,
+    Tensor.t_,
+    Tensor.transpose_,
+    Tensor.swapaxes_,
+    Tensor.squeeze_,
+    Tensor.unsqueeze_,
+    Tensor.as_strided_,
+}
+_REFUSED = (
+    "this weight is quantized; its shape and its memory cannot be replaced in place. Take a tensor of your own, with "
+    ".clone()"
+)
 
 
 class Coded(Protocol):
@@ -63,7 +81,7 @@ class CodedTensor(Tensor):
     _stored: Coded
     _stack: Stack
     _copies: int
-    _root: CodedTensor
+    _whole: CodedTensor | None
     _floats: Tensor | None
 
     @staticmethod
@@ -86,8 +104,13 @@ class CodedTensor(Tensor):
         device = torch.device("cpu")
         made: CodedTensor = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         made._stored, made._stack, made._copies, made._floats = stored, stack, copies, None
-        made._root = made if root is None else root
+        made._whole = root  # None for the whole weight: a tensor that held itself would wait for the garbage collector
         return made
+
+    @property
+    def _root(self) -> CodedTensor:
+        """The tensor of the whole weight."""
+        return self if self._whole is None else self._whole
 
     @property
     def floats(self) -> Tensor:
@@ -122,8 +145,10 @@ class CodedTensor(Tensor):
 
     def product(self, x: Tensor) -> Tensor | None:
         """Return ``x @ matrix.T``, for a matrix (outputs, inputs) and x (rows, inputs); None if no kernel computes."""
-        stack, is_plain = self._stack, type(x) is Tensor and x.dtype == self.dtype and x.device == self.device
-        if self._root._floats is not None or len(stack.shape) != 2 or not is_plain or not x.shape[0]:
+        stack = self._stack
+        fits = len(stack.shape) == x.dim() == 2 and x.shape[1] == stack.shape[1] and x.shape[0] > 0
+        is_plain = type(x) is Tensor and x.layout is torch.strided and (x.dtype, x.device) == (self.dtype, self.device)
+        if self._root._floats is not None or not fits or not is_plain:
             return None
         prepared = self._stored.part(stack.rows)
         if prepared is None:
@@ -137,6 +162,8 @@ class CodedTensor(Tensor):
         """Call functions as they are; `__torch_dispatch__` sees the operations inside. Memory needs numbers."""
         if func in _OF_MEMORY:
             args = [args[0].writable, *args[1:]]
+        elif func in _REBINDING:
+            raise ReadOnlyWeightError(_REFUSED)
         elif func in OF_FUNCTIONS:
             return OF_FUNCTIONS[func](func, args, kwargs or {})
         return plainly(func, args, kwargs or {})
@@ -153,6 +180,14 @@ class CodedTensor(Tensor):
         if result is NotImplemented:
             result = func.decompose(*args, **named)  # into operations that are looked at one by one
         return _from_floats(func, args, named) if result is NotImplemented else result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return a plain tensor."""
+        return self.floats.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle a plain tensor."""
+        return self.floats.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return repr(self.floats)
@@ -177,10 +212,14 @@ def _view(floats: Tensor, whole: Stack, part: Stack) -> Tensor:
 def _from_floats(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Compute an operation with plain tensors. An operation in place changes the numbers of a coded tensor."""
     changes = func._schema.is_mutable
+    # A forward may write to a view that it takes of a weight.
+    if func._schema.name == "aten::set_":
+        raise ReadOnlyWeightError(_REFUSED)
+    shares = changes or any(found.alias_info is not None for found in func._schema.returns)
     plain: dict[int, CodedTensor] = {}
 
     def of(tensor: CodedTensor) -> Tensor:
-        floats = tensor.writable if changes else tensor.floats
+        floats = tensor.writable if shares else tensor.floats
         plain[id(floats)] = tensor
         return floats
 

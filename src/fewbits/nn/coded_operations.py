@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fewbits.kernels.reference import is_transformed
 from fewbits.kernels.stack import Stack
 from fewbits.nn import recurrent
 from fewbits.nn.coded import CODED_DTYPES, OF_CODED, OF_FUNCTIONS, OF_REPEATED, Coded, CodedTensor, plainly
@@ -27,12 +28,16 @@ def coded_tensor(stored: Coded, stack: Stack, dtype: torch.dtype) -> CodedTensor
 
 
 def _transpose(weight: CodedTensor, *axes: int) -> Any:
+    if not all(-weight.dim() <= axis < weight.dim() for axis in axes):
+        return NotImplemented  # torch's own error
     both = {axis % weight.dim() for axis in axes or (0, 1)}
     is_last = both == {weight.dim() - 2, weight.dim() - 1}
     return weight.with_stack(weight._stack.transposed) if is_last else NotImplemented
 
 
 def _permute(weight: CodedTensor, axes: Sequence[int]) -> Any:
+    if not all(-weight.dim() <= axis < weight.dim() for axis in axes):
+        return NotImplemented
     order = [axis % weight.dim() for axis in axes]
     *first, before, last = range(weight.dim())
     return weight.with_stack(weight._stack.transposed) if order == [*first, last, before] else NotImplemented
@@ -82,7 +87,9 @@ def _unbind(weight: CodedTensor, axis: int = 0) -> Any:
 def _to_copy(weight: CodedTensor, *, dtype: torch.dtype | None = None, **rest: Any) -> Any:
     """Change the dtype, as autocast does."""
     others = [name for name, value in rest.items() if value not in (None, False)]
-    if dtype not in CODED_DTYPES or weight._root._floats is not None or others:
+    # Decoding a weight of a narrow dtype in a wider one would skip the rounding to its own.
+    keeps_rounding = weight.dtype in (torch.float32, dtype)
+    if dtype not in CODED_DTYPES or not keeps_rounding or weight._root._floats is not None or others:
         return NotImplemented
     return CodedTensor(weight._stored, weight._stack, dtype)
 
@@ -101,7 +108,16 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
     if beta != 1 or alpha != 1 or isinstance(bias, CodedTensor):
         return NotImplemented
     output = _mm(left, right)
-    return output if output is NotImplemented else (output + bias).to(output.dtype)
+    if output is NotImplemented or not _adds(bias, output):
+        return NotImplemented
+    return output + bias
+
+
+def _adds(bias: Tensor, output: Tensor) -> bool:
+    """Whether a bias has the dtype and a shape with which it can be added in a product."""
+    if bias.dtype != output.dtype or bias.dim() > output.dim():
+        return False
+    return all(own in (1, size) for own, size in zip(reversed(bias.shape), reversed(output.shape), strict=False))
 
 
 def _mv(matrix: CodedTensor, vector: Tensor) -> Any:
@@ -128,7 +144,7 @@ def _view_repeated(weight: CodedTensor, shape: Sequence[int]) -> Any:
 
 
 def _bmm_repeated(left: Tensor, right: Tensor) -> Any:
-    if not isinstance(right, CodedTensor) or not right._stack.is_transposed:
+    if not isinstance(right, CodedTensor) or not right._stack.is_transposed or len(left) != len(right):
         return NotImplemented
     output = right.product(left.reshape(-1, left.shape[2]))
     return NotImplemented if output is None else output.view(*left.shape[:2], -1)
@@ -145,15 +161,21 @@ def _linear(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _direct(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
     known = type(x) is Tensor and isinstance(weight, CodedTensor) and not isinstance(bias, CodedTensor)
-    if not known or weight.dim() != 2 or weight._stack.is_transposed or torch.is_autocast_enabled("cpu"):
+    if not known or x.layout is not torch.strided or is_transformed(x):
         return None
-    if not x.dim() or x.shape[-1] != weight.shape[1] or _records(x, bias):
+    if weight.dim() != 2 or weight._stack.is_transposed or torch.is_autocast_enabled("cpu"):
+        return None
+    if not x.dim() or x.shape[-1] != weight.shape[1] or _records(x, weight, bias):
         return None
     output = weight.product(x.reshape(-1, x.shape[-1]))
     if output is None:
         return None
-    output = output.view(*x.shape[:-1], output.shape[1])
-    return output if bias is None else torch.add(output, bias).to(x.dtype)
+    if bias is not None:
+        if bias.dim() != 1 or not _adds(bias, output):
+            return None
+        output = torch.add(output, bias)
+    shaped: Tensor = output.view(*x.shape[:-1], output.shape[1])
+    return shaped
 
 
 def _records(*tensors: Tensor | None) -> bool:
@@ -163,7 +185,8 @@ def _records(*tensors: Tensor | None) -> bool:
 def _item(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Select a matrix of a stack by its number."""
     weight, index = args
-    if type(index) is int and isinstance(weight, CodedTensor) and weight._root._floats is None:
+    is_known = isinstance(weight, CodedTensor) and not weight._copies and not _records(weight)
+    if type(index) is int and is_known and weight._root._floats is None:
         found = _select(weight, 0, index)
         if found is not NotImplemented:
             return found
@@ -185,6 +208,8 @@ def _grouped_mm(
     """Multiply the rows of each group, which end at `offs`, with a matrix of their own."""
     if not isinstance(weight, CodedTensor) or weight.dim() != 3 or x.dim() != 2 or offs is None or bias is not None:
         return NotImplemented
+    if len(offs) != len(weight) or out_dtype not in (None, x.dtype) or x.shape[1] != weight.shape[1]:
+        return NotImplemented
     output, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
     for index, stop in enumerate(offs.tolist()):
         if stop > start:
@@ -192,13 +217,13 @@ def _grouped_mm(
             part = _mm(x[start:stop], matrix)
             output[start:stop] = x[start:stop] @ matrix.floats if part is NotImplemented else part
         start = stop
-    return output if out_dtype is None else output.to(out_dtype)
+    return output
 
 
 def _index(weight: CodedTensor, indices: Sequence[Tensor | None]) -> Any:
     """Decode the matrices, or the rows, that an index names."""
     (first, *rest) = indices
-    if rest or first is None or first.dtype == torch.bool:
+    if rest or first is None or first.dtype not in (torch.int32, torch.int64):
         return NotImplemented
     if weight._root._floats is not None or not _has_first_axis(weight, 0):
         return NotImplemented

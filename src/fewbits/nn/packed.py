@@ -117,6 +117,7 @@ class PackedWeight(StoredWeight):
     def read(self) -> Tensor:
         """Return the weight for a forward that is not of fewbits: a coded tensor, if that can save work."""
         may_compute = (self.is_read or self.computes) and self.spec.activations is None
+        may_compute = may_compute and self.weight_layout().scale.device.type == "cpu"
         stack = Stack.of(self.layout) if may_compute and self.dtype in CODED_DTYPES else None
         # Of a stack, no more is decoded than a forward uses, even if no kernel computes.
         if stack is None or (len(stack.shape) == 2 and self.part(stack.rows) is None):
@@ -252,7 +253,7 @@ class PackedWeight(StoredWeight):
         return self._state(tensors)
 
     def _state(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Any]:
-        derived = {"_made": ((), None), "_last_parts": (None, "", None), "_parts": (None, {})}
+        derived: dict[str, Any] = {"_made": ((), None), "_last_parts": (None, "", None), "_parts": (None, {})}
         return self.__dict__ | derived | {"_buffers": dict(buffers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -61,9 +61,10 @@ def steps(func: Any, args: Sequence[Any]) -> Any:
             batch_first.
 
     Returns:
-        what the operation returns; NotImplemented for other operations, many steps, packed sequences and dropout.
+        what the operation returns; NotImplemented for other operations, many steps, packed sequences, dropout, and
+        under autocast.
     """
-    cell = _CELLS.get(func)
+    cell = None if torch.is_autocast_enabled("cpu") else _CELLS.get(func)  # autocast has other dtypes
     if cell is None or len(args) != 9 or not isinstance(args[3], bool):  # a packed sequence has other arguments
         return NotImplemented
     x, hidden, weights, has_biases, layers, dropout, train, bidirectional, batch_first = args

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import FormatError
+from fewbits.nn.coded import CodedTensor
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.read_only import ReadOnlyTensor
@@ -192,7 +193,9 @@ def reading_once(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         token = _once.set(dict.fromkeys(self.read_together()))
         try:
-            return forward(self, *args, **kwargs)
+            result = forward(self, *args, **kwargs)
+            # Outside of the forward, a weight is a tensor like any other.
+            return result.floats if isinstance(result, CodedTensor) else result
         finally:
             _once.reset(token)
 
