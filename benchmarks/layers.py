@@ -40,7 +40,7 @@ SHARE, SECONDS = 0.10, 20e-6
 EXCEPTIONS: Mapping[tuple[str, str], str] = {
     ("Conv", "int8"): "the weight is decoded at every forward",
     ("Conv", "int4"): "the weight is decoded at every forward",
-    ("LSTM 512 x 2 on 100", "int"): "the weights are decoded once for a sequence",
+    ("LSTM 512 x 2, sequence of 100", "int"): "the weights are decoded once for a sequence",
     ("Embedding", "int"): "rows are looked up, decoded and scaled; the float layer copies them",
     ("Linear 64", "int"): "the call of a kernel takes longer than so small a product",
 }
@@ -102,8 +102,8 @@ def layers() -> Iterator[Layer]:
         yield Layer(f"TransformerEncoderLayer 768, {tokens} tokens", encoder, partial(_input, 1, tokens, 768))
     for steps in (1, 8, 100):
         lstm = partial(nn.LSTM, 512, 512, 2, batch_first=True)
-        yield Layer(f"LSTM 512 x 2 on {steps}", lstm, partial(_input, 1, steps, 512))
-    yield Layer("GRU 1024 on 1", partial(nn.GRU, 1024, 1024), partial(_input, 1, 1, 1024))
+        yield Layer(f"LSTM 512 x 2, sequence of {steps}", lstm, partial(_input, 1, steps, 512))
+    yield Layer("GRU 1024, sequence of 1", partial(nn.GRU, 1024, 1024), partial(_input, 1, 1, 1024))
     for batch in (1, 8):
         conv = partial(nn.Conv2d, 256, 256, 3, padding=1)
         yield Layer(f"Conv2d 256 3x3 at 28x28, batch {batch}", conv, partial(_input, batch, 256, 28, 28))
