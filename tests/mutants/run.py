@@ -26,6 +26,7 @@ STAGES = (
         "tests/kernels",
         "tests/nn/test_swap.py",
         "tests/test_hidden_references.py",
+        "tests/calibration/test_block_by_block.py",
     ),
     ("tests", "src/fewbits"),
 )
