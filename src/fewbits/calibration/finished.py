@@ -27,6 +27,7 @@ class _ModuleOutputs:
     module: nn.Module
     #: Whether its forward changed nothing that the module holds, in any call so far.
     is_pure: bool = True
+    #: What `_held` returned when its running forward began.
     before: list[int] = attrs.field(factory=list)
     inner: list[_ModuleOutputs] = attrs.field(factory=list)
     outputs: dict[int, _Places] = attrs.field(factory=dict)
@@ -117,6 +118,9 @@ class FinishedModules:
 
     def _keep(self, finished: _ModuleOutputs, batch: int, module: nn.Module, args: object, output: object) -> None:
         finished.is_pure = finished.is_pure and finished.before == _held(module)
+        if not finished.is_pure:
+            for known in list(finished.outputs):
+                self._forget(finished, known)
         if batch in finished.outputs or not finished.is_pure or not _is_kept(output):
             return
         finished.outputs[batch] = _each(self._append, output)

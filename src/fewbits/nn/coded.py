@@ -22,10 +22,8 @@ from fewbits.kernels.stack import Stack
 #: The dtypes of inputs that kernels take.
 CODED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-
 #: Called with the weight, the part of it, and the input of each product that a kernel computes; for `explain`.
 noted_by: ContextVar[Callable[[Any, PreparedWeight, Tensor], object] | None] = ContextVar("noted_by", default=None)
-
 
 #: What computes operations from codes; `fewbits.nn.coded_operations` fills them. A function returns NotImplemented for
 #: arguments that it does not take.
@@ -34,7 +32,6 @@ OF_CODED: dict[Any, Callable[..., Any]] = {}
 OF_REPEATED: dict[Any, Callable[..., Any]] = {}
 #: What computes functions of torch from codes, whose operations in C++ would need numbers.
 OF_FUNCTIONS: dict[Any, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {}
-
 
 #: Methods that give the memory of a tensor to somebody else.
 _OF_MEMORY = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.tolist}
@@ -61,8 +58,6 @@ class Coded(Protocol):
     """The weight behind a coded tensor: see `fewbits.nn.packed.PackedWeight`."""
 
     def part(self, rows: slice) -> PreparedWeight | None: ...
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: ...
 
     def matrix_rows(self, where: slice | Tensor, dtype: torch.dtype) -> Tensor: ...
 
@@ -211,10 +206,10 @@ def _view(floats: Tensor, whole: Stack, part: Stack) -> Tensor:
 
 def _from_floats(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Compute an operation with plain tensors. An operation in place changes the numbers of a coded tensor."""
-    changes = func._schema.is_mutable
-    # A forward may write to a view that it takes of a weight.
     if func._schema.name == "aten::set_":
         raise ReadOnlyWeightError(_REFUSED)
+    changes = func._schema.is_mutable
+    # A forward may write to a view that it takes of a weight.
     shares = changes or any(found.alias_info is not None for found in func._schema.returns)
     plain: dict[int, CodedTensor] = {}
 

@@ -19,7 +19,7 @@ from fewbits.nn.stored import StoredWeight
 
 @torch.no_grad()
 def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any]] | None = None) -> None:
-    """Choose how the linear layers of a quantized model compute.
+    """Choose how the layers of a quantized model compute.
 
     The setting belongs to this process: files, state dicts and the ledger do not hold it.
 
