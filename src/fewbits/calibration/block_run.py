@@ -104,9 +104,7 @@ class BlockRun:
                 continue
             only = {name for name in leaders if len(leaders) == 1 and self._is_used_whole_and_once(name, grouping)}
             unfinished = [name for later in (group, *pending) for name in later]
-            collected = self._run_quantized(
-                _GroupRun(unfinished, leaders, only, set(grouping.later(group))), references
-            )
+            collected = self._run_quantized(_GroupRun(unfinished, leaders, {*grouping.later(group), *only}), references)
             yield {name: collected.of(grouping.leader(name), grouping.followed_rows(name)) for name in group}
 
     def _depend_on_one_another(self, group: list[str], leaders: set[str]) -> bool:
@@ -202,7 +200,7 @@ class BlockRun:
                 shapes = self._block.shapes(batch, hidden)
                 first = first or shapes
                 # A batch of another shape may use the weights in another order, or more often, than the first.
-                ends = group.later | group.only if shapes == first else set()
+                ends = group.ends if shapes == first else set()
                 run = partial(self._inputs_of, group.leaders, ends, watched, batch, hidden)
                 collected.add(self._finished.run(batch, run, same_arguments))
                 collected.end_batch(references.taken(batch, group.leaders))
@@ -239,11 +237,10 @@ class _GroupRun:
     Attributes:
         open: the names of the weights that are not final: those of this group, and of the groups after it.
         leaders: the weights of the group whose inputs are collected.
-        only: the one weight whose first input is all that the group needs; empty if it needs more.
-        later: the weights that are used only after the group.
+        ends: the weights whose first input shows that the group needs no more inputs: those that are used only after
+            the group, and the one leader of the group, if it is used whole and once.
     """
 
     open: list[str]
     leaders: set[str]
-    only: set[str]
-    later: set[str]
+    ends: set[str]

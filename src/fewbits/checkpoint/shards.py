@@ -49,18 +49,27 @@ def plan_shards(ledger: Ledger, max_shard_size: int, suffix: str, stem: str = ST
 
     It depends on nothing else: the same ledger gives the same files, wherever its tensors come from.
     """
-    number: dict[str, int] = {}
-    count, size = 1, 0
-    for row in ledger.stored:
-        if size and size + row.bytes_after > max_shard_size:
-            count, size = count + 1, 0
-        number[row.name] = count - 1
-        size += row.bytes_after
-    rows: list[list[LedgerRow]] = [[] for _ in range(count)]
+    names = divided({row.name: row.bytes_after for row in ledger.stored}, max_shard_size)
+    count = len(names)
+    number = {name: index for index, together in enumerate(names) for name in together}
+    rows: list[list[LedgerRow]] = [[] for _ in names]
     for row in ledger:
         at = row if row.merged_into is None else ledger[row.merged_into]
         rows[number[at.holder]].append(row)
     return tuple(Shard(shard_name(index, count, suffix, stem), Ledger(rows[index])) for index in range(count))
+
+
+def divided(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Divide names in order, so that each list has at most `most` bytes or one name only; at least one list."""
+    lists: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if total and total + size > most:
+            lists.append([])
+            total = 0
+        lists[-1].append(name)
+        total += size
+    return lists
 
 
 def shard_name(index: int, count: int, suffix: str, stem: str = STEM) -> str:

@@ -16,10 +16,10 @@ from fewbits.checkpoint.raw import as_checkpoint_error, copy_durably, write_dura
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.errors import ArgumentError
 from fewbits.formats.base import Described, Exporter, Readable
-from fewbits.formats.compressed_config import CONFIG_FILE
 from fewbits.formats.fewbits_format import FewbitsFormat
 from fewbits.formats.model_config import QUANTIZATION_FILES, copy_config, folder_of
 from fewbits.formats.registry import EXPORTERS, open_quantized
+from fewbits.formats.settings import CONFIG_FILE
 from fewbits.observers.named import make_named
 from fewbits.selection.progress import Progress, no_progress
 from fewbits.sources.file import SUFFIXES

@@ -14,10 +14,10 @@ from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.folder import file_beside
 from fewbits.errors import FormatError, SourceError
 from fewbits.formats.base import ForeignCheckpoint, checked, kept_row, quantized_row
-from fewbits.formats.compressed_config import CONFIG_FILE
 from fewbits.formats.foreign_files import foreign_files, foreign_tensors, open_tensors
 from fewbits.formats.fp8 import KNOWN_BLOCKS, SCALE_SUFFIXES, ScaledWeight, is_activation_scale, scaled_weights
 from fewbits.formats.model_config import read_block_sizes
+from fewbits.formats.settings import CONFIG_FILE
 from fewbits.numerics.float8 import FLOAT8_DTYPES, float8_codes, float8_spec
 from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words

@@ -12,10 +12,11 @@ from fewbits.checkpoint.chunks import Chunk
 from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.formats.base import ForeignCheckpoint, checked, kept_row, quantized_row
-from fewbits.formats.compressed_config import QUANT_METHOD, read_settings
+from fewbits.formats.compressed_config import QUANT_METHOD
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.formats.compressed_weight import codes_names
 from fewbits.formats.foreign_files import foreign_tensors
+from fewbits.formats.settings import read_settings
 from fewbits.numerics.spec import QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.selection.ledger import Ledger

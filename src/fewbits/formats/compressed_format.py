@@ -14,11 +14,12 @@ from fewbits.checkpoint.codec import CODEC, Value, part_name
 from fewbits.checkpoint.serializer import Entry
 from fewbits.formats.base import Described, Readable
 from fewbits.formats.compressed_checkpoint import CompressedCheckpoint
-from fewbits.formats.compressed_config import CONFIG_FILE, QUANT_METHOD, QUANTIZATION_KEYS
+from fewbits.formats.compressed_config import QUANT_METHOD
 from fewbits.formats.compressed_export import quantization_config
 from fewbits.formats.compressed_rules import holds_scales, server_obstacles, unholdable
 from fewbits.formats.compressed_scheme import Scheme
 from fewbits.formats.model_config import config_beside, read_vocabularies
+from fewbits.formats.settings import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.formats.tensor_files import TensorFilesExporter
 from fewbits.numerics.float8 import float8_dtype, float8_values
 from fewbits.numerics.params import QuantParams

@@ -15,8 +15,8 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.saving import save
 from fewbits.checkpoint.shards import STEM, plan_shards
 from fewbits.formats.base import Described, DirectoryExporter, Readable
-from fewbits.formats.compressed_config import QUANTIZATION_KEYS
 from fewbits.formats.model_config import Readers, config_beside
+from fewbits.formats.settings import QUANTIZATION_KEYS
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress, followed
 

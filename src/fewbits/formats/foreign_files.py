@@ -11,7 +11,7 @@ from fewbits.checkpoint.folder import CheckpointFiles, ShardedReader, file_besid
 from fewbits.checkpoint.metadata import VERSION_KEY, is_own_key
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.errors import FormatError
-from fewbits.formats.compressed_config import CONFIG_FILE
+from fewbits.formats.settings import CONFIG_FILE
 
 _SERIALIZER = SafetensorsSerializer()
 

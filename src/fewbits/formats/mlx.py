@@ -25,10 +25,10 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
 from fewbits.formats.base import Described, Readable
-from fewbits.formats.compressed_config import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.formats.compressed_rules import WEIGHT, class_obstacles, holds_scales, unequal_experts
 from fewbits.formats.compressed_scheme import coded
 from fewbits.formats.model_config import config_beside, read_vocabularies
+from fewbits.formats.settings import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.formats.tensor_files import TensorFilesExporter
 from fewbits.numerics.affine import lowest_values
 from fewbits.numerics.dtypes import FLOAT_DTYPES, dtype_name

@@ -14,9 +14,9 @@ from fewbits.checkpoint.folder import CheckpointFiles, file_beside, read_json
 from fewbits.checkpoint.raw import copy_durably, write_durably
 from fewbits.checkpoint.shards import OWN_STEM, STEM
 from fewbits.errors import CheckpointError, FormatError
-from fewbits.formats.compressed_config import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.formats.compressed_export import quantization_config
 from fewbits.formats.compressed_rules import transformers_obstacles
+from fewbits.formats.settings import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.selection.ledger import Ledger
 
 #: The ``quant_method`` of results that only fewbits reads.

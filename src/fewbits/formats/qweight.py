@@ -28,9 +28,9 @@ from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.serializer import Entry
 from fewbits.errors import FormatError
 from fewbits.formats.base import ForeignCheckpoint, checked, kept_row, quantized_row
-from fewbits.formats.compressed_config import read_settings
 from fewbits.formats.foreign_files import foreign_files, foreign_tensors, open_tensors, read_dtype
 from fewbits.formats.qweight_settings import SETTINGS_FILES, Settings
+from fewbits.formats.settings import read_settings
 from fewbits.numerics.dtypes import FLOAT_DTYPES, compute_dtype, dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.packing import unpack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from fewbits.formats.compressed_config import Fields
+from fewbits.formats.settings import Fields
 
 #: Files beside the tensors, besides ``config.json``, that hold the settings.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json")

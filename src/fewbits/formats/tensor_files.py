@@ -14,7 +14,7 @@ from fewbits.checkpoint.codec import Value
 from fewbits.checkpoint.raw import write_durably
 from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import Entry, Header
-from fewbits.checkpoint.shards import STEM, shard_name
+from fewbits.checkpoint.shards import STEM, divided, shard_name
 from fewbits.formats.base import DirectoryExporter, Readable
 from fewbits.selection.progress import Progress, followed
 from fewbits.selection.row import LedgerRow
@@ -75,7 +75,7 @@ def write_files(
     Raises:
         CheckpointError: if a file cannot be written.
     """
-    shards = _shards(parts, max_shard_size)
+    shards = divided({name: _nbytes(entries) for name, entries in parts.items()}, max_shard_size)
     serializer = SafetensorsSerializer()
     weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
@@ -92,19 +92,6 @@ def write_files(
         index_file = {"metadata": {"total_size": sum(map(_nbytes, parts.values()))}, "weight_map": weight_map}
         text = json.dumps(index_file, indent=2) + "\n"
         write_durably(folder / f"{STEM}{serializer.suffix}.index.json", text.encode())
-
-
-def _shards(parts: Mapping[str, Parts], max_shard_size: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, entries in parts.items():
-        nbytes = _nbytes(entries)
-        if size and size + nbytes > max_shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    return shards
 
 
 def _nbytes(entries: Parts) -> int:

@@ -17,7 +17,7 @@ from fewbits.checkpoint.codec import CODEC, Value
 from fewbits.checkpoint.digests import refuse_damaged
 from fewbits.checkpoint.reading import Checkpoint
 from fewbits.errors import MismatchError
-from fewbits.formats.loading import misfits, unrounded
+from fewbits.formats.places import misfits, unrounded
 from fewbits.formats.renamed import Renaming, has_names_of
 from fewbits.nn.packed import PackedWeight, store
 from fewbits.nn.swap import attach

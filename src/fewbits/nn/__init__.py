@@ -1,3 +1,4 @@
 """Quantized modules, and putting them in the place of float ones."""
 
+import fewbits.nn.coded_operations
 import fewbits.nn.modules  # noqa: F401, registers the quantized forms of torch's classes

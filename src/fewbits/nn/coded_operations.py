@@ -15,16 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fewbits.kernels.reference import is_transformed
-from fewbits.kernels.stack import Stack
 from fewbits.nn import recurrent
-from fewbits.nn.coded import CODED_DTYPES, OF_CODED, OF_FUNCTIONS, OF_REPEATED, Coded, CodedTensor, plainly
+from fewbits.nn.coded import CODED_DTYPES, OF_CODED, OF_FUNCTIONS, OF_REPEATED, CodedTensor, plainly
 
 aten = torch.ops.aten
-
-
-def coded_tensor(stored: Coded, stack: Stack, dtype: torch.dtype) -> CodedTensor:
-    """Return the tensor of a whole weight."""
-    return CodedTensor(stored, stack, dtype)
 
 
 def _transpose(weight: CodedTensor, *axes: int) -> Any:

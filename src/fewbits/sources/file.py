@@ -20,7 +20,6 @@ from fewbits.checkpoint.safetensors import SafetensorsSerializer
 from fewbits.checkpoint.serializer import ChunkReader, Reader
 from fewbits.checkpoint.torch_file import TorchFile, is_torch_file
 from fewbits.errors import ArgumentError, SourceError
-from fewbits.formats.compressed_config import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.formats.foreign import refuse_foreign
 from fewbits.formats.fp8 import KNOWN_BLOCKS, scaled_weights
 from fewbits.formats.model_config import (
@@ -29,6 +28,7 @@ from fewbits.formats.model_config import (
     copy_config,
     read_block_sizes,
 )
+from fewbits.formats.settings import CONFIG_FILE, QUANTIZATION_KEYS
 from fewbits.nn.storage import overlaps
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.scaled import FP8_DTYPES
