@@ -1,6 +1,7 @@
 """One layer as one operation: its fake and its gradient match its output."""
 
 import json
+from urllib.parse import unquote
 
 import attrs
 import pytest
@@ -117,7 +118,7 @@ def test_the_operation_chooses_from_the_kernels_that_the_layer_has(names):
 
 def test_a_description_is_plain_text_without_the_weight():
     layout = Int8Rows.of(any_words(INT8, 100, 130))
-    fields = json.loads(ops.describe(layout, "auto", KERNELS))
+    fields = json.loads(unquote(ops.describe(layout, "auto", KERNELS)))
     assert fields["weight_layout"] == "int8_rows"
     assert fields["tensors"] == ["signed", "scale"]
     assert QuantSpec.__name__ not in json.dumps(fields)
@@ -182,7 +183,7 @@ compiler = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecatio
 
 @compiler
 @torch.no_grad()
-def test_a_graph_holds_one_operation_for_a_layer(block):
+def test_a_graph_for_many_rows_holds_one_operation_for_a_layer(block):
     graphs = []
 
     def backend(graph, _):
@@ -190,12 +191,79 @@ def test_a_graph_holds_one_operation_for_a_layer(block):
         return graph.forward
 
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
-    for rows in (2, 3, 60, 200):
+    for rows in (60, 61, 200):
         x = normal(rows, 64)
         assert torch.equal(compiled(x), block(x))
     assert len(graphs) == 1
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert sum("fewbits" in name for name in called) == 3
+
+
+@pytest.fixture(params=[INT8, INT4, NF4, FLOAT8, DYNAMIC8], ids=str)
+def layer(request):
+    """A layer with a kernel for few rows, where this CPU has one."""
+    torch._dynamo.reset()
+    yield quantized(linear(256, 256), request.param)
+    torch._dynamo.reset()
+
+
+def _operations(graph):
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@compiler
+@torch.no_grad()
+def test_few_rows_compile_to_operations_of_torch(layer):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append("fewbits.linear" in _operations(graph))
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    few = layer.weight_stored.prepared().traced_rows
+    for rows in (1, 2, 3, 5, 100, 200, 1, 4, 150):
+        x = normal(rows, 256)
+        assert torch.equal(compiled(x), layer(x))
+    # One graph each for one row, for few rows and for more.
+    assert graphs == ([False, False, True] if few else [True, True])
+
+
+@compiler
+def test_inputs_with_gradients_and_exported_programs_keep_the_one_operation(layer):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(_operations(graph))
+        return graph.forward
+
+    x = normal(2, 256).requires_grad_()
+    torch.compile(layer, fullgraph=True, backend=backend)(x).sum().backward()
+    assert x.grad is not None
+    assert "fewbits.linear" in graphs[0]
+    for strict in (False, True):
+        program = torch.export.export(layer, (normal(2, 256),), strict=strict)
+        assert "fewbits.linear" in str(program.graph)
+
+
+@pytest.mark.parametrize("weight_layout", LAYOUTS)
+def test_descriptions_can_be_written_into_c(weight_layout):
+    words = next((w for w in (any_words(spec, 128, 256) for spec in SPECS) if weight_layout.refuses(w) is None), None)
+    if words is None:
+        pytest.skip(f"this torch has no {weight_layout.name}")
+    description = ops.describe(weight_layout.of(words), "auto", KERNELS)
+    assert not {'"', "\\", "\n"} & set(description)
+
+
+@pytest.mark.slow
+@compiler
+@pytest.mark.parametrize("options", [{"dynamic": True}, {"mode": "max-autotune"}, {"options": {"cpp_wrapper": True}}])
+@torch.no_grad()
+def test_inductor_compiles_few_and_many_rows(layer, options):
+    compiled = torch.compile(layer, fullgraph=True, **options)
+    for rows in (1, 3, 100):
+        x = normal(rows, 256)
+        assert noise_db(compiled(x), layer(x)) > 50
 
 
 @pytest.mark.slow

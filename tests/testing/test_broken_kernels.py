@@ -160,6 +160,30 @@ class WantsContiguous(Right):
         return super().linear(torch.as_strided(x, x.shape, torch.empty(x.shape).stride()), weight)
 
 
+class RefusesWhatItLetsTrace(OnBytes):
+    def takes(self, x, rows):
+        return f"{rows} rows are more than 4" if rows > 4 else super().takes(x, rows)
+
+    def traced_rows(self):
+        return 5
+
+
+class LeavesTheGraph(OnBytes):
+    def traced_rows(self):
+        return 5
+
+    def linear(self, x, weight):
+        return super().linear(x, weight) * (1 if float(x.sum()) < 1e30 else 0)
+
+
+class KnowsTheCompiler(OnBytes):
+    def traced_rows(self):
+        return 5
+
+    def linear(self, x, weight):
+        return super().linear(x, weight) * (2 if torch.compiler.is_compiling() else 1)
+
+
 CASES = [
     pytest.param(SupportsNothing, "prepacking_loses_nothing", "it accepts none of the weights", id="nothing"),
     pytest.param(TakesNothing, "prepacking_loses_nothing", "it accepts none of the weights", id="no-input"),
@@ -183,6 +207,9 @@ CASES = [
     pytest.param(InPlace, "outputs_are_reproducible", "an argument has changed", id="in-place"),
     pytest.param(WeightInPlace, "outputs_are_reproducible", "an argument has changed", id="weight-in-place"),
     pytest.param(Noisy, "outputs_are_reproducible", "other bits", id="noisy"),
+    pytest.param(RefusesWhatItLetsTrace, "compilers_trace_few_rows", "but it refuses the input", id="refuses-traced"),
+    pytest.param(LeavesTheGraph, "compilers_trace_few_rows", "torch.compile cannot trace", id="leaves-the-graph"),
+    pytest.param(KnowsTheCompiler, "compilers_trace_few_rows", "other bits when compiled", id="knows-the-compiler"),
     pytest.param(WantsContiguous, "outputs_are_reproducible", "exceeds the allowed rounding|other bits", id="strides"),
 ]
 

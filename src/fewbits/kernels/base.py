@@ -57,6 +57,13 @@ class Kernel(ABC, Generic[_L]):
         """
         return None
 
+    def traced_rows(self) -> int:
+        """Say up to how many rows `torch.compile` may trace `linear`: 0 if it should not.
+
+        Within them, `linear` consists of operations of torch that inductor compiles, and `takes` takes every input.
+        """
+        return 0
+
     @abstractmethod
     def linear(self, x: Tensor, weight: _L) -> Tensor:
         """Return the product. Neither argument is changed, and no gradient is recorded.
@@ -78,6 +85,7 @@ class PreparedWeight:
         weight: The weight.
         kernels: The kernels that compute with the weight, the most preferred first; none if the reference does.
         description: The argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
+        traced_rows: Up to how many rows `torch.compile` traces the first kernel; see `Kernel.traced_rows`.
         columns: How many inputs a row of the weight has.
         device: The device of the weight.
     """
@@ -85,6 +93,7 @@ class PreparedWeight:
     weight: WeightLayout
     kernels: tuple[Kernel[Any], ...] = ()
     description: str | None = None
+    traced_rows: int = 0
     columns: int = attrs.field(init=False)
     device: torch.device = attrs.field(init=False)
 

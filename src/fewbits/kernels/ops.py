@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, List  # noqa: UP035  (the schema of an operation: torch 2.6 knows no other list)
+from urllib.parse import quote, unquote
 
 import attrs
 import torch
@@ -29,6 +30,10 @@ from fewbits.numerics.spec import spec_from_dict
 _known: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in KERNELS}
 
 
+#: Characters that stay as they are in descriptions.
+_UNQUOTED = " {}[]:,#"
+
+
 def _key(kernel: Kernel[Any]) -> str:
     # Two different kernels may have one name.
     keys = (f"{kernel.name}#{number}" if number else kernel.name for number in itertools.count())
@@ -36,7 +41,10 @@ def _key(kernel: Kernel[Any]) -> str:
 
 
 def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
-    """Return the string argument of the operation: everything but the tensors of a weight."""
+    """Return the string argument of the operation: everything but the tensors of a weight.
+
+    It is JSON with ``%22`` for each quotation mark: inductor writes the string into C++ as it is.
+    """
     fields = {
         "weight_layout": weight.name,
         "tensors": list(weight.tensors()),
@@ -45,7 +53,7 @@ def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[An
         "compute": compute,
         "kernels": [_key(kernel) for kernel in kernels],
     }
-    return json.dumps(fields)
+    return quote(json.dumps(fields), safe=_UNQUOTED)
 
 
 @attrs.frozen
@@ -73,7 +81,7 @@ class _Description:
 
 @functools.lru_cache(maxsize=1024)
 def _read(description: str) -> _Description:
-    fields = json.loads(description)
+    fields = json.loads(unquote(description))
     weight_layout = WEIGHT_LAYOUTS.get(fields["weight_layout"])
     if weight_layout is None:
         raise ArgumentError(

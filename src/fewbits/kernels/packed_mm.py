@@ -6,7 +6,6 @@ a weight that is rounded to 8 bits.
 
 from __future__ import annotations
 
-import functools
 from typing import TypeVar
 
 import torch
@@ -18,6 +17,9 @@ from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
+
+#: Vectors of ones by length.
+_ONES: dict[int, Tensor] = {}
 
 _B = TypeVar("_B", bound=WeightLayout)
 
@@ -36,7 +38,11 @@ class _Bytes(Kernel[_B]):
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
-        return few_rows(rows, 12 if features.has_bf16() else 32)
+        return few_rows(rows, self.traced_rows())
+
+    def traced_rows(self) -> int:
+        """Return the most rows that it takes."""
+        return 12 if features.has_bf16() else 32
 
 
 class Int8PackMM(_Bytes[Int8Rows]):
@@ -92,7 +98,11 @@ class Int4PackMM(Kernel[Int4Tiles]):
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
-        return few_rows(rows, 48)
+        return few_rows(rows, self.traced_rows())
+
+    def traced_rows(self) -> int:
+        """Return the most rows that it takes."""
+        return 48
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Call torch."""
@@ -126,7 +136,9 @@ def padded(x: Tensor, columns: int) -> Tensor:
     return x.contiguous() if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
 
 
-@functools.lru_cache(maxsize=1024)
 def _ones(outputs: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.ones(outputs, dtype=torch.bfloat16, device="cpu")
+    # A dictionary, because torch.compile calls through the wrapper of `functools.cache`, and warns.
+    if outputs not in _ONES:
+        with torch.inference_mode(False):
+            _ONES[outputs] = torch.ones(outputs, dtype=torch.bfloat16, device="cpu")
+    return _ONES[outputs]

@@ -35,6 +35,9 @@ def linear(x: Tensor, prepared: PreparedWeight, bias: Tensor | None) -> Tensor:
         output: Tensor
         if isinstance(prepared.weight, onnx.Constants):
             output = onnx.product(x, prepared.weight)
+        elif _is_traced(x, prepared):
+            rows = x.reshape(-1, x.shape[-1])
+            output = prepared.kernels[0].linear(rows, prepared.weight).float().view(*x.shape[:-1], -1)
         elif prepared.description is None:
             return reference.linear(x, prepared.weight, bias)
         else:
@@ -54,6 +57,22 @@ def chosen(x: Tensor, prepared: PreparedWeight) -> Kernel[Any]:
 def rows_of(x: Tensor) -> int:
     """Count the rows of a layer's input: its vectors along the last axis."""
     return x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+
+
+def _is_traced(x: Tensor, prepared: PreparedWeight) -> bool:
+    """Whether `torch.compile` traces the kernel: for few rows, without gradients, and not for an export.
+
+    The number of rows becomes a guard of the compiled graph. An exported program chooses its kernel at run time,
+    because it may run on another CPU.
+    """
+    if not prepared.traced_rows or not torch.compiler.is_dynamo_compiling() or _is_exporting():
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled()) and 0 < rows_of(x) <= prepared.traced_rows
+
+
+def _is_exporting() -> bool:
+    # Torch before 2.7 cannot tell; nothing is traced then.
+    return not hasattr(torch.compiler, "is_exporting") or torch.compiler.is_exporting()
 
 
 def _suits(x: Tensor, prepared: PreparedWeight) -> bool:

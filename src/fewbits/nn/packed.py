@@ -20,8 +20,7 @@ from fewbits.kernels.reference import REFERENCE, is_wrapped
 from fewbits.kernels.row_parts import row_part
 from fewbits.kernels.stack import Stack, first_matrix, prepack_stack
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, Rows, WeightLayout
-from fewbits.nn.coded import CODED_DTYPES
-from fewbits.nn.coded_operations import coded_tensor
+from fewbits.nn.coded import CODED_DTYPES, CodedTensor
 from fewbits.nn.stored import CastWeight, StoredWeight
 from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.layout import Layout
@@ -76,7 +75,7 @@ class PackedWeight(StoredWeight):
         if torch.compiler.is_compiling():
             if onnx.is_exporting():
                 return self._for_onnx(made.weight, buffers["scale"])
-            return PreparedWeight(self._wrapped(buffers), made.kernels, made.description)
+            return PreparedWeight(self._wrapped(buffers), made.kernels, made.description, made.traced_rows)
         return made if objects == tuple(map(id, buffers.values())) else self._prepare(self._wrapped(buffers))
 
     def _wrapped(self, buffers: Mapping[str, Any]) -> WeightLayout:
@@ -92,7 +91,8 @@ class PackedWeight(StoredWeight):
             return PreparedWeight(weight)
         if isinstance(weight, PackedInt32):  # compilers trace the reference
             return PreparedWeight(weight, kernels)
-        return PreparedWeight(weight, kernels, describe(weight, self.compute, self.candidates))
+        description = describe(weight, self.compute, self.candidates)
+        return PreparedWeight(weight, kernels, description, kernels[0].traced_rows())
 
     def part(self, rows: slice) -> PreparedWeight | None:
         """Return some rows of the matrix of codes, with the kernels that compute with them.
@@ -122,7 +122,7 @@ class PackedWeight(StoredWeight):
         # Of a stack, no more is decoded than a forward uses, even if no kernel computes.
         if stack is None or (len(stack.shape) == 2 and self.part(stack.rows) is None):
             return self.dequantize()
-        return coded_tensor(self, stack, self.dtype)
+        return CodedTensor(self, stack, self.dtype)
 
     def _for_onnx(self, weight: WeightLayout, fake: Tensor | None) -> PreparedWeight:
         # The exporter has put fake tensors into the buffers; the prepared weight still has the real ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -46,6 +47,7 @@ def check_kernel(
     - A kernel that rounds inputs to int8 gives the bits of `fewbits.kernels.reference.Reference` with a spec that has
       `activations`. For grouped weights, integers are added exactly, and scaled sums in float32.
     - The same input gives the same bits.
+    - With up to `traced_rows` rows, `torch.compile` makes one graph of `linear`, which gives the same bits.
 
     Args:
         kernel: A new kernel.
@@ -122,6 +124,30 @@ def outputs_are_reproducible(setup: KernelSetup) -> None:
                 expect(same_bits(other.linear(x, layout), first), f"{what}: other bits")
             strided = (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2], x[:1].expand_as(x))
             check_outputs(setup, layout, computed((kernel, layout), strided))
+
+
+def compilers_trace_few_rows(setup: KernelSetup) -> None:
+    """With up to `Kernel.traced_rows` rows, `Kernel.takes` returns None and `torch.compile` traces `Kernel.linear`."""
+    for _, kind, (kernel, layout) in setup.layers(256, 256):
+        most = kernel.traced_rows()
+        for rows in {1, most} if most else ():
+            x = setup.normal((rows, 256), kind, 1)
+            expect(takes((kernel, layout), x), f"{words(layout, x)}: traced_rows() is {most}, but it refuses the input")
+        if most:
+            _check_compiled(kernel, layout, [setup.normal((rows, 256), kind, 1) for rows in (1, most)])
+            return  # a compiler takes seconds
+
+
+def _check_compiled(kernel: Kernel[Any], layout: WeightLayout, inputs: Iterable[Tensor]) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: kernel.linear(x, layout), backend="eager", fullgraph=True)
+    for x in inputs:
+        try:
+            output = compiled(x)
+        except RuntimeError as error:
+            raise AssertionError(f"{words(layout, x)}: torch.compile cannot trace linear(): {error}") from error
+        expect(same_bits(output, kernel.linear(x, layout)), f"{words(layout, x)}: other bits when compiled")
+    torch.compiler.reset()
 
 
 def _read(weight: WeightLayout) -> dict[str, Tensor]:
