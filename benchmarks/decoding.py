@@ -65,6 +65,36 @@ def generate(model: nn.Module, prompt: Sequence[int], tokens: int) -> Decoded:
     return Decoded(watch.seconds, output[0, ids.shape[1] :].tolist())
 
 
+class Loop:
+    """Greedy decoding of up to `most` tokens, with the prompt, in a bare loop of forwards with one static cache.
+
+    A compiled graph holds the address of the cache.
+    """
+
+    def __init__(self, model: nn.Module, most: int, *, compiled: bool = False) -> None:
+        from transformers import StaticCache
+
+        self._model: Any = model
+        self._cache = StaticCache(config=self._model.config, max_cache_len=most)
+        self._step = torch.compile(self._forward, fullgraph=True) if compiled else self._forward
+
+    def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        output = self._model(ids, past_key_values=self._cache, position_ids=position, logits_to_keep=1)
+        token: Tensor = output.logits[:, -1:].argmax(-1)
+        return token
+
+    def generate(self, prompt: Sequence[int], tokens: int) -> Decoded:
+        self._cache.reset()
+        with torch.no_grad():
+            token = self._forward(torch.tensor([list(prompt)]), torch.arange(len(prompt))[None])
+            found, times = [token], [time.perf_counter()]
+            for at in range(len(prompt), len(prompt) + tokens - 1):
+                token = self._step(token, torch.tensor([[at]]))
+                found.append(token)
+                times.append(time.perf_counter())
+        return Decoded((times[-1] - times[0]) / (len(times) - 1), torch.cat(found, 1)[0].tolist())
+
+
 class LlamaCpp:
     def __init__(self, path: Path, threads: int) -> None:
         import xllamacpp

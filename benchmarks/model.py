@@ -1,8 +1,9 @@
 """Time SmolLM2-135M decoding: dense, by fewbits, and by llama.cpp, in one run.
 
-Each contender generates 64 tokens greedily after a prompt of 20: torch eagerly through transformers' `generate` with a
-static cache; llama.cpp through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the same weights. The time
-of one token counts from the first token to the last. Contenders take turns in every round.
+Each contender decodes 64 tokens greedily after a prompt of 20. Torch decodes eagerly, through transformers' `generate`
+with a static cache, or with ``--loop`` in a bare loop of forwards; a compiled contender always in the loop. llama.cpp
+decodes through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the same weights. The time of one token
+counts from the first token to the last. Contenders take turns in every round.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 import fewbits
 from benchmarks import cli, decoding
 from benchmarks.contender import missing
-from benchmarks.decoding import Decoded, LlamaCpp, generate
+from benchmarks.decoding import Decoded, LlamaCpp, Loop, generate
 from benchmarks.peers import llamacpp
 from benchmarks.report import Cell, Failure, Report, aligned, said
 from benchmarks.timing import PAUSE, reason, rotated
@@ -36,11 +37,12 @@ Decode = Callable[[int], Decoded]
 
 @attrs.frozen
 class Variant:
-    """The dtype and scheme of the model in torch, with settings of `fewbits.quantize`."""
+    """The dtype and scheme of the model in torch, with settings of `fewbits.quantize`, eager or compiled."""
 
     dtype: torch.dtype = torch.float32
     scheme: str | None = None
     settings: Mapping[str, Any] = attrs.field(factory=dict)
+    compiled: bool = False
 
     def of(self, model: nn.Module) -> nn.Module:
         held = copy.deepcopy(model).to(self.dtype)
@@ -50,8 +52,8 @@ class Variant:
         return quantized
 
 
-#: The embedding is the output layer here. int4 keeps it unless a rule names it.
-_SMALL = {"overrides": {"model.embed_tokens": "int8"}}
+#: The embedding is the output layer here. int4 keeps it by default.
+_SMALL = {"embeddings": "int8"}
 VARIANTS: Mapping[str, Variant] = {
     BASELINE: Variant(),
     "dense bf16": Variant(torch.bfloat16),
@@ -60,6 +62,12 @@ VARIANTS: Mapping[str, Variant] = {
     "fewbits int4, output int8": Variant(scheme="int4", settings=_SMALL),
     "fewbits int8, bf16": Variant(torch.bfloat16, "int8"),
     "fewbits int4, output int8, bf16": Variant(torch.bfloat16, "int4", _SMALL),
+    "dense fp32, compiled": Variant(compiled=True),
+    "dense bf16, compiled": Variant(torch.bfloat16, compiled=True),
+    "fewbits int8, compiled": Variant(scheme="int8", compiled=True),
+    "fewbits int4, output int8, compiled": Variant(scheme="int4", settings=_SMALL, compiled=True),
+    "fewbits int8, bf16, compiled": Variant(torch.bfloat16, "int8", compiled=True),
+    "fewbits int4, output int8, bf16, compiled": Variant(torch.bfloat16, "int4", _SMALL, compiled=True),
 }
 DENSE = (BASELINE, "dense bf16")
 #: Contenders that must be faster than both dense models.
@@ -102,6 +110,12 @@ def dense_and_ours(report: Report, model: nn.Module, names: Sequence[str]) -> di
     return made
 
 
+def decoder(model: nn.Module, tokens: int, *, loop: bool, compiled: bool) -> Decode:
+    if loop or compiled:
+        return partial(Loop(model, len(decoding.PROMPT) + tokens, compiled=compiled).generate, decoding.PROMPT)
+    return partial(generate, model, decoding.PROMPT)
+
+
 def llamas(report: Report, folder: Path, threads: int) -> dict[str, Decode]:
     made: dict[str, Decode] = {}
     for name, kind in {} if missing(llamacpp.MODULES) else LLAMA.items():
@@ -139,6 +153,7 @@ def checks(report: Report) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(__doc__, rounds=5, peers=True)
     made.add_argument("--tokens", type=cli.positive, default=64, help="tokens to decode; 64")
+    made.add_argument("--loop", action="store_true", help="decode eagerly in a bare loop too, without `generate`")
     made.add_argument("--variant", type=lambda text: text.split(";"), default=list(VARIANTS), metavar="NAME;...")
     arguments = made.parse_args(argv)
     unknown = [name for name in arguments.variant if name not in VARIANTS]
@@ -146,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error(f"--tokens from 2 up, and --variant of {'; '.join(VARIANTS)}; not {'; '.join(unknown)}")
     report = cli.begin("model", arguments, ["transformers", "gguf", decoding.PACKAGE])
     models = dense_and_ours(report, decoding.load(), arguments.variant)
-    decoders: dict[str, Decode] = {n: partial(generate, m, decoding.PROMPT) for n, m in models.items()}
+    loop, tokens = arguments.loop, arguments.tokens
+    decoders = {n: decoder(m, tokens, loop=loop, compiled=VARIANTS[n].compiled) for n, m in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.peers:
             decoders |= llamas(report, Path(folder), arguments.threads)

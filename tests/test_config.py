@@ -50,6 +50,7 @@ ANYWHERE = {
     "exclude_types": TYPES,
     "modules_to_not_convert": PATTERN_LISTS,
     "overrides": st.dictionaries(PATTERNS, RULES, max_size=3),
+    "embeddings": st.sampled_from(["keep", "quantize"]) | RULES,
     "input_axes": st.dictionaries(PATTERNS, AXES, max_size=3),
     "min_elements": st.none() | st.integers(0, 10**9),
     "skip_types": TYPES,
@@ -276,6 +277,7 @@ RULES_OF_THE_SELECTOR = {
     "exclude_types": ["Linear"],
     "modules_to_not_convert": ["a"],
     "overrides": {"a": "keep"},
+    "embeddings": "int8",
     "input_axes": {"a": 0},
     "min_elements": 1,
 }

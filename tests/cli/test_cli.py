@@ -183,7 +183,7 @@ def test_include_and_exclude_choose_tensors(cli):
     assert [row["name"] for row in rows if row["fate"] == "quantized"] == ["layers.0.weight"]
 
 
-@pytest.mark.parametrize(("options", "fate"), [([], "kept"), (["--embeddings"], "quantized")])
+@pytest.mark.parametrize(("options", "fate"), [([], "kept"), (["--embeddings", "quantize"], "quantized")])
 def test_embeddings_are_quantized_by_int4_on_request(cli, options, fate):
     out = cli("quantize", "in", "-o", "a", "--scheme", "int4", "--group-size", 48, "--json", *options)[1]
     rows = {row["name"]: row["fate"] for row in json.loads(out)["ledger"]["rows"]}
@@ -291,7 +291,7 @@ def test_a_config_file_may_be_toml(cli, folder):
         (["--override", "layers=int8"], "overrides", {"layers": "int8"}),
         (["--ragged", "fallback"], "ragged", "fallback"),
         (["--min-elements", 0], "min_elements", 0),
-        (["--embeddings"], "skip_types", []),
+        (["--embeddings", "int8"], "embeddings", "int8"),
         (["--fail-under", 5], "fail_under", 5.0),
     ],
     ids=lambda value: str(value)[:20],
@@ -464,10 +464,11 @@ def own_output(folder):
         pytest.param([*QUANTIZE[:-2], "--config", "no.json"], None, "no.json: cannot be read", id="missing config"),
         pytest.param([*QUANTIZE, "--config", "in"], None, "in: the name of a config file ends in", id="no config"),
         pytest.param([*QUANTIZE, "--override", "layers"], None, "--override layers: write PATTERN=", id="no rule"),
+        pytest.param([*QUANTIZE, "--embeddings", "int4:"], None, "--embeddings: write SCHEME", id="embeddings"),
         pytest.param([*QUANTIZE, "--override", "=int8"], None, "--override =int8: write PATTERN", id="no pattern"),
-        pytest.param([*QUANTIZE, "--override", "a="], None, "--override a=: write PATTERN=SCHEME", id="empty rule"),
-        pytest.param([*QUANTIZE, "--override", "a=int4:"], None, "lm_head=int4:64", id="override without size"),
-        pytest.param([*QUANTIZE, "--override", "a=int4:-1"], None, "lm_head=int4:64", id="override of size -1"),
+        pytest.param([*QUANTIZE, "--override", "a="], None, "--override a=: write SCHEME", id="empty rule"),
+        pytest.param([*QUANTIZE, "--override", "a=int4:"], None, "int8 or int4:64", id="override without size"),
+        pytest.param([*QUANTIZE, "--override", "a=int4:-1"], None, "int8 or int4:64", id="override of size -1"),
         pytest.param([*QUANTIZE, "--override", "a=int9"], None, "there is no scheme 'int9'", id="no such override"),
         pytest.param([*QUANTIZE, "--override", "lay=int4"], None, "did you mean 'layers'", id="override of nothing"),
         pytest.param([*QUANTIZE, "--min-elements", "-1"], None, "min_elements must be", id="negative min elements"),

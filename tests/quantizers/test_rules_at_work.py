@@ -11,7 +11,7 @@ from torch import nn
 
 import fewbits
 from fewbits import CastSpec, Int4Grouped, Int8PerChannel, LayerSelector, QuantSpec
-from fewbits.errors import SelectionError
+from fewbits.errors import ArgumentError, SelectionError
 from fewbits.numerics.spec import SPECS
 from support.lifecycle_helpers import TiedLM, mlp, quantize_small, small
 
@@ -328,3 +328,104 @@ def test_an_obstacle_outranks_every_rule():
     for rules in ({"include": ["*"]}, {"overrides": {"*": "int8"}}, {"include_types": [nn.Linear]}):
         row = ledger_of(model, **rules)["a.weight"]
         assert (row.fate, row.reason) == ("kept", "a.held holds it too, and would keep using the float tensor")
+
+
+# Embeddings.
+
+
+class LanguageModel(nn.Module):
+    """An embedding, a linear layer, and an output layer that may share the weight of the embedding."""
+
+    def __init__(self, *, tied):
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(64, 32), nn.Linear(32, 32, bias=False)
+        self.output = nn.Linear(32, 64, bias=False)
+        self.bag = nn.EmbeddingBag(40, 32)
+        if tied:
+            self.output.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.output(self.layer(self.embed(ids)) + self.bag(ids))
+
+
+INT4 = QuantSpec(bits=4, granularity="group", group_size=32)
+RULES_FOR_EMBEDDINGS = {
+    "a scheme": ("int8", SPECS["int8"]),
+    "a table": ({"scheme": "int3", "group_size": 16}, QuantSpec(bits=3, granularity="group", group_size=16)),
+    "the scheme": ("quantize", INT4),
+    "a cast": ("fp16", CastSpec(torch.float16)),
+    "keep": ("keep", None),
+    "none": (None, None),
+}
+
+
+def specs_of(model, rule, **settings):
+    settings = {"group_size": 32, "min_elements": 1, "embeddings": rule, **settings}
+    ledger = fewbits.quantize(model, "int4", validate=False, **settings).ledger
+    return {row.name: row.spec and attrs.evolve(row.spec, **NO_DTYPE.get(type(row.spec), {})) for row in ledger}
+
+
+NO_DTYPE = {QuantSpec: {"scale_dtype": None}}
+
+
+@pytest.mark.parametrize(("rule", "spec"), RULES_FOR_EMBEDDINGS.values(), ids=RULES_FOR_EMBEDDINGS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_have_a_rule_of_their_own_with_the_output_layer_that_shares_their_weight(rule, spec, tied):
+    found = specs_of(LanguageModel(tied=tied), rule)
+    assert found["embed.weight"] == found["bag.weight"] == spec
+    assert found["layer.weight"] == INT4
+    assert tied or found["output.weight"] == INT4
+
+
+def test_embeddings_of_a_mapping_are_known_by_name():
+    tensors = {"model.embed_tokens.weight": torch.rand(64, 32), "layer.weight": torch.rand(32, 32)}
+    assert specs_of(tensors, "int8") == {"model.embed_tokens.weight": SPECS["int8"], "layer.weight": INT4}
+
+
+@pytest.mark.parametrize(
+    ("rules", "spec"),
+    [
+        ({"exclude": ["embed"]}, None),
+        ({"overrides": {"embed": {"bits": 3}}}, attrs.evolve(INT4, bits=3)),
+        ({"include": ["layer"]}, SPECS["int8"]),
+        ({"include": ["embed", "layer"]}, INT4),
+        ({"min_elements": 5000}, SPECS["int8"]),
+    ],
+)
+def test_the_rule_for_embeddings_comes_after_names_and_before_sizes(rules, spec):
+    rules = {"overrides": {"layer": "int4"}} | rules
+    assert specs_of(LanguageModel(tied=False), "int8", **rules)["embed.weight"] == spec
+
+
+def test_a_rule_for_embeddings_needs_one_and_must_not_contradict_another():
+    with pytest.raises(SelectionError, match=r"^embeddings: there is no embedding"):
+        fewbits.plan({"layer.weight": torch.rand(32, 32)}, "int4", embeddings="int8")
+    with pytest.raises(SelectionError, match=r"one storage, two fates"):
+        fewbits.plan(LanguageModel(tied=True), "int4", embeddings="int8", exclude=["output"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("int9", "^embeddings: .*'int9'"),
+        (8, "^embeddings: a rule must be a scheme's name"),
+        ({"scheme": "keep", "bits": 4}, "^embeddings: the rule keeps the tensor and changes fields"),
+        ({"scheme": "int4", "group_size": 0}, "^embeddings: this does not fit"),
+        ({"scale_dtype": "half16"}, "^embeddings: 'half16'"),
+    ],
+)
+def test_a_malformed_rule_for_embeddings_is_named(rule, message):
+    with pytest.raises((SelectionError, ArgumentError), match=message):
+        fewbits.QuantizationConfig(scheme="int4", embeddings=rule)
+    if "half16" not in message and rule != {"scheme": "int4", "group_size": 0}:
+        with pytest.raises(SelectionError, match=message):
+            fewbits.LayerSelector(embeddings=rule)
+
+
+def test_a_tied_output_layer_computes_with_int8_codes():
+    model = LanguageModel(tied=True).eval()
+    quantized = fewbits.quantize(model, "int4", embeddings="int8", group_size=32, min_elements=1).model
+    assert quantized.embed.weight_stored is quantized.output.weight_stored
+    ids = torch.arange(12).view(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized.embed(ids), model.embed(ids), rtol=0.02, atol=0.02)

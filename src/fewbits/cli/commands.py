@@ -115,7 +115,9 @@ def cli() -> None:
 )
 @click.option("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
 @click.option(
-    "--embeddings", is_flag=True, help="Quantize embeddings too; schemes of up to 4 bits keep them by default."
+    "--embeddings",
+    metavar="RULE",
+    help="For embeddings: keep, quantize, or a scheme such as int8. By default schemes of up to 4 bits keep them.",
 )
 @click.option(
     "--max-shard-size",
@@ -143,7 +145,6 @@ def quantize(
     output: Path | None,
     entry: str | None,
     config: Path | None,
-    embeddings: bool,
     dry_run: bool,
     tensors: bool,
     no_validate: bool,
@@ -170,7 +171,7 @@ def quantize(
     given = {name: options.pop(name) for name in ("max_shard_size", "max_memory", "threads", "resume")}
     text = TextOptions.taken_from(options)
     export = Export.taken_from(options, output, replace=replace, max_shard_size=given["max_shard_size"])
-    settings = merge_settings(config, embeddings, options)
+    settings = merge_settings(config, options)
     rank = join_group()
     text.check(settings, rank, validate=not no_validate)
     given["distributed"] = rank is not None

@@ -13,13 +13,13 @@ from fewbits.errors import ArgumentError
 from fewbits.schemes import SCHEMES
 
 
-def merge_settings(config: Path | None, embeddings: bool, options: dict[str, Any]) -> QuantizationConfig:
+def merge_settings(config: Path | None, options: dict[str, Any]) -> QuantizationConfig:
     """Merge the options into the settings of the config file."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "overrides" in given:
         given["overrides"] = _overrides(given["overrides"])
-    if embeddings:
-        given["skip_types"] = ()
+    if "embeddings" in given:
+        given["embeddings"] = _rule("--embeddings", given["embeddings"])
     if config is not None:
         return QuantizationConfig.from_file(config).replace(**given)
     if "scheme" not in given:
@@ -37,11 +37,16 @@ def _overrides(options: Sequence[str]) -> dict[str, str | dict[str, Any]]:
 
 
 def _override(option: str) -> tuple[str, str | dict[str, Any]]:
-    """Split ``PATTERN=SCHEME`` or ``PATTERN=SCHEME:GROUP_SIZE`` into a pattern and its rule."""
+    """Split ``PATTERN=RULE`` into a pattern and its rule."""
     pattern, _, rule = option.rpartition("=")
+    if not pattern:
+        raise ArgumentError(f"--override {option}: write PATTERN=SCHEME, such as lm_head=int8 or lm_head=keep")
+    return pattern, _rule(f"--override {option}", rule)
+
+
+def _rule(where: str, rule: str) -> str | dict[str, Any]:
+    """Parse ``SCHEME`` or ``SCHEME:GROUP_SIZE``."""
     scheme, colon, size = rule.partition(":")
-    if not pattern or not scheme or (colon and not size.isdecimal()):
-        raise ArgumentError(
-            f"--override {option}: write PATTERN=SCHEME, such as lm_head=int8, lm_head=int4:64 or lm_head=keep"
-        )
-    return pattern, {"scheme": scheme, "group_size": int(size)} if colon else scheme
+    if not scheme or (colon and not size.isdecimal()):
+        raise ArgumentError(f"{where}: write SCHEME or SCHEME:GROUP_SIZE, such as int8 or int4:64, or keep")
+    return {"scheme": scheme, "group_size": int(size)} if colon else scheme

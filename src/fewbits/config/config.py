@@ -15,6 +15,7 @@ from fewbits.config.values import (
     Table,
     dtype_as_name,
     frozen,
+    frozen_embeddings,
     frozen_overrides,
     frozen_sequence,
     in_order,
@@ -37,7 +38,7 @@ from fewbits.quantizers.scheme import Ragged
 from fewbits.rounding.named import resolve_rounding
 from fewbits.schemes import SCHEMES
 from fewbits.selection.nearest import checked_name, did_you_mean
-from fewbits.selection.rules import OverrideRule, TypeRule, parse_override
+from fewbits.selection.rules import OverrideRule, TypeRule, parse_rule
 from fewbits.selection.selector import LayerSelector
 from fewbits.validation.tensors import CRITICAL_DB
 
@@ -104,13 +105,14 @@ class QuantizationConfig:
         rounding: picks the codes: a name in `fewbits.rounding.ROUNDINGS`, or a table with that ``name`` and the
             strategy's arguments.
         activation_observer: picks the scales of inputs; given like `observer`.
-        include: name patterns of tensors to quantize. For this and the next seven settings, see `LayerSelector`.
+        include: name patterns of tensors to quantize. For this and the next eight settings, see `LayerSelector`.
         exclude: name patterns of tensors to keep.
         include_types: classes, or names of classes.
         exclude_types: classes, or names of classes.
         modules_to_not_convert: `exclude` under another name.
         overrides: {pattern: a scheme's name, ``"keep"``, a table such as ``{"scheme": "int4", "group_size": 64}``,
             or a spec}; the last pattern that matches wins.
+        embeddings: ``"keep"``, ``"quantize"``, or a rule as in `overrides`, for embeddings that no other rule names.
         input_axes: {pattern: the axes of the weight that are inputs}.
         min_elements: smaller tensors are kept unless a rule names them.
         skip_types: classes, or their names, that are kept unless a rule names them.
@@ -152,6 +154,7 @@ class QuantizationConfig:
     overrides: Mapping[str, OverrideRule] = setting(
         Table({}), _OVERRIDES, is_table, converter=frozen_overrides, eq=in_order
     )
+    embeddings: OverrideRule | None = attrs.field(default=None, converter=frozen_embeddings)
     input_axes: Mapping[str, int | Sequence[int]] = setting(Table({}), _AXES, is_table, converter=frozen, eq=in_order)
     min_elements: int | None = setting(None, "a whole number from 0 up, or None", or_none(whole(0)))
     skip_types: Sequence[TypeRule] | None = setting(
@@ -164,8 +167,11 @@ class QuantizationConfig:
     def __attrs_post_init__(self) -> None:
         # Raise errors of the scheme, the selector and the overrides now, not on first use.
         own = self.quantizer().spec
-        for pattern, rule in self.overrides.items():
-            if (override := parse_override(pattern, rule)) is not None:
+        rules = {f"overrides[{pattern!r}]": rule for pattern, rule in self.overrides.items()}
+        if self.embeddings is not None and self.embeddings != "quantize":
+            rules["embeddings"] = self.embeddings
+        for where, rule in rules.items():
+            if (override := parse_rule(where, rule)) is not None:
                 override.spec(own)
 
     def __repr__(self) -> str:

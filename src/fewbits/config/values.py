@@ -57,10 +57,15 @@ def frozen_overrides(value: Any) -> Any:
     """Convert rules: names of dtypes become dtypes, and tables from a spec's `to_dict` become specs."""
     if not isinstance(value, Mapping):
         return value
-    return Table({pattern: _frozen_override(pattern, rule) for pattern, rule in value.items()})
+    return Table({pattern: _frozen_rule(f"overrides[{pattern!r}]", rule) for pattern, rule in value.items()})
 
 
-def _frozen_override(pattern: str, rule: Any) -> Any:
+def frozen_embeddings(value: Any) -> Any:
+    """Convert the rule for embeddings, as `frozen_overrides` converts each rule."""
+    return _frozen_rule("embeddings", value)
+
+
+def _frozen_rule(where: str, rule: Any) -> Any:
     if not isinstance(rule, Mapping):
         return rule
     try:
@@ -69,7 +74,7 @@ def _frozen_override(pattern: str, rule: Any) -> Any:
         dtype = rule.get("scale_dtype")
         return frozen(rule if dtype is None else {**rule, "scale_dtype": dtype_from_name(dtype_as_name(dtype))})
     except ArgumentError as error:
-        raise ArgumentError(f"overrides[{pattern!r}]: {error}") from None
+        raise ArgumentError(f"{where}: {error}") from None
 
 
 def dtype_as_name(value: Any) -> Any:

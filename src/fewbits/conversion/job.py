@@ -23,7 +23,7 @@ from fewbits.rounding.base import Rounding
 from fewbits.selection.info import TensorInfo
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
-from fewbits.selection.rules import is_of_type
+from fewbits.selection.rules import is_embedding
 from fewbits.sources.base import Source
 from fewbits.validation.evaluation import Evaluation
 from fewbits.validation.report import Report
@@ -160,7 +160,7 @@ def warn_of_missing_data(rounding: Rounding, remarks: Mapping[str, str], infos: 
         remarks: what the ledger says of each weight, by name.
         infos: the tensors of the source.
     """
-    embeddings = {info.name for info in infos if is_of_type(info, nn.Embedding)}
+    embeddings = {info.name for info in infos if is_embedding(info)}
     missing = [name for name, remark in remarks.items() if remark and name not in embeddings]
     if not missing:
         return []

@@ -183,7 +183,7 @@ class Ledger:
         if kept > _LARGE_SHARE * self.bytes_after:
             yield (
                 f"note: {100 * kept / self.bytes_after:.0f} % of these bytes are embeddings, which the scheme keeps by "
-                "default; int8 may be smaller. To quantize them too: --embeddings, or skip_types=() in Python"
+                "default; int8 may be smaller. To quantize them too: --embeddings int8, or embeddings='int8' in Python"
             )
 
     def __repr__(self) -> str:

@@ -28,12 +28,12 @@ class Override:
     Attributes:
         base: the spec to change; None means the quantizer's own spec.
         changes: fields of a `QuantSpec`, with their new values.
-        pattern: the pattern of the rule, for messages.
+        where: the place of the rule, for messages, such as ``overrides['lm_head']``.
     """
 
     base: Spec | None
     changes: tuple[tuple[str, Any], ...] = ()
-    pattern: str = attrs.field(default="", eq=False)
+    where: str = attrs.field(default="", eq=False)
 
     def spec(self, own: Spec) -> Spec:
         """Return the spec of the override, for a quantizer with the spec `own`.
@@ -46,54 +46,58 @@ class Override:
             return base
         if not isinstance(base, QuantSpec):
             raise SelectionError(
-                f"overrides[{self.pattern!r}]: {sorted(changes)} cannot be changed in a cast to {base}; name a "
-                "scheme with codes"
+                f"{self.where}: {sorted(changes)} cannot be changed in a cast to {base}; name a scheme with codes"
             )
         if changes.get("group_size") is not None:
             changes.setdefault("granularity", "group")
         try:
             return attrs.evolve(base, **changes)
         except ArgumentError as error:
-            raise SelectionError(f"overrides[{self.pattern!r}]: this does not fit {base}: {error}") from None
+            raise SelectionError(f"{self.where}: this does not fit {base}: {error}") from None
 
 
 def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
-    """Parse one rule of `overrides`; return None if the rule is "keep".
+    """Parse one rule of `overrides`; see `parse_rule`."""
+    return parse_rule(f"overrides[{pattern!r}]", rule)
+
+
+def parse_rule(where: str, rule: OverrideRule) -> Override | None:
+    """Parse a rule; return None if the rule is "keep".
 
     Raises:
-        SelectionError: if the rule has the wrong type, or names an unknown scheme, field or dtype; the message names
-            the pattern. `Override.spec` checks the values of the fields.
+        SelectionError: if the rule has the wrong type, or names an unknown scheme, field or dtype; the message begins
+            with `where`. `Override.spec` checks the values of the fields.
     """
     try:
-        return _parsed(pattern, rule)
+        return _parsed(where, rule)
     except ArgumentError as error:
-        raise SelectionError(f"overrides[{pattern!r}]: {error}") from None
+        raise SelectionError(f"{where}: {error}") from None
 
 
-def _parsed(pattern: str, rule: OverrideRule) -> Override | None:
+def _parsed(where: str, rule: OverrideRule) -> Override | None:
     if isinstance(rule, str):
-        return None if rule == "keep" else Override(_named(rule), pattern=pattern)
+        return None if rule == "keep" else Override(_named(rule), where=where)
     if isinstance(rule, Spec):
-        return Override(rule, pattern=pattern)
+        return Override(rule, where=where)
     if not isinstance(rule, Mapping) or not rule:
         raise ArgumentError(
             "a rule must be a scheme's name, 'keep', a spec, or fields such as "
             f"{{'scheme': 'int4', 'group_size': 64}}, not {rule!r}"
         )
     if "kind" in rule:  # a whole spec, as `QuantSpec.to_dict` writes it
-        return Override(spec_from_dict(dict(rule)), pattern=pattern)
+        return Override(spec_from_dict(dict(rule)), where=where)
     changes = {key: value for key, value in rule.items() if key != "scheme"}
     known = ["scheme", *attrs.fields_dict(QuantSpec)]
     for key in changes:
         if key not in known:
             raise ArgumentError(f"there is no field {key!r}{did_you_mean(key, known)}")
     if rule.get("scheme") == "keep":
-        raise ArgumentError(f"the rule keeps the tensor and changes fields; write {pattern!r}: 'keep'")
+        raise ArgumentError("the rule keeps the tensor and changes fields; give 'keep' in place of the table")
     base = _named(rule["scheme"]) if "scheme" in rule else None
     if isinstance(changes.get("scale_dtype"), str):
         changes["scale_dtype"] = dtype_from_name(changes["scale_dtype"])
     fields = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(changes.items()))
-    return Override(base, fields, pattern)
+    return Override(base, fields, where)
 
 
 def _named(scheme: object) -> Spec:
@@ -112,6 +116,11 @@ def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:
     if isinstance(rule, str):
         return any(rule == base.__name__ for base in info.owner.__mro__)
     return issubclass(info.owner, rule)
+
+
+def is_embedding(info: TensorInfo) -> bool:
+    """Tell whether a tensor is the table of an embedding, by its class or by its name."""
+    return is_of_type(info, "Embedding") or is_of_type(info, "EmbeddingBag")
 
 
 def type_name(rule: TypeRule) -> str:

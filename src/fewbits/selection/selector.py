@@ -16,8 +16,10 @@ from fewbits.selection.rules import (
     TypeRule,
     check_types,
     check_types_used,
+    is_embedding,
     is_of_type,
     parse_override,
+    parse_rule,
     type_name,
 )
 
@@ -46,8 +48,8 @@ class LayerSelector:
 
     A subclass with another way to decide overrides `select`. The quantizer makes the ledger from the decisions.
 
-    Rules take effect in this order: obstacles, `exclude`, `overrides`, `include`, `min_elements`, the tensors that the
-    scheme skips by default.
+    Rules take effect in this order: obstacles, `exclude`, `overrides`, `include`, `embeddings`, `min_elements`, the
+    tensors that the scheme skips by default.
 
     Args:
         include: name patterns (see `fewbits.selection.patterns`) of tensors to quantize, even if they are small, or the
@@ -59,6 +61,9 @@ class LayerSelector:
         overrides: a mapping from name patterns to ``"keep"``, the short name of a scheme, a spec, or fields to change
             (``{"group_size": 64}``, ``{"scheme": "int4", "group_size": 32}``). Matching tensors are treated as if
             `include` named them. If several patterns match, the last one wins.
+        embeddings: what to do with embeddings that no other rule names, and with an output layer that shares the weight
+            of one: ``"keep"``, ``"quantize"`` with the quantizer's own spec, or a rule as in `overrides`, such as
+            ``"int8"``. None leaves it to the scheme; schemes of up to 4 bits keep embeddings.
         input_axes: a mapping from name patterns to the axis or axes of a tensor that are its inputs. Groups and scales
             run along them. Use it for tensors whose class does not determine the axes.
         min_elements: tensors with fewer elements are kept; None means the scheme's limit, commonly 512.
@@ -76,6 +81,7 @@ class LayerSelector:
         exclude_types: Sequence[TypeRule] = (),
         modules_to_not_convert: Sequence[str] = (),
         overrides: Mapping[str, OverrideRule] | None = None,
+        embeddings: OverrideRule | None = None,
         input_axes: Mapping[str, int | Sequence[int]] | None = None,
         min_elements: int | None = None,
     ) -> None:
@@ -87,6 +93,7 @@ class LayerSelector:
         self._overrides = {
             Pattern(text): parse_override(text, rule) for text, rule in _mapping("overrides", overrides).items()
         }
+        self._of_embeddings = None if embeddings is None else _decision_of_embeddings(embeddings)
         self._input_axes = {
             Pattern(text): _axes(text, axes) for text, axes in _mapping("input_axes", input_axes).items()
         }
@@ -116,6 +123,8 @@ class LayerSelector:
         kept = [*self._exclude, *(pattern for pattern, override in self._overrides.items() if override is None)]
         for rule, patterns in rules.items():
             _check_quantizable([pattern for pattern in patterns if pattern not in kept], infos, rule)
+        if self._of_embeddings is not None and not any(map(is_embedding, infos)):
+            raise SelectionError("embeddings: there is no embedding, neither by class nor by name")
         return [self._decide(info) for info in infos]
 
     def _decide(self, info: TensorInfo) -> Decision:
@@ -134,12 +143,19 @@ class LayerSelector:
         included = _which(info, self._include, self._include_types)
         if included is not None:
             return Decision(True, f"included by {included}", named=True)
+        if self._of_embeddings is not None and is_embedding(info):
+            return self._of_embeddings
         if self._include or self._include_types:
             return Decision(False, "no include rule names it")
         least = info.min_elements if self._min_elements is None else self._min_elements
         if info.elements < least:
             return Decision(False, f"fewer than {least} elements")
         return Decision(False, info.skip) if info.skip is not None else Decision(True, "selected")
+
+
+def _decision_of_embeddings(rule: OverrideRule) -> Decision:
+    override = Override(None) if rule == "quantize" else parse_rule("embeddings", rule)
+    return Decision(override is not None, "rule for embeddings", named=True, override=override)
 
 
 def _which(info: TensorInfo, patterns: Sequence[Pattern], types: Sequence[TypeRule]) -> str | None:
