@@ -240,3 +240,33 @@ def test_a_convolution_whose_sums_float32_does_not_hold_says_so():
     assert row.refused["float_sums"] == "float32 does not hold every sum of 1025 products exactly"
     fewbits.set_compute(model, "exact")
     assert set(fewbits.explain(model, normal(1, 1025, 9)).rows[0].refused.values()) == {"compute is 'exact'"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings", "reason"),
+    [
+        (nn.Conv2d(16, 128, 3), {}, None),
+        (nn.Conv2d(16, 128, 3), {"compute": "exact"}, "compute is 'exact'"),
+        (nn.Conv2d(128, 128, 3, groups=2), {}, "it is transposed or has groups"),
+        (nn.ConvTranspose2d(128, 128, 3), {}, "it is transposed or has groups"),
+        (nn.Conv2d(16, 127, 3), {}, "127 outputs of 144 inputs are too few for 50 dB in bfloat16"),
+        (nn.Conv1d(63, 128, 1), {}, "128 outputs of 63 inputs are too few for 50 dB in bfloat16"),
+        (nn.Conv2d(16, 128, 3), {"scheme": "int4"}, "its codes are not symmetric 8-bit integers with a scale for each"),
+    ],
+)
+def test_a_convolution_names_its_way(layer, settings, reason, monkeypatch):
+    monkeypatch.setattr(features, "has_bf16", lambda: True)
+    compute = settings.get("compute", "auto")
+    model = nn.Sequential(layer)
+    model = fewbits.quantize(model, settings.get("scheme", "int8"), compute=compute, on_failure="ignore").model
+    x = normal(2, layer.in_channels, *[9] * len(layer.kernel_size))
+    (row,) = fewbits.explain(model, x).rows
+    assert row.kernel == ("bf16_convolution" if reason is None else "reference")
+    assert row.refused.get("bf16_convolution", "").startswith(reason or "")
+
+
+def test_a_convolution_without_instructions_for_bfloat16_says_so(monkeypatch):
+    monkeypatch.setattr(features, "has_bf16", lambda: False)
+    model = fewbits.quantize(nn.Conv1d(64, 128, 1), "int8").model
+    (row,) = fewbits.explain(model, normal(1, 64, 9)).rows
+    assert row.refused == {"bf16_convolution": "this CPU has no instructions for bfloat16"}

@@ -27,7 +27,7 @@ class _ModuleOutputs:
     module: nn.Module
     #: Whether its forward changed nothing that the module holds, in any call so far.
     is_pure: bool = True
-    #: What `_held` returned when its running forward began.
+    #: The result of `_held` when its running forward began.
     before: list[int] = attrs.field(factory=list)
     inner: list[_ModuleOutputs] = attrs.field(factory=list)
     outputs: dict[int, _Places] = attrs.field(factory=dict)

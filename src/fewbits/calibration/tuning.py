@@ -27,7 +27,7 @@ from fewbits.nn.walk import slots
 from fewbits.numerics.spec import QuantSpec
 from fewbits.selection.progress import Progress, no_progress
 
-#: What can be tuned.
+#: The kinds of tensors that can be tuned.
 TUNABLE = ("scales", "biases", "norms")
 
 #: The default size of a step.

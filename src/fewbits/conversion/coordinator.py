@@ -123,7 +123,7 @@ class Coordinator:
 
         Raises:
             CheckpointError: if a file is missing or cannot be written.
-            ArgumentError: if a complete result differs from the one that this run would write.
+            ArgumentError: if a complete result differs from the result of this run.
         """
         if not self.begun:
             return self._accept()

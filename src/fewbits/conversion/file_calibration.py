@@ -91,7 +91,7 @@ class FileCalibration:
         """Plan work on the results before they are written.
 
         Args:
-            tuning: how to tune the scales; None leaves them as they are.
+            tuning: how to tune the scales; None leaves them.
             evaluation: how to compare the result with the model; None does not compare.
 
         Raises:

@@ -97,7 +97,7 @@ class FileJob(Job):
         """Plan work on the results before they are written.
 
         Args:
-            tuning: how to tune the scales; None leaves them as they are.
+            tuning: how to tune the scales; None leaves them.
             evaluation: how to compare the result with the model; None does not compare.
 
         Raises:
@@ -241,7 +241,7 @@ class FileJob(Job):
         written = self._result()
         result = Checkpoint(written.path, serializer)
         if result.headers != written.headers:
-            raise CheckpointError(f"{written.path} is not what convert() wrote; call convert() again")
+            raise CheckpointError(f"{written.path} is not the result of convert(); call convert() again")
         result.check("digests")
         measured = {**written.measured, **measurements(self.report)}
         outputs, of_model = result.metadata.output_sqnr_db, result.metadata.model_metrics

@@ -24,7 +24,7 @@ from fewbits.selection.row import LedgerRow
 
 
 class CompressedCheckpoint(ForeignCheckpoint):
-    """A checkpoint of compressed-tensors, all of which can be read.
+    """A checkpoint of compressed-tensors in which every tensor can be read.
 
     A weight whose columns are in another order (``g_idx``) is dequantized, with its columns in the original order.
     Scales and zero points of activations are left out; an event (`tensors_left_out`) names them.

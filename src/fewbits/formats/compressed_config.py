@@ -41,7 +41,7 @@ class WeightScheme:
 
 @attrs.frozen
 class CompressionConfig:
-    """The ``quantization_config`` of a checkpoint. The defaults stand for a checkpoint without one.
+    """The ``quantization_config`` of a checkpoint. A checkpoint without one has the defaults.
 
     Attributes:
         schemes: the distinct schemes of its groups.

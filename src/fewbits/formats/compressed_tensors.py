@@ -90,7 +90,7 @@ class CompressedTensors:
         return CODEC.decode_chunk(chunk, self.tensors.read_chunk if weight is None else weight.read)
 
     def refuse_unreadable(self) -> None:
-        """Refuse a checkpoint of which a part cannot be read, and tell which scales of activations are left out.
+        """Refuse a checkpoint with parts that cannot be read, and tell which scales of activations are left out.
 
         Raises:
             FormatError: if a tensor cannot be read (the message names all of them), or if the config names transforms.

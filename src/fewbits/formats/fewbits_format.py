@@ -31,7 +31,7 @@ class FewbitsFormat(DirectoryExporter):
         return {}
 
     def write(self, source: Readable, target: Path, progress: Progress) -> None:
-        """Write all tensors; codes stay as they are."""
+        """Write all tensors; codes stay."""
         steps = followed("convert", source.ledger.stored, progress)
 
         def value_of(name: str) -> Value:
@@ -65,7 +65,7 @@ def _readers(source: Described) -> Readers | None:
 
 
 def _metadata(source: Readable) -> Metadata:
-    """The metadata of a fewbits checkpoint stays as it is, except for the digests. That of any other is new."""
+    """The metadata of a fewbits checkpoint stays, except for the digests. That of any other is new."""
     if isinstance(source, Checkpoint):
         return attrs.evolve(source.metadata, digests={})
     return Metadata(Ledger(map(CODEC.sized, source.ledger)))

@@ -32,7 +32,7 @@ from fewbits.numerics.tensor import QuantizedTensor
 #: Elements in a block.
 BLOCK = 32
 
-#: Stands for a scale of zero, which fewbits does not have. All codes of such a block decode to zero.
+#: Replaces a scale of zero, which fewbits does not have. All codes of such a block decode to zero.
 _TINY = torch.finfo(torch.float16).tiny
 
 

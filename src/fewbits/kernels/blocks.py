@@ -154,7 +154,7 @@ def _expanded(tiles: Tensor, ratios: Sequence[float], blocks: Tensor) -> Tensor:
 
     Args:
         tiles: The tiles: uint8, (tiles, planes, ...), in either order of the last two axes.
-        ratios: What a digit of each plane is worth, in first digits.
+        ratios: The value of a digit of each plane, in first digits.
         blocks: Memory for the result, and for the digits of one plane if there are several: (1 or 2, tiles, 2, ...).
 
     Returns:

@@ -1,12 +1,13 @@
-"""Sums of a convolution of int8 inputs: an integer product, a float32 convolution, or a float64 convolution.
+"""How convolutions compute: with codes in bfloat16, or the sums of int8 inputs.
 
-All three are exact, so they give the same numbers.
+Sums of int8 inputs are an integer product, a float32 convolution, or a float64 convolution. All three are exact, so
+they give the same numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,72 @@ from torch import Tensor
 from fewbits.kernels import features
 from fewbits.kernels.base import Compute
 from fewbits.kernels.integers import MOST_INPUTS, FloatSums, IntMM, refuses_int_mm, sums_of_products
-from fewbits.kernels.reference import REFERENCE
+from fewbits.kernels.packed_mm import FEW_INPUTS, FEW_OUTPUTS
+from fewbits.kernels.reference import REFERENCE, is_transformed
 from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.numerics.affine import largest_sum
 
+#: The name of the way that `refuses_codes` refuses.
+CODES = "bf16_convolution"
+
 #: The answers of `way_of_sums`.
 PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
+
+
+def refuses_codes(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> str | None:
+    """Say why a convolution does not multiply codes in bfloat16; None if it does.
+
+    Bfloat16 holds codes of 8 bits exactly. As in linear layers, inputs and outputs are rounded, to 50 dB and more.
+    """
+    spec = weight.spec
+    if compute == "exact":
+        return "compute is 'exact'"
+    if module.transposed or module.groups != 1:
+        return "it is transposed or has groups"
+    if spec.bits != 8 or spec.levels is not None or not spec.symmetric or spec.granularity == "group":
+        return "its codes are not symmetric 8-bit integers with a scale for each row"
+    if weight.layout.rows < FEW_OUTPUTS or weight.layout.columns < FEW_INPUTS:
+        return f"{weight.layout.rows} outputs of {weight.layout.columns} inputs are too few for 50 dB in bfloat16"
+    if not features.has_bf16():
+        return "this CPU has no instructions for bfloat16"
+    return _refuses_call(x, weight)
+
+
+def _refuses_call(x: Tensor, weight: WeightLayout) -> str | None:
+    is_plain = type(x) is Tensor and x.layout is torch.strided and not any(map(is_transformed, (x, weight.scale)))
+    if not is_plain or x.device.type != "cpu" or weight.scale.device.type != "cpu":
+        return "the input is not a plain tensor on the CPU"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not x.numel():
+        return f"the input is {x.dtype} of {x.numel()} elements"
+    if x.requires_grad and torch.is_grad_enabled():
+        return "the input needs a gradient"
+    return "autocast decides the dtype" if torch.is_autocast_enabled("cpu") else None
+
+
+def convolved_codes(
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: WeightLayout, bias: Tensor | None
+) -> Tensor:
+    """Convolve with codes in bfloat16; then multiply with the scales, in float32.
+
+    Args:
+        convolve: Takes input, weight and bias.
+        x: The inputs: (batch, channels, spatial...), or without the batch axis.
+        weight: A weight that `refuses_codes` accepts.
+        bias: (outputs,).
+
+    Returns:
+        The outputs, in the dtype of `x`.
+    """
+    signed = _signed(weight)
+    output = convolve(x.to(torch.bfloat16), signed.to(torch.bfloat16), None).float()
+    along = (-1, *[1] * (signed.dim() - 2))
+    output *= weight.scale.float().view(along)
+    return (output if bias is None else output.add_(bias.view(along))).to(x.dtype)
+
+
+def _signed(weight: WeightLayout) -> Tensor:
+    """Return symmetric codes of 8 bits, in the shape of the weight."""
+    return (weight.codes(slice(None)) ^ 0x80).view(torch.int8).view(weight.layout.shape)
 
 
 def way_of_sums(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> tuple[str, Mapping[str, str]]:
@@ -82,7 +143,7 @@ def sums_of_patches(codes: Tensor, module: Any, weight: WeightLayout) -> Tensor:
     padded = F.pad(codes, module._reversed_padding_repeated_twice).movedim(1, -1).contiguous()
     patches = _patches(padded, module.kernel_size, module.stride, module.dilation)
     outputs = patches.shape[: 1 + spatial]
-    signed = (weight.codes(slice(None)) ^ 0x80).view(torch.int8).view(weight.layout.shape).movedim(1, -1)
+    signed = _signed(weight).movedim(1, -1)
     # torch gives wrong products for a view with overlapping rows, so copy it.
     rows = patches.reshape(math.prod(outputs), -1).contiguous()
     sums = sums_of_products(rows, signed.reshape(len(signed), -1))

@@ -29,7 +29,7 @@ class Digits:
 
     Attributes:
         nibbles: For each plane, the digits plus 8 of all unsigned codes. No two codes have the same digits.
-        units: For each plane, what a digit is worth.
+        units: For each plane, the value of a digit.
     """
 
     nibbles: list[list[int]]

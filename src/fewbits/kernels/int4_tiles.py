@@ -50,7 +50,7 @@ class Int4Tiles(WeightLayout):
         tiles: Digits plus 8: uint8, (tiles, planes * padded columns, width / 2).
         table: Scales, and the values of digit 0: bfloat16, (planes * groups, padded rows, 2).
         nibbles: The digits plus 8 of all codes: uint8, (planes, codes); None for one plane.
-        units: What a digit of each plane is worth: float32, (planes,); None for one plane.
+        units: The value of a digit of each plane: float32, (planes,); None for one plane.
         flat: The tiles in the shape that torch's kernel takes: (padded rows, padded columns / 2).
         group: How many columns share an entry of the table.
     """

@@ -1,4 +1,4 @@
-"""Weights in ONNX graphs: what `torch.onnx.export` sees of a quantized module.
+"""Weights in ONNX graphs: the form of a quantized module for `torch.onnx.export`.
 
 A linear layer becomes one `MatMulNBits` of ONNX Runtime. Every other weight becomes a tensor of bytes and the
 arithmetic that decodes it.
@@ -76,7 +76,7 @@ class Constants(WeightLayout):
         return self._params.rows(where)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what `MatMulNBits` reads: the packed codes, and scales and zero points of all blocks."""
+        """Return the inputs of `MatMulNBits`: the packed codes, and scales and zero points of all blocks."""
         if self._operands is None:
             with _disable_current_modes():
                 self._operands = _operands(self.source)

@@ -30,7 +30,7 @@ from fewbits.numerics.spec import spec_from_dict
 _known: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in KERNELS}
 
 
-#: Characters that stay as they are in descriptions.
+#: Characters that descriptions do not encode.
 _UNQUOTED = " {}[]:,#"
 
 
@@ -43,7 +43,7 @@ def _key(kernel: Kernel[Any]) -> str:
 def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
     """Return the string argument of the operation: everything but the tensors of a weight.
 
-    It is JSON with ``%22`` for each quotation mark: inductor writes the string into C++ as it is.
+    It is JSON with ``%22`` for each quotation mark: inductor writes the string into C++ unchanged.
     """
     fields = {
         "weight_layout": weight.name,
@@ -58,7 +58,7 @@ def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[An
 
 @attrs.frozen
 class _Description:
-    """A description, with the values that its names stand for.
+    """The objects that a description names.
 
     Attributes:
         make: Makes the weight from the tensors in `tensors`, which are keyword arguments.

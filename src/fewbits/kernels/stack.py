@@ -67,7 +67,7 @@ class Stack:
 
     @property
     def height(self) -> int:
-        """The rows of codes that an index of the first axis stands for."""
+        """The rows of codes at an index of the first axis."""
         return math.prod(self.shape[1:-1])
 
     def part(self, first: int, count: int) -> Stack:

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fewbits.kernels.convolution import DOUBLES, FLOATS, PATCHES, sums_of_patches, way_of_sums
+from fewbits.kernels.convolution import (
+    DOUBLES,
+    FLOATS,
+    PATCHES,
+    convolved_codes,
+    refuses_codes,
+    sums_of_patches,
+    way_of_sums,
+)
 from fewbits.kernels.onnx import is_exporting
 from fewbits.kernels.reference import check_floating, integer_product
 from fewbits.kernels.run import linear
@@ -50,7 +58,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
 
 class QuantizedConvolution(QuantizedModule):
-    """A convolution of any kind: float, with the dequantized weight, or exact, on int8 inputs."""
+    """A convolution of any kind: float, with codes or the dequantized weight, or exact, on int8 inputs."""
 
     own_weight = "weight"
     rounds_inputs = True
@@ -59,10 +67,15 @@ class QuantizedConvolution(QuantizedModule):
 
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         bias, stored = _bias(self), self.weight_stored
-        if not isinstance(stored, PackedWeight) or stored.spec.activations is None:
+        if not isinstance(stored, PackedWeight):
             return _float_product(convolve, input, stored, bias)
-        check_floating(input)
         weight = stored.weight_layout()
+        if stored.spec.activations is None:
+            # A compiler decodes the weight.
+            if torch.compiler.is_compiling() or refuses_codes(self, weight, input, stored.compute) is not None:
+                return _float_product(convolve, input, stored, bias)
+            return convolved_codes(convolve, input, weight, bias)
+        check_floating(input)
         if torch.compiler.is_compiling():
             way = FLOATS if is_exporting() else DOUBLES  # ONNX Runtime has no convolution in float64
         else:

@@ -125,7 +125,7 @@ class LedgerRow:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LedgerRow:
-        """Read back what `to_dict` wrote."""
+        """Read the result of `to_dict`."""
         given = {name: value for name, value in fields.items() if name != "scheme"}
         for name in given.keys() & _READ.keys():
             given[name] = None if given[name] is None else _READ[name](given[name])

@@ -1,0 +1,96 @@
+"""Convolutions that multiply codes in bfloat16: as accurate as linear layers, and exact where somebody asks for it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fewbits
+from fewbits.kernels import features
+from fewbits.kernels.convolution import refuses_codes
+from kernels.kernel_cases import noise_db, normal
+
+KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@pytest.fixture(autouse=True)
+def bf16(monkeypatch):
+    """Every CPU computes in bfloat16, fast or not."""
+    monkeypatch.setattr(features, "has_bf16", lambda: True)
+
+
+def quantized(layer, scheme="int8", **settings):
+    return fewbits.quantize(layer.eval(), scheme, validate=False, min_elements=0, **settings).model
+
+
+def uses_codes(layer, x):
+    stored = layer.weight_stored
+    return refuses_codes(layer, stored.weight_layout(), x, stored.compute) is None
+
+
+@st.composite
+def convolutions(draw):
+    rank = draw(st.integers(1, 3))
+    kernel = draw(st.integers(1, 3))
+    inputs = draw(st.sampled_from([64, 67, 80]))
+    settings = {
+        "stride": draw(st.integers(1, 2)),
+        "padding": draw(st.integers(0, 2)),
+        "dilation": draw(st.integers(1, 2)),
+        "bias": draw(st.booleans()),
+        "padding_mode": draw(st.sampled_from(["zeros", "circular", "replicate"])),
+    }
+    layer = KINDS[rank](inputs, draw(st.sampled_from([128, 130])), kernel, **settings)
+    shape = [inputs, *[draw(st.integers(5, 7)) for _ in range(rank)]]
+    batch = draw(st.none() | st.integers(1, 3))
+    return layer, shape if batch is None else [batch, *shape]
+
+
+@given(convolutions(), st.sampled_from(["int8", "int8-tensor"]), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_codes_in_bfloat16_have_fifty_decibels(drawn, scheme, dtype):
+    layer, shape = drawn
+    layer = quantized(layer, scheme)
+    x = normal(*shape, dtype=dtype)
+    assert uses_codes(layer, x)
+    with torch.no_grad():
+        output, exact = layer(x), fewbits.dequantize(layer).double()(x.double())
+    assert output.dtype == dtype
+    assert noise_db(output, exact) > (50 if dtype == torch.float32 else 45)
+
+
+def test_gradients_transforms_compilers_and_other_dtypes_use_the_dequantized_weight():
+    layer = quantized(nn.Conv2d(64, 128, 3))
+    exact, x = fewbits.dequantize(layer), normal(2, 64, 6, 6)
+    slope = x.clone().requires_grad_()
+    layer(slope).sum().backward()
+    expected = x.clone().requires_grad_()
+    exact(expected).sum().backward()
+    torch.testing.assert_close(slope.grad, expected.grad)
+    with torch.no_grad():
+        assert torch.equal(layer.double()(x.double()), exact.double()(x.double()))
+        layer, exact = layer.float(), exact.float()
+        torch.testing.assert_close(torch.func.vmap(layer)(x[:, None]), torch.func.vmap(exact)(x[:, None]))
+        torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), exact(x))
+        with torch.autocast("cpu"):
+            assert torch.equal(layer(x), exact(x))
+        fewbits.set_compute(layer, "exact")
+        assert torch.equal(layer(x), exact(x))
+
+
+def test_nan_and_infinity_come_through():
+    layer = quantized(nn.Conv1d(64, 128, 1))
+    x = normal(1, 64, 4)
+    x[0, 3, 1], x[0, 5, 2] = torch.nan, torch.inf
+    with torch.no_grad():
+        output, expected = layer(x), fewbits.dequantize(layer)(x)
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    assert torch.equal(output.isnan(), expected.isnan())
+
+
+def test_a_batch_without_samples_and_an_input_that_does_not_fit():
+    layer = quantized(nn.Conv2d(64, 128, 3))
+    with torch.no_grad():
+        assert layer(torch.empty(0, 64, 6, 6)).shape == (0, 128, 4, 4)
+        with pytest.raises(RuntimeError, match="expected input"):
+            layer(normal(1, 65, 6, 6))
