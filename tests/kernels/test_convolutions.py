@@ -8,7 +8,7 @@ from torch import nn
 
 import fewbits
 from fewbits.kernels import features
-from fewbits.kernels.convolution import refuses_codes
+from fewbits.kernels.reference import REFERENCE
 from kernels.kernel_cases import noise_db, normal
 
 KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -22,11 +22,6 @@ def bf16(monkeypatch):
 
 def quantized(layer, scheme="int8", **settings):
     return fewbits.quantize(layer.eval(), scheme, validate=False, min_elements=0, **settings).model
-
-
-def uses_codes(layer, x):
-    stored = layer.weight_stored
-    return refuses_codes(layer, stored.weight_layout(), x, stored.compute) is None
 
 
 @st.composite
@@ -52,7 +47,7 @@ def test_codes_in_bfloat16_have_fifty_decibels(drawn, scheme, dtype):
     layer, shape = drawn
     layer = quantized(layer, scheme)
     x = normal(*shape, dtype=dtype)
-    assert uses_codes(layer, x)
+    assert layer.refuses_codes(x) is None
     with torch.no_grad():
         output, exact = layer(x), fewbits.dequantize(layer).double()(x.double())
     assert output.dtype == dtype
@@ -76,6 +71,41 @@ def test_gradients_transforms_compilers_and_other_dtypes_use_the_dequantized_wei
             assert torch.equal(layer(x), exact(x))
         fewbits.set_compute(layer, "exact")
         assert torch.equal(layer(x), exact(x))
+
+
+@pytest.mark.parametrize("axes", [(0, 2, 3), (0,), (1,)])
+def test_a_weight_cut_along_other_axes_is_dequantized(axes):
+    layer = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
+    layer = quantized(layer, input_axes={"0": axes}, on_failure="ignore")
+    x = normal(2, 128, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), fewbits.dequantize(layer)(x))
+
+
+def test_a_weight_whose_layout_was_guessed_from_its_shape_is_dequantized(tmp_path):
+    layer = nn.Sequential(nn.Conv1d(64, 128, 40, stride=16)).eval()
+    fewbits.quantize(layer.state_dict(), "int8", validate=False).save(tmp_path / "a.safetensors")
+    loaded = fewbits.load(tmp_path / "a.safetensors", into=nn.Sequential(nn.Conv1d(64, 128, 40, stride=16)))
+    x = normal(1, 64, 400)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), fewbits.dequantize(loaded)(x))
+
+
+def test_a_batch_of_biases_is_mapped():
+    layer = quantized(nn.Sequential(nn.Conv2d(64, 128, 3)))
+    x, biases = normal(2, 64, 6, 6), normal(3, 128)
+    with torch.no_grad():
+        found = torch.func.vmap(lambda bias: torch.func.functional_call(layer, {"0.bias": bias}, (x,)))(biases)
+        layer[0].bias.copy_(biases[1])
+        torch.testing.assert_close(found[1], layer(x))
+
+
+def test_chosen_kernels_replace_codes_in_bfloat16():
+    layer = quantized(nn.Conv2d(64, 128, 3))
+    fewbits.set_compute(layer, "auto", kernels=[REFERENCE])
+    x = normal(2, 64, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(layer(x), fewbits.dequantize(layer)(x))
 
 
 def test_nan_and_infinity_come_through():

@@ -245,21 +245,21 @@ def test_a_convolution_whose_sums_float32_does_not_hold_says_so():
 @pytest.mark.parametrize(
     ("layer", "settings", "reason"),
     [
-        (nn.Conv2d(16, 128, 3), {}, None),
-        (nn.Conv2d(16, 128, 3), {"compute": "exact"}, "compute is 'exact'"),
+        (nn.Conv2d(64, 128, 3), {}, None),
+        (nn.Conv2d(64, 128, 3), {"compute": "exact"}, "compute is 'exact'"),
         (nn.Conv2d(128, 128, 3, groups=2), {}, "it is transposed or has groups"),
         (nn.ConvTranspose2d(128, 128, 3), {}, "it is transposed or has groups"),
-        (nn.Conv2d(16, 127, 3), {}, "127 outputs of 144 inputs are too few for 50 dB in bfloat16"),
-        (nn.Conv1d(63, 128, 1), {}, "128 outputs of 63 inputs are too few for 50 dB in bfloat16"),
-        (nn.Conv2d(16, 128, 3), {"scheme": "int4"}, "its codes are not symmetric 8-bit integers with a scale for each"),
+        (nn.Conv2d(64, 127, 3), {}, "127 channels out of 64 are too few for 50 dB in bfloat16"),
+        (nn.Conv2d(63, 128, 3), {}, "128 channels out of 63 are too few for 50 dB in bfloat16"),
+        (nn.Conv2d(64, 128, 3), {"input_axes": {"0": (0, 2, 3)}}, "the rows of its weight are not its output channels"),
+        (nn.Conv2d(64, 128, 3), {"scheme": "int4"}, "its codes are not symmetric 8-bit integers with a scale for each"),
     ],
 )
 def test_a_convolution_names_its_way(layer, settings, reason, monkeypatch):
     monkeypatch.setattr(features, "has_bf16", lambda: True)
-    compute = settings.get("compute", "auto")
-    model = nn.Sequential(layer)
-    model = fewbits.quantize(model, settings.get("scheme", "int8"), compute=compute, on_failure="ignore").model
-    x = normal(2, layer.in_channels, *[9] * len(layer.kernel_size))
+    settings = {"scheme": "int8", "on_failure": "ignore", **settings}
+    model = fewbits.quantize(nn.Sequential(layer), **settings).model
+    x = normal(2, layer.in_channels, 9, 9)
     (row,) = fewbits.explain(model, x).rows
     assert row.kernel == ("bf16_convolution" if reason is None else "reference")
     assert row.refused.get("bf16_convolution", "").startswith(reason or "")

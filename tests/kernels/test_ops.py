@@ -225,8 +225,46 @@ def test_few_rows_compile_to_operations_of_torch(layer):
     for rows in (1, 2, 3, 5, 100, 200, 1, 4, 150):
         x = normal(rows, 256)
         assert torch.equal(compiled(x), layer(x))
-    # One graph each for one row, for few rows and for more.
-    assert graphs == ([False, False, True] if few else [True, True])
+    # One graph for one row, as in decoding, and one for any other number.
+    assert graphs == ([False, True] if few else [True, True])
+
+
+@compiler
+@torch.no_grad()
+def test_numbers_of_rows_that_the_compiler_does_not_know_are_not_compared(layer):
+    x = normal(5, 256)
+    torch._dynamo.mark_dynamic(x, 0, min=1, max=1024)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+    unbacked = normal(5, 256)
+    torch._dynamo.decorators.mark_unbacked(unbacked, 0)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(unbacked), layer(unbacked))
+
+
+@compiler
+@torch.no_grad()
+def test_layers_with_different_limits_make_no_more_graphs_than_one():
+    torch._dynamo.reset()
+    model, graphs = nn.Sequential(quantized(linear(256, 256), INT4), quantized(linear(256, 256), INT8)), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for shape in ((1, 1), (1, 5), (2, 7), (3, 20), (2, 30), (4, 100)):
+        x = normal(*shape, 256)
+        assert torch.equal(compiled(x), model(x))
+    assert len(graphs) <= 4  # as many as for a float layer
+
+
+@pytest.mark.slow
+@compiler
+@pytest.mark.parametrize("turned", [lambda y: y.flatten(2).mT * 2, lambda y: (y.permute(0, 2, 3, 1) + 1)[0, 0]])
+@torch.no_grad()
+def test_inductor_keeps_inputs_in_the_order_that_the_products_read(layer, turned):
+    y = normal(1, 256, 3, 3)
+    found = torch.compile(lambda y: layer(turned(y)))(y)
+    assert noise_db(found, layer(turned(y))) > 50
 
 
 @compiler

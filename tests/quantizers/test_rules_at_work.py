@@ -387,6 +387,7 @@ def test_embeddings_of_a_mapping_are_known_by_name():
     [
         ({"exclude": ["embed"]}, None),
         ({"overrides": {"embed": {"bits": 3}}}, attrs.evolve(INT4, bits=3)),
+        ({"overrides": {"embed": "quantize"}}, INT4),
         ({"include": ["layer"]}, SPECS["int8"]),
         ({"include": ["embed", "layer"]}, INT4),
         ({"min_elements": 5000}, SPECS["int8"]),
@@ -402,6 +403,12 @@ def test_a_rule_for_embeddings_needs_one_and_must_not_contradict_another():
         fewbits.plan({"layer.weight": torch.rand(32, 32)}, "int4", embeddings="int8")
     with pytest.raises(SelectionError, match=r"one storage, two fates"):
         fewbits.plan(LanguageModel(tied=True), "int4", embeddings="int8", exclude=["output"])
+    model = LanguageModel(tied=False).to(torch.float64)
+    del model.bag
+    model.embed.to(torch.float8_e4m3fn)
+    with pytest.raises(SelectionError, match=r"^embeddings: no embedding can be quantized: embed.weight, "):
+        fewbits.plan(model, "int4", embeddings="int8")
+    assert fewbits.plan(model, "int4", embeddings="keep", min_elements=1).ledger["embed.weight"].fate == "kept"
 
 
 @pytest.mark.parametrize(
@@ -409,7 +416,8 @@ def test_a_rule_for_embeddings_needs_one_and_must_not_contradict_another():
     [
         ("int9", "^embeddings: .*'int9'"),
         (8, "^embeddings: a rule must be a scheme's name"),
-        ({"scheme": "keep", "bits": 4}, "^embeddings: the rule keeps the tensor and changes fields"),
+        ({"scheme": "keep", "bits": 4}, "^embeddings: 'keep' takes no other settings; write 'keep' alone"),
+        ({"scheme": "quantize"}, "^embeddings: 'quantize' takes no other settings; write 'quantize' alone"),
         ({"scheme": "int4", "group_size": 0}, "^embeddings: this does not fit"),
         ({"scale_dtype": "half16"}, "^embeddings: 'half16'"),
     ],

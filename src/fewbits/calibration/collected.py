@@ -130,7 +130,7 @@ class Grouping:
 
     @property
     def groups(self) -> list[list[str]]:
-        """The groups, in the order in which they are used."""
+        """The groups of weights so far, in the order in which each was first seen; the list itself, not a copy."""
         return self._groups
 
     def later(self, group: Sequence[str]) -> list[str]:

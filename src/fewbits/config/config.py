@@ -38,7 +38,7 @@ from fewbits.quantizers.scheme import Ragged
 from fewbits.rounding.named import resolve_rounding
 from fewbits.schemes import SCHEMES
 from fewbits.selection.nearest import checked_name, did_you_mean
-from fewbits.selection.rules import OverrideRule, TypeRule, parse_rule
+from fewbits.selection.rules import OverrideRule, TypeRule, parse_rule, place_of_override
 from fewbits.selection.selector import LayerSelector
 from fewbits.validation.tensors import CRITICAL_DB
 
@@ -112,7 +112,7 @@ class QuantizationConfig:
         modules_to_not_convert: `exclude` under another name.
         overrides: {pattern: a scheme's name, ``"keep"``, a table such as ``{"scheme": "int4", "group_size": 64}``,
             or a spec}; the last pattern that matches wins.
-        embeddings: ``"keep"``, ``"quantize"``, or a rule as in `overrides`, for embeddings that no other rule names.
+        embeddings: a rule as in `overrides`, for embeddings that no other rule names.
         input_axes: {pattern: the axes of the weight that are inputs}.
         min_elements: smaller tensors are kept unless a rule names them.
         skip_types: classes, or their names, that are kept unless a rule names them.
@@ -167,8 +167,8 @@ class QuantizationConfig:
     def __attrs_post_init__(self) -> None:
         # Raise errors of the scheme, the selector and the overrides now, not on first use.
         own = self.quantizer().spec
-        rules = {f"overrides[{pattern!r}]": rule for pattern, rule in self.overrides.items()}
-        if self.embeddings is not None and self.embeddings != "quantize":
+        rules = {place_of_override(pattern): rule for pattern, rule in self.overrides.items()}
+        if self.embeddings is not None:
             rules["embeddings"] = self.embeddings
         for where, rule in rules.items():
             if (override := parse_rule(where, rule)) is not None:

@@ -13,6 +13,7 @@ from fewbits.errors import ArgumentError
 from fewbits.numerics.dtypes import dtype_from_name, dtype_name
 from fewbits.numerics.spec import Spec, spec_from_dict
 from fewbits.quantizers.scheme import check_choice
+from fewbits.selection.rules import place_of_override
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -57,7 +58,7 @@ def frozen_overrides(value: Any) -> Any:
     """Convert rules: names of dtypes become dtypes, and tables from a spec's `to_dict` become specs."""
     if not isinstance(value, Mapping):
         return value
-    return Table({pattern: _frozen_rule(f"overrides[{pattern!r}]", rule) for pattern, rule in value.items()})
+    return Table({pattern: _frozen_rule(place_of_override(pattern), rule) for pattern, rule in value.items()})
 
 
 def frozen_embeddings(value: Any) -> Any:

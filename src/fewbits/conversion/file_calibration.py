@@ -91,7 +91,7 @@ class FileCalibration:
         """Plan work on the results before they are written.
 
         Args:
-            tuning: how to tune the scales; None leaves them.
+            tuning: how to tune the scales; None leaves them unchanged.
             evaluation: how to compare the result with the model; None does not compare.
 
         Raises:

@@ -97,7 +97,7 @@ class FileJob(Job):
         """Plan work on the results before they are written.
 
         Args:
-            tuning: how to tune the scales; None leaves them.
+            tuning: how to tune the scales; None leaves them unchanged.
             evaluation: how to compare the result with the model; None does not compare.
 
         Raises:

@@ -56,7 +56,7 @@ class ForeignCheckpoint(ABC):
     Attributes:
         format: the name of the format, in messages.
         path: the file or directory.
-        ledger: every tensor, by its name before quantization. A row is "quantized" if its codes are kept.
+        ledger: every tensor, by its name before quantization. A row is "quantized" if its codes are unchanged.
         about: notes on how the checkpoint was read.
         of_linear: names of weights that have one row per output and one column per input, whatever the model has.
     """

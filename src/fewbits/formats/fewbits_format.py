@@ -31,7 +31,7 @@ class FewbitsFormat(DirectoryExporter):
         return {}
 
     def write(self, source: Readable, target: Path, progress: Progress) -> None:
-        """Write all tensors; codes stay."""
+        """Write all tensors; codes stay unchanged."""
         steps = followed("convert", source.ledger.stored, progress)
 
         def value_of(name: str) -> Value:

@@ -29,7 +29,7 @@ _ROWS = 64
 class GGUFCheckpoint(ForeignCheckpoint):
     """A GGUF file of one part.
 
-    Codes of Q4_0, Q5_0 and Q8_0 stay; those of Q4_1 and Q5_1 too, if every offset is a zero point, which is
+    Codes of Q4_0, Q5_0 and Q8_0 stay unchanged; those of Q4_1 and Q5_1 too, if every offset is a zero point, which is
     rare. To know that, the scales of such tensors are read on opening, up to the first offset that is none. Blocks of
     all other types are decoded to float32 by the ``gguf`` package.
 

@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar, overload
 
-import attrs
-import torch
 from torch import nn
 
 from fewbits._heap import trim
@@ -25,7 +23,7 @@ from fewbits.kernels.choose import check_compute
 from fewbits.nn.eligibility import held_beside, refuse_unfit
 from fewbits.nn.swap import refuse_save_pretrained
 from fewbits.numerics.tensor import QuantizedTensor
-from fewbits.selection.patterns import Pattern, parse_patterns
+from fewbits.selection.patterns import parse_patterns
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -109,7 +107,8 @@ def load(
             plain (a DTensor, a sparse tensor). The message names every such tensor. The model is unchanged.
         CheckpointError: if the file cannot be opened.
     """
-    settings = _Settings.of(into, dequantize, compute, device, ignore, init_buffers)
+    ignored, target = parse_patterns("ignore", ignore), None if device is None else usable(device)
+    _check_arguments(into, dequantize, compute, device, ignore, init_buffers)
     check_check(check)
     checkpoint = open_quantized(path, serializer)
     if into is None:
@@ -118,54 +117,50 @@ def load(
         return _mapping(checkpoint, dequantize)
     refuse_unfit(into, MismatchError)
     checkpoint.check(check)
-    _load_into(into, checkpoint, settings)
+    named = named_as_in(into, checkpoint)
+    beside = held_beside(into)
+    places, buffers = find_places(named, into, beside, ignored, init_buffers)
+    filled = [
+        Place.of(row, taken, target, held_elsewhere=any(slot.name in beside for slot in taken))
+        for row in named.ledger.stored
+        if (taken := places[row.name])
+    ]
+    try:
+        fill(named.value, named.read, filled, compute)
+    finally:  # also if loading failed: a partly loaded model must not be saved
+        refuse_save_pretrained(into)
+    for slot, value in buffers:
+        slot.module._buffers[slot.local] = value
+    if target is not None:
+        move_others(into, target)
+    trim(holes=0)
     return into
 
 
-@attrs.frozen
-class _Settings:
-    """How to load into a model: the arguments of `load`, checked."""
-
-    compute: Compute
-    device: torch.device | None
-    ignored: Sequence[Pattern]
-    init_buffers: InitBuffers | None
-
-    @staticmethod
-    def of(
-        into: nn.Module | None,
-        dequantize: bool,
-        compute: Compute,
-        device: Device | None,
-        ignore: Sequence[str],
-        init_buffers: InitBuffers | None,
-    ) -> _Settings:
-        """Check the arguments of `load`, and that none is given which the result has no use for."""
-        check_compute(compute)
-        settings = _Settings(
-            compute, None if device is None else usable(device), parse_patterns("ignore", ignore), init_buffers
-        )
-        if into is None:
-            settings.refuse_without_model()
-        elif not isinstance(into, nn.Module):
-            raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
-        elif dequantize:
-            raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
-        if not (init_buffers is None or callable(init_buffers)):
-            raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
-        return settings
-
-    def refuse_without_model(self) -> None:
-        """Refuse settings that only a model needs."""
-        why = {
-            "device= says where a model is to be; without into= tensors alias the file, on the CPU": self.device,
-            "compute= chooses the kernels of a model; without into= there is no model": self.compute != "auto",
-            "ignore= names tensors that a model may lack; without into= the mapping has every tensor": self.ignored,
-            "init_buffers= sets buffers of a model; without into= there is no model": self.init_buffers is not None,
-        }
-        for problem, given in why.items():
-            if given:
-                raise ArgumentError(problem)
+def _check_arguments(
+    into: nn.Module | None,
+    dequantize: bool,
+    compute: Compute,
+    device: Device | None,
+    ignore: Sequence[str],
+    init_buffers: InitBuffers | None,
+) -> None:
+    """Check the arguments of `load`, and refuse those that the result does not need."""
+    check_compute(compute)
+    if into is None and device is not None:
+        raise ArgumentError("device= says where a model is to be; without into= tensors alias the file, on the CPU")
+    if into is None and compute != "auto":
+        raise ArgumentError("compute= chooses the kernels of a model; without into= there is no model")
+    if into is None and ignore:
+        raise ArgumentError("ignore= names tensors that a model may lack; without into= the mapping has every tensor")
+    if into is None and init_buffers is not None:
+        raise ArgumentError("init_buffers= sets buffers of a model; without into= there is no model")
+    if not (init_buffers is None or callable(init_buffers)):
+        raise ArgumentError(f"init_buffers= takes a function of a module, not a {type(init_buffers).__name__}")
+    if into is not None and dequantize:
+        raise ArgumentError("dequantize=True loads a mapping of float tensors; give it without into=")
+    if not (into is None or isinstance(into, nn.Module)):
+        raise ArgumentError(f"into= takes a model, not a {type(into).__name__}; without it a mapping is returned")
 
 
 def _mapping(checkpoint: Checkpoint | ForeignCheckpoint, dequantize: bool) -> dict[str, Value]:
@@ -174,23 +169,3 @@ def _mapping(checkpoint: Checkpoint | ForeignCheckpoint, dequantize: bool) -> di
     coded = {id(value): value for value in values.values() if dequantize and isinstance(value, QuantizedTensor)}
     floats = {key: value.dequantize() for key, value in coded.items()}
     return {name: floats.get(id(value), value) for name, value in values.items()}
-
-
-def _load_into(model: nn.Module, checkpoint: Checkpoint | ForeignCheckpoint, settings: _Settings) -> None:
-    named = named_as_in(model, checkpoint)
-    beside = held_beside(model)
-    places, buffers = find_places(named, model, beside, settings.ignored, settings.init_buffers)
-    filled = [
-        Place.of(row, taken, settings.device, held_elsewhere=any(slot.name in beside for slot in taken))
-        for row in named.ledger.stored
-        if (taken := places[row.name])
-    ]
-    try:
-        fill(named.value, named.read, filled, settings.compute)
-    finally:  # also if loading failed: a partly loaded model must not be saved
-        refuse_save_pretrained(model)
-    for slot, value in buffers:
-        slot.module._buffers[slot.local] = value
-    if settings.device is not None:
-        move_others(model, settings.device)
-    trim(holes=0)

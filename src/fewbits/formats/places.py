@@ -45,9 +45,7 @@ def find_places(
         MismatchError: if file and model do not match; the message names every tensor.
     """
     finder = _Finder(checkpoint, model, beside)
-    finder.leave(ignored)
-    finder.place()
-    finder.check_absent()
+    finder.find(ignored)
     problems = finder.problems
     problems += [
         problem for row in checkpoint.ledger for problem in unrounded(row, finder.places.get(row.name, ()), model)
@@ -81,7 +79,13 @@ class _Finder:
         self.bare: list[Slot] = []
         self.problems: list[str] = []
 
-    def leave(self, ignored: Sequence[Pattern]) -> None:
+    def find(self, ignored: Sequence[Pattern]) -> None:
+        """Fill the attributes; `ignored` are patterns of tensors that may stay in the file."""
+        self._leave(ignored)
+        self._place()
+        self._check_absent()
+
+    def _leave(self, ignored: Sequence[Pattern]) -> None:
         """Decide which tensors stay in the file; a tensor that the model lacks is a problem unless it is ignored."""
         rows, known = self._rows, self._slots
         needless = [name for name in rows if name not in known or not known[name].persistent]
@@ -100,7 +104,7 @@ class _Finder:
             hint = compiled_hint(self._model, missed)
             self.problems[-1] += f" (with ignore=[...] such tensors stay in the file){hint}"
 
-    def place(self) -> None:
+    def _place(self) -> None:
         """Give every slot its row. A name that the file lacks is filled if the model ties it to one that it has."""
         home = {id(self._slots[name].tensor): row.holder for name, row in self._taken.items()}
         for name, slot in self._slots.items():
@@ -126,7 +130,7 @@ class _Finder:
         self.problems += misfits(row, slot, self._beside.get(slot.name))
         self.problems += _turned(self._checkpoint, row, slot)
 
-    def check_absent(self) -> None:
+    def _check_absent(self) -> None:
         """Name each tensor that the file lacks, and the one that `tie_weights` of the model would tie it to."""
         tied = ties(self._model, self._absent, self._taken) if self._absent else {}
         for name in self._absent:

@@ -83,14 +83,17 @@ def cut_windows(tokens: Sequence[int], samples: int, sequence: int) -> list[Sequ
 
 
 def refuse_same_files(calibrate: str | os.PathLike[str], evaluate: str | os.PathLike[str]) -> None:
-    """Refuse to evaluate on a file that calibrates.
+    """Refuse to evaluate on a file that is also used for calibration.
+
+    Files are the same if their resolved paths are equal; `refuse_overlap` finds copies. Directories are walked as in
+    `read_texts`.
 
     Args:
         calibrate: a text file, or a directory of text files.
-        evaluate: another one.
+        evaluate: a text file, or a directory of text files.
 
     Raises:
-        ArgumentError: naming the file.
+        ArgumentError: if a file is in both; the message names the first one.
     """
     files = [{file.resolve() for file in _files(Path(path))} for path in (calibrate, evaluate)]
     if shared := sorted(files[0] & files[1]):

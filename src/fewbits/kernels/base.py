@@ -58,9 +58,10 @@ class Kernel(ABC, Generic[_L]):
         return None
 
     def traced_rows(self) -> int:
-        """Say up to how many rows `torch.compile` may trace `linear`: 0 if it should not.
+        """Return the largest number of rows for which `torch.compile` traces `linear`; 0 if it should not.
 
-        Within them, `linear` consists of operations of torch that inductor compiles, and `takes` takes every input.
+        For so many rows or fewer, `linear` must use only operations that inductor can compile, and `takes` must accept
+        every input.
         """
         return 0
 

@@ -33,7 +33,7 @@ class BytePairs(WeightLayout):
     Attributes:
         pairs: The bytes: int8, (rows, 2 * padded columns).
         numbers_of_pairs: The whole numbers of all codes, rising: int32, (codes,).
-        unit_of_pairs: The level of the number 1: float32, (1,).
+        unit_of_pairs: The factor from whole numbers to levels: float32, (1,).
     """
 
     name = "byte_pairs"
@@ -52,7 +52,7 @@ class BytePairs(WeightLayout):
 
     @property
     def row_scale(self) -> Tensor:
-        """The value of the number 1 in each row: float32, (1, rows) or (1,)."""
+        """The factor from whole numbers to weights, for each row: float32, (1, rows) or (1,)."""
         return self.scale.t().float() * self.unit_of_pairs
 
     @classmethod

@@ -21,6 +21,8 @@ from fewbits.kernels.packed_mm import FEW_INPUTS, FEW_OUTPUTS
 from fewbits.kernels.reference import REFERENCE, is_transformed
 from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.numerics.affine import largest_sum
+from fewbits.numerics.dtypes import dtype_name
+from fewbits.numerics.layout import Layout
 
 #: The name of the way that `refuses_codes` refuses.
 CODES = "bf16_convolution"
@@ -32,28 +34,36 @@ PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
 def refuses_codes(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> str | None:
     """Say why a convolution does not multiply codes in bfloat16; None if it does.
 
-    Bfloat16 holds codes of 8 bits exactly. As in linear layers, inputs and outputs are rounded, to 50 dB and more.
+    Bfloat16 holds codes of 8 bits exactly. As in linear layers, inputs and outputs are rounded: 50 dB and more, unless
+    sums nearly cancel. Those of images do, whose mean is far from zero: hence the least number of channels.
     """
-    spec = weight.spec
+    spec, shape = weight.spec, weight.layout.shape
     if compute == "exact":
         return "compute is 'exact'"
     if module.transposed or module.groups != 1:
         return "it is transposed or has groups"
+    if weight.layout != Layout.of(shape, inputs=range(1, len(shape))):
+        return "the rows of its weight are not its output channels"
     if spec.bits != 8 or spec.levels is not None or not spec.symmetric or spec.granularity == "group":
         return "its codes are not symmetric 8-bit integers with a scale for each row"
-    if weight.layout.rows < FEW_OUTPUTS or weight.layout.columns < FEW_INPUTS:
-        return f"{weight.layout.rows} outputs of {weight.layout.columns} inputs are too few for 50 dB in bfloat16"
+    if shape[0] < FEW_OUTPUTS or shape[1] < FEW_INPUTS:
+        return f"{shape[0]} channels out of {shape[1]} are too few for 50 dB in bfloat16"
     if not features.has_bf16():
         return "this CPU has no instructions for bfloat16"
     return _refuses_call(x, weight)
 
 
 def _refuses_call(x: Tensor, weight: WeightLayout) -> str | None:
-    is_plain = type(x) is Tensor and x.layout is torch.strided and not any(map(is_transformed, (x, weight.scale)))
-    if not is_plain or x.device.type != "cpu" or weight.scale.device.type != "cpu":
+    if weight.scale.device.type != "cpu":
+        return f"the weight is on {weight.scale.device}, not on the CPU"
+    if type(x) is not Tensor or x.layout is not torch.strided or x.device.type != "cpu":
         return "the input is not a plain tensor on the CPU"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not x.numel():
-        return f"the input is {x.dtype} of {x.numel()} elements"
+    if is_transformed(x) or is_transformed(weight.scale):
+        return "a transform of torch.func is active"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"inputs in {dtype_name(x.dtype)} are not computed in bfloat16"
+    if not x.numel():
+        return "the input has no elements"
     if x.requires_grad and torch.is_grad_enabled():
         return "the input needs a gradient"
     return "autocast decides the dtype" if torch.is_autocast_enabled("cpu") else None
@@ -77,7 +87,7 @@ def convolved_codes(
     output = convolve(x.to(torch.bfloat16), signed.to(torch.bfloat16), None).float()
     along = (-1, *[1] * (signed.dim() - 2))
     output *= weight.scale.float().view(along)
-    return (output if bias is None else output.add_(bias.view(along))).to(x.dtype)
+    return (output if bias is None else output + bias.view(along)).to(x.dtype)
 
 
 def _signed(weight: WeightLayout) -> Tensor:

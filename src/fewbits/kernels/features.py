@@ -1,4 +1,4 @@
-"""Features of this torch and this CPU, found by trial: names and versions do not tell."""
+"""Features of this torch and this CPU: found by trial where names and versions do not tell, or as torch lists them."""
 
 from __future__ import annotations
 
@@ -105,5 +105,8 @@ def has_vnni() -> bool:
 
 @functools.cache
 def has_bf16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products, which are two or three times as fast as float32."""
+    """Whether torch multiplies bfloat16 with AVX512 or AMX instructions of this CPU, according to its list of features.
+
+    Such products are two or three times as fast as in float32.
+    """
     return _has_any("avx512_bf16", "amx_bf16") and torch.backends.cpu.get_cpu_capability().startswith("AVX512")

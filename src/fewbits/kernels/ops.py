@@ -30,7 +30,7 @@ from fewbits.numerics.spec import spec_from_dict
 _known: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in KERNELS}
 
 
-#: Characters that descriptions do not encode.
+#: Characters that `describe` leaves unquoted.
 _UNQUOTED = " {}[]:,#"
 
 
@@ -58,7 +58,7 @@ def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[An
 
 @attrs.frozen
 class _Description:
-    """The objects that a description names.
+    """A description, parsed.
 
     Attributes:
         make: Makes the weight from the tensors in `tensors`, which are keyword arguments.

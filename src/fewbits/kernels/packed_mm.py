@@ -133,7 +133,9 @@ def few_rows(rows: int, most: int) -> str | None:
 
 def padded(x: Tensor, columns: int) -> Tensor:
     """Pad rows with zeros and make them contiguous: torch's kernels ignore strides."""
-    return x.contiguous() if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
+    x = x.contiguous() if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
+    # Inductor may choose other strides for anything but a view with strides.
+    return x.as_strided(x.shape, (columns, 1)) if torch.compiler.is_compiling() else x
 
 
 def _ones(outputs: int) -> Tensor:

@@ -62,12 +62,16 @@ def rows_of(x: Tensor) -> int:
 def _is_traced(x: Tensor, prepared: PreparedWeight) -> bool:
     """Whether `torch.compile` traces the kernel: for few rows, without gradients, and not for an export.
 
-    The number of rows becomes a guard of the compiled graph. An exported program chooses its kernel at run time,
-    because it may run on another CPU.
+    A number of rows that changes is not compared, since each comparison would become a guard and multiply the graphs.
+    An exported program chooses its kernel at run time, because it may run on another CPU.
     """
     if not prepared.traced_rows or not torch.compiler.is_dynamo_compiling() or _is_exporting():
         return False
-    return not (x.requires_grad and torch.is_grad_enabled()) and 0 < rows_of(x) <= prepared.traced_rows
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # the compiler has imported it
+
+    rows = rows_of(x)
+    known = statically_known_true(rows > 0) and statically_known_true(rows <= prepared.traced_rows)
+    return known and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _is_exporting() -> bool:

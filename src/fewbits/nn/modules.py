@@ -65,6 +65,13 @@ class QuantizedConvolution(QuantizedModule):
     weight_stored: StoredWeight
     kernel_size: tuple[int, ...]
 
+    def refuses_codes(self, input: Tensor) -> str | None:
+        """Say why the layer, whose weight has codes, dequantizes it for this input; None if it multiplies the codes."""
+        stored: Any = self.weight_stored
+        if stored.offered is not None:
+            return "set_compute has chosen other kernels"
+        return refuses_codes(self, stored.weight_layout(), input, stored.compute)
+
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         bias, stored = _bias(self), self.weight_stored
         if not isinstance(stored, PackedWeight):
@@ -72,7 +79,7 @@ class QuantizedConvolution(QuantizedModule):
         weight = stored.weight_layout()
         if stored.spec.activations is None:
             # A compiler decodes the weight.
-            if torch.compiler.is_compiling() or refuses_codes(self, weight, input, stored.compute) is not None:
+            if torch.compiler.is_compiling() or self.refuses_codes(input) is not None:
                 return _float_product(convolve, input, stored, bias)
             return convolved_codes(convolve, input, weight, bias)
         check_floating(input)

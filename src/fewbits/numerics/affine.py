@@ -72,7 +72,7 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
         )
         values = grouped(steps, spec) * broadcast(scale.to(dtype))
     elif zero_point is None and not torch.compiler.is_compiling():
-        # Shifting bytes, which wrap around, costs less than shifting floats. Exporters do not know such views.
+        # Subtracting in int8, which wraps around, is faster than in floats. Exporters cannot view uint8 as int8.
         values = grouped(codes.view(torch.int8) + spec.code_min, spec).to(dtype) * broadcast(scale.to(dtype))
     else:
         offset = -spec.code_min if zero_point is None else broadcast(zero_point) - spec.code_min

@@ -32,11 +32,19 @@ def skip_reason(info: TensorInfo, skip_types: Iterable[TypeRule], scheme: str) -
 
 
 def plan(infos: Sequence[TensorInfo], decisions: Sequence[Decision], choose: Choose) -> Ledger:
-    """Make one row for every tensor; names that share a storage share one fate.
+    """Make one row for every tensor, in order; names that share a storage are decided together.
+
+    The first name of a storage is quantized, cast or kept; the others are its aliases. If their decisions differ,
+    "keep" wins, unless a user's rule names one. A scale that is read together with its weight gets a "merged" row.
+
+    Args:
+        infos: the tensors.
+        decisions: one for each of `infos`, in the same order.
+        choose: returns the spec and the reason for a storage that is to be quantized.
 
     Raises:
-        SelectionError: unless there is one decision for each tensor, and if decisions contradict one another or leave
-            nothing to quantize.
+        SelectionError: if the number of decisions differs from that of the tensors, decisions for one storage
+            contradict one another, the input axes of a rule do not fit a shape, or nothing is left to quantize.
         SourceError: if two tensors have the same name.
         FormatError: if two tensors would have the same name in a file.
     """

@@ -16,8 +16,9 @@ from fewbits.selection.nearest import checked_name, did_you_mean
 #: A class or its name: ``nn.Embedding`` or ``"Embedding"``.
 TypeRule = type | str
 
-#: The value of a rule: a scheme's short name, ``"keep"``, a spec, or a mapping of fields to change. The changes apply
-#: to the quantizer's own spec (``{"group_size": 64}``), or to the spec of the ``"scheme"`` that the mapping names.
+#: The value of a rule: a scheme's short name, ``"keep"``, ``"quantize"`` for the quantizer's own spec, a spec, or a
+#: mapping of fields to change. The changes apply to the quantizer's own spec (``{"group_size": 64}``), or to the spec
+#: of the ``"scheme"`` that the mapping names.
 OverrideRule = str | Spec | Mapping[str, Any]
 
 
@@ -58,7 +59,12 @@ class Override:
 
 def parse_override(pattern: str, rule: OverrideRule) -> Override | None:
     """Parse one rule of `overrides`; see `parse_rule`."""
-    return parse_rule(f"overrides[{pattern!r}]", rule)
+    return parse_rule(place_of_override(pattern), rule)
+
+
+def place_of_override(pattern: str) -> str:
+    """Name the place of a rule, for messages."""
+    return f"overrides[{pattern!r}]"
 
 
 def parse_rule(where: str, rule: OverrideRule) -> Override | None:
@@ -76,12 +82,12 @@ def parse_rule(where: str, rule: OverrideRule) -> Override | None:
 
 def _parsed(where: str, rule: OverrideRule) -> Override | None:
     if isinstance(rule, str):
-        return None if rule == "keep" else Override(_named(rule), where=where)
+        return None if rule == "keep" else Override(None if rule == "quantize" else _named(rule), where=where)
     if isinstance(rule, Spec):
         return Override(rule, where=where)
     if not isinstance(rule, Mapping) or not rule:
         raise ArgumentError(
-            "a rule must be a scheme's name, 'keep', a spec, or fields such as "
+            "a rule must be a scheme's name, 'keep', 'quantize', a spec, or fields such as "
             f"{{'scheme': 'int4', 'group_size': 64}}, not {rule!r}"
         )
     if "kind" in rule:  # a whole spec, as `QuantSpec.to_dict` writes it
@@ -91,8 +97,8 @@ def _parsed(where: str, rule: OverrideRule) -> Override | None:
     for key in changes:
         if key not in known:
             raise ArgumentError(f"there is no field {key!r}{did_you_mean(key, known)}")
-    if rule.get("scheme") == "keep":
-        raise ArgumentError("the rule keeps the tensor and changes fields; give 'keep' in place of the table")
+    if rule.get("scheme") in ("keep", "quantize"):
+        raise ArgumentError(f"{rule['scheme']!r} takes no other settings; write {rule['scheme']!r} alone")
     base = _named(rule["scheme"]) if "scheme" in rule else None
     if isinstance(changes.get("scale_dtype"), str):
         changes["scale_dtype"] = dtype_from_name(changes["scale_dtype"])
@@ -101,7 +107,7 @@ def _parsed(where: str, rule: OverrideRule) -> Override | None:
 
 
 def _named(scheme: object) -> Spec:
-    return spec_of_scheme(checked_name("scheme", scheme, [*SPECS, "keep"]))
+    return spec_of_scheme(checked_name("scheme", scheme, [*SPECS, "keep", "quantize"]))
 
 
 def is_of_type(info: TensorInfo, rule: TypeRule) -> bool:

@@ -53,17 +53,19 @@ class LayerSelector:
 
     Args:
         include: name patterns (see `fewbits.selection.patterns`) of tensors to quantize, even if they are small, or the
-            scheme would skip them. If `include` or `include_types` is given, all other tensors are kept.
+            scheme would skip them. If `include` or `include_types` is given, all other tensors are kept, except
+            embeddings for which there is a rule.
         exclude: name patterns of tensors to keep.
         include_types: classes, or names of classes, whose tensors are included.
         exclude_types: classes, or names of classes, whose tensors are kept.
         modules_to_not_convert: the same as `exclude`, under the name that transformers uses.
-        overrides: a mapping from name patterns to ``"keep"``, the short name of a scheme, a spec, or fields to change
-            (``{"group_size": 64}``, ``{"scheme": "int4", "group_size": 32}``). Matching tensors are treated as if
+        overrides: a mapping from name patterns to ``"keep"``, ``"quantize"`` with the quantizer's own spec, the short
+            name of a scheme, a spec, or fields to change (``{"group_size": 64}``,
+            ``{"scheme": "int4", "group_size": 32}``). Matching tensors are treated as if
             `include` named them. If several patterns match, the last one wins.
-        embeddings: what to do with embeddings that no other rule names, and with an output layer that shares the weight
-            of one: ``"keep"``, ``"quantize"`` with the quantizer's own spec, or a rule as in `overrides`, such as
-            ``"int8"``. None leaves it to the scheme; schemes of up to 4 bits keep embeddings.
+        embeddings: a rule as in `overrides`, such as ``"int8"``, for embeddings that no other rule names, and for an
+            output layer that shares the weight of one; a rule that keeps this layer contradicts it. None leaves
+            embeddings to the scheme; schemes of up to 4 bits keep them.
         input_axes: a mapping from name patterns to the axis or axes of a tensor that are its inputs. Groups and scales
             run along them. Use it for tensors whose class does not determine the axes.
         min_elements: tensors with fewer elements are kept; None means the scheme's limit, commonly 512.
@@ -123,8 +125,8 @@ class LayerSelector:
         kept = [*self._exclude, *(pattern for pattern, override in self._overrides.items() if override is None)]
         for rule, patterns in rules.items():
             _check_quantizable([pattern for pattern in patterns if pattern not in kept], infos, rule)
-        if self._of_embeddings is not None and not any(map(is_embedding, infos)):
-            raise SelectionError("embeddings: there is no embedding, neither by class nor by name")
+        if self._of_embeddings is not None:
+            _check_embeddings(infos, self._of_embeddings.quantize)
         return [self._decide(info) for info in infos]
 
     def _decide(self, info: TensorInfo) -> Decision:
@@ -153,8 +155,23 @@ class LayerSelector:
         return Decision(False, info.skip) if info.skip is not None else Decision(True, "selected")
 
 
+def _check_embeddings(infos: Sequence[TensorInfo], quantize: bool) -> None:
+    """Refuse a rule for embeddings that has no effect.
+
+    Raises:
+        SelectionError: if there is no embedding, or none that can be quantized.
+    """
+    embeddings = [info for info in infos if is_embedding(info)]
+    if not embeddings:
+        raise SelectionError("embeddings: there is no embedding, neither by class nor by name")
+    if quantize and all(info.obstacle is not None for info in embeddings):
+        raise SelectionError(
+            f"embeddings: no embedding can be quantized: {embeddings[0].name}, {embeddings[0].obstacle}"
+        )
+
+
 def _decision_of_embeddings(rule: OverrideRule) -> Decision:
-    override = Override(None) if rule == "quantize" else parse_rule("embeddings", rule)
+    override = parse_rule("embeddings", rule)
     return Decision(override is not None, "rule for embeddings", named=True, override=override)
 
 

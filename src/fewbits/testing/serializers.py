@@ -195,9 +195,9 @@ def damage_is_found(setup: SerializerSetup) -> None:
 
 
 def unreadable_files_are_errors(setup: SerializerSetup) -> None:
-    """A file of another format or a damaged file raises `FormatError`.
+    """A file that is empty, cut in half or plain text raises `FormatError`.
 
-    A file that cannot be opened or written raises `CheckpointError`.
+    Reading a missing file raises `CheckpointError`, and so does writing into a missing folder.
     """
     with setup.path() as path:
         expect_error(CheckpointError, "a missing file", lambda: setup.make().reader(path))
