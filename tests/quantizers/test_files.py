@@ -428,7 +428,7 @@ def test_a_damaged_result_is_not_saved_again(folder, tmp_path, damage):
         data = bytearray(file.read_bytes())
         data[-100] ^= 1
         file.write_bytes(data)
-    with pytest.raises(fewbits.errors.CheckpointError, match=r"not what convert|not the bytes"):
+    with pytest.raises(fewbits.errors.CheckpointError, match=r"not the result of convert|not the bytes"):
         quantizer.save(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
