@@ -6,11 +6,13 @@ Calibration and evaluation never overlap: `docstrings` has no text of `topics`, 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
 import pkgutil
-import random
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -48,11 +50,18 @@ def prose(path: Path = PROSE) -> str:
 
 
 def docstrings() -> str:
-    """Calibration: docstrings of the standard library, each once, in a fixed random order."""
-    found = dict.fromkeys(text for module in _modules() for text in _docstrings(module) if len(text) > 80)
-    texts = list(found)
-    random.Random(0).shuffle(texts)
-    return "\n\n".join(texts)
+    """Calibration: docstrings of the standard library, each once, in the order of their digests.
+
+    A process without other packages reads them: torch and others replace functions of the standard library. Another
+    version of Python has other texts, and leaves the order of the rest.
+    """
+    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve())]
+    return subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
+
+
+def _all_docstrings() -> str:
+    found = {text for module in _modules() for text in _docstrings(module) if len(text) > 80}
+    return "\n\n".join(sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest()))
 
 
 def descriptions(most: int = 8000) -> str:
@@ -89,3 +98,7 @@ def _docstrings(module: ModuleType) -> Iterator[str]:
                     yield inspect.getdoc(documented) or ""
                 except Exception:  # a descriptor that computes its text
                     continue
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(_all_docstrings().encode())
