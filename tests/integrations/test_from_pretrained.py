@@ -23,6 +23,7 @@ IDS = torch.arange(3, 13)[None]
 SCHEMES = [
     ("int4", {"group_size": 32}),
     ("int4", {"group_size": 32, "symmetric": False, "skip_types": ()}),
+    ("int4", {"group_size": 32, "embeddings": "int8"}),
     ("nf4", {}),
 ]
 
