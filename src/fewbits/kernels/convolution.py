@@ -84,10 +84,11 @@ def convolved_codes(
         The outputs, in the dtype of `x`.
     """
     signed = _signed(weight)
-    output = convolve(x.to(torch.bfloat16), signed.to(torch.bfloat16), None).float()
+    sums = convolve(x.to(torch.bfloat16), signed.to(torch.bfloat16), None).float()
     along = (-1, *[1] * (signed.dim() - 2))
-    output *= weight.scale.float().view(along)
-    return (output if bias is None else output + bias.view(along)).to(x.dtype)
+    scale = weight.scale.float().view(along)
+    output = sums.mul_(scale) if bias is None else torch.addcmul(bias.float().view(along), sums, scale)
+    return output.to(x.dtype)
 
 
 def _signed(weight: WeightLayout) -> Tensor:

@@ -62,22 +62,30 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
         spec: the spec of the codes.
         dtype: float32 or float64.
     """
-    # torch.compile and torch.export trace this function, so it uses no in-place operation.
-    scale, zero_point = params.scale, params.zero_point
-    if spec.levels is not None:
-        steps = (
-            level_table(spec, dtype, codes.device)
-            .index_select(0, codes.reshape(-1).to(torch.int32))
-            .reshape(codes.shape)
-        )
-        values = grouped(steps, spec) * broadcast(scale.to(dtype))
-    elif zero_point is None and not torch.compiler.is_compiling():
-        # Subtracting in int8, which wraps around, is faster than in floats. Exporters cannot view uint8 as int8.
-        values = grouped(codes.view(torch.int8) + spec.code_min, spec).to(dtype) * broadcast(scale.to(dtype))
-    else:
-        offset = -spec.code_min if zero_point is None else broadcast(zero_point) - spec.code_min
-        values = (grouped(codes, spec).to(dtype) - offset) * broadcast(scale.to(dtype))
+    values = _steps(codes, params, spec, dtype)
+    scale = broadcast(params.scale.to(dtype))
+    # In place where nobody traces or differentiates this: a second large block of memory may cost more than all else.
+    values = values * scale if _is_observed(params.scale) else values.mul_(scale)
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
+
+
+def _steps(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """Return what multiplies the scale, in new memory: (rows, groups, width)."""
+    if spec.levels is not None:
+        table = level_table(spec, dtype, codes.device)
+        return grouped(table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape), spec)
+    if params.zero_point is None and not torch.compiler.is_compiling():
+        # Subtracting in int8, which wraps around, is faster than in floats. Exporters cannot view uint8 as int8.
+        return grouped(codes.view(torch.int8) + spec.code_min, spec).to(dtype)
+    offset = -spec.code_min if params.zero_point is None else broadcast(params.zero_point) - spec.code_min
+    return grouped(codes, spec).to(dtype) - offset
+
+
+def _is_observed(scale: Tensor) -> bool:
+    """Whether a compiler traces, a transform of torch.func is active, or the scale has a gradient."""
+    if torch.compiler.is_compiling() or scale.requires_grad:
+        return True
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 class ColumnRounder:
