@@ -34,8 +34,9 @@ PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
 def refuses_codes(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> str | None:
     """Say why a convolution does not multiply codes in bfloat16; None if it does.
 
-    Bfloat16 holds codes of 8 bits exactly. As in linear layers, inputs and outputs are rounded: 50 dB and more, unless
-    sums nearly cancel. Those of images do, whose mean is far from zero: hence the least number of channels.
+    Bfloat16 holds codes of 8 bits exactly. As in linear layers, inputs and outputs are rounded. That leaves 50 dB or
+    more, unless sums nearly cancel. Layers with few input channels read images, whose mean is far from zero, so that
+    their sums do.
     """
     spec, shape = weight.spec, weight.layout.shape
     if compute == "exact":

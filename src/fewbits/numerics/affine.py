@@ -78,7 +78,8 @@ def _steps(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
         # Subtracting in int8, which wraps around, is faster than in floats. Exporters cannot view uint8 as int8.
         return grouped(codes.view(torch.int8) + spec.code_min, spec).to(dtype)
     offset = -spec.code_min if params.zero_point is None else broadcast(params.zero_point) - spec.code_min
-    return grouped(codes, spec).to(dtype) - offset
+    steps = grouped(codes, spec).to(dtype)
+    return steps - offset if _is_observed(params.scale) else steps.sub_(offset)
 
 
 def _is_observed(scale: Tensor) -> bool:

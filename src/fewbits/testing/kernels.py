@@ -47,7 +47,8 @@ def check_kernel(
     - A kernel that rounds inputs to int8 gives the bits of `fewbits.kernels.reference.Reference` with a spec that has
       `activations`. For grouped weights, integers are added exactly, and scaled sums in float32.
     - The same input gives the same bits.
-    - With up to `traced_rows` rows, `torch.compile` makes one graph of `linear`, which gives the same bits.
+    - With up to `traced_rows` rows, `torch.compile` makes one graph of `linear`, which gives the same bits. This check
+      empties the cache of `torch.compile`.
 
     Args:
         kernel: A new kernel.
