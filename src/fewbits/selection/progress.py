@@ -14,8 +14,9 @@ class Step:
     """The progress of an activity.
 
     Attributes:
-        activity: ``"convert"`` or ``"validate"`` for tensors, ``"calibrate"`` for groups of weights; ``"observe"``,
-            ``"tune"`` or ``"compare"`` for data; ``"generate"`` for text that a model writes.
+        activity: ``"convert"``, ``"validate"`` or ``"score"`` for tensors, ``"calibrate"`` for groups of weights;
+            ``"observe"``, ``"differentiate"``, ``"tune"`` or ``"compare"`` for data; ``"generate"`` for text that a
+            model writes.
         name: the current tensor or batch.
         done: the bytes of the source, the samples of the data, or the tokens of a text, that are done. The number never
             decreases during an activity. A resumed run begins with the amount that the earlier run finished.
@@ -30,8 +31,8 @@ class Step:
     @property
     def unit(self) -> str:
         """The unit of `done` and `total`: ``"bytes"``, ``"samples"`` or ``"tokens"``."""
-        units = {"observe": "samples", "tune": "samples", "compare": "samples", "generate": "tokens"}
-        return units.get(self.activity, "bytes")
+        of_data = dict.fromkeys(("observe", "differentiate", "tune", "compare"), "samples")
+        return of_data.get(self.activity, "tokens" if self.activity == "generate" else "bytes")
 
 
 #: Called before and after every tensor, and for every batch.

@@ -1,0 +1,1 @@
+"""Choose a scheme for every tensor under a budget of bytes or of errors."""
