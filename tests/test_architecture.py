@@ -42,6 +42,7 @@ ROOMS = [
     "quantizers",
     "schemes",
     "config",
+    "planning",
     "api",
     "fleet",
     "extend",
@@ -60,6 +61,7 @@ MAX_PARAMETERS = 7
 FRONT_DOORS = {
     "fewbits.api.quantize",
     "fewbits.calibration.tuning.tune",
+    "fewbits.planning.allocate.allocate",
     "fewbits.formats.loading.load",
     "fewbits.quantizers.scheme.Scheme.__init__",
     "fewbits.selection.selector.LayerSelector.__init__",

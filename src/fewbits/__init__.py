@@ -24,9 +24,9 @@ from fewbits.numerics.spec import CastSpec, QuantSpec
 from fewbits.numerics.tensor import QuantizedTensor
 from fewbits.observers.histogram import HistogramObserver
 from fewbits.observers.min_max import MinMaxObserver
-from fewbits.observers.moving_average import MovingAverageMinMaxObserver
 from fewbits.observers.mse import MSEObserver
 from fewbits.observers.percentile import PercentileObserver
+from fewbits.planning.allocate import allocate
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.lifecycle import State
 from fewbits.quantizers.schemes import FP16Cast, Int4Grouped, Int8PerChannel, Int8PerTensor
@@ -52,7 +52,6 @@ __all__ = [
     "MSEObserver",
     "Measurement",
     "MinMaxObserver",
-    "MovingAverageMinMaxObserver",
     "Output",
     "Override",
     "PercentileObserver",
@@ -66,6 +65,7 @@ __all__ = [
     "State",
     "TensorReport",
     "__version__",
+    "allocate",
     "convert",
     "dequantize",
     "errors",

@@ -43,6 +43,9 @@ from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import Spec
 from fewbits.observers.base import Observer
+from fewbits.observers.moving_average import MovingAverageMinMaxObserver
+from fewbits.planning.allocation import Allocated, Allocation
+from fewbits.planning.curve import Curve
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.statistics import InputStatistics
 from fewbits.selection.info import TensorInfo
@@ -53,10 +56,13 @@ from fewbits.validation.outputs import ModelReport
 
 __all__ = [
     "GGUF",
+    "Allocated",
+    "Allocation",
     "BytePairs",
     "ChunkReader",
     "ChunkWriter",
     "Coordinator",
+    "Curve",
     "Decision",
     "Described",
     "DirectoryExporter",
@@ -71,6 +77,7 @@ __all__ = [
     "Kernel",
     "Layout",
     "ModelReport",
+    "MovingAverageMinMaxObserver",
     "Observed",
     "Observer",
     "PackedInt32",

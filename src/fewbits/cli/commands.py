@@ -18,6 +18,7 @@ from fewbits.api import plan
 from fewbits.api import quantize as quantize_source
 from fewbits.api import verify as verify_file
 from fewbits.checkpoint.output import Output
+from fewbits.cli.allocating import allocate_command
 from fewbits.cli.calibrating import TextOptions, text_options
 from fewbits.cli.converting import convert_command
 from fewbits.cli.exporting import Export, format_options
@@ -239,6 +240,7 @@ def verify(file: Path, against: Path | None, tensors: bool, quiet: bool, as_json
     return SUCCESS if report.ok else FAILED
 
 
+cli.add_command(allocate_command, "allocate")
 cli.add_command(convert_command, "convert")
 
 

@@ -34,9 +34,14 @@ def print_json(**fields: Any) -> None:
     click.echo(json.dumps(fields, indent=2, allow_nan=False))
 
 
+def terminal_width() -> int | None:
+    """Return the width of the terminal; None for a pipe, which gets full names."""
+    return shutil.get_terminal_size().columns if is_terminal() else None
+
+
 def show(found: Ledger | Report, tensors: bool) -> None:
-    """Print a summary and, if `tensors`, a line for every tensor. A pipe gets full names."""
-    width = shutil.get_terminal_size().columns if is_terminal() else None
+    """Print a summary and, if `tensors`, a line for every tensor."""
+    width = terminal_width()
     if tensors:
         click.echo(found.table(width))
     click.echo(found.summary(width or 80))

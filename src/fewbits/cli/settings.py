@@ -19,7 +19,7 @@ def merge_settings(config: Path | None, options: dict[str, Any]) -> Quantization
     if "overrides" in given:
         given["overrides"] = _overrides(given["overrides"])
     if "embeddings" in given:
-        given["embeddings"] = _rule("--embeddings", given["embeddings"])
+        given["embeddings"] = rule_of("--embeddings", given["embeddings"])
     if config is not None:
         return QuantizationConfig.from_file(config).replace(**given)
     if "scheme" not in given:
@@ -41,12 +41,16 @@ def _override(option: str) -> tuple[str, str | dict[str, Any]]:
     pattern, _, rule = option.rpartition("=")
     if not pattern:
         raise ArgumentError(f"--override {option}: write PATTERN=SCHEME, such as lm_head=int8 or lm_head=keep")
-    return pattern, _rule(f"--override {option}", rule)
+    return pattern, rule_of(f"--override {option}", rule)
 
 
-def _rule(where: str, rule: str) -> str | dict[str, Any]:
-    """Parse ``SCHEME`` or ``SCHEME:GROUP_SIZE``."""
-    scheme, colon, size = rule.partition(":")
-    if not scheme or (colon and not size.isdecimal()):
-        raise ArgumentError(f"{where}: write SCHEME or SCHEME:GROUP_SIZE, such as int8 or int4:64, or keep")
-    return {"scheme": scheme, "group_size": int(size)} if colon else scheme
+def rule_of(where: str, rule: str) -> str | dict[str, Any]:
+    """Parse ``SCHEME``, ``SCHEME:GROUP_SIZE`` or ``SCHEME:GROUP_SIZE:SCALE_BITS``."""
+    scheme, *numbers = rule.split(":")
+    if not scheme or len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ArgumentError(
+            f"{where}: write SCHEME, SCHEME:GROUP_SIZE or SCHEME:GROUP_SIZE:SCALE_BITS, such as int8, int4:64 or "
+            "nf4:32:6, or keep"
+        )
+    settings = dict(zip(("group_size", "scale_bits"), map(int, numbers), strict=False))
+    return {"scheme": scheme, **settings} if settings else scheme

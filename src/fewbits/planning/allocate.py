@@ -24,9 +24,9 @@ from fewbits.sources.base import Source
 from fewbits.sources.matching import matched_parameters
 from fewbits.sources.open import open_source
 
-#: What the sum of errors is: without data, and with data, by the kind of divergence.
+#: The meaning of the errors, by the divergence that the data predicts; None: without data.
 _LABELS = {
-    None: "sum of relative squared errors of weights",
+    None: "mean relative squared error of weights",
     "kl": "predicted KL in nats per position",
     "mse": "predicted squared error of outputs, relative",
 }
@@ -51,10 +51,10 @@ def allocate(
 ) -> Allocation:
     """Choose a scheme for every tensor, embeddings and output layers included, so that the error is least.
 
-    Every candidate rounds every weight once. Without data, the error is the sum of the relative squared errors of the
-    weights. With data, it is the divergence of the model's outputs that these errors cause to second order; see
-    `fewbits.calibration.curvature`. The choice is a multiple-choice knapsack problem, solved with a proved gap. The
-    same call gives the same result.
+    Every candidate rounds every weight once. Without data, the error is the mean over all elements of the relative
+    squared errors of their tensors. With data, it is the divergence of the model's outputs that these errors cause, to
+    second order; see `fewbits.calibration.curvature`. The choice is a multiple-choice knapsack problem, solved with a
+    proved gap. The same call gives the same result.
 
     Args:
         source: an `nn.Module`, a state dict, or the path of a checkpoint. It is not changed.
@@ -64,10 +64,12 @@ def allocate(
             needs data, and a model with logits.
         min_sqnr: the least SQNR of every weight in dB; alone, or beside a budget.
         candidates: the schemes to choose from: names such as ``"nf4"``, tables such as
-            ``{"scheme": "int4", "group_size": 64}``, or ``"keep"``. None takes seven, from 2 to 8 bits.
+            ``{"scheme": "int4", "group_size": 64}``, or ``"keep"``. None takes six, from 2 to 8 bits, and
+            ``"keep"``.
         together: layers that get the same scheme, as lists of parts of names. None ties query, key and value, and gate
             and up, because servers join them; an empty list ties nothing. Tied tensors are one tensor.
-        config: other settings: rules that keep tensors or fix their schemes, an observer, a rounding strategy.
+        config: other settings: rules that keep tensors or fix their schemes, an observer, a rounding strategy, the
+            dtype of scales. None stores scales in float16.
         entry: the entry of the source; see `fewbits.quantize`.
         model: with a path, a model with its weights, to run the data.
         data: batches, as for `Quantizer.observe`; one forward and one backward pass each.
@@ -88,16 +90,15 @@ def allocate(
     budget = Budget(bits_per_weight=bits_per_weight, target_size=target_size, max_kl=max_kl, min_sqnr=min_sqnr)
     _check(budget, config, data)
     opened = open_source(source, entry=entry)
-    ledgers = Ledgers.of(
-        source, entry, opened, QuantizationConfig() if config is None else config, parsed_candidates(candidates)
-    )
+    settings = QuantizationConfig(scale_dtype="float16") if config is None else config
+    ledgers = Ledgers.of(source, entry, opened, settings, parsed_candidates(candidates))
     options = Options.of(ledgers, together)
     found = None
     if data is not None:
         found = _measured(opened, options, model, data, forward=forward, samples=samples, progress=progress)
         if max_kl is not None and found.divergence != "kl":
             raise ArgumentError("max_kl needs a model whose output has logits; this one has none")
-    scorer = Scorer(opened, ledgers.base.quantizer(), None if found is None else found.of_weights)
+    scorer = Scorer(opened, ledgers.base.quantizer(), None if found is None else found.of_weights, options.choosable)
     scores = {row.name: scorer.scores(options.rows[row.name]) for row in followed("score", options.firsts, progress)}
     label = _LABELS[None if found is None else found.divergence]
     return Choice(source, entry, ledgers, options, scores).within(budget, label)

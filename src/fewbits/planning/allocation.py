@@ -1,4 +1,4 @@
-"""`Allocation`: a scheme for every tensor, and what it costs."""
+"""`Allocation`: a scheme for every tensor, with its bytes and its error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fewbits.selection.ledger import Ledger
 
 @attrs.frozen
 class Allocated:
-    """What one weight gets.
+    """The scheme of one weight, with its bytes and its error.
 
     Attributes:
         name: the name of the weight.
@@ -48,8 +48,9 @@ class Allocation:
         ledger: the fate of every tensor with these settings, with its exact bytes.
         weights: the weights that have a choice, in the order of the ledger.
         error: the sum of the errors of all weights.
-        label: what the error is.
-        gap: by what share, at most, another choice may have less error, or be smaller if the budget limits the error.
+        label: the meaning of the error.
+        gap: the largest possible distance from the best choice, as a share of the error; of the size, if the budget
+            limits the error.
         curve: the least error for each size.
     """
 

@@ -36,7 +36,7 @@ class Budget:
         min_sqnr: the SQNR that every weight has at least, in dB. Alone, the result is the smallest such one.
 
     Raises:
-        ArgumentError: without a limit, with more than one, or for a value that is none.
+        ArgumentError: without a limit, with more than one, or for a number that is not above 0.
     """
 
     bits_per_weight: float | None = attrs.field(default=None, validator=_is_positive)

@@ -23,12 +23,12 @@ CandidateRule = str | Mapping[str, Any]
 
 #: From about 2 to 8 bits, and the source itself. NF4 with two levels of scales has 4.2 bits.
 DEFAULT_CANDIDATES: tuple[CandidateRule, ...] = (
-    {"scheme": "int2", "group_size": 32, "scale_bits": 6, "scale_dtype": "float16"},
-    {"scheme": "int3", "group_size": 32, "scale_bits": 6, "scale_dtype": "float16"},
-    {"scheme": "nf4", "group_size": 32, "scale_bits": 6, "scale_dtype": "float16"},
-    {"scheme": "int5", "group_size": 32, "scale_bits": 6, "scale_dtype": "float16"},
-    {"scheme": "int6", "group_size": 64, "scale_dtype": "float16"},
-    {"scheme": "int8", "scale_dtype": "float16"},
+    {"scheme": "int2", "group_size": 32, "scale_bits": 6},
+    {"scheme": "int3", "group_size": 32, "scale_bits": 6},
+    {"scheme": "nf4", "group_size": 32, "scale_bits": 6},
+    {"scheme": "int5", "group_size": 32, "scale_bits": 6},
+    {"scheme": "int6", "group_size": 64},
+    "int8",
     "keep",
 )
 
@@ -64,6 +64,12 @@ class Candidate:
             )
         return cls(scheme, fields)
 
+    def with_scales_of(self, config: QuantizationConfig) -> Candidate:
+        """Return the candidate with the dtype of scales that a config has, unless it has its own, or takes none."""
+        if config.scale_dtype is None or not self.makes_codes or not self._takes("scale_dtype"):
+            return self
+        return Candidate(self.scheme, {"scale_dtype": config.scale_dtype, **self.settings})
+
     @property
     def makes_codes(self) -> bool:
         """Whether it is a scheme with codes; otherwise it keeps or casts."""
@@ -86,9 +92,12 @@ class Candidate:
         Raises:
             ArgumentError: if the scheme does not take a setting, or allows no such value.
         """
-        scale_dtype = base.scale_dtype if "scale_dtype" in accepted_arguments(SCHEMES[self.scheme]) else None
+        scale_dtype = base.scale_dtype if self._takes("scale_dtype") else None
         settings = {"group_size": None, "symmetric": None, "scale_bits": None, "scale_dtype": scale_dtype}
         return base.replace(scheme=self.scheme, **{**settings, **self.settings})
+
+    def _takes(self, setting: str) -> bool:
+        return setting in accepted_arguments(SCHEMES[self.scheme])
 
     def derived(self, row: LedgerRow) -> LedgerRow:
         """Return the row of a tensor that this candidate keeps or casts, from its row with another candidate."""
@@ -104,7 +113,7 @@ def parsed_candidates(rules: Iterable[CandidateRule] | None) -> tuple[Candidate,
     """Parse candidates; None gives the default ones.
 
     Raises:
-        ArgumentError: for a candidate that is none, one given twice, or no scheme with codes.
+        ArgumentError: for a malformed candidate, a candidate given twice, or a list without a scheme with codes.
     """
     if isinstance(rules, (str, Mapping)):
         raise ArgumentError(f"candidates must be a list, such as [{rules!r}, 'int8'], not {rules!r}")
@@ -148,6 +157,7 @@ class Ledgers:
         Raises:
             FewbitsError: as `Quantizer.prepare`.
         """
+        found = [candidate.with_scales_of(config) for candidate in found]
         choosable = any(is_embedding(info) and info.obstacle is None for info in opened.infos)
         if choosable and config.embeddings is None:
             config = config.replace(embeddings="quantize")

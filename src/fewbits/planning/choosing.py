@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -44,7 +44,7 @@ class Options:
         """Find the weights whose rows differ between candidates, and group them; see `groups_of`.
 
         Raises:
-            ArgumentError: if there is none.
+            ArgumentError: if no weight has a choice.
             SelectionError: as `groups_of`.
         """
         all_rows = {row.name: ledgers.rows(row.name) for row in ledgers.any.stored}
@@ -60,9 +60,14 @@ class Options:
         return [next((row for row in rows if row.layout is not None), rows[0]) for rows in self.rows.values()]
 
     @property
+    def choosable(self) -> int:
+        """The number of elements of the weights that have a choice."""
+        return sum(math.prod(row.shape) for row in self.firsts)
+
+    @property
     def elements(self) -> int:
         """The number of elements of all tensors."""
-        return sum(math.prod(row.shape) for row in [*self.kept, *self.firsts])
+        return self.choosable + sum(math.prod(row.shape) for row in self.kept)
 
 
 @attrs.frozen(eq=False)
@@ -87,7 +92,7 @@ class Choice:
 
         Args:
             budget: the budget.
-            label: what the errors are.
+            label: the meaning of the errors.
 
         Raises:
             ArgumentError: if the budget cannot be met.
@@ -151,12 +156,12 @@ class Choice:
         base = counts.most_common(1)[0][0] if counts else next(iter(self.ledgers.of_codes))
         with_base = self.ledgers.of_codes[base]
         config = candidates[base].config(self.ledgers.base)
-        patterns = _patterns([row.name for row in with_base])
-        own = {
-            patterns[name]: candidates[number].rule if self.options.rows[name][number].spec is not None else "keep"
-            for name, number in chosen.items()
-            if self.options.rows[name][number].spec != with_base[name].spec
-        }
+        own = {}
+        # Of several patterns that match, the last one wins: the longer name.
+        for name, pattern in sorted(_patterns(chosen, with_base).items(), key=lambda pair: pair[0].count(".")):
+            spec = self.options.rows[name][chosen[name]].spec
+            if spec != with_base[name].spec or _is_within(name, chosen):
+                own[pattern] = "keep" if spec is None else candidates[chosen[name]].rule
         return config.replace(overrides={**config.overrides, **own})
 
     def _check_ledger(self, ledger: Ledger, chosen: Mapping[str, int]) -> None:
@@ -179,8 +184,16 @@ class Choice:
                 yield Allocated(row.name, label, elements, row.bytes_after, sqnr_db, score.error)
 
 
-def _patterns(names: Sequence[str]) -> dict[str, str]:
-    """Return a pattern for each name that matches no other name."""
-    ends = Counter(".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts)))
-    plain = {name: name for name in names if ends[name] == 1 and not re.search(r"[*?]|^re:|^\.|\.\.|\.$", name)}
-    return {name: plain.get(name, "re:" + re.escape(name)) for name in names}
+def _patterns(names: Iterable[str], ledger: Ledger) -> dict[str, str]:
+    """Return a pattern for each name: the name, or a regular expression where the name would match others too."""
+    runs: Counter[str] = Counter()
+    for row in ledger:
+        parts = row.name.split(".")
+        runs.update({".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)})
+    plain = {name for name in names if runs[name] == 1 and not re.search(r"[*?]|^re:|^\.|\.\.|\.$", name)}
+    return {name: name if name in plain else "re:" + re.escape(name) for name in names}
+
+
+def _is_within(name: str, names: Container[str]) -> bool:
+    """Whether the name of a tensor is the path of the module that holds this one; a pattern matches both."""
+    return name.rpartition(".")[0] in names

@@ -38,7 +38,7 @@ class Curve:
 
     Attributes:
         points: by rising size.
-        label: what the error is.
+        label: the meaning of the error.
         chosen: the size and error of the allocation.
     """
 
@@ -53,7 +53,7 @@ class Curve:
         Args:
             problem: the sizes and errors of the options.
             kept: the bytes of all other tensors.
-            label: what the error is.
+            label: the meaning of the error.
             chosen: the size and error of the allocation.
         """
         steps = Steps.of(problem)

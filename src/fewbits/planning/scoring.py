@@ -30,7 +30,7 @@ class Score:
 
     Attributes:
         error: the divergence of the outputs that it causes; without data, the squared error as a share of the squared
-            weights.
+            weights, times the tensor's share of all elements.
         sqnr_db: SQNR of the weights in dB; inf if they stay as they are.
     """
 
@@ -57,6 +57,7 @@ class Scorer:
         source: where the tensors come from.
         quantizer: the strategies.
         curvatures: of the weights, by name; None without data.
+        elements: the number of elements of all weights.
 
     Raises:
         CalibrationError: if the observer of weights needs data.
@@ -65,6 +66,7 @@ class Scorer:
     source: Source
     quantizer: Quantizer
     curvatures: Mapping[str, Curvature] | None
+    elements: int
 
     def __attrs_post_init__(self) -> None:
         if self.quantizer.observer.needs_data:
@@ -88,7 +90,8 @@ class Scorer:
                 noise = found[row.spec]
                 noise.noise += _sum(difference.double().square_())
                 noise.error += 0.0 if curvature is None else curvature.error(difference, chunk.rows[0])
-        return [self._score(signal, found[row.spec], curvature) for row in rows]
+        share = math.prod(whole.shape) / self.elements
+        return [self._score(signal, found[row.spec], share if curvature is None else None) for row in rows]
 
     def _chunks(self, row: LedgerRow, specs: Iterable[Spec | None]) -> Iterable[Chunk]:
         """Cut a tensor into chunks of rows, unless a spec has one scale for all rows."""
@@ -106,9 +109,9 @@ class Scorer:
         return value.dequantize(torch.float32) if isinstance(value, QuantizedTensor) else value
 
     @staticmethod
-    def _score(signal: float, noise: _Noise, curvature: Curvature | None) -> Score:
-        relative = noise.noise / signal if signal else 0.0
-        error = relative if curvature is None else noise.error
+    def _score(signal: float, noise: _Noise, share: float | None) -> Score:
+        """Score one candidate; without curvature, by the tensor's share of all elements."""
+        error = noise.error if share is None else share * noise.noise / signal if signal else 0.0
         return Score(error, math.inf if not noise.noise else sqnr_db(signal, noise.noise))
 
 

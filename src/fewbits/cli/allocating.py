@@ -1,0 +1,135 @@
+"""``fewbits allocate``: choose a scheme for every tensor under a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fewbits.cli.printing import print_json, terminal_width
+from fewbits.cli.progress import shown_progress
+from fewbits.cli.settings import rule_of
+from fewbits.config.config import QuantizationConfig
+from fewbits.errors import ArgumentError
+from fewbits.integrations.transformers_calibration import SAMPLES, SEQUENCE, Windows, load_directory
+from fewbits.planning.allocate import allocate
+from fewbits.planning.allocation import Allocation
+
+_path = click.Path(path_type=Path)
+
+
+@click.command(short_help="Choose a scheme for every tensor under a budget.")
+@click.argument("source", metavar="IN", type=_path)
+@click.option("-o", "--output", metavar="FILE", type=_path, required=True, help="Settings to write, .toml or .json.")
+@click.option("--bits-per-weight", type=float, metavar="N", help="Budget: the bits of all tensors over all elements.")
+@click.option("--target-size", metavar="SIZE", help="Budget: the bytes of all tensors, such as 2GB.")
+@click.option("--max-kl", type=float, metavar="NATS", help="Budget: the predicted KL; it needs --calibrate.")
+@click.option("--min-sqnr", type=float, metavar="DB", help="The least SQNR of every weight; alone, or with a budget.")
+@click.option(
+    "--candidate",
+    "candidates",
+    multiple=True,
+    metavar="SCHEME",
+    help="A scheme to choose from: int8, int4:64 (groups of 64), nf4:32:6 (scales of 6 bits), or keep. Repeatable; by "
+    "default six schemes from 2 to 8 bits, and keep.",
+)
+@click.option("--untied", is_flag=True, help="Allow query, key and value, or gate and up, to get different schemes.")
+@click.option("--config", type=_path, metavar="FILE", help="Other settings in TOML or JSON: rules, scale_dtype.")
+@click.option("--entry", metavar="NAME", help="The state dict in a training checkpoint; A.B for B in A.")
+@click.option(
+    "--calibrate",
+    "text",
+    metavar="TEXT",
+    help="Predict the error of the model's outputs on a text file, a directory of text files, or self, for text that "
+    "the model writes. IN is the directory of a transformers model.",
+)
+@click.option("--samples", type=int, metavar="N", help=f"Windows of text for --calibrate; {SAMPLES} by default.")
+@click.option("--sequence", type=int, metavar="N", help=f"Tokens in each window; {SEQUENCE} by default.")
+@click.option("--curve", type=_path, metavar="FILE", help="Also write the error for every size: .svg, or .json.")
+@click.option("--tensors", is_flag=True, help="Print a line for every weight, not only the summary.")
+@click.option("--replace", is_flag=True, help="Replace files that exist.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and progress as JSON events.")
+def allocate_command(
+    source: Path,
+    output: Path,
+    config: Path | None,
+    curve: Path | None,
+    candidates: tuple[str, ...],
+    tensors: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    r"""Choose a scheme for every tensor of the checkpoint IN, so that the error is least under a budget.
+
+    FILE can be read and edited, and is the --config of fewbits quantize. The size of the result is known to the byte.
+
+    \b
+    For example:
+      fewbits allocate DIR -o plan.toml --bits-per-weight 4.5 --calibrate text.txt
+      fewbits quantize DIR -o OUT --config plan.toml --rounding qronos --calibrate text.txt
+    """
+    replace = options.pop("replace")
+    _check_new(output, replace, (".toml", ".json"))
+    if curve is not None:
+        _check_new(curve, replace, (".svg", ".json"))
+    text = {name: options.pop(name) for name in ("text", "samples", "sequence")}
+    if options.pop("untied"):
+        options["together"] = []
+    if config is not None:
+        options["config"] = QuantizationConfig.from_file(config)
+    if candidates:
+        options["candidates"] = [rule_of(f"--candidate {candidate}", candidate) for candidate in candidates]
+    with shown_progress(as_json=as_json, quiet=quiet) as progress:
+        data = _data(source, progress, **text)
+        allocation = allocate(source, progress=progress, **data, **options)
+    allocation.save(output, replace=replace)
+    if curve is not None:
+        write_curve(allocation, curve)
+    if as_json:
+        print_json(output=str(output), **allocation.to_dict())
+        return 0
+    if tensors:
+        click.echo(allocation.table(terminal_width()))
+    click.echo(allocation.summary())
+    click.echo(f"written: {output}; use it with: fewbits quantize {source} -o OUT --config {output}")
+    return 0
+
+
+def write_curve(allocation: Allocation, path: Path) -> None:
+    """Write the curve of an allocation as a drawing or as JSON, by the suffix of the path.
+
+    Raises:
+        ArgumentError: if the file cannot be written.
+    """
+    curve = allocation.curve
+    try:
+        path.write_text(curve.to_svg() if path.suffix == ".svg" else curve.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _check_new(path: Path, replace: bool, suffixes: tuple[str, ...]) -> None:
+    """Refuse a file that exists, or cannot be written, before the work begins."""
+    if path.suffix not in suffixes:
+        raise ArgumentError(f"{path}: the name must end in {' or '.join(suffixes)}")
+    if path.exists() and not replace:
+        raise ArgumentError(f"{path} exists; pass --replace to replace it, or choose another name")
+    if not path.parent.is_dir():
+        raise ArgumentError(f"{path.parent} is not a directory; create it first")
+
+
+def _data(source: Path, progress: Any, text: str | None, samples: int | None, sequence: int | None) -> dict[str, Any]:
+    """Return the arguments of `allocate` for text."""
+    if text is None:
+        if samples is not None or sequence is not None:
+            raise click.UsageError(f"--{'sequence' if samples is None else 'samples'} needs --calibrate TEXT.")
+        return {}
+    windows = Windows(
+        text,
+        samples=SAMPLES if samples is None else samples,
+        sequence=SEQUENCE if sequence is None else sequence,
+    )
+    return windows.arguments(load_directory(source), progress)
