@@ -152,7 +152,7 @@ def with_peer(contender: Contender, task: Task) -> Models:
     yield "", model, next(bits for start, bits in PEER_BITS.items() if contender.name.startswith(start))
 
 
-def _llamacpp(name: str, layer: nn.Linear) -> nn.Linear:
+def llamacpp_layer(name: str, layer: nn.Linear) -> nn.Linear:
     """Quantize with ggml, and dequantize: llama.cpp itself would round inputs to 8 bits too."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
@@ -169,7 +169,7 @@ def with_q4_k_m(task: Task) -> Models:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and not any(fnmatch(name, pattern) for pattern in task.kept):
             kind = llamacpp.q4_k_m(name, module.in_features, int(name.split(".")[2]), blocks)
-            module.weight.data = _llamacpp(kind, module).weight.data
+            module.weight.data = llamacpp_layer(kind, module).weight.data
             bits, count = bits + llamacpp.TYPES[kind].bits * module.weight.numel(), count + module.weight.numel()
     yield "", model, bits / count
 
@@ -183,7 +183,7 @@ def _with_layer(contender: Contender) -> Contender:
     """Give llama.cpp's formats a layer to run."""
     if contender.package != llamacpp.PACKAGE:
         return contender
-    return attrs.evolve(contender, build=partial(_llamacpp, contender.name.removeprefix("llama.cpp ")))
+    return attrs.evolve(contender, build=partial(llamacpp_layer, contender.name.removeprefix("llama.cpp ")))
 
 
 def measure(report: Report, task: Task, makers: Mapping[str, Callable[[Task], Models]]) -> None:

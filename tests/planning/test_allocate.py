@@ -165,12 +165,13 @@ def test_a_limit_of_kl_is_met_with_the_fewest_bytes(seed, limit):
     source, data = model(seed), tokens()
     plan = fewbits.allocate(source, max_kl=limit, data=data)
     assert plan.error <= limit
-    smaller = fewbits.allocate(source, target_size=plan.ledger.bytes_after - 1, data=data)
-    assert smaller.error > limit
+    if plan.ledger.bytes_after > plan.curve.points[0].bytes:
+        smaller = fewbits.allocate(source, target_size=plan.ledger.bytes_after - 1, data=data)
+        assert smaller.error > limit
 
 
 @settings(max_examples=8)
-@given(st.integers(0, 2**32), st.floats(12, 45))
+@given(st.integers(0, 2**32), st.floats(12, 32))
 def test_every_weight_has_the_least_sqnr(seed, least):
     plan = fewbits.allocate(model(seed), min_sqnr=least)
     assert all(one.sqnr_db is None or one.sqnr_db >= least for one in plan.weights)
@@ -180,10 +181,35 @@ def test_every_weight_has_the_least_sqnr(seed, least):
 
 def test_rules_of_the_user_stay():
     config = fewbits.QuantizationConfig(exclude=["blocks.0"], overrides={"blocks.1.q_proj": "int8"})
-    plan = fewbits.allocate(model(), bits_per_weight=12, config=config, together=[])
+    plan = fewbits.allocate(model(), bits_per_weight=24, config=config, together=[])
     assert plan.ledger["blocks.0.q_proj.weight"].fate == "kept"
     assert plan.ledger["blocks.1.q_proj.weight"].spec.bits == 8
     assert not {"blocks.0.q_proj.weight", "blocks.1.q_proj.weight"} & {one.name for one in plan.weights}
+
+
+@pytest.mark.parametrize("rule", ["keep", "int8"])
+def test_a_rule_for_embeddings_stays(rule):
+    plan = fewbits.allocate(model(), bits_per_weight=24, config=fewbits.QuantizationConfig(embeddings=rule))
+    assert "embed.weight" not in {one.name for one in plan.weights}
+    assert plan.ledger["embed.weight"].fate == {"keep": "kept", "int8": "quantized"}[rule]
+
+
+def test_a_rule_for_the_output_layer_fixes_the_shared_embedding():
+    config = fewbits.QuantizationConfig(overrides={"head": "int8"})
+    plan = fewbits.allocate(model(), bits_per_weight=24, config=config)
+    assert "embed.weight" not in {one.name for one in plan.weights}
+    assert plan.ledger["embed.weight"].spec.bits == 8
+
+
+def test_casts_are_candidates_and_leave_vectors_alone():
+    plan = fewbits.allocate(model(), min_sqnr=60, candidates=["int4", "fp16"])
+    assert {one.scheme for one in plan.weights} == {"fp16"}
+    assert plan.ledger["blocks.0.norm.weight"].fate == "kept"
+
+
+def test_a_budget_below_the_tensors_without_a_choice_is_refused():
+    with pytest.raises(ArgumentError, match="without a choice"):
+        fewbits.allocate(model(), bits_per_weight=4, config=fewbits.QuantizationConfig(exclude=["blocks.0"]))
 
 
 @settings(max_examples=8)
@@ -224,7 +250,7 @@ def test_a_weight_that_no_output_depends_on_gets_the_curvature_of_the_others(cap
 def test_every_default_candidate_can_be_chosen():
     for rule in DEFAULT_CANDIDATES:
         if rule != "keep":
-            plan = fewbits.allocate(model(), target_size="1GB", candidates=[rule])
+            plan = fewbits.allocate(model(), min_sqnr=0.1, candidates=[rule, "keep"])
             assert {one.scheme for one in plan.weights} == {Candidate.of(rule).label}
 
 
@@ -242,7 +268,7 @@ class Plain(nn.Linear):
         ({"bits_per_weight": "4"}, ArgumentError, "above 0"),
         ({"target_size": "4 bits"}, ArgumentError, "target_size"),
         ({"bits_per_weight": 1}, ArgumentError, "raise the budget"),
-        ({"bits_per_weight": 64}, SelectionError, "nothing is left"),
+        ({"bits_per_weight": 64}, ArgumentError, "nothing to quantize"),
         ({"max_kl": 0.1}, ArgumentError, "needs data"),
         ({"max_kl": 1e-30, "candidates": ["int2", "int3"], "data": []}, CalibrationError, "no batch"),
         ({"min_sqnr": 90, "candidates": ["int8", "nf4"]}, ArgumentError, "add 'int8' or 'keep'"),

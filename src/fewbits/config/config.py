@@ -49,7 +49,7 @@ VERSION = 1
 RUN_SETTINGS = ("samples", "fail_under", "on_failure")
 
 _SCHEME_SETTINGS = ("group_size", "symmetric", "activations", "scale_dtype", "scale_bits", "ragged", "skip_types")
-_RULES = tuple(accepted_arguments(LayerSelector))
+_RULES = accepted_arguments(LayerSelector)
 
 #: The name of an observer, or a table with its ``name`` and its arguments.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ def make_named(setting: str, recipe: str | Mapping[str, Any], classes: Mapping[s
     arguments: dict[str, Any] = {"name": recipe} if isinstance(recipe, str) else dict(recipe)
     name = checked_name(setting, arguments.pop("name", None), classes)
     cls = classes[name]
-    known = accepted_arguments(cls)
+    known = accepted_arguments(cls)  # type: ignore[arg-type]  # mypy takes no class with a type variable for hashable
     for argument in arguments:
         if argument not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
@@ -54,11 +55,12 @@ def make_named(setting: str, recipe: str | Mapping[str, Any], classes: Mapping[s
     return cls(**arguments)
 
 
-def accepted_arguments(cls: type) -> list[str]:
+@functools.cache
+def accepted_arguments(cls: type) -> tuple[str, ...]:
     """Return the names of the arguments that a class, or a base class through ``**kwargs``, takes in `__init__`."""
     known: dict[str, None] = {}
     for base in cls.__mro__[:-1]:
         if "__init__" in vars(base):
             parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
             known.update((p.name, None) for p in parameters if p.kind is not p.VAR_KEYWORD)
-    return list(known)
+    return tuple(known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -14,6 +15,7 @@ from fewbits.numerics.spec import SPECS, CastSpec, spec_of_scheme
 from fewbits.observers.named import accepted_arguments
 from fewbits.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger
+from fewbits.selection.patterns import Pattern
 from fewbits.selection.row import LedgerRow
 from fewbits.selection.rules import is_embedding
 from fewbits.sources.base import Source
@@ -126,7 +128,7 @@ def parsed_candidates(rules: Iterable[CandidateRule] | None) -> tuple[Candidate,
     return found
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)
 class Ledgers:
     """The ledger of a source with each candidate.
 
@@ -134,11 +136,13 @@ class Ledgers:
         base: the settings that all candidates share.
         candidates: the candidates.
         of_codes: the ledgers of the candidates with codes, by the number of the candidate.
+        fixed: names of tensors whose scheme a rule of the user fixes.
     """
 
     base: QuantizationConfig
     candidates: Sequence[Candidate]
     of_codes: Mapping[int, Ledger]
+    fixed: frozenset[str]
 
     @classmethod
     def of(
@@ -158,12 +162,18 @@ class Ledgers:
             FewbitsError: as `Quantizer.prepare`.
         """
         found = [candidate.with_scales_of(config) for candidate in found]
-        choosable = any(is_embedding(info) and info.obstacle is None for info in opened.infos)
-        if choosable and config.embeddings is None:
+        embeddings = [info for info in opened.infos if is_embedding(info) and info.obstacle is None]
+        patterns = [Pattern(text) for text in config.overrides]
+        fixed = {info.name for info in opened.infos if any(pattern.matches(info.name) for pattern in patterns)}
+        # A rule for embeddings would contradict that of an output layer with the same storage.
+        elsewhere = {info.storage for info in opened.infos if info.name in fixed}
+        if config.embeddings is not None:
+            fixed.update(info.name for info in embeddings)
+        elif embeddings and all(info.name in fixed or info.storage not in elsewhere for info in embeddings):
             config = config.replace(embeddings="quantize")
         coded = {number: candidate for number, candidate in enumerate(found) if candidate.makes_codes}
         plans = {number: planned(source, entry, one.config(config)) for number, one in coded.items()}
-        return cls(config, found, plans)
+        return cls(config, found, plans, frozenset(fixed))
 
     @property
     def any(self) -> Ledger:
@@ -173,11 +183,18 @@ class Ledgers:
     def rows(self, name: str) -> list[LedgerRow]:
         """Return the row of a stored tensor with each candidate."""
         planned_rows = {number: ledger[name] for number, ledger in self.of_codes.items()}
-        coded = next((row for row in planned_rows.values() if row.spec is not None), self.any[name])
+        coded = next((row for row in planned_rows.values() if row.spec is not None), None)
+        if coded is None or not self.fixed.isdisjoint(self._names[name]):
+            return [self.any[name]] * len(self.candidates)
         return [
             planned_rows[number] if number in planned_rows else candidate.derived(coded)
             for number, candidate in enumerate(self.candidates)
         ]
+
+    @cached_property
+    def _names(self) -> Mapping[str, list[str]]:
+        """All names of each stored tensor."""
+        return self.any.names_by_holder()
 
 
 def planned(source: object, entry: str | None, config: QuantizationConfig) -> Ledger:

@@ -101,6 +101,11 @@ class Choice:
         possible = allowed(problem, self._least_sqnr(), budget)
         self._check_possible(possible)
         kept, room = sum(row.bytes_after for row in self.options.kept), budget.bytes_for(self.options.elements)
+        if room is not None and room < kept:
+            raise ArgumentError(
+                f"the tensors without a choice have {kept:,} bytes, and the budget allows {room:,}; raise the budget, "
+                "or give the config fewer rules that keep tensors"
+            )
         solution = budget.solved(possible, None if room is None else room - kept)
         pairs = zip(self.options.groups, solution.choice.tolist(), strict=True)
         chosen = {name: number for group, number in pairs for name in group}
@@ -152,6 +157,8 @@ class Choice:
     def _config(self, chosen: Mapping[str, int]) -> QuantizationConfig:
         """Write the choice as settings: the most frequent scheme for all, and the others as overrides."""
         candidates = self.ledgers.candidates
+        if all(self.options.rows[name][number].spec is None for name, number in chosen.items()):
+            raise ArgumentError("within this budget every tensor keeps its dtype: there is nothing to quantize")
         counts = Counter(number for number in chosen.values() if candidates[number].makes_codes)
         base = counts.most_common(1)[0][0] if counts else next(iter(self.ledgers.of_codes))
         with_base = self.ledgers.of_codes[base]
