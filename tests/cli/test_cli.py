@@ -91,7 +91,7 @@ def test_inspect_prints_how_the_outputs_of_the_model_compare_if_the_file_says_so
     model, batches = torch.nn.Linear(64, 16), [torch.randn(8, 64)]
     result = fewbits.quantize(model, "int8", evaluate=batches, metrics=["kl", "sqnr"])
     result.save("out")
-    printed, weight = cli("inspect", "out")[1], result.report.tensors[0]
+    printed, weight = " ".join(cli("inspect", "out")[1].split()), result.report.tensors[0]
     assert f"positions 8, broken 0, kl {result.report.model.figures['kl']:.6g}" in printed
     assert f"output SQNR of 1 weights on data: least {weight.output_sqnr_db:.2f} dB (weight)" in printed
     inspected = json.loads(cli("inspect", "out", "--json")[1])
@@ -557,7 +557,7 @@ def test_an_interruption_that_leaves_work_says_how_to_continue(cli, folder, monk
         if step.done:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewbits.cli.commands.shown_progress", lambda **_: contextlib.nullcontext(interrupt))
+    monkeypatch.setattr("fewbits.cli.quantizing.shown_progress", lambda **_: contextlib.nullcontext(interrupt))
     code, out, err = cli(*QUANTIZE)
     assert (code, out) == (2, "")
     assert err.startswith("fewbits: interrupted; finished work is kept: continue with --resume")
@@ -569,7 +569,9 @@ def test_an_interrupted_check_names_the_written_file_and_the_command_to_check_it
         if step.activity == "validate":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewbits.cli.commands.shown_progress", lambda **_: contextlib.nullcontext(interrupt_the_check))
+    monkeypatch.setattr(
+        "fewbits.cli.quantizing.shown_progress", lambda **_: contextlib.nullcontext(interrupt_the_check)
+    )
     code, _, err = cli(*QUANTIZE)
     assert code == 2
     assert err == ("fewbits: interrupted; out is complete, but not verified yet: fewbits verify out --against in\n")
