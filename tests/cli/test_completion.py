@@ -100,6 +100,7 @@ def environment(tmp_path):
     return {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
 
 
+@pytest.mark.slow
 def test_the_program_answers_a_shell(environment):
     words = {"COMP_WORDS": "fewbits quantize --rounding q", "COMP_CWORD": "3", COMPLETE_VARIABLE: "bash_complete"}
     done = subprocess.run(["fewbits"], env=environment | words, capture_output=True, text=True, timeout=120)

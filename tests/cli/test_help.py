@@ -76,10 +76,8 @@ def test_every_option_of_quantize_stands_under_one_of_five_headings(monkeypatch)
     headings = re.findall(r"^(\w[\w ]+):$", text[1] + text[2], re.MULTILINE)
     assert tuple(headings) == HEADINGS
     shown = re.findall(r"^  (-\S+)", text[2], re.MULTILINE)
-    first = [
-        option.get_help_record(context("fewbits quantize"))[0].split()[0] for option in options_of("fewbits quantize")
-    ]
-    assert sorted(shown) == sorted(first)
+    records = [option.get_help_record(context("fewbits quantize")) for option in options_of("fewbits quantize")]
+    assert sorted(shown) == sorted(names.split()[0] for names, _ in records)
     last = text[2].partition("\nRunning:\n")[2]
     assert "--json" in last
     assert "--help" in last

@@ -18,7 +18,7 @@ from fewbits.validation.tensors import WARNING_DB
 #: Smaller groups spend more on scales than on the quality of codes.
 _LEAST_GROUP = 32
 
-#: Schemes that lose less in about the same bytes, or in few more.
+#: For each scheme the next one that loses less, in about the same bytes if there is such a one.
 _BETTER = {
     "int2": "int3",
     "int3": "int4",
@@ -28,7 +28,7 @@ _BETTER = {
     "int5": "int6",
     "int6": "int7",
     "int8-tensor": "int8",
-    "int8": "fp8",
+    "int8": "fp16",
     "fp8": "fp16",
 }
 
@@ -73,7 +73,8 @@ class Advisor:
         _, name, spec, _ = judged[0]
         if poor and (len(poor) == 1 < len(judged) or not self._is_own(spec)):
             better = "int8" if spec.bits < 8 else "fp16"
-            reason = f"it is the only tensor below {WARNING_DB:g} dB" if len(poor) == 1 else "it is the least"
+            limit = max(WARNING_DB, self.settings.fail_under)
+            reason = f"it alone is below {limit:g} dB" if len(poor) == 1 else "no tensor is worse"
             return f"--override {_pattern(name)}={better}, because {reason}"
         return self._for_all(spec)
 
@@ -89,7 +90,7 @@ class Advisor:
         if spec.group_size is not None and spec.group_size > _LEAST_GROUP and scheme != "mxfp4":
             return f"--group-size {max(spec.group_size // 2, _LEAST_GROUP)}, because scales fit smaller groups better"
         if self.format in (None, FewbitsFormat.name) and (better := _BETTER.get(scheme)):
-            return f"--scheme {better}, which loses less than {scheme}"
+            return f"--scheme {better}, which often loses less than {scheme}"
         return None
 
     def _rounding(self) -> str | None:
