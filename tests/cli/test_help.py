@@ -3,17 +3,15 @@
 import itertools
 import re
 import shlex
-from pathlib import Path
 
 import click
 import pytest
 
 from fewbits.cli.commands import cli
-from fewbits.cli.help import Command, Group
+from fewbits.cli.help import Command
 from fewbits.cli.options import HEADINGS
 
 COMMANDS = {"fewbits": cli, **{f"fewbits {name}": command for name, command in cli.commands.items()}}
-GUIDE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
 
 def context(name):
@@ -102,7 +100,3 @@ def test_every_option_says_its_values_and_its_effect():
         for option in options_of(f"fewbits {name}"):
             assert option.help.endswith("."), (name, option.opts)
             assert option.is_flag or option.metavar, (name, option.opts)
-
-
-def test_commands_and_groups_take_their_examples():
-    assert all(isinstance(command, (Command, Group)) for command in COMMANDS.values())

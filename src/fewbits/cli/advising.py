@@ -1,4 +1,4 @@
-"""What to try after a poor result of ``fewbits quantize``: one line that fits the options of the run."""
+"""Advice after a poor result of ``fewbits quantize``: one line that fits the options of the run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Advisor:
     format: str | None = None
 
     def advice(self, report: Report, *, missed: bool = False) -> str | None:
-        """Say what to try next.
+        """Advise on the next run.
 
         Args:
             report: the report on the result.
@@ -95,7 +95,7 @@ class Advisor:
 
     def _rounding(self) -> str | None:
         if not self.calibrated and _is_transformers(self.source):
-            return "--calibrate TEXT --rounding qronos, which fits codes to what the layers see"
+            return "--calibrate TEXT --rounding qronos, which fits codes to the inputs of layers"
         if isinstance(self.settings.quantizer().rounding, RoundToNearest):
             strategy = "qronos" if self.calibrated else "scale-search"
             return f"--rounding {strategy}, which loses less than plain rounding at the same size"
@@ -113,5 +113,5 @@ def _pattern(name: str) -> str:
 
 
 def _is_transformers(path: Path) -> bool:
-    """Whether a directory has what calibration with text needs."""
+    """Whether a directory has the files that calibration with text needs."""
     return (path / "config.json").is_file() and any(path.glob("tokenizer*"))

@@ -28,7 +28,7 @@ from fewbits.formats.registry import open_quantized
     cls=Command,
     short_help="Show the contents of a result.",
     examples=(
-        ("what is stored how, and how large it is", "fewbits inspect small.safetensors"),
+        ("the scheme and the size of all tensors", "fewbits inspect small.safetensors"),
         ("a line for every tensor of a checkpoint of another tool", "fewbits inspect DIR --tensors"),
     ),
 )

@@ -29,11 +29,11 @@ FAILED, BAD_USAGE, NOT_READ = 1, 2, 141
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     examples=(
-        ("what would be written", "fewbits quantize model.safetensors --scheme int8 --dry-run"),
-        ("write it, and check it", "fewbits quantize model.safetensors -o small.safetensors --scheme int8"),
-        ("what a result holds", "fewbits inspect small.safetensors"),
-        ("check a result again", "fewbits verify small.safetensors --against model.safetensors"),
-        ("the help of a command", "fewbits quantize --help"),
+        ("plan a run, and write nothing", "fewbits quantize model.safetensors --scheme int8 --dry-run"),
+        ("write a smaller copy, and check it", "fewbits quantize model.safetensors -o small.safetensors --scheme int8"),
+        ("show a result", "fewbits inspect small.safetensors"),
+        ("check it again", "fewbits verify small.safetensors --against model.safetensors"),
+        ("show the help of a command", "fewbits quantize --help"),
     ),
 )
 @click.version_option(__version__, prog_name=PROGRAM)

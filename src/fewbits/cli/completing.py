@@ -10,7 +10,7 @@ from fewbits.cli.options import json_option
 from fewbits.cli.printing import print_json
 
 PROGRAM = "fewbits"
-#: The script starts the program with this variable, which holds the shell and what to do.
+#: The script starts the program with this variable, which names the shell.
 COMPLETE_VARIABLE = "_FEWBITS_COMPLETE"
 
 _SHELLS: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}

@@ -92,7 +92,7 @@ def show_result(
         tensors: whether to print a line for every tensor.
         as_json: print JSON.
         exported: the same checkpoint in the format of another tool, which is then the output.
-        advice: what to try next.
+        advice: the advice on the next run.
     """
     report, quantizer = result.report, result.quantizer
     if as_json:

@@ -45,7 +45,7 @@ from fewbits.schemes import SCHEMES
 _what, _how, _output, _running = map(options_under, (WHAT, HOW, OUTPUT, RUNNING))
 
 _EXAMPLES = (
-    ("print what would be written, and write nothing", "fewbits quantize model.safetensors --scheme int8 --dry-run"),
+    ("plan a run, and write nothing", "fewbits quantize model.safetensors --scheme int8 --dry-run"),
     ("8 bits, one file", "fewbits quantize model.safetensors -o small.safetensors --scheme int8"),
     (
         "4 bits in smaller groups, the last layer in 8 bits",
