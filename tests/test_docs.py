@@ -18,16 +18,14 @@ import re
 import shlex
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from fewbits.cli import main
 from support import interchange
+from support.markdown import blocks
 from test_architecture import ROOMS
 
 if sys.version_info >= (3, 11):
@@ -41,34 +39,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 # Set-up commands, not run here: they need a network or would start the tests again.
 NOT_RUN = ("pip install", "python -m pip install", "python -m venv", "git clone", "make", "cd fewbits")
 
-FENCE = re.compile(r"\s*(?P<ticks>`{3,}|~{3,})\s*(?P<language>[^`\s]*)")
 EXIT_CODE = re.compile(r"\s*#\s*exit code (\d+)\s*$")
 #: Printed by slow machines only.
 PROGRESS = re.compile(r"fewbits: (convert|validate) \d+ %")
-
-
-class Block(NamedTuple):
-    """A fenced block: `line` is the number of the first line inside the fence."""
-
-    language: str
-    line: int
-    source: str
-
-
-def blocks(text: str) -> Iterator[Block]:
-    """The fenced blocks of a Markdown text, in order."""
-    opened, start, body = None, 0, []
-    for number, line in enumerate(text.splitlines(), 1):
-        if opened is None:
-            opened = FENCE.match(line)
-            start, body = number + 1, []
-        elif line.strip() == opened["ticks"]:
-            yield Block(opened["language"], start, textwrap.dedent("\n".join(body)))
-            opened = None
-        else:
-            body.append(line)
-    if opened is not None:
-        raise ValueError(f"the fence opened on line {start - 1} is never closed")
 
 
 def is_not_run(command: str) -> bool:
