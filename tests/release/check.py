@@ -100,9 +100,9 @@ def package_files() -> set[str]:
 
 def wheel_complaints(names: Iterable[str]) -> list[str]:
     """A wheel has the package, its license and metadata, and nothing else."""
-    info = f"fewbits-{version()}.dist-info/"
+    info, names = f"fewbits-{version()}.dist-info/", set(names)
     own = {name for name in names if not name.startswith(info)}
-    missing = {*package_files(), f"{info}licenses/LICENSE", f"{info}entry_points.txt", "fewbits/py.typed"} - set(names)
+    missing = {*package_files(), f"{info}licenses/LICENSE", f"{info}entry_points.txt", "fewbits/py.typed"} - names
     complaints = [f"the wheel lacks {name}" for name in sorted(missing)]
     return complaints + [f"the wheel has {name}" for name in sorted(own - package_files())]
 
@@ -110,9 +110,9 @@ def wheel_complaints(names: Iterable[str]) -> list[str]:
 def sdist_complaints(names: Iterable[str]) -> list[str]:
     """An sdist has all sources, and no product of a build."""
     wanted = {*OF_SOURCE, *(f"src/{name}" for name in package_files())}
-    complaints = [f"the sdist lacks {name}" for name in sorted(wanted - set(names))]
-    products = {"build", "dist", ".venv", "__pycache__"}
-    return complaints + [f"the sdist has {name}" for name in names if products & set(PurePosixPath(name).parts)]
+    names, products = set(names), {"build", "dist", ".venv", "__pycache__"}
+    complaints = [f"the sdist lacks {name}" for name in sorted(wanted - names)]
+    return complaints + [f"the sdist has {name}" for name in sorted(names) if products & set(PurePosixPath(name).parts)]
 
 
 def use(environment: Environment, folder: Path) -> None:
