@@ -20,7 +20,10 @@ OUT := build/quickstart
 FUZZ_SECONDS ?= 1800
 ATHERIS := atheris==3.0.0
 
-.PHONY: help quickstart test test-all check mutants stress fuzz fuzz-keep format clean
+# The oldest Python that fewbits supports, for its oldest dependencies.
+OLDEST_PYTHON ?= python3.10
+
+.PHONY: help quickstart test test-all check mutants stress fuzz fuzz-keep release-check format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +34,7 @@ help:
 	@echo "make stress      quantize all modules of torch's test database, and all model types of transformers"
 	@echo "make fuzz        try hostile files for half an hour, or FUZZ_SECONDS"
 	@echo "make fuzz-keep   take over what it found worth keeping into the corpus that the tests replay"
+	@echo "make release-check  build wheel and sdist, use them without the sources, and try the oldest dependencies"
 	@echo "make format      format the code and apply the safe lint fixes"
 	@echo "make clean       remove the environment, build products and caches"
 
@@ -61,6 +65,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy tests/test_public_types.py
 
 # One torch thread in each of the workers: more would compete for the same cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -86,6 +91,10 @@ fuzz: $(VENV)/dev.stamp
 
 fuzz-keep: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/keep.py
+
+release-check: $(VENV)/dev.stamp
+	PYTHONPATH=tests $(BIN)/python -m release.check --torch "$(TORCH)"
+	PYTHONPATH=tests $(BIN)/python -m release.dependencies oldest --python $(OLDEST_PYTHON)
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix

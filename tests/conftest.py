@@ -1,5 +1,7 @@
 """Hypothesis profiles, the real model, the sentences, and the list of tests left out."""
 
+from __future__ import annotations
+
 import gc
 import importlib
 import importlib.util

@@ -4,25 +4,28 @@ The blocks of one document run in order and share a namespace and an empty worki
 
 - `python` is executed; the Hub's name of all-MiniLM-L6-v2 is a directory there, so nothing is fetched;
 - `console` has its `$ ` lines run by bash, which must exit 0, or N where a line ends in `# exit code N`; a plain
-  `fewbits` command runs in this process, which saves the seconds that importing torch takes;
+  `fewbits` command runs in this process, which saves the seconds that importing torch takes. Lines below a command are
+  what it prints, line by line, apart from progress. `…` in such a line stands for one word of at most 16 characters,
+  for what changes from machine to machine; most of the line must be there;
 - `json` and `toml` must parse; `text` and `make` are for reading only; any other language fails.
 """
 
+import difflib
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from fewbits.cli import main
 from support import interchange
+from support.markdown import blocks
 from test_architecture import ROOMS
 
 if sys.version_info >= (3, 11):
@@ -36,32 +39,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 # Set-up commands, not run here: they need a network or would start the tests again.
 NOT_RUN = ("pip install", "python -m pip install", "python -m venv", "git clone", "make", "cd fewbits")
 
-FENCE = re.compile(r"\s*(?P<ticks>`{3,}|~{3,})\s*(?P<language>[^`\s]*)")
-EXIT_CODE = re.compile(r"#\s*exit code (\d+)\s*$")
-
-
-class Block(NamedTuple):
-    """A fenced block: `line` is the number of the first line inside the fence."""
-
-    language: str
-    line: int
-    source: str
-
-
-def blocks(text: str) -> Iterator[Block]:
-    """The fenced blocks of a Markdown text, in order."""
-    opened, start, body = None, 0, []
-    for number, line in enumerate(text.splitlines(), 1):
-        if opened is None:
-            opened = FENCE.match(line)
-            start, body = number + 1, []
-        elif line.strip() == opened["ticks"]:
-            yield Block(opened["language"], start, textwrap.dedent("\n".join(body)))
-            opened = None
-        else:
-            body.append(line)
-    if opened is not None:
-        raise ValueError(f"the fence opened on line {start - 1} is never closed")
+EXIT_CODE = re.compile(r"\s*#\s*exit code (\d+)\s*$")
+#: Printed by slow machines only.
+PROGRESS = re.compile(r"fewbits: (convert|validate) \d+ %")
 
 
 def is_not_run(command: str) -> bool:
@@ -71,35 +51,56 @@ def is_not_run(command: str) -> bool:
 
 
 def run_console(source: str, directory: Path) -> None:
-    """Run the `$ ` lines of a console block; a trailing backslash continues a command."""
-    commands = re.findall(r"^\$ (.+)$", re.sub(r"\\\n(> ?)?", " ", source), re.MULTILINE)
-    assert commands, "a console block needs a line that starts with '$ '"
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for command in commands:
+    """Run the `$ ` lines of a console block, and compare what they print; a trailing backslash continues a command."""
+    start, *steps = re.split(r"^\$ ", re.sub(r"\\\n(> ?)?", " ", source), flags=re.MULTILINE)
+    assert steps, "a console block needs a line that starts with '$ '"
+    assert not start.strip(), "a console block begins with a line that starts with '$ '"
+    for step in steps:
+        command, *printed = step.rstrip("\n").split("\n")
         if is_not_run(command):
             continue
-        if re.fullmatch(r"fewbits [^#|<>&;$`*]+", command):
-            run_fewbits(command)
-            continue
         expected = EXIT_CODE.search(command)
-        done = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", command],
-            cwd=directory,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == int(expected[1] if expected else 0), f"$ {command}\n{done.stdout}{done.stderr}"
+        plain = EXIT_CODE.sub("", command)
+        run = run_fewbits if re.fullmatch(r"fewbits [^#|<>&;$`*]+", plain) else run_bash
+        code, output = run(plain, directory)
+        assert code == int(expected[1] if expected else 0), f"$ {command}\n{output}"
+        if printed:
+            compare(command, printed, [line for line in output.splitlines() if not PROGRESS.match(line)])
 
 
-def run_fewbits(command: str) -> None:
-    """Run a `fewbits` command in the working directory; it must exit 0."""
-    with pytest.MonkeyPatch.context() as patch:
+def run_bash(command: str, directory: Path) -> tuple[int, str]:
+    """Run a command in bash: its exit code, and what it printed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=directory,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def run_fewbits(command: str, _: Path) -> tuple[int, str]:
+    """Run a `fewbits` command in the working directory: its exit code, and what it printed."""
+    with pytest.MonkeyPatch.context() as patch, io.StringIO() as out:
         patch.setattr(sys, "argv", shlex.split(command))
-        with pytest.raises(SystemExit) as end:
+        with redirect_stdout(out), redirect_stderr(out), pytest.raises(SystemExit) as end:
             main()
-    assert end.value.code == 0, f"$ {command}"
+        return end.value.code, out.getvalue()
+
+
+def compare(command: str, expected: list[str], printed: list[str]) -> None:
+    """Compare the lines below a command in a document with the lines that it printed."""
+    for line in expected:
+        known = len(re.sub(r"[\s…]", "", line))
+        assert known >= 10 * line.count("…"), f"$ {command}\n{line!r} leaves out too much"
+    patterns = [r"\S{1,16}".join(map(re.escape, line.split("…"))) for line in expected]
+    same = len(patterns) == len(printed) and all(map(re.fullmatch, patterns, printed))
+    assert same, "\n".join(
+        [f"$ {command}", *difflib.unified_diff(expected, printed, "document", "printed", lineterm="")]
+    )
 
 
 def run_document(path: Path, directory: Path) -> None:
@@ -144,6 +145,13 @@ def test_make_targets_exist(path):
         ("```console\n$ exit 3  # exit code 4\n```", AssertionError),
         ("```console\n$ make test; false\n```", AssertionError),
         ("```console\noutput only\n```", AssertionError),
+        ("```console\noutput\n$ true\n```", AssertionError),
+        ("```console\n$ echo one\ntwo\n```", AssertionError),
+        ("```console\n$ printf 'one\\ntwo'\none\n```", AssertionError),
+        ("```console\n$ echo one\none\ntwo\n```", AssertionError),
+        ("```console\n$ echo one\n…\n```", AssertionError),
+        ("```console\n$ echo the version is 1.0 and a word\nthe version is … a word\n```", AssertionError),
+        ("```console\n$ echo abcdefghi$((6 * 7))j\nabc…ghi…\n```", AssertionError),
         ("```json\n{,}\n```", ValueError),
         ("```toml\n=\n```", ValueError),
         ("```rust\n```", pytest.fail.Exception),
@@ -172,6 +180,8 @@ $ ls \\
     made
 made
 $ exit 3  # exit code 3
+$ echo written by version $((6 * 7)) here; echo fewbits: convert 7 %
+written by version … here
 $ git clone somewhere && make test
 ```
 """

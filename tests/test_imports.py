@@ -55,3 +55,20 @@ def test_importing_fewbits_only_registers_its_operations():
         assert settings() == before
     """
     python(code)
+
+
+def test_fewbits_imports_with_an_older_torch_that_has_no_grouped_products():
+    code = """if True:
+        import torch
+        from torch._ops import _OpNamespace
+        find = _OpNamespace.__getattr__
+        def older(self, name):
+            if name == "_grouped_mm":
+                raise AttributeError(name)
+            return find(self, name)
+        _OpNamespace.__getattr__ = older
+        vars(torch.ops.aten).pop("_grouped_mm", None)  # operations that were used before are kept here
+        import fewbits
+        fewbits.quantize(torch.nn.Linear(64, 64), "int8")
+    """
+    python(code)

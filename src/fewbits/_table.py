@@ -12,6 +12,9 @@ ELLIPSIS = "..."
 #: The smallest widths of a name and of a text, even in a narrower terminal.
 _LEAST_NAME, _LEAST_TEXT = 12, 20
 
+#: Shorter names are hard to tell apart.
+_READABLE_NAME = 24
+
 Row = tuple[str, ...]
 
 
@@ -48,6 +51,8 @@ def elide_first(rows: Sequence[Row], width: int) -> list[Row]:
 def render_fitting(whole: Sequence[Row], short: Sequence[Row], width: int | None, *, right: Sequence[str]) -> str:
     """Align the rows of `whole`; if they are wider than `width`, those of `short` with shortened names.
 
+    Where names would become shorter than 24 characters, the second column is left out too.
+
     Args:
         whole: the rows, with the heading.
         short: the same rows with fewer columns.
@@ -55,6 +60,8 @@ def render_fitting(whole: Sequence[Row], short: Sequence[Row], width: int | None
         right: the headings of the columns that are flush right.
     """
     if width is not None and sum(_widths(whole)) + 2 * (len(whole[0]) - 1) > width:
+        if width - _taken(short, slice(1, None)) < _READABLE_NAME:
+            short = [(row[0], *row[2:]) for row in short]
         whole = elide_first(short, width)
     return render_table(whole, right=tuple(i for i, heading in enumerate(whole[0]) if heading in right))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -91,7 +92,7 @@ def test_inspect_prints_how_the_outputs_of_the_model_compare_if_the_file_says_so
     model, batches = torch.nn.Linear(64, 16), [torch.randn(8, 64)]
     result = fewbits.quantize(model, "int8", evaluate=batches, metrics=["kl", "sqnr"])
     result.save("out")
-    printed, weight = cli("inspect", "out")[1], result.report.tensors[0]
+    printed, weight = " ".join(cli("inspect", "out")[1].split()), result.report.tensors[0]
     assert f"positions 8, broken 0, kl {result.report.model.figures['kl']:.6g}" in printed
     assert f"output SQNR of 1 weights on data: least {weight.output_sqnr_db:.2f} dB (weight)" in printed
     inspected = json.loads(cli("inspect", "out", "--json")[1])
@@ -129,11 +130,12 @@ def test_warnings_are_in_the_summary_and_do_not_change_the_exit_code(cli, folder
     assert "(rough.weight)" in out
 
 
-@pytest.fixture
-def on_terminal(monkeypatch):
-    """Standard output is a terminal of 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.fixture(params=[80, 60])
+def columns(monkeypatch, request):
+    """Standard output is a terminal of so many columns."""
+    monkeypatch.setenv("COLUMNS", str(request.param))
     monkeypatch.setattr("fewbits.cli.printing.is_terminal", lambda: True)
+    return request.param
 
 
 LONG = [f"model.decoder.layers.{i}.block_sparse_moe.experts.{j}.down_proj.weight" for i in range(2) for j in range(3)]
@@ -154,16 +156,30 @@ COMMANDS = [
 ]
 
 
-def test_output_on_a_terminal_fits_80_columns(cli, moe, on_terminal):
+def test_output_on_a_terminal_fits_its_columns(cli, moe, columns):
     for command in COMMANDS:
         code, out, _ = cli(*command)
         assert code == 0
-        assert max(map(len, out.splitlines())) <= 80
+        assert max(map(len, out.splitlines())) <= columns
     for command in (COMMANDS[0], *COMMANDS[2:]):
         out = cli(*command, "--tensors")[1]
-        assert max(map(len, out.splitlines())) <= 80
-        shown = re.findall(r"^(\S*\.\.\.\S*\.weight)  ", out, re.MULTILINE)
+        assert max(map(len, out.splitlines())) <= columns
+        shown = re.findall(r"^(\S*\.\.\.\S*weight)  ", out, re.MULTILINE)
         assert len(set(shown)) == len(shown) == len(LONG)
+
+
+@pytest.mark.parametrize(("no_color", "colored"), [(None, True), ("", True), ("1", False)])
+def test_verdicts_have_colors_on_a_terminal_only_and_never_with_no_color(cli, monkeypatch, no_color, colored):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    assert "\x1b" not in cli("quantize", "in", "-o", "piped", "--scheme", "int8")[1]
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    with contextlib.redirect_stdout(terminal):
+        assert cli("quantize", "in", "-o", "out", "--scheme", "int8")[0] == 0
+    assert ("\x1b[32mpassed\x1b[0m: " in terminal.getvalue()) == colored
+    assert ("\x1b" in terminal.getvalue()) == colored
 
 
 def test_in_a_pipe_summaries_fit_80_columns_and_names_are_complete(cli, moe):
@@ -557,7 +573,7 @@ def test_an_interruption_that_leaves_work_says_how_to_continue(cli, folder, monk
         if step.done:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewbits.cli.commands.shown_progress", lambda **_: contextlib.nullcontext(interrupt))
+    monkeypatch.setattr("fewbits.cli.quantizing.shown_progress", lambda **_: contextlib.nullcontext(interrupt))
     code, out, err = cli(*QUANTIZE)
     assert (code, out) == (2, "")
     assert err.startswith("fewbits: interrupted; finished work is kept: continue with --resume")
@@ -569,7 +585,9 @@ def test_an_interrupted_check_names_the_written_file_and_the_command_to_check_it
         if step.activity == "validate":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewbits.cli.commands.shown_progress", lambda **_: contextlib.nullcontext(interrupt_the_check))
+    monkeypatch.setattr(
+        "fewbits.cli.quantizing.shown_progress", lambda **_: contextlib.nullcontext(interrupt_the_check)
+    )
     code, _, err = cli(*QUANTIZE)
     assert code == 2
     assert err == ("fewbits: interrupted; out is complete, but not verified yet: fewbits verify out --against in\n")

@@ -195,7 +195,7 @@ def test_warnings_are_events_and_the_handlers_of_python_are_restored(piped, monk
         logging.getLogger("some").warning("and the %s", "step")
         return fewbits.load(file)
 
-    monkeypatch.setattr("fewbits.cli.commands.open_quantized", warn)
+    monkeypatch.setattr("fewbits.cli.checking.open_quantized", warn)
     before = logging.getLogger().handlers[:], warnings.showwarning
     code, _, err = piped("inspect", "in", "--json")
     assert (logging.getLogger().handlers, warnings.showwarning) == before

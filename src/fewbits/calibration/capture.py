@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -134,15 +134,16 @@ def _grouped(left: Tensor, right: Tensor, ends: Tensor | None = None, *_: object
         start = stop
 
 
-_PRODUCTS: Mapping[Any, Callable[..., Pairs]] = {
+_PRODUCTS: dict[Any, Callable[..., Pairs]] = {
     aten.mm.default: _product,
     aten.addmm.default: lambda _, left, right: _product(left, right),
     aten.bmm.default: _batched,
     aten.baddbmm.default: lambda _, left, right: _batched(left, right),
     aten.mv.default: lambda left, right: _product(left, right.unsqueeze(1)),
     aten.addmv.default: lambda _, left, right: _product(left, right.unsqueeze(1)),
-    aten._grouped_mm.default: _grouped,
 }
+if hasattr(aten, "_grouped_mm"):  # torch 2.6 has no grouped products
+    _PRODUCTS[aten._grouped_mm.default] = _grouped
 
 
 def _convolved(weight: Watched, arguments: tuple[Any, ...]) -> Iterator[tuple[slice, Tensor]]:

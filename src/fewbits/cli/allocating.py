@@ -7,6 +7,22 @@ from typing import Any
 
 import click
 
+from fewbits.cli.help import Command, options_under
+from fewbits.cli.options import (
+    CALIBRATION,
+    HEADINGS,
+    HOW,
+    OUTPUT,
+    PATH,
+    WHAT,
+    complete_rule,
+    entry_option,
+    in_argument,
+    json_option,
+    quiet_option,
+    replace_option,
+    tensors_option,
+)
 from fewbits.cli.printing import print_json, terminal_width
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.settings import rule_of
@@ -16,41 +32,58 @@ from fewbits.integrations.transformers_calibration import SAMPLES, SEQUENCE, Win
 from fewbits.planning.allocate import allocate
 from fewbits.planning.allocation import Allocation
 
-_path = click.Path(path_type=Path)
+_what, _how, _calibration, _output = map(options_under, (WHAT, HOW, CALIBRATION, OUTPUT))
+
+_EXAMPLES = (
+    (
+        "a language model, by what its outputs lose",
+        "fewbits allocate DIR -o plan.toml --bits-per-weight 4.5 --calibrate text.txt",
+    ),
+    ("then write it", "fewbits quantize DIR -o OUT --config plan.toml --rounding qronos --calibrate text.txt"),
+    ("any checkpoint, without data", "fewbits allocate model.safetensors -o plan.toml --target-size 90MB"),
+    (
+        "with schemes that servers read",
+        "fewbits allocate DIR -o plan.toml --bits-per-weight 5 --candidate int4:64 --candidate int8",
+    ),
+)
 
 
-@click.command(short_help="Choose a scheme for every tensor under a budget.")
-@click.argument("source", metavar="IN", type=_path)
-@click.option("-o", "--output", metavar="FILE", type=_path, required=True, help="Settings to write, .toml or .json.")
-@click.option("--bits-per-weight", type=float, metavar="N", help="Budget: the bits of all tensors over all elements.")
-@click.option("--target-size", metavar="SIZE", help="Budget: the bytes of all tensors, such as 2GB.")
-@click.option("--max-kl", type=float, metavar="NATS", help="Budget: the predicted KL; it needs --calibrate.")
-@click.option("--min-sqnr", type=float, metavar="DB", help="The least SQNR of every weight; alone, or with a budget.")
-@click.option(
+@click.command(
+    cls=Command, headings=HEADINGS, examples=_EXAMPLES, short_help="Choose a scheme for every tensor under a budget."
+)
+@in_argument
+@entry_option
+@_what("--untied", is_flag=True, help="Allow query, key and value, or gate and up, to get different schemes.")
+@_how("--bits-per-weight", type=float, metavar="N", help="Budget: the bits of all tensors over all elements.")
+@_how("--target-size", metavar="SIZE", help="Budget: the bytes of all tensors, such as 2GB.")
+@_how("--max-kl", type=float, metavar="NATS", help="Budget: the predicted KL; it needs --calibrate.")
+@_how("--min-sqnr", type=float, metavar="DB", help="The least SQNR of every weight; alone, or with a budget.")
+@_how(
     "--candidate",
     "candidates",
     multiple=True,
     metavar="SCHEME",
+    shell_complete=complete_rule,
     help="A scheme to choose from: int8, int4:64 (groups of 64), nf4:32:6 (scales of 6 bits), or keep. Repeatable; by "
     "default six schemes from 2 to 8 bits, and keep.",
 )
-@click.option("--untied", is_flag=True, help="Allow query, key and value, or gate and up, to get different schemes.")
-@click.option("--config", type=_path, metavar="FILE", help="Other settings in TOML or JSON: rules, scale_dtype.")
-@click.option("--entry", metavar="NAME", help="The state dict in a training checkpoint; A.B for B in A.")
-@click.option(
+@_how("--config", type=PATH, metavar="FILE", help="Other settings in TOML or JSON: rules, scale_dtype.")
+@_calibration(
     "--calibrate",
     "text",
     metavar="TEXT",
-    help="Predict the error of the model's outputs on a text file, a directory of text files, or self, for text that "
+    type=click.Path(),
+    help="Predict what the outputs of the model lose on a text file, a directory of text files, or self, for text that "
     "the model writes. IN is the directory of a transformers model.",
 )
-@click.option("--samples", type=int, metavar="N", help=f"Windows of text for --calibrate; {SAMPLES} by default.")
-@click.option("--sequence", type=int, metavar="N", help=f"Tokens in each window; {SEQUENCE} by default.")
-@click.option("--curve", type=_path, metavar="FILE", help="Also write the error for every size: .svg, or .json.")
-@click.option("--tensors", is_flag=True, help="Print a line for every weight, not only the summary.")
-@click.option("--replace", is_flag=True, help="Replace files that exist.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, and progress as JSON events.")
+@_calibration("--samples", type=int, metavar="N", help=f"Windows of text for --calibrate; {SAMPLES} by default.")
+@_calibration("--sequence", type=int, metavar="N", help=f"Tokens in each window; {SEQUENCE} by default.")
+@_output("-o", "--output", metavar="FILE", type=PATH, required=True, help="Settings to write, .toml or .json.")
+@_output("--curve", type=PATH, metavar="FILE", help="Also write the error for every size: .svg, or .json.")
+@replace_option
+@tensors_option
+@quiet_option
+@json_option
 def allocate_command(
     source: Path,
     output: Path,
@@ -62,14 +95,9 @@ def allocate_command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    r"""Choose a scheme for every tensor of the checkpoint IN, so that the error is least under a budget.
+    """Choose a scheme for every tensor of the checkpoint IN, so that the error is least under a budget.
 
     FILE can be read and edited, and is the --config of fewbits quantize. The size of the result is known to the byte.
-
-    \b
-    For example:
-      fewbits allocate DIR -o plan.toml --bits-per-weight 4.5 --calibrate text.txt
-      fewbits quantize DIR -o OUT --config plan.toml --rounding qronos --calibrate text.txt
     """
     replace = options.pop("replace")
     _check_new(output, replace, (".toml", ".json"))

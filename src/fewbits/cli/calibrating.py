@@ -10,30 +10,36 @@ import attrs
 import click
 from torch import nn
 
+from fewbits.cli.help import options_under
+from fewbits.cli.options import CALIBRATION
 from fewbits.config.config import QuantizationConfig
 from fewbits.errors import ArgumentError
 from fewbits.integrations.transformers_calibration import EVALUATION_SAMPLES, SAMPLES, SEQUENCE, Windows, load_directory
 from fewbits.rounding import ROUNDINGS
 from fewbits.selection.progress import Progress
 from fewbits.validation.outputs import check_limits
+from fewbits.validation.report import Report
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
+_option = options_under(CALIBRATION)
 _OPTIONS = (
-    click.option(
+    _option(
         "--calibrate",
         "text",
         metavar="TEXT",
+        type=click.Path(),
         help="Data for --rounding: a text file, a directory of text files, or self, for text that the model writes. "
         "IN is the directory of a transformers model.",
     ),
-    click.option(
+    _option(
         "--evaluate",
         metavar="TEXT",
+        type=click.Path(),
         help="Compare the outputs of the result and of IN on other text than that of --calibrate: a text file, or a "
         "directory of text files. IN is the directory of a transformers model.",
     ),
-    click.option(
+    _option(
         "--limit",
         "limits",
         multiple=True,
@@ -41,25 +47,25 @@ _OPTIONS = (
         help="Fail if --evaluate finds a worse figure: at most for kl and perplexity, at least for top1, cosine and "
         "sqnr; such as kl=0.05. Repeatable.",
     ),
-    click.option("--samples", type=int, metavar="N", help=f"Windows of text for --calibrate; {SAMPLES} by default."),
-    click.option(
+    _option("--samples", type=int, metavar="N", help=f"Windows of text for --calibrate; {SAMPLES} by default."),
+    _option(
         "--evaluation-samples",
         type=int,
         metavar="N",
         help=f"Windows of text for --evaluate; {EVALUATION_SAMPLES} by default.",
     ),
-    click.option("--sequence", type=int, metavar="N", help=f"Tokens in each window; {SEQUENCE} by default."),
-    click.option(
+    _option("--sequence", type=int, metavar="N", help=f"Tokens in each window; {SEQUENCE} by default."),
+    _option(
         "--spill",
-        type=click.Path(path_type=Path),
+        type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
         help="Keep the activations of --calibrate in temporary files in DIR.",
     ),
-    click.option(
+    _option(
         "--tune",
         type=click.IntRange(1),
         metavar="EPOCHS",
-        help="Tune the scales with the text of --calibrate, so many times over.",
+        help="Tune the scales with the text of --calibrate, in so many EPOCHS.",
     ),
 )
 
@@ -138,6 +144,10 @@ class TextOptions:
         windows = self._windows()
         given = windows.arguments(load_directory(source), progress)
         return given | {"spill": self.spill, "tune": self.tune, "limits": self._limits() or None}
+
+    def missed(self, report: Report) -> bool:
+        """Whether the outputs of the model missed a limit."""
+        return report.model is not None and any(report.model.failures(self._limits()))
 
     def _windows(self) -> Windows:
         how = {name: getattr(self, name) for name in ("samples", "evaluation_samples", "sequence")}

@@ -8,34 +8,45 @@ from typing import Any
 import click
 
 from fewbits.cli.exporting import exporter_settings
+from fewbits.cli.help import Command, options_under
+from fewbits.cli.options import (
+    OUTPUT,
+    PATH,
+    format_option,
+    in_argument,
+    json_option,
+    max_shard_size_option,
+    quiet_option,
+    replace_option,
+)
 from fewbits.cli.printing import exported_fields, exported_summary, print_json
 from fewbits.cli.progress import shown_progress
 from fewbits.conversion.exporting import convert, exporter_named
-from fewbits.formats.registry import EXPORTERS
-
-_path = click.Path(path_type=Path)
 
 
-@click.command(short_help="Write a result in the format of another tool.")
-@click.argument("source", metavar="IN", type=_path)
-@click.option("-o", "--output", metavar="OUT", type=_path, required=True, help="Directory or file to write.")
-@click.option("--format", "name", type=click.Choice(list(EXPORTERS)), required=True, help="The format of OUT.")
+@click.command(
+    cls=Command,
+    short_help="Write a result in the format of another tool.",
+    examples=(
+        ("for vLLM and transformers", "fewbits convert small -o served --format compressed-tensors"),
+        ("for llama.cpp", "fewbits convert small -o small.gguf --format gguf --template float.gguf"),
+        ("for MLX", "fewbits convert small -o small-mlx --format mlx"),
+    ),
+)
+@in_argument
+@options_under(OUTPUT)("-o", "--output", metavar="OUT", type=PATH, required=True, help="File or directory to write.")
+@format_option(required=True)
 @exporter_settings
-@click.option("--max-shard-size", metavar="SIZE", help="Most bytes in each file of a directory; 5GB by default.")
-@click.option("--replace", is_flag=True, help="Replace OUT if it exists.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, and progress as JSON events.")
+@max_shard_size_option
+@replace_option
+@quiet_option
+@json_option
 def convert_command(
     source: Path, output: Path, name: str, replace: bool, quiet: bool, as_json: bool, **settings: Any
 ) -> int:
-    r"""Write the quantized checkpoint IN in another format, with the codes that it has.
+    """Write the quantized checkpoint IN in another format, with the codes that it has.
 
     IN is a result of fewbits, or a checkpoint of another tool. OUT is read back and compared with IN before it appears.
-
-    \b
-    For example:
-      fewbits convert small -o served --format compressed-tensors
-      fewbits convert small -o small.gguf --format gguf --template float.gguf
     """
     given = {setting: value for setting, value in settings.items() if value}
     with shown_progress(as_json=as_json, quiet=quiet) as progress:

@@ -13,32 +13,28 @@ import click
 
 from fewbits.api import plan
 from fewbits.checkpoint.publishing import remove_tree
+from fewbits.cli.help import options_under
+from fewbits.cli.options import OUTPUT, PATH, format_option
 from fewbits.config.config import QuantizationConfig
 from fewbits.conversion.exporting import Exported, check_export, convert, exporter_named
 from fewbits.errors import ArgumentError
 from fewbits.formats.base import Exporter
-from fewbits.formats.registry import EXPORTERS
 from fewbits.selection.ledger import Ledger
 from fewbits.selection.progress import Progress
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
+_output = options_under(OUTPUT)
+
 #: Settings of exporters, besides the size of shards.
 _SETTINGS = (
-    click.option("--allow", is_flag=True, help="Write tensors too that readers of the format may not take."),
-    click.option(
+    _output("--allow", is_flag=True, help="Write tensors too that readers of the format may not take."),
+    _output(
         "--template",
         metavar="FILE",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="For gguf: a GGUF file of the same model, best not quantized.",
     ),
-)
-
-_FORMAT = click.option(
-    "--format",
-    "name",
-    type=click.Choice(list(EXPORTERS)),
-    help="Write OUT in the format of another tool, as fewbits convert does.",
 )
 
 
@@ -51,7 +47,8 @@ def exporter_settings(command: _Command) -> _Command:
 
 def format_options(command: _Command) -> _Command:
     """Add ``--format`` and the settings of exporters to the options of a command."""
-    return _FORMAT(exporter_settings(command))
+    options: _Command = format_option(required=False)(exporter_settings(command))
+    return options
 
 
 @attrs.frozen

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from fewbits.selection.ledger import Ledger
 from fewbits.validation.report import Report
 from fewbits.validation.tensors import finite
 
+#: The first words of lines that have a color.
+_COLORS = {"passed": "green", "FAILED": "red", "failure": "red", "warning": "yellow"}
+
 
 def is_terminal() -> bool:
     """Whether standard output is a terminal."""
@@ -29,22 +34,29 @@ def is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def terminal_width() -> int | None:
+    """Return the columns of the terminal; None without one."""
+    return shutil.get_terminal_size().columns if is_terminal() else None
+
+
 def print_json(**fields: Any) -> None:
     """Print a JSON object."""
     click.echo(json.dumps(fields, indent=2, allow_nan=False))
 
 
-def terminal_width() -> int | None:
-    """Return the width of the terminal; None for a pipe, which gets full names."""
-    return shutil.get_terminal_size().columns if is_terminal() else None
+def show(found: Ledger | Report, tensors: bool, *, advised: bool = False) -> None:
+    """Print a summary and, if `tensors`, a line for every tensor. A pipe gets full names.
 
-
-def show(found: Ledger | Report, tensors: bool) -> None:
-    """Print a summary and, if `tensors`, a line for every tensor."""
+    Args:
+        found: what to print.
+        tensors: whether to print a line for every tensor.
+        advised: whether advice on the run follows; then a report does not give its own.
+    """
     width = terminal_width()
     if tensors:
         click.echo(found.table(width))
-    click.echo(found.summary(width or 80))
+    lines = found.summary(width or 80, advise=not advised) if isinstance(found, Report) else found.summary(width or 80)
+    click.echo("\n".join(map(_colored, lines.splitlines())))
 
 
 def show_plan(planned: Plan, settings: QuantizationConfig, tensors: bool, as_json: bool) -> None:
@@ -69,6 +81,7 @@ def show_result(
     tensors: bool,
     as_json: bool,
     exported: Exported | None = None,
+    advice: str | None = None,
 ) -> None:
     """Print what a conversion has written.
 
@@ -79,12 +92,14 @@ def show_result(
         tensors: whether to print a line for every tensor.
         as_json: print JSON.
         exported: the same checkpoint in the format of another tool, which is then the output.
+        advice: the advice on the next run.
     """
     report, quantizer = result.report, result.quantizer
     if as_json:
         about: dict[str, Any] = {"output": str(exported.path if exported else path), "config": settings.to_dict()}
         about |= {"left_behind": quantizer.left_behind, **_work(quantizer.shares)}
         about |= {"exported": exported_fields(exported)} if exported else {"opens_in": quantizer.opens_in}
+        about |= {"advice": advice}
         print_json(**about, ledger=result.ledger.to_dict(), report=report and report.to_dict())
         return
     show(result.ledger, tensors)
@@ -93,12 +108,13 @@ def show_result(
     if report is None:
         click.echo("not validated: --no-validate")
     else:
-        show(report, tensors)
+        show(report, tensors, advised=advice is not None)
     if exported is not None:
         click.echo(exported_summary(exported))
-        return
-    click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")
-    _tell("it ", quantizer.opens_in)
+    else:
+        click.echo(f"written{'' if report is None or report.ok else ', though it failed'}: {path}")
+        _tell("it ", quantizer.opens_in)
+    _tell("to try next: ", advice)
 
 
 def exported_fields(exported: Exported) -> dict[str, Any]:
@@ -127,13 +143,13 @@ def show_contents(file: Path, checkpoint: Checkpoint | ForeignCheckpoint, tensor
         print_json(**about, ledger=checkpoint.ledger.to_dict(), metrics=figures, **of_data)
         return
     versions = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
-    click.echo(f"{file}: written by {versions}; architecture {metadata.architecture or 'not known'}")
+    _tell(f"{file}: ", f"written by {versions}; architecture {metadata.architecture or 'not known'}")
     show(checkpoint.ledger, tensors)
     measured = [f"{name} {figure:.6g}" for name, figure in metadata.model_metrics.items() if figure is not None]
     _tell("the model's outputs, compared with the float model's: ", ", ".join(measured))
     if found := metadata.output_sqnr_db:
         name = min(found, key=found.__getitem__)
-        click.echo(f"output SQNR of {len(found)} weights on data: least {found[name]:.2f} dB ({name})")
+        _tell("", f"output SQNR of {len(found)} weights on data: least {found[name]:.2f} dB ({name})")
 
 
 def _show_foreign(file: Path, checkpoint: ForeignCheckpoint, tensors: bool, as_json: bool) -> None:
@@ -141,14 +157,29 @@ def _show_foreign(file: Path, checkpoint: ForeignCheckpoint, tensors: bool, as_j
         about = {"file": str(file), "format": checkpoint.format, "about": list(checkpoint.about)}
         print_json(**about, ledger=checkpoint.ledger.to_dict())
         return
-    click.echo(f"{file}: {'; '.join(checkpoint.about)}")
+    _tell(f"{file}: ", "; ".join(checkpoint.about))
     show(checkpoint.ledger, tensors)
 
 
 def _tell(prefix: str, text: str | None) -> None:
-    """Print a line, unless its text is missing."""
+    """Print a sentence, unless its text is missing."""
     if text:
-        click.echo(prefix + text)
+        lines = textwrap.wrap(
+            prefix + text,
+            terminal_width() or 80,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        click.echo("\n".join(lines))
+
+
+def _colored(line: str) -> str:
+    """Color the verdict at the beginning of a line, on a terminal and without ``NO_COLOR``."""
+    verdict, colon, rest = line.partition(":")
+    if verdict not in _COLORS or not is_terminal() or os.environ.get("NO_COLOR"):
+        return line
+    return click.style(verdict, fg=_COLORS[verdict]) + colon + rest
 
 
 def _work(shares: Sequence[Share]) -> dict[str, Any]:
@@ -165,6 +196,6 @@ def _work(shares: Sequence[Share]) -> dict[str, Any]:
 def _tell_work(shares: Sequence[Share]) -> None:
     if resumed := sum(share.resumed for share in shares):
         how_much = "" if any(share.converted for share in shares) else "all "
-        click.echo(f"resumed: {how_much}{resumed:,} bytes of IN had been converted by an earlier run")
+        _tell("resumed: ", f"{how_much}{resumed:,} bytes of IN had been converted by an earlier run")
     for rank, share in enumerate(shares if len(shares) > 1 else ()):
         click.echo(f"rank {rank}: {share.converted + share.resumed:,} bytes of IN in {len(share.files)} files")

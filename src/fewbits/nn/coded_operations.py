@@ -247,9 +247,11 @@ OF_CODED |= {
     aten.addmm.default: _addmm,
     aten.mv.default: _mv,
     aten.bmm.default: _bmm,
-    aten._grouped_mm.default: _grouped_mm,
     aten.index.Tensor: _index,
 }
+
+if hasattr(aten, "_grouped_mm"):  # torch 2.6 has no grouped products
+    OF_CODED[aten._grouped_mm.default] = _grouped_mm
 
 OF_REPEATED |= {
     aten.view.default: _view_repeated,

@@ -101,11 +101,12 @@ class Report:
         """Return the report as a JSON document."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
-    def summary(self, width: int = 80) -> str:
+    def summary(self, width: int = 80, *, advise: bool = True) -> str:
         """Return the verdict in a few lines, with every failure and the number of warnings.
 
         Args:
             width: maximum line width; longer lines wrap. A failure is always one line, so that it can be searched for.
+            advise: whether a warning says what loses less.
         """
         passed = "passed" if self.ok else "FAILED"
         lines = [
@@ -116,7 +117,7 @@ class Report:
             f"checked: {', '.join(self.checks)}",
             *(f"not checked: {reason}" for reason in self.unchecked),
             *(f"note: {note}" for note in self.notes),
-            *self._warning(),
+            *self._warning(advise),
         ]
         failures = [f"failure: {failure}" for failure in self.failures]
         return "\n".join([*(part for line in lines for part in wrap(line, width, "  ")), *failures])
@@ -166,14 +167,15 @@ class Report:
         low = [(*t.deciding, t) for t in self.tensors if t.verdict == "warning" and t.deciding is not None]
         return sorted(low, key=lambda found: (found[0], found[2].name))
 
-    def _warning(self) -> Iterator[str]:
+    def _warning(self, advise: bool) -> Iterator[str]:
         """At most one line, which counts the tensors with the verdict "warning"."""
         if low := self._low():
             sqnr_db, _, least = low[0]
             judged = sum(t.verdict is not None for t in self.tensors)
+            advice = f" {self.advice}." if advise else ""
             yield (
                 f"warning: {len(low)} of {judged} tensors are below {WARNING_DB:g} dB, the least at {sqnr_db:.2f} dB "
-                f"({least.name}). {self.advice}. To list them: --tensors, or print(report) in Python"
+                f"({least.name}).{advice} To list them: --tensors, or print(report) in Python"
             )
 
     def __repr__(self) -> str:
