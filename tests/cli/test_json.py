@@ -45,6 +45,7 @@ def document(tmp_path, monkeypatch, capsys):
         ("`fewbits inspect`, of another tool's file", ["inspect", "foreign"]),
         ("`fewbits verify`", ["verify", "small", "--against", "in"]),
         ("`fewbits convert`", ["convert", "small", "-o", "out", "--format", "compressed-tensors", "--allow"]),
+        ("`fewbits allocate`", ["allocate", "in", "-o", "plan.toml", "--bits-per-weight", "5"]),
         ("`fewbits completion`", ["completion", "fish"]),
     ],
 )

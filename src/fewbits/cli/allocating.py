@@ -16,6 +16,7 @@ from fewbits.cli.options import (
     PATH,
     WHAT,
     complete_rule,
+    config_option,
     entry_option,
     in_argument,
     json_option,
@@ -67,18 +68,25 @@ _EXAMPLES = (
     help="A scheme to choose from: int8, int4:64 (groups of 64), nf4:32:6 (scales of 6 bits), or keep. Repeatable; by "
     "default six schemes from 2 to 8 bits, and keep.",
 )
-@_how("--config", type=PATH, metavar="FILE", help="Other settings in TOML or JSON: rules, scale_dtype.")
+@config_option
 @_calibration(
     "--calibrate",
     "text",
     metavar="TEXT",
     type=click.Path(),
-    help="Predict what the outputs of the model lose on a text file, a directory of text files, or self, for text that "
-    "the model writes. IN is the directory of a transformers model.",
+    help="Text to run through the model: a file, a directory of text files, or self, for text that the model writes. "
+    "Its gradients predict what the outputs lose. IN is the directory of a transformers model.",
 )
 @_calibration("--samples", type=int, metavar="N", help=f"Windows of text for --calibrate; {SAMPLES} by default.")
 @_calibration("--sequence", type=int, metavar="N", help=f"Tokens in each window; {SEQUENCE} by default.")
-@_output("-o", "--output", metavar="FILE", type=PATH, required=True, help="Settings to write, .toml or .json.")
+@_output(
+    "-o",
+    "--output",
+    metavar="OUT",
+    type=PATH,
+    required=True,
+    help="Where to write. OUT holds settings; its name ends in .toml or .json.",
+)
 @_output("--curve", type=PATH, metavar="FILE", help="Also write the error for every size: .svg, or .json.")
 @replace_option
 @tensors_option
@@ -97,7 +105,7 @@ def allocate_command(
 ) -> int:
     """Choose a scheme for every tensor of the checkpoint IN, so that the error is least under a budget.
 
-    FILE can be read and edited, and is the --config of fewbits quantize. The size of the result is known to the byte.
+    OUT can be read and edited, and is the --config of fewbits quantize. The size of the result is known to the byte.
     """
     replace = options.pop("replace")
     _check_new(output, replace, (".toml", ".json"))

@@ -29,8 +29,8 @@ _OPTIONS = (
         "text",
         metavar="TEXT",
         type=click.Path(),
-        help="Data for --rounding: a text file, a directory of text files, or self, for text that the model writes. "
-        "IN is the directory of a transformers model.",
+        help="Text to run through the model: a file, a directory of text files, or self, for text that the model "
+        "writes. It is the data for --rounding. IN is the directory of a transformers model.",
     ),
     _option(
         "--evaluate",

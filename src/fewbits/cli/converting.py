@@ -34,7 +34,14 @@ from fewbits.conversion.exporting import convert, exporter_named
     ),
 )
 @in_argument
-@options_under(OUTPUT)("-o", "--output", metavar="OUT", type=PATH, required=True, help="File or directory to write.")
+@options_under(OUTPUT)(
+    "-o",
+    "--output",
+    metavar="OUT",
+    type=PATH,
+    required=True,
+    help="Where to write. OUT is a file or a directory, as the format has it.",
+)
 @format_option(required=True)
 @exporter_settings
 @max_shard_size_option

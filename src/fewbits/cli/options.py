@@ -31,6 +31,9 @@ _output, _running = options_under(OUTPUT), options_under(RUNNING)
 entry_option = options_under(WHAT)(
     "--entry", metavar="NAME", help="The state dict in a training checkpoint; A.B for B in A."
 )
+config_option = options_under(HOW)(
+    "--config", type=PATH, metavar="FILE", help="Settings in TOML or JSON; options here replace them."
+)
 max_shard_size_option = _output(
     "--max-shard-size",
     metavar="SIZE",

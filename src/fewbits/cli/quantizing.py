@@ -24,6 +24,7 @@ from fewbits.cli.options import (
     RUNNING,
     WHAT,
     complete_rule,
+    config_option,
     entry_option,
     fail_under_option,
     in_argument,
@@ -80,7 +81,7 @@ _EXAMPLES = (
     help="For embeddings: keep, quantize, or a scheme such as int8. By default schemes of up to 4 bits keep them.",
 )
 @_what("--min-elements", type=int, metavar="N", help="Keep smaller tensors, unless a pattern names them.")
-@_how("--config", type=PATH, metavar="FILE", help="Settings in TOML or JSON; options here replace them.")
+@config_option
 @_how(
     "--scheme",
     type=click.Choice(list(SCHEMES)),
@@ -120,7 +121,7 @@ _EXAMPLES = (
     "--output",
     metavar="OUT",
     type=PATH,
-    help="File or directory to write. A directory if IN is one, or with --max-shard-size. Required without --dry-run.",
+    help="Where to write. OUT is a directory if IN is one, or with --max-shard-size. Required without --dry-run.",
 )
 @max_shard_size_option
 @format_options
