@@ -57,7 +57,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fewbits")
 def cli() -> None:
-    r"""Make PyTorch checkpoints smaller, and check every written number.
+    """Make PyTorch checkpoints smaller, and check every written number.
 
     \b
     For example:
@@ -68,7 +68,7 @@ def cli() -> None:
 
     Exit codes: 0 for success, 1 if verification failed, 2 if the command could not run, 141 if the
     reader of its output went away.
-    """
+    """  # noqa: D301 (click reads the control character)
 
 
 @cli.command(short_help="Write a smaller copy of a checkpoint.")
@@ -153,7 +153,7 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> int:
-    r"""Write a smaller copy of the checkpoint IN, and compare it with IN.
+    """Write a smaller copy of the checkpoint IN, and compare it with IN.
 
     IN is a file (safetensors, or a state dict written by torch.save), or a directory of safetensors files.
 
@@ -165,7 +165,7 @@ def quantize(
       fewbits quantize DIR -o OUT --scheme int4 --rounding qronos --calibrate text.txt --evaluate other.txt
 
     Under torchrun, every process writes some of the files of a directory.
-    """
+    """  # noqa: D301 (click reads the control character)
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     given = {name: options.pop(name) for name in ("max_shard_size", "max_memory", "threads", "resume")}

@@ -28,7 +28,7 @@ _path = click.Path(path_type=Path)
 def convert_command(
     source: Path, output: Path, name: str, replace: bool, quiet: bool, as_json: bool, **settings: Any
 ) -> int:
-    r"""Write the quantized checkpoint IN in another format, with the codes that it has.
+    """Write the quantized checkpoint IN in another format, with the codes that it has.
 
     IN is a result of fewbits, or a checkpoint of another tool. OUT is read back and compared with IN before it appears.
 
@@ -36,7 +36,7 @@ def convert_command(
     For example:
       fewbits convert small -o served --format compressed-tensors
       fewbits convert small -o small.gguf --format gguf --template float.gguf
-    """
+    """  # noqa: D301 (click reads the control character)
     given = {setting: value for setting, value in settings.items() if value}
     with shown_progress(as_json=as_json, quiet=quiet) as progress:
         exported = convert(source, output, exporter_named(name, **given), replace=replace, progress=progress)
