@@ -5,8 +5,8 @@ The blocks of one document run in order and share a namespace and an empty worki
 - `python` is executed; the Hub's name of all-MiniLM-L6-v2 is a directory there, so nothing is fetched;
 - `console` has its `$ ` lines run by bash, which must exit 0, or N where a line ends in `# exit code N`; a plain
   `fewbits` command runs in this process, which saves the seconds that importing torch takes;
-- `json` and `toml` must parse; `text`, `make` and `mermaid` are for reading only, `{eval-rst}` and `{toctree}` are for Sphinx;
-  any other language fails.
+- `json` and `toml` must parse; `text`, `make` and `mermaid` are for reading only, `{eval-rst}` and `{toctree}` are for
+  Sphinx; any other language fails.
 
 The code cells of a notebook run in the same way. Links must lead to files and headings that exist.
 `test_site.py` builds the site.
