@@ -23,11 +23,12 @@ ATHERIS := atheris==3.0.0
 # The oldest Python that fewbits supports, for its oldest dependencies.
 OLDEST_PYTHON ?= python3.10
 
-.PHONY: help quickstart test test-all check mutants stress fuzz fuzz-keep release-check format clean
+.PHONY: help quickstart docs test test-all check mutants stress fuzz fuzz-keep release-check format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart  quantize a real model to int8 and int4, and check the results"
+	@echo "make docs        build the site of the documentation into build/site"
 	@echo "make test        lint, type-check and test, without the slow tests"
 	@echo "make test-all    the same with the slow tests and more property examples"
 	@echo "make mutants     break the maths on purpose, in a copy, and see that the tests notice"
@@ -60,6 +61,16 @@ quickstart: $(VENV)/run.stamp
 	$(BIN)/fewbits quantize $(OUT)/minilm.safetensors -o $(OUT)/minilm-int4.safetensors --scheme int4 --replace
 	$(BIN)/fewbits verify $(OUT)/minilm-int8.safetensors --against $(OUT)/minilm.safetensors
 	$(BIN)/fewbits verify $(OUT)/minilm-int4.safetensors --against $(OUT)/minilm.safetensors
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	@rm -f $@
+	$(PIP) -e ".[docs]"
+	@touch $@
+
+# Every warning is an error: a broken link, a page outside the navigation, a missing docstring.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/site
+	@echo "open build/site/index.html"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check

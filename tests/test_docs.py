@@ -7,7 +7,11 @@ The blocks of one document run in order and share a namespace and an empty worki
   `fewbits` command runs in this process, which saves the seconds that importing torch takes. Lines below a command are
   what it prints, line by line, apart from progress. `…` in such a line stands for one word of at most 16 characters,
   for what changes from machine to machine; most of the line must be there;
-- `json` and `toml` must parse; `text` and `make` are for reading only; any other language fails.
+- `json` and `toml` must parse; `text`, `make` and `mermaid` are for reading only, `{eval-rst}` and `{toctree}` are for
+  Sphinx; any other language fails.
+
+The code cells of a notebook run in the same way. Links must lead to files and headings that exist.
+`test_site.py` builds the site.
 """
 
 import difflib
@@ -15,15 +19,18 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import click
 import pytest
 
 from fewbits.cli import main
+from fewbits.cli.commands import cli
 from support import interchange
 from support.markdown import blocks
 from test_architecture import ROOMS
@@ -34,7 +41,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 # Set-up commands, not run here: they need a network or would start the tests again.
 NOT_RUN = ("pip install", "python -m pip install", "python -m venv", "git clone", "make", "cd fewbits")
@@ -118,19 +126,90 @@ def run_document(path: Path, directory: Path) -> None:
             json.loads(block.source)
         elif block.language == "toml":
             tomllib.loads(block.source)
-        elif block.language not in ("text", "make", "mermaid"):
+        elif block.language not in ("text", "make", "mermaid", "{eval-rst}", "{toctree}"):
             pytest.fail(f"{where}: a block in {block.language or 'no language'!r} would go unchecked")
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_document(path, tmp_path, monkeypatch, minilm_path):
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, minilm_path):
+    """An empty working directory in which the Hub's name of all-MiniLM-L6-v2 is a directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sentence-transformers").mkdir()
     (tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(minilm_path.parent)
-    run_document(path, tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def place(path: Path) -> str:
+    """The name of a page in this repository."""
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=place)
+def test_document(path, workplace):
+    run_document(path, workplace)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=place)
+def test_notebook(path, workplace):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["cells"][0]["cell_type"]) == (4, "markdown")
+    namespace = {"__name__": "__main__"}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], f"cell {number} has outputs: clear them"
+            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), namespace)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path: Path) -> list[str]:
+    """The links of a page, or of a notebook, to a file or a heading that does not exist."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        if not link.startswith("https://") and (
+            not target.exists() or (anchor and anchor not in (anchors(target) if target.suffix == ".md" else ()))
+        ):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *NOTEBOOKS], ids=place)
+def test_links_lead_somewhere(path):
+    assert not broken_links(path)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title\n[a](#a-title) [b](page.md#a-title) [c](https://d.e) `[f](g.md)` [h](#h) [i](j.md)")
+    assert broken_links(page) == ["#h", "j.md"]
+
+
+def test_the_drawings_are_those_of_the_script(tmp_path):
+    script = ROOT / "docs" / "images" / "draw.py"
+    runpy.run_path(str(script))["main"](tmp_path)
+    for picture in tmp_path.iterdir():
+        assert picture.read_text(encoding="utf-8") == (script.parent / picture.name).read_text(encoding="utf-8")
+
+
+def test_every_drawing_has_a_text_for_those_who_cannot_see_it():
+    for path in DOCUMENTS:
+        assert "![](" not in path.read_text(encoding="utf-8"), place(path)
+
+
+@pytest.mark.parametrize("command", [cli, *cli.commands.values()], ids=lambda command: command.name)
+def test_the_help_of_a_command_has_no_escapes(command):
+    assert "\\b" not in command.get_help(click.Context(command))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=place)
 def test_make_targets_exist(path):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for name in re.findall(r"(?:`|\$ )make ([a-z-]+)", path.read_text(encoding="utf-8")):

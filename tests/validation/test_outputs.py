@@ -60,6 +60,30 @@ def test_a_model_that_is_compared_with_itself_differs_in_nothing():
     assert found.to_dict()["sqnr"] is None
 
 
+class WritesIntoItsBatch(nn.Module):
+    """Returns the mapping that it got, with its output in it, as `SentenceTransformer` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, features):
+        features.update(sentence_embedding=self.layer(features["x"]))
+        return features
+
+
+@pytest.mark.parametrize("forward", [None, lambda model, batch: model(batch)])
+def test_a_model_that_writes_its_output_into_the_batch_is_not_compared_with_itself(forward):
+    model, batch = WritesIntoItsBatch(), {"x": torch.randn(8, 64)}
+    quantized = fewbits.quantize(model, "int4", group_size=32).model
+    found = compare_outputs(model, quantized, [batch], forward=forward)
+    wanted = model(dict(batch))["sentence_embedding"]
+    cosine = F.cosine_similarity(wanted, quantized(dict(batch))["sentence_embedding"]).mean()
+    assert found.figures["cosine"] == pytest.approx(cosine.item())
+    assert found.figures["cosine"] < 0.9999
+    assert forward is not None or batch.keys() == {"x"}
+
+
 def test_the_worst_batch_is_the_worst_for_each_metric():
     model, other = blocks(), blocks(1)
     names, batches = ("kl", "top1", "cosine", "sqnr"), inputs()

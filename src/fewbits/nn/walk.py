@@ -196,13 +196,13 @@ def feed(model: nn.Module, batch: Any) -> Any:
 
     A tuple is passed as positional arguments, a mapping as keyword arguments, anything else as the only argument. If a
     forward does not accept the keys of a mapping as keyword arguments, and accepts one positional argument, as that of
-    `SentenceTransformer` does, the whole mapping is that argument.
+    `SentenceTransformer` does, a copy of the mapping is that argument, because such a forward may write into it.
     """
     if isinstance(batch, tuple):
         return model(*batch)
     if isinstance(batch, Mapping) and not _is_one_argument(model.forward, batch):
         return model(**batch)
-    return model(batch)
+    return model(copy.copy(batch) if isinstance(batch, Mapping) else batch)
 
 
 def _is_one_argument(forward: Callable[..., Any], batch: Mapping[Any, Any]) -> bool:

@@ -98,14 +98,24 @@ class Evaluation:
         with without_shortcuts(reference), without_shortcuts(model), evaluating(reference), evaluating(model):
             for number, batch in batches:
                 with watching():
-                    wanted = run_one(reference, batch, number, self.forward)
-                found = run_one(model, batch, number, self.forward)
+                    wanted = self._output(reference, batch, number)
+                found = self._output(model, batch, number)
                 try:
-                    name, own, other = _pair(wanted, found)
-                    self._add(comparison, batch, name, own, other)
+                    self._add(comparison, batch, wanted[0], *_pair(wanted[1], found[1]))
                 except CalibrationError as error:
                     raise CalibrationError(f"batch {number}: {error}") from None
         return comparison.report(batches.observed())
+
+    def _output(self, model: nn.Module, batch: Any, number: int) -> tuple[str, Tensor]:
+        """Run a batch, and return the name and the tensor of the output.
+
+        The tensor is taken at once: a model may return the batch itself, into which the other model writes.
+        """
+        result = run_one(model, batch, number, self.forward)
+        try:
+            return _output(result)
+        except CalibrationError as error:
+            raise CalibrationError(f"batch {number}: {error}") from None
 
     def _chosen(self, name: str) -> list[str]:
         """Return the names of the metrics for an output of this name."""
@@ -178,10 +188,8 @@ def compare_outputs(
     return Evaluation(data, forward, metrics).run(reference, model, progress=progress)
 
 
-def _pair(expected: object, found: object) -> tuple[str, Tensor, Tensor]:
-    """Return the name of an output ("" for a plain tensor), and the output of the float and the quantized model."""
-    name, own = _output(expected)
-    _, other = _output(found)
+def _pair(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs of the float and the quantized model, as far as they can be compared."""
     if own.shape != other.shape:
         raise CalibrationError(
             f"the float model gives an output of shape {tuple(own.shape)}, the quantized model one of shape "
@@ -189,11 +197,11 @@ def _pair(expected: object, found: object) -> tuple[str, Tensor, Tensor]:
         )
     if not bool(own.isfinite().all()):
         raise CalibrationError("the output of the float model holds NaN or Inf; there is nothing to compare with")
-    return name, own.detach(), other.detach().to(own.device)
+    return own.detach(), other.detach().to(own.device)
 
 
 def _output(result: object) -> tuple[str, Tensor]:
-    """Find the output to compare in the result of a forward, and its name."""
+    """Find the output to compare in the result of a forward, and its name, "" for a plain tensor."""
     if isinstance(result, Tensor):
         return "", _floating(result, "its output")
     for name in _NAMES:
