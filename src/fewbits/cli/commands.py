@@ -1,4 +1,4 @@
-"""``fewbits quantize | inspect | verify | convert``, on checkpoints, in one file or many."""
+"""``fewbits quantize | inspect | verify | convert | report``, on checkpoints, in one file or many."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from fewbits.cli.exporting import Export, format_options
 from fewbits.cli.printing import print_json, show, show_contents, show_plan, show_result
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.ranks import join_group, own_rank
+from fewbits.cli.reporting import report_command
 from fewbits.cli.settings import merge_settings
 from fewbits.cli.streams import Stderr, Stdout, is_json_asked_for, warnings_as_events
 from fewbits.errors import ArgumentError, DigestError, FewbitsError
@@ -240,6 +241,7 @@ def verify(file: Path, against: Path | None, tensors: bool, quiet: bool, as_json
 
 
 cli.add_command(convert_command, "convert")
+cli.add_command(report_command, "report")
 
 
 def run() -> int:

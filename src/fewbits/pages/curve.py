@@ -1,0 +1,94 @@
+"""`Curve`: the sizes that a checkpoint could have, each with its error, as ``fewbits allocate`` writes them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from fewbits.checkpoint.header import parse_json
+from fewbits.checkpoint.raw import as_checkpoint_error
+from fewbits.errors import FormatError
+from fewbits.pages.charts import CurveChart, Mark, axes
+from fewbits.pages.content import size_in_words
+
+_NAMED = ("knee", "chosen")
+
+
+@attrs.frozen
+class Curve:
+    """A curve of size and quality.
+
+    Attributes:
+        points: pairs of bytes and error, by rising bytes.
+        named: points with a name: "knee", "chosen".
+        error: what the errors are.
+    """
+
+    points: tuple[tuple[int, float], ...]
+    named: Mapping[str, tuple[int, float]]
+    error: str
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Curve:
+        """Read ``{"points": [{"bytes": int, "error": float}, ...], "knee": index, "chosen": index, "error": label}``.
+
+        The two indices may be null or missing. Other keys are ignored.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+            FormatError: if it has another form.
+        """
+        with as_checkpoint_error(f"{path} cannot be read"):
+            fields = parse_json(Path(path).read_bytes(), path, "curve")
+        if not isinstance(fields, dict) or not isinstance(fields.get("points"), list) or not fields["points"]:
+            raise FormatError(f"{path}: a curve is an object with a list of points, at least one; see docs/report.md")
+        points = [_point(point, path) for point in fields["points"]]
+        named = {name: points[_index(fields[name], name, points, path)] for name in _NAMED if _given(fields, name)}
+        label = fields.get("error", "error")
+        if not isinstance(label, str):
+            raise FormatError(f"{path}: error is the name of the errors, a text, not {label!r}")
+        return cls(tuple(sorted(points)), named, label)
+
+    def drawn(self) -> CurveChart:
+        """Return the curve as coordinates."""
+        sizes, errors = zip(*self.points, strict=True)
+        across, up = axes(sizes, errors)
+        places = list(dict.fromkeys((across.at(size), up.at(error)) for size, error in self.points))
+        points: dict[tuple[int, float], list[str]] = {}
+        for name, point in self.named.items():
+            points.setdefault(point, []).append(name)
+        ends = {"smallest": self.points[0], "largest": self.points[-1]}
+        return CurveChart(
+            label=self.error,
+            path="M" + "L".join(f"{x:g} {y:g}" for x, y in places),
+            across=[Mark(across.at(size), up.start, size_in_words(round(size))) for size in across.ticks()],
+            up=[Mark(across.start, up.at(error), f"{error:.3g}") for error in up.ticks()],
+            marks=[Mark(across.at(size), up.at(error), ", ".join(names)) for (size, error), names in points.items()],
+            named=[(name, f"{size:,}", f"{error:.4g}") for name, (size, error) in (ends | dict(self.named)).items()],
+            right=across.stop,
+            points=len(self.points),
+            logarithmic=up.logarithmic,
+        )
+
+
+def _given(fields: Mapping[str, Any], name: str) -> bool:
+    return fields.get(name) is not None
+
+
+def _point(point: object, path: object) -> tuple[int, float]:
+    size, error = (point.get("bytes"), point.get("error")) if isinstance(point, dict) else (None, None)
+    figure = float(error) if type(error) is float or (type(error) is int and abs(error) < 2**63) else math.inf
+    if type(size) is int and 0 <= size < 2**63 and math.isfinite(figure):
+        return size, figure
+    raise FormatError(f"{path}: a point has bytes, a whole number, and error, a finite number; not {point!r}")
+
+
+def _index(index: object, name: str, points: list[tuple[int, float]], path: object) -> int:
+    if type(index) is not int or not 0 <= index < len(points):
+        raise FormatError(f"{path}: {name} is the index of one of {len(points)} points, or null; not {index!r}")
+    return index
