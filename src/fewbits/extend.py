@@ -43,6 +43,7 @@ from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import Spec
 from fewbits.observers.base import Observer
+from fewbits.pages.rendering import HtmlPage
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.statistics import InputStatistics
 from fewbits.selection.info import TensorInfo
@@ -65,6 +66,7 @@ __all__ = [
     "Exporter",
     "ForeignCheckpoint",
     "Header",
+    "HtmlPage",
     "InputStatistics",
     "Int4Tiles",
     "Int8Rows",

@@ -9,6 +9,7 @@ import click
 from fewbits.api import verify
 from fewbits.cli.printing import print_json
 from fewbits.cli.progress import shown_progress
+from fewbits.pages.curve import Curve
 from fewbits.pages.rendering import check_page_path, load_template
 from fewbits.validation.tensors import CRITICAL_DB
 
@@ -53,6 +54,8 @@ def report_command(
     """
     check_page_path(output, replace=replace)
     load_template()
+    if curve is not None:
+        Curve.read(curve)  # a wrong file is refused before the work
     with shown_progress(as_json=as_json, quiet=quiet) as progress:
         report = verify(file, against, entry=entry, fail_under=fail_under, progress=progress)
     report.save_html(output, replace=replace, checkpoint=file, against=against, entry=entry, curve=curve)

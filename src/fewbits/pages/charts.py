@@ -20,6 +20,9 @@ _WIDE, _HIGH = 305, 90
 CURVE_SIZE = (460, 280)
 _MARGINS = (56, 20, 16, 30)
 
+#: Numbers that differ by less have no round numbers between them.
+_FLAT = 1e-100
+
 #: A curve whose errors differ by more than this factor gets a logarithmic axis.
 _LOGARITHMIC = 30
 
@@ -88,7 +91,7 @@ class CurveChart:
     """A drawn curve of size and error.
 
     Attributes:
-        label: what the errors are.
+        label: the name of the errors.
         path: the line, for SVG.
         across: marks on the axis of sizes.
         up: marks on the axis of errors.
@@ -136,12 +139,12 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Return round numbers along the axis, at most nine."""
-        if not self.high > self.low:
+        if self.high - self.low < _FLAT:
             return [self.low]
         if self.logarithmic:
             exponents = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             factors = (1, 2, 5) if len(exponents) <= 3 else (1,)
-            ticks = [factor * 10.0**n for n in exponents[:: len(exponents) // 7 + 1] for factor in factors]
+            ticks = [factor * 10.0**n for n in exponents[:: len(exponents) // 8 + 1] for factor in factors]
             return [tick for tick in ticks if self.low <= tick <= self.high]
         step = _round_step(self.high - self.low)
         return [step * n for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]

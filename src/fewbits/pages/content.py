@@ -14,7 +14,7 @@ _UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 @attrs.frozen
 class Fact:
-    """A label, what it says, and a remark."""
+    """A label, a text, and a remark."""
 
     label: str
     text: str
@@ -35,7 +35,7 @@ class Group:
 
     Attributes:
         number: its number on the page, from 1.
-        fate: quantized, cast, kept, alias or merged; or "not read".
+        fate: quantized, cast, kept, alias or merged.
         scheme: the spec as text; "" without a spec.
         reason: why the tensors have this fate.
         tensors: how many they are.
@@ -127,7 +127,7 @@ class Page:
         unchecked: checks that could not run, with the reason.
         shares: the fates, with their shares of the source's bytes in the result, in percent.
         groups: the fates and reasons.
-        legend: what the verdicts mean.
+        legend: the meaning of the verdicts.
         tensors: all tensors, failed ones first, then by rising quality.
         spreads: histograms of the worst tensors.
         curve: size against quality; None if it is not known.
@@ -175,7 +175,7 @@ class Page:
 
 
 def decibels(figure: float | None) -> str:
-    """Return an SQNR as text, without its unit; "" if there is none.
+    """Return an SQNR as text, without its unit; "" for None.
 
     >>> decibels(17.8912), decibels(float("inf")), decibels(None)
     ('17.89', 'exact', '')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,9 @@ from fewbits.pages.content import size_in_words
 
 _NAMED = ("knee", "chosen")
 
+#: Larger errors are refused, so that differences between errors are finite.
+_MOST = 1e100
+
 
 @attrs.frozen
 class Curve:
@@ -26,7 +28,7 @@ class Curve:
     Attributes:
         points: pairs of bytes and error, by rising bytes.
         named: points with a name: "knee", "chosen".
-        error: what the errors are.
+        error: the name of the errors.
     """
 
     points: tuple[tuple[int, float], ...]
@@ -80,12 +82,11 @@ def _given(fields: Mapping[str, Any], name: str) -> bool:
     return fields.get(name) is not None
 
 
-def _point(point: object, path: object) -> tuple[int, float]:
+def _point(point: Any, path: object) -> tuple[int, float]:
     size, error = (point.get("bytes"), point.get("error")) if isinstance(point, dict) else (None, None)
-    figure = float(error) if type(error) is float or (type(error) is int and abs(error) < 2**63) else math.inf
-    if type(size) is int and 0 <= size < 2**63 and math.isfinite(figure):
-        return size, figure
-    raise FormatError(f"{path}: a point has bytes, a whole number, and error, a finite number; not {point!r}")
+    if type(size) is int and 0 <= size < 2**63 and isinstance(error, (int, float)) and -_MOST < error < _MOST:
+        return size, float(error)
+    raise FormatError(f"{path}: a point has bytes, a whole number, and error, a number below 1e100; not {point!r}")
 
 
 def _index(index: object, name: str, points: list[tuple[int, float]], path: object) -> int:

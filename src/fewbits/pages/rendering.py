@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import importlib
 import os
 from html import escape
 from importlib.resources import files
@@ -84,9 +86,16 @@ def load_template() -> Any:
         ArgumentError: if Jinja2 is not installed.
     """
     try:
-        import jinja2
+        importlib.import_module("jinja2")
     except ModuleNotFoundError:
         raise ArgumentError("a report in HTML needs jinja2: pip install 'fewbits[report]'") from None
+    return _compiled()
+
+
+@functools.cache
+def _compiled() -> Any:
+    import jinja2
+
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_finalized
     )

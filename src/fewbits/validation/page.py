@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fewbits.checkpoint.reading import Checkpoint
-from fewbits.errors import FormatError
+from fewbits.errors import ArgumentError, FormatError
 from fewbits.formats.base import ForeignCheckpoint
 from fewbits.formats.registry import open_quantized
 from fewbits.nn.explain import Explanation
@@ -36,7 +36,7 @@ _NO_CURVE = "Size against quality: pass the curve that fewbits allocate writes, 
 
 @attrs.frozen
 class PageInputs:
-    """What a page shows beyond its report; each part may be missing.
+    """The parts of a page beyond its report; each may be missing.
 
     Attributes:
         checkpoint: the path of the checkpoint.
@@ -50,23 +50,37 @@ class PageInputs:
     curve: Curve | None = None
     kernels: Explanation | None = None
 
-    def opened(self) -> Checkpoint | ForeignCheckpoint | None:
-        """Open the checkpoint; None if there is none, or a tensor of it cannot be read, which is in the report."""
-        try:
-            return None if self.checkpoint is None else open_quantized(self.checkpoint)
-        except FormatError:
+    def opened(self, report: Report) -> Checkpoint | ForeignCheckpoint | None:
+        """Open the checkpoint; None if there is none, or it cannot be read and the report says so.
+
+        Raises:
+            ArgumentError: if the report is about another checkpoint.
+            FormatError: if it is no quantized checkpoint.
+        """
+        if self.checkpoint is None:
             return None
+        try:
+            opened = open_quantized(self.checkpoint)
+        except FormatError:
+            if report.ok:
+                raise
+            return None
+        ledgers = (opened.ledger, *([] if report.ledger is None else [report.ledger]))
+        if len({frozenset((row.name, row.shape) for row in ledger) for ledger in ledgers}) > 1:
+            raise ArgumentError(f"{self.checkpoint} has other tensors than the checkpoint that this report is about")
+        return opened
 
 
 def page_of(report: Report, inputs: PageInputs) -> Page:
     """Collect the content of a page.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read.
+        ArgumentError: if the report is about another checkpoint.
+        CheckpointError: if it cannot be read.
     """
-    checkpoint = inputs.opened()
+    checkpoint = inputs.opened(report)
     metadata = checkpoint.metadata if isinstance(checkpoint, Checkpoint) else None
-    judged = judged_tensors(report.ledger, report.tensors, {} if metadata is None else metadata.metrics)
+    judged = [*judged_tensors(report.ledger, report.tensors, {} if metadata is None else metadata.metrics)]
     groups = groups_of(judged)
     figures = report.model.to_dict() if report.model is not None else metadata.model_metrics if metadata else {}
     return Page(

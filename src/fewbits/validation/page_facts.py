@@ -41,7 +41,7 @@ def _sqnr(report: Report, judged: Sequence[Judged]) -> Iterator[Fact]:
     known = [(one.sqnr_db, one) for one in judged if one.sqnr_db is not None]
     if not known:
         return
-    figure, worst = min(known, key=lambda pair: pair[0])
+    figure, worst = _least(known)
     least = f"{decibels(figure)} dB"
     if report.sqnr_db is None:
         yield Fact("Least SQNR of a weight", least, f"{_name(worst)}; {_RECORDED}")
@@ -53,8 +53,13 @@ def _sqnr(report: Report, judged: Sequence[Judged]) -> Iterator[Fact]:
 def _outputs(judged: Sequence[Judged]) -> Iterator[Fact]:
     known = [(one.output_sqnr_db, one) for one in judged if one.output_sqnr_db is not None]
     if known:
-        figure, worst = min(known, key=lambda pair: pair[0])
+        figure, worst = _least(known)
         yield Fact("Least SQNR of an output", f"{decibels(figure)} dB", f"{_name(worst)}; of {len(known):,} layers")
+
+
+def _least(known: Sequence[tuple[float, Judged]]) -> tuple[float, Judged]:
+    """Return the least SQNR, with NaN counted as less than any number, and its tensor."""
+    return min(known, key=lambda pair: -math.inf if math.isnan(pair[0]) else pair[0])
 
 
 def _largest_error(judged: Sequence[Judged]) -> Iterator[Fact]:

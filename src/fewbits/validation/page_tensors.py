@@ -26,10 +26,12 @@ Key = tuple[str, str, str]
 
 @attrs.frozen
 class Judged:
-    """All that is known of one tensor.
+    """All facts about one tensor.
 
     Attributes:
         name: its name in the source.
+        fate: quantized, cast, kept, alias or merged.
+        scheme: the spec as text; "" without a spec.
         row: its row in the ledger; None for a tensor that could not be read.
         tensor: the findings on it; None for an alias or a merged scale.
         sqnr_db: the SQNR of the weight, in dB; None if it is not known.
@@ -38,21 +40,22 @@ class Judged:
     """
 
     name: str
+    fate: str
+    scheme: str
     row: LedgerRow | None
     tensor: TensorReport | None
-    sqnr_db: float | None
-    bound_ratio: float | None
-    recorded: bool
+    sqnr_db: float | None = None
+    bound_ratio: float | None = None
+    recorded: bool = False
 
-    @classmethod
-    def of(cls, name: str, row: LedgerRow | None, tensor: TensorReport | None, recorded: Metrics | None) -> Judged:
-        """Collect what is known. A recorded figure does not count for a tensor that failed."""
-        if tensor is not None and (measured := tensor.measurement) is not None:
-            return cls(name, row, tensor, measured.sqnr_db, measured.worst_bound_ratio, recorded=False)
-        if tensor is None or tensor.failures or recorded is None:
-            return cls(name, row, tensor, None, None, recorded=False)
+    def measured(self, recorded: Metrics | None) -> Judged:
+        """Add the measured figures, or else the recorded ones, which do not count for a tensor that failed."""
+        if self.tensor is not None and (found := self.tensor.measurement) is not None:
+            return attrs.evolve(self, sqnr_db=found.sqnr_db, bound_ratio=found.worst_bound_ratio)
+        if self.failures or recorded is None:
+            return self
         sqnr_db = math.inf if recorded.max_abs_error == 0 else recorded.sqnr_db
-        return cls(name, row, tensor, sqnr_db, recorded.worst_bound_ratio, recorded=True)
+        return attrs.evolve(self, sqnr_db=sqnr_db, bound_ratio=recorded.worst_bound_ratio, recorded=True)
 
     @property
     def output_sqnr_db(self) -> float | None:
@@ -77,7 +80,7 @@ class Judged:
 
     @property
     def status(self) -> str:
-        """Return "failed", the verdict, or "" if there is none."""
+        """Return "failed", the verdict, or "" for a tensor that is not judged."""
         if self.failures:
             return "failed"
         if self.tensor is not None and self.tensor.verdict is not None:
@@ -85,18 +88,10 @@ class Judged:
         return "" if self.deciding is None else verdict_of(self.deciding)
 
     @property
-    def scheme(self) -> str:
-        """How it is stored, as text."""
-        if self.tensor is not None:
-            return self.tensor.scheme
-        return "" if self.row is None else self.row.scheme
-
-    @property
     def key(self) -> Key:
-        """What the tensors of a group share."""
-        if self.row is None:
-            return "not read" if self.tensor is None else self.tensor.fate, self.scheme, ""
-        return self.row.fate, self.scheme, IN_SUMMARY.get(self.row.fate, self.row.reason)
+        """Fate, scheme and reason, which the tensors of a group share."""
+        reason = "" if self.row is None else self.row.reason
+        return self.fate, self.scheme, IN_SUMMARY.get(self.fate, reason)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -106,19 +101,27 @@ class Judged:
     @property
     def order(self) -> tuple[bool, bool, float]:
         """Sorts failures first, then rising quality, then tensors without a figure."""
-        figure = self.deciding
-        known = figure is not None and not math.isnan(figure)
-        return not self.failures, figure is None, figure if known and figure is not None else -math.inf
+        figure = math.nan if self.deciding is None else self.deciding
+        return not self.failures, self.deciding is None, -math.inf if math.isnan(figure) else figure
 
 
 def judged_tensors(
     ledger: Ledger | None, tensors: Sequence[TensorReport], recorded: Mapping[str, Metrics]
-) -> list[Judged]:
-    """Collect what is known of all tensors, in the order of the ledger; those that it lacks come last."""
+) -> Iterator[Judged]:
+    """Yield the facts about all tensors, in the order of the ledger; tensors that the ledger lacks come last.
+
+    Args:
+        ledger: the ledger of the result; None in a report that was made by hand.
+        tensors: the findings on single tensors.
+        recorded: the figures that the file records, by the name of the tensor.
+    """
     by_name = {tensor.name: tensor for tensor in tensors}
-    rows = () if ledger is None else ledger.rows
-    found = [Judged.of(row.name, row, by_name.pop(row.name, None), recorded.get(row.name)) for row in rows]
-    return found + [Judged.of(name, None, tensor, None) for name, tensor in by_name.items()]
+    for row in () if ledger is None else ledger:
+        tensor = by_name.pop(row.name, None)
+        scheme = row.scheme if tensor is None else tensor.scheme
+        yield Judged(row.name, row.fate, scheme, row, tensor).measured(recorded.get(row.name))
+    for tensor in by_name.values():
+        yield Judged(tensor.name, tensor.fate, tensor.scheme, None, tensor).measured(None)
 
 
 def groups_of(judged: Sequence[Judged]) -> dict[Key, Group]:
@@ -145,7 +148,7 @@ def lines_of(judged: Sequence[Judged], groups: Mapping[Key, Group]) -> Iterator[
         yield TensorLine(
             name=names[one.name],
             shape="" if one.row is None else "×".join(map(str, one.row.shape)) or "scalar",
-            fate=one.key[0],
+            fate=one.fate,
             scheme=_with(one.row, names) or one.scheme.partition(",")[0],
             sqnr=_bar(one.sqnr_db, weights),
             output=_bar(one.output_sqnr_db, outputs),

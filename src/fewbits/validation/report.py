@@ -131,7 +131,8 @@ class Report:
             kernels: the result of `fewbits.explain` for the quantized model.
 
         Raises:
-            ArgumentError: if Jinja2 is not installed, or `against` is no source.
+            ArgumentError: if Jinja2 is not installed, `against` is no source, or the report is about another
+                checkpoint.
             CheckpointError: if a file cannot be read.
         """
         load_template()  # a missing package is told before the files are read

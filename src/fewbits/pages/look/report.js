@@ -1,10 +1,17 @@
 "use strict";
 (() => {
-  const table = document.getElementById("all"), body = table.tBodies[0], form = document.getElementById("filters");
+  const table = document.getElementById("all");
+  if (!table) return;
+  const body = table.tBodies[0], form = document.getElementById("filters");
   const [name, fate, status, group] = ["name", "fate", "status", "group"].map((id) => document.getElementById(`by-${id}`));
   const FATE = 2, STATUS = 9, GROUP = 10, NUMBERS = new Set([4, 5, 6, 7, 8, GROUP]);
   const ORDER = ["failed", "critical", "warning", "fair", "good"];
   const rows = [...body.rows].map((row) => ({ row, cells: [...row.cells].map((cell) => cell.textContent.trim()) }));
+
+  const collator = new Intl.Collator("en", { numeric: true }), words = (count) => count.toLocaleString("en");
+  // Browsers take seconds to lay out ten thousand rows, so the rest waits for a button, or for paper.
+  const all = document.getElementById("show-all");
+  let limit = 1000;
 
   // A number, "exact" or "not finite" as a number; NaN, which sorts last, for an empty cell.
   const number = (text) => text === "exact" || text === "not finite" ? Infinity : parseFloat(text.replaceAll(",", ""));
@@ -23,22 +30,28 @@
     const keyed = rows.map((entry) => [key(entry.cells, column), entry]);
     keyed.sort(([a], [b]) => {
       if (missing(a) || missing(b)) return missing(a) - missing(b);
-      const order = typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a === b ? 0 : a < b ? -1 : 1;
+      const order = typeof a === "string" ? collator.compare(a, b) : a === b ? 0 : a < b ? -1 : 1;
       return falls ? -order : order;
     });
-    body.append(...keyed.map(([, entry]) => entry.row));
+    rows.splice(0, rows.length, ...keyed.map(([, entry]) => entry));
+    filter();
+    body.append(...rows.map(({ row }) => row));
   };
 
   const filter = () => {
     const part = name.value.toLowerCase();
-    let shown = 0;
+    const chosen = [[fate, FATE], [status, STATUS], [group, GROUP]].filter(([select]) => select.value);
+    let found = 0;
     for (const { row, cells } of rows) {
-      row.hidden = !(cells[0].toLowerCase().includes(part) && [[fate, FATE], [status, STATUS], [group, GROUP]]
-        .every(([select, column]) => !select.value || select.value === cells[column]));
-      shown += !row.hidden;
+      const fits = cells[0].toLowerCase().includes(part) && chosen.every(([select, column]) => select.value === cells[column]);
+      found += fits;
+      row.hidden = !fits || found > limit;
     }
-    document.getElementById("count").value = `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")} tensors`;
+    const few = found > limit ? `, the first ${words(limit)} shown` : "";
+    document.getElementById("count").value = `${words(found)} of ${words(rows.length)} tensors${few}`;
+    all.hidden = found <= limit;
   };
+  const unlimited = () => { limit = Infinity; filter(); };
 
   for (const header of table.tHead.rows[0].cells) {
     const button = document.createElement("button");
@@ -51,6 +64,8 @@
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(filter));
+  all.addEventListener("click", unlimited);
+  addEventListener("beforeprint", unlimited);
   filter();
 
   // On narrow screens rows are grids, which some browsers no longer take for parts of a table.
