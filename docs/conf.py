@@ -34,9 +34,6 @@ extensions = [
 ]
 source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 
-#: Pages that the navigation has as soon as their files exist.
-COMING = ("allocate", "report")
-
 html_theme = "furo"
 html_title = "fewbits"
 html_copy_source = False
@@ -102,13 +99,6 @@ def _command(command: click.Command) -> str:
     return f"\n## fewbits {command.name}\n\n```text\n{command.get_help(context)}\n```\n"
 
 
-def pages_to_come(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Take names out of the navigation whose pages are yet to come."""
-    if docname == "index":
-        missing = {*COMING} - app.env.found_docs
-        source[0] = "".join(line for line in source[0].splitlines(keepends=True) if line.strip() not in missing)
-
-
 def docstring_is_there(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Warn of an entry of the reference without a docstring."""
     if what in ("module", "class", "exception", "function", "method") and not any(line.strip() for line in lines):
@@ -138,7 +128,6 @@ def setup(app: Sphinx) -> None:
     """Connect the functions above."""
     app.connect("source-read", notebook_as_markdown)
     app.connect("source-read", command_line)
-    app.connect("source-read", pages_to_come)
     app.connect("autodoc-process-docstring", docstring_is_there)
     app.connect("missing-reference", link_to_public_name)
     app.connect("env-check-consistency", every_public_name_is_there)

@@ -37,6 +37,7 @@ ROOMS = [
     "checkpoint",
     "formats",
     "sources",
+    "pages",
     "validation",
     "conversion",
     "quantizers",

@@ -23,6 +23,7 @@ def test_importing_fewbits_imports_neither_optional_packages_nor_torch_ao():
     optional = {
         "click",
         "rich",
+        "jinja2",
         "dask",
         "distributed",
         "transformers",

@@ -98,6 +98,16 @@ def test_work_on_files(tmp_path: Path) -> None:
     assert_type(run.finish(shares), fewbits.Result)
 
 
+def test_choose_bits_under_a_budget(tmp_path: Path) -> None:
+    plan = fewbits.allocate(Small(), bits_per_weight=8.5, candidates=["nf4", "int8"])
+    assert_type(plan, extend.Allocation)
+    assert_type(plan.config, fewbits.QuantizationConfig)
+    assert_type(plan.weights, tuple[extend.Allocated, ...])
+    assert_type(plan.curve, extend.Curve)
+    plan.save(tmp_path / "plan.json")
+    assert_type(plan.bits_per_weight, float)
+
+
 def test_go_through_the_lifecycle() -> None:
     quantizer = fewbits.Int4Grouped(group_size=32, observer=fewbits.MSEObserver(), selector=fewbits.LayerSelector())
     assert_type(quantizer.state, fewbits.State)
@@ -118,7 +128,7 @@ def test_every_scheme_and_observer_has_its_own_type() -> None:
     ]
     specs = [assert_type(scheme.spec, extend.Spec) for scheme in schemes]
     assert [isinstance(spec, fewbits.CastSpec) for spec in specs] == [False, False, False, True, False]
-    inputs: list[extend.Observer] = [fewbits.HistogramObserver(), fewbits.MovingAverageMinMaxObserver()]
+    inputs: list[extend.Observer] = [fewbits.HistogramObserver(), extend.MovingAverageMinMaxObserver()]
     for observer in inputs:
         scheme = fewbits.Int8PerChannel(activations="static", activation_observer=observer)
         assert fewbits.quantize(Small(), scheme, data=batches()).report is not None

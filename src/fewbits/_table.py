@@ -107,6 +107,11 @@ def elide_all(names: Sequence[str], width: int) -> list[str]:
     return [shown[name] for name in names]
 
 
+def printable(name: str) -> str:
+    """Escape the characters of a name that move the cursor, end the line, or cannot be encoded."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+
+
 def _elisions(name: str, width: int) -> Iterator[str]:
     """Yield all ways to show a name in `width` characters, the longest first."""
     if len(name) <= width:

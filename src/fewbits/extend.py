@@ -44,8 +44,9 @@ from fewbits.numerics.params import QuantParams
 from fewbits.numerics.spec import Spec
 from fewbits.observers.base import Observer
 from fewbits.observers.moving_average import MovingAverageMinMaxObserver
+from fewbits.pages.curve import Curve
+from fewbits.pages.rendering import HtmlPage
 from fewbits.planning.allocation import Allocated, Allocation
-from fewbits.planning.curve import Curve
 from fewbits.rounding.base import Rounding, RowInputs
 from fewbits.rounding.statistics import InputStatistics
 from fewbits.selection.info import TensorInfo
@@ -71,6 +72,7 @@ __all__ = [
     "Exporter",
     "ForeignCheckpoint",
     "Header",
+    "HtmlPage",
     "InputStatistics",
     "Int4Tiles",
     "Int8Rows",

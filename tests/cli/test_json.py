@@ -46,6 +46,7 @@ def document(tmp_path, monkeypatch, capsys):
         ("`fewbits verify`", ["verify", "small", "--against", "in"]),
         ("`fewbits convert`", ["convert", "small", "-o", "out", "--format", "compressed-tensors", "--allow"]),
         ("`fewbits allocate`", ["allocate", "in", "-o", "plan.toml", "--bits-per-weight", "5"]),
+        ("`fewbits report`", ["report", "small", "-o", "page.html"]),
         ("`fewbits completion`", ["completion", "fish"]),
     ],
 )

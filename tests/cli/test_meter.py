@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits.cli.formatting import NAME_WIDTH, bar_line, duration, log_line, printable
+from fewbits._table import printable
+from fewbits.cli.formatting import NAME_WIDTH, bar_line, duration, log_line
 from fewbits.cli.meter import Meter, Pace, Reading
 from fewbits.selection.progress import Step
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from file_cases import SCHEMES, checkpoint
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import fewbits
@@ -145,6 +145,8 @@ def _flip(path, dice):
     damage=st.sampled_from(list(DAMAGE)),
     seed=st.integers(0, 10),
 )
+# A convolution with one scale: begun in small chunks, continued with room for all of it.
+@example("int3-tensor", [27], 1, [1, 1, 1, 35], "a line that is torn", 1)
 def test_a_resumed_run_gives_the_same_bytes(
     tmp_path_factory, source, whole, scheme, moments, threads, chunks, damage, seed
 ):

@@ -19,7 +19,15 @@ from support.markdown import blocks
 
 PACKAGE = ROOT / "src" / "fewbits"
 #: Files of the sdist beside the package, without which nobody can build, license or test it.
-OF_SOURCE = ("LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "Makefile", "tests/conftest.py", "docs/guide/runs.md")
+OF_SOURCE = (
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "pyproject.toml",
+    "Makefile",
+    "tests/conftest.py",
+    "docs/guide/runs.md",
+)
 #: Tests that run without the sources, and the packages that they need.
 TESTS = ("tests/test_api.py", "tests/test_imports.py", "tests/cli/test_cli.py")
 FOR_TESTS = ("pytest", "hypothesis", "numpy")

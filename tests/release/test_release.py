@@ -66,7 +66,7 @@ def test_an_sdist_has_all_sources_and_no_product_of_a_build():
 
 def test_the_floors_are_those_of_the_dependencies():
     floors = environments.floors(["cli", "toml"])
-    assert {"torch", "safetensors", "attrs", "structlog", "click", "rich", "tomli"} == floors.keys()
+    assert {"torch", "safetensors", "attrs", "structlog", "click", "rich", "jinja2", "tomli"} == floors.keys()
     assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in floors.values())
     table = (
         (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("## Lower bounds of the dependencies")[2]

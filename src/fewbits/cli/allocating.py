@@ -87,7 +87,12 @@ _EXAMPLES = (
     required=True,
     help="Where to write. OUT holds settings; its name ends in .toml or .json.",
 )
-@_output("--curve", type=PATH, metavar="FILE", help="Also write the error for every size: .svg, or .json.")
+@_output(
+    "--curve",
+    type=PATH,
+    metavar="FILE",
+    help="The error for every size. Its name ends in .json for data, in .svg for a drawing.",
+)
 @replace_option
 @tensors_option
 @quiet_option

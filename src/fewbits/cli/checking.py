@@ -8,10 +8,9 @@ from typing import Any
 import click
 
 from fewbits.api import verify as verify_file
-from fewbits.cli.help import Command, options_under
+from fewbits.cli.help import Command
 from fewbits.cli.options import (
-    PATH,
-    WHAT,
+    against_option,
     entry_option,
     fail_under_option,
     file_argument,
@@ -51,7 +50,7 @@ def inspect_command(file: Path, tensors: bool, as_json: bool) -> int:
     ),
 )
 @file_argument
-@options_under(WHAT)("--against", type=PATH, metavar="IN", help="The checkpoint from which FILE was made.")
+@against_option
 @entry_option
 @fail_under_option
 @tensors_option

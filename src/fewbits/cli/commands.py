@@ -19,6 +19,7 @@ from fewbits.cli.converting import convert_command
 from fewbits.cli.help import Group
 from fewbits.cli.quantizing import quantize_command
 from fewbits.cli.ranks import own_rank
+from fewbits.cli.reporting import report_command
 from fewbits.cli.streams import Stderr, Stdout, is_json_asked_for, warnings_as_events
 from fewbits.errors import DigestError, FewbitsError
 
@@ -50,6 +51,7 @@ cli.add_command(quantize_command, "quantize")
 cli.add_command(allocate_command, "allocate")
 cli.add_command(inspect_command, "inspect")
 cli.add_command(verify_command, "verify")
+cli.add_command(report_command, "report")
 cli.add_command(convert_command, "convert")
 cli.add_command(completion_command, "completion")
 

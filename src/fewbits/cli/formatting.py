@@ -6,7 +6,7 @@ import math
 
 from rich.text import Text
 
-from fewbits._table import elide
+from fewbits._table import elide, printable
 from fewbits.cli.meter import Reading
 
 #: The most characters of a tensor's name in a line of a log.
@@ -47,11 +47,6 @@ def bar_line(reading: Reading, width: int, *, ascii_only: bool = False) -> Text:
         room -= length + 2
     line.append("".join(facts))
     return line.append(_gap(elide(printable(reading.name), room - 2))) if room - 2 >= _LEAST_NAME else line
-
-
-def printable(name: str) -> str:
-    """Escape the characters of a name that move the cursor, end the line, or cannot be encoded."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def duration(seconds: float) -> str:

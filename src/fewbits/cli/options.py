@@ -34,6 +34,9 @@ entry_option = options_under(WHAT)(
 config_option = options_under(HOW)(
     "--config", type=PATH, metavar="FILE", help="Settings in TOML or JSON; options here replace them."
 )
+against_option = options_under(WHAT)(
+    "--against", type=PATH, metavar="IN", help="The checkpoint from which FILE was made."
+)
 max_shard_size_option = _output(
     "--max-shard-size",
     metavar="SIZE",

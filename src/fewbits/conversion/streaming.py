@@ -19,6 +19,7 @@ from fewbits.checkpoint.codec import Value
 from fewbits.conversion.budget import Budget, Demand
 from fewbits.conversion.encoder import TensorEncoder, naming
 from fewbits.errors import NumericsError
+from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.metrics import Tally
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.quantize import check_chosen, check_finite
@@ -84,14 +85,15 @@ class Streaming:
             return observer
         spec = row.spec.for_dtype(row.dtype).weight_only()
         shape = (row.layout.rows, row.layout.columns)
-        seen = (self._finite(chunk) for chunk in self._chunks(row))
+        seen = (self._rows(chunk, row.layout) for chunk in self._chunks(row))
         with naming(row):
             return FixedObserver(check_chosen(observer.observe_chunks(seen, spec), spec, shape))
 
-    def _finite(self, chunk: Chunk) -> Tensor:
+    def _rows(self, chunk: Chunk, layout: Layout) -> Tensor:
+        """Read a chunk as rows of the tensor's matrix; a whole tensor comes in its own shape."""
         tensor = self.source.read_chunk(chunk.row.name, chunk)
         check_finite(tensor, first=chunk.start, shape=chunk.row.shape)
-        return tensor
+        return WeightMatrix(tensor, layout).whole() if chunk.is_whole else tensor
 
     def _convert(self, chunk: Chunk, observer: Observer | None) -> Converted:
         row = chunk.row

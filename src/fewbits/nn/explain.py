@@ -66,12 +66,15 @@ class Explanation:
             (r.name, r.scheme, r.weight_layout, str(r.rows), str(r.dtype).removeprefix("torch."), r.kernel)
             for r in self.rows
         ]
+        return "\n".join([render_table([head, *table], right=(3,)), *self.notes()])
+
+    def notes(self) -> list[str]:
+        """Return the reasons why preferred kernels did not compute, each distinct reason once with its first layer."""
         reasons: dict[tuple[str, str, str], str] = {}
         for row in self.rows:
             for kernel, why in row.refused.items():
                 reasons.setdefault((row.kernel, kernel, why), row.name)
-        notes = [f"{kernel}, not {other} (as for {name}): {why}" for (kernel, other, why), name in reasons.items()]
-        return "\n".join([render_table([head, *table], right=(3,)), *notes])
+        return [f"{kernel}, not {other} (as for {name}): {why}" for (kernel, other, why), name in reasons.items()]
 
 
 @torch.no_grad()

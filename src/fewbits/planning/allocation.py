@@ -14,7 +14,7 @@ from fewbits._sizes import bytes_in_words
 from fewbits._table import render_fitting
 from fewbits.config.config import QuantizationConfig
 from fewbits.config.writing import write_config
-from fewbits.planning.curve import Curve
+from fewbits.pages.curve import Curve
 from fewbits.selection.ledger import Ledger
 
 

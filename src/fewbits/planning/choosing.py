@@ -17,7 +17,7 @@ from fewbits.errors import ArgumentError
 from fewbits.planning.allocation import Allocated, Allocation
 from fewbits.planning.budget import Budget, allowed
 from fewbits.planning.candidates import Ledgers, planned
-from fewbits.planning.curve import Curve, Point
+from fewbits.planning.curve import curve_of
 from fewbits.planning.knapsack import Problem
 from fewbits.planning.scoring import Score
 from fewbits.planning.ties import groups_of
@@ -113,7 +113,7 @@ class Choice:
         ledger = planned(self.source, self.entry, config)
         self._check_ledger(ledger, chosen)
         size, error = problem.total(solution.choice)
-        curve = Curve.of(possible, kept, label, Point(kept + round(size), error))
+        curve = curve_of(possible, kept, label, (kept + round(size), error))
         return Allocation(config, ledger, tuple(self._weights(ledger, chosen)), error, label, solution.gap, curve)
 
     @property

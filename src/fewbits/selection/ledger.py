@@ -26,7 +26,7 @@ _KEPT_EMBEDDING = f"(?i)embedding.* {UNLESS_ASKED}"
 _LARGE_SHARE = 0.25
 
 #: The reasons of these fates in a summary; the rows' own reasons name single tensors.
-_IN_SUMMARY = {"alias": "shares storage", "merged": "scales of dequantized weights"}
+IN_SUMMARY = {"alias": "shares storage", "merged": "scales of dequantized weights"}
 
 
 def _rows(rows: Iterable[LedgerRow]) -> tuple[LedgerRow, ...]:
@@ -147,12 +147,12 @@ class Ledger:
         groups: dict[str, list[LedgerRow]] = {}
         for row in self.rows:
             fate = f"{row.fate} to {row.scheme}" if row.scheme else row.fate
-            groups.setdefault(f"{fate}: {_IN_SUMMARY.get(row.fate, row.reason)}", []).append(row)
+            groups.setdefault(f"{fate}: {IN_SUMMARY.get(row.fate, row.reason)}", []).append(row)
         table = [("tensors", "bytes before", "bytes after", "fate and reason")]
         for fate, rows in groups.items():
             before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
             table.append((f"{len(rows)}", f"{before:,}", f"{after:,}", fate))
-        lines = [self._counts(), bytes_in_words(self.bytes_before, self.bytes_after), *self._advice()]
+        lines = [self._counts(), bytes_in_words(self.bytes_before, self.bytes_after), *self.advice()]
         wrapped = [part for line in lines for part in wrap(line, width, "  ")]
         return "\n".join([render_table(wrap_last(table, width), right=(0, 1, 2)), *wrapped])
 
@@ -176,8 +176,8 @@ class Ledger:
         fates = Counter(row.fate for row in self.rows)
         return f"{len(self.rows)} tensors: " + ", ".join(f"{number} {fate}" for fate, number in fates.items())
 
-    def _advice(self) -> Iterator[str]:
-        """Advise to quantize embeddings, if those that the scheme keeps by default take much of the result."""
+    def advice(self) -> Iterator[str]:
+        """Yield advice to quantize embeddings, if those that the scheme keeps by default take much of the result."""
         embeddings = [row for row in self.rows if row.fate == "kept" and re.search(_KEPT_EMBEDDING, row.reason)]
         kept = sum(row.bytes_after for row in embeddings)
         if kept > _LARGE_SHARE * self.bytes_after:

@@ -97,6 +97,7 @@ def examine(
         bytes_after=bytes_after,
         unchecked=unchecked,
         general=tuple(failures),
+        ledger=ledger,
     )
 
 

@@ -75,6 +75,7 @@ def verify_compressed_tensors(
         unchecked=tuple(_unchecked(checkpoint, source)),
         general=tuple(failures),
         about=checkpoint.about,
+        ledger=checkpoint.ledger,
     )
 
 

@@ -68,6 +68,7 @@ def verify_foreign(
         unchecked=(*unchecked, *(["errors and kept tensors: no source to compare with"] if source is None else [])),
         general=tuple(differences),
         about=checkpoint.about,
+        ledger=checkpoint.ledger,
     )
 
 

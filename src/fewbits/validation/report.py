@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +13,14 @@ import attrs
 from fewbits._sizes import bytes_in_words
 from fewbits._table import render_fitting, wrap
 from fewbits.calibration.batches import Observed
+from fewbits.nn.explain import Explanation
 from fewbits.numerics.metrics import Measurement, pooled_sqnr_db
+from fewbits.pages.curve import Curve
+from fewbits.pages.rendering import HtmlPage, check_page_path, load_template, render
+from fewbits.selection.ledger import Ledger
+from fewbits.sources.open import open_source
 from fewbits.validation.outputs import ModelReport
+from fewbits.validation.page import PageInputs, page_of
 from fewbits.validation.tensors import WARNING_DB, TensorReport, advice_on, finite
 
 
@@ -32,6 +39,7 @@ class Report:
         observed: the amount of data that `observe` ran before the weights were converted; None if it ran none.
         model: how the outputs of the quantized model compare with those of the float model; None unless `validate` got
             data.
+        ledger: the fate of every tensor, for `show` and `save_html`; None in a report that was made by hand.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -43,6 +51,7 @@ class Report:
     about: tuple[str, ...] = ()
     observed: Observed | None = None
     model: ModelReport | None = None
+    ledger: Ledger | None = None
 
     @property
     def ok(self) -> bool:
@@ -100,6 +109,51 @@ class Report:
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the report as a JSON document."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def show(
+        self,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        against: object = None,
+        entry: str | None = None,
+        curve: str | os.PathLike[str] | None = None,
+        kernels: Explanation | None = None,
+    ) -> HtmlPage:
+        """Return the report as a page for browsers. A notebook shows it, if it is the last value of a cell.
+
+        Args:
+            checkpoint: the path of the checkpoint that this report is about. The page then has histograms of its worst
+                weights, versions, digests, and the figures that the file records.
+            against: the source of the checkpoint, for histograms of errors: a model, a state dict or a path.
+            entry: the entry of `against`, as in `fewbits.quantize`.
+            curve: the path of a JSON file with sizes and errors, as ``fewbits allocate`` writes it; docs/report.md has
+                its form.
+            kernels: the result of `fewbits.explain` for the quantized model.
+
+        Raises:
+            ArgumentError: if Jinja2 is not installed, `against` is no source, or the report is about another
+                checkpoint.
+            CheckpointError: if a file cannot be read.
+        """
+        load_template()  # a missing package is told before the files are read
+        source = None if against is None else open_source(against, entry=entry)
+        drawn = None if curve is None else Curve.read(curve)
+        return render(page_of(self, PageInputs(checkpoint, source, drawn, kernels)))
+
+    def save_html(self, path: str | os.PathLike[str], *, replace: bool = False, **parts: Any) -> None:
+        """Write the page of `show` to one file, which refers to no other file.
+
+        Args:
+            path: the file; its name ends in .html or .htm.
+            replace: whether to replace an existing file.
+            parts: the arguments of `show`.
+
+        Raises:
+            ArgumentError: if the file exists or its name has another ending; or as `show`.
+            CheckpointError: if a file cannot be read, or the page cannot be written.
+        """
+        check_page_path(path, replace=replace)
+        self.show(**parts).save(path, replace=replace)
 
     def summary(self, width: int = 80, *, advise: bool = True) -> str:
         """Return the verdict in a few lines, with every failure and the number of warnings.
