@@ -16,7 +16,7 @@ import fewbits
 from fewbits import CastSpec, LayerSelector, MinMaxObserver, QuantSpec
 from fewbits.config.config import SETTINGS, VERSION, QuantizationConfig
 from fewbits.errors import ArgumentError, SelectionError
-from fewbits.numerics.dtypes import SCALE_DTYPES, dtype_name
+from fewbits.numerics.dtypes import POWERS_OF_TWO, SCALE_DTYPES, dtype_name
 from fewbits.observers import OBSERVERS
 from fewbits.schemes import SCHEMES
 from support.lifecycle_helpers import FEWER_EXAMPLES
@@ -27,12 +27,13 @@ NAMES = st.text("ab_0*?", min_size=1, max_size=3)
 PATTERNS = st.lists(NAMES, min_size=1, max_size=3).map(".".join) | st.sampled_from(["re:.*", "re:[a=]+", 're:a"\\d'])
 PATTERN_LISTS = st.lists(PATTERNS, max_size=3)
 TYPES = st.lists(st.sampled_from(["Embedding", "Linear", "LayerNorm"]), max_size=2)
+AVAILABLE = [name for name in SCHEMES if name != "mxfp4" or POWERS_OF_TWO]
 DTYPES = st.sampled_from([dtype_name(dtype) for dtype in SCALE_DTYPES])
 RECIPES = st.sampled_from([*OBSERVERS, *({"name": name} for name in OBSERVERS)]) | st.builds(
     lambda percentile: {"name": "percentile", "percentile": percentile}, st.floats(90, 100)
 )
 RULES = (
-    st.sampled_from(["keep", *SCHEMES])
+    st.sampled_from(["keep", *AVAILABLE])
     | st.fixed_dictionaries({"scheme": st.just("int4"), "group_size": st.integers(1, 512)})
     | st.fixed_dictionaries({"scheme": st.just("int4"), "symmetric": st.booleans()})
     | st.fixed_dictionaries({"scheme": st.just("int8"), "bits": st.integers(2, 8), "scale_dtype": DTYPES})
@@ -71,7 +72,7 @@ def settings_of(scheme):
     return st.fixed_dictionaries({"scheme": st.just(scheme)}, optional=ANYWHERE | OF_SCHEME[scheme])
 
 
-SETTINGS_OF_FILES = st.sampled_from(list(OF_SCHEME)).flatmap(settings_of)
+SETTINGS_OF_FILES = st.sampled_from([name for name in OF_SCHEME if name in AVAILABLE]).flatmap(settings_of)
 CONFIGS = SETTINGS_OF_FILES.map(QuantizationConfig.from_dict)
 
 

@@ -221,7 +221,8 @@ def test_few_rows_compile_to_operations_of_torch(layer):
         return graph.forward
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    few = layer.weight_stored.prepared().traced_rows
+    # Torch before 2.7 cannot tell compilation from an export; nothing is traced then.
+    few = layer.weight_stored.prepared().traced_rows and hasattr(torch.compiler, "is_exporting")
     for rows in (1, 2, 3, 5, 100, 200, 1, 4, 150):
         x = normal(rows, 256)
         assert torch.equal(compiled(x), layer(x))

@@ -47,12 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     if complaints:
         raise SystemExit("\n".join(f"FAILED: {complaint}" for complaint in complaints))
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes; {sdist.name}: {sdist.stat().st_size:,} bytes")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "dist", filter="data")
+    sources = folder / "dist" / sdist.name.removesuffix(".tar.gz")
     for artefact in (wheel, sdist):
         environment = Environment(folder / f"installed-{artefact.suffix[1:]}", arguments.python)
         environment.install(arguments.torch, *FOR_TESTS)
         environment.install(f"fewbits[cli] @ {artefact.as_uri()}")
         with tempfile.TemporaryDirectory() as elsewhere:
-            use(environment, Path(elsewhere))
+            use(environment, Path(elsewhere), sources)
         print(f"{artefact.name}: installed, README and {len(TESTS)} files of tests passed")
     return 0
 
@@ -123,8 +126,8 @@ def sdist_complaints(names: Iterable[str]) -> list[str]:
     return complaints + [f"the sdist has {name}" for name in sorted(names) if products & set(PurePosixPath(name).parts)]
 
 
-def use(environment: Environment, folder: Path) -> None:
-    """Use an installed fewbits from a folder that has no sources."""
+def use(environment: Environment, folder: Path, sources: Path) -> None:
+    """Use an installed fewbits from a folder that has only the tests and the README of the sdist."""
     where = environment.run("python", "-c", "import fewbits; print(fewbits.__file__)", directory=folder).strip()
     if environment.folder not in Path(where).parents:
         raise SystemExit(f"FAILED: fewbits was imported from {where}, outside {environment.folder}")
@@ -133,15 +136,15 @@ def use(environment: Environment, folder: Path) -> None:
         if said != f"fewbits, version {version()}":
             raise SystemExit(f"FAILED: {' '.join(command)} --version printed {said!r}")
     environment.run("python", "-m", "pip", "check")
-    run_readme(environment, folder)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "release"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    run_readme(environment, folder, (sources / "README.md").read_text(encoding="utf-8"))
+    shutil.copytree(sources / "tests", folder / "tests")
+    shutil.copy(sources / "pyproject.toml", folder)
     environment.run("python", "-m", "pytest", "-q", "-m", "not slow", *TESTS, directory=folder)
 
 
-def run_readme(environment: Environment, folder: Path) -> None:
-    """Run the code of the README that needs no more packages, then its commands."""
-    found = list(blocks((ROOT / "README.md").read_text(encoding="utf-8")))
+def run_readme(environment: Environment, folder: Path, text: str) -> None:
+    """Run the code of a README that needs no more packages, then its commands."""
+    found = list(blocks(text))
     code = [block.source for block in found if block.language == "python" and not NEEDS_MORE.search(block.source)]
     console = "\n".join(block.source for block in found if block.language == "console")
     commands = re.findall(r"^\$ fewbits (.+)$", console, re.MULTILINE)
