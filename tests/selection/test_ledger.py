@@ -233,3 +233,21 @@ def test_an_empty_ledger_prints_and_turns_into_json():
     assert "0 tensors" in str(ledger)
     assert "0 tensors" in ledger.summary()
     assert json.loads(ledger.to_json())["rows"] == []
+
+
+def test_a_summary_counts_overrides_with_one_outcome_and_names_a_single_one():
+    rules = {f"{i}.weight": {"scheme": "int4", "group_size": 32} for i in range(3)} | {"3.weight": "keep"}
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)))
+    ledger = fewbits.plan(model, "int8", overrides=rules).ledger
+    text = " ".join(ledger.summary(200).split())
+    assert "3 49,152" in text
+    assert "quantized to int4 group 32: 3 overrides" in text
+    assert "kept: override '3.weight'" in text
+    assert ledger["0.weight"].reason == "override '0.weight'"
+
+
+def test_a_summary_of_overrides_says_how_codes_were_chosen():
+    rules = {f"{i}.weight": "int4" for i in range(2)}
+    model = nn.Sequential(*(nn.Linear(128, 64) for _ in range(2)))
+    ledger = fewbits.plan(model, "int8", overrides=rules, rounding="scale-search").ledger
+    assert "2 overrides; codes by ScaleSearch(" in " ".join(ledger.summary(200).split())

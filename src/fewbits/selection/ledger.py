@@ -25,8 +25,11 @@ _KEPT_EMBEDDING = f"(?i)embedding.* {UNLESS_ASKED}"
 #: A summary advises to quantize embeddings if kept ones take more than this share of the result's bytes.
 _LARGE_SHARE = 0.25
 
+#: The reason of a tensor that an override names begins with this word.
+_OVERRIDE = "override "
+
 #: The reasons of these fates in a summary; the rows' own reasons name single tensors.
-IN_SUMMARY = {"alias": "shares storage", "merged": "scales of dequantized weights"}
+_IN_SUMMARY = {"alias": "shares storage", "merged": "scales of dequantized weights"}
 
 
 def _rows(rows: Iterable[LedgerRow]) -> tuple[LedgerRow, ...]:
@@ -147,7 +150,7 @@ class Ledger:
         groups: dict[str, list[LedgerRow]] = {}
         for row in self.rows:
             fate = f"{row.fate} to {row.scheme}" if row.scheme else row.fate
-            groups.setdefault(f"{fate}: {IN_SUMMARY.get(row.fate, row.reason)}", []).append(row)
+            groups.setdefault(f"{fate}: {self.short_reasons[row.name]}", []).append(row)
         table = [("tensors", "bytes before", "bytes after", "fate and reason")]
         for fate, rows in groups.items():
             before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
@@ -155,6 +158,20 @@ class Ledger:
         lines = [self._counts(), bytes_in_words(self.bytes_before, self.bytes_after), *self.advice()]
         wrapped = [part for line in lines for part in wrap(line, width, "  ")]
         return "\n".join([render_table(wrap_last(table, width), right=(0, 1, 2)), *wrapped])
+
+    @cached_property
+    def short_reasons(self) -> Mapping[str, str]:
+        """The reasons by name, without names of other tensors; several patterns of one fate and scheme are counted."""
+        patterns: dict[tuple[str, str], dict[str, None]] = {}
+        for row in self.rows:
+            if row.reason.startswith(_OVERRIDE):
+                patterns.setdefault((row.fate, row.scheme), {})[row.reason.partition("; ")[0]] = None
+        short = {}
+        for row in self.rows:
+            count = len(patterns.get((row.fate, row.scheme), ())) if row.reason.startswith(_OVERRIDE) else 0
+            counted = f"{count} overrides{''.join(row.reason.partition('; ')[1:])}"
+            short[row.name] = counted if count > 1 else _IN_SUMMARY.get(row.fate, row.reason)
+        return short
 
     def table(self, width: int | None = None) -> str:
         """Return a table with one line per tensor.

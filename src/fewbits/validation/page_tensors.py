@@ -10,7 +10,7 @@ import attrs
 from fewbits._table import elide_all
 from fewbits.checkpoint.metadata import Metrics
 from fewbits.pages.content import Cell, Group, TensorLine, decibels, percent, percent_of_bound
-from fewbits.selection.ledger import IN_SUMMARY, Ledger
+from fewbits.selection.ledger import Ledger
 from fewbits.selection.row import LedgerRow
 from fewbits.validation.tensors import TensorReport, verdict_of
 
@@ -34,6 +34,7 @@ class Judged:
         scheme: the spec as text; "" without a spec.
         row: its row in the ledger; None for a tensor that could not be read.
         tensor: the findings on it; None for an alias or a merged scale.
+        reason: why it has this fate, as a summary says it.
         sqnr_db: the SQNR of the weight, in dB; None if it is not known.
         bound_ratio: the largest ratio of an error to its bound; None if it is not known.
         recorded: whether these two figures were measured when the file was written, and not for this report.
@@ -44,6 +45,7 @@ class Judged:
     scheme: str
     row: LedgerRow | None
     tensor: TensorReport | None
+    reason: str = ""
     sqnr_db: float | None = None
     bound_ratio: float | None = None
     recorded: bool = False
@@ -90,8 +92,7 @@ class Judged:
     @property
     def key(self) -> Key:
         """Fate, scheme and reason, which the tensors of a group share."""
-        reason = "" if self.row is None else self.row.reason
-        return self.fate, self.scheme, IN_SUMMARY.get(self.fate, reason)
+        return self.fate, self.scheme, self.reason
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -116,10 +117,12 @@ def judged_tensors(
         recorded: the figures that the file records, by the name of the tensor.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
+    reasons = {} if ledger is None else ledger.short_reasons
     for row in () if ledger is None else ledger:
         tensor = by_name.pop(row.name, None)
         scheme = row.scheme if tensor is None else tensor.scheme
-        yield Judged(row.name, row.fate, scheme, row, tensor).measured(recorded.get(row.name))
+        reason = reasons[row.name]
+        yield Judged(row.name, row.fate, scheme, row, tensor, reason).measured(recorded.get(row.name))
     for tensor in by_name.values():
         yield Judged(tensor.name, tensor.fate, tensor.scheme, None, tensor).measured(None)
 
