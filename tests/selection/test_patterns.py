@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fewbits import LayerSelector
 from fewbits.errors import SelectionError
-from fewbits.selection.patterns import Pattern, check_all_used
+from fewbits.selection.patterns import Pattern, Patterns, check_all_used
 
 # Few letters, so that matches are frequent, and characters that are operators in regular expressions.
 COMPONENT = st.text("ab1[]^$+(|\\\n", min_size=1, max_size=3)
@@ -38,6 +38,14 @@ def expected(pattern, name):
 @example("[ab]", "a")
 def test_a_pattern_matches_a_run_of_whole_components(pattern, name):
     assert Pattern(pattern).matches(name) == expected(pattern, name)
+
+
+@given(st.lists(PATTERNS | NAMES | NAMES.map(lambda name: "re:" + re.escape(name)), max_size=6), NAMES)
+def test_patterns_are_found_as_if_each_were_tried(texts, name):
+    patterns = [Pattern(text) for text in texts]
+    found = Patterns(patterns)
+    assert list(found) == patterns
+    assert found.matching(name) == [pattern for pattern in patterns if pattern.matches(name)]
 
 
 @given(NAMES, st.data())

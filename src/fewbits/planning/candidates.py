@@ -15,7 +15,7 @@ from fewbits.numerics.spec import SPECS, CastSpec, spec_of_scheme
 from fewbits.observers.named import accepted_arguments
 from fewbits.schemes import SCHEMES
 from fewbits.selection.ledger import Ledger
-from fewbits.selection.patterns import Pattern
+from fewbits.selection.patterns import Pattern, Patterns
 from fewbits.selection.row import LedgerRow
 from fewbits.selection.rules import is_embedding
 from fewbits.sources.base import Source
@@ -163,8 +163,8 @@ class Ledgers:
         """
         found = [candidate.with_scales_of(config) for candidate in found]
         embeddings = [info for info in opened.infos if is_embedding(info) and info.obstacle is None]
-        patterns = [Pattern(text) for text in config.overrides]
-        fixed = {info.name for info in opened.infos if any(pattern.matches(info.name) for pattern in patterns)}
+        patterns = Patterns(Pattern(text) for text in config.overrides)
+        fixed = {info.name for info in opened.infos if patterns.matching(info.name)}
         # A rule for embeddings would contradict that of an output layer with the same storage.
         elsewhere = {info.storage for info in opened.infos if info.name in fixed}
         if config.embeddings is not None:

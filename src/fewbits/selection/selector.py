@@ -9,7 +9,7 @@ import attrs
 
 from fewbits.errors import SelectionError
 from fewbits.selection.info import TensorInfo
-from fewbits.selection.patterns import Pattern, check_all_used, parse_patterns
+from fewbits.selection.patterns import Pattern, Patterns, check_all_used, parse_patterns
 from fewbits.selection.rules import (
     Override,
     OverrideRule,
@@ -87,9 +87,9 @@ class LayerSelector:
         input_axes: Mapping[str, int | Sequence[int]] | None = None,
         min_elements: int | None = None,
     ) -> None:
-        self._include = parse_patterns("include", include)
+        self._include = Patterns(parse_patterns("include", include))
         unconverted = parse_patterns("modules_to_not_convert", modules_to_not_convert)
-        self._exclude = parse_patterns("exclude", exclude) + unconverted
+        self._exclude = Patterns(parse_patterns("exclude", exclude) + unconverted)
         self._include_types = check_types("include_types", include_types)
         self._exclude_types = check_types("exclude_types", exclude_types)
         self._overrides = {
@@ -99,6 +99,7 @@ class LayerSelector:
         self._input_axes = {
             Pattern(text): _axes(text, axes) for text, axes in _mapping("input_axes", input_axes).items()
         }
+        self._overriding, self._declaring = Patterns(self._overrides), Patterns(self._input_axes)
         if min_elements is not None and (type(min_elements) is not int or min_elements < 0):
             raise SelectionError(f"min_elements must be an integer from 0 up, or None, not {min_elements!r}")
         self._min_elements = min_elements
@@ -122,7 +123,7 @@ class LayerSelector:
             check_all_used(patterns, names, rule)
         check_types_used(self._include_types, infos, "include_types")
         check_types_used(self._exclude_types, infos, "exclude_types")
-        kept = [*self._exclude, *(pattern for pattern, override in self._overrides.items() if override is None)]
+        kept = {*self._exclude, *(pattern for pattern, override in self._overrides.items() if override is None)}
         for rule, patterns in rules.items():
             _check_quantizable([pattern for pattern in patterns if pattern not in kept], infos, rule)
         if self._of_embeddings is not None:
@@ -131,14 +132,14 @@ class LayerSelector:
 
     def _decide(self, info: TensorInfo) -> Decision:
         decision = self._fate(info)
-        axes = [axes for pattern, axes in self._input_axes.items() if pattern.matches(info.name)]
-        return attrs.evolve(decision, input_axes=axes[-1]) if axes else decision
+        declaring = self._declaring.matching(info.name)
+        return attrs.evolve(decision, input_axes=self._input_axes[declaring[-1]]) if declaring else decision
 
     def _fate(self, info: TensorInfo) -> Decision:
         excluded = _which(info, self._exclude, self._exclude_types)
         if excluded is not None:
             return Decision(False, f"excluded by {excluded}", named=True)
-        overriding = [pattern for pattern in self._overrides if pattern.matches(info.name)]
+        overriding = self._overriding.matching(info.name)
         if overriding:
             override = self._overrides[overriding[-1]]
             return Decision(override is not None, f"override {overriding[-1].text!r}", named=True, override=override)
@@ -175,11 +176,10 @@ def _decision_of_embeddings(rule: OverrideRule) -> Decision:
     return Decision(override is not None, "rule for embeddings", named=True, override=override)
 
 
-def _which(info: TensorInfo, patterns: Sequence[Pattern], types: Sequence[TypeRule]) -> str | None:
+def _which(info: TensorInfo, patterns: Patterns, types: Sequence[TypeRule]) -> str | None:
     """Return the text of the rule that names the tensor; None if no rule does."""
-    for pattern in patterns:
-        if pattern.matches(info.name):
-            return repr(pattern.text)
+    for pattern in patterns.matching(info.name):
+        return repr(pattern.text)
     for rule in types:
         if is_of_type(info, rule):
             return f"type {type_name(rule)}"
@@ -205,8 +205,13 @@ def _check_quantizable(patterns: Sequence[Pattern], infos: Sequence[TensorInfo],
     Raises:
         SelectionError: if there are any; the message gives the reason for the first tensor that the pattern names.
     """
-    for pattern in patterns:
-        named = [info for info in infos if pattern.matches(info.name)]
+    known = Patterns(patterns)
+    of_pattern: dict[Pattern, list[TensorInfo]] = {}
+    for info in infos if known else ():
+        for pattern in known.matching(info.name):
+            of_pattern.setdefault(pattern, []).append(info)
+    for pattern in known:
+        named = of_pattern[pattern]
         if all(info.obstacle is not None for info in named):
             first = named[0]
             raise SelectionError(
