@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fewbits.calibration.chains import chains
 from fewbits.calibration.forwards import replaced_forwards
@@ -35,6 +34,8 @@ def _size(stored: StoredWeight) -> int:
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    from torch.utils.checkpoint import checkpoint  # with torch 2.6 it imports much of the compiler
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
