@@ -536,8 +536,16 @@ def test_unknown_arguments_of_the_command_line_set_the_exit_code(arguments, tmp_
 def test_every_listed_command_works(tmp_path, cli):
     save_file(dict(mlp().state_dict()), tmp_path / "in")
     listed = cli("--help")[1].partition("Commands:")[2].splitlines()
-    assert {line.split()[0] for line in listed if line.strip()} == {"quantize", "inspect", "verify", "convert"}
-    for arguments in (["quantize", "in", "-o", "out", "--scheme", "int4"], ["inspect", "out"], ["verify", "out"]):
+    names = {"quantize", "allocate", "inspect", "verify", "report", "convert", "completion"}
+    assert {line.split()[0] for line in listed if line.strip()} == names
+    for arguments in (
+        ["quantize", "in", "-o", "out", "--scheme", "int4"],
+        ["inspect", "out"],
+        ["verify", "out"],
+        ["report", "out", "-o", "page.html"],
+        ["allocate", "in", "-o", "plan.json", "--min-sqnr", "20"],
+        ["completion", "zsh"],
+    ):
         code, _, err = cli(*arguments)
         assert (code, err) == (0, "")
     assert cli("--version")[1].split()[-1] == fewbits.__version__

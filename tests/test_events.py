@@ -52,7 +52,8 @@ def test_data_that_observe_leaves_is_an_event_and_a_warning_unless_a_limit_was_g
     told = [e for e in events if e["event"] == "data_left"]
     limit = samples.get("samples", 150)
     expected = {"event": "data_left", "limit": limit, "samples": limit, "batches": limit, "more": True}
-    assert told == ([expected | {"log_level": level}] if level else [])
+    advised = expected | {"advice": "samples=None runs all of it"}
+    assert told == ([advised | {"log_level": level}] if level else [])
 
 
 def test_data_that_may_be_left_in_a_generator_is_a_warning(events):

@@ -90,3 +90,11 @@ def test_an_existing_file_is_refused_before_any_work(source, monkeypatch, capsys
     code, _, _ = run(monkeypatch, capsys, "allocate", source, "-o", plan, "--bits-per-weight", "5", "--replace")
     assert code == 0
     assert plan.read_text().startswith("# ")
+
+
+def test_the_next_command_has_a_strategy_that_suits_few_bits(source, monkeypatch, capsys):
+    arguments = ["allocate", source, "-o", source.parent / "p.toml", "--replace", "-q", "--bits-per-weight"]
+    _, few, _ = run(monkeypatch, capsys, *arguments, "2.6")
+    assert few.rstrip().endswith("--rounding scale-search")
+    _, more, _ = run(monkeypatch, capsys, *arguments, "6")
+    assert more.rstrip().endswith("p.toml")

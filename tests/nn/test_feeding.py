@@ -38,8 +38,22 @@ def test_a_mapping_is_passed_as_keyword_arguments() -> None:
 
 
 def test_a_mapping_is_passed_as_one_argument_if_the_signature_asks_for_it() -> None:
-    assert feed(OneMapping(), FEATURES)["input"] is FEATURES
-    assert feed(nn.Sequential(nn.Identity()), FEATURES) is FEATURES
+    assert feed(OneMapping(), FEATURES)["input"] == FEATURES
+    assert feed(nn.Sequential(nn.Identity()), FEATURES) == FEATURES
+
+
+class Writing(nn.Module):
+    """As `SentenceTransformer`: it adds its outputs to the features."""
+
+    def forward(self, input: dict[str, Tensor]) -> dict[str, Tensor]:
+        input["output"] = input["attention_mask"] + 1
+        return input
+
+
+def test_a_forward_that_writes_into_its_mapping_leaves_the_batch_as_it_is() -> None:
+    before = dict(FEATURES)
+    assert "output" in feed(Writing(), FEATURES)
+    assert FEATURES.keys() == before.keys()
 
 
 def test_a_mapping_with_the_name_of_the_only_parameter_is_a_keyword_argument() -> None:

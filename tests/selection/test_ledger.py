@@ -246,6 +246,14 @@ def test_a_summary_counts_overrides_with_one_outcome_and_names_a_single_one():
     assert ledger["0.weight"].reason == "override '0.weight'"
 
 
+def test_overrides_whose_reasons_differ_are_counted_apart():
+    source = {"a": torch.ones(8, 128), "b": torch.ones(8, 128)}
+    ledger = fewbits.plan(source, "int8", overrides={"a": "int4", "b": "int4"}).ledger
+    told = ledger.with_remarks({"b": "seen"}).summary(200)
+    assert "int4 group 128: override 'a'" in told
+    assert "int4 group 128: override 'b'; seen" in told
+
+
 def test_a_summary_of_overrides_says_how_codes_were_chosen():
     rules = {f"{i}.weight": "int4" for i in range(2)}
     model = nn.Sequential(*(nn.Linear(128, 64) for _ in range(2)))

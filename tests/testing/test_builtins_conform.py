@@ -13,12 +13,11 @@ from fewbits import (
     Int8PerTensor,
     LayerSelector,
     MinMaxObserver,
-    MovingAverageMinMaxObserver,
     MSEObserver,
     PercentileObserver,
     QuantSpec,
 )
-from fewbits.extend import BytePairs, SafetensorsSerializer
+from fewbits.extend import BytePairs, MovingAverageMinMaxObserver, SafetensorsSerializer
 from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32

@@ -114,7 +114,7 @@ class Batches:
         observed = Observed(self._done, self._number, left)
         if left is not False:
             level: Literal["info", "warning"] = "warning" if self._samples == SAMPLES else "info"
-            emit(level, "data_left", limit=self._samples, **observed.to_dict())
+            emit(level, "data_left", limit=self._samples, **observed.to_dict(), advice="samples=None runs all of it")
         return observed
 
     def _expected(self, size: int) -> int:

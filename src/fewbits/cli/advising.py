@@ -74,7 +74,7 @@ class Advisor:
         if poor and (len(poor) == 1 < len(judged) or not self._is_own(spec)):
             better = "int8" if spec.bits < 8 else "fp16"
             limit = max(WARNING_DB, self.settings.fail_under)
-            reason = f"it alone is below {limit:g} dB" if len(poor) == 1 else "no tensor is worse"
+            reason = f"it alone is below {limit:g} dB" if len(poor) == 1 else "it has the lowest SQNR"
             return f"--override {_pattern(name)}={better}, because {reason}"
         return self._for_all(spec)
 

@@ -32,6 +32,7 @@ from fewbits.errors import ArgumentError
 from fewbits.integrations.transformers_calibration import SAMPLES, SEQUENCE, Windows, load_directory
 from fewbits.planning.allocate import allocate
 from fewbits.planning.allocation import Allocation
+from fewbits.validation.tensors import CRITICAL_DB
 
 _what, _how, _calibration, _output = map(options_under, (WHAT, HOW, CALIBRATION, OUTPUT))
 
@@ -135,8 +136,17 @@ def allocate_command(
     if tensors:
         click.echo(allocation.table(terminal_width()))
     click.echo(allocation.summary())
-    click.echo(f"written: {output}; use it with: fewbits quantize {source} -o OUT --config {output}")
+    click.echo(f"written: {output}; use it with: {_next_command(allocation, source, output, text['text'])}")
     return 0
+
+
+def _next_command(allocation: Allocation, source: Path, output: Path, text: str | None) -> str:
+    """Return the command that quantizes with the settings, and a rounding strategy that suits them."""
+    command = f"fewbits quantize {source} -o OUT --config {output}"
+    if text is not None:
+        return f"{command} --rounding qronos --calibrate {text}"
+    least = min((one.sqnr_db for one in allocation.weights if one.sqnr_db is not None), default=CRITICAL_DB)
+    return f"{command} --rounding scale-search" if least < CRITICAL_DB else command
 
 
 def write_curve(allocation: Allocation, path: Path) -> None:

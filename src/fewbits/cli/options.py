@@ -32,7 +32,10 @@ entry_option = options_under(WHAT)(
     "--entry", metavar="NAME", help="The state dict in a training checkpoint; A.B for B in A."
 )
 config_option = options_under(HOW)(
-    "--config", type=PATH, metavar="FILE", help="Settings in TOML or JSON; options here replace them."
+    "--config",
+    type=PATH,
+    metavar="FILE",
+    help="Settings in TOML or JSON; options here replace them, and --override adds to them.",
 )
 against_option = options_under(WHAT)(
     "--against", type=PATH, metavar="IN", help="The checkpoint from which FILE was made."

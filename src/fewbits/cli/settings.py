@@ -14,14 +14,18 @@ from fewbits.schemes import SCHEMES
 
 
 def merge_settings(config: Path | None, options: dict[str, Any]) -> QuantizationConfig:
-    """Merge the options into the settings of the config file."""
+    """Merge the options into the settings of the config file: an option replaces a setting, but overrides are added."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "overrides" in given:
         given["overrides"] = _overrides(given["overrides"])
     if "embeddings" in given:
         given["embeddings"] = rule_of("--embeddings", given["embeddings"])
     if config is not None:
-        return QuantizationConfig.from_file(config).replace(**given)
+        read = QuantizationConfig.from_file(config)
+        if "overrides" in given:
+            kept = {pattern: rule for pattern, rule in read.overrides.items() if pattern not in given["overrides"]}
+            given["overrides"] = {**kept, **given["overrides"]}
+        return read.replace(**given)
     if "scheme" not in given:
         raise click.UsageError(f"Missing option '--scheme': one of {', '.join(SCHEMES)}; or a --config with a scheme.")
     return QuantizationConfig(**given)

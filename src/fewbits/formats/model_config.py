@@ -103,7 +103,8 @@ class Readers:
 
     def __str__(self) -> str:
         if self.obstacle is not None:
-            return f"opens with fewbits.load(..., into=model) only: {self.obstacle}"
+            others = "or from_pretrained after import fewbits.integrations.transformers"
+            return f"opens with fewbits.load(..., into=model) only, {others}: {self.obstacle}"
         return "opens in transformers" + (", with compressed-tensors installed" if self.settings else "")
 
 

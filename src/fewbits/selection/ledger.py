@@ -162,14 +162,16 @@ class Ledger:
     @cached_property
     def short_reasons(self) -> Mapping[str, str]:
         """The reasons by name, without names of other tensors; several patterns of one fate and scheme are counted."""
-        patterns: dict[tuple[str, str], dict[str, None]] = {}
+        patterns: dict[tuple[str, str, str], dict[str, None]] = {}
         for row in self.rows:
             if row.reason.startswith(_OVERRIDE):
-                patterns.setdefault((row.fate, row.scheme), {})[row.reason.partition("; ")[0]] = None
+                pattern, _, more = row.reason.partition("; ")
+                patterns.setdefault((row.fate, row.scheme, more), {})[pattern] = None
         short = {}
         for row in self.rows:
-            count = len(patterns.get((row.fate, row.scheme), ())) if row.reason.startswith(_OVERRIDE) else 0
-            counted = f"{count} overrides{''.join(row.reason.partition('; ')[1:])}"
+            _, sign, more = row.reason.partition("; ")
+            count = len(patterns.get((row.fate, row.scheme, more), ())) if row.reason.startswith(_OVERRIDE) else 0
+            counted = f"{count} overrides{sign}{more}"
             short[row.name] = counted if count > 1 else _IN_SUMMARY.get(row.fate, row.reason)
         return short
 

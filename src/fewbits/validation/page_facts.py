@@ -117,7 +117,7 @@ def bounds_of(judged: Sequence[Judged]) -> Iterator[str]:
     yield f"The largest error is {percent_of_bound(ratio)} of its bound ({_name(worst)})."
     clipped = sum(one.clipped for one in judged)
     if clipped:
-        yield f"{clipped:,} elements are clipped, by choice of the observer; their bound is wider."
+        yield f"{clipped:,} elements are clipped, by choice of the observer or the rounding; their bound is wider."
 
 
 def _bounded(judged: Sequence[Judged]) -> list[tuple[float, Judged]]:

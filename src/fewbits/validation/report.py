@@ -214,7 +214,7 @@ class Report:
         yield f"SQNR: {self.sqnr_db:.2f} dB over {len(measured)} tensors, least {worst.sqnr_db:.2f} dB ({tensor.name})"
         yield f"error bound: {_bound_in_words([m for _, m in measured])}"
         if clipped := sum(m.clipped for _, m in measured):
-            yield f"clipped: {clipped:,} elements, by choice of the observer; their bound is wider"
+            yield f"clipped: {clipped:,} elements, by choice of the observer or the rounding; their bound is wider"
 
     def _low(self) -> list[tuple[float, str, TensorReport]]:
         """The deciding SQNR, its name, and every tensor with the verdict "warning", the lowest SQNR first."""
