@@ -35,6 +35,7 @@ def cli(folder, monkeypatch, capsys):
     """Run the command line in this process: exit code, standard output, standard error."""
 
     def run(*arguments):
+        monkeypatch.setattr("fewbits.cli.progress.monotonic", lambda: 0.0)  # a slow machine would print progress
         monkeypatch.setattr(sys, "argv", ["fewbits", *map(str, arguments)])
         code = run_cli()
         return code, *capsys.readouterr()

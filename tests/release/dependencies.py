@@ -8,7 +8,7 @@ left out.
 """
 
 import argparse
-import os
+import subprocess
 import sys
 
 from release.environments import ROOT, Environment, floors
@@ -39,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("which", choices=["oldest", "newest"])
     parser.add_argument("--python", default=sys.executable, help="the interpreter")
     parser.add_argument("--torch", default=None, help="another requirement for torch, such as torch==2.13.0")
-    parser.add_argument("tests", nargs="*", default=TESTS, help="tests to run in place of the selection")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="tests to run in place of the selection")
     arguments = parser.parse_args(argv)
-    name = os.path.basename(arguments.python)
-    environment = Environment(ROOT / "build" / "release" / f"{arguments.which}-{name}", arguments.python)
+    ask = [arguments.python, "-c", "import platform; print(platform.python_version())"]
+    python = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+    environment = Environment(ROOT / "build" / "release" / f"{arguments.which}-{python}", arguments.python)
     versions = {**floors(EXTRAS), **{name: floors(["dev"])[name] for name in FOR_TESTS}}
     pinned = [f"{name}=={floor}" if arguments.which == "oldest" else name for name, floor in versions.items()]
     if arguments.torch:
