@@ -72,7 +72,8 @@ _EXAMPLES = (
     "overrides",
     multiple=True,
     metavar="PATTERN=SCHEME",
-    help="Another scheme for tensors with such names: int8, int3:64 (groups of 64), or keep. Repeatable.",
+    help="Another scheme for tensors with such names: int8, int3:64 (groups of 64), nf4:32:6 (scales of 6 bits), or "
+    "keep. Repeatable.",
 )
 @_what(
     "--embeddings",
