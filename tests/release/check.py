@@ -1,4 +1,4 @@
-"""Build the wheel and the sdist, and check what a user gets: `make release-check`.
+"""Build the wheel and the sdist, and use them as a user would: `make release-check`.
 
 Both are installed into fresh environments and used from another directory, without the sources: the README's code and
 commands, and a selection of tests. It takes some minutes and needs a package index.
@@ -18,7 +18,7 @@ from release.environments import ROOT, Environment, floors
 from support.markdown import blocks
 
 PACKAGE = ROOT / "src" / "fewbits"
-#: Files of the sdist beside the package, without which nobody can build, license or test it.
+#: Files of the sdist beside the package, for those who build or test it.
 OF_SOURCE = ("LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "Makefile", "tests/conftest.py", "docs/guide.md")
 #: Tests that run without the sources, and the packages that they need.
 TESTS = ("tests/test_api.py", "tests/test_imports.py", "tests/cli/test_cli.py")
