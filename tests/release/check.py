@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     for artefact in (wheel, sdist):
         environment = Environment(folder / f"installed-{artefact.suffix[1:]}", arguments.python)
         environment.install(arguments.torch, *FOR_TESTS)
-        environment.install(f"fewbits[cli] @ {artefact.as_uri()}")
+        # The cache of pip may hold a wheel that was built from an earlier sdist of the same name.
+        environment.install("--no-cache-dir", f"fewbits[cli] @ {artefact.as_uri()}")
         with tempfile.TemporaryDirectory() as elsewhere:
             use(environment, Path(elsewhere), sources)
         print(f"{artefact.name}: installed, README and {len(TESTS)} files of tests passed")
