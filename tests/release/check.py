@@ -1,4 +1,4 @@
-"""Build the wheel and the sdist, and check what a user gets: `make release-check`.
+"""Build the wheel and the sdist, and use them as a user would: `make release-check`.
 
 Both are installed into fresh environments and used from another directory, without the sources: the README's code and
 commands, and a selection of tests. It takes some minutes and needs a package index.
@@ -18,7 +18,7 @@ from release.environments import ROOT, Environment, floors
 from support.markdown import blocks
 
 PACKAGE = ROOT / "src" / "fewbits"
-#: Files of the sdist beside the package, without which nobody can build, license or test it.
+#: Files of the sdist beside the package, for those who build or test it.
 OF_SOURCE = (
     "LICENSE",
     "README.md",
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     for artefact in (wheel, sdist):
         environment = Environment(folder / f"installed-{artefact.suffix[1:]}", arguments.python)
         environment.install(arguments.torch, *FOR_TESTS)
-        environment.install(f"fewbits[cli] @ {artefact.as_uri()}")
+        # The cache of pip may hold a wheel that was built from an earlier sdist of the same name.
+        environment.install("--no-cache-dir", f"fewbits[cli] @ {artefact.as_uri()}")
         with tempfile.TemporaryDirectory() as elsewhere:
             use(environment, Path(elsewhere), sources)
         print(f"{artefact.name}: installed, README and {len(TESTS)} files of tests passed")

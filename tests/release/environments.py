@@ -39,7 +39,7 @@ class Environment:
         self.run("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
 
     def run(self, program: str, *arguments: str, directory: Path | None = None) -> str:
-        """Run a program of the environment in a directory: what it printed. Its failure is an error."""
+        """Run a program of the environment in a directory, and return its output. Its failure is an error."""
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         environment = inherited | {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",

@@ -48,7 +48,7 @@ def show(found: Ledger | Report, tensors: bool, *, advised: bool = False) -> Non
     """Print a summary and, if `tensors`, a line for every tensor. A pipe gets full names.
 
     Args:
-        found: what to print.
+        found: the ledger or the report.
         tensors: whether to print a line for every tensor.
         advised: whether advice on the run follows; then a report does not give its own.
     """
@@ -60,7 +60,7 @@ def show(found: Ledger | Report, tensors: bool, *, advised: bool = False) -> Non
 
 
 def show_plan(planned: Plan, settings: QuantizationConfig, tensors: bool, as_json: bool) -> None:
-    """Print what a conversion would write."""
+    """Print the plan of a conversion."""
     shards = [{"file": shard.file, "bytes": shard.ledger.bytes_after} for shard in planned.shards]
     if as_json:
         about: dict[str, Any] = {"left_behind": planned.left_behind, "opens_in": planned.opens_in}
@@ -83,7 +83,7 @@ def show_result(
     exported: Exported | None = None,
     advice: str | None = None,
 ) -> None:
-    """Print what a conversion has written.
+    """Print the result of a conversion.
 
     Args:
         result: the quantized checkpoint.
@@ -130,7 +130,7 @@ def exported_summary(exported: Exported) -> str:
 
 
 def show_contents(file: Path, checkpoint: Checkpoint | ForeignCheckpoint, tensors: bool, as_json: bool) -> None:
-    """Print what a quantized checkpoint holds."""
+    """Print the contents of a quantized checkpoint."""
     if isinstance(checkpoint, ForeignCheckpoint):
         _show_foreign(file, checkpoint, tensors, as_json)
         return
