@@ -42,6 +42,15 @@ def measured(model, changed, data, loss):
     return float(torch.stack(losses).mean())
 
 
+def disturbed(model, name):
+    """A copy of the model with small noise in one weight, and the noise."""
+    changed = copy.deepcopy(model)
+    weight = changed.get_parameter(name)
+    difference = torch.randn(weight.shape) * 0.05 * weight.detach().std()
+    weight.data += difference
+    return changed, difference
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_kl_of_logits_is_predicted(tied):
     torch.manual_seed(0)
@@ -49,10 +58,7 @@ def test_kl_of_logits_is_predicted(tied):
     found = curvatures(model, weights_of(model), data, samples=None)
     assert found.divergence == "kl"
     for name in weights_of(model):
-        changed = copy.deepcopy(model)
-        weight = changed.get_parameter(name)
-        difference = torch.randn(weight.shape) * 0.05 * weight.detach().std()
-        weight.data += difference
+        changed, difference = disturbed(model, name)
         predicted = found.of_weights[name].error(difference)
         assert predicted == pytest.approx(measured(model, changed, data, "kl"), rel=0.25), name
 
@@ -64,10 +70,7 @@ def test_the_squared_error_of_other_outputs_is_predicted():
     found = curvatures(model, weights_of(model), data, samples=None)
     assert found.divergence == "mse"
     for name in weights_of(model):
-        changed = copy.deepcopy(model)
-        weight = changed.get_parameter(name)
-        difference = torch.randn(weight.shape) * 0.05 * weight.detach().std()
-        weight.data += difference
+        changed, difference = disturbed(model, name)
         losses = [loss_of("mse", changed(batch), model(batch), batch).item() for batch in data]
         assert found.of_weights[name].error(difference) == pytest.approx(sum(losses) / len(losses), rel=0.25), name
 

@@ -69,7 +69,7 @@ def test_candidates_are_named_with_groups_and_bits_of_scales(source, monkeypatch
         (["--bits-per-weight", "5", "--candidate", "nf9"], "a candidate is"),
         (["--bits-per-weight", "5", "--calibrate", "text.txt"], "directory of a transformers model"),
         (["--bits-per-weight", "5", "--curve", "curve.png"], ".svg or .json"),
-        (["--bits-per-weight", "5", "--curve", "missing/curve.svg"], "not a directory"),
+        (["--bits-per-weight", "5", "--curve", "missing/curve.svg"], "does not exist"),
     ],
 )
 def test_wrong_options_write_nothing(source, monkeypatch, capsys, arguments, text):

@@ -333,7 +333,7 @@ def test_a_page_is_saved_completely_or_not_at_all(tmp_path, monkeypatch):
         path.write_bytes(data[:10])
         raise CheckpointError(f"{path} cannot be written: No space left on device")
 
-    monkeypatch.setattr("fewbits.pages.rendering.write_durably", full)
+    monkeypatch.setattr("fewbits.checkpoint.publishing.write_durably", full)
     with pytest.raises(CheckpointError, match=r"a\.html cannot be written: No space"):
         found.save_html(path, replace=True)
     assert path.read_text(encoding="utf-8") == found.show().html

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fewbits
-from fewbits.errors import ArgumentError, CalibrationError, NonFiniteError, SelectionError
+from fewbits.errors import ArgumentError, CalibrationError, CheckpointError, NonFiniteError, SelectionError
 from fewbits.planning.candidates import DEFAULT_CANDIDATES, Candidate
 
 CANDIDATES = [{"scheme": "int3", "group_size": 32}, {"scheme": "nf4", "group_size": 32}, "int8", "keep"]
@@ -109,7 +109,7 @@ def test_saved_settings_read_back_as_they_are(tmp_path, suffix):
 
 @pytest.mark.parametrize("name", ["plan.txt", "missing/plan.toml"])
 def test_settings_that_cannot_be_written_leave_nothing_behind(tmp_path, name):
-    with pytest.raises(ArgumentError, match=r"plan"):
+    with pytest.raises((ArgumentError, CheckpointError), match=r"plan"):
         fewbits.allocate(model(), bits_per_weight=5).save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -255,10 +255,6 @@ def test_every_default_candidate_can_be_chosen():
             assert {one.scheme for one in plan.weights} == {Candidate.of(rule).label}
 
 
-class Plain(nn.Linear):
-    """Its output is a tensor, not logits."""
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
@@ -294,20 +290,12 @@ def test_data_needs_a_model_and_max_kl_needs_logits():
     with pytest.raises(ArgumentError, match="data needs a model"):
         fewbits.allocate(model().state_dict(), bits_per_weight=5, data=tokens())
     with pytest.raises(ArgumentError, match="logits"):
-        fewbits.allocate(Plain(64, 64), max_kl=0.1, data=[torch.randn(2, 64)])
+        fewbits.allocate(nn.Linear(64, 64), max_kl=0.1, data=[torch.randn(2, 64)])
 
 
 def test_a_budget_of_kl_that_nothing_meets_is_refused():
     with pytest.raises(ArgumentError, match="most exact choice"):
         fewbits.allocate(model(), max_kl=1e-30, candidates=["int2", "int3"], data=tokens())
-
-
-def test_an_observer_that_needs_data_is_refused():
-    config = fewbits.QuantizationConfig(observer="histogram")
-    observer = config.quantizer().observer
-    if observer.needs_data:
-        with pytest.raises(CalibrationError, match="needs data"):
-            fewbits.allocate(model(), bits_per_weight=5, config=config)
 
 
 def test_a_weight_that_is_not_finite_is_named():

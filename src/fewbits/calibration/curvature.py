@@ -30,7 +30,7 @@ from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.noise import group_sums
 from fewbits.selection.progress import Progress, no_progress
 
-#: What the curvature predicts: KL of logits in nats for each position, or the mean squared error of other outputs.
+#: The predicted divergence: KL of logits in nats for each position, or the mean squared error of other outputs.
 Divergence = Literal["kl", "mse"]
 
 #: Rows of logits whose probabilities are computed at a time.
@@ -77,7 +77,7 @@ class Curvatures:
 
     Attributes:
         of_weights: by the name of the weight.
-        divergence: what they predict.
+        divergence: the divergence that they predict.
     """
 
     of_weights: Mapping[str, Curvature]
@@ -170,7 +170,7 @@ class _Directions:
     """Draws random directions in the space of outputs, whose mean square is the curvature of the divergence.
 
     Attributes:
-        divergence: what is measured; the first output decides.
+        divergence: the divergence of the outputs; the first output decides between the two.
         count: the positions of logits, or the batches, so far.
     """
 
@@ -180,7 +180,7 @@ class _Directions:
 
     @property
     def scale(self) -> float:
-        """By what the sum of the squared gradients is multiplied."""
+        """The factor of the sum of the squared gradients."""
         return (0.5 if self.divergence == "kl" else 1.0) / self.count
 
     def of(self, output: Any, batch: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,12 +6,12 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fewbits._events import emit
 from fewbits.checkpoint.folder import WEIGHT_SUFFIXES
-from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory
+from fewbits.checkpoint.raw import as_checkpoint_error, sync_directory, write_durably
 from fewbits.checkpoint.serializer import Serializer
 from fewbits.errors import ArgumentError, CheckpointError
 
@@ -49,6 +49,37 @@ def published(path: Path, *, folder: bool, replace: bool) -> Iterator[Path]:
             remove_tree(work, "an unfinished result cannot be removed")
         else:
             work.unlink(missing_ok=True)
+
+
+def check_document(path: Path, suffixes: Sequence[str], *, replace: bool) -> None:
+    """Refuse a file for a document before the document is made.
+
+    Args:
+        path: the file.
+        suffixes: the endings that its name may have.
+        replace: whether the file may exist.
+
+    Raises:
+        ArgumentError: if the file exists, or its name has another ending.
+        CheckpointError: if it cannot be written.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ArgumentError(f"{path} must end in {' or '.join(suffixes)}")
+    with as_checkpoint_error(f"{path} cannot be written"):
+        check_parent(path)
+        check_place(path, folder=False, replace=replace)
+        if path.exists() and not replace:
+            raise ArgumentError(f"{path} exists; give another path, or replace it (--replace, replace=True)")
+
+
+def publish_document(path: Path, text: str) -> None:
+    """Write a text file, which appears when it is complete, and replaces an existing one.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    with published(path, folder=False, replace=True) as work:
+        write_durably(work, text.encode())
 
 
 def _move_file(work: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fewbits.checkpoint.publishing import check_document, publish_document
 from fewbits.cli.help import Command, options_under
 from fewbits.cli.options import (
     CALIBRATION,
@@ -28,7 +29,7 @@ from fewbits.cli.printing import print_json, terminal_width
 from fewbits.cli.progress import shown_progress
 from fewbits.cli.settings import rule_of
 from fewbits.config.config import QuantizationConfig
-from fewbits.errors import ArgumentError
+from fewbits.config.writing import SUFFIXES
 from fewbits.integrations.transformers_calibration import SAMPLES, SEQUENCE, Windows, load_directory
 from fewbits.planning.allocate import allocate
 from fewbits.planning.allocation import Allocation
@@ -114,9 +115,9 @@ def allocate_command(
     OUT can be read and edited, and is the --config of fewbits quantize. The size of the result is known to the byte.
     """
     replace = options.pop("replace")
-    _check_new(output, replace, (".toml", ".json"))
+    check_document(output, SUFFIXES, replace=replace)
     if curve is not None:
-        _check_new(curve, replace, (".svg", ".json"))
+        check_document(curve, (".svg", ".json"), replace=replace)
     text = {name: options.pop(name) for name in ("text", "samples", "sequence")}
     if options.pop("untied"):
         options["together"] = []
@@ -129,7 +130,8 @@ def allocate_command(
         allocation = allocate(source, progress=progress, **data, **options)
     allocation.save(output, replace=replace)
     if curve is not None:
-        write_curve(allocation, curve)
+        drawn = allocation.curve.to_svg() if curve.suffix.lower() == ".svg" else allocation.curve.to_json() + "\n"
+        publish_document(curve, drawn)
     if as_json:
         print_json(output=str(output), **allocation.to_dict())
         return 0
@@ -147,29 +149,6 @@ def _next_command(allocation: Allocation, source: Path, output: Path, text: str 
         return f"{command} --rounding qronos --calibrate {text}"
     least = min((one.sqnr_db for one in allocation.weights if one.sqnr_db is not None), default=CRITICAL_DB)
     return f"{command} --rounding scale-search" if least < CRITICAL_DB else command
-
-
-def write_curve(allocation: Allocation, path: Path) -> None:
-    """Write the curve of an allocation as a drawing or as JSON, by the suffix of the path.
-
-    Raises:
-        ArgumentError: if the file cannot be written.
-    """
-    curve = allocation.curve
-    try:
-        path.write_text(curve.to_svg() if path.suffix == ".svg" else curve.to_json() + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _check_new(path: Path, replace: bool, suffixes: tuple[str, ...]) -> None:
-    """Refuse a file that exists, or cannot be written, before the work begins."""
-    if path.suffix not in suffixes:
-        raise ArgumentError(f"{path}: the name must end in {' or '.join(suffixes)}")
-    if path.exists() and not replace:
-        raise ArgumentError(f"{path} exists; pass --replace to replace it, or choose another name")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"{path.parent} is not a directory; create it first")
 
 
 def _data(source: Path, progress: Any, text: str | None, samples: int | None, sequence: int | None) -> dict[str, Any]:

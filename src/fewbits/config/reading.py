@@ -18,12 +18,30 @@ def read(path: Path) -> Any:
     Raises:
         ArgumentError: if it cannot be read or parsed.
     """
-    parse = _parser(path.suffix.lower())
+    _parser(path.suffix.lower())  # a file with another suffix is not read
     try:
-        return parse(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ArgumentError(f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # errors of the parsers, and of bytes that are not UTF-8
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"not a valid config file: {error}") from None
+    return parse(text, path.suffix)
+
+
+def parse(text: str, suffix: str) -> Any:
+    """Parse TOML or JSON.
+
+    Args:
+        text: the text.
+        suffix: ``".toml"`` or ``".json"``.
+
+    Raises:
+        ArgumentError: for another suffix, or a text that cannot be parsed.
+    """
+    parser = _parser(suffix.lower())
+    try:
+        return parser(text)
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"not a valid config file: {error}") from None
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewbits.checkpoint.publishing import check_document, publish_document
 from fewbits.config.config import QuantizationConfig
+from fewbits.config.reading import parse
 from fewbits.config.values import plain
 from fewbits.errors import ArgumentError
 
+#: The endings of config files.
+SUFFIXES = (".toml", ".json")
+
 
 def write_config(config: QuantizationConfig, path: Path, comments: Sequence[str] = (), *, replace: bool) -> None:
-    """Write the settings that differ from their defaults, as TOML or JSON, and read them back.
+    """Write the settings that differ from their defaults, as TOML or JSON; they must read back as they are.
 
     Args:
         config: the settings.
@@ -23,25 +27,20 @@ def write_config(config: QuantizationConfig, path: Path, comments: Sequence[str]
         replace: replace the file if it exists.
 
     Raises:
-        ArgumentError: if the file exists, has another suffix, cannot be written, or does not read back as the config.
+        ArgumentError: if the file exists, has another suffix, or would not read back as the config.
+        CheckpointError: if it cannot be written.
     """
+    check_document(path, SUFFIXES, replace=replace)
     settings = {"scheme": config.scheme, **{name: plain(getattr(config, name)) for name in config.changed()}}
-    if path.suffix.lower() not in (".toml", ".json"):
-        raise ArgumentError(f"{path}: the name of a config file ends in .toml or .json")
-    if path.exists() and not replace:
-        raise ArgumentError(f"{path} exists; pass replace=True or --replace, or choose another file")
     is_json = path.suffix.lower() == ".json"
     text = json.dumps(settings, indent=2) + "\n" if is_json else "\n".join([*comments, *_lines(settings)]) + "\n"
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        if QuantizationConfig.from_file(beside) != config:
-            raise ArgumentError(f"{path}: these settings do not read back as they are; write them in Python")
-        os.replace(beside, path)
-    except (OSError, UnicodeEncodeError) as error:
-        raise ArgumentError(f"{path} cannot be written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    if QuantizationConfig.from_dict(parse(text, path.suffix)) != config or not _is_utf8(text):
+        raise ArgumentError(f"{path}: these settings do not read back as they are; write them in Python")
+    publish_document(path, text)
+
+
+def _is_utf8(text: str) -> bool:
+    return text.encode(errors="replace").decode() == text
 
 
 def _lines(settings: Mapping[str, Any]) -> Iterator[str]:

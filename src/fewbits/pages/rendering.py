@@ -16,8 +16,7 @@ import attrs
 
 from fewbits._table import printable
 from fewbits._version import __version__
-from fewbits.checkpoint.publishing import check_parent, check_place, published
-from fewbits.checkpoint.raw import as_checkpoint_error, write_durably
+from fewbits.checkpoint.publishing import check_document, publish_document
 from fewbits.errors import ArgumentError
 from fewbits.pages.charts import CURVE_SIZE
 from fewbits.pages.content import Page, size_in_words
@@ -47,8 +46,7 @@ class HtmlPage:
             CheckpointError: if it cannot be written.
         """
         check_page_path(path, replace=replace)
-        with published(Path(path), folder=False, replace=replace) as work:
-            write_durably(work, self.html.encode())
+        publish_document(Path(path), self.html)
 
     def _repr_html_(self) -> str:
         """Return a frame that isolates the page from the notebook."""
@@ -69,14 +67,7 @@ def check_page_path(path: str | os.PathLike[str], *, replace: bool) -> None:
         ArgumentError: if the file exists, or its name does not end in .html or .htm.
         CheckpointError: if it cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ArgumentError(f"{path} must end in .html, because the result is a page for browsers")
-    with as_checkpoint_error(f"{path} cannot be written"):
-        check_parent(path)
-        check_place(path, folder=False, replace=replace)
-        if path.exists() and not replace:
-            raise ArgumentError(f"{path} exists; give another path, or replace it (--replace, replace=True)")
+    check_document(Path(path), _SUFFIXES, replace=replace)
 
 
 def load_template() -> Any:

@@ -80,7 +80,7 @@ def allocate(
     Raises:
         ArgumentError: for arguments that are not allowed or contradict each other, or a budget that cannot be met.
         SelectionError: for a malformed rule, or one that fits no tensor.
-        CalibrationError: if the data cannot be run, or the observer needs data.
+        CalibrationError: if the data cannot be run.
         FewbitsError: as `Quantizer.prepare`.
 
     >>> model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))

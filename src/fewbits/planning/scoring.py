@@ -12,7 +12,6 @@ from torch import Tensor
 from fewbits.calibration.curvature import Curvature
 from fewbits.checkpoint.chunks import CHUNK_ELEMENTS, Chunk, chunks
 from fewbits.conversion.encoder import TensorEncoder, naming
-from fewbits.errors import CalibrationError
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.metrics import sqnr_db
 from fewbits.numerics.noise import group_sums
@@ -50,29 +49,19 @@ class _Noise:
 class Scorer:
     """Rounds tensors as a quantizer would, and compares them with the source.
 
-    A rounding strategy that needs data is replaced by rounding to the nearest code: its gain is about the same for all
-    candidates.
+    In place of a rounding strategy that needs data, weights are rounded to the nearest code.
 
     Args:
         source: where the tensors come from.
         quantizer: the strategies.
         curvatures: of the weights, by name; None without data.
         elements: the number of elements of all weights.
-
-    Raises:
-        CalibrationError: if the observer of weights needs data.
     """
 
     source: Source
     quantizer: Quantizer
     curvatures: Mapping[str, Curvature] | None
     elements: int
-
-    def __attrs_post_init__(self) -> None:
-        if self.quantizer.observer.needs_data:
-            raise CalibrationError(
-                f"{type(self.quantizer.observer).__name__} needs data to choose scales; allocate with another observer"
-            )
 
     @torch.no_grad()
     def scores(self, rows: Sequence[LedgerRow]) -> list[Score]:
