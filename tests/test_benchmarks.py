@@ -14,12 +14,14 @@ import torch
 from benchmarks import (
     contender,
     decoding,
+    forwards,
     importing,
     layers,
     linear,
     machine,
     memory,
     model,
+    networks,
     ours,
     peers,
     plot,
@@ -473,6 +475,23 @@ def test_texts_to_calibrate_and_to_evaluate_share_no_paragraph():
     assert calibration
     assert evaluation
     assert not calibration & evaluation
+
+
+def test_forwards_of_networks_are_timed_with_their_cosine(tmp_path, capsys, threads_as_before, monkeypatch):
+    small = networks.Network("small", torch.nn.Linear(64, 128).eval(), (torch.randn(2, 64),))
+    monkeypatch.setitem(forwards.NETWORKS, "recurrent", (lambda: [small], forwards.EAGER))
+    file = tmp_path / "forwards.json"
+    forwards.main(["--networks", "recurrent", "--rounds", "1", "--threads", "1", "--json", str(file)])
+    cells = json.loads(file.read_text())["cells"]
+    assert [cell["contender"] for cell in cells] == [*forwards.EAGER]
+    assert all(cell["median"] > 0 and cell["cosine"] > 0.98 for cell in cells)
+    assert "small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("network", networks.CONVOLUTIONAL)
+def test_convolutional_networks_classify_an_image(network):
+    with torch.no_grad():
+        assert networks.CONVOLUTIONAL[network]().eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
 def test_layers_are_timed_beside_their_float_layers_and_checked(tmp_path, capsys, threads_as_before):

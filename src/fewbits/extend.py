@@ -25,19 +25,18 @@ from fewbits.formats.gguf_export import GGUF
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
-from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout
+from fewbits.kernels.int8_rows import Int8Rows
+from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout
 from fewbits.nn.base import QuantizedModule
-from fewbits.nn.modules import (
+from fewbits.nn.convolutions import (
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConv3d,
     QuantizedConvTranspose1d,
     QuantizedConvTranspose2d,
     QuantizedConvTranspose3d,
-    QuantizedEmbedding,
-    QuantizedEmbeddingBag,
-    QuantizedLinear,
 )
+from fewbits.nn.modules import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedLinear
 from fewbits.numerics.affine import decode, encode
 from fewbits.numerics.layout import Layout, WeightMatrix
 from fewbits.numerics.params import QuantParams

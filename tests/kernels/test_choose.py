@@ -12,9 +12,10 @@ from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.choose import KERNELS, check_compute, choose, kernels_reading, preferred, refusal
+from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.run import chosen
-from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
+from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.numerics.metrics import measure
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.spec import SPECS as BUILT_IN

@@ -1,4 +1,4 @@
-"""Convolutions that multiply codes in bfloat16: as accurate as linear layers, and exact where somebody asks for it."""
+"""Convolutions in bfloat16 or by linear kernels: as accurate as linear layers, and exact where somebody asks for it."""
 
 import pytest
 import torch
@@ -42,16 +42,25 @@ def convolutions(draw):
     return layer, shape if batch is None else [batch, *shape]
 
 
-@given(convolutions(), st.sampled_from(["int8", "int8-tensor"]), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_codes_in_bfloat16_have_fifty_decibels(drawn, scheme, dtype):
+@given(
+    convolutions(),
+    st.sampled_from(["int8", "int8-tensor", "int4", "nf4"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_products_have_fifty_decibels(drawn, scheme, dtype):
     layer, shape = drawn
     layer = quantized(layer, scheme)
     x = normal(*shape, dtype=dtype)
-    assert layer.refuses_codes(x) is None
+    assert layer.way(x)[0] != "reference"
     with torch.no_grad():
         output, exact = layer(x), fewbits.dequantize(layer).double()(x.double())
     assert output.dtype == dtype
-    assert noise_db(output, exact) > (50 if dtype == torch.float32 else 45)
+    few_bits = scheme in ("int4", "nf4")  # 10 dB more than the rounded weights have would be enough
+    assert noise_db(output, exact) > (45 if few_bits or dtype == torch.bfloat16 else 50)
+    channels = -len(layer.kernel_size) - 1
+    last = x.movedim(channels, -1).contiguous().movedim(-1, channels)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(last), output, rtol=0.02, atol=0.02)
 
 
 def test_gradients_transforms_compilers_and_other_dtypes_use_the_dequantized_weight():
@@ -118,9 +127,25 @@ def test_nan_and_infinity_come_through():
     assert torch.equal(output.isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"padding": "same"}, {"dilation": 3}])
+def test_a_convolution_of_one_place_keeps_shapes_order_of_memory_and_weight(settings):
+    layer = quantized(nn.Sequential(nn.Conv2d(64, 128, 1, **settings)), "int4")
+    exact, x = fewbits.dequantize(layer), normal(2, 64, 5, 7)
+    with torch.no_grad():
+        for given in (x, x[0], x.to(memory_format=torch.channels_last)):
+            output, expected = layer(given), exact(given)
+            assert (output.shape, output.stride()) == (expected.shape, expected.stride())
+            assert noise_db(output, expected.double()) > 45
+    assert torch.equal(layer[0].weight, exact[0].weight)
+    assert layer[0].weight.shape == (128, 64, 1, 1)
+
+
 def test_a_batch_without_samples_and_an_input_that_does_not_fit():
     layer = quantized(nn.Conv2d(64, 128, 3))
     with torch.no_grad():
         assert layer(torch.empty(0, 64, 6, 6)).shape == (0, 128, 4, 4)
         with pytest.raises(RuntimeError, match="expected input"):
             layer(normal(1, 65, 6, 6))
+        for place in (normal(1, 65, 6, 6), normal(64, 6)):
+            with pytest.raises(RuntimeError, match=r"expected input|Expected 3D"):
+                quantized(nn.Conv2d(64, 128, 1))(place)

@@ -14,7 +14,8 @@ from fewbits.kernels import features, ops
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.int4_tiles import Int4Tiles
-from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
+from fewbits.kernels.int8_rows import Int8Rows
+from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.testing.kernel_outputs import exact
 from kernels.kernel_cases import (
     BY_NAME,

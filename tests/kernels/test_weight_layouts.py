@@ -11,7 +11,8 @@ from fewbits.extend import Layout
 from fewbits.kernels import features, weight_layouts
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import TABLE_GROUPS, Int4Tiles, table_group
-from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
+from fewbits.kernels.int8_rows import Int8Rows
+from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.numerics.levels import E2M1
 from fewbits.numerics.quantize import quantize
 from fewbits.numerics.tensor import same_bits

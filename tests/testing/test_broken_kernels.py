@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from caught import caught, covered
 
 from fewbits.extend import Kernel
+from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.integers import FloatSums
 from fewbits.kernels.reference import Reference
-from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
+from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.testing import check_kernel
 
 

@@ -20,7 +20,8 @@ from fewbits import (
 from fewbits.extend import BytePairs, MovingAverageMinMaxObserver, SafetensorsSerializer
 from fewbits.kernels import features
 from fewbits.kernels.choose import KERNELS
-from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32
+from fewbits.kernels.int8_rows import Int8Rows
+from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.numerics.dtypes import POWERS_OF_TWO
 from fewbits.numerics.quantize import quantize
 from fewbits.observers import OBSERVERS

@@ -15,8 +15,9 @@ from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.packed_mm import padded, suits_bf16
-from fewbits.kernels.weight_layouts import Int8Rows, PackedInt32, WeightLayout, refuses_any, row_slices
+from fewbits.kernels.weight_layouts import PackedInt32, WeightLayout, refuses_any, row_slices
 
 #: Elements of a block: 4 MiB in bfloat16.
 BLOCK = 1 << 21

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels.digits import levels_in_bytes
+from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.weight_layouts import (
-    Int8Rows,
     Rows,
     WeightLayout,
     looked_up,

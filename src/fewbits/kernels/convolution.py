@@ -1,7 +1,8 @@
-"""How convolutions compute: with codes in bfloat16, or the sums of int8 inputs.
+"""How convolutions compute: as linear layers, in bfloat16, or the sums of int8 inputs.
 
-Sums of int8 inputs are an integer product, a float32 convolution, or a float64 convolution. All three are exact, so
-they give the same numbers.
+A convolution of kernel size 1 is a linear layer over the channels of each place, so the kernels of linear layers
+compute it. Sums of int8 inputs are an integer product, a float32 convolution, or a float64 convolution. All three are
+exact, so they give the same numbers.
 """
 
 from __future__ import annotations
@@ -15,28 +16,87 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.kernels import features
-from fewbits.kernels.base import Compute
+from fewbits.kernels.base import Compute, PreparedWeight
+from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.integers import MOST_INPUTS, FloatSums, IntMM, refuses_int_mm, sums_of_products
 from fewbits.kernels.packed_mm import FEW_INPUTS, FEW_OUTPUTS
 from fewbits.kernels.reference import REFERENCE, is_transformed
+from fewbits.kernels.run import linear
 from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.numerics.affine import largest_sum
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
+from fewbits.numerics.spec import QuantSpec
 
-#: The name of the way that `refuses_codes` refuses.
-CODES = "bf16_convolution"
+#: The name of the way that `refuses_bf16` refuses.
+BF16 = "bf16_convolution"
+
+#: The name of the ways that `refuses_linear` refuses.
+LINEAR = "kernels of linear layers"
+
+#: With more places, the convolution itself is faster: as rows, inputs and outputs are copied into another order.
+MOST_PLACES = 256
 
 #: The answers of `way_of_sums`.
 PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
 
 
-def refuses_codes(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> str | None:
-    """Say why a convolution does not multiply codes in bfloat16; None if it does.
+def is_pointwise(module: Any) -> bool:
+    """Whether a convolution is a linear layer over the channels of each place, or of some places."""
+    no_padding = not any(getattr(module, "_reversed_padding_repeated_twice", ()))
+    return not module.transposed and module.groups == 1 and no_padding and set(module.kernel_size) == {1}
+
+
+def refuses_linear(module: Any, matrix: PreparedWeight, x: Tensor) -> str | None:
+    """Say why the kernels of linear layers do not compute a convolution of kernel size 1; None if they do.
+
+    Args:
+        module: A convolution that `is_pointwise` accepts.
+        matrix: Its weight: (outputs, channels).
+        x: The inputs: (batch, channels, spatial...), or without the batch axis.
+    """
+    spatial = len(module.kernel_size)
+    if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != module.in_channels:
+        return "the input does not fit"
+    count = places(module, x)
+    return f"{count} places are more than {MOST_PLACES}" if count > MOST_PLACES else _refuses_call(x, matrix.weight)
+
+
+def places(module: Any, x: Tensor) -> int:
+    """Count the places of the outputs of a convolution of kernel size 1, in all samples."""
+    return _thinned(x, module.stride).numel() // int(module.in_channels)
+
+
+def linear_over_places(module: Any, matrix: PreparedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a convolution that `refuses_linear` accepts.
+
+    Args:
+        module: The convolution.
+        matrix: Its weight: (outputs, channels).
+        x: The inputs: (batch, channels, spatial...), or without the batch axis.
+        bias: (outputs,).
+
+    Returns:
+        (batch, outputs, spatial...), in the dtype of `x` and in its order of memory.
+    """
+    channels = -len(module.kernel_size) - 1
+    rows = _thinned(x, module.stride).movedim(channels, -1)
+    output = linear(rows, matrix, bias).movedim(-1, channels)
+    return output.contiguous() if x.is_contiguous() else output
+
+
+def _thinned(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Take every n-th place."""
+    taken: Any = (..., *(slice(None, None, step) for step in stride))
+    return x if set(stride) == {1} else x[taken]
+
+
+def refuses_bf16(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> str | None:
+    """Say why a convolution does not compute in bfloat16; None if it does.
 
     Bfloat16 holds codes of 8 bits exactly. As in linear layers, inputs and outputs are rounded. That leaves 50 dB or
     more, unless sums nearly cancel. Layers with few input channels read images, whose mean is far from zero, so that
-    their sums do.
+    their sums do. Codes of fewer bits leave so much more noise that the 10 dB below it are there in any case.
     """
     spec, shape = weight.spec, weight.layout.shape
     if compute == "exact":
@@ -45,13 +105,19 @@ def refuses_codes(module: Any, weight: WeightLayout, x: Tensor, compute: Compute
         return "it is transposed or has groups"
     if weight.layout != Layout.of(shape, inputs=range(1, len(shape))):
         return "the rows of its weight are not its output channels"
-    if spec.bits != 8 or spec.levels is not None or not spec.symmetric or spec.granularity == "group":
-        return "its codes are not symmetric 8-bit integers with a scale for each row"
-    if shape[0] < FEW_OUTPUTS or shape[1] < FEW_INPUTS:
-        return f"{shape[0]} channels out of {shape[1]} are too few for 50 dB in bfloat16"
+    if spec.bits == 8:
+        if not _is_by_row(spec):
+            return "its codes of 8 bits are not symmetric integers with a scale for each row"
+        if shape[0] < FEW_OUTPUTS or shape[1] < FEW_INPUTS:
+            return f"{shape[0]} channels out of {shape[1]} are too few for 50 dB in bfloat16"
     if not features.has_bf16():
         return "this CPU has no instructions for bfloat16"
     return _refuses_call(x, weight)
+
+
+def _is_by_row(spec: QuantSpec) -> bool:
+    """Whether codes are symmetric integers of 8 bits with one scale for a row or for the tensor."""
+    return spec.bits == 8 and spec.levels is None and spec.symmetric and spec.granularity != "group"
 
 
 def _refuses_call(x: Tensor, weight: WeightLayout) -> str | None:
@@ -70,30 +136,36 @@ def _refuses_call(x: Tensor, weight: WeightLayout) -> str | None:
     return "autocast decides the dtype" if torch.is_autocast_enabled("cpu") else None
 
 
-def convolved_codes(
+def convolved_in_bf16(
     convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: WeightLayout, bias: Tensor | None
 ) -> Tensor:
-    """Convolve with codes in bfloat16; then multiply with the scales, in float32.
+    """Convolve in bfloat16: with codes of 8 bits, which are then multiplied with the scales, or the decoded weight.
 
     Args:
         convolve: Takes input, weight and bias.
         x: The inputs: (batch, channels, spatial...), or without the batch axis.
-        weight: A weight that `refuses_codes` accepts.
+        weight: A weight that `refuses_bf16` accepts.
         bias: (outputs,).
 
     Returns:
         The outputs, in the dtype of `x`.
     """
-    signed = _signed(weight)
-    sums = convolve(x.to(torch.bfloat16), signed.to(torch.bfloat16), None).float()
-    along = (-1, *[1] * (signed.dim() - 2))
-    scale = weight.scale.float().view(along)
-    output = sums.mul_(scale) if bias is None else torch.addcmul(bias.float().view(along), sums, scale)
+    by_row = _is_by_row(weight.spec)
+    factors = _signed(weight).to(torch.bfloat16) if by_row else weight.dequantize(torch.bfloat16)
+    output = convolve(x.to(torch.bfloat16), factors, None).float()
+    along = (-1, *[1] * (factors.dim() - 2))
+    if by_row:
+        scale = weight.scale.float().view(along)
+        output = output.mul_(scale) if bias is None else torch.addcmul(bias.float().view(along), output, scale)
+    elif bias is not None:
+        output += bias.float().view(along)
     return output.to(x.dtype)
 
 
 def _signed(weight: WeightLayout) -> Tensor:
     """Return symmetric codes of 8 bits, in the shape of the weight."""
+    if isinstance(weight, Int8Rows):
+        return weight.signed_codes(slice(None)).reshape(weight.layout.shape)
     return (weight.codes(slice(None)) ^ 0x80).view(torch.int8).view(weight.layout.shape)
 
 

@@ -14,8 +14,9 @@ from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.digits import planes
 from fewbits.kernels.int4_tiles import Int4Tiles
+from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.packed_mm import padded
-from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout, row_slices
+from fewbits.kernels.weight_layouts import WeightLayout, row_slices
 from fewbits.numerics.affine import encode_input
 from fewbits.numerics.scales import dynamic_scale
 

@@ -16,7 +16,8 @@ from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import Int4Tiles
-from fewbits.kernels.weight_layouts import Int8Rows, WeightLayout
+from fewbits.kernels.int8_rows import Int8Rows
+from fewbits.kernels.weight_layouts import WeightLayout
 
 #: Vectors of ones by length.
 _ONES: dict[int, Tensor] = {}

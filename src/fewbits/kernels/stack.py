@@ -29,8 +29,14 @@ class Stack:
 
     @classmethod
     def of(cls, layout: Layout) -> Stack | None:
-        """Return the stack that a weight is; None for other weights, such as those of convolutions."""
+        """Return the stack that a weight is; None for other weights.
+
+        The weight of a convolution of kernel size 1 is a matrix.
+        """
         axes, order = len(layout.shape), layout.permutation
+        by_channel = Layout.of(layout.shape, inputs=range(1, axes)) if axes > 2 else None
+        if layout == by_channel and set(layout.shape[2:]) == {1} and 0 not in layout.shape:
+            return cls(layout.shape[:2])
         if axes not in (2, 3) or layout.view != layout.shape or layout.row_axes != axes - 1 or 0 in layout.shape:
             return None
         if order[-1] < axes - 2:  # the inputs are an axis over matrices

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ArgumentError
-from fewbits.numerics.affine import centered_codes, decode
+from fewbits.numerics.affine import centered_codes, decode, is_observed
 from fewbits.numerics.dtypes import compute_dtype
 from fewbits.numerics.layout import Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words, unpack
@@ -33,6 +33,9 @@ _SHARED = ("scale", "scale_codes", "zero_point", "input_scale", "spec", "layout"
 
 #: Those of them that are tensors.
 _SHARED_TENSORS = ("scale", "scale_codes", "zero_point", "input_scale")
+
+#: Elements that are decoded at a time for a narrower dtype.
+_BLOCK = 1 << 18
 
 #: The layouts that this process knows, by name.
 WEIGHT_LAYOUTS: dict[str, type[WeightLayout]] = {}
@@ -151,7 +154,15 @@ class WeightLayout(ABC):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight in float32 (float64 for float64 scales), in its own shape, and cast it to `dtype`."""
-        return self.layout.from_matrix(narrow(self.decoded(slice(None)), dtype))
+        rows, columns = self.layout.matrix_shape
+        step = max(1, _BLOCK // max(1, columns))
+        if dtype == compute_dtype(self.scale.dtype) or step >= rows or is_observed(self.scale):
+            return self.layout.from_matrix(narrow(self.decoded(slice(None)), dtype))
+        # New pages for the whole weight in float32 would cost more than all else.
+        matrix = self.scale.new_empty((rows, columns), dtype=dtype)
+        for where in row_slices(rows, step):
+            matrix[where] = narrow(self.decoded(where), dtype)
+        return self.layout.from_matrix(matrix)
 
     def centered_codes(self) -> Tensor:
         """Return codes minus zero points: float64, in the weight's own shape."""
@@ -184,60 +195,6 @@ class PackedInt32(WeightLayout):
     def codes(self, where: Rows) -> Tensor:
         """Return the unsigned codes of some rows."""
         return unpack(taken(self.packed, where), self.spec.bits, self.layout.columns)
-
-
-@attrs.define(eq=False, kw_only=True)
-class Int8Rows(WeightLayout):
-    """Signed 8-bit codes, one per byte; rows are padded with zeros to a multiple of 16.
-
-    Torch's ``_weight_int8pack_mm`` reads rows 16 bytes at a time, and past the end of an unpadded row.
-
-    Attributes:
-        signed: The codes: int8, (rows, columns rounded up to a multiple of 16).
-    """
-
-    name = "int8_rows"
-    data = by_row = ("signed",)
-    MULTIPLE: ClassVar[int] = 16
-
-    signed: Tensor
-    #: A view of the scales, kept because a layer needs it at every call.
-    _transposed_scale: Tensor = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._transposed_scale = self.scale.t()
-
-    @property
-    def row_scale(self) -> Tensor:
-        """The scales, of a weight with at most one scale per row: float32, (1, rows) or (1,)."""
-        return self._transposed_scale.float()
-
-    @classmethod
-    def refuses(cls, weight: WeightLayout) -> str | None:
-        """Say why this layout cannot hold a weight: it takes 8-bit codes, of a matrix whose rows are not too short."""
-        if reason := refuses_any(weight):
-            return reason
-        if weight.spec.bits != 8:
-            return f"codes of {weight.spec.bits} bits, not 8"
-        return refuses_padding(weight, cls.MULTIPLE)
-
-    @classmethod
-    def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
-        """Convert a weight to signed bytes."""
-        rows, columns = weight.layout.matrix_shape
-        wide = round_up(columns, cls.MULTIPLE)
-        signed = reused_memory(weight, reuse_memory, rows, wide).view(torch.int8)
-        signed[:, columns:] = 0
-        if isinstance(weight, PackedInt32):  # without the copy that `codes` makes
-            unsigned = weight.packed.contiguous().view(-1).view(torch.int8).view(rows, -1)[:, :columns]
-        else:
-            unsigned = weight.codes(slice(None)).view(torch.int8)
-        torch.bitwise_xor(unsigned, -128, out=signed[:, :columns])
-        return cls(signed=signed, **weight.shared())
-
-    def codes(self, where: Rows) -> Tensor:
-        """Return the unsigned codes of some rows."""
-        return (taken(self.signed, where)[:, : self.layout.columns] ^ -128).view(torch.uint8)
 
 
 def taken(rows: Tensor, where: Rows) -> Tensor:
@@ -297,4 +254,3 @@ def row_slices(count: int, step: int) -> Iterator[slice]:
 
 
 PackedInt32.register()
-Int8Rows.register()

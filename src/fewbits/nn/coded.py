@@ -73,8 +73,10 @@ class CodedTensor(Tensor):
     Torch's functions in C++ for whole attention layers look for subclasses like this one, and let Python compute.
     """
 
+    # To ask a coded tensor for its dtype or shape is a function of torch, which costs as much as a small operation.
     _stored: Coded
     _stack: Stack
+    _numbers: torch.dtype
     _copies: int
     _whole: CodedTensor | None
     _floats: Tensor | None
@@ -98,7 +100,7 @@ class CodedTensor(Tensor):
             shape, strides = (copies, *shape), (0, *strides)
         device = torch.device("cpu")
         made: CodedTensor = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
-        made._stored, made._stack, made._copies, made._floats = stored, stack, copies, None
+        made._stored, made._stack, made._numbers, made._copies, made._floats = stored, stack, dtype, copies, None
         made._whole = root  # None for the whole weight: a tensor that held itself would wait for the garbage collector
         return made
 
@@ -125,24 +127,24 @@ class CodedTensor(Tensor):
 
     def _decoded(self) -> Tensor:
         """Decode this part, with the strides that it has in the weight."""
-        whole, rows = self._root._stack, self._stored.matrix_rows(self._stack.rows, self.dtype)
+        whole, rows = self._root._stack, self._stored.matrix_rows(self._stack.rows, self._numbers)
         matrices = rows.reshape(self._stack.shape)
         matrices = matrices.mT.contiguous().mT if whole.is_transposed else matrices
         return matrices.mT if self._stack.is_transposed else matrices
 
     def with_stack(self, stack: Stack) -> CodedTensor:
         """Return a part of this weight, or the transposed weight."""
-        return CodedTensor(self._stored, stack, self.dtype, self._root)
+        return CodedTensor(self._stored, stack, self._numbers, self._root)
 
     def repeated(self, copies: int) -> CodedTensor:
         """Return this matrix with a first axis along which it is repeated."""
-        return CodedTensor(self._stored, self._stack, self.dtype, self._root, copies)
+        return CodedTensor(self._stored, self._stack, self._numbers, self._root, copies)
 
     def product(self, x: Tensor) -> Tensor | None:
         """Return ``x @ matrix.T``, for a matrix (outputs, inputs) and x (rows, inputs); None if no kernel computes."""
         stack = self._stack
         fits = len(stack.shape) == x.dim() == 2 and x.shape[1] == stack.shape[1] and x.shape[0] > 0
-        is_plain = type(x) is Tensor and x.layout is torch.strided and (x.dtype, x.device) == (self.dtype, self.device)
+        is_plain = type(x) is Tensor and x.layout is torch.strided and x.dtype == self._numbers and x.is_cpu
         if self._root._floats is not None or not fits or not is_plain:
             return None
         prepared = self._stored.part(stack.rows)

@@ -21,19 +21,26 @@ from fewbits.nn.coded import CODED_DTYPES, OF_CODED, OF_FUNCTIONS, OF_REPEATED, 
 aten = torch.ops.aten
 
 
+def _shape(weight: CodedTensor) -> tuple[int, ...]:
+    """Return the shape, without a call of torch, of a weight that is not repeated."""
+    return weight._stack.tensor_shape
+
+
 def _transpose(weight: CodedTensor, *axes: int) -> Any:
-    if not all(-weight.dim() <= axis < weight.dim() for axis in axes):
+    count = len(_shape(weight))
+    if not all(-count <= axis < count for axis in axes):
         return NotImplemented  # torch's own error
-    both = {axis % weight.dim() for axis in axes or (0, 1)}
-    is_last = both == {weight.dim() - 2, weight.dim() - 1}
+    both = {axis % count for axis in axes or (0, 1)}
+    is_last = both == {count - 2, count - 1}
     return weight.with_stack(weight._stack.transposed) if is_last else NotImplemented
 
 
 def _permute(weight: CodedTensor, axes: Sequence[int]) -> Any:
-    if not all(-weight.dim() <= axis < weight.dim() for axis in axes):
+    count = len(_shape(weight))
+    if not all(-count <= axis < count for axis in axes):
         return NotImplemented
-    order = [axis % weight.dim() for axis in axes]
-    *first, before, last = range(weight.dim())
+    order = [axis % count for axis in axes]
+    *first, before, last = range(count)
     return weight.with_stack(weight._stack.transposed) if order == [*first, last, before] else NotImplemented
 
 
@@ -43,46 +50,47 @@ def _same(weight: CodedTensor) -> CodedTensor:
 
 def _has_first_axis(weight: CodedTensor, axis: int) -> bool:
     """Whether an axis is the first of the stack's shape, so that it can be cut without decoding."""
-    return axis % weight.dim() == 0 and not (weight.dim() == 2 and weight._stack.is_transposed)
+    count = len(_shape(weight))
+    return axis % count == 0 and not (count == 2 and weight._stack.is_transposed)
 
 
 def _select(weight: CodedTensor, axis: int, index: int) -> Any:
-    if weight.dim() != 3 or not _has_first_axis(weight, axis) or not -len(weight) <= index < len(weight):
+    shape = _shape(weight)
+    if len(shape) != 3 or not _has_first_axis(weight, axis) or not -shape[0] <= index < shape[0]:
         return NotImplemented
-    return weight.with_stack(weight._stack.matrix(index % len(weight)))
+    return weight.with_stack(weight._stack.matrix(index % shape[0]))
 
 
 def _slice(weight: CodedTensor, axis: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Any:
     if not _has_first_axis(weight, axis) or step != 1:
         return NotImplemented
-    first, last, _ = slice(start, stop).indices(len(weight))
+    first, last, _ = slice(start, stop).indices(_shape(weight)[0])
     return weight.with_stack(weight._stack.part(first, last - first)) if last > first else NotImplemented
 
 
 def _split(weight: CodedTensor, size: int | Sequence[int], axis: int = 0) -> Any:
     if not _has_first_axis(weight, axis) or (isinstance(size, int) and size < 1):
         return NotImplemented
-    if isinstance(size, int):
-        sizes: Sequence[int] = [min(size, len(weight) - start) for start in range(0, len(weight), size)]
-    else:
-        sizes = size
-    if sum(sizes) != len(weight) or min(sizes) < 1:
+    length = _shape(weight)[0]
+    sizes = [min(size, length - start) for start in range(0, length, size)] if isinstance(size, int) else size
+    if sum(sizes) != length or min(sizes) < 1:
         return NotImplemented
     starts = [sum(sizes[:at]) for at in range(len(sizes))]
     return [weight.with_stack(weight._stack.part(start, count)) for start, count in zip(starts, sizes, strict=True)]
 
 
 def _unbind(weight: CodedTensor, axis: int = 0) -> Any:
-    if weight.dim() != 3 or not _has_first_axis(weight, axis):
+    shape = _shape(weight)
+    if len(shape) != 3 or not _has_first_axis(weight, axis):
         return NotImplemented
-    return [weight.with_stack(weight._stack.matrix(index)) for index in range(len(weight))]
+    return [weight.with_stack(weight._stack.matrix(index)) for index in range(shape[0])]
 
 
 def _to_copy(weight: CodedTensor, *, dtype: torch.dtype | None = None, **rest: Any) -> Any:
     """Change the dtype, as autocast does."""
     others = [name for name, value in rest.items() if value not in (None, False)]
     # Decoding a weight of a narrow dtype in a wider one would skip the rounding to its own.
-    keeps_rounding = weight.dtype in (torch.float32, dtype)
+    keeps_rounding = weight._numbers in (torch.float32, dtype)
     if dtype not in CODED_DTYPES or not keeps_rounding or weight._root._floats is not None or others:
         return NotImplemented
     return CodedTensor(weight._stored, weight._stack, dtype)
@@ -128,8 +136,8 @@ def _bmm(left: Tensor, right: Tensor) -> Any:
 
 def _expand(weight: CodedTensor, shape: Sequence[int], *, implicit: bool = False) -> Any:
     """Repeat a matrix, as `torch.matmul` does for inputs of three axes with gaps."""
-    same = [asked in (-1, size) for asked, size in zip(shape[1:], weight.shape, strict=False)]
-    is_matrix = weight.dim() == 2 and len(shape) == 3 and all(same) and shape[0] > 0
+    same = [asked in (-1, size) for asked, size in zip(shape[1:], _shape(weight), strict=False)]
+    is_matrix = len(_shape(weight)) == 2 and len(shape) == 3 and all(same) and shape[0] > 0
     return weight.repeated(shape[0]) if is_matrix else NotImplemented
 
 
@@ -157,9 +165,10 @@ def _direct(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
     known = type(x) is Tensor and isinstance(weight, CodedTensor) and not isinstance(bias, CodedTensor)
     if not known or x.layout is not torch.strided or is_transformed(x):
         return None
-    if weight.dim() != 2 or weight._stack.is_transposed or torch.is_autocast_enabled("cpu"):
+    shape = _shape(weight)
+    if weight._copies or len(shape) != 2 or weight._stack.is_transposed or torch.is_autocast_enabled("cpu"):
         return None
-    if not x.dim() or x.shape[-1] != weight.shape[1] or _records(x, weight, bias):
+    if not x.dim() or x.shape[-1] != shape[1] or _records(x, weight, bias):
         return None
     output = weight.product(x.reshape(-1, x.shape[-1]))
     if output is None:
@@ -200,11 +209,12 @@ def _grouped_mm(
     x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Any:
     """Multiply the rows of each group, which end at `offs`, with a matrix of their own."""
-    if not isinstance(weight, CodedTensor) or weight.dim() != 3 or x.dim() != 2 or offs is None or bias is not None:
+    if not isinstance(weight, CodedTensor) or x.dim() != 2 or offs is None or bias is not None:
         return NotImplemented
-    if len(offs) != len(weight) or out_dtype not in (None, x.dtype) or x.shape[1] != weight.shape[1]:
+    shape = _shape(weight)
+    if len(shape) != 3 or len(offs) != shape[0] or out_dtype not in (None, x.dtype) or x.shape[1] != shape[1]:
         return NotImplemented
-    output, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
+    output, start = x.new_zeros(x.shape[0], shape[2]), 0
     for index, stop in enumerate(offs.tolist()):
         if stop > start:
             matrix = weight.with_stack(weight._stack.matrix(index))
@@ -221,12 +231,13 @@ def _index(weight: CodedTensor, indices: Sequence[Tensor | None]) -> Any:
         return NotImplemented
     if weight._root._floats is not None or not _has_first_axis(weight, 0):
         return NotImplemented
-    named, places = torch.unique(torch.where(first < 0, first + len(weight), first), return_inverse=True)
-    if named.numel() and not 0 <= int(named.min()) <= int(named.max()) < len(weight):
+    length = _shape(weight)[0]
+    named, places = torch.unique(torch.where(first < 0, first + length, first), return_inverse=True)
+    if named.numel() and not 0 <= int(named.min()) <= int(named.max()) < length:
         return NotImplemented  # torch's own error
     height = weight._stack.height
     rows = (named[:, None] * height + torch.arange(height) + weight._stack.start).flatten()
-    found = weight._stored.matrix_rows(rows, weight.dtype).reshape(len(named), *weight._stack.shape[1:])
+    found = weight._stored.matrix_rows(rows, weight._numbers).reshape(len(named), *weight._stack.shape[1:])
     return (found.mT.contiguous() if weight._stack.is_transposed else found)[places]
 
 

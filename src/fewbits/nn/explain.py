@@ -15,12 +15,13 @@ from fewbits._table import render_table
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import PreparedWeight
 from fewbits.kernels.choose import choose, refusal
-from fewbits.kernels.convolution import CODES, way_of_sums
+from fewbits.kernels.convolution import way_of_sums
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.run import chosen, rows_of
 from fewbits.nn.base import QuantizedModule
 from fewbits.nn.coded import noted_by
-from fewbits.nn.modules import QuantizedConvolution, QuantizedLinear
+from fewbits.nn.convolutions import QuantizedConvolution
+from fewbits.nn.modules import QuantizedLinear
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight, stored_weights
 from fewbits.nn.walk import feed
@@ -155,8 +156,7 @@ def _choice(module: QuantizedModule, weight: StoredWeight | None, x: Tensor) -> 
     if isinstance(weight, PackedWeight) and isinstance(module, QuantizedConvolution):
         if weight.spec.activations:
             return way_of_sums(module, weight.weight_layout(), x, weight.compute)
-        refused = module.refuses_codes(x)
-        return (CODES, {}) if refused is None else (REFERENCE.name, {CODES: refused})
+        return module.way(x)
     if not isinstance(weight, PackedWeight) or not isinstance(module, QuantizedLinear) or not weight.computes:
         return REFERENCE.name, {}
     prepared, rows = weight.prepared(), rows_of(x)

@@ -6,31 +6,18 @@ meaning. `fewbits.nn.swap` changes the class of a float module to its form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fewbits.kernels.convolution import (
-    DOUBLES,
-    FLOATS,
-    PATCHES,
-    convolved_codes,
-    refuses_codes,
-    sums_of_patches,
-    way_of_sums,
-)
-from fewbits.kernels.onnx import is_exporting
-from fewbits.kernels.reference import check_floating, integer_product
 from fewbits.kernels.run import linear
 from fewbits.nn.base import QuantizedModule, form_of
+from fewbits.nn.operands import bias_of, float_product
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight, stored_weights
-from fewbits.numerics.layout import Layout
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):
@@ -53,129 +40,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """Compute the layer with the kernel that suits the input."""
         stored: Any = self._modules["weight_stored"]
         if isinstance(stored, PackedWeight):
-            return linear(input, stored.prepared(), _bias(self))
-        return _float_product(F.linear, input, stored, _bias(self))
-
-
-class QuantizedConvolution(QuantizedModule):
-    """A convolution of any kind: float, with codes or the dequantized weight, or exact, on int8 inputs."""
-
-    own_weight = "weight"
-    rounds_inputs = True
-    weight_stored: StoredWeight
-    kernel_size: tuple[int, ...]
-
-    def refuses_codes(self, input: Tensor) -> str | None:
-        """Say why the layer, whose weight has codes, dequantizes it for this input; None if it multiplies the codes."""
-        stored: Any = self.weight_stored
-        if stored.offered is not None:
-            return "set_compute has chosen other kernels"
-        return refuses_codes(self, stored.weight_layout(), input, stored.compute)
-
-    def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        bias, stored = _bias(self), self.weight_stored
-        if not isinstance(stored, PackedWeight):
-            return _float_product(convolve, input, stored, bias)
-        weight = stored.weight_layout()
-        if stored.spec.activations is None:
-            # A compiler decodes the weight.
-            if torch.compiler.is_compiling() or self.refuses_codes(input) is not None:
-                return _float_product(convolve, input, stored, bias)
-            return convolved_codes(convolve, input, weight, bias)
-        check_floating(input)
-        if torch.compiler.is_compiling():
-            way = FLOATS if is_exporting() else DOUBLES  # ONNX Runtime has no convolution in float64
-        else:
-            way = way_of_sums(self, weight, input, stored.compute)[0]
-        # One scale per sample; an input without a batch axis is one sample.
-        return integer_product(
-            lambda x, floats: convolve(x, floats, None),
-            input,
-            weight,
-            bias,
-            spatial=len(self.kernel_size),
-            sums=partial(sums_of_patches, module=self, weight=weight) if way == PATCHES else None,
-            sum_dtype=torch.float32 if way == FLOATS else torch.float64,
-        )
-
-
-class _QuantizedConv(QuantizedConvolution):
-    forward_methods = ("forward", "_conv_forward")
-    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-    @classmethod
-    def declared_layout(cls, module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | None:
-        """Outputs are the first axis."""
-        return Layout.of(shape, inputs=range(1, len(shape))) if name == "weight" else None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Compute the float module's own convolution."""
-        return self._convolved(input, self._conv_forward)
-
-
-class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
-    """`torch.nn.Conv1d` with a stored weight of shape (out_channels, in_channels / groups, k)."""
-
-    float_class = nn.Conv1d
-
-
-class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
-    """`torch.nn.Conv2d` with a stored weight of shape (out_channels, in_channels / groups, k, k)."""
-
-    float_class = nn.Conv2d
-
-
-class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
-    """`torch.nn.Conv3d` with a stored weight of shape (out_channels, in_channels / groups, k, k, k)."""
-
-    float_class = nn.Conv3d
-
-
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-
-
-class _QuantizedConvTranspose(QuantizedConvolution):
-    forward_methods = ("forward", "_output_padding")
-    _output_padding: Callable[..., list[int]]
-
-    @classmethod
-    def declared_layout(cls, module: Any, name: str, shape: tuple[int, ...]) -> Layout | None:
-        """Outputs are the second axis; with groups, every output of every group is a row."""
-        if name != "weight":
-            return None
-        if module.groups == 1:
-            return Layout.of(shape, inputs=(0, *range(2, len(shape))))
-        # (groups, inputs of a group, outputs of a group, kernel...)
-        view = (module.groups, shape[0] // module.groups, *shape[1:])
-        return Layout.of(shape, view=view, inputs=(1, *range(3, len(view))))
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Compute a transposed convolution."""
-        size, stride, padding, dilation = self.kernel_size, self.stride, self.padding, self.dilation
-        extra = self._output_padding(input, output_size, stride, padding, size, len(size), dilation)
-
-        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return _TRANSPOSED[len(size)](x, weight, bias, stride, padding, extra, self.groups, dilation)
-
-        return self._convolved(input, convolve)
-
-
-class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
-    """`torch.nn.ConvTranspose1d` with a stored weight of shape (in_channels, out_channels / groups, k)."""
-
-    float_class = nn.ConvTranspose1d
-
-
-class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` with a stored weight of shape (in_channels, out_channels / groups, k, k)."""
-
-    float_class = nn.ConvTranspose2d
-
-
-class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
-    """`torch.nn.ConvTranspose3d` with a stored weight of shape (in_channels, out_channels / groups, k, k, k)."""
-
-    float_class = nn.ConvTranspose3d
+            return linear(input, stored.prepared(), bias_of(self))
+        return float_product(F.linear, input, stored, bias_of(self))
 
 
 class QuantizedEmbedding(QuantizedModule, nn.Embedding):
@@ -272,17 +138,3 @@ class QuantizedRNNBase(QuantizedModule, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no float memory to make contiguous."""
-
-
-def _float_product(
-    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, stored: StoredWeight, bias: Tensor | None
-) -> Tensor:
-    check_floating(x)
-    return operation(x, stored.operand(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _bias(module: Any) -> Tensor | None:
-    # Nearly always a parameter; `module.bias` costs as much as a small layer.
-    held = module._parameters
-    bias = held["bias"] if "bias" in held else module.bias  # noqa: SIM401, `get` would ask
-    return bias if isinstance(bias, Tensor) else None

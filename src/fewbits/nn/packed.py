@@ -15,6 +15,7 @@ from torch import Tensor
 from fewbits.kernels import onnx
 from fewbits.kernels.base import Compute, Kernel, PreparedWeight
 from fewbits.kernels.choose import KERNELS, kernels_reading, preferred
+from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE, is_wrapped
 from fewbits.kernels.row_parts import row_part
@@ -119,8 +120,10 @@ class PackedWeight(StoredWeight):
         may_compute = (self.is_read or self.computes) and self.spec.activations is None
         may_compute = may_compute and self.weight_layout().scale.device.type == "cpu"
         stack = Stack.of(self.layout) if may_compute and self.dtype in CODED_DTYPES else None
+        if stack is None or stack.tensor_shape != self.layout.shape:  # or a convolution of kernel size 1
+            return self.dequantize()
         # Of a stack, no more is decoded than a forward uses, even if no kernel computes.
-        if stack is None or (len(stack.shape) == 2 and self.part(stack.rows) is None):
+        if len(stack.shape) == 2 and self.part(stack.rows) is None:
             return self.dequantize()
         return CodedTensor(self, stack, self.dtype)
 
@@ -147,19 +150,30 @@ class PackedWeight(StoredWeight):
         self.compute, self.offered = compute, None if kernels is None else tuple(kernels)
         # Tensors made in inference mode could not be differentiated later.
         with torch.inference_mode(False), torch.no_grad():
-            kernel, weight = self._preferred(compute), self.weight_layout()
-            prepack = kernel.prepack if self.computes else partial(prepack_stack, kernel=kernel)
-            self._hold(prepack(weight, reuse_memory=reuse_memory))
+            self._hold(self._prepacked(compute, reuse_memory=reuse_memory))
+
+    def _prepacked(self, compute: Compute, *, reuse_memory: bool) -> WeightLayout:
+        weight = self.weight_layout()
+        if not self.computes and not self.is_read:
+            return self._layout_for_decoding(compute).of(weight, reuse_memory=reuse_memory)
+        kernel = self._preferred(compute)
+        prepack = kernel.prepack if self.computes else partial(prepack_stack, kernel=kernel)
+        return prepack(weight, reuse_memory=reuse_memory)
 
     def stays(self, compute: Compute) -> bool:
         """Whether `prepack` would keep the current tensors; their shapes decide, not their values."""
+        if not self.computes and not self.is_read:
+            return isinstance(self.weight_layout(), self._layout_for_decoding(compute))
         kernel = self._preferred(compute)
         return isinstance(self.weight_layout(), PackedInt32 if kernel is REFERENCE else kernel.weight_layout)
 
+    def _layout_for_decoding(self, compute: Compute) -> type[WeightLayout]:
+        suits = compute != "exact" and self.offered is None and Int8Rows.suits_decoding(self.weight_layout())
+        return Int8Rows if suits else PackedInt32
+
     def _preferred(self, compute: Compute) -> Kernel[Any]:
-        weight = self.weight_layout() if self.computes else None
-        if self.is_read:
-            weight = first_matrix(self.weight_layout())
+        held = self.weight_layout()
+        weight = first_matrix(held) if self.is_read else held
         return REFERENCE if weight is None else preferred(weight, compute, self.candidates)
 
     def _hold(self, weight: WeightLayout) -> None:

@@ -62,27 +62,35 @@ def decode(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dty
         spec: the spec of the codes.
         dtype: float32 or float64.
     """
-    values = _steps(codes, params, spec, dtype)
-    scale = broadcast(params.scale.to(dtype))
-    # In place where nobody traces or differentiates this: a second large block of memory may cost more than all else.
-    values = values * scale if _is_observed(params.scale) else values.mul_(scale)
+    if spec.granularity != "group":  # a scale for a row, or for all of them, fits as it is
+        return _scaled(codes, params.zero_point, params.scale.to(dtype), spec)
+    zero_point = None if params.zero_point is None else broadcast(params.zero_point)
+    values = _scaled(grouped(codes, spec), zero_point, broadcast(params.scale.to(dtype)), spec)
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
-def _steps(codes: Tensor, params: QuantParams, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """Return what multiplies the scale, in new memory: (rows, groups, width)."""
+def _scaled(codes: Tensor, zero_point: Tensor | None, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Decode codes with parameters that fit their shape, in the dtype of `scale`."""
+    steps = _steps(codes, zero_point, spec, scale)
+    # In place where nobody traces or differentiates this: a second large block of memory may cost more than all else.
+    return steps * scale if is_observed(scale) else steps.mul_(scale)
+
+
+def _steps(codes: Tensor, zero_point: Tensor | None, spec: QuantSpec, scale: Tensor) -> Tensor:
+    """Return what multiplies the scale, in new memory."""
+    dtype = scale.dtype
     if spec.levels is not None:
         table = level_table(spec, dtype, codes.device)
-        return grouped(table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape), spec)
-    if params.zero_point is None and not torch.compiler.is_compiling():
+        return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
+    if zero_point is None and not torch.compiler.is_compiling():
         # Subtracting in int8, which wraps around, is faster than in floats. Exporters cannot view uint8 as int8.
-        return grouped(codes.view(torch.int8) + spec.code_min, spec).to(dtype)
-    offset = -spec.code_min if params.zero_point is None else broadcast(params.zero_point) - spec.code_min
-    steps = grouped(codes, spec).to(dtype)
-    return steps - offset if _is_observed(params.scale) else steps.sub_(offset)
+        return (codes.view(torch.int8) + spec.code_min).to(dtype)
+    offset = -spec.code_min if zero_point is None else zero_point - spec.code_min
+    steps = codes.to(dtype)
+    return steps - offset if is_observed(scale) else steps.sub_(offset)
 
 
-def _is_observed(scale: Tensor) -> bool:
+def is_observed(scale: Tensor) -> bool:
     """Whether a compiler traces, a transform of torch.func is active, or the scale has a gradient."""
     if torch.compiler.is_compiling() or scale.requires_grad:
         return True

@@ -86,6 +86,8 @@ class Layout:
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Put a (rows, columns) matrix back into the tensor's own shape."""
+        if self.in_order:
+            return matrix.reshape(self.shape).contiguous()
         permuted = [self.view[axis] for axis in self.permutation]
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
         return matrix.reshape(permuted).permute(inverse).reshape(self.shape).contiguous()

@@ -246,6 +246,8 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast to `dtype`; numbers that would round to Inf become its largest number, since the source held no Inf."""
+    if x.dtype == dtype:
+        return x
     limit = torch.finfo(dtype).max
     return (x.clamp(-limit, limit) if limit < torch.finfo(x.dtype).max else x).to(dtype)
 

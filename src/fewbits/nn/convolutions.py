@@ -1,0 +1,185 @@
+"""The quantized forms of convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbits.kernels.base import PreparedWeight
+from fewbits.kernels.choose import choose
+from fewbits.kernels.convolution import (
+    BF16,
+    DOUBLES,
+    FLOATS,
+    LINEAR,
+    PATCHES,
+    convolved_in_bf16,
+    is_pointwise,
+    linear_over_places,
+    places,
+    refuses_bf16,
+    refuses_linear,
+    sums_of_patches,
+    way_of_sums,
+)
+from fewbits.kernels.onnx import is_exporting
+from fewbits.kernels.reference import REFERENCE, check_floating, integer_product
+from fewbits.nn.base import QuantizedModule
+from fewbits.nn.operands import bias_of, float_product
+from fewbits.nn.packed import PackedWeight
+from fewbits.nn.stored import StoredWeight
+from fewbits.numerics.layout import Layout
+
+
+class QuantizedConvolution(QuantizedModule):
+    """A convolution of any kind: with float inputs, or exact sums of int8 inputs."""
+
+    own_weight = "weight"
+    rounds_inputs = True
+    weight_stored: StoredWeight
+    kernel_size: tuple[int, ...]
+
+    def stores(self) -> None:
+        """Let kernels of linear layers read the weight, if they can."""
+        super().stores()
+        self.weight_stored.is_read |= is_pointwise(self)
+
+    def way(self, input: Tensor) -> tuple[str, Mapping[str, str]]:
+        """Choose how the layer, whose weight has codes and whose scheme does not round inputs, computes.
+
+        Returns:
+            The name of a kernel of linear layers, `BF16`, or the name of the reference, which convolves with the
+            dequantized weight; and the reason against each way before it.
+        """
+        stored: Any = self.weight_stored
+        refused: dict[str, str] = {}
+        if is_pointwise(self):
+            matrix = self._matrix()
+            if matrix is None:
+                refused[LINEAR] = "none of them computes with its weight"
+            elif reason := refuses_linear(self, matrix, input):
+                refused[LINEAR] = reason
+            else:
+                return choose(matrix.kernels, input, places(self, input)).name, refused
+        chosen = "set_compute has chosen other kernels" if stored.offered is not None else None
+        reason = chosen or refuses_bf16(self, stored.weight_layout(), input, stored.compute)
+        return (BF16, refused) if reason is None else (REFERENCE.name, refused | {BF16: reason})
+
+    def _matrix(self) -> PreparedWeight | None:
+        """Return the weight as a matrix with the kernels that compute with it; None if only the reference does."""
+        stored: Any = self.weight_stored
+        return stored.part(slice(0, stored.layout.rows))  # type: ignore[no-any-return]
+
+    def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        bias, stored = bias_of(self), self.weight_stored
+        if not isinstance(stored, PackedWeight):
+            return float_product(convolve, input, stored, bias)
+        weight = stored.weight_layout()
+        if stored.spec.activations is None:
+            # A compiler decodes the weight.
+            way = REFERENCE.name if torch.compiler.is_compiling() else self.way(input)[0]
+            if way == BF16:
+                return convolved_in_bf16(convolve, input, weight, bias)
+            matrix = None if way == REFERENCE.name else self._matrix()
+            if matrix is not None:
+                return linear_over_places(self, matrix, input, bias)
+            return float_product(convolve, input, stored, bias)
+        check_floating(input)
+        if torch.compiler.is_compiling():
+            way = FLOATS if is_exporting() else DOUBLES  # ONNX Runtime has no convolution in float64
+        else:
+            way = way_of_sums(self, weight, input, stored.compute)[0]
+        # One scale per sample; an input without a batch axis is one sample.
+        return integer_product(
+            lambda x, floats: convolve(x, floats, None),
+            input,
+            weight,
+            bias,
+            spatial=len(self.kernel_size),
+            sums=partial(sums_of_patches, module=self, weight=weight) if way == PATCHES else None,
+            sum_dtype=torch.float32 if way == FLOATS else torch.float64,
+        )
+
+
+class _QuantizedConv(QuantizedConvolution):
+    forward_methods = ("forward", "_conv_forward")
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    @classmethod
+    def declared_layout(cls, module: nn.Module, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """Outputs are the first axis."""
+        return Layout.of(shape, inputs=range(1, len(shape))) if name == "weight" else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the float module's own convolution."""
+        return self._convolved(input, self._conv_forward)
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """`torch.nn.Conv1d` with a stored weight of shape (out_channels, in_channels / groups, k)."""
+
+    float_class = nn.Conv1d
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """`torch.nn.Conv2d` with a stored weight of shape (out_channels, in_channels / groups, k, k)."""
+
+    float_class = nn.Conv2d
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """`torch.nn.Conv3d` with a stored weight of shape (out_channels, in_channels / groups, k, k, k)."""
+
+    float_class = nn.Conv3d
+
+
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+class _QuantizedConvTranspose(QuantizedConvolution):
+    forward_methods = ("forward", "_output_padding")
+    _output_padding: Callable[..., list[int]]
+
+    @classmethod
+    def declared_layout(cls, module: Any, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """Outputs are the second axis; with groups, every output of every group is a row."""
+        if name != "weight":
+            return None
+        if module.groups == 1:
+            return Layout.of(shape, inputs=(0, *range(2, len(shape))))
+        # (groups, inputs of a group, outputs of a group, kernel...)
+        view = (module.groups, shape[0] // module.groups, *shape[1:])
+        return Layout.of(shape, view=view, inputs=(1, *range(3, len(view))))
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Compute a transposed convolution."""
+        size, stride, padding, dilation = self.kernel_size, self.stride, self.padding, self.dilation
+        extra = self._output_padding(input, output_size, stride, padding, size, len(size), dilation)
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return _TRANSPOSED[len(size)](x, weight, bias, stride, padding, extra, self.groups, dilation)
+
+        return self._convolved(input, convolve)
+
+
+class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` with a stored weight of shape (in_channels, out_channels / groups, k)."""
+
+    float_class = nn.ConvTranspose1d
+
+
+class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with a stored weight of shape (in_channels, out_channels / groups, k, k)."""
+
+    float_class = nn.ConvTranspose2d
+
+
+class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` with a stored weight of shape (in_channels, out_channels / groups, k, k, k)."""
+
+    float_class = nn.ConvTranspose3d
