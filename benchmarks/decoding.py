@@ -28,7 +28,7 @@ CONTEXT = 1024
 
 @attrs.frozen
 class Decoded:
-    """Seconds for one token after the first, the tokens or the text, and seconds for the prompt, as far as known."""
+    """Seconds for one token after the first; tokens, text and seconds for the prompt where the library gives them."""
 
     seconds: float
     tokens: Sequence[int] = ()
@@ -111,7 +111,8 @@ class LlamaCpp:
 
     def __init__(self, path: Path, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._process = ProcessPoolExecutor(1, context, initializer=_serve, initargs=(path, threads))
+        self._process = ProcessPoolExecutor(1, context)
+        self._process.submit(_serve, path, threads).result()
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Decoded:
         return self._process.submit(_complete, list(prompt), tokens).result()

@@ -92,6 +92,8 @@ def measure(report: Report, network: Network, builds: Mapping[str, Build], round
             outputs[name], forwards[name] = forward(*network.inputs), partial(forward, *network.inputs)
         except Exception as error:  # one failure must not stop the others
             report.failures.append(Failure(where, name, reason(error)))
+    if BASELINE not in forwards:
+        return
     done = interleave(forwards, rounds)
     report.failures += [Failure(where, name, why) for name, why in done.failures.items()]
     base = done.seconds.get(BASELINE, [])

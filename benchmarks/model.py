@@ -1,10 +1,10 @@
 """Time SmolLM2-135M decoding: dense, by fewbits, and by llama.cpp, in one run.
 
 Each contender decodes 64 tokens greedily after a prompt of 20. Torch decodes eagerly, through transformers' `generate`
-with a static cache, or with ``--loop`` in a bare loop of forwards; a compiled contender always in the loop, where only
-the prompt is computed eagerly. llama.cpp decodes through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the
-same weights. The time of one token counts from the first token to the last. The time of the prompt is known in a loop
-and of llama.cpp. Contenders take turns in every round.
+with a static cache, or with ``--loop`` in a bare loop of forwards; a compiled contender always in the loop, and its
+prompt is computed eagerly. llama.cpp decodes through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the
+same weights. The time of one token counts from the first token to the last. The time of the prompt is measured in a
+loop, and by llama.cpp. Contenders take turns in every round.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds:
                 last[name] = decoders[name](min(tokens, 8) if r < 0 else tokens)
                 if r >= 0:
                     seconds[name].append(last[name].seconds)
-                    prompts[name] += [] if last[name].prompt is None else [last[name].prompt]
+                    if (seconds_of_prompt := last[name].prompt) is not None:
+                        prompts[name].append(seconds_of_prompt)
             except Exception as error:  # one failure must not stop the others
                 report.failures.append(Failure(where, name, reason(error)))
                 del seconds[name]
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         made.error(f"--variant of {'; '.join(VARIANTS)}; not {'; '.join(unknown)}")
     if arguments.tokens < 2 or arguments.tokens + arguments.prompt > decoding.CONTEXT:
-        made.error(f"--tokens from 2 up, and with --prompt {decoding.CONTEXT} at most")
+        made.error(f"--tokens must be 2 or more, and --tokens plus --prompt at most {decoding.CONTEXT}")
     report = cli.begin("model", arguments, ["transformers", "gguf", decoding.PACKAGE])
     models = dense_and_ours(report, decoding.load(), arguments.variant)
     loop, tokens = arguments.loop, arguments.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,11 @@ def _onnxruntime(folder: Path, model: nn.Module, inputs: tuple[Tensor, ...], *, 
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    path = folder / "model.onnx"
+    path = Path(tempfile.mkdtemp(dir=folder)) / "model.onnx"  # a session may map the file
     torch.onnx.export(model, inputs, path, dynamo=True, verbose=False)
     if quantized:
-        quantize_dynamic(path, folder / "quantized.onnx", weight_type=QuantType.QInt8)
-        path = folder / "quantized.onnx"
+        quantize_dynamic(path, path.with_stem("quantized"), weight_type=QuantType.QInt8)
+        path = path.with_stem("quantized")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,6 +1,6 @@
 """`explain`: it names the kernel that runs, and why those before it do not."""
 
-import math
+import contextlib
 
 import pytest
 import torch
@@ -255,7 +255,7 @@ def test_a_convolution_whose_sums_float32_does_not_hold_says_so():
         (nn.Conv2d(63, 128, 3), {}, "128 channels out of 63 are too few for 50 dB in bfloat16"),
         (nn.Conv2d(64, 128, 3), {"input_axes": {"0": (0, 2, 3)}}, "the rows of its weight are not its output channels"),
         (nn.Conv2d(64, 128, 3), {"scheme": "int4"}, None),
-        (nn.Conv2d(16, 8, 3), {"scheme": "int4", "min_elements": 0}, None),
+        (nn.Conv2d(64, 127, 3), {"scheme": "int4"}, "127 channels out of 64 are too few for 50 dB in bfloat16"),
         (nn.Conv2d(64, 128, 3), {"scheme": "fp8"}, "its codes of 8 bits are not symmetric integers with a scale for"),
     ],
 )
@@ -277,32 +277,37 @@ def test_a_convolution_without_instructions_for_bfloat16_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("layer", "size", "reason"),
+    ("layer", "size", "rows"),
     [
-        (nn.Conv2d(64, 128, 1), (64, 7, 7), None),
-        (nn.Conv2d(64, 128, 1, stride=2), (2, 64, 19, 19), None),
-        (nn.Conv1d(64, 128, 1), (1, 64, 257), "257 places are more than 256"),
-        (nn.Conv3d(64, 128, 1), (0, 64, 1, 1, 2), "the input has no elements"),
+        (nn.Conv2d(64, 128, 1), (64, 7, 7), 49),
+        (nn.Conv2d(64, 128, 1, stride=2), (2, 64, 19, 18), 180),
+        (nn.Conv1d(64, 128, 1), (1, 64, 3), 3),
     ],
 )
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
-def test_a_convolution_of_one_place_names_a_kernel_of_linear_layers(scheme, layer, size, reason, monkeypatch):
-    monkeypatch.setattr(features, "has_bf16", lambda: True)
-    model = fewbits.quantize(nn.Sequential(layer), scheme).model
-    (row,) = fewbits.explain(model, normal(*size)).rows
-    linear = fewbits.quantize(nn.Linear(64, 128), scheme).model
-    if reason is None:
-        rows = normal(math.prod(-(-n // s) for n, s in zip(size[-len(layer.stride) :], layer.stride, strict=True)), 64)
-        rows = rows.repeat(size[0], 1) if len(size) == len(layer.stride) + 2 else rows
-        assert row.kernel == fewbits.explain(linear, rows).rows[0].kernel
-        assert not row.refused
-    else:
+@pytest.mark.parametrize("settings", [{}, {"scheme": "int4", "group_size": 32}, {"compute": "int8"}], ids=str)
+def test_a_convolution_of_one_place_names_the_kernel_of_a_linear_layer(settings, layer, size, rows):
+    settings = {"scheme": "int8", **settings}
+    (row,) = fewbits.explain(fewbits.quantize(nn.Sequential(layer), **settings).model, normal(*size)).rows
+    (linear,) = fewbits.explain(
+        fewbits.quantize(nn.Sequential(nn.Linear(64, 128)), **settings).model, normal(rows, 64)
+    ).rows
+    assert row == linear
+    assert row.rows == rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "reason"),
+    [
+        ({}, (1, 64, 257), "257 places are more than 256"),
+        ({}, (0, 64, 3), "the input has no elements"),
+        ({}, (1, 65, 3), "the input does not fit"),
+        ({"compute": "exact"}, (1, 64, 9), "none of them computes with its weight"),
+    ],
+)
+def test_a_convolution_of_one_place_says_why_it_is_no_linear_layer(settings, size, reason):
+    model = fewbits.quantize(nn.Sequential(nn.Conv1d(64, 128, 1)), "int8", **settings).model
+    with contextlib.suppress(RuntimeError):  # of an input that does not fit
+        (row,) = fewbits.explain(model, normal(*size)).rows
         assert row.kernel in ("bf16_convolution", "reference")
         assert row.refused["kernels of linear layers"] == reason
-
-
-def test_a_convolution_of_one_place_that_has_no_kernel_says_so():
-    model = fewbits.quantize(nn.Conv1d(64, 128, 1), "int8", compute="exact").model
-    (row,) = fewbits.explain(model, normal(1, 64, 9)).rows
-    assert row.kernel == "reference"
-    assert row.refused["kernels of linear layers"] == "none of them computes with its weight"
+    assert model[0].refuses_linear(normal(*size)) == reason

@@ -28,14 +28,18 @@ from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
 from fewbits.numerics.spec import QuantSpec
 
-#: The name of the way that `refuses_bf16` refuses.
+#: What `explain` calls a convolution in bfloat16.
 BF16 = "bf16_convolution"
 
-#: The name of the ways that `refuses_linear` refuses.
+#: What `explain` calls the kernels of linear layers where none of them computes a convolution.
 LINEAR = "kernels of linear layers"
 
-#: With more places, the convolution itself is faster: as rows, inputs and outputs are copied into another order.
+#: With more places the convolution itself is faster, because the linear way copies inputs and outputs into another
+#: order.
 MOST_PLACES = 256
+
+#: The order of memory with channels last, by the number of spatial axes.
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 #: The answers of `way_of_sums`.
 PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
@@ -43,8 +47,17 @@ PATCHES, FLOATS, DOUBLES = IntMM.name, FloatSums.name, REFERENCE.name
 
 def is_pointwise(module: Any) -> bool:
     """Whether a convolution is a linear layer over the channels of each place, or of some places."""
-    no_padding = not any(getattr(module, "_reversed_padding_repeated_twice", ()))
-    return not module.transposed and module.groups == 1 and no_padding and set(module.kernel_size) == {1}
+    if module.transposed or module.groups != 1 or set(module.kernel_size) != {1}:
+        return False
+    stride, padding = module.stride, module.padding
+    is_padded = not isinstance(padding, str) and (not isinstance(padding, tuple) or any(padding))
+    is_padded = is_padded or any(module._reversed_padding_repeated_twice)
+    return not is_padded and isinstance(stride, tuple) and len(stride) == len(module.kernel_size)
+
+
+def rows_are_outputs(layout: Layout) -> bool:
+    """Whether the rows of a convolution's weight are its output channels."""
+    return layout == Layout.of(layout.shape, inputs=range(1, len(layout.shape)))
 
 
 def refuses_linear(module: Any, matrix: PreparedWeight, x: Tensor) -> str | None:
@@ -77,12 +90,13 @@ def linear_over_places(module: Any, matrix: PreparedWeight, x: Tensor, bias: Ten
         bias: (outputs,).
 
     Returns:
-        (batch, outputs, spatial...), in the dtype of `x` and in its order of memory.
+        (batch, outputs, spatial...), in the dtype of `x`; in the order of memory that torch's convolution gives.
     """
-    channels = -len(module.kernel_size) - 1
-    rows = _thinned(x, module.stride).movedim(channels, -1)
-    output = linear(rows, matrix, bias).movedim(-1, channels)
-    return output.contiguous() if x.is_contiguous() else output
+    spatial = len(module.kernel_size)
+    rows = _thinned(x, module.stride).movedim(-spatial - 1, -1)
+    output = linear(rows, matrix, bias).movedim(-1, -spatial - 1)
+    order = _CHANNELS_LAST.get(spatial) if x.dim() == spatial + 2 and not x.is_contiguous() else None
+    return output if order is not None and x.is_contiguous(memory_format=order) else output.contiguous()
 
 
 def _thinned(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -96,20 +110,21 @@ def refuses_bf16(module: Any, weight: WeightLayout, x: Tensor, compute: Compute)
 
     Bfloat16 holds codes of 8 bits exactly. As in linear layers, inputs and outputs are rounded. That leaves 50 dB or
     more, unless sums nearly cancel. Layers with few input channels read images, whose mean is far from zero, so that
-    their sums do. Codes of fewer bits leave so much more noise that the 10 dB below it are there in any case.
+    their sums do. With few channels, float32 is faster, too.
     """
     spec, shape = weight.spec, weight.layout.shape
     if compute == "exact":
         return "compute is 'exact'"
     if module.transposed or module.groups != 1:
         return "it is transposed or has groups"
-    if weight.layout != Layout.of(shape, inputs=range(1, len(shape))):
+    if not rows_are_outputs(weight.layout):
         return "the rows of its weight are not its output channels"
-    if spec.bits == 8:
-        if not _is_by_row(spec):
-            return "its codes of 8 bits are not symmetric integers with a scale for each row"
-        if shape[0] < FEW_OUTPUTS or shape[1] < FEW_INPUTS:
-            return f"{shape[0]} channels out of {shape[1]} are too few for 50 dB in bfloat16"
+    if spec.bits == 8 and not _is_by_row(spec):
+        return "its codes of 8 bits are not symmetric integers with a scale for each row"
+    if shape[0] < FEW_OUTPUTS or shape[1] < FEW_INPUTS:
+        return f"{shape[0]} channels out of {shape[1]} are too few for 50 dB in bfloat16"
+    if weight.scale.dtype == torch.float64:
+        return "it has float64 scales, which need float64 products"
     if not features.has_bf16():
         return "this CPU has no instructions for bfloat16"
     return _refuses_call(x, weight)
@@ -139,7 +154,7 @@ def _refuses_call(x: Tensor, weight: WeightLayout) -> str | None:
 def convolved_in_bf16(
     convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: WeightLayout, bias: Tensor | None
 ) -> Tensor:
-    """Convolve in bfloat16: with codes of 8 bits, which are then multiplied with the scales, or the decoded weight.
+    """Convolve in bfloat16. Codes of 8 bits are used as they are, and the sums scaled; other weights are decoded first.
 
     Args:
         convolve: Takes input, weight and bias.
@@ -164,9 +179,8 @@ def convolved_in_bf16(
 
 def _signed(weight: WeightLayout) -> Tensor:
     """Return symmetric codes of 8 bits, in the shape of the weight."""
-    if isinstance(weight, Int8Rows):
-        return weight.signed_codes(slice(None)).reshape(weight.layout.shape)
-    return (weight.codes(slice(None)) ^ 0x80).view(torch.int8).view(weight.layout.shape)
+    held = weight if isinstance(weight, Int8Rows) else Int8Rows.of(weight)
+    return held.signed_codes(slice(None)).reshape(weight.layout.shape)
 
 
 def way_of_sums(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> tuple[str, Mapping[str, str]]:

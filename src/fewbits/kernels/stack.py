@@ -29,14 +29,8 @@ class Stack:
 
     @classmethod
     def of(cls, layout: Layout) -> Stack | None:
-        """Return the stack that a weight is; None for other weights.
-
-        The weight of a convolution of kernel size 1 is a matrix.
-        """
+        """Return the stack that a weight is; None for other weights, such as those of convolutions."""
         axes, order = len(layout.shape), layout.permutation
-        by_channel = Layout.of(layout.shape, inputs=range(1, axes)) if axes > 2 else None
-        if layout == by_channel and set(layout.shape[2:]) == {1} and 0 not in layout.shape:
-            return cls(layout.shape[:2])
         if axes not in (2, 3) or layout.view != layout.shape or layout.row_axes != axes - 1 or 0 in layout.shape:
             return None
         if order[-1] < axes - 2:  # the inputs are an axis over matrices
@@ -91,10 +85,18 @@ def first_matrix(weight: WeightLayout) -> WeightLayout | None:
     return None if stack is None else row_part(PackedInt32.of(weight), stack.first.rows)
 
 
-def prepack_stack(weight: WeightLayout, kernel: Kernel[Any], *, reuse_memory: bool) -> WeightLayout:
-    """Convert a stack to the layout that a kernel reads; to the canonical layout if the kernel's cannot be cut."""
+def as_matrix(weight: WeightLayout) -> WeightLayout:
+    """Return a weight of any shape as the matrix of its codes, in the same memory."""
+    return attrs.evolve(weight, layout=Layout.of(weight.layout.matrix_shape))
+
+
+def prepack_rows(weight: WeightLayout, kernel: Kernel[Any], *, reuse_memory: bool) -> WeightLayout:
+    """Convert a weight that is used in parts of its rows to the layout that a kernel reads.
+
+    Returns:
+        the weight in that layout; in the canonical layout if the kernel's cannot be cut between rows.
+    """
     stack = Stack.of(weight.layout)
-    if stack is None:
-        return PackedInt32.of(weight)
-    made = kernel.prepack(attrs.evolve(weight, layout=Layout.of(weight.layout.matrix_shape)), reuse_memory=reuse_memory)
-    return attrs.evolve(made if row_part(made, stack.first.rows) else PackedInt32.of(made), layout=weight.layout)
+    rows = slice(0, weight.layout.rows) if stack is None else stack.first.rows
+    made = kernel.prepack(as_matrix(weight), reuse_memory=reuse_memory)
+    return attrs.evolve(made if row_part(made, rows) else PackedInt32.of(made), layout=weight.layout)

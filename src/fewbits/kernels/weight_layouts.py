@@ -34,9 +34,6 @@ _SHARED = ("scale", "scale_codes", "zero_point", "input_scale", "spec", "layout"
 #: Those of them that are tensors.
 _SHARED_TENSORS = ("scale", "scale_codes", "zero_point", "input_scale")
 
-#: Elements that are decoded at a time for a narrower dtype.
-_BLOCK = 1 << 18
-
 #: The layouts that this process knows, by name.
 WEIGHT_LAYOUTS: dict[str, type[WeightLayout]] = {}
 
@@ -155,11 +152,12 @@ class WeightLayout(ABC):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight in float32 (float64 for float64 scales), in its own shape, and cast it to `dtype`."""
         rows, columns = self.layout.matrix_shape
-        step = max(1, _BLOCK // max(1, columns))
-        if dtype == compute_dtype(self.scale.dtype) or step >= rows or is_observed(self.scale):
+        step, scale = block_rows(columns), self.scale
+        at_once = dtype == compute_dtype(scale.dtype) or step >= rows or is_observed(scale)
+        if at_once or scale.device.type != "cpu":
             return self.layout.from_matrix(narrow(self.decoded(slice(None)), dtype))
         # New pages for the whole weight in float32 would cost more than all else.
-        matrix = self.scale.new_empty((rows, columns), dtype=dtype)
+        matrix = scale.new_empty((rows, columns), dtype=dtype)
         for where in row_slices(rows, step):
             matrix[where] = narrow(self.decoded(where), dtype)
         return self.layout.from_matrix(matrix)

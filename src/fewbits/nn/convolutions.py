@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,25 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.kernels.base import PreparedWeight
-from fewbits.kernels.choose import choose
 from fewbits.kernels.convolution import (
-    BF16,
     DOUBLES,
     FLOATS,
-    LINEAR,
     PATCHES,
     convolved_in_bf16,
     is_pointwise,
     linear_over_places,
-    places,
     refuses_bf16,
     refuses_linear,
+    rows_are_outputs,
     sums_of_patches,
     way_of_sums,
 )
 from fewbits.kernels.onnx import is_exporting
-from fewbits.kernels.reference import REFERENCE, check_floating, integer_product
-from fewbits.nn.base import QuantizedModule
+from fewbits.kernels.reference import check_floating, integer_product
+from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.operands import bias_of, float_product
 from fewbits.nn.packed import PackedWeight
 from fewbits.nn.stored import StoredWeight
@@ -45,35 +42,40 @@ class QuantizedConvolution(QuantizedModule):
     kernel_size: tuple[int, ...]
 
     def stores(self) -> None:
-        """Let kernels of linear layers read the weight, if they can."""
+        """Let kernels of linear layers compute with the weight, if they can."""
         super().stores()
-        self.weight_stored.is_read |= is_pointwise(self)
+        own_forward = type(self).forward is form_of(type(self)).forward
+        layout = self.weight_stored.layout
+        is_matrix = layout is not None and rows_are_outputs(layout) and is_pointwise(self)
+        self.weight_stored.is_pointwise |= own_forward and is_matrix and self._is_plain()
 
-    def way(self, input: Tensor) -> tuple[str, Mapping[str, str]]:
-        """Choose how the layer, whose weight has codes and whose scheme does not round inputs, computes.
+    def refuses_linear(self, input: Tensor) -> str | None:
+        """Say why the kernels of linear layers do not compute this input; None if they do."""
+        if not self.weight_stored.is_pointwise or not is_pointwise(self) or not self._is_plain():
+            return "it is no linear layer over the channels of each place"
+        matrix = self.matrix
+        return "none of them computes with its weight" if matrix is None else refuses_linear(self, matrix, input)
 
-        Returns:
-            The name of a kernel of linear layers, `BF16`, or the name of the reference, which convolves with the
-            dequantized weight; and the reason against each way before it.
-        """
+    def refuses_bf16(self, input: Tensor) -> str | None:
+        """Say why the layer, whose weight has codes, does not compute in bfloat16; None if it does."""
         stored: Any = self.weight_stored
-        refused: dict[str, str] = {}
-        if is_pointwise(self):
-            matrix = self._matrix()
-            if matrix is None:
-                refused[LINEAR] = "none of them computes with its weight"
-            elif reason := refuses_linear(self, matrix, input):
-                refused[LINEAR] = reason
-            else:
-                return choose(matrix.kernels, input, places(self, input)).name, refused
-        chosen = "set_compute has chosen other kernels" if stored.offered is not None else None
-        reason = chosen or refuses_bf16(self, stored.weight_layout(), input, stored.compute)
-        return (BF16, refused) if reason is None else (REFERENCE.name, refused | {BF16: reason})
+        if stored.offered is not None:
+            return "set_compute has chosen other kernels"
+        if not self._is_plain():
+            return f"{self.float_class.__name__} computes its convolution in its own way"
+        return refuses_bf16(self, stored.weight_layout(), input, stored.compute)
 
-    def _matrix(self) -> PreparedWeight | None:
-        """Return the weight as a matrix with the kernels that compute with it; None if only the reference does."""
+    @property
+    def matrix(self) -> PreparedWeight | None:
+        """The weight as a matrix, with the kernels that compute with it; None if only the reference does."""
         stored: Any = self.weight_stored
         return stored.part(slice(0, stored.layout.rows))  # type: ignore[no-any-return]
+
+    def _is_plain(self) -> bool:
+        """Whether no subclass of the float module has replaced a method that computes the convolution."""
+        form, cls = form_of(type(self)), type(self)
+        own = (name for name in form.forward_methods if name != "forward")
+        return all(getattr(cls, name) is getattr(form.float_class, name) for name in own)
 
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         bias, stored = bias_of(self), self.weight_stored
@@ -81,13 +83,13 @@ class QuantizedConvolution(QuantizedModule):
             return float_product(convolve, input, stored, bias)
         weight = stored.weight_layout()
         if stored.spec.activations is None:
-            # A compiler decodes the weight.
-            way = REFERENCE.name if torch.compiler.is_compiling() else self.way(input)[0]
-            if way == BF16:
-                return convolved_in_bf16(convolve, input, weight, bias)
-            matrix = None if way == REFERENCE.name else self._matrix()
+            if torch.compiler.is_compiling():  # a compiler decodes the weight
+                return float_product(convolve, input, stored, bias)
+            matrix = self.matrix if self.refuses_linear(input) is None else None
             if matrix is not None:
                 return linear_over_places(self, matrix, input, bias)
+            if self.refuses_bf16(input) is None:
+                return convolved_in_bf16(convolve, input, weight, bias)
             return float_product(convolve, input, stored, bias)
         check_floating(input)
         if torch.compiler.is_compiling():

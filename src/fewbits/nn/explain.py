@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fewbits._table import render_table
 from fewbits.errors import ArgumentError
-from fewbits.kernels.base import PreparedWeight
+from fewbits.kernels.base import Kernel, PreparedWeight
 from fewbits.kernels.choose import choose, refusal
-from fewbits.kernels.convolution import way_of_sums
+from fewbits.kernels.convolution import BF16, LINEAR, places, way_of_sums
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.run import chosen, rows_of
 from fewbits.nn.base import QuantizedModule
@@ -147,23 +147,43 @@ def _computed(name: str, module: QuantizedModule, inputs: Sequence[Any]) -> Iter
     for parameter, weight in stored_weights(module).items():
         path = ".".join(filter(None, (name, parameter)))
         layout = weight.weight_layout().name if isinstance(weight, PackedWeight) else str(weight.spec)
-        kernel, refused = _choice(module, weight if parameter == module.own_weight else None, x)
-        yield Computed(path, str(weight.spec), layout, rows_of(x), x.dtype, kernel, refused)
+        kernel, refused, rows = _choice(module, weight if parameter == module.own_weight else None, x)
+        yield Computed(path, str(weight.spec), layout, rows, x.dtype, kernel, refused)
 
 
-def _choice(module: QuantizedModule, weight: StoredWeight | None, x: Tensor) -> tuple[str, Mapping[str, str]]:
+#: The name of a kernel, the reasons against preferred ones, and the number of rows that it multiplies.
+_Choice = tuple[str, Mapping[str, str], int]
+
+
+def _choice(module: QuantizedModule, weight: StoredWeight | None, x: Tensor) -> _Choice:
     """Name the kernel that computes with a layer's own weight for this input, and say why preferred kernels do not."""
     if isinstance(weight, PackedWeight) and isinstance(module, QuantizedConvolution):
-        if weight.spec.activations:
-            return way_of_sums(module, weight.weight_layout(), x, weight.compute)
-        return module.way(x)
+        return _choice_of_convolution(module, weight, x)
     if not isinstance(weight, PackedWeight) or not isinstance(module, QuantizedLinear) or not weight.computes:
-        return REFERENCE.name, {}
-    prepared, rows = weight.prepared(), rows_of(x)
-    kernel = chosen(x, prepared)
+        return REFERENCE.name, {}, rows_of(x)
+    prepared = weight.prepared()
+    return _choice_of_linear(weight, prepared, chosen(x, prepared), x, rows_of(x))
+
+
+def _choice_of_convolution(module: QuantizedConvolution, weight: PackedWeight, x: Tensor) -> _Choice:
+    if weight.spec.activations:
+        return *way_of_sums(module, weight.weight_layout(), x, weight.compute), rows_of(x)
+    matrix, reason = module.matrix, module.refuses_linear(x)
+    if reason is None and matrix is not None:
+        rows = places(module, x)
+        return _choice_of_linear(weight, matrix, choose(matrix.kernels, x, rows), x, rows)
+    refused = {LINEAR: reason} if reason is not None and weight.is_pointwise else {}
+    if (reason := module.refuses_bf16(x)) is None:
+        return BF16, refused, rows_of(x)
+    return REFERENCE.name, refused | {BF16: reason}, rows_of(x)
+
+
+def _choice_of_linear(
+    weight: PackedWeight, prepared: PreparedWeight, kernel: Kernel[Any], x: Tensor, rows: int
+) -> _Choice:
     preferred = itertools.takewhile(lambda other: other is not kernel, weight.candidates)
     reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
     otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
     if x.dtype == torch.float64:
         otherwise = "inputs in float64 need float64 products"
-    return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}
+    return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}, rows

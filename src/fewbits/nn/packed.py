@@ -19,7 +19,7 @@ from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE, is_wrapped
 from fewbits.kernels.row_parts import row_part
-from fewbits.kernels.stack import Stack, first_matrix, prepack_stack
+from fewbits.kernels.stack import Stack, as_matrix, first_matrix, prepack_rows
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, PackedInt32, Rows, WeightLayout
 from fewbits.nn.coded import CODED_DTYPES, CodedTensor
 from fewbits.nn.stored import CastWeight, StoredWeight
@@ -120,10 +120,8 @@ class PackedWeight(StoredWeight):
         may_compute = (self.is_read or self.computes) and self.spec.activations is None
         may_compute = may_compute and self.weight_layout().scale.device.type == "cpu"
         stack = Stack.of(self.layout) if may_compute and self.dtype in CODED_DTYPES else None
-        if stack is None or stack.tensor_shape != self.layout.shape:  # or a convolution of kernel size 1
-            return self.dequantize()
         # Of a stack, no more is decoded than a forward uses, even if no kernel computes.
-        if len(stack.shape) == 2 and self.part(stack.rows) is None:
+        if stack is None or (len(stack.shape) == 2 and self.part(stack.rows) is None):
             return self.dequantize()
         return CodedTensor(self, stack, self.dtype)
 
@@ -153,27 +151,32 @@ class PackedWeight(StoredWeight):
             self._hold(self._prepacked(compute, reuse_memory=reuse_memory))
 
     def _prepacked(self, compute: Compute, *, reuse_memory: bool) -> WeightLayout:
-        weight = self.weight_layout()
-        if not self.computes and not self.is_read:
+        weight, kernel = self.weight_layout(), self._preferred(compute)
+        if kernel is None:
             return self._layout_for_decoding(compute).of(weight, reuse_memory=reuse_memory)
-        kernel = self._preferred(compute)
-        prepack = kernel.prepack if self.computes else partial(prepack_stack, kernel=kernel)
+        prepack = kernel.prepack if self.computes else partial(prepack_rows, kernel=kernel)
         return prepack(weight, reuse_memory=reuse_memory)
 
     def stays(self, compute: Compute) -> bool:
         """Whether `prepack` would keep the current tensors; their shapes decide, not their values."""
-        if not self.computes and not self.is_read:
-            return isinstance(self.weight_layout(), self._layout_for_decoding(compute))
         kernel = self._preferred(compute)
+        if kernel is None:
+            return isinstance(self.weight_layout(), self._layout_for_decoding(compute))
         return isinstance(self.weight_layout(), PackedInt32 if kernel is REFERENCE else kernel.weight_layout)
 
     def _layout_for_decoding(self, compute: Compute) -> type[WeightLayout]:
         suits = compute != "exact" and self.offered is None and Int8Rows.suits_decoding(self.weight_layout())
         return Int8Rows if suits else PackedInt32
 
-    def _preferred(self, compute: Compute) -> Kernel[Any]:
-        held = self.weight_layout()
-        weight = first_matrix(held) if self.is_read else held
+    def _preferred(self, compute: Compute) -> Kernel[Any] | None:
+        """Choose the kernel whose layout the weight should have; None if the weight is only decoded."""
+        weight: WeightLayout | None = self.weight_layout()
+        if self.is_read:
+            weight = first_matrix(self.weight_layout())
+        elif self.is_pointwise and self.spec.levels is None and self.spec.activations is None:
+            weight = as_matrix(self.weight_layout())  # layouts for levels are slow to decode
+        elif not self.computes:
+            return None
         return REFERENCE if weight is None else preferred(weight, compute, self.candidates)
 
     def _hold(self, weight: WeightLayout) -> None:

@@ -47,6 +47,7 @@ class StoredWeight(nn.Module, ABC):
         trainable: Whether the float parameter required gradients.
         computes: Whether kernels compute with the weight; otherwise a forward reads it as a float tensor.
         is_read: Whether a forward that is not of fewbits reads the weight; kernels may compute its products.
+        is_pointwise: Whether a convolution uses it as a matrix, and kernels may compute the products.
     """
 
     spec: Spec
@@ -55,6 +56,7 @@ class StoredWeight(nn.Module, ABC):
     trainable: bool = True
     computes: bool = False
     is_read: bool = False
+    is_pointwise: bool = False
 
     @abstractmethod
     def value(self) -> QuantizedTensor | Tensor:

@@ -32,11 +32,8 @@ class QuantParams:
 
     def rows(self, where: slice | Tensor) -> QuantParams:
         """Return the parameters of some rows; all of them if one scale serves the whole tensor."""
-        if self.scale.dim() == 1:
-            return self
-        if isinstance(where, Tensor):
-            return self._each(lambda part: part.index_select(0, where))
-        return self if where == slice(None) else self._each(lambda part: part[where])
+        is_whole = isinstance(where, slice) and where == slice(None)
+        return self if self.scale.dim() == 1 or is_whole else self._each(lambda part: part[where])
 
     def where(self, better: Tensor, other: QuantParams) -> QuantParams:
         """Return these parameters where `better` is true, and the other ones elsewhere.
