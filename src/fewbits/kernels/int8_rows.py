@@ -57,13 +57,6 @@ class Int8Rows(WeightLayout):
         return refuses_padding(weight, cls.MULTIPLE)
 
     @classmethod
-    def suits_decoding(cls, weight: WeightLayout) -> bool:
-        """Whether a weight of any shape, which no kernel reads, should lie in this layout: words take more steps."""
-        on_cpu = weight.scale.device.type == "cpu" and weight.scale.dtype != torch.float64
-        is_integer = weight.spec.bits == 8 and weight.spec.levels is None
-        return on_cpu and is_integer and refuses_padding(weight, cls.MULTIPLE) is None
-
-    @classmethod
     def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> Int8Rows:
         """Convert a weight to signed bytes."""
         rows, columns = weight.layout.matrix_shape

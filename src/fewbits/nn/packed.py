@@ -15,7 +15,6 @@ from torch import Tensor
 from fewbits.kernels import onnx
 from fewbits.kernels.base import Compute, Kernel, PreparedWeight
 from fewbits.kernels.choose import KERNELS, kernels_reading, preferred
-from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE, is_wrapped
 from fewbits.kernels.row_parts import row_part
@@ -151,32 +150,22 @@ class PackedWeight(StoredWeight):
             self._hold(self._prepacked(compute, reuse_memory=reuse_memory))
 
     def _prepacked(self, compute: Compute, *, reuse_memory: bool) -> WeightLayout:
-        weight, kernel = self.weight_layout(), self._preferred(compute)
-        if kernel is None:
-            return self._layout_for_decoding(compute).of(weight, reuse_memory=reuse_memory)
+        kernel = self._preferred(compute)
         prepack = kernel.prepack if self.computes else partial(prepack_rows, kernel=kernel)
-        return prepack(weight, reuse_memory=reuse_memory)
+        return prepack(self.weight_layout(), reuse_memory=reuse_memory)
 
     def stays(self, compute: Compute) -> bool:
         """Whether `prepack` would keep the current tensors; their shapes decide, not their values."""
         kernel = self._preferred(compute)
-        if kernel is None:
-            return isinstance(self.weight_layout(), self._layout_for_decoding(compute))
         return isinstance(self.weight_layout(), PackedInt32 if kernel is REFERENCE else kernel.weight_layout)
 
-    def _layout_for_decoding(self, compute: Compute) -> type[WeightLayout]:
-        suits = compute != "exact" and self.offered is None and Int8Rows.suits_decoding(self.weight_layout())
-        return Int8Rows if suits else PackedInt32
-
-    def _preferred(self, compute: Compute) -> Kernel[Any] | None:
-        """Choose the kernel whose layout the weight should have; None if the weight is only decoded."""
-        weight: WeightLayout | None = self.weight_layout()
+    def _preferred(self, compute: Compute) -> Kernel[Any]:
+        held = self.weight_layout()
+        weight = held if self.computes else None
         if self.is_read:
-            weight = first_matrix(self.weight_layout())
+            weight = first_matrix(held)
         elif self.is_pointwise and self.spec.levels is None and self.spec.activations is None:
-            weight = as_matrix(self.weight_layout())  # layouts for levels are slow to decode
-        elif not self.computes:
-            return None
+            weight = as_matrix(held)  # layouts for levels are slow to decode
         return REFERENCE if weight is None else preferred(weight, compute, self.candidates)
 
     def _hold(self, weight: WeightLayout) -> None:
