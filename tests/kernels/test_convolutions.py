@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
-from fewbits.kernels import features
+from fewbits.kernels import convolution, features
 from fewbits.kernels.reference import REFERENCE
 from kernels.kernel_cases import noise_db, normal
 
@@ -16,8 +16,10 @@ KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 @pytest.fixture(autouse=True)
 def bf16(monkeypatch):
-    """Every CPU computes in bfloat16, fast or not."""
+    """Every CPU computes in bfloat16, fast or not, and small layers too."""
     monkeypatch.setattr(features, "has_bf16", lambda: True)
+    monkeypatch.setattr(convolution, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(convolution, "LEAST_PLACES", 0)
 
 
 def quantized(layer, scheme="int8", **settings):
@@ -140,7 +142,8 @@ def inputs_in_any_order(channels, *places):
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
 @pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"padding": "same"}, {"dilation": 3}])
-def test_a_convolution_of_one_place_keeps_shapes_order_of_memory_and_weight(kind, settings):
+def test_a_convolution_of_one_place_keeps_shapes_order_of_memory_and_weight(kind, settings, monkeypatch):
+    monkeypatch.setattr(convolution, "MOST_PLACES", 1000)
     layer = quantized(nn.Sequential(KINDS[kind](64, 128, 1, **settings)), **INT4)
     assert layer[0].weight_stored.spec.bits == 4
     exact = fewbits.dequantize(layer)

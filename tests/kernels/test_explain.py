@@ -255,6 +255,8 @@ def test_a_convolution_whose_sums_float32_does_not_hold_says_so():
         (nn.Conv2d(63, 128, 3), {}, "128 channels out of 63 are too few for 50 dB in bfloat16"),
         (nn.Conv2d(64, 128, 3), {"input_axes": {"0": (0, 2, 3)}}, "the rows of its weight are not its output channels"),
         (nn.Conv2d(64, 128, 3), {"scheme": "int4"}, None),
+        (nn.Conv2d(64, 128, 3, stride=2), {"scheme": "int4"}, "100 places are fewer than 256"),
+        (nn.Conv2d(64, 128, (1, 3)), {}, "192 products for each output are fewer than 256"),
         (nn.Conv2d(64, 127, 3), {"scheme": "int4"}, "127 channels out of 64 are too few for 50 dB in bfloat16"),
         (nn.Conv2d(64, 128, 3), {"scheme": "fp8"}, "its codes of 8 bits are not symmetric integers with a scale for"),
     ],
@@ -263,7 +265,7 @@ def test_a_convolution_names_its_way(layer, settings, reason, monkeypatch):
     monkeypatch.setattr(features, "has_bf16", lambda: True)
     settings = {"scheme": "int8", "on_failure": "ignore", **settings}
     model = fewbits.quantize(nn.Sequential(layer), **settings).model
-    x = normal(2, layer.in_channels, 9, 9)
+    x = normal(4, layer.in_channels, 9, 9)
     (row,) = fewbits.explain(model, x).rows
     assert row.kernel == ("bf16_convolution" if reason is None else "reference")
     assert row.refused.get("bf16_convolution", "").startswith(reason or "")
@@ -279,8 +281,8 @@ def test_a_convolution_without_instructions_for_bfloat16_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("layer", "size", "rows"),
     [
-        (nn.Conv2d(64, 128, 1), (64, 7, 7), 49),
-        (nn.Conv2d(64, 128, 1, stride=2), (2, 64, 19, 18), 180),
+        (nn.Conv2d(64, 128, 1), (64, 4, 4), 16),
+        (nn.Conv2d(64, 128, 1, stride=2), (2, 64, 5, 4), 12),
         (nn.Conv1d(64, 128, 1), (1, 64, 3), 3),
     ],
 )
@@ -298,14 +300,15 @@ def test_a_convolution_of_one_place_names_the_kernel_of_a_linear_layer(settings,
 @pytest.mark.parametrize(
     ("settings", "size", "reason"),
     [
-        ({}, (1, 64, 257), "257 places are more than 256"),
+        ({}, (1, 64, 17), "17 places are more than 16"),
+        ({"scheme": "int4", "group_size": 32}, (1, 64, 65), "65 places are more than 64"),
         ({}, (0, 64, 3), "the input has no elements"),
         ({}, (1, 65, 3), "the input does not fit"),
         ({"compute": "exact"}, (1, 64, 9), "none of them computes with its weight"),
     ],
 )
 def test_a_convolution_of_one_place_says_why_it_is_no_linear_layer(settings, size, reason):
-    model = fewbits.quantize(nn.Sequential(nn.Conv1d(64, 128, 1)), "int8", **settings).model
+    model = fewbits.quantize(nn.Sequential(nn.Conv1d(64, 128, 1)), **{"scheme": "int8", **settings}).model
     with contextlib.suppress(RuntimeError):  # of an input that does not fit
         (row,) = fewbits.explain(model, normal(*size)).rows
         assert row.kernel in ("bf16_convolution", "reference")

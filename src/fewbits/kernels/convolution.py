@@ -34,9 +34,15 @@ BF16 = "bf16_convolution"
 #: What `explain` calls the kernels of linear layers where none of them computes a convolution.
 LINEAR = "kernels of linear layers"
 
-#: With more places the convolution itself is faster, because the linear way copies inputs and outputs into another
-#: order.
-MOST_PLACES = 256
+#: The most places that the kernels of linear layers compute, with codes of 8 bits and of fewer, which take longer to
+#: decode. With more, the convolution itself is faster: the linear way copies inputs and outputs into another order.
+MOST_PLACES_OF_BYTES, MOST_PLACES = 16, 64
+
+#: With fewer products for an output, converting inputs and outputs to bfloat16 takes longer than it saves.
+LEAST_PRODUCTS = 256
+
+#: With fewer places, converting a decoded weight to bfloat16 takes longer than it saves.
+LEAST_PLACES = 256
 
 #: The order of memory with channels last, by the number of spatial axes.
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -71,13 +77,15 @@ def refuses_linear(module: Any, matrix: PreparedWeight, x: Tensor) -> str | None
     spatial = len(module.kernel_size)
     if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != module.in_channels:
         return "the input does not fit"
-    count = places(module, x)
-    return f"{count} places are more than {MOST_PLACES}" if count > MOST_PLACES else _refuses_call(x, matrix.weight)
+    count, most = places(module, x), MOST_PLACES_OF_BYTES if matrix.weight.spec.bits == 8 else MOST_PLACES
+    return f"{count} places are more than {most}" if count > most else _refuses_call(x, matrix.weight)
 
 
 def places(module: Any, x: Tensor) -> int:
-    """Count the places of the outputs of a convolution of kernel size 1, in all samples."""
-    return _thinned(x, module.stride).numel() // int(module.in_channels)
+    """Count the places of the outputs of a convolution, without the effects of padding, in all samples."""
+    stride = module.stride if isinstance(module.stride, tuple) else (module.stride,)
+    stride = stride * len(module.kernel_size) if len(stride) == 1 else stride
+    return _thinned(x, stride).numel() // int(module.in_channels)
 
 
 def linear_over_places(module: Any, matrix: PreparedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,6 +135,10 @@ def refuses_bf16(module: Any, weight: WeightLayout, x: Tensor, compute: Compute)
         return "it has float64 scales, which need float64 products"
     if not features.has_bf16():
         return "this CPU has no instructions for bfloat16"
+    if weight.layout.columns < LEAST_PRODUCTS:
+        return f"{weight.layout.columns} products for each output are fewer than {LEAST_PRODUCTS}"
+    if spec.bits < 8 and (count := places(module, x)) < LEAST_PLACES:
+        return f"{count} places are fewer than {LEAST_PLACES}"
     return _refuses_call(x, weight)
 
 

@@ -34,6 +34,10 @@ def packed_words(columns: int, bits: int) -> int:
     return -(-columns * bits // 32)
 
 
+#: bits -> shifts and masks that give each code of a byte a byte of its own, in one integer.
+_SPREADS = {4: ((4, 0x0F0F),), 2: ((12, 0x000F000F), (6, 0x03030303))}
+
+
 def pack(codes: Tensor, bits: int, out: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
     """Pack unsigned codes.
 
@@ -111,6 +115,8 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         stream = F.pad(stream, (0, units * unit_bytes - stream.shape[1]))
     if bits == 8:
         return stream[:, :columns].clone()
+    if unit_bytes == 1:
+        return _spread(stream[:, :units], bits)[:, :columns]
     data = stream[:, : units * unit_bytes].reshape(rows, units, unit_bytes).unbind(-1)
     mask = (1 << bits) - 1
     codes = []
@@ -121,3 +127,20 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
             code = code | data[byte + 1] << (8 - shift)
         codes.append(code & mask)
     return torch.stack(codes, -1).reshape(rows, units * per_unit)[:, :columns]
+
+
+def _spread(data: Tensor, bits: int) -> Tensor:
+    """Unpack bytes of 4 codes of 2 bits, or 2 of 4 bits; whole rows of integers are several times faster than stacks.
+
+    Args:
+        data: uint8, (rows, bytes).
+        bits: 2 or 4.
+
+    Returns:
+        uint8, (rows, codes).
+    """
+    # A row of one byte may have any stride, which a view would refuse.
+    lanes = data.to(torch.int16 if bits == 4 else torch.int32, memory_format=torch.contiguous_format)
+    for shift, mask in _SPREADS[bits]:
+        lanes = (lanes << shift).bitwise_or_(lanes).bitwise_and_(mask)
+    return lanes.view(torch.uint8)
