@@ -129,9 +129,6 @@ def test_nan_and_infinity_come_through():
     assert torch.equal(output.isnan(), expected.isnan())
 
 
-INT4 = {"scheme": "int4", "group_size": 32}
-
-
 def inputs_in_any_order(channels, *places):
     """Images with the same shape and any strides."""
     x = normal(2, channels, *places)
@@ -144,8 +141,7 @@ def inputs_in_any_order(channels, *places):
 @pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"padding": "same"}, {"dilation": 3}])
 def test_a_convolution_of_one_place_keeps_shapes_order_of_memory_and_weight(kind, settings, monkeypatch):
     monkeypatch.setattr(convolution, "MOST_PLACES", 1000)
-    layer = quantized(nn.Sequential(KINDS[kind](64, 128, 1, **settings)), **INT4)
-    assert layer[0].weight_stored.spec.bits == 4
+    layer = quantized(nn.Sequential(KINDS[kind](64, 128, 1, **settings)))
     exact = fewbits.dequantize(layer)
     with torch.no_grad():
         for x in inputs_in_any_order(64, *[5, 7, 2][:kind]):

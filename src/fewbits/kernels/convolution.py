@@ -34,9 +34,9 @@ BF16 = "bf16_convolution"
 #: What `explain` calls the kernels of linear layers where none of them computes a convolution.
 LINEAR = "kernels of linear layers"
 
-#: The most places that the kernels of linear layers compute, with codes of 8 bits and of fewer, which take longer to
-#: decode. With more, the convolution itself is faster: the linear way copies inputs and outputs into another order.
-MOST_PLACES_OF_BYTES, MOST_PLACES = 16, 64
+#: With more places the convolution itself is faster, because the linear way copies inputs and outputs into another
+#: order.
+MOST_PLACES = 16
 
 #: With fewer products for an output, converting inputs and outputs to bfloat16 takes longer than it saves.
 LEAST_PRODUCTS = 256
@@ -77,8 +77,8 @@ def refuses_linear(module: Any, matrix: PreparedWeight, x: Tensor) -> str | None
     spatial = len(module.kernel_size)
     if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != module.in_channels:
         return "the input does not fit"
-    count, most = places(module, x), MOST_PLACES_OF_BYTES if matrix.weight.spec.bits == 8 else MOST_PLACES
-    return f"{count} places are more than {most}" if count > most else _refuses_call(x, matrix.weight)
+    count = places(module, x)
+    return f"{count} places are more than {MOST_PLACES}" if count > MOST_PLACES else _refuses_call(x, matrix.weight)
 
 
 def places(module: Any, x: Tensor) -> int:

@@ -44,10 +44,12 @@ class QuantizedConvolution(QuantizedModule):
     def stores(self) -> None:
         """Let kernels of linear layers compute with the weight, if they can."""
         super().stores()
+        stored: Any = self.weight_stored
         own_forward = type(self).forward is form_of(type(self)).forward
-        layout = self.weight_stored.layout
-        is_matrix = layout is not None and rows_are_outputs(layout) and is_pointwise(self)
-        self.weight_stored.is_pointwise |= own_forward and is_matrix and self._is_plain()
+        # Other kernels' layouts take longer to decode than words, which other inputs need.
+        has_bytes = isinstance(stored, PackedWeight) and stored.spec.bits == 8 and stored.spec.levels is None
+        is_matrix = has_bytes and rows_are_outputs(stored.layout) and is_pointwise(self)
+        stored.is_pointwise |= own_forward and is_matrix and self._is_plain()
 
     def refuses_linear(self, input: Tensor) -> str | None:
         """Say why the kernels of linear layers do not compute this input; None if they do."""

@@ -164,8 +164,8 @@ class PackedWeight(StoredWeight):
         weight = held if self.computes else None
         if self.is_read:
             weight = first_matrix(held)
-        elif self.is_pointwise and self.spec.levels is None and self.spec.activations is None:
-            weight = as_matrix(held)  # layouts for levels are slow to decode
+        elif self.is_pointwise and self.spec.activations is None:
+            weight = as_matrix(held)
         return REFERENCE if weight is None else preferred(weight, compute, self.candidates)
 
     def _hold(self, weight: WeightLayout) -> None:
