@@ -10,7 +10,7 @@ from torch import nn
 
 import fewbits
 from fewbits import QuantSpec
-from fewbits.kernels import features, ops
+from fewbits.kernels import blocks, features, ops
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.choose import KERNELS
 from fewbits.kernels.int4_tiles import Int4Tiles
@@ -223,12 +223,36 @@ def test_few_rows_compile_to_operations_of_torch(layer):
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     # Torch before 2.7 cannot tell compilation from an export; nothing is traced then.
-    few = layer.weight_stored.prepared().traced_rows and hasattr(torch.compiler, "is_exporting")
+    few = any(layer.weight_stored.prepared().traced_rows) and hasattr(torch.compiler, "is_exporting")
     for rows in (1, 2, 3, 5, 100, 200, 1, 4, 150):
         x = normal(rows, 256)
         assert torch.equal(compiled(x), layer(x))
     # One graph for one row, as in decoding, and one for any other number.
     assert graphs == ([False, True] if few else [True, True])
+
+
+@compiler
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch before 2.7 traces nothing")
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize("spec", [INT8, attrs.evolve(INT8, symmetric=False), attrs.evolve(INT8, granularity="tensor")])
+@torch.no_grad()
+def test_many_rows_of_a_small_layer_compile_to_operations_of_torch(spec, has_bf16, monkeypatch):
+    monkeypatch.setattr(features, "has_bf16", lambda: has_bf16)
+    torch.compiler.reset()
+    layer, graphs = quantized(linear(256, 256), spec), []
+
+    def backend(graph, _):
+        graphs.append("fewbits.linear" in _operations(graph))
+        return graph.forward
+
+    x = normal(3, 40, 256)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
+    assert graphs == [False]
+    torch.compiler.reset()
+    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    other = quantized(linear(256, 256), spec)
+    assert torch.equal(torch.compile(other, fullgraph=True, backend=backend)(x), other(x))
+    assert graphs == [False, True]
 
 
 @compiler

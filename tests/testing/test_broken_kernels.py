@@ -165,12 +165,12 @@ class RefusesWhatItLetsTrace(OnBytes):
     def takes(self, x, rows):
         return f"{rows} rows are more than 4" if rows > 4 else super().takes(x, rows)
 
-    def traced_rows(self):
+    def traced_rows(self, weight):
         return 5
 
 
 class LeavesTheGraph(OnBytes):
-    def traced_rows(self):
+    def traced_rows(self, weight):
         return 5
 
     def linear(self, x, weight):
@@ -178,7 +178,7 @@ class LeavesTheGraph(OnBytes):
 
 
 class KnowsTheCompiler(OnBytes):
-    def traced_rows(self):
+    def traced_rows(self, weight):
         return 5
 
     def linear(self, x, weight):

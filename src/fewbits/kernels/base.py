@@ -57,11 +57,14 @@ class Kernel(ABC, Generic[_L]):
         """
         return None
 
-    def traced_rows(self) -> int:
+    def traced_rows(self, weight: _L) -> int:
         """Return the largest number of rows for which `torch.compile` traces `linear`; 0 if it should not.
 
-        For so many rows or fewer, `linear` must use only operations that inductor can compile, and `takes` must accept
-        every input.
+        For so many rows or fewer, `linear` must use only operations that inductor can compile. `takes` must accept
+        every input with so many rows, unless a kernel that is preferred takes it.
+
+        Args:
+            weight: The weight, in the layout of this kernel.
         """
         return 0
 
@@ -86,7 +89,7 @@ class PreparedWeight:
         weight: The weight.
         kernels: The kernels that compute with the weight, the most preferred first; none if the reference does.
         description: The argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
-        traced_rows: Up to how many rows `torch.compile` traces the first kernel; see `Kernel.traced_rows`.
+        traced_rows: Up to how many rows `torch.compile` traces each of the kernels; see `Kernel.traced_rows`.
         columns: How many inputs a row of the weight has.
         device: The device of the weight.
     """
@@ -94,7 +97,7 @@ class PreparedWeight:
     weight: WeightLayout
     kernels: tuple[Kernel[Any], ...] = ()
     description: str | None = None
-    traced_rows: int = 0
+    traced_rows: tuple[int, ...] = ()
     columns: int = attrs.field(init=False)
     device: torch.device = attrs.field(init=False)
 

@@ -6,7 +6,7 @@ a weight that is rounded to 8 bits.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +39,11 @@ class _Bytes(Kernel[_B]):
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
-        return few_rows(rows, self.traced_rows())
+        return few_rows(rows, _most_rows_of_bytes())
 
-    def traced_rows(self) -> int:
+    def traced_rows(self, weight: _B) -> int:
         """Return the most rows that it takes."""
-        return 12 if features.has_bf16() else 32
+        return _most_rows_of_bytes()
 
 
 class Int8PackMM(_Bytes[Int8Rows]):
@@ -90,6 +90,7 @@ class Int4PackMM(Kernel[Int4Tiles]):
 
     name = "int4pack_mm"
     weight_layout = Int4Tiles
+    MOST_ROWS: ClassVar[int] = 48
 
     def supports(self, weight: WeightLayout) -> str | None:
         """Accept weights that `Int4Tiles` can hold, in tiles of this CPU; an exported program may have others."""
@@ -99,11 +100,11 @@ class Int4PackMM(Kernel[Int4Tiles]):
 
     def takes(self, x: Tensor, rows: int) -> str | None:
         """Accept few rows."""
-        return few_rows(rows, self.traced_rows())
+        return few_rows(rows, self.MOST_ROWS)
 
-    def traced_rows(self) -> int:
+    def traced_rows(self, weight: Int4Tiles) -> int:
         """Return the most rows that it takes."""
-        return 48
+        return self.MOST_ROWS
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Call torch."""
@@ -125,6 +126,10 @@ def suits_bf16(weight: WeightLayout) -> bool:
     """Whether products of 8-bit codes may be rounded to bfloat16; in groups, the weights would be rounded too."""
     rows, columns = weight.layout.shape
     return rows >= FEW_OUTPUTS and columns >= FEW_INPUTS and weight.spec.granularity != "group"
+
+
+def _most_rows_of_bytes() -> int:
+    return 12 if features.has_bf16() else 32
 
 
 def few_rows(rows: int, most: int) -> str | None:

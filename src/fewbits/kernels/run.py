@@ -35,9 +35,9 @@ def linear(x: Tensor, prepared: PreparedWeight, bias: Tensor | None) -> Tensor:
         output: Tensor
         if isinstance(prepared.weight, onnx.Constants):
             output = onnx.product(x, prepared.weight)
-        elif _is_traced(x, prepared):
+        elif (kernel := _traced(x, prepared)) is not None:
             rows = x.reshape(-1, x.shape[-1])
-            output = prepared.kernels[0].linear(rows, prepared.weight).float().view(*x.shape[:-1], -1)
+            output = kernel.linear(rows, prepared.weight).float().view(*x.shape[:-1], -1)
         elif prepared.description is None:
             return reference.linear(x, prepared.weight, bias)
         else:
@@ -59,19 +59,23 @@ def rows_of(x: Tensor) -> int:
     return x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
 
 
-def _is_traced(x: Tensor, prepared: PreparedWeight) -> bool:
-    """Whether `torch.compile` traces the kernel: for few rows, without gradients, and not for an export.
+def _traced(x: Tensor, prepared: PreparedWeight) -> Kernel[Any] | None:
+    """Return the kernel that `torch.compile` traces; None with gradients, for an export, or if it traces none.
 
     A number of rows that changes is not compared, since each comparison would become a guard and multiply the graphs.
     An exported program chooses its kernel at run time, because it may run on another CPU.
     """
-    if not prepared.traced_rows or not torch.compiler.is_dynamo_compiling() or _is_exporting():
-        return False
+    if not any(prepared.traced_rows) or not torch.compiler.is_dynamo_compiling() or _is_exporting():
+        return None
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # the compiler has imported it
 
     rows = rows_of(x)
-    known = statically_known_true(rows > 0) and statically_known_true(rows <= prepared.traced_rows)
-    return known and not (x.requires_grad and torch.is_grad_enabled())
+    if not statically_known_true(rows > 0) or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    for kernel, most in zip(prepared.kernels, prepared.traced_rows, strict=True):
+        if statically_known_true(rows <= most):
+            return kernel
+    return None
 
 
 def _is_exporting() -> bool:

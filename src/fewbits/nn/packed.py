@@ -92,7 +92,7 @@ class PackedWeight(StoredWeight):
         if isinstance(weight, PackedInt32):  # compilers trace the reference
             return PreparedWeight(weight, kernels)
         description = describe(weight, self.compute, self.candidates)
-        return PreparedWeight(weight, kernels, description, kernels[0].traced_rows())
+        return PreparedWeight(weight, kernels, description, tuple(kernel.traced_rows(weight) for kernel in kernels))
 
     def part(self, rows: slice) -> PreparedWeight | None:
         """Return some rows of the matrix of codes, with the kernels that compute with them.

@@ -130,10 +130,10 @@ def outputs_are_reproducible(setup: KernelSetup) -> None:
 def compilers_trace_few_rows(setup: KernelSetup) -> None:
     """With up to `Kernel.traced_rows` rows, `Kernel.takes` returns None and `torch.compile` traces `Kernel.linear`."""
     for _, kind, (kernel, layout) in setup.layers(256, 256):
-        most = kernel.traced_rows()
+        most = kernel.traced_rows(layout)
         for rows in {1, most} if most else ():
             x = setup.normal((rows, 256), kind, 1)
-            expect(takes((kernel, layout), x), f"{words(layout, x)}: traced_rows() is {most}, but it refuses the input")
+            expect(takes((kernel, layout), x), f"{words(layout, x)}: traced_rows is {most}, but it refuses the input")
         if most:
             _check_compiled(kernel, layout, [setup.normal((rows, 256), kind, 1) for rows in (1, most)])
             return  # a compiler takes seconds
