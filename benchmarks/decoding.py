@@ -105,8 +105,8 @@ class Loop:
 class LlamaCpp:
     """llama.cpp in a process of its own.
 
-    In torch's process, its threads would count as threads of GNU OpenMP. If there are more of these than CPUs, torch's
-    threads sleep between two products, and a compiled step of a small model takes twice as long.
+    In torch's process, even an idle server makes a compiled step of a small model take twice as long, probably because
+    GNU OpenMP lets its threads sleep between two products if it counts more threads than CPUs.
     """
 
     def __init__(self, path: Path, threads: int) -> None:

@@ -257,6 +257,17 @@ def test_many_rows_of_a_small_layer_compile_to_operations_of_torch(spec, has_bf1
 
 @compiler
 @torch.no_grad()
+def test_compiled_layers_that_may_round_inputs_round_them_as_eager_ones_do():
+    layer = quantized(linear(256, 256), INT8)
+    fewbits.set_compute(layer, "int8")
+    for rows in (3, 100):
+        torch.compiler.reset()
+        x = normal(rows, 256)
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
+@compiler
+@torch.no_grad()
 def test_numbers_of_rows_that_the_compiler_does_not_know_are_not_compared(layer):
     x = normal(5, 256)
     torch._dynamo.mark_dynamic(x, 0, min=1, max=1024)

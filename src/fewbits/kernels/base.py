@@ -60,8 +60,8 @@ class Kernel(ABC, Generic[_L]):
     def traced_rows(self, weight: _L) -> int:
         """Return the largest number of rows for which `torch.compile` traces `linear`; 0 if it should not.
 
-        For so many rows or fewer, `linear` must use only operations that inductor can compile. `takes` must accept
-        every input with so many rows, unless a kernel that is preferred takes it.
+        For so many rows or fewer, `linear` must use only operations that inductor can compile, and `takes` must accept
+        every input. The compiler traces `takes` for more rows.
 
         Args:
             weight: The weight, in the layout of this kernel.

@@ -132,6 +132,10 @@ def _most_rows_of_bytes() -> int:
     return 12 if features.has_bf16() else 32
 
 
+# The effect of `torch.compiler.assume_constant_result`, which would import the compiler with every `import fewbits`.
+_most_rows_of_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def few_rows(rows: int, most: int) -> str | None:
     """Say why a kernel for few rows does not compute with so many rows; None if it does."""
     return f"{rows} rows are more than {most}" if rows > most else None

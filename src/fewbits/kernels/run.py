@@ -75,6 +75,9 @@ def _traced(x: Tensor, prepared: PreparedWeight) -> Kernel[Any] | None:
     for kernel, most in zip(prepared.kernels, prepared.traced_rows, strict=True):
         if statically_known_true(rows <= most):
             return kernel
+        # The operation chooses at run time. `takes` is traced only where `linear` is.
+        if not most or not statically_known_true(rows > most) or kernel.takes(x, rows) is None:
+            return None
     return None
 
 
