@@ -17,16 +17,14 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Compute, PreparedWeight
-from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.integers import MOST_INPUTS, FloatSums, IntMM, refuses_int_mm, sums_of_products
 from fewbits.kernels.packed_mm import FEW_INPUTS, FEW_OUTPUTS
 from fewbits.kernels.reference import REFERENCE, is_transformed
 from fewbits.kernels.run import linear
-from fewbits.kernels.weight_layouts import WeightLayout
+from fewbits.kernels.weight_layouts import WeightLayout, has_byte_rows
 from fewbits.numerics.affine import largest_sum
 from fewbits.numerics.dtypes import dtype_name
 from fewbits.numerics.layout import Layout
-from fewbits.numerics.spec import QuantSpec
 
 #: What `explain` calls a convolution in bfloat16.
 BF16 = "bf16_convolution"
@@ -127,7 +125,7 @@ def refuses_bf16(module: Any, weight: WeightLayout, x: Tensor, compute: Compute)
         return "it is transposed or has groups"
     if not rows_are_outputs(weight.layout):
         return "the rows of its weight are not its output channels"
-    if spec.bits == 8 and not _is_by_row(spec):
+    if spec.bits == 8 and not has_byte_rows(spec):
         return "its codes of 8 bits are not symmetric integers with a scale for each row"
     if shape[0] < FEW_OUTPUTS or shape[1] < FEW_INPUTS:
         return f"{shape[0]} channels out of {shape[1]} are too few for 50 dB in bfloat16"
@@ -140,11 +138,6 @@ def refuses_bf16(module: Any, weight: WeightLayout, x: Tensor, compute: Compute)
     if spec.bits < 8 and (count := places(module, x)) < LEAST_PLACES:
         return f"{count} places are fewer than {LEAST_PLACES}"
     return _refuses_call(x, weight)
-
-
-def _is_by_row(spec: QuantSpec) -> bool:
-    """Whether codes are symmetric integers of 8 bits with one scale for a row or for the tensor."""
-    return spec.bits == 8 and spec.levels is None and spec.symmetric and spec.granularity != "group"
 
 
 def _refuses_call(x: Tensor, weight: WeightLayout) -> str | None:
@@ -177,7 +170,7 @@ def convolved_in_bf16(
     Returns:
         The outputs, in the dtype of `x`.
     """
-    by_row = _is_by_row(weight.spec)
+    by_row = has_byte_rows(weight.spec)
     factors = _signed(weight).to(torch.bfloat16) if by_row else weight.dequantize(torch.bfloat16)
     output = convolve(x.to(torch.bfloat16), factors, None).float()
     along = (-1, *[1] * (factors.dim() - 2))
@@ -191,8 +184,7 @@ def convolved_in_bf16(
 
 def _signed(weight: WeightLayout) -> Tensor:
     """Return symmetric codes of 8 bits, in the shape of the weight."""
-    held = weight if isinstance(weight, Int8Rows) else Int8Rows.of(weight)
-    return held.signed_codes(slice(None)).reshape(weight.layout.shape)
+    return weight.signed_codes(slice(None)).reshape(weight.layout.shape)
 
 
 def way_of_sums(module: Any, weight: WeightLayout, x: Tensor, compute: Compute) -> tuple[str, Mapping[str, str]]:

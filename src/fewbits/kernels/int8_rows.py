@@ -12,13 +12,14 @@ from fewbits.kernels.weight_layouts import (
     PackedInt32,
     Rows,
     WeightLayout,
+    decoded_bytes,
+    has_byte_rows,
     refuses_any,
     refuses_padding,
     reused_memory,
     round_up,
     taken,
 )
-from fewbits.numerics.affine import is_observed
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -63,7 +64,7 @@ class Int8Rows(WeightLayout):
         wide = round_up(columns, cls.MULTIPLE)
         signed = reused_memory(weight, reuse_memory, rows, wide).view(torch.int8)
         signed[:, columns:] = 0
-        if isinstance(weight, PackedInt32):  # without the copy that `codes` makes
+        if isinstance(weight, PackedInt32):  # without the copy that `signed_codes` makes
             unsigned = weight.packed.contiguous().view(-1).view(torch.int8).view(rows, -1)[:, :columns]
         else:
             unsigned = weight.codes(slice(None)).view(torch.int8)
@@ -80,10 +81,7 @@ class Int8Rows(WeightLayout):
 
     def decoded(self, where: Rows) -> Tensor:
         """Decode some rows: (rows, columns), in float32. Symmetric codes with a scale for each row need no offset."""
-        if not self.spec.symmetric or self.spec.granularity == "group":
-            return super().decoded(where)
-        numbers, scale = self.signed_codes(where).to(torch.float32), self.params(where).scale.to(torch.float32)
-        return numbers * scale if is_observed(scale) else numbers.mul_(scale)
+        return decoded_bytes(self, where) if has_byte_rows(self.spec) else super().decoded(where)
 
 
 Int8Rows.register()

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbits.errors import ArgumentError
 from fewbits.numerics.affine import centered_codes, decode, is_observed
 from fewbits.numerics.dtypes import compute_dtype
-from fewbits.numerics.layout import Layout, block_rows
+from fewbits.numerics.layout import BLOCK_ELEMENTS, Layout, block_rows
 from fewbits.numerics.packing import pack, packed_words, unpack
 from fewbits.numerics.params import QuantParams
 from fewbits.numerics.parts import unpack_params
@@ -33,6 +33,9 @@ _SHARED = ("scale", "scale_codes", "zero_point", "input_scale", "spec", "layout"
 
 #: Those of them that are tensors.
 _SHARED_TENSORS = ("scale", "scale_codes", "zero_point", "input_scale")
+
+#: The highest bit of each byte of a word: flipping it turns unsigned codes of 8 bits into signed ones.
+_HIGHEST_BITS = -0x7F7F7F80
 
 #: The layouts that this process knows, by name.
 WEIGHT_LAYOUTS: dict[str, type[WeightLayout]] = {}
@@ -141,6 +144,10 @@ class WeightLayout(ABC):
         """Return the fields that all layouts of one weight share, for the constructor of another layout."""
         return {field: getattr(self, field) for field in _SHARED}
 
+    def signed_codes(self, where: Rows) -> Tensor:
+        """Return the signed codes of some rows, of 8 bits: int8, (rows, columns). They may share memory."""
+        return (self.codes(where) ^ 128).view(torch.int8)
+
     def decoded(self, where: Rows) -> Tensor:
         """Decode some rows: (rows, columns), in float32 (float64 for float64 scales)."""
         return decode(self.codes(where), self.params(where), self.spec, compute_dtype(self.scale.dtype))
@@ -151,14 +158,14 @@ class WeightLayout(ABC):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight in float32 (float64 for float64 scales), in its own shape, and cast it to `dtype`."""
-        rows, columns = self.layout.matrix_shape
-        step, scale = block_rows(columns), self.scale
-        at_once = dtype == compute_dtype(scale.dtype) or step >= rows or is_observed(scale)
-        if at_once or scale.device.type != "cpu":
+        scale = self.scale
+        at_once = dtype == compute_dtype(scale.dtype) or math.prod(self.layout.shape) <= BLOCK_ELEMENTS
+        if at_once or is_observed(scale) or scale.device.type != "cpu":
             return self.layout.from_matrix(narrow(self.decoded(slice(None)), dtype))
         # New pages for the whole weight in float32 would cost more than all else.
+        rows, columns = self.layout.matrix_shape
         matrix = scale.new_empty((rows, columns), dtype=dtype)
-        for where in row_slices(rows, step):
+        for where in row_slices(rows, block_rows(columns)):
             matrix[where] = narrow(self.decoded(where), dtype)
         return self.layout.from_matrix(matrix)
 
@@ -193,6 +200,30 @@ class PackedInt32(WeightLayout):
     def codes(self, where: Rows) -> Tensor:
         """Return the unsigned codes of some rows."""
         return unpack(taken(self.packed, where), self.spec.bits, self.layout.columns)
+
+    def signed_codes(self, where: Rows) -> Tensor:
+        """Return the signed codes of some rows, of 8 bits, in new memory."""
+        words = taken(self.packed, where)
+        signed = (words.reshape(-1) ^ _HIGHEST_BITS).view(torch.int8)
+        return signed.view(len(words), 4 * words.shape[1])[:, : self.layout.columns]
+
+    def decoded(self, where: Rows) -> Tensor:
+        """Decode some rows; symmetric codes of 8 bits with a scale for each row need no offset."""
+        is_simple = has_byte_rows(self.spec) and not torch.compiler.is_compiling()
+        return decoded_bytes(self, where) if is_simple else super().decoded(where)
+
+
+def has_byte_rows(spec: QuantSpec) -> bool:
+    """Whether codes are symmetric integers of 8 bits with one scale for a row or for the tensor."""
+    return spec.bits == 8 and spec.levels is None and spec.symmetric and spec.granularity != "group"
+
+
+def decoded_bytes(weight: WeightLayout, where: Rows) -> Tensor:
+    """Decode some rows of a weight that `has_byte_rows` accepts, as `WeightLayout.decoded` does."""
+    scale = weight.scale if weight.scale.dim() == 1 else taken(weight.scale, where)
+    scale = scale.to(compute_dtype(scale.dtype))
+    numbers = weight.signed_codes(where).to(scale.dtype)
+    return numbers * scale if is_observed(scale) else numbers.mul_(scale)
 
 
 def taken(rows: Tensor, where: Rows) -> Tensor:

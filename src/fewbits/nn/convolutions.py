@@ -63,9 +63,9 @@ class QuantizedConvolution(QuantizedModule):
         stored: Any = self.weight_stored
         if stored.offered is not None:
             return "set_compute has chosen other kernels"
-        if not self._is_plain():
-            return f"{self.float_class.__name__} computes its convolution in its own way"
-        return refuses_bf16(self, stored.weight_layout(), input, stored.compute)
+        if reason := refuses_bf16(self, stored.weight_layout(), input, stored.compute):
+            return reason
+        return None if self._is_plain() else f"{self.float_class.__name__} computes its convolution in its own way"
 
     @property
     def matrix(self) -> PreparedWeight | None:

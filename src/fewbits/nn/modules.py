@@ -55,7 +55,8 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         """Look up rows: dequantize only those, or all of them under `max_norm`, which rescales in place."""
         if self.max_norm is not None:
             return super().forward(input)
-        rows = self.weight_stored.dequantize_rows(input.reshape(-1), self.weight_stored.dtype)
+        stored = self.weight_stored
+        rows = stored.dequantize_rows(input.reshape(-1), stored.dtype)
         return rows.reshape(*input.shape, self.embedding_dim)
 
 
