@@ -92,7 +92,7 @@ class Loop:
         self._cache.reset()
         with torch.no_grad():
             start = time.perf_counter()
-            token = self._forward(torch.tensor([list(prompt)]), torch.arange(len(prompt))[None])
+            token = self._step(torch.tensor([list(prompt)]), torch.arange(len(prompt))[None])
             found, times = [token], [time.perf_counter()]
             for at in range(len(prompt), len(prompt) + tokens - 1):
                 token = self._step(token, torch.tensor([[at]]))

@@ -1,10 +1,10 @@
 """Time SmolLM2-135M decoding: dense, by fewbits, and by llama.cpp, in one run.
 
 Each contender decodes 64 tokens greedily after a prompt of 20. Torch decodes eagerly, through transformers' `generate`
-with a static cache, or with ``--loop`` in a bare loop of forwards; a compiled contender always in the loop, and its
-prompt is computed eagerly. llama.cpp decodes through the xllamacpp wheel, with layers in Q8_0 or Q4_0 made from the
-same weights. The time of one token counts from the first token to the last. The time of the prompt is measured in a
-loop, and by llama.cpp. Contenders take turns in every round.
+with a static cache, or with ``--loop`` in a bare loop of forwards; a compiled contender always in the loop, with one
+graph for the prompt and one for a token. llama.cpp decodes through the xllamacpp wheel, with layers in Q8_0 or Q4_0
+made from the same weights. The time of one token counts from the first token to the last. The time of the prompt is
+measured in a loop, and by llama.cpp. Contenders take turns in every round.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ VARIANTS: Mapping[str, Variant] = {
     "dense bf16, compiled": Variant(torch.bfloat16, compiled=True),
     "fewbits int8, compiled": Variant(scheme="int8", compiled=True),
     "fewbits int4, output int8, compiled": Variant(scheme="int4", settings=_SMALL, compiled=True),
+    "fewbits int4, output int8, int8 inputs, compiled": Variant(scheme="int4", settings=_ROUNDED, compiled=True),
+    "fewbits int4, output int8, int8 inputs, bf16, compiled": Variant(torch.bfloat16, "int4", _ROUNDED, True),
     "fewbits int8, bf16, compiled": Variant(torch.bfloat16, "int8", compiled=True),
     "fewbits int4, output int8, bf16, compiled": Variant(torch.bfloat16, "int4", _SMALL, compiled=True),
 }

@@ -131,7 +131,7 @@ def test_nothing_to_compute_is_the_reference_s():
         ("int8pack_mm", any_words(ASYMMETRIC8, 64, 64), "auto", "it takes no zero points"),
         ("int8pack_mm", any_words(GROUPS8, 64, 64), "auto", "it takes no scales for groups"),
         ("float_sums", any_words(GROUPS8, 64, 64), "int8", "the weight has groups"),
-        ("grouped_int_mm", any_words(NF4, 64, 64), "int8", "at most 4 bits, without levels"),
+        ("tile_int_mm", any_words(NF4, 64, 64), "auto", "the scheme does not round inputs"),
         ("int8pack_mm", any_words(INT8, 31, 64), "auto", "too few for 50 dB"),
         ("word_blocks", any_words(INT8, 64, 64, dtype=torch.float64), "auto", "float64 scales"),
     ],

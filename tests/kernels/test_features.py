@@ -163,7 +163,7 @@ def test_with_avx2_alone_every_kernel_that_says_so_is_right():
     able = {name for name, reasons in found["refused"].items() if None in reasons}
     assert able >= {"byte_blocks", "float_sums", "word_blocks", "reference"}
     assert found["int_mm_is_exact"] == found["really"]
-    for name in () if found["really"] else ("int_mm", "grouped_int_mm"):
+    for name in () if found["really"] else ("int_mm", "tile_int_mm"):
         assert features.INEXACT in found["refused"][name]
     assert found["width"] in (32, None)
     assert not found["bf16"]

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewbits import QuantSpec
-from fewbits.kernels import features, integers
+from fewbits.kernels import integers
 from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm
 from fewbits.kernels.reference import REFERENCE
-from fewbits.kernels.weight_layouts import PackedInt32
-from fewbits.testing.kernel_outputs import any_codes, as_dynamic, exact, generator
+from fewbits.numerics.affine import decode
+from fewbits.testing.kernel_outputs import LEVELS, any_codes, as_dynamic, generator
 from kernels.kernel_cases import BY_NAME, INT8, any_words, exactly, linear, normal, quantized, with_codes
 
 needs_int_mm = pytest.mark.skipif(bool(refuses_int_mm()), reason=str(refuses_int_mm()))
@@ -19,13 +19,9 @@ WHOLE_ROWS = [
     pytest.param(BY_NAME["int_mm"], marks=needs_int_mm, id="int_mm"),
     pytest.param(BY_NAME["float_sums"], id="float_sums"),
 ]
-GROUPED = BY_NAME["grouped_int_mm"]
+TILES = BY_NAME["tile_int_mm"]
+EVERY = [*WHOLE_ROWS, pytest.param(TILES, marks=needs_int_mm, id="tile_int_mm")]
 ASYMMETRIC = QuantSpec(bits=8, granularity="channel", symmetric=False)
-
-
-@pytest.fixture
-def without_bf16(monkeypatch):
-    monkeypatch.setattr(features, "has_bf16", lambda: False)
 
 
 def ends(rows, inputs):
@@ -69,33 +65,18 @@ def test_sums_of_whole_rows_are_those_of_64_bit_integers(kernel, spec, inputs, r
 
 
 @needs_int_mm
-@pytest.mark.parametrize("inputs", [64, 128, 1000, 4096, MOST_INPUTS])
-def test_sums_of_groups_are_those_of_64_bit_integers(inputs, without_bf16):
-    """Scales of one make all sums whole numbers, which float32 holds while they are below 2**24."""
-    words = weight_at_ends(QuantSpec(bits=4, granularity="group", group_size=64), inputs)
-    words = attrs.evolve(words, input_scale=torch.ones(1))
-    codes = ends(130, inputs)
-    codes[:, 2**24 // 1024 :] = 0
-    assert GROUPED.supports(words) is None
-    assert GROUPED.takes(codes.float(), 130) is None
-    assert torch.equal(GROUPED.linear(codes.float(), GROUPED.prepack(words)), sums(words, codes).float())
+@pytest.mark.parametrize("bits", [4, 5])
+@pytest.mark.parametrize("inputs", [64, 1000, 4096, MOST_INPUTS])
+def test_sums_of_tiles_without_groups_are_those_of_64_bit_integers(bits, inputs):
+    spec = QuantSpec(bits=bits, granularity="channel", symmetric=False)
+    words, codes = with_static_scale(weight_at_ends(spec, inputs)), ends(3, inputs)
+    assert torch.equal(TILES.linear(codes.float(), TILES.prepack(words)), sums(words, codes).float())
 
 
-@needs_int_mm
-@pytest.mark.parametrize("group", [32, 64, 128, 256, 96, 1000])
-def test_scaled_sums_of_groups_are_added_in_float32(group):
-    words = any_words(QuantSpec(bits=4, granularity="group", group_size=group), 200, 900 // min(group, 32) * 32)
-    x = normal(130, words.layout.columns)
-    found = GROUPED.linear(x, GROUPED.prepack(words))
-    expected, size = exact(words, x, rounds=True)
-    share = (3 + -(-words.layout.columns // 32)) * 2.0**-24
-    assert bool(((found.double() - expected).abs() <= share * size).all())
-
-
-@pytest.mark.parametrize("name", ["int_mm", "float_sums", "grouped_int_mm"])
+@pytest.mark.parametrize("name", ["int_mm", "float_sums", "tile_int_mm"])
 def test_more_products_than_fit_int32_are_refused(name):
     kernel, spec = BY_NAME[name], INT8
-    if name == "grouped_int_mm":
+    if kernel is TILES:
         spec = QuantSpec(bits=4, granularity="group", group_size=64)
     assert MOST_INPUTS == 2**16 - 1
     assert "may not fit int32" in kernel.supports(any_words(spec, 32, MOST_INPUTS + 1))
@@ -118,6 +99,53 @@ def test_whole_rows_have_the_bits_of_the_reference(kernel, data):
     x = normal(data.draw(st.sampled_from([1, 2, 5, 40])), words.layout.columns, dtype=dtype)
     x = x * data.draw(st.sampled_from([1.0, 0.0, 1e-30, 100.0, 1e4]))
     assert torch.equal(kernel.linear(x, kernel.prepack(words)).to(dtype), REFERENCE.linear(x, words))
+
+
+@needs_int_mm
+@given(data=st.data())
+def test_tiles_without_groups_have_the_bits_of_the_reference(data):
+    spec = QuantSpec(
+        bits=data.draw(st.integers(2, 5)),
+        granularity=data.draw(st.sampled_from(["tensor", "channel"])),
+        symmetric=data.draw(st.booleans()),
+        activations=data.draw(st.sampled_from(["dynamic", "static"])),
+    )
+    size = st.sampled_from([33, 64, 100, 130])
+    words = any_words(spec, data.draw(size), data.draw(size), seed=data.draw(st.integers(0, 99)))
+    x = normal(data.draw(st.sampled_from([1, 5, 70])), words.layout.columns)
+    assert torch.equal(TILES.linear(x, TILES.prepack(words)), REFERENCE.linear(x, words))
+
+
+@needs_int_mm
+@given(data=st.data())
+def test_tiles_in_groups_lose_half_a_step_of_the_row(data):
+    levels = data.draw(st.sampled_from([None, LEVELS]))
+    spec = QuantSpec(
+        bits=4 if levels else data.draw(st.integers(2, 5)),
+        granularity="group",
+        group_size=32,
+        symmetric=levels is not None or data.draw(st.booleans()),
+        levels=levels,
+    )
+    words = any_words(spec, 70, 96, seed=data.draw(st.integers(0, 99)))
+    words.scale.mul_(2.0 ** torch.randint(-6, 7, words.scale.shape, generator=generator(7)))
+    # An input of one power of two reads a column.
+    found = TILES.linear(torch.eye(96), TILES.prepack(words)).t()
+    weight = words.dequantize(torch.float32)
+    zeros = torch.zeros_like(words.codes(slice(None)))
+    ends = [
+        decode(zeros + code, words.params(slice(None)), spec, torch.float32)
+        for code in (0, spec.code_max - spec.code_min)
+    ]
+    steps = torch.maximum(ends[0].abs(), ends[1].abs()).amax(1, keepdim=True) / 127
+    assert bool(((found - weight).abs() <= steps * 0.50001).all())
+
+
+@needs_int_mm
+@pytest.mark.parametrize("bits", [6, 7])
+def test_codes_that_int8_would_coarsen_are_not_for_tiles(bits):
+    spec = QuantSpec(bits=bits, granularity="group", group_size=32)
+    assert "finer than its own" in TILES.supports(any_words(spec, 64, 64))
 
 
 @pytest.mark.parametrize("kernel", WHOLE_ROWS)
@@ -146,7 +174,7 @@ def test_layers_have_the_bits_of_the_reference_under_every_setting(dtype, bias, 
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6])
-def test_fewer_bits_with_int8_inputs_have_the_bits_of_the_reference(bits, without_bf16):
+def test_fewer_bits_with_int8_inputs_have_the_bits_of_the_reference(bits):
     module = quantized(linear(96, 256), QuantSpec(bits=bits, granularity="channel", activations="dynamic"))
     for rows in (1, 200):
         with torch.no_grad():
@@ -182,9 +210,9 @@ def test_float_sums_step_aside_where_torch_may_round_factors():
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("kernel", [*WHOLE_ROWS, pytest.param(GROUPED, marks=needs_int_mm, id="grouped_int_mm")])
+@pytest.mark.parametrize("kernel", EVERY)
 def test_the_default_dtype_changes_nothing(kernel):
-    spec = QuantSpec(bits=4, granularity="group", group_size=64) if kernel is GROUPED else INT8
+    spec = QuantSpec(bits=4, granularity="group", group_size=64) if kernel is TILES else INT8
     words, x = any_words(spec, 64, 128), normal(130, 128)
     layout = kernel.prepack(words)
     expected = kernel.linear(x, layout)
@@ -197,9 +225,9 @@ def test_the_default_dtype_changes_nothing(kernel):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("kernel", [*WHOLE_ROWS, pytest.param(GROUPED, marks=needs_int_mm, id="grouped_int_mm")])
+@pytest.mark.parametrize("kernel", EVERY)
 def test_another_default_device_changes_nothing(kernel):
-    spec = QuantSpec(bits=4, granularity="group", group_size=64) if kernel is GROUPED else INT8
+    spec = QuantSpec(bits=4, granularity="group", group_size=64) if kernel is TILES else INT8
     words, x = any_words(spec, 64, 128), normal(130, 128)
     expected = kernel.linear(x, kernel.prepack(words))
     with torch.device("meta"):
@@ -215,10 +243,3 @@ def test_rounding_inputs_without_being_asked_to_is_what_dynamic_does():
 def test_zero_points_and_sums_cannot_overflow_together():
     assert 2 * 128 * 128 * MOST_INPUTS < 2**31
     assert integers.EXACT_IN_FLOAT * 128 * 128 <= 2**24
-
-
-@needs_int_mm
-def test_zero_points_are_not_for_groups():
-    spec = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False)
-    assert GROUPED.supports(any_words(spec, 64, 64)) == "it takes no zero points"
-    assert isinstance(any_words(spec, 64, 64), PackedInt32)

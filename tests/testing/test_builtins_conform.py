@@ -92,9 +92,7 @@ def test_it_conforms(check):
 
 
 #: With and without instructions for bfloat16, where the results differ.
-BF16 = dict.fromkeys(("byte_blocks", "pair_blocks", "tile_blocks", "word_blocks"), (True, False)) | {
-    "grouped_int_mm": (False,)
-}
+BF16 = dict.fromkeys(("byte_blocks", "pair_blocks", "tile_blocks", "word_blocks"), (True, False))
 KERNEL_CHECKS = [
     pytest.param(
         kernel,

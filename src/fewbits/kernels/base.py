@@ -25,11 +25,14 @@ class Kernel(ABC, Generic[_L]):
         name: The name of the kernel in tables.
         weight_layout: The class of the layout that the kernel reads, `_L`.
         rounds_inputs: Whether the kernel rounds inputs to int8, with one scale per row or the layer's own static scale.
+        rounds_weights: Whether the kernel rounds weights in groups to int8 codes with one scale per row, which does not
+            clip them.
     """
 
     name: ClassVar[str]
     weight_layout: ClassVar[type[Any]]
     rounds_inputs: ClassVar[bool] = False
+    rounds_weights: ClassVar[bool] = False
 
     def prepack(self, weight: WeightLayout, *, reuse_memory: bool = False) -> _L:
         """Convert a weight to the layout that this kernel reads: once per module, before its first forward.

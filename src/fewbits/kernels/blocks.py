@@ -6,7 +6,7 @@ use them: bfloat16 holds 8-bit codes exactly, and the output has 50 dB against f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -85,25 +85,12 @@ class TileBlocks(Kernel[Int4Tiles]):
         """Multiply a few tiles at a time."""
         wide, rows = weight.wide, x.shape[0]
         x = padded(x.to(product_dtype(weight)), wide)
-        (count, _, half), groups = weight.tiles.shape, wide // weight.group
+        count, _, half = weight.tiles.shape
         # Products in bfloat16 are faster on rows, so each block is transposed.
         rows_first = x.dtype == torch.bfloat16
-        # Sums of digits would be rounded twice more in bfloat16.
-        dtype = x.dtype if weight.planes == 1 else torch.float32
-        scales, zeros = _params(weight, dtype, (2, 3, 4, 0, 1) if rows_first else (2, 3, 0, 1, 4))
-        shape = (half, groups, weight.group) if rows_first else (groups, weight.group, half)
         output = x.new_empty(rows, count, 2, half)
-        blocks = x.new_empty(
-            min(weight.planes, 2), min(count, block_step(wide * half * dtype.itemsize)), 2, *shape, dtype=dtype
-        )
-        ratios = [1.0] if weight.units is None else (weight.units / weight.units[0]).tolist()
-        by_plane = weight.tiles.view(count, weight.planes, wide, half)
-        for where in row_slices(count, blocks.shape[1]):
-            tiles, out = by_plane[where], output[:, where]
-            part = _expanded(tiles.transpose(2, 3) if rows_first else tiles, ratios, blocks)
-            if zeros is not None:
-                part -= zeros[where]
-            part = part.mul_(scales[where]).to(x.dtype)
+        for where, numbers in expanded_tiles(weight, x.dtype, rows_first=rows_first):
+            part, out = numbers.to(x.dtype), output[:, where]
             if rows_first:
                 torch.mm(x, part.view(-1, wide).t(), out=out.view(rows, -1))
             else:
@@ -155,18 +142,52 @@ def block_step(elements: int) -> int:
     return max(1, BLOCK // elements)
 
 
-def _params(weight: Int4Tiles, dtype: torch.dtype, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+def expanded_tiles(
+    weight: Int4Tiles, dtype: torch.dtype, *, rows_first: bool, steps: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Decode a few tiles at a time.
+
+    Args:
+        weight: The weight.
+        dtype: The dtype of the numbers. Sums of several digits would be rounded twice more in bfloat16; they have
+            float32.
+        rows_first: Whether the rows of a tile come before its columns.
+        steps: float32, (padded rows,), by which the numbers of each row are divided.
+
+    Yields:
+        Some tiles, and their numbers, which the next ones overwrite: (tiles, 2, width / 2, groups, columns of a group),
+        or with rows last. Low and high halves of bytes lie apart.
+    """
+    (count, _, half), wide, groups = weight.tiles.shape, weight.wide, weight.wide // weight.group
+    dtype = dtype if weight.planes == 1 else torch.float32
+    scales, zeros = _params(weight, dtype, (2, 3, 4, 0, 1) if rows_first else (2, 3, 0, 1, 4), steps)
+    shape = (half, groups, weight.group) if rows_first else (groups, weight.group, half)
+    step = min(count, block_step(wide * half * dtype.itemsize))
+    blocks = weight.tiles.new_empty(min(weight.planes, 2), step, 2, *shape, dtype=dtype)
+    ratios = [1.0] if weight.units is None else (weight.units / weight.units[0]).tolist()
+    by_plane = weight.tiles.view(count, weight.planes, wide, half)
+    for where in row_slices(count, step):
+        tiles = by_plane[where]
+        part = _expanded(tiles.transpose(2, 3) if rows_first else tiles, ratios, blocks)
+        if zeros is not None:
+            part -= zeros[where]
+        yield where, part.mul_(scales[where])
+
+
+def _params(
+    weight: Int4Tiles, dtype: torch.dtype, axes: tuple[int, ...], steps: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Return scales and zero points for first digits times 16: (groups, 1, tiles, 2, half a tile), permuted."""
     params = weight.params(slice(None))
     count, _, half = weight.tiles.shape
     unit = 16 if weight.units is None else 16 / float(weight.units[0])
 
-    def of_tiles(values: Tensor, factor: float) -> Tensor:
-        values = (weight.of_groups(values) * factor).to(dtype)
-        return values.view(-1, 1, count, 2, half).permute(axes).contiguous()
+    def of_tiles(values: Tensor) -> Tensor:
+        return values.to(dtype).view(-1, 1, count, 2, half).permute(axes).contiguous()
 
-    zeros = None if params.zero_point is None else of_tiles(params.zero_point, unit)
-    return of_tiles(params.scale, 1 / unit), zeros
+    zeros = None if params.zero_point is None else of_tiles(weight.of_groups(params.zero_point) * unit)
+    scales = weight.of_groups(params.scale) / unit
+    return of_tiles(scales if steps is None else scales / steps), zeros
 
 
 def _expanded(tiles: Tensor, ratios: Sequence[float], blocks: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.blocks import ByteBlocks, PairBlocks, TileBlocks, WordBlocks
-from fewbits.kernels.integers import FloatSums, GroupedIntMM, IntMM
+from fewbits.kernels.integers import FloatSums, IntMM, TileIntMM
 from fewbits.kernels.packed_mm import BytePairMM, Int4PackMM, Int8PackMM
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.weight_layouts import WeightLayout
@@ -24,7 +24,7 @@ KERNELS: tuple[Kernel[Any], ...] = (
     BytePairMM(),
     PairBlocks(),
     Int4PackMM(),
-    GroupedIntMM(),
+    TileIntMM(),
     TileBlocks(),
     WordBlocks(),
     REFERENCE,

@@ -166,7 +166,7 @@ class Int4Tiles(WeightLayout):
             float32, (groups, padded rows).
         """
         shape = self.wide // self.group, self.table.shape[1]
-        return spread(params.float(), self, self.group, torch.zeros(shape, device=params.device))
+        return spread(params.float(), self, self.group, torch.zeros(shape, dtype=torch.float32, device=params.device))
 
     def data_of(self, rows: slice) -> dict[str, Tensor | None] | None:
         """Return the tensors in `data` for whole tiles; None for other rows. The table is a view with gaps."""

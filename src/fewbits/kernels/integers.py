@@ -1,6 +1,6 @@
 """Kernels for int8 inputs: they sum products of codes exactly, and multiply with the scales.
 
-If a row has one scale, they give the same bits as the reference.
+If a row has one scale, they give the same bits as the reference. `TileIntMM` rounds weights in groups to int8 first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.digits import planes
+from fewbits.kernels.blocks import expanded_tiles
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.packed_mm import padded
@@ -28,8 +28,6 @@ MOST_INPUTS = (2**31 - 1) // (2 * 128 * 128)
 EXACT_IN_FLOAT = 2**24 // (128 * 128)
 #: The most rows of inputs for which transposing the sums costs less than transposing the weight.
 FEW_ROWS = 64
-#: The number of outputs whose groups are summed together, so that their sums stay in a cache.
-OUTPUTS = 512
 #: Elements of a block of weights in one product.
 BLOCK = 1 << 20
 
@@ -89,47 +87,43 @@ class FloatSums(Integers[Int8Rows]):
         return scaled(sums, codes, x_scale, weight)
 
 
-class GroupedIntMM(Integers[Int4Tiles]):
-    """``torch._int_mm`` for each group of four-bit codes: every sum is exact, then scaled and added."""
+class TileIntMM(Integers[Int4Tiles]):
+    """``torch._int_mm`` with blocks of tiles, expanded to int8 codes with one scale for each row."""
 
-    name = "grouped_int_mm"
+    name = "tile_int_mm"
     weight_layout = Int4Tiles
-    #: With fewer rows, the products of single groups are too small to be fast.
-    LEAST_ROWS = 128
+    rounds_weights = True
+    #: The widest codes that lose little in int8 codes with one scale for a row.
+    MOST_BITS = 5
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """Accept symmetric weights in groups that `Int4Tiles` can hold."""
-        if not weight.spec.symmetric:
-            return "it takes no zero points"
-        if weight.spec.granularity != "group":
-            return "it scales the sums of groups, and the weight has no groups"
-        if planes(weight.spec) > 1:
-            return "it sums codes of at most 4 bits, without levels"
+        """Accept codes of few bits that `Int4Tiles` can hold."""
+        if weight.spec.bits > self.MOST_BITS:
+            return f"codes of {weight.spec.bits} bits are finer than its own, which span a row"
         return super().supports(weight) or refuses_int_mm()
 
-    def takes(self, x: Tensor, rows: int) -> str | None:
-        """Accept many rows, on CPUs without fast bfloat16 products."""
-        if features.has_bf16():
-            return "products in bfloat16 are faster on this CPU"
-        return f"{rows} rows are less than {self.LEAST_ROWS}" if rows < self.LEAST_ROWS else None
-
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
-        """Multiply a few tiles at a time, group by group."""
-        tiles, group = weight.tiles, weight.group
-        count, wide, half = tiles.shape
-        codes, x_scale = rounded(x, weight, wide)
-        parts = codes.view(x.shape[0], -1, group).transpose(0, 1).contiguous()
-        scales = weight.of_groups(weight.params(slice(None)).scale)
-        output = x_scale.new_zeros(x.shape[0], count * 2 * half)
-        for where in row_slices(count, max(1, OUTPUTS // (2 * half))):
-            signed = (tiles[where] ^ 0x88).transpose(1, 2)
-            centered = torch.stack([(signed << 4).view(torch.int8) >> 4, signed.view(torch.int8) >> 4], 1)
-            centered = centered.reshape(-1, wide)
-            columns = slice(where.start * 2 * half, where.stop * 2 * half)
-            for index, part in enumerate(parts):
-                sums = torch._int_mm(part, centered[:, index * group : (index + 1) * group].t())
-                output[:, columns].addcmul_(sums, scales[index, columns])
-        return output[:, : weight.layout.rows].mul_(x_scale)
+        """Multiply a few tiles at a time."""
+        (count, _, half), steps = weight.tiles.shape, _row_steps(weight)
+        codes, x_scale = rounded(x, weight, weight.wide)
+        output = x_scale.new_empty(x.shape[0], count, 2 * half)
+        for where, numbers in expanded_tiles(weight, torch.float32, rows_first=True, steps=steps):
+            signed = numbers.round_().to(torch.int8).view(-1, weight.wide)
+            output[:, where] = sums_of_products(codes, signed).view(len(codes), -1, 2 * half)
+        return output.view(len(codes), -1).mul_(x_scale).mul_(steps)[:, : weight.layout.rows]
+
+
+def _row_steps(weight: Int4Tiles) -> Tensor:
+    """Return the distance of two int8 codes, for each row: the scale of a row of integers, or a 127th of its range."""
+    spec, params = weight.spec, weight.params(slice(None))
+    scale = weight.of_groups(params.scale)
+    if spec.granularity != "group" and spec.levels is None:
+        return scale[0]
+    reach: float | Tensor = -spec.code_min if spec.levels is None else max(map(abs, spec.levels))
+    if params.zero_point is not None:
+        reach = weight.of_groups(torch.maximum(params.zero_point - spec.code_min, spec.code_max - params.zero_point))
+    # Rows of padding have scales of zero.
+    return ((scale * reach).abs().amax(0) / 127).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def scaled(sums: Tensor, codes: Tensor, x_scale: Tensor, weight: Int8Rows) -> Tensor:
@@ -159,7 +153,9 @@ def refuses_int_mm() -> str | None:
 def rounded(x: Tensor, weight: WeightLayout, columns: int) -> tuple[Tensor, Tensor]:
     """Round inputs to padded int8 codes with float32 scales, (rows, 1); a row with NaN has the scale NaN."""
     x = x.float()
-    scale = dynamic_scale(x, (-1,)) if weight.input_scale is None else weight.input_scale
+    static = weight.input_scale
+    scale = dynamic_scale(x, (-1,)) if static is None else static
     codes = encode_input(x, scale)
-    # NaN has no integer code: the scale carries it to the output.
-    return padded(codes.to(torch.int8), columns), scale + codes.sum(1, keepdim=True) * 0
+    # NaN has no integer code: the scale carries it to the output. A scale of the inputs themselves has it already.
+    marked = scale * 0 if static is None else codes.sum(1, keepdim=True) * 0
+    return padded(codes.to(torch.int8), columns), scale + marked
