@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbits.kernels import features
 from fewbits.kernels.base import Kernel
-from fewbits.kernels.blocks import expanded_tiles
+from fewbits.kernels.blocks import TRACED_ROWS, expanded_tiles
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.packed_mm import padded
@@ -57,6 +57,10 @@ class IntMM(Integers[Int8Rows]):
     def supports(self, weight: WeightLayout) -> str | None:
         """Accept weights without groups, symmetric or not."""
         return super().supports(weight) or refuses_int_mm()
+
+    def traced_rows(self, weight: Int8Rows) -> int:
+        """Return a large number: a compiler fuses the rounding of inputs and the scales with what surrounds them."""
+        return TRACED_ROWS
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """Compute one integer product, and scale it."""
