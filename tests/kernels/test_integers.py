@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fewbits import QuantSpec
 from fewbits.kernels import integers
+from fewbits.kernels.digits import digits_of
 from fewbits.kernels.integers import MOST_INPUTS, refuses_int_mm
 from fewbits.kernels.reference import REFERENCE
 from fewbits.numerics.affine import decode
@@ -20,6 +21,8 @@ WHOLE_ROWS = [
     pytest.param(BY_NAME["float_sums"], id="float_sums"),
 ]
 TILES = BY_NAME["tile_int_mm"]
+#: Levels whose digits reach farther than the largest level.
+CROWDED = (-1.0, 0.0, *(0.992 + step / 1000 for step in range(9)))
 EVERY = [*WHOLE_ROWS, pytest.param(TILES, marks=needs_int_mm, id="tile_int_mm")]
 ASYMMETRIC = QuantSpec(bits=8, granularity="channel", symmetric=False)
 
@@ -119,7 +122,7 @@ def test_tiles_without_groups_have_the_bits_of_the_reference(data):
 @needs_int_mm
 @given(data=st.data())
 def test_tiles_in_groups_lose_half_a_step_of_the_row(data):
-    levels = data.draw(st.sampled_from([None, LEVELS]))
+    levels = data.draw(st.sampled_from([None, LEVELS, CROWDED]))
     spec = QuantSpec(
         bits=4 if levels else data.draw(st.integers(2, 5)),
         granularity="group",
@@ -128,6 +131,12 @@ def test_tiles_in_groups_lose_half_a_step_of_the_row(data):
         levels=levels,
     )
     words = any_words(spec, 70, 96, seed=data.draw(st.integers(0, 99)))
+    reach, off = 1.0, 0.0
+    if levels is not None:
+        digits = digits_of(spec)
+        read = torch.tensor(digits.units) @ (torch.tensor(digits.nibbles, dtype=torch.float32) - 8)
+        read = read[: len(levels)]
+        reach, off = float(read.abs().max()), float((read - torch.tensor(levels)).abs().max())
     words.scale.mul_(2.0 ** torch.randint(-6, 7, words.scale.shape, generator=generator(7)))
     # An input of one power of two reads a column.
     found = TILES.linear(torch.eye(96), TILES.prepack(words)).t()
@@ -138,14 +147,30 @@ def test_tiles_in_groups_lose_half_a_step_of_the_row(data):
         for code in (0, spec.code_max - spec.code_min)
     ]
     steps = torch.maximum(ends[0].abs(), ends[1].abs()).amax(1, keepdim=True) / 127
-    assert bool(((found - weight).abs() <= steps * 0.50001).all())
+    assert bool(((found - weight).abs() <= steps * (0.50001 * max(1.0, reach) + 127 * off)).all())
+
+
+@needs_int_mm
+@pytest.mark.parametrize("bits", [6, 7])
+def test_more_bits_without_groups_have_the_bits_of_the_reference(bits):
+    words = any_words(QuantSpec(bits=bits, granularity="channel", symmetric=False, activations="dynamic"), 70, 130)
+    x = normal(9, 130)
+    assert torch.equal(TILES.linear(x, TILES.prepack(words)), REFERENCE.linear(x, words))
+
+
+@needs_int_mm
+def test_tiny_scales_of_rows_have_the_bits_of_the_reference():
+    words = any_words(QuantSpec(bits=4, granularity="channel", activations="dynamic"), 70, 130)
+    words.scale.fill_(1e-37)
+    x = normal(9, 130)
+    assert torch.equal(TILES.linear(x, TILES.prepack(words)), REFERENCE.linear(x, words))
 
 
 @needs_int_mm
 @pytest.mark.parametrize("bits", [6, 7])
 def test_codes_that_int8_would_coarsen_are_not_for_tiles(bits):
     spec = QuantSpec(bits=bits, granularity="group", group_size=32)
-    assert "finer than its own" in TILES.supports(any_words(spec, 64, 64))
+    assert "too fine for int8 codes" in TILES.supports(any_words(spec, 64, 64))
 
 
 @pytest.mark.parametrize("kernel", WHOLE_ROWS)

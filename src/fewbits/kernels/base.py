@@ -25,8 +25,8 @@ class Kernel(ABC, Generic[_L]):
         name: The name of the kernel in tables.
         weight_layout: The class of the layout that the kernel reads, `_L`.
         rounds_inputs: Whether the kernel rounds inputs to int8, with one scale per row or the layer's own static scale.
-        rounds_weights: Whether the kernel rounds weights in groups to int8 codes with one scale per row, which does not
-            clip them.
+        rounds_weights: Whether the kernel rounds weights to int8 codes, with one scale per row that clips nothing.
+            Integers with one scale per row stay as they are.
     """
 
     name: ClassVar[str]
@@ -64,7 +64,8 @@ class Kernel(ABC, Generic[_L]):
         """Return the largest number of rows for which `torch.compile` traces `linear`; 0 if it should not.
 
         For so many rows or fewer, `linear` must use only operations that inductor can compile, and `takes` must accept
-        every input. The compiler traces `takes` for more rows.
+        every input. The compiler traces `takes` for more rows. The number of rows may be a symbol with a known bound:
+        compare it only with ``torch.fx.experimental.symbolic_shapes.statically_known_true``.
 
         Args:
             weight: The weight, in the layout of this kernel.

@@ -6,7 +6,8 @@ use them: bfloat16 holds 8-bit codes exactly, and the output has 50 dB against f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -83,19 +84,11 @@ class TileBlocks(Kernel[Int4Tiles]):
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Multiply a few tiles at a time."""
-        wide, rows = weight.wide, x.shape[0]
-        x = padded(x.to(product_dtype(weight)), wide)
-        count, _, half = weight.tiles.shape
-        # Products in bfloat16 are faster on rows, so each block is transposed.
-        rows_first = x.dtype == torch.bfloat16
-        output = x.new_empty(rows, count, 2, half)
-        for where, numbers in expanded_tiles(weight, x.dtype, rows_first=rows_first):
-            part, out = numbers.to(x.dtype), output[:, where]
-            if rows_first:
-                torch.mm(x, part.view(-1, wide).t(), out=out.view(rows, -1))
-            else:
-                out.copy_(torch.matmul(x, part.view(-1, wide, half)).view(-1, 2, rows, half).permute(2, 0, 1, 3))
-        return output.view(rows, -1)[:, : weight.layout.rows]
+        x = padded(x.to(product_dtype(weight)), weight.wide)
+        output = x.new_empty(x.shape[0], weight.table.shape[1])
+        for where, numbers in expanded_tiles(weight, x.dtype, weight.of_groups(weight.params(slice(None)).scale)):
+            torch.mm(x, numbers.to(x.dtype), out=output[:, where])
+        return output[:, : weight.layout.rows]
 
 
 class WordBlocks(Kernel[PackedInt32]):
@@ -142,75 +135,48 @@ def block_step(elements: int) -> int:
     return max(1, BLOCK // elements)
 
 
-def expanded_tiles(
-    weight: Int4Tiles, dtype: torch.dtype, *, rows_first: bool, steps: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+def expanded_tiles(weight: Int4Tiles, dtype: torch.dtype, factors: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Decode a few tiles at a time.
 
     Args:
         weight: The weight.
         dtype: The dtype of the numbers. Sums of several digits would be rounded twice more in bfloat16; they have
             float32.
-        rows_first: Whether the rows of a tile come before its columns.
-        steps: float32, (padded rows,), by which the numbers of each row are divided.
+        factors: What multiplies the codes or levels, in place of the scales: float32, (groups, padded rows).
 
     Yields:
-        Some tiles, and their numbers, which the next ones overwrite: (tiles, 2, width / 2, groups, columns of a group),
-        or with rows last. Low and high halves of bytes lie apart.
+        Some padded rows, and their numbers, which the next ones overwrite: (padded columns, rows).
     """
-    (count, _, half), wide, groups = weight.tiles.shape, weight.wide, weight.wide // weight.group
-    dtype = dtype if weight.planes == 1 else torch.float32
-    scales, zeros = _params(weight, dtype, (2, 3, 4, 0, 1) if rows_first else (2, 3, 0, 1, 4), steps)
-    shape = (half, groups, weight.group) if rows_first else (groups, weight.group, half)
-    step = min(count, block_step(wide * half * dtype.itemsize))
-    blocks = weight.tiles.new_empty(min(weight.planes, 2), step, 2, *shape, dtype=dtype)
-    ratios = [1.0] if weight.units is None else (weight.units / weight.units[0]).tolist()
-    by_plane = weight.tiles.view(count, weight.planes, wide, half)
-    for where in row_slices(count, step):
-        tiles = by_plane[where]
-        part = _expanded(tiles.transpose(2, 3) if rows_first else tiles, ratios, blocks)
-        if zeros is not None:
-            part -= zeros[where]
-        yield where, part.mul_(scales[where])
-
-
-def _params(
-    weight: Int4Tiles, dtype: torch.dtype, axes: tuple[int, ...], steps: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return scales and zero points for first digits times 16: (groups, 1, tiles, 2, half a tile), permuted."""
-    params = weight.params(slice(None))
-    count, _, half = weight.tiles.shape
+    (count, _, half), group, zero_point = weight.tiles.shape, weight.group, weight.params(slice(None)).zero_point
+    groups, dtype = weight.wide // group, dtype if weight.planes == 1 else torch.float32
+    # Digits are read as numbers from -128 to 112, a sixteenth of the first digit's unit.
     unit = 16 if weight.units is None else 16 / float(weight.units[0])
+    ratios = [1.0] if weight.units is None else (weight.units / weight.units[0]).tolist()
 
     def of_tiles(values: Tensor) -> Tensor:
-        return values.to(dtype).view(-1, 1, count, 2, half).permute(axes).contiguous()
+        return values.to(dtype).view(groups, 1, count, 2, half)
 
-    zeros = None if params.zero_point is None else of_tiles(weight.of_groups(params.zero_point) * unit)
-    scales = weight.of_groups(params.scale) / unit
-    return of_tiles(scales if steps is None else scales / steps), zeros
-
-
-def _expanded(tiles: Tensor, ratios: Sequence[float], blocks: Tensor) -> Tensor:
-    """Add up the digits of some tiles, in units of a sixteenth of the first digit.
-
-    Args:
-        tiles: The tiles: uint8, (tiles, planes, ...), in either order of the last two axes.
-        ratios: The value of a digit of each plane, in first digits.
-        blocks: Memory for the result, and for the digits of one plane if there are several: (1 or 2, tiles, 2, ...).
-
-    Returns:
-        The part of the first block that holds the tiles; low and high halves of bytes lie apart: (tiles, 2, ...).
-    """
-    part = _expand(tiles[:, 0], blocks[0])
-    for plane, ratio in enumerate(ratios[1:], 1):
-        part.add_(_expand(tiles[:, plane], blocks[1]), alpha=ratio)
-    return part
+    scales = of_tiles(factors / unit)
+    zeros = None if zero_point is None else of_tiles(weight.of_groups(zero_point) * unit)
+    digits = weight.tiles.view(count, -1, groups, group, half).permute(1, 2, 3, 0, 4)
+    step = min(count, block_step(weight.wide * half * dtype.itemsize))
+    blocks = weight.tiles.new_empty(min(weight.planes, 2), weight.wide * step * 2 * half, dtype=dtype)
+    for where in row_slices(count, step):
+        shape = groups, group, where.stop - where.start, 2, half
+        part, other = (block[: math.prod(shape)].view(shape) for block in (blocks[0], blocks[-1]))
+        _spread(digits[0, :, :, where], part)
+        for plane, ratio in enumerate(ratios[1:], 1):
+            part.add_(_spread(digits[plane, :, :, where], other), alpha=ratio)
+        if zeros is not None:
+            part -= zeros[:, :, where]
+        part *= scales[:, :, where]
+        yield slice(where.start * 2 * half, where.stop * 2 * half), part.view(weight.wide, -1)
 
 
-def _expand(tiles: Tensor, block: Tensor) -> Tensor:
-    part = block[: tiles.shape[0]]
+def _spread(digits: Tensor, out: Tensor) -> Tensor:
+    """Write both halves of bytes, (..., tiles, bytes), as digits times 16: (..., tiles, 2, bytes)."""
     # Signed bytes hold digits times 16, so neither half needs a shift to the right.
-    signed = (tiles ^ 0x88).contiguous().view(part.shape[0], *part.shape[2:])
-    part[:, 0].copy_((signed << 4).view(torch.int8))
-    part[:, 1].copy_((signed & 0xF0).view(torch.int8))
-    return part
+    signed = digits ^ 0x88
+    out[..., 0, :].copy_((signed << 4).view(torch.int8))
+    out[..., 1, :].copy_((signed & 0xF0).view(torch.int8))
+    return out

@@ -72,11 +72,15 @@ def refuses_linear(module: Any, matrix: PreparedWeight, x: Tensor) -> str | None
         matrix: Its weight: (outputs, channels).
         x: The inputs: (batch, channels, spatial...), or without the batch axis.
     """
-    spatial = len(module.kernel_size)
-    if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != module.in_channels:
+    if not _fits(module, x):
         return "the input does not fit"
     count = places(module, x)
     return f"{count} places are more than {MOST_PLACES}" if count > MOST_PLACES else _refuses_call(x, matrix.weight)
+
+
+def _fits(module: Any, x: Tensor) -> bool:
+    spatial = len(module.kernel_size)
+    return x.dim() in (spatial + 1, spatial + 2) and x.shape[-spatial - 1] == module.in_channels
 
 
 def places(module: Any, x: Tensor) -> int:
@@ -135,6 +139,8 @@ def refuses_bf16(module: Any, weight: WeightLayout, x: Tensor, compute: Compute)
         return "this CPU has no instructions for bfloat16"
     if weight.layout.columns < LEAST_PRODUCTS:
         return f"{weight.layout.columns} products for each output are fewer than {LEAST_PRODUCTS}"
+    if not _fits(module, x):
+        return "the input does not fit"
     if spec.bits < 8 and (count := places(module, x)) < LEAST_PLACES:
         return f"{count} places are fewer than {LEAST_PLACES}"
     return _refuses_call(x, weight)

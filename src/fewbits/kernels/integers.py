@@ -1,6 +1,7 @@
 """Kernels for int8 inputs: they sum products of codes exactly, and multiply with the scales.
 
-If a row has one scale, they give the same bits as the reference. `TileIntMM` rounds weights in groups to int8 first.
+For integers with one scale for a row, they give the same bits as the reference. `TileIntMM` rounds other weights to
+int8 first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fewbits.kernels.packed_mm import padded
 from fewbits.kernels.weight_layouts import WeightLayout, row_slices
 from fewbits.numerics.affine import encode_input
 from fewbits.numerics.scales import dynamic_scale
+from fewbits.numerics.spec import QuantSpec
 
 _F = TypeVar("_F", bound=WeightLayout)
 
@@ -97,37 +99,51 @@ class TileIntMM(Integers[Int4Tiles]):
     name = "tile_int_mm"
     weight_layout = Int4Tiles
     rounds_weights = True
-    #: The widest codes that lose little in int8 codes with one scale for a row.
+    #: The widest codes, with several scales for a row or with levels, that int8 codes with one scale may replace.
     MOST_BITS = 5
 
     def supports(self, weight: WeightLayout) -> str | None:
-        """Accept codes of few bits that `Int4Tiles` can hold."""
-        if weight.spec.bits > self.MOST_BITS:
-            return f"codes of {weight.spec.bits} bits are finer than its own, which span a row"
+        """Accept weights that `Int4Tiles` can hold; in groups or with levels, codes of few bits."""
+        if not _has_steps(weight.spec) and weight.spec.bits > self.MOST_BITS:
+            return f"codes of {weight.spec.bits} bits in groups or with levels are too fine for int8 codes of a row"
         return super().supports(weight) or refuses_int_mm()
 
     def linear(self, x: Tensor, weight: Int4Tiles) -> Tensor:
         """Multiply a few tiles at a time."""
-        (count, _, half), steps = weight.tiles.shape, _row_steps(weight)
+        factors, steps = _factors(weight)
         codes, x_scale = rounded(x, weight, weight.wide)
-        output = x_scale.new_empty(x.shape[0], count, 2 * half)
-        for where, numbers in expanded_tiles(weight, torch.float32, rows_first=True, steps=steps):
-            signed = numbers.round_().to(torch.int8).view(-1, weight.wide)
-            output[:, where] = sums_of_products(codes, signed).view(len(codes), -1, 2 * half)
-        return output.view(len(codes), -1).mul_(x_scale).mul_(steps)[:, : weight.layout.rows]
+        output = x_scale.new_empty(x.shape[0], len(steps))
+        for where, numbers in expanded_tiles(weight, torch.float32, factors):
+            output[:, where] = torch._int_mm(codes, numbers.round_().to(torch.int8))
+        return output.mul_(x_scale).mul_(steps)[:, : weight.layout.rows]
 
 
-def _row_steps(weight: Int4Tiles) -> Tensor:
-    """Return the distance of two int8 codes, for each row: the scale of a row of integers, or a 127th of its range."""
+def _has_steps(spec: QuantSpec) -> bool:
+    """Whether codes are integers with one scale for a row or for the tensor."""
+    return spec.granularity != "group" and spec.levels is None
+
+
+def _factors(weight: Int4Tiles) -> tuple[Tensor, Tensor]:
+    """Return what multiplies codes or levels to give int8 codes, and the scales of those.
+
+    Integers with one scale for a row stay as they are. Otherwise 127 is the largest magnitude that the row can have.
+
+    Returns:
+        float32, (groups, padded rows) and (padded rows,).
+    """
     spec, params = weight.spec, weight.params(slice(None))
     scale = weight.of_groups(params.scale)
-    if spec.granularity != "group" and spec.levels is None:
-        return scale[0]
-    reach: float | Tensor = -spec.code_min if spec.levels is None else max(map(abs, spec.levels))
+    if _has_steps(spec):
+        return torch.ones_like(scale), scale[0]
+    reach: float | Tensor = -spec.code_min
     if params.zero_point is not None:
         reach = weight.of_groups(torch.maximum(params.zero_point - spec.code_min, spec.code_max - params.zero_point))
+    elif weight.nibbles is not None and weight.units is not None:  # as digits give it; not every code need have a level
+        used = weight.nibbles[:, : spec.code_max - spec.code_min + 1]
+        reach = ((used.float() - 8).t() @ weight.units).abs().amax()
     # Rows of padding have scales of zero.
-    return ((scale * reach).abs().amax(0) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    steps = (scale * (reach / 127)).abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny)
+    return scale / steps, steps
 
 
 def scaled(sums: Tensor, codes: Tensor, x_scale: Tensor, weight: Int8Rows) -> Tensor:
@@ -141,10 +157,18 @@ def sums_of_products(codes: Tensor, signed: Tensor) -> Tensor:
     """Multiply int8 inputs, (rows, columns), with codes, (outputs, columns): int32, (rows, outputs)."""
     if codes.shape[1] == 1:  # of one column, torch's _int_mm leaves the output uninitialized
         return codes.int() * signed.t().int()
-    if codes.shape[0] > FEW_ROWS:
+    if _are_many(codes.shape[0]):
         return torch._int_mm(codes, signed.t())
     # torch transposes the second factor at every call; the inputs are smaller than the weight.
     return torch._int_mm(signed, codes.t()).t().contiguous()
+
+
+def _are_many(rows: int) -> bool:
+    if not torch.compiler.is_compiling():
+        return rows > FEW_ROWS
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # the compiler has imported it
+
+    return statically_known_true(rows > FEW_ROWS)
 
 
 def refuses_int_mm() -> str | None:

@@ -204,7 +204,7 @@ class PackedInt32(WeightLayout):
     def signed_codes(self, where: Rows) -> Tensor:
         """Return the signed codes of some rows, of 8 bits, in new memory."""
         words = taken(self.packed, where)
-        signed = (words.reshape(-1) ^ _HIGHEST_BITS).view(torch.int8)
+        signed = (words.contiguous().reshape(-1) ^ _HIGHEST_BITS).view(torch.int8)
         return signed.view(len(words), 4 * words.shape[1])[:, : self.layout.columns]
 
     def decoded(self, where: Rows) -> Tensor:

@@ -27,8 +27,9 @@ def set_compute(model: nn.Module, compute: Compute, kernels: Sequence[Kernel[Any
         model: A quantized model.
         compute: ``"auto"`` uses kernels whose output has 50 dB or more against float64 with the same codes, or 10 dB
             more than the rounded weights have. ``"exact"`` dequantizes, and calls torch's operation in the dtype of the
-            input. ``"int8"`` may also round inputs to int8, with one scale per row, and so weights in groups of up to 5
-            bits. Schemes with int8 activations give the same numbers with all three.
+            input. ``"int8"`` may also round inputs to int8 codes with one scale per row, and likewise weights of up to
+            5 bits that are in groups or have levels. Schemes with int8 activations give the same numbers with all
+            three.
         kernels: The kernels to choose from, the most preferred first; None stands for those of fewbits. The reference
             computes what they do not.
 

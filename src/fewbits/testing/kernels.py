@@ -45,7 +45,8 @@ def check_kernel(
       times the sum of the magnitudes of the addends. This allows four roundings to bfloat16, and sums in float32.
     - If a row of the input is one power of two and zeros, and scales are powers of two, the output is exact.
     - A kernel that rounds inputs to int8 gives the bits of `fewbits.kernels.reference.Reference` with a spec that has
-      `activations`. For grouped weights, integers are added exactly, and scaled sums in float32.
+      `activations`. For grouped weights, integers are added exactly, and scaled sums in float32. With `rounds_weights`,
+      weights in groups or with levels may be off by half a step of int8 codes that span the row.
     - The same input gives the same bits.
     - With up to `traced_rows` rows, `torch.compile` makes one graph of `linear`, which gives the same bits. This check
       empties the cache of `torch.compile`.
