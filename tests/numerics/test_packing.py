@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fewbits.numerics.packing import pack, packed_words, unpack
@@ -29,6 +29,7 @@ def words_of(row: list[int], bits: int) -> list[int]:
 
 
 @given(codes_and_bits())
+@example((torch.empty(0, 1, dtype=torch.uint8), 4))
 def test_unpack_undoes_pack(case):
     codes, bits = case
     assert torch.equal(unpack(pack(codes, bits), bits, codes.shape[1]), codes)

@@ -48,6 +48,11 @@ def test_numbers_that_cannot_be_drawn_have_no_histogram(values):
 errors = st.floats(-1e99, 1e99) | st.floats(0, 1) | st.sampled_from([0.0, 1.0, 1 + 2**-52, 5e-324, 1e-300])
 
 
+def test_numbers_that_are_almost_equal_have_one_mark():
+    drawn = Curve(((0, 1.0), (0, 1.0000000000000002)), {}, "error").drawn()
+    assert [(mark.y, mark.label) for mark in drawn.up] == [(250.0, "1")]
+
+
 @given(st.lists(st.tuples(st.integers(0, 2**63 - 1) | st.integers(0, 9), errors), min_size=1, max_size=20), st.data())
 def test_any_curve_is_drawn_within_its_box(points, data):
     knee = data.draw(st.none() | st.integers(0, len(points) - 1))

@@ -139,8 +139,8 @@ def _spread(data: Tensor, bits: int) -> Tensor:
     Returns:
         uint8, (rows, codes).
     """
-    # A row of one byte may have any stride, which a view would refuse.
+    # A row of one byte, and the result of an operation on no rows, may have any stride, which a view would refuse.
     lanes = data.to(torch.int16 if bits == 4 else torch.int32, memory_format=torch.contiguous_format)
     for shift, mask in _SPREADS[bits]:
-        lanes = (lanes << shift).bitwise_or_(lanes).bitwise_and_(mask)
+        lanes.bitwise_or_(lanes << shift).bitwise_and_(mask)
     return lanes.view(torch.uint8)

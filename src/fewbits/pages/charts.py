@@ -27,8 +27,8 @@ _STYLE = (
     "circle{fill:#c0392b}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#555}.line{stroke:#7fb0ff}}"
 )
 
-#: Numbers that differ by less have no round numbers between them.
-_FLAT = 1e-100
+#: Numbers that differ by less, or by a smaller share, have no round numbers between them that float64 tells apart.
+_FLAT, _FLAT_SHARE = 1e-100, 1e-12
 
 #: A curve whose errors differ by more than this factor gets a logarithmic axis.
 _LOGARITHMIC = 30
@@ -171,7 +171,7 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Return round numbers along the axis, at most nine."""
-        if self.high - self.low < _FLAT:
+        if self.high - self.low < max(_FLAT, _FLAT_SHARE * abs(self.high)):
             return [self.low]
         if self.logarithmic:
             exponents = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
