@@ -65,6 +65,7 @@ VARIANTS: Mapping[str, Variant] = {
     "fewbits int4": Variant(scheme="int4"),
     "fewbits int4, output int8": Variant(scheme="int4", settings=_SMALL),
     "fewbits int4, output int8, int8 inputs": Variant(scheme="int4", settings=_ROUNDED),
+    "fewbits int4, output int8, int8 inputs, bf16": Variant(torch.bfloat16, "int4", _ROUNDED),
     "fewbits int8, bf16": Variant(torch.bfloat16, "int8"),
     "fewbits int4, output int8, bf16": Variant(torch.bfloat16, "int4", _SMALL),
     "dense fp32, compiled": Variant(compiled=True),

@@ -162,7 +162,7 @@ def bound_and_clipped(x: Tensor, params: QuantParams, spec: QuantSpec) -> tuple[
 
 def encode_input(x: Tensor, scale: Tensor) -> Tensor:
     """Round inputs to int8 codes, returned as whole numbers in the inputs' floating dtype (NaN stays NaN)."""
-    return (x / scale).round_().clamp_(INPUT_SPEC.code_min, INPUT_SPEC.code_max)
+    return (x / scale).round().clamp(INPUT_SPEC.code_min, INPUT_SPEC.code_max)
 
 
 def clip_input(x: Tensor, scale: Tensor) -> Tensor:
