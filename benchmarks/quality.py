@@ -108,7 +108,7 @@ VARIANTS: Mapping[str, Variant] = {
     "nf4 g64 qronos": Variant("nf4", {**ONE_LEVEL, "rounding": "qronos"}, "given"),
     "nf4 g32 qronos": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, "given", epochs=1),
     "nf4 g32 qronos self": Variant("nf4", {**TWO_LEVELS, "rounding": "qronos"}, "self"),
-    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, "given", epochs=1),
+    "int3 g64 qronos": Variant("int3", {**ONE_LEVEL, "rounding": "qronos"}, "given", epochs=3),
 }
 
 #: Bits per weight of peers' formats, by the beginning of their names. A scale of 32 bits for each row adds 0.05 bits to
