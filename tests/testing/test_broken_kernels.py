@@ -12,6 +12,7 @@ from fewbits.kernels.integers import FloatSums
 from fewbits.kernels.reference import Reference
 from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.testing import check_kernel
+from fewbits.testing.kernel_outputs import as_multiplied, decoded
 
 
 class Right(Reference):
@@ -136,6 +137,15 @@ class SumsInFloat16(Right):
         return output if weight.spec.activations is None else output.half().to(x.dtype)
 
 
+class RoundsWeightsTooMuch(Right):
+    rounds_inputs = rounds_weights = True
+
+    def linear(self, x, weight):
+        dense = decoded(weight)
+        step = dense.abs().amax(1, keepdim=True) / 31
+        return (as_multiplied(weight, x, rounds=True) @ (dense / step).round().mul(step).t()).float()
+
+
 class InPlace(Right):
     def linear(self, x, weight):
         output = super().linear(x, weight)
@@ -205,6 +215,7 @@ CASES = [
     pytest.param(TakesNoughtForOne, "every_code_is_read_right", "a code is read as another code", id="one-code"),
     pytest.param(OffByOne, "integer_sums_are_exact", "differs from that of the reference", id="off-by-one"),
     pytest.param(SumsInFloat16, "integer_sums_are_exact", "differs from that of the reference", id="float16-sums"),
+    pytest.param(RoundsWeightsTooMuch, "rounded_weights_are_near", "exceeds the allowed rounding", id="too-coarse"),
     pytest.param(InPlace, "outputs_are_reproducible", "an argument has changed", id="in-place"),
     pytest.param(WeightInPlace, "outputs_are_reproducible", "an argument has changed", id="weight-in-place"),
     pytest.param(Noisy, "outputs_are_reproducible", "other bits", id="noisy"),

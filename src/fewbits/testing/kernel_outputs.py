@@ -190,19 +190,6 @@ def every_code_is_read_right(setup: KernelSetup) -> None:
                 expect(same, f"{words(weight, x)}: a code is read as another code")
 
 
-def integer_sums_are_exact(setup: KernelSetup) -> None:
-    """With inputs rounded to int8, all codes, extremes included, give the bits of the reference."""
-    for spec in filter(setup.rounds, setup.specs()):
-        for inputs in (1, 33, 1025, 4096):
-            weight = setup.weight_of_codes(spec, 40, inputs)
-            extremes = [setup.normal((rows, inputs), torch.float32, 4) for rows in (3, 200)]
-            for x in extremes:
-                x[0], x[1], x[len(x) // 2 + 1] = 2.0, -2.0, -3.0
-            for dtype, kind in PAIRS:
-                one = attrs.evolve(weight, scale=weight.scale.to(dtype))
-                check_outputs(setup, one, computed(setup.packed(one), (x.to(kind) for x in extremes)))
-
-
 def in_parts(rows: int, x: Tensor) -> list[Tensor]:
     """Cut an input into parts of that many rows; zeros fill the last part."""
     parts = [x[start : start + rows] for start in range(0, x.shape[0], rows)]

@@ -16,6 +16,7 @@ from fewbits.testing.check import EXAMPLES, Check, checks_of, copy_of, expect
 from fewbits.testing.environment import snapshot, sqnr_of
 from fewbits.testing.kernel_outputs import (
     INPUTS,
+    PAIRS,
     ROWS,
     KernelSetup,
     as_multiplied,
@@ -106,6 +107,28 @@ def outputs_are_accurate(setup: KernelSetup) -> None:
                 expected = as_multiplied(weight, x, rounds=setup.rounds(weight.spec)) @ dense.t()
                 noise, what = sqnr_of(output, expected), f"{words(weight, found[0][0])} and others"
                 expect(noise >= least, f"{what}: {noise:.1f} dB against float64, not {least:.1f}")
+
+
+def integer_sums_are_exact(setup: KernelSetup) -> None:
+    """With inputs rounded to int8, all codes, extremes included, give the bits of the reference."""
+    for spec in filter(setup.rounds, setup.specs()):
+        for inputs in (1, 33, 1025, 4096):
+            weight = setup.weight_of_codes(spec, 40, inputs)
+            extremes = [setup.normal((rows, inputs), torch.float32, 4) for rows in (3, 200)]
+            for x in extremes:
+                x[0], x[1], x[len(x) // 2 + 1] = 2.0, -2.0, -3.0
+            for dtype, kind in PAIRS:
+                one = attrs.evolve(weight, scale=weight.scale.to(dtype))
+                check_outputs(setup, one, computed(setup.packed(one), (x.to(kind) for x in extremes)))
+
+
+def rounded_weights_are_near(setup: KernelSetup) -> None:
+    """With `rounds_weights`, no weight moves by more than half a step; inputs of a one and zeros pick weights out."""
+    in_groups = (spec for spec in setup.specs() if spec.granularity == "group" or spec.levels is not None)
+    for spec in in_groups if setup.recipe.rounds_weights else ():
+        weight, picks = setup.weight_of_codes(spec, 70, 160), torch.eye(160, device=setup.device)
+        for rows in ROWS:
+            check_outputs(setup, weight, computed(setup.packed(weight), in_parts(rows, picks)))
 
 
 def outputs_are_reproducible(setup: KernelSetup) -> None:
