@@ -138,7 +138,8 @@ def _factors(weight: Int4Tiles) -> tuple[Tensor, Tensor]:
     reach: float | Tensor = -spec.code_min
     if params.zero_point is not None:
         reach = weight.of_groups(torch.maximum(params.zero_point - spec.code_min, spec.code_max - params.zero_point))
-    elif weight.nibbles is not None and weight.units is not None:  # as digits give it; not every code need have a level
+    elif weight.nibbles is not None and weight.units is not None:
+        # Of the digits, which may exceed that of the levels; codes without a level do not count.
         used = weight.nibbles[:, : spec.code_max - spec.code_min + 1]
         reach = ((used.float() - 8).t() @ weight.units).abs().amax()
     # Rows of padding have scales of zero.
@@ -184,6 +185,7 @@ def rounded(x: Tensor, weight: WeightLayout, columns: int) -> tuple[Tensor, Tens
     static = weight.input_scale
     scale = dynamic_scale(x, (-1,)) if static is None else static
     codes = encode_input(x, scale)
-    # NaN has no integer code: the scale carries it to the output. A scale of the inputs themselves has it already.
+    # NaN has no integer code, so the scale carries it to the output. A dynamic scale is NaN or infinite if an input is;
+    # times 0, both are NaN. A static scale gets the NaN of the codes.
     marked = scale * 0 if static is None else codes.sum(1, keepdim=True) * 0
     return padded(codes.to(torch.int8), columns), scale + marked

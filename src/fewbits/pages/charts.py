@@ -27,7 +27,8 @@ _STYLE = (
     "circle{fill:#c0392b}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#555}.line{stroke:#7fb0ff}}"
 )
 
-#: Numbers that differ by less, or by a smaller share, have no round numbers between them that float64 tells apart.
+#: Numbers that differ by less, or by a smaller share of the largest, get one mark: the labels of several would be the
+#: same.
 _FLAT, _FLAT_SHARE = 1e-100, 1e-12
 
 #: A curve whose errors differ by more than this factor gets a logarithmic axis.
@@ -170,7 +171,7 @@ class Axis:
         return round(self.start + share * (self.stop - self.start), 1)
 
     def ticks(self) -> list[float]:
-        """Return round numbers along the axis, at most nine."""
+        """Return round numbers along the axis, at most nine; the smallest number alone if all are almost equal."""
         if self.high - self.low < max(_FLAT, _FLAT_SHARE * abs(self.high)):
             return [self.low]
         if self.logarithmic:
