@@ -25,7 +25,7 @@ class Kernel(ABC, Generic[_L]):
         name: The name of the kernel in tables.
         weight_layout: The class of the layout that the kernel reads, `_L`.
         rounds_inputs: Whether the kernel rounds inputs to int8, with one scale per row or the layer's own static scale.
-        rounds_weights: Whether the kernel, which must have `rounds_inputs`, also rounds weights in groups or with levels
+        rounds_weights: Whether the kernel, which needs `rounds_inputs` too, rounds weights in groups or with levels
             to int8 codes, with one scale per row that clips nothing. Integers with one scale per row stay as they are.
     """
 
