@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist")
 #: The tests of `make test`, those first that kill most mutants: collecting all tests takes a minute.
 STAGES = (
     ("tests/numerics",),
