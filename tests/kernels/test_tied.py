@@ -103,9 +103,11 @@ def test_a_state_dict_has_one_copy_of_the_codes_for_both(model):
     assert all(same_bits(model.state_dict()[name], before[name]) for name in before)
 
 
-def test_an_embedding_alone_keeps_its_words():
+@pytest.mark.parametrize(("compute", "layout"), [("auto", "plain_int8"), ("exact", "packed_int32")])
+def test_an_embedding_alone_has_no_kernels(compute, layout):
     model = fewbits.quantize(nn.Embedding(ROWS, COLUMNS), Of(INT8), validate=False).model
-    assert model.weight_stored.weight_layout().name == "packed_int32"
+    fewbits.set_compute(model, compute)
+    assert model.weight_stored.weight_layout().name == layout
     assert not model.weight_stored.prepared().kernels
 
 

@@ -11,7 +11,7 @@ from fewbits.extend import Layout
 from fewbits.kernels import features, weight_layouts
 from fewbits.kernels.byte_pairs import BytePairs
 from fewbits.kernels.int4_tiles import TABLE_GROUPS, Int4Tiles, table_group
-from fewbits.kernels.int8_rows import Int8Rows
+from fewbits.kernels.int8_rows import Int8Rows, PlainInt8
 from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.numerics.levels import E2M1
 from fewbits.numerics.quantize import quantize
@@ -19,6 +19,7 @@ from fewbits.numerics.tensor import same_bits
 from fewbits.testing.kernel_outputs import decoded
 from kernels.kernel_cases import FLOAT8, INT4, NF4, NF4_LEVELS, any_words, curved
 
+CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4, 8))
 SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 130, 257])
 GROUPS = st.sampled_from([32, 33, 40, 64, 128, 256, 1000])
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -64,6 +65,16 @@ def test_bytes_give_back_what_they_were_made_of(words):
     layout = Int8Rows.of(words)
     read_alike(layout, words)
     read_alike(PackedInt32.of(layout), words)
+
+
+@given(weights(8))
+def test_plain_bytes_give_back_what_they_were_made_of(words):
+    assume(PlainInt8.refuses(words) is None)
+    layout = PlainInt8.of(words)
+    assert layout.plain.nbytes == words.layout.rows * words.layout.columns
+    read_alike(layout, words)
+    read_alike(PackedInt32.of(layout), words)
+    read_alike(PlainInt8.of(Int8Rows.of(words)), words)
 
 
 LEVELS = [(2, curved(2)), (3, curved(3)), (4, NF4_LEVELS), (4, E2M1), (5, curved(5)), (8, curved(8))]
@@ -178,6 +189,17 @@ def test_words_that_nobody_else_has_may_be_written_over(layout, bits, sizes, sym
     read_alike(kept, words)
 
 
+@pytest.mark.parametrize("sizes", [(64, 64), (100, 4), (100, 9), (0, 16), (16, 0), (1, 1)], ids=str)
+def test_plain_bytes_take_the_memory_of_words_if_they_are_as_many(sizes):
+    words = any_words(CHANNEL8, *sizes)
+    own = attrs.evolve(words, packed=words.packed.clone())
+    layout = PlainInt8.of(own, reuse_memory=True)
+    assert layout.value(torch.float32).equal(words.value(torch.float32))
+    same_size = layout.plain.nbytes == words.packed.nbytes
+    assert (layout.plain.data_ptr() == own.packed.data_ptr()) == same_size
+    assert PlainInt8.of(words).plain.equal(layout.plain)
+
+
 def test_a_layout_that_is_there_is_not_made_again():
     words = any_words(QuantSpec(bits=8, granularity="channel"), 20, 30)
     assert PackedInt32.of(words).packed is words.packed
@@ -198,9 +220,6 @@ def of_another_cut(spec):
     return PackedInt32.of_value(value)
 
 
-CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4, 8))
-
-
 @pytest.mark.parametrize(
     ("layout", "words", "why"),
     [
@@ -212,6 +231,10 @@ CHANNEL4, CHANNEL8 = (QuantSpec(bits=bits, granularity="channel") for bits in (4
         (BytePairs, other_device(FLOAT8), "on meta, not on the CPU"),
         (Int8Rows, other_device(CHANNEL8), "on meta, not on the CPU"),
         (Int4Tiles, other_device(CHANNEL4), "on meta, not on the CPU"),
+        (PlainInt8, other_device(CHANNEL8), "on meta, not on the CPU"),
+        (PlainInt8, any_words(CHANNEL4, 64, 64), "not symmetric integers of 8 bits"),
+        (PlainInt8, any_words(attrs.evolve(CHANNEL8, symmetric=False), 64, 64), "not symmetric integers of 8 bits"),
+        (PlainInt8, any_words(FLOAT8, 64, 64), "not symmetric integers of 8 bits"),
         (Int8Rows, of_another_cut(CHANNEL8), "not a matrix of outputs by inputs"),
         (Int4Tiles, of_another_cut(CHANNEL4), "not a matrix of outputs by inputs"),
         (Int8Rows, any_words(CHANNEL8, 64, 64, dtype=torch.float64), "float64 scales"),
@@ -230,7 +253,9 @@ def test_without_torch_s_kernel_there_are_no_tiles(monkeypatch):
     assert Int4Tiles.refuses(any_words(CHANNEL4, 64, 64)) == features.NO_TILES
 
 
-@pytest.mark.parametrize(("layout", "bits"), [(PackedInt32, 8), (PackedInt32, 4), (Int8Rows, 8), (Int4Tiles, 4)])
+@pytest.mark.parametrize(
+    ("layout", "bits"), [(PackedInt32, 8), (PackedInt32, 4), (Int8Rows, 8), (PlainInt8, 8), (Int4Tiles, 4)]
+)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("row", [-1, 100, 110, 127, 128, 1000])
 def test_a_row_that_is_not_there_is_not_read(layout, bits, granularity, row):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fewbits
+from fewbits.kernels.int8_rows import PlainInt8
+from fewbits.nn.packed import PackedWeight
 from fewbits.numerics.dtypes import FLOAT_DTYPES
 from support.lifecycle_helpers import small
 
@@ -274,6 +276,13 @@ def tensors_in(thing: object, seen: set[int] | None = None) -> Iterator[Tensor]:
             yield from tensors_in(value, seen)
     elif isinstance(thing, nn.Module):
         yield from tensors_in(vars(thing), seen)
+
+
+def padding_left_out(model: nn.Module) -> int:
+    """The bytes that pad the rows of words in files, and that `PlainInt8` does not hold."""
+    weights = [m.weight_layout() for m in model.modules() if isinstance(m, PackedWeight)]
+    matrices = [weight.layout.matrix_shape for weight in weights if isinstance(weight, PlainInt8)]
+    return sum(rows * (-columns % 4) for rows, columns in matrices)
 
 
 def storages(thing: object) -> set[int]:

@@ -1,4 +1,4 @@
-"""`Int8Rows`: the weight layout of kernels for codes of 8 bits."""
+"""The weight layouts of codes of 8 bits: `Int8Rows` for kernels, `PlainInt8` for weights that are decoded."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fewbits.kernels.weight_layouts import (
     round_up,
     taken,
 )
+from fewbits.numerics.affine import is_observed
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -64,11 +65,7 @@ class Int8Rows(WeightLayout):
         wide = round_up(columns, cls.MULTIPLE)
         signed = reused_memory(weight, reuse_memory, rows, wide).view(torch.int8)
         signed[:, columns:] = 0
-        if isinstance(weight, PackedInt32):  # without the copy that `signed_codes` makes
-            unsigned = weight.packed.contiguous().view(-1).view(torch.int8).view(rows, -1)[:, :columns]
-        else:
-            unsigned = weight.codes(slice(None)).view(torch.int8)
-        torch.bitwise_xor(unsigned, -128, out=signed[:, :columns])
+        write_signed(weight, signed[:, :columns])
         return cls(signed=signed, **weight.shared())
 
     def codes(self, where: Rows) -> Tensor:
@@ -84,4 +81,67 @@ class Int8Rows(WeightLayout):
         return decoded_bytes(self, where) if has_byte_rows(self.spec) else super().decoded(where)
 
 
+@attrs.define(eq=False, kw_only=True)
+class PlainInt8(WeightLayout):
+    """Signed 8-bit codes, one per byte, with one scale for a row or for the tensor.
+
+    Layers that decode their weight at every call hold it: it takes two operations, where words take seven.
+
+    Attributes:
+        plain: The codes: int8, (rows, columns).
+    """
+
+    name = "plain_int8"
+    data = by_row = ("plain",)
+
+    plain: Tensor
+
+    @classmethod
+    def refuses(cls, weight: WeightLayout) -> str | None:
+        """Say why this layout cannot hold a weight: it takes symmetric codes, on the CPU."""
+        if weight.scale.device.type != "cpu":
+            return f"the weight is on {weight.scale.device}, not on the CPU"
+        if not has_byte_rows(weight.spec):
+            return "its codes are not symmetric integers of 8 bits with one scale for a row or for the tensor"
+        return None
+
+    @classmethod
+    def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> PlainInt8:
+        """Convert a weight to signed bytes."""
+        plain = reused_memory(weight, reuse_memory, *weight.layout.matrix_shape).view(torch.int8)
+        write_signed(weight, plain)
+        return cls(plain=plain, **weight.shared())
+
+    def codes(self, where: Rows) -> Tensor:
+        """Return the unsigned codes of some rows."""
+        return (self.signed_codes(where) ^ -128).view(torch.uint8)
+
+    def signed_codes(self, where: Rows) -> Tensor:
+        """Return the signed codes of some rows: int8, (rows, columns). They may share memory with the weight."""
+        return taken(self.plain, where)
+
+    def decoded(self, where: Rows) -> Tensor:
+        """Decode some rows: (rows, columns), in float32 (float64 for float64 scales)."""
+        return decoded_bytes(self, where)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Decode the weight as `WeightLayout.dequantize` does: in two operations, if no gradient is recorded."""
+        scale = self.scale
+        if not (dtype == scale.dtype == torch.float32) or is_observed(scale) or not self.layout.in_order:
+            return super().dequantize(dtype)
+        return self.plain.to(torch.float32).mul_(scale).view(self.layout.shape)
+
+
+def write_signed(weight: WeightLayout, signed: Tensor) -> None:
+    """Write the signed 8-bit codes of a weight, (rows, columns), which may overwrite its words."""
+    rows, columns = weight.layout.matrix_shape
+    if isinstance(weight, PackedInt32):  # without the copy that `signed_codes` makes
+        unsigned = weight.packed.contiguous().view(-1).view(torch.int8)
+        unsigned = unsigned.view(rows, 4 * weight.packed.shape[1])[:, :columns]
+    else:
+        unsigned = weight.codes(slice(None)).view(torch.int8)
+    torch.bitwise_xor(unsigned, -128, out=signed)
+
+
 Int8Rows.register()
+PlainInt8.register()

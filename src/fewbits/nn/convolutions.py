@@ -26,6 +26,7 @@ from fewbits.kernels.convolution import (
 )
 from fewbits.kernels.onnx import is_exporting
 from fewbits.kernels.reference import check_floating, integer_product
+from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.nn.base import QuantizedModule, form_of
 from fewbits.nn.operands import bias_of, float_product
 from fewbits.nn.packed import PackedWeight
@@ -41,6 +42,11 @@ class QuantizedConvolution(QuantizedModule):
     weight_stored: StoredWeight
     kernel_size: tuple[int, ...]
 
+    @property
+    def _stored(self) -> Any:
+        # `self.weight_stored` takes longer than a small operation.
+        return self._modules["weight_stored"]
+
     def stores(self) -> None:
         """Let kernels of linear layers compute with the weight, if they can."""
         super().stores()
@@ -50,27 +56,28 @@ class QuantizedConvolution(QuantizedModule):
         has_bytes = isinstance(stored, PackedWeight) and stored.spec.bits == 8 and stored.spec.levels is None
         is_matrix = has_bytes and rows_are_outputs(stored.layout) and is_pointwise(self)
         stored.is_pointwise |= own_forward and is_matrix and self._is_plain()
+        stored.is_decoded |= own_forward
 
     def refuses_linear(self, input: Tensor) -> str | None:
         """Say why the kernels of linear layers do not compute this input; None if they do."""
-        if not self.weight_stored.is_pointwise or not is_pointwise(self) or not self._is_plain():
+        if not self._stored.is_pointwise or not is_pointwise(self) or not self._is_plain():
             return "it is no linear layer over the channels of each place"
         matrix = self.matrix
         return "none of them computes with its weight" if matrix is None else refuses_linear(self, matrix, input)
 
-    def refuses_bf16(self, input: Tensor) -> str | None:
+    def refuses_bf16(self, input: Tensor, weight: WeightLayout) -> str | None:
         """Say why the layer, whose weight has codes, does not compute in bfloat16; None if it does."""
-        stored: Any = self.weight_stored
+        stored = self._stored
         if stored.offered is not None:
             return "set_compute has chosen other kernels"
-        if reason := refuses_bf16(self, stored.weight_layout(), input, stored.compute):
+        if reason := refuses_bf16(self, weight, input, stored.compute):
             return reason
         return None if self._is_plain() else f"{self.float_class.__name__} computes its convolution in its own way"
 
     @property
     def matrix(self) -> PreparedWeight | None:
         """The weight as a matrix, with the kernels that compute with it; None if only the reference does."""
-        stored: Any = self.weight_stored
+        stored = self._stored
         return stored.part(slice(0, stored.layout.rows))  # type: ignore[no-any-return]
 
     def _is_plain(self) -> bool:
@@ -80,19 +87,19 @@ class QuantizedConvolution(QuantizedModule):
         return all(getattr(cls, name) is getattr(form.float_class, name) for name in own)
 
     def _convolved(self, input: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        bias, stored = bias_of(self), self.weight_stored
+        bias, stored = bias_of(self), self._stored
         if not isinstance(stored, PackedWeight):
-            return float_product(convolve, input, stored, bias)
+            return float_product(convolve, input, stored.operand, bias)
         weight = stored.weight_layout()
         if stored.spec.activations is None:
             if torch.compiler.is_compiling():  # a compiler decodes the weight
-                return float_product(convolve, input, stored, bias)
+                return float_product(convolve, input, weight.dequantize, bias)
             matrix = self.matrix if self.refuses_linear(input) is None else None
             if matrix is not None:
                 return linear_over_places(self, matrix, input, bias)
-            if self.refuses_bf16(input) is None:
+            if self.refuses_bf16(input, weight) is None:
                 return convolved_in_bf16(convolve, input, weight, bias)
-            return float_product(convolve, input, stored, bias)
+            return float_product(convolve, input, weight.dequantize, bias)
         check_floating(input)
         if torch.compiler.is_compiling():
             way = FLOATS if is_exporting() else DOUBLES  # ONNX Runtime has no convolution in float64

@@ -173,7 +173,7 @@ def _choice_of_convolution(module: QuantizedConvolution, weight: PackedWeight, x
         rows = places(module, x)
         return _choice_of_linear(weight, matrix, choose(matrix.kernels, x, rows), x, rows)
     refused = {LINEAR: reason} if reason is not None and weight.is_pointwise else {}
-    if (reason := module.refuses_bf16(x)) is None:
+    if (reason := module.refuses_bf16(x, weight.weight_layout())) is None:
         return BF16, refused, rows_of(x)
     return REFERENCE.name, refused | {BF16: reason}, rows_of(x)
 

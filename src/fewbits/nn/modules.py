@@ -41,7 +41,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         stored: Any = self._modules["weight_stored"]
         if isinstance(stored, PackedWeight):
             return linear(input, stored.prepared(), bias_of(self))
-        return float_product(F.linear, input, stored, bias_of(self))
+        return float_product(F.linear, input, stored.operand, bias_of(self))
 
 
 class QuantizedEmbedding(QuantizedModule, nn.Embedding):
@@ -51,12 +51,17 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
     own_weight = "weight"
     weight_stored: StoredWeight
 
+    def stores(self) -> None:
+        """Keep the weight in a layout whose rows are decoded fast."""
+        super().stores()
+        self.weight_stored.is_decoded = True
+
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows: dequantize only those, or all of them under `max_norm`, which rescales in place."""
         if self.max_norm is not None:
             return super().forward(input)
-        stored = self.weight_stored
-        rows = stored.dequantize_rows(input.reshape(-1), stored.dtype)
+        stored: Any = self._modules["weight_stored"]
+        rows: Tensor = stored.dequantize_rows(input.reshape(-1), stored.dtype)
         return rows.reshape(*input.shape, self.embedding_dim)
 
 

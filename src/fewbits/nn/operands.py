@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbits.kernels.reference import check_floating
-from fewbits.nn.stored import StoredWeight
 
 
 def float_product(
-    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, stored: StoredWeight, bias: Tensor | None
+    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    decode: Callable[[torch.dtype], Tensor],
+    bias: Tensor | None,
 ) -> Tensor:
     """Compute a layer with the dequantized weight, in the dtype of `x`.
+
+    Args:
+        operation: Takes input, weight and bias.
+        x: The input.
+        decode: Returns the weight in a dtype.
+        bias: The bias, or None.
 
     Raises:
         ArgumentError: If `x` is not floating.
     """
     check_floating(x)
-    return operation(x, stored.operand(x.dtype), None if bias is None else bias.to(x.dtype))
+    return operation(x, decode(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def bias_of(module: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fewbits.kernels import onnx
 from fewbits.kernels.base import Compute, Kernel, PreparedWeight
 from fewbits.kernels.choose import KERNELS, kernels_reading, preferred
+from fewbits.kernels.int8_rows import PlainInt8
 from fewbits.kernels.ops import describe
 from fewbits.kernels.reference import REFERENCE, is_wrapped
 from fewbits.kernels.row_parts import row_part
@@ -150,14 +151,22 @@ class PackedWeight(StoredWeight):
             self._hold(self._prepacked(compute, reuse_memory=reuse_memory))
 
     def _prepacked(self, compute: Compute, *, reuse_memory: bool) -> WeightLayout:
-        kernel = self._preferred(compute)
+        kernel, weight = self._preferred(compute), self.weight_layout()
+        if kernel is REFERENCE:
+            layout = self._layout_read_by(kernel, compute)
+            return weight if isinstance(weight, layout) else layout.of(weight, reuse_memory=reuse_memory)
         prepack = kernel.prepack if self.computes else partial(prepack_rows, kernel=kernel)
-        return prepack(self.weight_layout(), reuse_memory=reuse_memory)
+        return prepack(weight, reuse_memory=reuse_memory)
 
     def stays(self, compute: Compute) -> bool:
         """Whether `prepack` would keep the current tensors; their shapes decide, not their values."""
-        kernel = self._preferred(compute)
-        return isinstance(self.weight_layout(), PackedInt32 if kernel is REFERENCE else kernel.weight_layout)
+        return isinstance(self.weight_layout(), self._layout_read_by(self._preferred(compute), compute))
+
+    def _layout_read_by(self, kernel: Kernel[Any], compute: Compute) -> type[WeightLayout]:
+        if kernel is not REFERENCE:
+            return kernel.weight_layout
+        is_plain = self.is_decoded and compute != "exact" and PlainInt8.refuses(self.weight_layout()) is None
+        return PlainInt8 if is_plain else PackedInt32
 
     def _preferred(self, compute: Compute) -> Kernel[Any]:
         held = self.weight_layout()

@@ -48,6 +48,7 @@ class StoredWeight(nn.Module, ABC):
         computes: Whether kernels compute with the weight; otherwise a forward reads it as a float tensor.
         is_read: Whether a forward that is not of fewbits reads the weight; kernels may compute its products.
         is_pointwise: Whether a convolution uses it as a matrix, and kernels may compute the products.
+        is_decoded: Whether a forward of fewbits decodes it, or rows of it, at every call.
     """
 
     spec: Spec
@@ -57,6 +58,7 @@ class StoredWeight(nn.Module, ABC):
     computes: bool = False
     is_read: bool = False
     is_pointwise: bool = False
+    is_decoded: bool = False
 
     @abstractmethod
     def value(self) -> QuantizedTensor | Tensor:
