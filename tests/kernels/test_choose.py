@@ -101,13 +101,15 @@ def test_all_kernels_of_a_layer_read_the_layout_that_it_has(spec, compute):
     assert all(isinstance(layout, kernel.weight_layout) for kernel in kernels)
     for rows in ROWS:
         x = normal(rows, 256)
-        assert choose(kernels, x, rows).takes(x, rows) is None
+        assert choose(kernels, x, rows, layout).takes(x, rows, layout) is None
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_some_kernel_besides_the_reference_takes_any_number_of_rows(spec):
-    kernels = kernels_for(any_words(spec, 64, 256), "auto")
-    assert all(choose(kernels, normal(rows, 256), rows) is not REFERENCE for rows in ROWS)
+    words = any_words(spec, 64, 256)
+    kernels = kernels_for(words, "auto")
+    layout = kernels[0].prepack(words)
+    assert all(choose(kernels, normal(rows, 256), rows, layout) is not REFERENCE for rows in ROWS)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in BUILT_IN.values() if isinstance(spec, QuantSpec)], ids=str)
@@ -119,7 +121,7 @@ def test_layers_of_every_built_in_scheme_take_a_kernel_for_their_codes(spec):
 
 
 def test_nothing_to_compute_is_the_reference_s():
-    assert choose(KERNELS, normal(0, 256), 0) is REFERENCE
+    assert choose(KERNELS, normal(0, 256), 0, any_words(INT8, 64, 256)) is REFERENCE
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ class Mine(Kernel):
     def supports(self, weight):
         return None
 
-    def takes(self, x, rows):
+    def takes(self, x, rows, weight):
         return None if rows == 3 else "only three rows"
 
     def linear(self, x, weight):
@@ -206,7 +208,9 @@ class Pool:
         for seed, (layout, dense) in enumerate(zip(self.layouts, self.dense, strict=True)):
             x = inputs(kind, max(16, rows), self.inputs, seed).to(self.dtype)
             parts = [x[start : start + rows] for start in range(0, len(x) - rows + 1, rows)]
-            found += [choose(self.kernels, part, rows).linear(part, layout).double().flatten() for part in parts]
+            found += [
+                choose(self.kernels, part, rows, layout).linear(part, layout).double().flatten() for part in parts
+            ]
             expected += [(part.double() @ dense.t()).flatten() for part in parts]
         return noise_db(torch.cat(found), torch.cat(expected))
 
@@ -238,7 +242,8 @@ def test_outputs_of_narrow_inputs_read_50_db_or_10_more_than_the_weights(spec, d
 def test_few_outputs_of_8_bits_are_computed_in_float32(bf16):
     words = any_words(INT8, 31, 256)
     kernels, x = kernels_for(words, "auto"), normal(40, 256)
-    found = choose(kernels, x, 40).linear(x, kernels[0].prepack(words))
+    layout = kernels[0].prepack(words)
+    found = choose(kernels, x, 40, layout).linear(x, layout)
     assert noise_db(found, exact(words, x, rounds=False)[0]) > 120
 
 
@@ -286,7 +291,7 @@ def test_layers_of_a_real_model_read_50_db_or_10_more_than_the_weights(minilm, s
         own = measure(model.get_submodule(name).weight, stored.value()).sqnr_db
         for rows in (1, 8, len(x)):
             rounds = [part for part in x[: max(64, rows)].split(rows) if len(part) == rows]
-            found = torch.cat([choose(kernels, part, rows).linear(part, layout).double() for part in rounds])
+            found = torch.cat([choose(kernels, part, rows, layout).linear(part, layout).double() for part in rounds])
             heard = noise_db(found, torch.cat(rounds).double() @ dense.t())
             assert heard >= min(50.0, own + 10), f"{name}, {rows} rows: {heard:.1f} dB, weights {own:.1f}"
     assert len(given) >= 37

@@ -229,7 +229,7 @@ def test_float_sums_step_aside_where_torch_may_round_factors():
     try:
         for precision in ("high", "medium"):
             torch.set_float32_matmul_precision(precision)
-            assert "may round" in BY_NAME["float_sums"].takes(normal(2, 2048), 2)
+            assert "may round" in BY_NAME["float_sums"].takes(normal(2, 2048), 2, module.weight_stored.weight_layout())
             assert torch.equal(module(normal(40, 2048)), expected)
     finally:
         torch.set_float32_matmul_precision(before)

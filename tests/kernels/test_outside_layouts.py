@@ -50,7 +50,7 @@ class ByColumns(Kernel[Columns]):
     def supports(self, weight):
         return Columns.refuses(weight)
 
-    def takes(self, x, rows):
+    def takes(self, x, rows, weight):
         return None
 
     def linear(self, x, weight):

@@ -25,7 +25,7 @@ class SupportsNothing(Right):
 
 
 class TakesNothing(Right):
-    def takes(self, x, rows):
+    def takes(self, x, rows, weight):
         return "not today"
 
 
@@ -35,7 +35,7 @@ class AnswersFalse(Right):
 
 
 class GivesNoReason(Right):
-    def takes(self, x, rows):
+    def takes(self, x, rows, weight):
         return "" if rows > 1 else None
 
 
@@ -48,7 +48,7 @@ class OnBytes(Kernel):
     def supports(self, weight):
         return Int8Rows.refuses(weight)
 
-    def takes(self, x, rows):
+    def takes(self, x, rows, weight):
         return None if x.dtype == torch.float32 else f"it computes in float32, not {x.dtype}"
 
     def linear(self, x, weight):
@@ -172,8 +172,8 @@ class WantsContiguous(Right):
 
 
 class RefusesWhatItLetsTrace(OnBytes):
-    def takes(self, x, rows):
-        return f"{rows} rows are more than 4" if rows > 4 else super().takes(x, rows)
+    def takes(self, x, rows, weight):
+        return f"{rows} rows are more than 4" if rows > 4 else super().takes(x, rows, weight)
 
     def traced_rows(self, weight):
         return 5

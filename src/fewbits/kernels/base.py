@@ -53,10 +53,15 @@ class Kernel(ABC, Generic[_L]):
         reason: str | None = self.weight_layout.refuses(weight)
         return reason
 
-    def takes(self, x: Tensor, rows: int) -> str | None:
+    def takes(self, x: Tensor, rows: int, weight: _L) -> str | None:
         """Say why this kernel does not compute with an input of so many rows; None if it does. Called every time.
 
         By default, it computes with every input.
+
+        Args:
+            x: The input: (..., inputs).
+            rows: The number of its rows.
+            weight: The weight, in the layout of this kernel.
         """
         return None
 

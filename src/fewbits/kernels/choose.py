@@ -68,9 +68,9 @@ def kernels_reading(weight: WeightLayout, compute: Compute, kernels: Sequence[Ke
     )
 
 
-def choose(kernels: Sequence[Kernel[Any]], x: Tensor, rows: int) -> Kernel[Any]:
+def choose(kernels: Sequence[Kernel[Any]], x: Tensor, rows: int, weight: WeightLayout) -> Kernel[Any]:
     """Choose the kernel of one call; the reference if the input has no rows."""
     for kernel in kernels if rows else ():
-        if kernel.takes(x, rows) is None:
+        if kernel.takes(x, rows, weight) is None:
             return kernel
     return REFERENCE

@@ -76,7 +76,7 @@ class FloatSums(Integers[Int8Rows]):
     name = "float_sums"
     weight_layout = Int8Rows
 
-    def takes(self, x: Tensor, rows: int) -> str | None:
+    def takes(self, x: Tensor, rows: int, weight: Int8Rows) -> str | None:
         """Refuse calls in which torch may round the factors of a float product."""
         if torch.get_float32_matmul_precision() != "highest":
             return "torch may round float32 factors: set_float32_matmul_precision is not 'highest'"

@@ -114,7 +114,7 @@ def product(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> 
     # Each line costs time at every call; a small layer takes as long as ten such lines.
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
-    kernel = choose(kernels, rows, rows.shape[0])
+    kernel = choose(kernels, rows, rows.shape[0], weight)
     output = kernel.linear(rows, weight).float().contiguous()
     return output if flat else output.view(*x.shape[:-1], output.shape[1])
 

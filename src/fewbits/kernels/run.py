@@ -51,7 +51,9 @@ def linear(x: Tensor, prepared: PreparedWeight, bias: Tensor | None) -> Tensor:
 
 def chosen(x: Tensor, prepared: PreparedWeight) -> Kernel[Any]:
     """Return the kernel that computes this call."""
-    return choose(prepared.kernels, x, x.numel() // prepared.columns) if _suits(x, prepared) else REFERENCE
+    if not _suits(x, prepared):
+        return REFERENCE
+    return choose(prepared.kernels, x, x.numel() // prepared.columns, prepared.weight)
 
 
 def rows_of(x: Tensor) -> int:
@@ -76,7 +78,7 @@ def _traced(x: Tensor, prepared: PreparedWeight) -> Kernel[Any] | None:
         if statically_known_true(rows <= most):
             return kernel
         # The operation chooses at run time. `takes` is traced only where `linear` is.
-        if not most or not statically_known_true(rows > most) or kernel.takes(x, rows) is None:
+        if not most or not statically_known_true(rows > most) or kernel.takes(x, rows, prepared.weight) is None:
             return None
     return None
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fewbits._table import render_table
 from fewbits.errors import ArgumentError
-from fewbits.kernels.base import Kernel, PreparedWeight
+from fewbits.kernels.base import Compute, Kernel, PreparedWeight
 from fewbits.kernels.choose import choose, refusal
 from fewbits.kernels.convolution import BF16, LINEAR, places, way_of_sums
 from fewbits.kernels.reference import REFERENCE
 from fewbits.kernels.run import chosen, rows_of
+from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.nn.base import QuantizedModule
 from fewbits.nn.coded import noted_by
 from fewbits.nn.convolutions import QuantizedConvolution
@@ -136,7 +137,7 @@ def _without_repeats(found: Sequence[Computed]) -> Iterator[Computed]:
 
 
 def _of_part(name: str, weight: PackedWeight, part: PreparedWeight, x: Tensor) -> Computed:
-    kernel = choose(part.kernels, x, rows_of(x))
+    kernel = choose(part.kernels, x, rows_of(x), part.weight)
     return Computed(name, str(weight.spec), part.weight.name, rows_of(x), x.dtype, kernel.name, {}, of_part=True)
 
 
@@ -171,7 +172,7 @@ def _choice_of_convolution(module: QuantizedConvolution, weight: PackedWeight, x
     matrix, reason = module.matrix, module.refuses_linear(x)
     if reason is None and matrix is not None:
         rows = places(module, x)
-        return _choice_of_linear(weight, matrix, choose(matrix.kernels, x, rows), x, rows)
+        return _choice_of_linear(weight, matrix, choose(matrix.kernels, x, rows, matrix.weight), x, rows)
     refused = {LINEAR: reason} if reason is not None and weight.is_pointwise else {}
     if (reason := module.refuses_bf16(x, weight.weight_layout())) is None:
         return BF16, refused, rows_of(x)
@@ -182,8 +183,15 @@ def _choice_of_linear(
     weight: PackedWeight, prepared: PreparedWeight, kernel: Kernel[Any], x: Tensor, rows: int
 ) -> _Choice:
     preferred = itertools.takewhile(lambda other: other is not kernel, weight.candidates)
-    reasons = {k: refusal(k, prepared.weight, weight.compute) or k.takes(x, rows) for k in preferred}
+    reasons = {k: _refusal_of_call(k, prepared.weight, weight.compute, x, rows) for k in preferred}
     otherwise = f"the weight is in {prepared.weight.name}" if rows else "there are no rows"
     if x.dtype == torch.float64:
         otherwise = "inputs in float64 need float64 products"
     return kernel.name, {k.name: why or otherwise for k, why in reasons.items()}, rows
+
+
+def _refusal_of_call(kernel: Kernel[Any], weight: WeightLayout, compute: Compute, x: Tensor, rows: int) -> str | None:
+    """Say why a kernel does not compute with a weight and an input; None if the weight is only in another layout."""
+    if reason := refusal(kernel, weight, compute):
+        return reason
+    return kernel.takes(x, rows, weight) if isinstance(weight, kernel.weight_layout) else None

@@ -153,7 +153,7 @@ def accepts(why: object, call: str, weight: WeightLayout) -> bool:
 def takes(layer: Layer, x: Tensor) -> bool:
     """Tell whether a kernel computes with an input."""
     kernel, weight = layer
-    return accepts(kernel.takes(x, x.shape[0]), "takes", weight)
+    return accepts(kernel.takes(x, x.shape[0], weight), "takes", weight)
 
 
 def computed(layer: Layer | None, inputs: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
