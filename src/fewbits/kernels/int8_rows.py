@@ -95,6 +95,18 @@ class PlainInt8(WeightLayout):
     data = by_row = ("plain",)
 
     plain: Tensor
+    #: Views of codes and float32 scales with the axes of the weight, kept because a layer needs them at every call.
+    _shaped: tuple[Tensor, Tensor] | None = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        layout = self.layout
+        has_shape = layout.in_order and layout.view == layout.shape and 0 not in layout.shape
+        has_shape = has_shape and self.scale.dtype == torch.float32
+        self._shaped = (self.plain.view(layout.shape), self._scale_like_weight()) if has_shape else None
+
+    def _scale_like_weight(self) -> Tensor:
+        shape, rows = self.layout.shape, self.layout.row_axes
+        return self.scale.view(*shape[:rows], *[1] * (len(shape) - rows)) if self.scale.dim() > 1 else self.scale
 
     @classmethod
     def refuses(cls, weight: WeightLayout) -> str | None:
@@ -126,10 +138,10 @@ class PlainInt8(WeightLayout):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight as `WeightLayout.dequantize` does: in two operations, if no gradient is recorded."""
-        scale = self.scale
-        if not (dtype == scale.dtype == torch.float32) or is_observed(scale) or not self.layout.in_order:
+        if self._shaped is None or dtype != torch.float32 or is_observed(self.scale):
             return super().dequantize(dtype)
-        return self.plain.to(torch.float32).mul_(scale).view(self.layout.shape)
+        codes, scale = self._shaped
+        return codes.to(torch.float32).mul_(scale)
 
 
 def write_signed(weight: WeightLayout, signed: Tensor) -> None:

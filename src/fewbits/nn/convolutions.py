@@ -94,7 +94,7 @@ class QuantizedConvolution(QuantizedModule):
         if stored.spec.activations is None:
             if torch.compiler.is_compiling():  # a compiler decodes the weight
                 return float_product(convolve, input, weight.dequantize, bias)
-            matrix = self.matrix if self.refuses_linear(input) is None else None
+            matrix = self.matrix if stored.is_pointwise and self.refuses_linear(input) is None else None
             if matrix is not None:
                 return linear_over_places(self, matrix, input, bias)
             if self.refuses_bf16(input, weight) is None:

@@ -29,7 +29,9 @@ def float_product(
         ArgumentError: If `x` is not floating.
     """
     check_floating(x)
-    return operation(x, decode(x.dtype), None if bias is None else bias.to(x.dtype))
+    if bias is not None and bias.dtype != x.dtype:  # a call of `to` takes time even if it does nothing
+        bias = bias.to(x.dtype)
+    return operation(x, decode(x.dtype), bias)
 
 
 def bias_of(module: Any) -> Tensor | None:
