@@ -39,9 +39,9 @@ SHARE, SECONDS = 0.10, 20e-6
 #: Layers that may break the rule, by the beginnings of their names, with the contenders; the comments say why.
 EXCEPTIONS: Mapping[str, Sequence[str]] = {
     "Conv": ("int4",),  # small ones decode the weight at every forward, which takes as long as the convolution
-    "Conv2d depthwise": tuple(VARIANTS),  # the calls of decoding take as long as so small a convolution
+    "Conv2d depthwise": ("int8, dynamic inputs",),  # rounding the inputs takes longer than so small a convolution
     "LSTM 512 x 2, sequence of 100": tuple(VARIANTS),  # the weights are decoded once for a sequence
-    "Embedding": tuple(VARIANTS),  # rows are decoded and scaled; the float layer copies them
+    "Embedding": ("int4",),  # rows are unpacked and scaled; the float layer copies them
     "Linear 64": tuple(VARIANTS),  # the call of a kernel takes longer than so small a product
 }
 

@@ -143,6 +143,10 @@ class PlainInt8(WeightLayout):
         codes, scale = self._shaped
         return codes.to(torch.float32).mul_(scale)
 
+    def centered_codes(self) -> Tensor:
+        """Return the signed codes: float64, in the weight's own shape."""
+        return self.layout.from_matrix(self.plain.to(torch.float64))
+
 
 def write_signed(weight: WeightLayout, signed: Tensor) -> None:
     """Write the signed 8-bit codes of a weight, (rows, columns), which may overwrite its words."""

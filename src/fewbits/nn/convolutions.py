@@ -56,7 +56,7 @@ class QuantizedConvolution(QuantizedModule):
         has_bytes = isinstance(stored, PackedWeight) and stored.spec.bits == 8 and stored.spec.levels is None
         is_matrix = has_bytes and rows_are_outputs(stored.layout) and is_pointwise(self)
         stored.is_pointwise |= own_forward and is_matrix and self._is_plain()
-        stored.is_decoded |= own_forward
+        stored.is_decoded = True
 
     def refuses_linear(self, input: Tensor) -> str | None:
         """Say why the kernels of linear layers do not compute this input; None if they do."""
