@@ -323,3 +323,18 @@ def test_a_forward_goes_on_while_the_setting_changes():
         assert all(in_threads(compute, compute, change))
     finally:
         sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(nn.Conv2d(8, 16, 3, bias=False), torch.ones(1, 8, 4, 4)), (nn.Embedding(20, 8), torch.arange(20))],
+    ids=["Conv2d", "Embedding"],
+)
+@torch.no_grad()
+def test_a_layer_sees_scales_whose_data_was_replaced(layer, x):
+    """As FullyShardedDataParallel does with all buffers."""
+    layer = quantized(layer, INT8)
+    before, scale = layer(x), layer.weight_stored.scale
+    scale.data = 2 * scale.data
+    assert layer.weight_stored.weight_layout().name == "plain_int8"
+    assert torch.equal(layer(x), 2 * before)

@@ -71,7 +71,7 @@ def test_bytes_give_back_what_they_were_made_of(words):
 def test_plain_bytes_give_back_what_they_were_made_of(words):
     assume(PlainInt8.refuses(words) is None)
     layout = PlainInt8.of(words)
-    assert layout.plain.nbytes == words.layout.rows * words.layout.columns
+    assert layout.signed_bytes.nbytes == words.layout.rows * words.layout.columns
     read_alike(layout, words)
     read_alike(PackedInt32.of(layout), words)
     read_alike(PlainInt8.of(Int8Rows.of(words)), words)
@@ -195,9 +195,9 @@ def test_plain_bytes_take_the_memory_of_words_if_they_are_as_many(sizes):
     own = attrs.evolve(words, packed=words.packed.clone())
     layout = PlainInt8.of(own, reuse_memory=True)
     assert layout.value(torch.float32).equal(words.value(torch.float32))
-    same_size = layout.plain.nbytes == words.packed.nbytes
-    assert (layout.plain.data_ptr() == own.packed.data_ptr()) == same_size
-    assert PlainInt8.of(words).plain.equal(layout.plain)
+    same_size = layout.signed_bytes.nbytes == words.packed.nbytes
+    assert (layout.signed_bytes.data_ptr() == own.packed.data_ptr()) == same_size
+    assert PlainInt8.of(words).signed_bytes.equal(layout.signed_bytes)
 
 
 def test_a_layout_that_is_there_is_not_made_again():

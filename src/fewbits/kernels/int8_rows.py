@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels.weight_layouts import (
+    HIGHEST_BITS,
     PackedInt32,
     Rows,
     WeightLayout,
@@ -85,28 +86,21 @@ class Int8Rows(WeightLayout):
 class PlainInt8(WeightLayout):
     """Signed 8-bit codes, one per byte, with one scale for a row or for the tensor.
 
-    Layers that decode their weight at every call hold it: it takes two operations, where words take seven.
+    Convolutions and embeddings hold it, for which no kernel computes. Two operations decode it; words need seven.
 
     Attributes:
-        plain: The codes: int8, (rows, columns).
+        signed_bytes: The codes: int8, (rows, columns).
     """
 
     name = "plain_int8"
-    data = by_row = ("plain",)
+    data = by_row = ("signed_bytes",)
 
-    plain: Tensor
-    #: Views of codes and float32 scales with the axes of the weight, kept because a layer needs them at every call.
-    _shaped: tuple[Tensor, Tensor] | None = attrs.field(init=False)
+    signed_bytes: Tensor
+    #: Whether the matrix has its elements in the order of the weight; kept because a layer needs it at every call.
+    _in_order: bool = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        layout = self.layout
-        has_shape = layout.in_order and layout.view == layout.shape and 0 not in layout.shape
-        has_shape = has_shape and self.scale.dtype == torch.float32
-        self._shaped = (self.plain.view(layout.shape), self._scale_like_weight()) if has_shape else None
-
-    def _scale_like_weight(self) -> Tensor:
-        shape, rows = self.layout.shape, self.layout.row_axes
-        return self.scale.view(*shape[:rows], *[1] * (len(shape) - rows)) if self.scale.dim() > 1 else self.scale
+        self._in_order = self.layout.in_order
 
     @classmethod
     def refuses(cls, weight: WeightLayout) -> str | None:
@@ -120,9 +114,15 @@ class PlainInt8(WeightLayout):
     @classmethod
     def of(cls, weight: WeightLayout, *, reuse_memory: bool = False) -> PlainInt8:
         """Convert a weight to signed bytes."""
-        plain = reused_memory(weight, reuse_memory, *weight.layout.matrix_shape).view(torch.int8)
-        write_signed(weight, plain)
-        return cls(plain=plain, **weight.shared())
+        signed = reused_memory(weight, reuse_memory, *weight.layout.matrix_shape).view(torch.int8)
+        write_signed(weight, signed)
+        return cls(signed_bytes=signed, **weight.shared())
+
+    def words(self) -> Tensor:
+        """Return the canonical words, in new memory."""
+        if self.layout.columns % 4 or not self.signed_bytes.is_contiguous() or not self.signed_bytes.numel():
+            return super().words()
+        return self.signed_bytes.view(torch.int32) ^ HIGHEST_BITS
 
     def codes(self, where: Rows) -> Tensor:
         """Return the unsigned codes of some rows."""
@@ -130,7 +130,7 @@ class PlainInt8(WeightLayout):
 
     def signed_codes(self, where: Rows) -> Tensor:
         """Return the signed codes of some rows: int8, (rows, columns). They may share memory with the weight."""
-        return taken(self.plain, where)
+        return taken(self.signed_bytes, where)
 
     def decoded(self, where: Rows) -> Tensor:
         """Decode some rows: (rows, columns), in float32 (float64 for float64 scales)."""
@@ -138,14 +138,14 @@ class PlainInt8(WeightLayout):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode the weight as `WeightLayout.dequantize` does: in two operations, if no gradient is recorded."""
-        if self._shaped is None or dtype != torch.float32 or is_observed(self.scale):
+        scale = self.scale
+        if not (self._in_order and dtype == scale.dtype == torch.float32) or is_observed(scale):
             return super().dequantize(dtype)
-        codes, scale = self._shaped
-        return codes.to(torch.float32).mul_(scale)
+        return self.signed_bytes.to(torch.float32).mul_(scale).view(self.layout.shape)
 
     def centered_codes(self) -> Tensor:
         """Return the signed codes: float64, in the weight's own shape."""
-        return self.layout.from_matrix(self.plain.to(torch.float64))
+        return self.layout.from_matrix(self.signed_bytes.to(torch.float64))
 
 
 def write_signed(weight: WeightLayout, signed: Tensor) -> None:

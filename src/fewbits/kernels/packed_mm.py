@@ -19,9 +19,12 @@ from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.weight_layouts import WeightLayout
 
-#: The kernel for integers takes up to so many rows with a small weight, and so many products altogether. It was faster
-#: than `byte_blocks` up to 40 rows with a weight of 384x384, 20 with 576x576, and 18 with 1536x384.
-MOST_ROWS_OF_SMALL, SMALL = 32, 6_000_000
+#: The most rows that the kernel for integers takes of any small weight. It was faster than `byte_blocks` up to 40 rows
+#: with a weight of 384x384, 20 with 576x576, and 18 with 1536x384.
+MOST_ROWS_OF_SMALL = 32
+
+#: The most products, rows times codes, with which it takes more rows than of a large weight.
+MOST_PRODUCTS = 6_000_000
 
 #: Vectors of ones by length.
 _ONES: dict[int, Tensor] = {}
@@ -71,7 +74,7 @@ class Int8PackMM(_Bytes[Int8Rows]):
 
     def traced_rows(self, weight: Int8Rows) -> int:
         """Return the most rows that it takes: more of a weight that lies in the caches."""
-        return max(super().traced_rows(weight), min(MOST_ROWS_OF_SMALL, SMALL // weight.signed.numel()))
+        return max(super().traced_rows(weight), min(MOST_ROWS_OF_SMALL, MOST_PRODUCTS // weight.signed.numel()))
 
     def linear(self, x: Tensor, weight: Int8Rows) -> Tensor:
         """Call torch, and multiply with the scales."""

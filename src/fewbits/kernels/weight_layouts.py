@@ -35,7 +35,7 @@ _SHARED = ("scale", "scale_codes", "zero_point", "input_scale", "spec", "layout"
 _SHARED_TENSORS = ("scale", "scale_codes", "zero_point", "input_scale")
 
 #: The highest bit of each byte of a word: flipping it turns unsigned codes of 8 bits into signed ones.
-_HIGHEST_BITS = -0x7F7F7F80
+HIGHEST_BITS = -0x7F7F7F80
 
 #: The layouts that this process knows, by name.
 WEIGHT_LAYOUTS: dict[str, type[WeightLayout]] = {}
@@ -204,7 +204,7 @@ class PackedInt32(WeightLayout):
     def signed_codes(self, where: Rows) -> Tensor:
         """Return the signed codes of some rows, of 8 bits, in new memory."""
         words = taken(self.packed, where)
-        signed = (words.contiguous().reshape(-1) ^ _HIGHEST_BITS).view(torch.int8)
+        signed = (words.contiguous().reshape(-1) ^ HIGHEST_BITS).view(torch.int8)
         return signed.view(len(words), 4 * words.shape[1])[:, : self.layout.columns]
 
     def decoded(self, where: Rows) -> Tensor:

@@ -191,7 +191,7 @@ def _choice_of_linear(
 
 
 def _refusal_of_call(kernel: Kernel[Any], weight: WeightLayout, compute: Compute, x: Tensor, rows: int) -> str | None:
-    """Say why a kernel does not compute with a weight and an input; None if the weight is only in another layout."""
+    """Say why a kernel does not compute a call; None if it does, or if only the layout of the weight forbids it."""
     if reason := refusal(kernel, weight, compute):
         return reason
     return kernel.takes(x, rows, weight) if isinstance(weight, kernel.weight_layout) else None

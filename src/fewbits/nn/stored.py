@@ -48,7 +48,7 @@ class StoredWeight(nn.Module, ABC):
         computes: Whether kernels compute with the weight; otherwise a forward reads it as a float tensor.
         is_read: Whether a forward that is not of fewbits reads the weight; kernels may compute its products.
         is_pointwise: Whether a convolution uses it as a matrix, and kernels may compute the products.
-        is_decoded: Whether a forward of fewbits decodes it, or rows of it, at every call.
+        is_decoded: Whether a convolution or an embedding holds it, which decodes it, or rows of it, at every call.
     """
 
     spec: Spec
