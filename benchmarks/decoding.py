@@ -73,18 +73,16 @@ def generate(model: nn.Module, prompt: Sequence[int], tokens: int) -> Decoded:
 
 
 class Loop:
-    """Greedy decoding of up to `most` tokens, with the prompt, in a bare loop of forwards.
+    """Greedy decoding of up to `most` tokens, with the prompt, in a bare loop of forwards with one static cache.
 
-    A compiled graph holds the address of a static cache. An eager model has the cache that transformers uses by itself,
-    with which attention skips what comes later.
+    A compiled graph holds the address of the cache.
     """
 
     def __init__(self, model: nn.Module, most: int, *, compiled: bool = False) -> None:
         from transformers import StaticCache
 
         self._model: Any = model
-        self._static = StaticCache(config=self._model.config, max_cache_len=most) if compiled else None
-        self._cache: Any = self._static
+        self._cache = StaticCache(config=self._model.config, max_cache_len=most)
         self._step = torch.compile(self._forward, fullgraph=True) if compiled else self._forward
         if compiled:  # graphs for prompts and tokens of all contenders count together
             torch._dynamo.config.recompile_limit = GRAPHS
@@ -94,16 +92,8 @@ class Loop:
         token: Tensor = output.logits[:, -1:].argmax(-1)
         return token
 
-    def _start(self) -> None:
-        from transformers import DynamicCache
-
-        if self._static is None:
-            self._cache = DynamicCache(config=self._model.config)
-        else:
-            self._static.reset()
-
     def generate(self, prompt: Sequence[int], tokens: int) -> Decoded:
-        self._start()
+        self._cache.reset()
         with torch.no_grad():
             start = time.perf_counter()
             token = self._step(torch.tensor([list(prompt)]), torch.arange(len(prompt))[None])
