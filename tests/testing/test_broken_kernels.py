@@ -10,6 +10,7 @@ from fewbits.extend import Kernel
 from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.integers import FloatSums
 from fewbits.kernels.reference import Reference
+from fewbits.kernels.tracing import is_traced
 from fewbits.kernels.weight_layouts import PackedInt32
 from fewbits.testing import check_kernel
 from fewbits.testing.kernel_outputs import as_multiplied, decoded
@@ -191,8 +192,16 @@ class KnowsTheCompiler(OnBytes):
     def traced_rows(self, weight):
         return 5
 
-    def linear(self, x, weight):
-        return super().linear(x, weight) * (2 if torch.compiler.is_compiling() else 1)
+    def traced(self, x, weight):
+        return super().traced(x, weight) * (2 if is_traced(x) else 1)
+
+
+class TracesSomethingElse(OnBytes):
+    def traced_rows(self, weight):
+        return 5
+
+    def traced(self, x, weight):
+        return self.linear(x, weight) * 1.1
 
 
 CASES = [
@@ -222,6 +231,7 @@ CASES = [
     pytest.param(RefusesWhatItLetsTrace, "compilers_trace_few_rows", "but it refuses the input", id="refuses-traced"),
     pytest.param(LeavesTheGraph, "compilers_trace_few_rows", "torch.compile cannot trace", id="leaves-the-graph"),
     pytest.param(KnowsTheCompiler, "compilers_trace_few_rows", "other bits when compiled", id="knows-the-compiler"),
+    pytest.param(TracesSomethingElse, "any_size_is_computed", "exceeds the allowed rounding by", id="traces-else"),
     pytest.param(WantsContiguous, "outputs_are_reproducible", "exceeds the allowed rounding|other bits", id="strides"),
 ]
 

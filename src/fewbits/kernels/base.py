@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import attrs
@@ -66,16 +67,29 @@ class Kernel(ABC, Generic[_L]):
         return None
 
     def traced_rows(self, weight: _L) -> int:
-        """Return the largest number of rows for which `torch.compile` traces `linear`; 0 if it should not.
+        """Return the largest number of rows for which `torch.compile` sees the operations of `traced`; 0 for none.
 
-        For so many rows or fewer, `linear` must use only operations that inductor can compile, and `takes` must accept
-        every input. The compiler traces `takes` for more rows. The number of rows may be a symbol with a known bound:
-        compare it only with ``torch.fx.experimental.symbolic_shapes.statically_known_true``.
+        For so many rows or fewer, `takes` must accept every input.
 
         Args:
             weight: The weight, in the layout of this kernel.
         """
         return 0
+
+    def traced(self, x: Tensor, weight: _L) -> Tensor:
+        """Return the product, in operations that a compiler fuses with each other and with those around them.
+
+        By default, these are the operations of `linear`. Both tensors are fake, and the number of rows may be a symbol:
+        compare it only with ``torch.fx.experimental.symbolic_shapes.statically_known_true``.
+
+        Args:
+            x: float16, bfloat16 or float32, (rows, inputs).
+            weight: The weight, (outputs, inputs), in the layout of this kernel.
+
+        Returns:
+            (rows, outputs), in float32 or in the dtype of `x`.
+        """
+        return self.linear(x, weight)
 
     @abstractmethod
     def linear(self, x: Tensor, weight: _L) -> Tensor:
@@ -97,8 +111,7 @@ class PreparedWeight:
     Attributes:
         weight: The weight.
         kernels: The kernels that compute with the weight, the most preferred first; none if the reference does.
-        description: The argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
-        traced_rows: Up to how many rows `torch.compile` traces each of the kernels; see `Kernel.traced_rows`.
+        description: The string argument of ``torch.ops.fewbits.linear``; None if only the reference is traced.
         columns: How many inputs a row of the weight has.
         device: The device of the weight.
     """
@@ -106,7 +119,6 @@ class PreparedWeight:
     weight: WeightLayout
     kernels: tuple[Kernel[Any], ...] = ()
     description: str | None = None
-    traced_rows: tuple[int, ...] = ()
     columns: int = attrs.field(init=False)
     device: torch.device = attrs.field(init=False)
 
@@ -118,3 +130,29 @@ class PreparedWeight:
     def tensors(self) -> list[Tensor]:
         """The tensors of the weight, in the order of the description."""
         return list(self.weight.tensors().values())
+
+
+@attrs.define(eq=False)
+class TracedWeight:
+    """What a compiler sees of a prepared weight. It checks at every call all that it has seen, so this is little.
+
+    Attributes:
+        buffers: The tensors of the weight, by name, in the order of the description.
+        description: The string argument of ``torch.ops.fewbits.linear``.
+        holder: The module that holds the weight; its `wrapped` makes the layout.
+    """
+
+    buffers: Mapping[str, Tensor]
+    description: str
+    holder: Any
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the weight."""
+        return list(self.buffers.values())
+
+    @property
+    def weight(self) -> WeightLayout:
+        """The weight in its layout."""
+        made: WeightLayout = self.holder.wrapped(self.buffers)
+        return made

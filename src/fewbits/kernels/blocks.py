@@ -40,9 +40,6 @@ class ByteBlocks(Kernel[Int8Rows]):
         rows, wide = weight.signed.shape
         x = padded(x.to(product_dtype(weight)), wide)
         zero_point = weight.params(slice(None)).zero_point
-        if torch.compiler.is_compiling():  # one block
-            part = weight.signed.to(x.dtype)
-            return torch.mm(x, (part if zero_point is None else part - zero_point).t()) * weight.row_scale
         output, block = x.new_empty(x.shape[0], rows), x.new_empty(min(rows, block_step(wide)), wide)
         for where in row_slices(rows, len(block)):
             part = block[: where.stop - where.start].copy_(weight.signed[where])
@@ -50,6 +47,12 @@ class ByteBlocks(Kernel[Int8Rows]):
                 part -= zero_point if zero_point.dim() == 1 else zero_point[where]
             torch.mm(x, part.t(), out=output[:, where])
         return output * weight.row_scale
+
+    def traced(self, x: Tensor, weight: Int8Rows) -> Tensor:
+        """Multiply with the only block."""
+        x = padded(x.to(product_dtype(weight)), weight.signed.shape[1])
+        zero_point, part = weight.params(slice(None)).zero_point, weight.signed.to(x.dtype)
+        return torch.mm(x, (part if zero_point is None else part - zero_point).t()) * weight.row_scale
 
     def traced_rows(self, weight: Int8Rows) -> int:
         """Return a number for weights of one block; a graph would unroll the others."""
@@ -119,15 +122,7 @@ def decoded_blocks(x: Tensor, weight: WeightLayout) -> Tensor:
 def product_dtype(weight: WeightLayout) -> torch.dtype:
     """Return the dtype in which blocks are multiplied."""
     exact = weight.spec.bits == 8 and not suits_bf16(weight)
-    return torch.float32 if exact or not _has_bf16() else torch.bfloat16
-
-
-def _has_bf16() -> bool:
-    return features.has_bf16()
-
-
-# The effect of `torch.compiler.assume_constant_result`, which would import the compiler with every `import fewbits`.
-_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return torch.float32 if exact or not features.has_bf16() else torch.bfloat16
 
 
 def block_step(elements: int) -> int:

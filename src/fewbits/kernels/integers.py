@@ -17,6 +17,7 @@ from fewbits.kernels.blocks import TRACED_ROWS, expanded_tiles
 from fewbits.kernels.int4_tiles import Int4Tiles
 from fewbits.kernels.int8_rows import Int8Rows
 from fewbits.kernels.packed_mm import padded
+from fewbits.kernels.tracing import surely
 from fewbits.kernels.weight_layouts import WeightLayout, row_slices
 from fewbits.numerics.affine import encode_input
 from fewbits.numerics.scales import dynamic_scale
@@ -158,18 +159,10 @@ def sums_of_products(codes: Tensor, signed: Tensor) -> Tensor:
     """Multiply int8 inputs, (rows, columns), with codes, (outputs, columns): int32, (rows, outputs)."""
     if codes.shape[1] == 1:  # of one column, torch's _int_mm leaves the output uninitialized
         return codes.int() * signed.t().int()
-    if _are_many(codes.shape[0]):
+    if surely(codes.shape[0] > FEW_ROWS):
         return torch._int_mm(codes, signed.t())
     # torch transposes the second factor at every call; the inputs are smaller than the weight.
     return torch._int_mm(signed, codes.t()).t().contiguous()
-
-
-def _are_many(rows: int) -> bool:
-    if not torch.compiler.is_compiling():
-        return rows > FEW_ROWS
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # the compiler has imported it
-
-    return statically_known_true(rows > FEW_ROWS)
 
 
 def refuses_int_mm() -> str | None:

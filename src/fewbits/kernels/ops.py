@@ -17,10 +17,12 @@ from urllib.parse import quote, unquote
 import attrs
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from fewbits.errors import ArgumentError
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import KERNELS, choose, kernels_reading
+from fewbits.kernels.tracing import surely
 from fewbits.kernels.weight_layouts import WEIGHT_LAYOUTS, WeightLayout
 from fewbits.numerics.affine import clip_input
 from fewbits.numerics.layout import Layout
@@ -120,8 +122,13 @@ def product(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> 
 
 
 @linear.register_fake
-def _(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
-    return x.new_empty(*x.shape[:-1], _read(description).layout.rows, dtype=torch.float32)
+def _fake(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
+    layout = _read(description).layout
+    torch._check(  # type: ignore[no-untyped-call]
+        x.shape[-1] == layout.columns,
+        lambda: f"the input has shape {tuple(x.shape)}, and the layer takes rows of {layout.columns}",
+    )
+    return x.new_empty(*x.shape[:-1], layout.rows, dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,5 +173,43 @@ def _gradient_of_gradient(ctx: Any, slope: Tensor) -> tuple[Tensor, None, list[N
     return torch.matmul(slope.float(), weight.dequantize(torch.float32).t()), None, [None] * len(tensors), None
 
 
+@torch.library.custom_op("fewbits::compiled_linear", mutates_args=())
+def compiled_linear(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
+    """Return what `linear` returns: the operation that torch.compile sees, and that it may take apart."""
+    return torch.ops.fewbits.linear(x, tensors, description)  # type: ignore[no-any-return]
+
+
+@compiled_linear.register_torch_dispatch(FunctionalTensorMode)
+def _(mode: Any, operation: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Trace the operations of a kernel in place of the operation, for few rows; AOTAutograd calls this."""
+    x, tensors, description = args
+    read = _read(description)
+    with mode:
+        weight = read.weight(tensors)
+        rows = x.reshape(-1, x.shape[-1])
+        kernel = _traced(rows, weight, kernels_reading(weight, read.compute, read.kernels))
+        if kernel is not None:
+            return kernel.traced(rows, weight).float().view(*x.shape[:-1], -1)
+    return mode.__torch_dispatch__(torch.ops.fewbits.linear.default, types, args, kwargs)
+
+
+def _traced(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> Kernel[Any] | None:
+    """Return the kernel whose operations a compiler sees; None if it sees one operation.
+
+    A number of rows that changes is not compared, since each comparison would become a guard and multiply the graphs.
+    """
+    rows = x.shape[0]
+    for kernel in kernels if surely(rows > 0) else ():
+        most = kernel.traced_rows(weight)
+        if most and surely(rows <= most):
+            return kernel
+        # The operation chooses at run time, unless this kernel refuses every such input.
+        if not most or not surely(rows > most) or kernel.takes(x, rows, weight) is None:
+            return None
+    return None
+
+
 linear.register_autograd(_gradient, setup_context=_keep)
+compiled_linear.register_fake(_fake)
+compiled_linear.register_autograd(_gradient, setup_context=_keep)
 linear_gradient.register_autograd(_gradient_of_gradient, setup_context=_keep_gradient)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import onnx, reference
-from fewbits.kernels.base import Kernel, PreparedWeight
+from fewbits.kernels.base import Kernel, PreparedWeight, TracedWeight
 from fewbits.kernels.choose import choose
 from fewbits.kernels.ops import product
 from fewbits.kernels.reference import REFERENCE, is_transformed, is_transforming
@@ -17,7 +17,7 @@ from fewbits.numerics.read_only import ReadOnlyTensor
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-def linear(x: Tensor, prepared: PreparedWeight, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, prepared: PreparedWeight | TracedWeight, bias: Tensor | None) -> Tensor:
     """Compute a layer, in the dtype of `x` or of autocast.
 
     The reference computes every call that no kernel takes, and reports inputs that do not fit.
@@ -31,17 +31,14 @@ def linear(x: Tensor, prepared: PreparedWeight, bias: Tensor | None) -> Tensor:
         x = x if prepared.weight.spec.activations else x.to(torch.get_autocast_dtype("cpu"))
         with torch.autocast("cpu", enabled=False):
             return linear(x, prepared, bias)
-    if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        output: Tensor
-        if isinstance(prepared.weight, onnx.Constants):
-            output = onnx.product(x, prepared.weight)
-        elif (kernel := _traced(x, prepared)) is not None:
-            rows = x.reshape(-1, x.shape[-1])
-            output = kernel.linear(rows, prepared.weight).float().view(*x.shape[:-1], -1)
-        elif prepared.description is None:
+    if isinstance(prepared, TracedWeight):
+        output: Tensor = _operation()(x, prepared.tensors, prepared.description)
+    elif isinstance(prepared.weight, onnx.Constants):
+        output = onnx.product(x, prepared.weight)
+    elif x.requires_grad and torch.is_grad_enabled():
+        if prepared.description is None:
             return reference.linear(x, prepared.weight, bias)
-        else:
-            output = torch.ops.fewbits.linear(x, prepared.tensors, prepared.description)
+        output = torch.ops.fewbits.linear(x, prepared.tensors, prepared.description)
     else:
         output = product(x, prepared.weight, prepared.kernels)
     if bias is not None:
@@ -61,26 +58,10 @@ def rows_of(x: Tensor) -> int:
     return x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
 
 
-def _traced(x: Tensor, prepared: PreparedWeight) -> Kernel[Any] | None:
-    """Return the kernel that `torch.compile` traces; None with gradients, for an export, or if it traces none.
-
-    A number of rows that changes is not compared, since each comparison would become a guard and multiply the graphs.
-    An exported program chooses its kernel at run time, because it may run on another CPU.
-    """
-    if not any(prepared.traced_rows) or not torch.compiler.is_dynamo_compiling() or _is_exporting():
-        return None
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # the compiler has imported it
-
-    rows = rows_of(x)
-    if not statically_known_true(rows > 0) or (x.requires_grad and torch.is_grad_enabled()):
-        return None
-    for kernel, most in zip(prepared.kernels, prepared.traced_rows, strict=True):
-        if statically_known_true(rows <= most):
-            return kernel
-        # The operation chooses at run time. `takes` is traced only where `linear` is.
-        if not most or not statically_known_true(rows > most) or kernel.takes(x, rows, prepared.weight) is None:
-            return None
-    return None
+def _operation() -> Any:
+    """Return the operation of a layer that is traced: an exported program chooses kernels when it runs."""
+    compiles = torch.compiler.is_dynamo_compiling() and not _is_exporting()
+    return torch.ops.fewbits.compiled_linear if compiles else torch.ops.fewbits.linear
 
 
 def _is_exporting() -> bool:
@@ -88,12 +69,16 @@ def _is_exporting() -> bool:
     return not hasattr(torch.compiler, "is_exporting") or torch.compiler.is_exporting()
 
 
-def _suits(x: Tensor, prepared: PreparedWeight) -> bool:
+def _suits(x: Tensor, prepared: PreparedWeight | TracedWeight) -> bool:
     """Whether kernels compute with this input: a plain tensor of the right size, without transforms."""
     # Each line costs time at every call; a small layer takes as long as ten such lines.
-    if not prepared.kernels or x.dtype not in _DTYPES or not x.dim() or x.shape[-1] != prepared.columns:
+    if x.dtype not in _DTYPES or not x.dim():
         return False
-    if torch.compiler.is_compiling():
+    if isinstance(prepared, TracedWeight):
+        return not is_transforming()
+    if not prepared.kernels or x.shape[-1] != prepared.columns:
+        return False
+    if torch.compiler.is_compiling():  # for ONNX
         return not is_transforming()
     plain = type(x) is Tensor and x.device == prepared.device and x.layout is torch.strided
     return plain and not is_transformed(x)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -40,7 +41,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """Compute the layer with the kernel that suits the input."""
         stored: Any = self._modules["weight_stored"]
         if isinstance(stored, PackedWeight):
-            return linear(input, stored.prepared(), bias_of(self))
+            held = stored.traced() if torch.compiler.is_compiling() else stored.prepared()
+            return linear(input, held, bias_of(self))
         return float_product(F.linear, input, stored.operand, bias_of(self))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import onnx
-from fewbits.kernels.base import Compute, Kernel, PreparedWeight
+from fewbits.kernels.base import Compute, Kernel, PreparedWeight, TracedWeight
 from fewbits.kernels.choose import KERNELS, kernels_reading, preferred
 from fewbits.kernels.int8_rows import PlainInt8
 from fewbits.kernels.ops import describe
@@ -48,6 +48,8 @@ class PackedWeight(StoredWeight):
 
     #: The ids of the buffers, and the weight prepared from them.
     _made: tuple[tuple[int, ...], PreparedWeight]
+    #: The description of the prepared weight, for compilers.
+    _description: str | None
     #: The last weight that `parts_in` gave to a state dict, its key, and its words.
     _last_parts: tuple[PreparedWeight | None, str, weakref.ref[Tensor] | None] = (None, "", None)
 
@@ -62,7 +64,7 @@ class PackedWeight(StoredWeight):
 
     def weight_layout(self) -> WeightLayout:
         """Return the weight in its current layout; it shares the buffers."""
-        return self.prepared().weight
+        return (self.traced() if torch.compiler.is_compiling() else self.prepared()).weight
 
     @property
     def candidates(self) -> Sequence[Kernel[Any]]:
@@ -71,15 +73,21 @@ class PackedWeight(StoredWeight):
 
     def prepared(self) -> PreparedWeight:
         """Return the weight in its current layout, with its kernels."""
-        # Prepared once, and again if somebody has replaced a buffer. A compiler must see the buffers.
+        # Prepared once, and again if somebody has replaced a buffer.
         (objects, made), buffers = self._made, self._buffers
-        if torch.compiler.is_compiling():
-            if onnx.is_exporting():
-                return self._for_onnx(made.weight, buffers["scale"])
-            return PreparedWeight(self._wrapped(buffers), made.kernels, made.description, made.traced_rows)
-        return made if objects == tuple(map(id, buffers.values())) else self._prepare(self._wrapped(buffers))
+        return made if objects == tuple(map(id, buffers.values())) else self._prepare(self.wrapped(buffers))
 
-    def _wrapped(self, buffers: Mapping[str, Any]) -> WeightLayout:
+    def traced(self) -> PreparedWeight | TracedWeight:
+        """Return what a compiler sees of the weight: the buffers, and no more of the prepared weight than needed."""
+        buffers: Any = self._buffers
+        if onnx.is_exporting():
+            return self._for_onnx(self._made[1].weight, buffers["scale"])
+        if self._description is None:
+            return PreparedWeight(self.wrapped(buffers))
+        return TracedWeight(buffers, self._description, self)
+
+    def wrapped(self, buffers: Mapping[str, Any]) -> WeightLayout:
+        """Return the weight in the layout that these buffers belong to."""
         # The names of the buffers tell the layout, so that names and tensors change in one assignment.
         kind = next(layout for layout in WEIGHT_LAYOUTS.values() if layout.data[0] in buffers)
         return kind(**buffers, spec=self.spec, layout=self.layout)
@@ -93,7 +101,7 @@ class PackedWeight(StoredWeight):
         if isinstance(weight, PackedInt32):  # compilers trace the reference
             return PreparedWeight(weight, kernels)
         description = describe(weight, self.compute, self.candidates)
-        return PreparedWeight(weight, kernels, description, tuple(kernel.traced_rows(weight) for kernel in kernels))
+        return PreparedWeight(weight, kernels, description)
 
     def part(self, rows: slice) -> PreparedWeight | None:
         """Return some rows of the matrix of codes, with the kernels that compute with them.
@@ -180,7 +188,8 @@ class PackedWeight(StoredWeight):
     def _hold(self, weight: WeightLayout) -> None:
         type(weight).register()
         buffers: dict[str, Tensor | None] = dict(weight.tensors())
-        self._made = tuple(map(id, buffers.values())), self._prepare(weight)
+        made = self._prepare(weight)
+        self._made, self._description = (tuple(map(id, buffers.values())), made), made.description
         self._buffers = buffers
 
     def value(self) -> QuantizedTensor:
@@ -230,7 +239,7 @@ class PackedWeight(StoredWeight):
         if not assign:
             for name, tensor in weight.tensors().items():
                 getattr(before, name).copy_(tensor)
-            weight = self._wrapped(self._buffers)
+            weight = self.wrapped(self._buffers)
         self._hold(weight)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -251,7 +260,7 @@ class PackedWeight(StoredWeight):
         device = self.weight_layout().scale.device
         if fn(torch.empty(0, dtype=torch.int8, device=device)).device == device:
             super()._apply(fn, recurse)
-            self._hold(self._wrapped(self._buffers))
+            self._hold(self.wrapped(self._buffers))
             return self
         # On another device another layout may be the best.
         self._hold(PackedInt32.of(self.weight_layout()))

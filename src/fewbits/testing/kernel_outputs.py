@@ -157,8 +157,12 @@ def takes(layer: Layer, x: Tensor) -> bool:
 
 
 def computed(layer: Layer | None, inputs: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return every input that a kernel accepts, with its output."""
-    return [] if layer is None else [(x, layer[0].linear(x, layer[1])) for x in inputs if takes(layer, x)]
+    """Return every input that a kernel accepts, with its output; once more with the output that is traced."""
+    if layer is None:
+        return []
+    (kernel, weight), taken = layer, [x for x in inputs if takes(layer, x)]
+    traced = [x for x in taken if x.shape[0] <= kernel.traced_rows(weight)]
+    return [(x, kernel.linear(x, weight)) for x in taken] + [(x, kernel.traced(x, weight)) for x in traced]
 
 
 def any_size_is_computed(setup: KernelSetup) -> None:

@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from fewbits.kernels.base import Kernel
+from fewbits.kernels.base import Compute, Kernel
+from fewbits.kernels.ops import describe
 from fewbits.kernels.weight_layouts import WeightLayout
 from fewbits.numerics.tensor import same_bits
 from fewbits.testing.check import EXAMPLES, Check, checks_of, copy_of, expect
@@ -49,8 +50,8 @@ def check_kernel(
       `activations`. For grouped weights, integers are added exactly, and scaled sums in float32. With `rounds_weights`,
       weights in groups or with levels may be off by half a step of int8 codes that span the row.
     - The same input gives the same bits.
-    - With up to `traced_rows` rows, `torch.compile` makes one graph of `linear`, which gives the same bits. This check
-      empties the cache of `torch.compile`.
+    - With up to `traced_rows` rows, all of this holds for `traced` too. `torch.compile` makes one graph of its
+      operations, which gives the same bits. This check empties the cache of `torch.compile`.
 
     Args:
         kernel: A new kernel.
@@ -152,7 +153,7 @@ def outputs_are_reproducible(setup: KernelSetup) -> None:
 
 
 def compilers_trace_few_rows(setup: KernelSetup) -> None:
-    """With up to `Kernel.traced_rows` rows, `Kernel.takes` returns None and `torch.compile` traces `Kernel.linear`."""
+    """With up to `Kernel.traced_rows` rows, `Kernel.takes` returns None and `torch.compile` traces `Kernel.traced`."""
     for _, kind, (kernel, layout) in setup.layers(256, 256):
         most = kernel.traced_rows(layout)
         for rows in {1, most} if most else ():
@@ -165,13 +166,19 @@ def compilers_trace_few_rows(setup: KernelSetup) -> None:
 
 def _check_compiled(kernel: Kernel[Any], layout: WeightLayout, inputs: Iterable[Tensor]) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: kernel.linear(x, layout), backend="eager", fullgraph=True)
+    type(layout).register()
+    compute: Compute = "int8" if kernel.rounds_inputs else "auto"
+    tensors = list(layout.tensors().values())
+    description = describe(layout, compute, [kernel])
+    operation = torch.ops.fewbits.compiled_linear
+    compiled = torch.compile(lambda x: operation(x, tensors, description), backend="aot_eager", fullgraph=True)
     for x in inputs:
         try:
             output = compiled(x)
         except RuntimeError as error:
-            raise AssertionError(f"{words(layout, x)}: torch.compile cannot trace linear(): {error}") from error
-        expect(same_bits(output, kernel.linear(x, layout)), f"{words(layout, x)}: other bits when compiled")
+            raise AssertionError(f"{words(layout, x)}: torch.compile cannot trace traced(): {error}") from error
+        right = kernel.traced(x, layout).float()
+        expect(same_bits(output, right), f"{words(layout, x)}: other bits when compiled")
     torch.compiler.reset()
 
 
