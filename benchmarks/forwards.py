@@ -81,7 +81,9 @@ NETWORKS: Mapping[str, tuple[Callable[[], list[Network]], Mapping[str, Build]]] 
 }
 
 
-def measure(report: Report, network: Network, builds: Mapping[str, Build], rounds: int, unguarded: bool) -> None:
+def measure(
+    report: Report, network: Network, builds: Mapping[str, Build], rounds: int, unguarded: bool = False
+) -> None:
     """Build the contenders of one network, compare their outputs, and time them in turns."""
     torch.compiler.reset()
     where, forwards = {"network": network.name}, {}

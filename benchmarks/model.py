@@ -83,7 +83,7 @@ PROMISED = ("fewbits int8", "fewbits int4")
 LLAMA = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
 
 
-def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds: int, unguarded: bool) -> None:
+def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds: int, unguarded: bool = False) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     prompts: dict[str, list[float]] = {name: [] for name in decoders}
     last: dict[str, Decoded] = {}

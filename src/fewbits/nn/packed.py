@@ -46,13 +46,11 @@ class PackedWeight(StoredWeight):
     compute: Compute = "exact"
     offered: tuple[Kernel[Any], ...] | None = None
 
-    #: The ids of the buffers, and the weight prepared from them.
+    #: The ids of the buffers, the weight prepared from them, and its description, which compilers check at every call.
     _made: tuple[tuple[int, ...], PreparedWeight]
-    #: The description of the prepared weight, for compilers.
     _description: str | None
     #: The last weight that `parts_in` gave to a state dict, its key, and its words.
     _last_parts: tuple[PreparedWeight | None, str, weakref.ref[Tensor] | None] = (None, "", None)
-
     #: Parts with their kernels, by their rows; and the weight that they are parts of.
     _parts: tuple[PreparedWeight | None, dict[tuple[int, int], PreparedWeight | None]] = (None, {})
 
@@ -82,9 +80,8 @@ class PackedWeight(StoredWeight):
         buffers: Any = self._buffers
         if onnx.is_exporting():
             return self._for_onnx(self._made[1].weight, buffers["scale"])
-        if self._description is None:
-            return PreparedWeight(self.wrapped(buffers))
-        return TracedWeight(buffers, self._description, self)
+        text = self._description
+        return PreparedWeight(self.wrapped(buffers)) if text is None else TracedWeight(buffers, text, self)
 
     def wrapped(self, buffers: Mapping[str, Any]) -> WeightLayout:
         """Return the weight in the layout that these buffers belong to."""
@@ -98,10 +95,8 @@ class PackedWeight(StoredWeight):
         kernels = kernels_reading(weight, self.compute, self.candidates)
         if kernels[0] is REFERENCE:
             return PreparedWeight(weight)
-        if isinstance(weight, PackedInt32):  # compilers trace the reference
-            return PreparedWeight(weight, kernels)
-        description = describe(weight, self.compute, self.candidates)
-        return PreparedWeight(weight, kernels, description)
+        is_words = isinstance(weight, PackedInt32)  # compilers trace the reference then
+        return PreparedWeight(weight, kernels, None if is_words else describe(weight, self.compute, self.candidates))
 
     def part(self, rows: slice) -> PreparedWeight | None:
         """Return some rows of the matrix of codes, with the kernels that compute with them.
@@ -115,13 +110,10 @@ class PackedWeight(StoredWeight):
             self._parts = prepared, known
         key = rows.start, rows.stop
         if key not in known:
-            known[key] = self._prepared_part(prepared.weight, rows)
+            part = row_part(prepared.weight, rows)
+            kernels = () if part is None else kernels_reading(part, self.compute, self.candidates)
+            known[key] = None if part is None or kernels[0] is REFERENCE else PreparedWeight(part, kernels)
         return known[key]
-
-    def _prepared_part(self, weight: WeightLayout, rows: slice) -> PreparedWeight | None:
-        part = row_part(weight, rows)
-        kernels = () if part is None else kernels_reading(part, self.compute, self.candidates)
-        return None if part is None or kernels[0] is REFERENCE else PreparedWeight(part, kernels)
 
     def read(self) -> Tensor:
         """Return the weight for a forward that is not of fewbits: a coded tensor, if that can save work."""
@@ -278,7 +270,7 @@ class PackedWeight(StoredWeight):
 
     def _state(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Any]:
         derived: dict[str, Any] = {"_made": ((), None), "_last_parts": (None, "", None), "_parts": (None, {})}
-        return self.__dict__ | derived | {"_buffers": dict(buffers)}
+        return self.__dict__ | derived | {"_description": None, "_buffers": dict(buffers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
