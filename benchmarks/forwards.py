@@ -22,7 +22,7 @@ import fewbits
 from benchmarks import cli, networks, runtimes
 from benchmarks.networks import Network
 from benchmarks.report import Cell, Failure, Report, aligned
-from benchmarks.timing import UNGUARDED, compile_alone, guards, interleave, reason
+from benchmarks.timing import compile_alone, interleave, reason
 
 BASELINE = "float32"
 
@@ -81,11 +81,8 @@ NETWORKS: Mapping[str, tuple[Callable[[], list[Network]], Mapping[str, Build]]] 
 }
 
 
-def measure(
-    report: Report, network: Network, builds: Mapping[str, Build], rounds: int, unguarded: bool = False
-) -> None:
+def measure(report: Report, network: Network, builds: Mapping[str, Build], rounds: int) -> None:
     """Build the contenders of one network, compare their outputs, and time them in turns."""
-    torch.compiler.reset()
     where, forwards = {"network": network.name}, {}
     outputs: dict[str, Tensor] = {}
     for name, build in builds.items():
@@ -96,8 +93,7 @@ def measure(
             report.failures.append(Failure(where, name, reason(error)))
     if BASELINE not in forwards:
         return
-    with guards(unguarded):
-        done = interleave(forwards, rounds)
+    done = interleave(forwards, rounds)
     report.failures += [Failure(where, name, why) for name, why in done.failures.items()]
     base = done.seconds.get(BASELINE, [])
     for name, seconds in done.seconds.items():
@@ -121,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = cli.parser(__doc__, check=False)
     made.add_argument("--networks", choices=NETWORKS, action="append", help="which networks; all unless given")
     made.add_argument("--peers", action="store_true", help="time onnxruntime and OpenVINO on the encoder")
-    made.add_argument("--unguarded", action="store_true", help=UNGUARDED)
     arguments = made.parse_args(argv)
     report = cli.begin("forwards", arguments, runtimes.PACKAGES if arguments.peers else ())
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             make, builds = NETWORKS[kind]
             others = runtimes.builds(Path(folder)) if arguments.peers and kind == "encoders" else {}
             for network in make():
-                measure(report, network, {**builds, **others}, arguments.rounds, arguments.unguarded)
+                measure(report, network, {**builds, **others}, arguments.rounds)
                 print(f"{network.name} done", file=sys.stderr, flush=True)
     return cli.finish(report, table(report), arguments)
 

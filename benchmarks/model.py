@@ -30,7 +30,7 @@ from benchmarks.contender import missing
 from benchmarks.decoding import Decoded, LlamaCpp, Loop, generate
 from benchmarks.peers import llamacpp
 from benchmarks.report import Cell, Failure, Report, aligned, said
-from benchmarks.timing import PAUSE, UNGUARDED, guards, reason, rotated
+from benchmarks.timing import PAUSE, reason, rotated
 
 BASELINE = "dense fp32"
 
@@ -83,7 +83,7 @@ PROMISED = ("fewbits int8", "fewbits int4")
 LLAMA = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
 
 
-def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds: int, unguarded: bool = False) -> None:
+def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     prompts: dict[str, list[float]] = {name: [] for name in decoders}
     last: dict[str, Decoded] = {}
@@ -92,8 +92,7 @@ def measure(report: Report, decoders: Mapping[str, Decode], tokens: int, rounds:
         for name in rotated(list(seconds), r):
             time.sleep(PAUSE)
             try:
-                with guards(unguarded and r >= 0):
-                    last[name] = decoders[name](min(tokens, 8) if r < 0 else tokens)
+                last[name] = decoders[name](min(tokens, 8) if r < 0 else tokens)
                 if r >= 0:
                     seconds[name].append(last[name].seconds)
                     if (seconds_of_prompt := last[name].prompt) is not None:
@@ -172,7 +171,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--prompt", type=cli.positive, default=len(decoding.PROMPT), help="tokens of the prompt; 20")
     made.add_argument("--loop", action="store_true", help="decode eagerly in a bare loop too, without `generate`")
     made.add_argument("--variant", type=lambda text: text.split(";"), default=list(VARIANTS), metavar="NAME;...")
-    made.add_argument("--unguarded", action="store_true", help=UNGUARDED)
     arguments = made.parse_args(argv)
     unknown = [name for name in arguments.variant if name not in VARIANTS]
     if unknown:
@@ -187,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.peers:
             decoders |= llamas(report, Path(folder), prompt, arguments.threads)
-        measure(report, decoders, arguments.tokens, arguments.rounds, arguments.unguarded)
+        measure(report, decoders, arguments.tokens, arguments.rounds)
     return cli.finish(report, table(report), arguments, checks(report))
 
 

@@ -8,7 +8,6 @@ import statistics
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import attrs
@@ -19,8 +18,6 @@ _numbers = itertools.count()
 Call = Callable[[], object]
 T = TypeVar("T")
 
-#: The help of an option that passes True to `guards`.
-UNGUARDED = "run compiled models without the checks of their guards, once they have been warmed up"
 #: Seconds between two contenders, in which the threads of the first stop spinning.
 PAUSE = 0.03
 #: Least seconds of a turn.
@@ -49,12 +46,8 @@ def compile_alone(method: Callable[..., T]) -> Callable[..., T]:
     shared: Any = method
     code = shared.__code__.replace(co_name=f"{shared.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
+    own.__kwdefaults__ = shared.__kwdefaults__
     return torch.compile(types.MethodType(own, shared.__self__), fullgraph=True)
-
-
-def guards(skipped: bool) -> AbstractContextManager[object]:
-    """Return a context in which compiled models, once warmed up, run with or without the checks of their guards."""
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if skipped else nullcontext()
 
 
 def timed(call: Call) -> float:

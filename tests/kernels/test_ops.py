@@ -77,7 +77,8 @@ def test_the_operation_is_what_it_says(spec, dtype, rows):
 def test_the_operation_can_be_differentiated_and_traced(spec):
     for layout in layouts_of(any_words(spec, 100, 130)):
         x = normal(5, 130).requires_grad_()
-        torch.library.opcheck(torch.ops.fewbits.linear.default, (x, *arguments(layout)))
+        for operation in (torch.ops.fewbits.linear, torch.ops.fewbits.compiled_linear):
+            torch.library.opcheck(operation.default, (x, *arguments(layout)))
 
 
 @pytest.mark.parametrize("spec", [INT8, INT4, SPECS[-1]], ids=str)
@@ -306,21 +307,40 @@ def test_inductor_keeps_inputs_in_the_order_that_the_products_read(layer, turned
     assert noise_db(found, layer(turned(y))) > 50
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_keep_the_one_operation(layer, strict):
+    program = torch.export.export(layer, (normal(2, 256),), strict=strict)
+    assert "fewbits.linear" in str(program.graph)
+    assert "fewbits.linear" in str(program.run_decompositions().graph)
+
+
+STATIC8 = QuantSpec(bits=8, granularity="channel", activations="static")
+
+
 @compiler
-def test_exported_programs_keep_the_one_operation_and_inputs_have_gradients(layer):
-    graphs = []
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("spec", [INT8, INT4, DYNAMIC8, STATIC8], ids=str)
+def test_gradients_of_compiled_layers_are_those_of_eager_layers(spec, rows):
+    torch.compiler.reset()
+    layer, graphs = quantized(linear(256, 256), spec), []
+    x, y = (normal(rows, 256).requires_grad_() for _ in range(2))
+    torch.compile(layer, fullgraph=True, backend=_backend(graphs))(x).square().sum().backward()
+    layer(y).square().sum().backward()
+    assert noise_db(x.grad, y.grad) > 45
+    assert layer(y).shape == (rows, 256)
 
-    def backend(graph, _):
-        graphs.append(_operations(graph))
-        return graph.forward
 
-    x = normal(2, 256).requires_grad_()
-    torch.compile(layer, fullgraph=True, backend=backend)(x).sum().backward()
-    assert x.grad is not None
-    assert "fewbits.compiled_linear" in graphs[0]
-    for strict in (False, True):
-        program = torch.export.export(layer, (normal(2, 256),), strict=strict)
-        assert "fewbits.linear" in str(program.graph)
+@pytest.mark.parametrize("operation", [ops.linear, ops.compiled_linear])
+def test_operations_refuse_inputs_of_another_width(operation):
+    layout = Int8Rows.of(any_words(INT8, 100, 130))
+    with pytest.raises(RuntimeError, match="rows of 130"):
+        operation(normal(2, 131), *arguments(layout))
+
+
+@compiler
+def test_a_compiled_layer_refuses_inputs_of_another_width(layer):
+    with pytest.raises(RuntimeError, match="rows of 256"):
+        torch.compile(layer, backend="eager")(normal(2, 255))
 
 
 @pytest.mark.parametrize("weight_layout", LAYOUTS)

@@ -61,7 +61,7 @@ class Kernel(ABC, Generic[_L]):
 
         Args:
             x: The input: (..., inputs).
-            rows: The number of its rows.
+            rows: The number of its rows; for a compiler perhaps a symbol, see `traced`.
             weight: The weight, in the layout of this kernel.
         """
         return None
@@ -79,8 +79,9 @@ class Kernel(ABC, Generic[_L]):
     def traced(self, x: Tensor, weight: _L) -> Tensor:
         """Return the product, in operations that a compiler fuses with each other and with those around them.
 
-        By default, these are the operations of `linear`. Both tensors are fake, and the number of rows may be a symbol:
-        compare it only with ``torch.fx.experimental.symbolic_shapes.statically_known_true``.
+        By default, these are the operations of `linear`. A compiler calls this method, and before it `supports`,
+        `takes` and `traced_rows`, with fake tensors, whose elements nobody can read. The number of rows may be a
+        symbol: compare it only with ``torch.fx.experimental.symbolic_shapes.statically_known_true``.
 
         Args:
             x: float16, bfloat16 or float32, (rows, inputs).
@@ -134,7 +135,7 @@ class PreparedWeight:
 
 @attrs.define(eq=False)
 class TracedWeight:
-    """What a compiler sees of a prepared weight. It checks at every call all that it has seen, so this is little.
+    """What a compiler sees of a prepared weight: as little as possible, because it checks all of that at every call.
 
     Attributes:
         buffers: The tensors of the weight, by name, in the order of the description.

@@ -23,6 +23,7 @@ def _tried(probe: Callable[[], Any]) -> Callable[[], Any]:
     """Run a probe once; an error of torch means that the feature is missing."""
 
     @functools.cache
+    @functools.wraps(probe)
     def answer() -> Any:
         # Outside of any tracing, differentiation or profiling.
         with (
@@ -91,6 +92,12 @@ def convolution_is_exact() -> bool | None:
         if not torch.equal(F.conv2d(x.float(), weight.float(), groups=groups, padding=1).double(), exact):
             return False
     return True
+
+
+def found() -> list[str]:
+    """Return the names and answers of all features that decide between kernels."""
+    asked = tile_width, has_int8pack, int_mm_is_exact, has_vnni, has_bf16
+    return [f"{feature.__name__}: {feature()}" for feature in asked]
 
 
 def _has_any(*instructions: str) -> bool:

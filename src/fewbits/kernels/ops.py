@@ -1,5 +1,6 @@
-"""``torch.ops.fewbits.linear``: one layer as one operation, for torch.compile and torch.export.
+"""``torch.ops.fewbits.linear``: one layer as one operation, for torch.export, gradients and torch.compile.
 
+For torch.compile it has a twin, ``compiled_linear``, which AOTAutograd takes apart into the operations of a kernel.
 The number of rows at run time decides which kernel runs. The arguments are the tensors of one weight layout, and a
 string with everything else, which an exported program carries. A program that was exported on another CPU gives right
 results too: if no kernel here reads its layout, the codes are decoded.
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from fewbits._version import __version__
 from fewbits.errors import ArgumentError
+from fewbits.kernels import features
 from fewbits.kernels.base import Compute, Kernel
 from fewbits.kernels.choose import KERNELS, choose, kernels_reading
 from fewbits.kernels.tracing import surely
@@ -42,6 +45,10 @@ def _key(kernel: Kernel[Any]) -> str:
     return next(key for key in keys if _known.setdefault(key, kernel) is kernel)
 
 
+def _origin(kernel: Kernel[Any]) -> str:
+    return f"{type(kernel).__module__}.{type(kernel).__qualname__}"
+
+
 def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[Any]]) -> str:
     """Return the string argument of the operation: everything but the tensors of a weight.
 
@@ -54,6 +61,8 @@ def describe(weight: WeightLayout, compute: Compute, kernels: Sequence[Kernel[An
         "layout": weight.layout.to_dict(),
         "compute": compute,
         "kernels": [_key(kernel) for kernel in kernels],
+        # torch keeps compiled graphs on disk by this text: it must tell everything that decides what a kernel traces.
+        "traced_by": [__version__, *map(_origin, kernels), *features.found()],
     }
     return quote(json.dumps(fields), safe=_UNQUOTED)
 
@@ -100,6 +109,7 @@ def _read(description: str) -> _Description:
 def linear(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
     """Return ``x @ weight.T`` in float32."""
     read = _read(description)
+    _check_columns(x, read.layout)
     weight = read.weight(tensors)
     with torch.autocast("cpu", enabled=False):
         return product(x, weight, kernels_reading(weight, read.compute, read.kernels))
@@ -124,11 +134,15 @@ def product(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> 
 @linear.register_fake
 def _fake(x: Tensor, tensors: List[Tensor], description: str) -> Tensor:  # noqa: UP006
     layout = _read(description).layout
+    _check_columns(x, layout)
+    return x.new_empty(*x.shape[:-1], layout.rows, dtype=torch.float32)
+
+
+def _check_columns(x: Tensor, layout: Layout) -> None:
     torch._check(  # type: ignore[no-untyped-call]
         x.shape[-1] == layout.columns,
         lambda: f"the input has shape {tuple(x.shape)}, and the layer takes rows of {layout.columns}",
     )
-    return x.new_empty(*x.shape[:-1], layout.rows, dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -186,10 +200,10 @@ def _(mode: Any, operation: Any, types: Any, args: tuple[Any, ...], kwargs: Any)
     read = _read(description)
     with mode:
         weight = read.weight(tensors)
-        rows = x.reshape(-1, x.shape[-1])
-        kernel = _traced(rows, weight, kernels_reading(weight, read.compute, read.kernels))
+        kernel = _traced(x, weight, kernels_reading(weight, read.compute, read.kernels))
         if kernel is not None:
-            return kernel.traced(rows, weight).float().view(*x.shape[:-1], -1)
+            output = kernel.traced(x.reshape(-1, x.shape[-1]), weight).float().contiguous()
+            return output.view(*x.shape[:-1], read.layout.rows)
     return mode.__torch_dispatch__(torch.ops.fewbits.linear.default, types, args, kwargs)
 
 
@@ -198,7 +212,7 @@ def _traced(x: Tensor, weight: WeightLayout, kernels: Sequence[Kernel[Any]]) -> 
 
     A number of rows that changes is not compared, since each comparison would become a guard and multiply the graphs.
     """
-    rows = x.shape[0]
+    rows = x.numel() // x.shape[-1]
     for kernel in kernels if surely(rows > 0) else ():
         most = kernel.traced_rows(weight)
         if most and surely(rows <= most):

@@ -153,7 +153,7 @@ def _products(x: Tensor, codes: Tensor) -> Tensor:
     """Multiply bfloat16 inputs, (rows, columns), with bytes, (outputs, columns): bfloat16, (rows, outputs)."""
     if not is_traced(x):
         return torch._weight_int8pack_mm(x, codes, _ones(codes.shape[0]))
-    # Inductor takes no constant for these scales, only a tensor that it must compute.
+    # Inductor fails if these scales are a constant, so it must compute them.
     ones = (codes[:, :1] == codes[:, :1]).to(x.dtype)
     return torch._weight_int8pack_mm(x, codes, in_rows(ones).view(-1))
 

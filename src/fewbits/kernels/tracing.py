@@ -17,8 +17,8 @@ def surely(comparison: bool | torch.SymBool) -> bool:
 
     A plain `if` would make a guard of it, and guards of several layers multiply the graphs.
     """
-    if isinstance(comparison, bool):
-        return comparison
+    if not isinstance(comparison, torch.SymBool):
+        return bool(comparison)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # the compiler has imported it
 
     return statically_known_true(comparison)

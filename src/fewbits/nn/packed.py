@@ -46,7 +46,7 @@ class PackedWeight(StoredWeight):
     compute: Compute = "exact"
     offered: tuple[Kernel[Any], ...] | None = None
 
-    #: The ids of the buffers, the weight prepared from them, and its description, which compilers check at every call.
+    #: The ids of the buffers, and the weight prepared from them; its description, kept apart for compilers.
     _made: tuple[tuple[int, ...], PreparedWeight]
     _description: str | None
     #: The last weight that `parts_in` gave to a state dict, its key, and its words.

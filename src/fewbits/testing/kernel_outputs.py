@@ -166,7 +166,7 @@ def computed(layer: Layer | None, inputs: Iterable[Tensor]) -> list[tuple[Tensor
 
 
 def any_size_is_computed(setup: KernelSetup) -> None:
-    """For any size, the output of `Kernel.linear` has the right shape, dtype and elements."""
+    """For any size, the output of `Kernel.linear`, and of `Kernel.traced`, has the right shape, dtype and elements."""
 
     def right(spec: QuantSpec, dtype: torch.dtype, kind: torch.dtype, sizes: tuple[int, int, int], seed: int) -> None:
         outputs, inputs, rows = sizes
@@ -214,8 +214,11 @@ def check_outputs(setup: KernelSetup, weight: WeightLayout, outputs: list[tuple[
             right and tuple(output.shape) == (x.shape[0], weight.layout.rows),
             f"{words(weight, x)}: the output has shape {tuple(output.shape)} in {dtype_name(output.dtype)}",
         )
-    if not outputs:
-        return
+    for dtype in dict.fromkeys(output.dtype for _, output in outputs):
+        _check_elements(setup, weight, [pair for pair in outputs if pair[1].dtype == dtype])
+
+
+def _check_elements(setup: KernelSetup, weight: WeightLayout, outputs: list[tuple[Tensor, Tensor]]) -> None:
     # One comparison for all, because decoding the weight takes longer than most products.
     x, found = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     what, rounds = words(weight, x), setup.rounds(weight.spec)
@@ -224,11 +227,11 @@ def check_outputs(setup: KernelSetup, weight: WeightLayout, outputs: list[tuple[
         expect(torch.equal(found.to(x.dtype), reference), f"{what}: the output differs from that of the reference")
         return
     expected, size = exact(weight, x, rounds=rounds)
-    coarsest = max((torch.finfo(output.dtype) for _, output in outputs), key=lambda info: info.eps)
+    precision = torch.finfo(found.dtype)
     # Sums of at least 16 inputs in int8 are exact.
-    rounded_inputs = coarsest.eps / 2 + (4 + x.shape[1] / 16) * 2.0**-24
+    rounded_inputs = precision.eps / 2 + (4 + x.shape[1] / 16) * 2.0**-24
     share = rounded_inputs if rounds else (1 + _BF16) ** 4 - 1 + x.shape[1] * 2.0**-23
-    allowed = size * share + coarsest.tiny
+    allowed = size * share + precision.tiny
     if setup.recipe.rounds_weights:
         allowed += as_multiplied(weight, x, rounds=rounds).abs().sum(1, keepdim=True) * _half_steps(weight)
     worst = float(((found.double() - expected).abs() - allowed).amax())
