@@ -14,6 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
+#: Numbers for the names of compiled functions.
 _numbers = itertools.count()
 Call = Callable[[], object]
 T = TypeVar("T")

@@ -74,7 +74,7 @@ def _suits(x: Tensor, prepared: PreparedWeight | TracedWeight) -> bool:
     # Each line costs time at every call; a small layer takes as long as ten such lines.
     if x.dtype not in _DTYPES or not x.dim():
         return False
-    if isinstance(prepared, TracedWeight):
+    if isinstance(prepared, TracedWeight):  # the operation checks the size
         return not is_transforming()
     if not prepared.kernels or x.shape[-1] != prepared.columns:
         return False
